@@ -1,0 +1,26 @@
+"""The shape letters and array types that every signature of the package uses.
+
+One letter means one thing everywhere: in einsum strings (lower case), in
+signatures (`Float[Array, 'B T D']`) and in the comments.
+
+  B batch        T query tokens    S key tokens      V vocabulary    L layers
+  D model width  F expert hidden   N heads           E experts       K experts per token
+  Q query rank   C latent kv rank  H nope head dim   R rope head dim U value head dim
+  M tokens flattened (B*T)         A assignments (M*K)               G expert groups
+
+Annotations are strings (every module has `from __future__ import annotations`)
+and nobody evaluates them in production: only pytest does, through jaxtyping's
+import hook. That is why jaxtyping is a dependency of the tests alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING or 'jaxtyping' in sys.modules:
+  from jaxtyping import Array, Bool, Float, Int, PyTree
+else:
+  Array = Bool = Float = Int = PyTree = object
+
+__all__ = ['Array', 'Bool', 'Float', 'Int', 'PyTree']

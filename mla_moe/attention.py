@@ -21,7 +21,6 @@ from mla_moe.types import Array, Float, Int
 
 # Finite, so that a masked row cannot turn into NaN in either direction.
 _MASKED = -0.7 * float(np.finfo(np.float32).max)
-_BLOCK = 256
 
 
 def attend(
@@ -75,7 +74,8 @@ def _reference(q, k, v, segments, scale):
 def _flash(q, k, v, segments, scale):
   """Blocks, heads before positions; positions padded up to whole blocks."""
   b, t = q.shape[:2]
-  block = min(_BLOCK, t)
+  # A tile of logits should stay in a core's cache (measured on x86).
+  block = min(128 if b * q.shape[2] >= 32 else 256, t)
   n = -(-t // block)
   if segments is None:
     segments = jnp.zeros((b, t), jnp.int32)
@@ -109,7 +109,7 @@ def _logits(q, k, segments, i, j, scale):
   """Masked float32 logits of query block i against key block j."""
   at = jnp.arange(q.shape[-2])
   seen = (i * at.size + at)[:, None] >= (j * at.size + at)[None, :]
-  seen = seen & (segments[i][:, None, :, None] == segments[j][:, None, None, :])
+  seen = seen[None, None] & (segments[i][:, None, :, None] == segments[j][:, None, None, :])
   logits = layers.dot('bnth,bnsh->bnts', q[i], k[j]) * scale
   return jnp.where(seen, logits, _MASKED)
 
@@ -164,3 +164,58 @@ def _blocked_backward(scale, residuals, g):
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)
+
+
+def _splash(q, k, v, segments, scale):
+  """jax's TPU kernel, one call per row of the batch."""
+  from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel as kernel,
+  )
+  from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_mask as masks,
+  )
+
+  t, heads = q.shape[1:3]
+  names = ('block_q', 'block_kv', 'block_kv_compute', 'block_q_dkv')
+  names += ('block_kv_dkv', 'block_kv_dkv_compute', 'block_q_dq', 'block_kv_dq')
+  block = next(size for size in (512, 256, 128, t) if t % size == 0)
+  sizes = kernel.BlockSizes(**dict.fromkeys(names, block))
+  mask = masks.MultiHeadMask([masks.CausalMask((t, t))] * heads)
+  run = kernel.make_splash_mha_single_device(
+    mask=mask,
+    block_sizes=sizes,
+    interpret=jax.default_backend() == 'cpu',
+  )
+  heads_first = lambda x: x.swapaxes(1, 2)
+  args = heads_first(q * scale), heads_first(k), heads_first(v)
+  if segments is None:
+    out = jax.vmap(run)(*args)
+  else:
+    ids = kernel.SegmentIds(q=segments, kv=segments)
+    out = jax.vmap(lambda q, k, v, s: run(q, k, v, segment_ids=s))(*args, ids)
+  return heads_first(out).astype(v.dtype)
+
+
+def _cudnn(q, k, v, segments, scale):
+  """NVIDIA's fused kernel. The public wrapper in jax.nn refuses v narrower
+  than k, the function under it does not (cuDNN 9.13 on Hopper or newer)."""
+  from jax._src.cudnn import fused_attention_stablehlo as fused
+
+  if segments is not None:
+    raise ValueError("impl='cudnn' sees every token of a row; use impl='xla'")
+  causal = fused.MaskType.CAUSAL
+  return fused.dot_product_attention(
+    q, k, v, scale=scale, mask_type=causal, qkv_layout='BTNH'
+  )
+
+
+def _tokamax(q, k, v, segments, scale):
+  """The tokamax library's choice of kernel (`pip install tokamax`)."""
+  import tokamax
+
+  mask = None
+  if segments is not None:
+    mask = segments[:, None, :, None] == segments[:, None, None, :]
+  return tokamax.dot_product_attention(
+    q, k, v, scale=scale, mask=mask, is_causal=True
+  )

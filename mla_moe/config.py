@@ -27,6 +27,35 @@ class ConfigError(ValueError):
   """A configuration that cannot be run; the message is one line for people."""
 
 
+def _is_number(value: Any) -> bool:
+  return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _coerce(name: str, value: Any, kind: Any) -> Any:
+  """`value` as `kind`, or a ConfigError; ints stand for floats, never bools."""
+  if kind is float and _is_number(value):
+    value = float(value)
+    if not math.isfinite(value):
+      raise ConfigError(f'{name}={value!r}: must be a finite number')
+  if kind is tuple and isinstance(value, (list, tuple)):
+    value = tuple(tuple(x) if isinstance(x, (list, tuple)) else x for x in value)
+  if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+    raise ConfigError(
+      f'{name}={value!r}: must be of type {kind.__name__}, not '
+      f'{type(value).__name__}'
+    )
+  if kind in (int, float) and value < 0:
+    raise ConfigError(f'{name}={value!r}: must not be negative')
+  return value
+
+
+def _divides(part_name: str, part: int, whole_name: str, whole: int):
+  if whole % part:
+    raise ConfigError(
+      f'{part_name}={part}: must divide {whole_name}={whole}'
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class _Checked:
   """Checks every field's type when built; subclasses add `_rules`."""
@@ -499,32 +528,3 @@ def smoke(config: Config) -> Config:
   return dataclasses.replace(
     config, model=small_model, data=data, run=run, optim=optim
   )
-
-
-def _divides(part_name: str, part: int, whole_name: str, whole: int):
-  if whole % part:
-    raise ConfigError(
-      f'{part_name}={part}: must divide {whole_name}={whole}'
-    )
-
-
-def _is_number(value: Any) -> bool:
-  return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _coerce(name: str, value: Any, kind: Any) -> Any:
-  """`value` as `kind`, or a ConfigError; ints stand for floats, never bools."""
-  if kind is float and _is_number(value):
-    value = float(value)
-    if not math.isfinite(value):
-      raise ConfigError(f'{name}={value!r}: must be a finite number')
-  if kind is tuple and isinstance(value, (list, tuple)):
-    value = tuple(tuple(x) if isinstance(x, (list, tuple)) else x for x in value)
-  if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-    raise ConfigError(
-      f'{name}={value!r}: must be of type {kind.__name__}, not '
-      f'{type(value).__name__}'
-    )
-  if kind in (int, float) and value < 0:
-    raise ConfigError(f'{name}={value!r}: must not be negative')
-  return value

@@ -57,6 +57,7 @@ class RMSNorm(nn.Module):
     scale = param(self, 'scale', x.shape[-1:], ('norm',), 0.0)
     wide = x.astype(jnp.float32)
     mean = jnp.mean(jnp.square(wide), -1, keepdims=True)
+    scale = jnp.expand_dims(scale, tuple(range(x.ndim - 1)))
     return (wide * jax.lax.rsqrt(mean + self.eps) * scale).astype(x.dtype)
 
 

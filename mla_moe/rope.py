@@ -64,7 +64,8 @@ def angles(
   An elementwise product on purpose: as a matmul it would run in bfloat16 on a
   TPU, which ruins long positions.
   """
-  theta = positions.astype(jnp.float32)[..., None] * frequencies(dim, rope)
+  turn = jnp.asarray(frequencies(dim, rope))[None, None]
+  theta = positions.astype(jnp.float32)[..., None] * turn
   ratio = magnitude(rope.factor, rope.mscale) / magnitude(
     rope.factor, rope.mscale_all_dim
   )

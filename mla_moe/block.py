@@ -1,0 +1,71 @@
+"""One layer: x + MLA(norm(x)), then x + FFN(norm(x)); and stacks of them.
+
+A stack is a scan over layers whose parameters have a leading layer axis, so
+that neither the program nor its compile time grows with depth.
+"""
+
+from __future__ import annotations
+
+import jax
+from flax import linen as nn
+
+from mla_moe import config as config_lib
+from mla_moe import layers, mla, moe
+from mla_moe.types import Array, Float, Int
+
+
+class Block(nn.Module):
+  """Pre-norm attention and feed-forward; `routed` says which kind of the latter.
+
+  Returns the stream and, when routed, the layer's `moe.Stats`.
+  """
+
+  config: config_lib.ModelConfig
+  routed: bool
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, 'B T D'],
+    cos: Float[Array, 'B T half'],
+    sin: Float[Array, 'B T half'],
+    segments: Int[Array, 'B T'] | None,
+    mask: Float[Array, 'B T'] | None,
+  ) -> tuple[Float[Array, 'B T D'], moe.Stats | None]:
+    c = self.config
+    norm = lambda name: layers.RMSNorm(c.norm_eps, name=name)
+    h = norm('attention_norm')(x)
+    with jax.named_scope('attention'):
+      x = x + mla.Attention(c, name='attention')(h, cos, sin, segments)
+    h = norm('ffn_norm')(x)
+    with jax.named_scope('ffn'):
+      if self.routed:
+        y, stats = moe.MoE(c, name='ffn')(h, mask)
+      else:
+        ffn = layers.FeedForward(c.dense_width, c.init_std, name='ffn')
+        y, stats = ffn(h), None
+    return x + y, stats
+
+
+def rematerialised(config: config_lib.ModelConfig) -> type[nn.Module]:
+  """Block, with what `config.remat` says computed again going backward."""
+  if config.remat == 'none':
+    return Block
+  policy = None
+  if config.remat == 'latents':
+    policy = jax.checkpoint_policies.save_only_these_names(*mla.SAVED)
+  return nn.remat(Block, prevent_cse=False, policy=policy)
+
+
+def stack(
+  config: config_lib.ModelConfig, routed: bool, length: int, name: str
+) -> nn.Module:
+  """`length` blocks as one scan; stats get a leading layer axis."""
+  return nn.scan(
+    rematerialised(config),
+    length=length,
+    variable_axes={'params': 0, 'router': 0},
+    split_rngs={'params': True},
+    in_axes=nn.broadcast,
+    metadata_params={nn.PARTITION_NAME: 'layers'},
+  )(config, routed, name=name)

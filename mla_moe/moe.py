@@ -1,0 +1,343 @@
+"""The routed experts' computation, dropless, by platform behind one function.
+
+`experts` computes sum_k weight_k * FFN_{chosen_k}(x) for every token, exactly,
+for any routing. What surprises is how much the platform decides:
+`lax.ragged_dot` is a native grouped product on TPU, but on CPU and CUDA it is
+computed densely, for every expert. So the CPU has one loop over blocks of rows
+that share an expert (`loop`: only live blocks are visited, tokens are gathered
+and scattered inside, weights' gradients accumulate in the loop's carry), GPUs
+have a batched product over padded groups (`padded`, whose overflow goes
+through the loop: nothing is dropped), and `dense` is the oracle.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mla_moe import config as config_lib
+from mla_moe import layers, losses, router
+from mla_moe.types import Array, Float, Int
+
+
+class Stats(NamedTuple):
+  """What an MoE layer reports: load [E] int32, balance [], entropy []."""
+
+  load: Array
+  balance: Array
+  entropy: Array
+
+
+class MoE(nn.Module):
+  """Shared expert plus routed experts of one layer (V3 section 2.1.2)."""
+
+  config: config_lib.ModelConfig
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, 'B T D'], mask: Float[Array, 'B T'] | None
+  ) -> tuple[Float[Array, 'B T D'], Stats]:
+    moe, std = self.config.moe, self.config.init_std
+    b, t, dim = x.shape
+    e, width = moe.experts, moe.width
+    axes = ('embed', None)
+    w_router = layers.param(self, 'w_router', (dim, e), axes, std)
+    axes = ('experts', 'embed', 'gate_up', 'mlp')
+    w_gate_up = layers.param(self, 'w_gate_up', (e, dim, 2, width), axes, std)
+    axes = ('experts', 'mlp', 'embed')
+    w_down = layers.param(self, 'w_down', (e, width, dim), axes, std)
+    bias = None
+    if moe.method == 'noaux_tc':
+      zeros = nn.with_logical_partitioning(nn.initializers.zeros, ('norm',))
+      make = lambda: zeros(None, (e,), jnp.float32)
+      bias = self.variable('router', 'bias', make).value
+
+    flat = x.reshape(b * t, dim)
+    with jax.named_scope('route'):
+      routing = router.route(flat, w_router, bias, moe)
+    with jax.named_scope('experts'):
+      out = experts(
+        flat,
+        routing.weights,
+        routing.chosen,
+        w_gate_up.astype(x.dtype),
+        w_down.astype(x.dtype),
+        impl=moe.impl,
+      ).reshape(x.shape)
+    if moe.shared:
+      shared = layers.FeedForward(moe.shared * width, std, name='shared')
+      out = out + shared(x)
+    flat_mask = None if mask is None else mask.reshape(-1)
+    return out, Stats(
+      load=router.count(routing.chosen, e, flat_mask),
+      balance=losses.balance(
+        routing.scores.reshape(b, t, e), moe.top_k, mask
+      ),
+      entropy=router.entropy(routing.scores, flat_mask),
+    )
+
+
+def experts(
+  x: Float[Array, 'M D'],
+  weights: Float[Array, 'M K'],
+  chosen: Int[Array, 'M K'],
+  w_gate_up: Float[Array, 'E D two F'],
+  w_down: Float[Array, 'E F D'],
+  *,
+  impl: str = 'auto',
+) -> Float[Array, 'M D']:
+  """The weighted sum of each token's chosen experts, in x's dtype.
+
+  `impl` 'auto' is ragged on TPU, padded on GPU, loop on CPU; all are exact.
+  """
+  if impl == 'auto':
+    platform = jax.default_backend()
+    impl = {'tpu': 'ragged', 'gpu': 'padded'}.get(platform, 'loop')
+  run = {
+    'loop': _loop,
+    'ragged': _ragged,
+    'padded': _padded,
+    'dense': _dense,
+  }[impl]
+  return run(x, weights, chosen, w_gate_up, w_down).astype(x.dtype)
+
+
+def _dense(x, weights, chosen, w_gate_up, w_down):
+  """Every expert on every token: the oracle."""
+  picked = chosen[:, :, None] == jnp.arange(len(w_down))[None, None]
+  share = jnp.einsum('mke,mk->me', picked.astype(weights.dtype), weights)
+  both = layers.dot('md,edgf->megf', x, w_gate_up)
+  hidden = _gated(both).astype(x.dtype)
+  return jnp.einsum(
+    'med,me->md', layers.dot('mef,efd->med', hidden, w_down), share
+  )
+
+
+def _gated(both: Array) -> Array:
+  return jax.nn.silu(both[..., 0, :]) * both[..., 1, :]
+
+
+class _Order(NamedTuple):
+  """Assignments (token * K + k) sorted by expert, and the way back."""
+
+  slots: Array  # [A] which assignment stands at each sorted place
+  places: Array  # [A] where each assignment stands
+  sizes: Array  # [E] rows of each expert
+  starts: Array  # [E] its first place
+
+
+def _sort(chosen: Array, experts: int) -> _Order:
+  flat = chosen.reshape(-1)
+  slots = jnp.argsort(flat, stable=True).astype(jnp.int32)
+  every = jnp.arange(flat.size, dtype=jnp.int32)
+  places = jnp.zeros(flat.size, jnp.int32).at[slots].set(every)
+  sizes = jnp.zeros(experts, jnp.int32).at[flat].add(1)
+  return _Order(slots, places, sizes, jnp.cumsum(sizes) - sizes)
+
+
+# ---------------------------------------------------------------- loop (CPU)
+
+
+class _Blocks(NamedTuple):
+  """Rows in blocks of one expert each; only the first `live` blocks count."""
+
+  expert: Array  # [n]
+  slots: Array  # [n, block] assignments
+  valid: Array  # [n, block]
+  place: Array  # [A] block row of each assignment
+  taken: Array  # [A] whether the blocks hold it
+  live: Array  # []
+
+
+def _cut(chosen, order: _Order, block: int, skip: int) -> _Blocks:
+  """The blocks of every expert's rows after its first `skip`."""
+  total, count = order.slots.size, order.sizes.size
+  sizes = jnp.maximum(order.sizes - skip, 0)
+  starts = order.starts + jnp.minimum(order.sizes, skip)
+  blocks = -(-sizes // block)
+  ends = jnp.cumsum(blocks)
+  n = -(-(total + count * (block - 1)) // block)  # the worst case
+  index = jnp.arange(n, dtype=jnp.int32)
+  expert = jnp.searchsorted(ends, index, side='right', method='compare_all')
+  expert = jnp.minimum(expert, count - 1).astype(jnp.int32)
+  first = (index - (ends - blocks)[expert]) * block
+  row = first[:, None] + jnp.arange(block, dtype=jnp.int32)[None]
+  valid = (row < sizes[expert][:, None]) & (index < ends[-1])[:, None]
+  slots = order.slots[jnp.where(valid, starts[expert][:, None] + row, 0)]
+  flat = chosen.reshape(-1)
+  rank = order.places - starts[flat]
+  taken = rank >= 0
+  place = jnp.where(taken, (ends - blocks)[flat] * block + rank, 0)
+  return _Blocks(expert, slots, valid, place, taken, ends[-1])
+
+
+def _loop(x, weights, chosen, w_gate_up, w_down):
+  order = _sort(chosen, len(w_down))
+  # Blocks follow the load, or half of each would be padding (decoding).
+  mean = max(chosen.size // len(w_down), 1)
+  block = min(max(1 << (mean - 1).bit_length(), 8), 128)
+  cut = _cut(chosen, order, block, 0)
+  return _run_blocks(x, weights, w_gate_up, w_down, cut)
+
+
+def _row_weights(weights, cut):
+  return jnp.where(cut.valid, weights.reshape(-1)[cut.slots], 0)
+
+
+def _up(rows, w_gate_up):  # [R, D] x [D, 2, F] -> [R, 2, F]
+  dim, two, width = w_gate_up.shape
+  both = layers.dot('rd,df->rf', rows, w_gate_up.reshape(dim, two * width))
+  return both.astype(rows.dtype).reshape(-1, two, width)
+
+
+@jax.custom_vjp
+def _run_blocks(x, weights, w_gate_up, w_down, cut):
+  return _blocks_forward(x, weights, w_gate_up, w_down, cut)[0]
+
+
+def _blocks_forward(x, weights, w_gate_up, w_down, cut):
+  share = _row_weights(weights, cut)
+  k = weights.shape[1]
+
+  def body(i, carry):
+    out, kept = carry
+    e, tokens = cut.expert[i], cut.slots[i] // k
+    both = _up(x[tokens], w_gate_up[e])
+    rows = layers.dot('rf,fd->rd', _gated(both), w_down[e])
+    out = out.at[tokens].add(rows * share[i][:, None])
+    return out, jax.lax.dynamic_update_index_in_dim(kept, both, i, 0)
+
+  kept = jnp.zeros((*cut.slots.shape, *w_gate_up.shape[2:]), x.dtype)
+  start = (jnp.zeros(x.shape, jnp.float32), kept)
+  out, kept = jax.lax.fori_loop(0, cut.live, body, start)
+  return out, (x, weights, w_gate_up, w_down, cut, kept)
+
+
+def _blocks_backward(residuals, g):
+  x, weights, w_gate_up, w_down, cut, kept = residuals
+  share = _row_weights(weights, cut)
+  k = weights.shape[1]
+  dim, two, width = w_gate_up.shape[1:]
+  g = g.astype(x.dtype)
+
+  def body(i, carry):
+    dx, dshare, d_gate_up, d_down = carry
+    e, tokens = cut.expert[i], cut.slots[i] // k
+    rows, grads, weight = x[tokens], g[tokens], share[i][:, None]
+    hidden, pull = jax.vjp(_gated, kept[i])
+    dhidden = layers.dot('rd,fd->rf', grads, w_down[e])
+    # The gate's gradient from the hidden side: no expert output is kept.
+    dshare = dshare.at[i].set((hidden.astype(jnp.float32) * dhidden).sum(-1))
+    (dboth,) = pull((dhidden * weight).astype(hidden.dtype))
+    dboth = dboth.reshape(-1, two * width)
+    weighted = (hidden * weight).astype(hidden.dtype)
+    d_down = d_down.at[e].add(layers.dot('rf,rd->fd', weighted, grads))
+    d_up = layers.dot('rd,rf->df', rows, dboth)
+    d_gate_up = d_gate_up.at[e].add(d_up.reshape(dim, two, width))
+    flat = w_gate_up[e].reshape(dim, two * width)
+    dx = dx.at[tokens].add(layers.dot('rf,df->rd', dboth, flat))
+    return dx, dshare, d_gate_up, d_down
+
+  zeros = lambda like: jnp.zeros(like.shape, jnp.float32)
+  start = (zeros(x), zeros(cut.slots), zeros(w_gate_up), zeros(w_down))
+  dx, dshare, d_gate_up, d_down = jax.lax.fori_loop(0, cut.live, body, start)
+  dweights = jnp.where(cut.taken, dshare.reshape(-1)[cut.place], 0)
+  return (
+    dx.astype(x.dtype),
+    dweights.reshape(weights.shape).astype(weights.dtype),
+    d_gate_up.astype(w_gate_up.dtype),
+    d_down.astype(w_down.dtype),
+    None,
+  )
+
+
+_run_blocks.defvjp(_blocks_forward, _blocks_backward)
+
+
+# ------------------------------------------------- ragged (TPU), padded (GPU)
+
+
+def _ragged(x, weights, chosen, w_gate_up, w_down):
+  """Sort, two grouped products, combine."""
+  e, dim, two, width = w_gate_up.shape
+  order = _sort(chosen, e)
+  held = jnp.ones(chosen.size, bool)
+  rows = _dispatch(x, order.slots, order.places, held)
+  both = jax.lax.ragged_dot(
+    rows, w_gate_up.reshape(e, dim, two * width), order.sizes
+  )
+  hidden = _gated(both.reshape(-1, two, width))
+  out = jax.lax.ragged_dot(hidden, w_down, order.sizes)
+  return _combine(out, weights, order.slots, held, order.places, held)
+
+
+def _padded(x, weights, chosen, w_gate_up, w_down):
+  """The first `room` rows of each expert batched; the others through the loop.
+
+  `room` is half again the mean load: balanced, the loop has no iterations.
+  """
+  e, dim = w_gate_up.shape[:2]
+  total = chosen.size
+  room = min(total, -(-(3 * total) // (2 * e) // 8) * 8 + 8)
+  order = _sort(chosen, e)
+  at = jnp.arange(room, dtype=jnp.int32)[None]
+  valid = at < order.sizes[:, None]
+  source = jnp.where(valid, order.starts[:, None] + at, 0)
+  slots = order.slots[source].reshape(-1)
+  flat = chosen.reshape(-1)
+  rank = order.places - order.starts[flat]
+  held = rank < room
+  places = jnp.where(held, flat * room + rank, 0)
+  rows = _dispatch(x, slots, places, held).reshape(e, room, dim)
+  both = jnp.einsum('erd,edgf->ergf', rows, w_gate_up)
+  out = jnp.einsum('erf,efd->erd', _gated(both), w_down).reshape(-1, dim)
+  out = _combine(out, weights, slots, valid.reshape(-1), places, held)
+  rest = _cut(chosen, order, 128, room)
+  return out + _run_blocks(x, weights, w_gate_up, w_down, rest)
+
+
+@jax.custom_vjp
+def _dispatch(x, slots, places, held):
+  """x [M, D] -> rows [R, D] of assignments `slots`; gathers both ways."""
+  return x[slots // (places.size // x.shape[0])]
+
+
+def _dispatch_backward(residuals, g):
+  places, held, m = residuals
+  # Select, never multiply: rows that nobody reads may hold anything.
+  g = jnp.where(held[:, None], g[places], 0).reshape(m, -1, g.shape[-1])
+  return g.astype(jnp.float32).sum(1).astype(g.dtype), None, None, None
+
+
+_dispatch.defvjp(
+  lambda x, slots, places, held: (
+    _dispatch(x, slots, places, held),
+    (places, held, x.shape[0]),
+  ),
+  _dispatch_backward,
+)
+
+
+@jax.custom_vjp
+def _combine(rows, weights, slots, valid, places, held):
+  """rows [R, D] -> [M, D] float32, each token's rows summed by weight."""
+  return jnp.einsum('mkd,mk->md', _by_token(rows, weights, places, held), weights)
+
+
+def _by_token(rows, weights, places, held):
+  rows = jnp.where(held[:, None], rows[places], 0).astype(jnp.float32)
+  return rows.reshape(*weights.shape, -1)
+
+
+def _combine_backward(residuals, g):
+  rows, weights, slots, valid, places, held = residuals
+  share = jnp.where(valid, weights.reshape(-1)[slots], 0)
+  drows = (g[slots // weights.shape[1]] * share[:, None]).astype(rows.dtype)
+  picked = _by_token(rows, weights, places, held)
+  return drows, jnp.einsum('mkd,md->mk', picked, g), None, None, None, None
+
+
+_combine.defvjp(lambda *args: (_combine(*args), args), _combine_backward)

@@ -485,6 +485,24 @@ def differences(ours: Any, theirs: Any, path: str = 'config') -> list[str]:
   return lines
 
 
+def variant(config: Config, arg: str, **named: Config) -> Config:
+  """The config of `--config=FILE:arg`; parts of `arg` are joined by commas.
+
+  Every file has 'smoke' (toy size, same code); `named` are its others, whole
+  configs. The empty arg is `config`.
+
+  Raises:
+    ConfigError: a part that is not there.
+  """
+  parts = [part for part in arg.split(',') if part]
+  for part in parts:
+    if part != 'smoke' and part not in named:
+      known = ', '.join([*named, 'smoke'])
+      raise ConfigError(f'variant {part!r}: there is only {known}')
+    config = named.get(part, config)
+  return smoke(config) if 'smoke' in parts else config
+
+
 def smoke(config: Config) -> Config:
   """The same code paths at toy size: 20 steps, under a minute on a CPU."""
   model, moe = config.model, config.model.moe

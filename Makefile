@@ -1,0 +1,33 @@
+# Each target makes .venv by itself; only Python >= 3.11 and make are needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: train test test-all bench lint clean
+
+train: $(READY)
+	@$(BIN)/python -m experiments.train --config=configs/tiny.py --workdir=runs/tiny
+
+test: $(READY)
+	@$(BIN)/python -m pytest -q -m "not slow"
+	@echo "The slow tests were left out: 'make test-all' runs everything."
+
+test-all: $(READY)
+	@$(BIN)/python -m pytest -q
+
+bench: $(READY)
+	@$(BIN)/python -m experiments.bench train
+
+lint: $(READY)
+	@$(BIN)/ruff format --check . && $(BIN)/ruff check .
+
+$(READY): setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(None if sys.version_info >= (3, 11) else f"Python {v} is too old: mla_moe needs 3.11 or newer; run make PYTHON=python3.11")'
+	@echo "Setting up .venv (once, about two minutes) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV) build *.egg-info

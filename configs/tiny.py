@@ -1,0 +1,56 @@
+"""The smallest run that learns: a V3 in miniature on Python's own source files.
+
+  make train
+
+or `python -m experiments.train --config=configs/tiny.py --workdir=runs/tiny`.
+Two CPU cores, no download; see the README for the time and the number reached.
+Variants: smoke.
+"""
+
+from mla_moe import config as c
+
+
+def get_config(arg=''):
+  """DeepSeek-V3's parts at width 128: groups, bias, shared expert, MTP."""
+  model = c.ModelConfig(
+    vocab=264,
+    dim=128,
+    layers=4,
+    dense_layers=1,
+    dense_width=384,
+    max_positions=2048,
+    init_std=0.04,
+    bos_id=256,
+    eos_id=257,
+    dtype='float32',
+    remat='none',
+    mla=c.MLAConfig(
+      heads=4,
+      query_rank=96,
+      kv_rank=64,
+      nope_dim=32,
+      rope_dim=16,
+      value_dim=32,
+    ),
+    moe=c.MoEConfig(experts=16, top_k=4, width=64, groups=4, top_groups=2),
+  )
+  steps, batch, length = 500, 16, 256
+  tokens = steps * batch * length
+  optim = c.OptimConfig(
+    learning_rate=3e-3,
+    warmup_steps=30,
+    phases=(
+      ('constant', 0.4 * tokens, 1.0),
+      ('cosine', 0.5 * tokens, 0.1),
+      ('constant', 0.1 * tokens, 0.03),
+    ),
+    bias_rate=5e-3,
+    bias_tokens=0.95 * tokens,
+    mtp_tokens=0.7 * tokens,
+  )
+  data = c.DataConfig(seq_len=length, batch_size=batch)
+  run = c.RunConfig(
+    steps=steps, eval_every=100, sample_every=250, save_every=100
+  )
+  config = c.Config(model=model, optim=optim, data=data, run=run)
+  return c.thaw(c.variant(config, arg))

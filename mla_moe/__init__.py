@@ -1,0 +1,21 @@
+"""DeepSeek-V3-style models in JAX and Flax: MLA, fine-grained MoE, MTP.
+
+    from mla_moe import Config, Transformer, cost
+
+Importing this package does nothing else: no flags, no logging, no devices.
+"""
+
+from __future__ import annotations
+
+from mla_moe import cost
+from mla_moe.config import Config, ConfigError, ModelConfig
+from mla_moe.model import Output, Transformer
+
+__all__ = [
+  'Config',
+  'ConfigError',
+  'ModelConfig',
+  'Output',
+  'Transformer',
+  'cost',
+]

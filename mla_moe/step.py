@@ -1,0 +1,224 @@
+"""A training step: pure, `(state, batch, rates) -> (state, metrics)`.
+
+Gradients are accumulated in float32 over micro-batches, each weighed by its
+tokens, so that the split into micro-batches does not change the result. The
+number of micro-batches is a value, not a shape: the batch may grow during the
+run without a new compilation. The router's biases move outside the gradient,
+by the load of the whole step (V3 section 2.1.2).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax import struct
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mla_moe import config as config_lib
+from mla_moe import data, losses, model, moe, optim, router, sharding
+from mla_moe.types import Array, Int, PyTree
+
+
+@struct.dataclass
+class State:
+  """All that training changes: saved whole, restored whole."""
+
+  step: Array
+  params: PyTree
+  router: PyTree
+  opt: PyTree
+
+
+def init_state(
+  key: Array, config: config_lib.Config, mesh: jax.sharding.Mesh | None = None
+) -> State:
+  """A fresh state; on a `mesh`, every leaf is made where it will live."""
+  tx = optim.optimizer(config.optim)
+  network = model.Transformer(config.model)
+  tokens = jnp.zeros((1, config.model.mtp.depth + 2), jnp.int32)
+
+  def boxed(key):
+    return network.init(key, tokens)
+
+  def make(key):
+    variables = nn.unbox(boxed(key))
+    params = variables['params']
+    zero = jnp.zeros((), jnp.int32)
+    return State(zero, params, variables.get('router', {}), tx.init(params))
+
+  if mesh is None:
+    return jax.jit(make)(key)
+  laid = sharding.shardings(jax.eval_shape(boxed, key), mesh)
+  abstract = jax.eval_shape(make, key)
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  opt = optax.tree_map_params(
+    tx,
+    lambda _, where: where,
+    abstract.opt,
+    laid['params'],
+    transform_non_params=lambda _: everywhere,
+  )
+  where = State(everywhere, laid['params'], laid.get('router', {}), opt)
+  return jax.jit(make, out_shardings=where)(key)
+
+
+def train_step(
+  state: State,
+  batch: data.Batch,
+  rates: optim.Rates,
+  *,
+  config: config_lib.Config,
+) -> tuple[State, dict[str, Array]]:
+  """One update from a whole global batch.
+
+  Metrics: float32 scalars loss (all of it), main_loss and mtp_loss (nats per
+  token), balance_loss (mean over MoE layers; 1 is balanced), grad_norm; per MoE
+  layer, MTP modules last: load [L, E] int32, entropy [L] and bias_norm [L].
+  """
+  used = jnp.arange(batch.tokens.shape[0]) < batch.count
+  targets = batch.targets >= 0
+  tokens = jnp.sum(targets & used[:, None, None], dtype=jnp.float32)
+  sequences = batch.count * batch.tokens.shape[1]
+
+  def objective(params, micro):
+    terms = _terms(params, state.router, micro, config)
+    share = batch.tokens.shape[1] / sequences
+    scaled = {
+      'main_loss': terms.pop('main') / tokens,
+      'mtp_loss': terms.pop('mtp') / tokens,
+      'z_loss': terms.pop('z') / tokens,
+      'balance_loss': terms.pop('balance') * share,
+      'entropy': terms.pop('entropy') * share,
+      **terms,
+    }
+    loss = (
+      scaled['main_loss']
+      + rates.mtp_loss * scaled['mtp_loss']
+      + config.optim.z_loss * scaled['z_loss']
+      + config.optim.balance_loss * scaled['balance_loss'].sum()
+    )
+    return loss, {'loss': loss, **scaled}
+
+  grads, metrics = _accumulate(objective, state.params, batch)
+  params, opt, norm = optim.apply(
+    optim.optimizer(config.optim),
+    grads,
+    state.opt,
+    state.params,
+    rates.learning_rate,
+    config.optim.clip,
+  )
+  biases = _rebalance(state.router, metrics['load'], rates.bias_rate, config)
+  norms = [jnp.linalg.norm(b, axis=-1).reshape(-1) for b in _leaves(biases)]
+  metrics.pop('z_loss')
+  metrics['balance_loss'] = jnp.mean(metrics['balance_loss'])
+  metrics['grad_norm'] = norm
+  if norms:
+    metrics['bias_norm'] = jnp.concatenate(norms)
+  return State(state.step + 1, params, biases, opt), metrics
+
+
+def eval_step(
+  state: State, batch: data.Batch, *, config: config_lib.Config
+) -> dict[str, Array]:
+  """Sums over a batch: 'nll' in nats, 'tokens' predicted. Moves nothing."""
+
+  def one(micro):
+    terms = _terms(state.params, state.router, micro, config)
+    return terms['main'], jnp.sum(micro.targets >= 0)
+
+  parts = batch._replace(count=jnp.zeros(len(batch.tokens)))
+  nll, tokens = jax.lax.map(one, parts)
+  return {'nll': nll.sum(), 'tokens': tokens.sum()}
+
+
+def _accumulate(objective, params, batch) -> tuple[PyTree, dict[str, Array]]:
+  """Gradients and metrics summed over the micro-batches that count."""
+  part = jax.value_and_grad(objective, has_aux=True)
+
+  def micro(i):
+    take = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+    return data.Batch(*(take(x) for x in batch[:-1]), batch.count)
+
+  if batch.tokens.shape[0] == 1:
+    (_, metrics), grads = part(params, micro(0))
+    return grads, metrics
+
+  def add(i, sums):
+    (_, metrics), grads = part(params, micro(i))
+    return jax.tree.map(jnp.add, sums, (grads, metrics))
+
+  (_, metrics), grads = jax.eval_shape(part, params, micro(0))
+  zeros = lambda x: jnp.zeros(x.shape, x.dtype)
+  start = jax.tree.map(zeros, (grads, metrics))
+  return jax.lax.fori_loop(0, batch.count, add, start)
+
+
+def _terms(params, biases, micro: data.Batch, config) -> dict[str, Array]:
+  """Sums over one micro-batch: nll, MTP nll, z; means: balance, entropy."""
+  network = model.Transformer(config.model)
+  variables = {'params': params, 'router': biases}
+  joined = config.data.packing == 'joined'
+  out = network.apply(
+    variables,
+    micro.tokens,
+    micro.positions,
+    None if joined else micro.segments,
+    method='features',
+  )
+  head = network.apply(variables, method='head')
+  flat = lambda h: h.reshape(-1, h.shape[-1])
+  nll, lse = losses.token_nll(flat(out.hidden), head, micro.targets.reshape(-1))
+  mtp = jnp.zeros((), jnp.float32)
+  for k, hidden in enumerate(out.mtp_hidden, start=1):
+    targets = _ahead(micro.targets, micro.segments, k).reshape(-1)
+    mtp += losses.token_nll(flat(hidden), head, targets)[0].sum()
+  stats = _joined_stats(out)
+  return {
+    'main': nll.sum(),
+    'mtp': mtp / max(len(out.mtp_hidden), 1),
+    'z': jnp.where(micro.targets.reshape(-1) >= 0, jnp.square(lse), 0).sum(),
+    'balance': stats.balance,
+    'entropy': stats.entropy,
+    'load': stats.load,
+  }
+
+
+def _ahead(
+  targets: Int[Array, 'B T'], segments: Int[Array, 'B T'], k: int
+) -> Int[Array, 'B T']:
+  """Position i's target k tokens later, -1 past the row or the segment."""
+  inside = (jnp.arange(targets.shape[1]) < targets.shape[1] - k)[None]
+  same = jnp.roll(segments, -k, axis=1) == segments
+  return jnp.where(inside & same, jnp.roll(targets, -k, axis=1), -1)
+
+
+def _joined_stats(out: model.Features) -> moe.Stats:
+  """Stats of the main layers, then of the MTP modules."""
+  both = [s for s in (out.stats, out.mtp_stats) if s is not None]
+  if not both:
+    none = jnp.zeros((0,), jnp.float32)
+    return moe.Stats(jnp.zeros((0, 1), jnp.int32), none, none)
+  return jax.tree.map(lambda *x: jnp.concatenate(x), *both)
+
+
+def _leaves(biases: PyTree) -> list[Array]:
+  """Bias arrays in the order of the load's rows: main layers, then modules."""
+  order = sorted(biases, key=lambda n: (n != 'moe', len(n), n))
+  return [leaf for name in order for leaf in jax.tree.leaves(biases[name])]
+
+
+def _rebalance(biases, load, rate, config) -> PyTree:
+  """Every layer's bias moved by its row of `load` [L, E]."""
+  if not biases:
+    return biases
+  main = config.model.moe_layers
+  moved = {}
+  for name, tree in biases.items():
+    row = int(name.removeprefix('mtp_')) + main if name != 'moe' else slice(main)
+    moved[name] = jax.tree.map(
+      lambda b, row=row: router.rebalance(b, load[row], rate), tree
+    )
+  return moved

@@ -1,0 +1,46 @@
+"""Packaging: the one place for name, version, dependencies and extras."""
+
+from setuptools import find_packages, setup
+
+HF = ['tokenizers>=0.20', 'safetensors>=0.5']
+DATA = ['pyarrow>=15']
+VIZ = ['matplotlib>=3.9', 'tensorboard>=2.18']
+
+setup(
+  name='mla_moe',
+  version='0.1.0',
+  description='DeepSeek-V3-style models in JAX and Flax: MLA, MoE, MTP',
+  license='Apache-2.0',
+  python_requires='>=3.11',
+  packages=find_packages(include=['mla_moe', 'mla_moe.*', 'experiments*']),
+  install_requires=[
+    'jax>=0.10.2',
+    'flax>=0.12.8,!=0.12.9',
+    'optax>=0.2.8',
+    'orbax-checkpoint>=0.12.3',
+    'chex>=0.1.90',
+    'ml_collections>=1.1',
+    'numpy>=2',
+    'ml_dtypes>=0.5',
+    'absl-py>=2',
+    'rich>=13',
+  ],
+  extras_require={
+    'cuda': ['jax[cuda13]>=0.10.2'],
+    'tpu': ['jax[tpu]>=0.10.2'],
+    'hf': HF,
+    'data': DATA,
+    'viz': VIZ,
+    'notebooks': ['jupytext>=1.16', 'nbmake>=1.5', *VIZ],
+    'test': [
+      'pytest>=8',
+      'pytest-timeout>=2.3',
+      'jaxtyping>=0.3',
+      'beartype>=0.20',
+      'ruff==0.17.6',
+      *HF,
+      *DATA,
+      *VIZ,
+    ],
+  },
+)

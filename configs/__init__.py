@@ -1,0 +1,1 @@
+"""One file a model; each has get_config(arg) and takes the variant smoke."""

@@ -1,0 +1,1 @@
+"""Programs: the only place with flags, files, clocks and loops."""

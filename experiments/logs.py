@@ -1,0 +1,96 @@
+"""What a run writes down: metrics.jsonl, load.jsonl, TensorBoard, a bar."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+import sys
+import time
+
+import numpy as np
+
+from experiments import workdir
+from mla_moe import metrics
+
+
+class Logs:
+  """A run's writers, opened at a step: later rows are dropped first.
+
+  Rows go to metrics.jsonl and their numbers to TensorBoard (when it is
+  installed: extra [viz]); loads go to load.jsonl for the heat map.
+  """
+
+  def __init__(self, folder: pathlib.Path, step: int):
+    workdir.rewind(folder / 'metrics.jsonl', step)
+    self._running = None
+    for row in workdir.rewind(folder / 'load.jsonl', step):
+      load = np.array(row['load'])
+      self._running = metrics.running_load(self._running, load)
+    self._metrics = open(folder / 'metrics.jsonl', 'a', buffering=1)
+    self._load = open(folder / 'load.jsonl', 'a', buffering=1)
+    self._events = _tensorboard(folder)
+
+  def health(self, step: int, load: np.ndarray) -> dict:
+    """Writes the loads [L, E] of a step and returns its health numbers."""
+    self._running = metrics.running_load(self._running, load)
+    row = {'step': step, 'load': np.asarray(load).tolist()}
+    self._load.write(json.dumps(row) + '\n')
+    return metrics.health(load, self._running)
+
+  def write(self, row: dict) -> None:
+    """One row; it must have a 'step'."""
+    self._metrics.write(json.dumps(row) + '\n')
+    if self._events:
+      from tensorboard.compat.proto import event_pb2, summary_pb2
+
+      values = [
+        summary_pb2.Summary.Value(tag=name, simple_value=value)
+        for name, value in row.items()
+        if name != 'step' and isinstance(value, (int, float))
+      ]
+      summary = summary_pb2.Summary(value=values)
+      event = event_pb2.Event(
+        wall_time=time.time(), step=row['step'], summary=summary
+      )
+      self._events.add_event(event)
+
+  def close(self) -> None:
+    """Flushes and closes every file."""
+    self._metrics.close()
+    self._load.close()
+    if self._events:
+      self._events.close()
+
+
+def _tensorboard(folder: pathlib.Path):
+  try:
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+  except ImportError:
+    print('No TensorBoard events: pip install "mla_moe[viz]" to have them.')
+    return None
+  return EventFileWriter(str(folder / 'tensorboard'))
+
+
+@contextlib.contextmanager
+def progress(total: int, done: int):
+  """Yields tell(step, text): a bar with ETA on a terminal, else plain lines."""
+  if not sys.stdout.isatty():
+    yield lambda step, text: text and print(f'step {step}/{total}  {text}')
+    return
+  from rich import progress as bars
+
+  columns = (
+    bars.BarColumn(),
+    bars.MofNCompleteColumn(),
+    bars.TimeRemainingColumn(),
+    bars.TextColumn('{task.description}'),
+  )
+  with bars.Progress(*columns) as bar:
+    task = bar.add_task('compiling', total=total, completed=done)
+
+    def tell(step, text):
+      described = {'description': text} if text else {}
+      bar.update(task, completed=step, **described)
+
+    yield tell

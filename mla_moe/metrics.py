@@ -1,0 +1,42 @@
+"""What a logged step says of the experts' health.
+
+MaxVio of a layer is (busiest expert's load - mean load) / mean load (Wang et
+al. 2024, equation 4): 0 is perfect balance. A single batch is noisy, so it is
+also taken of a running load that forgets slowly.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+_MEMORY = 0.95
+
+
+def max_violation(load: np.ndarray) -> np.ndarray:
+  """[L, E] loads -> [L] MaxVio; 0 where a layer had no tokens."""
+  load = np.asarray(load, np.float64)
+  mean = load.mean(-1)
+  return np.where(mean > 0, load.max(-1) / np.maximum(mean, 1e-9) - 1, 0.0)
+
+
+def running_load(before: np.ndarray | None, load: np.ndarray) -> np.ndarray:
+  """Exponential mean of loads [L, E]; the first is taken as it is."""
+  load = np.asarray(load, np.float64)
+  if before is None:
+    return load
+  return _MEMORY * before + (1 - _MEMORY) * load
+
+
+def health(load: np.ndarray, running: np.ndarray) -> dict:
+  """Per-layer lists, and their means, of one logged step's loads [L, E]."""
+  load = np.asarray(load)
+  if not load.size:
+    return {}
+  batch, smooth = max_violation(load), max_violation(running)
+  return {
+    'max_vio': float(batch.mean()),
+    'max_vio_running': float(smooth.mean()),
+    'max_vio_layers': np.round(batch, 4).tolist(),
+    'max_vio_running_layers': np.round(smooth, 4).tolist(),
+    'dead_experts': int((load == 0).sum()),
+  }

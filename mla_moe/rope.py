@@ -51,9 +51,9 @@ def _ramp(dim: int, rope: config_lib.RopeConfig) -> tuple[float, float]:
       / (2 * math.log(rope.theta))
     )
 
-  low = max(math.floor(pair(rope.beta_fast)), 0)
+  low = max(math.floor(pair(rope.beta_fast)), 0.0)
   high = min(math.ceil(pair(rope.beta_slow)), dim - 1)
-  return low, high if high != low else high + 0.001
+  return float(low), float(high) if high != low else high + 0.001
 
 
 def angles(

@@ -19,7 +19,11 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING or 'jaxtyping' in sys.modules:
-  from jaxtyping import Array, Bool, Float, Int, PyTree
+  import jax
+  import numpy as np
+  from jaxtyping import Bool, Float, Int, PyTree
+
+  Array = jax.Array | np.ndarray
 else:
   Array = Bool = Float = Int = PyTree = object
 

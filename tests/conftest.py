@@ -1,11 +1,21 @@
-"""Eight fake CPU devices and strict jax settings, before jax is imported."""
+"""Fake devices, strict jax, and checked annotations, before the first import."""
 
 import os
+import pathlib
 
 _FLAG = '--xla_force_host_platform_device_count=8'
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_FLAG}'.strip()
 
 import jax  # noqa: E402
+import jaxtyping  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+# Every module but config, whose classes check their own types and say so in
+# a line for people.
+_PACKAGE = pathlib.Path(__file__).parent.parent / 'mla_moe'
+_CHECKED = [f'mla_moe.{p.stem}' for p in _PACKAGE.glob('*.py')]
+_CHECKED.remove('mla_moe.config')
+_CHECKED.remove('mla_moe.__init__')
+jaxtyping.install_import_hook(_CHECKED, 'beartype.beartype')

@@ -1,0 +1,153 @@
+"""The model against transformers' own outputs, and its identities."""
+
+import dataclasses
+import functools
+import importlib
+import pathlib
+
+import chex
+import goldens
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from mla_moe import config as config_lib
+from mla_moe import cost, model
+
+CASES = ('v2_lite', 'v3_yarn', 'v3_release')
+CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
+
+
+@functools.cache
+def golden(case):
+  folder = goldens.ROOT / case
+  config = goldens.model_config(folder)
+  variables = goldens.variables(folder, config)
+  return config, variables, np.load(folder / 'expected.npz')
+
+
+@functools.cache
+def forward(config):
+  return jax.jit(model.Transformer(config).apply)
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_logits_equal_those_of_transformers(case):
+  config, variables, expected = golden(case)
+  out = forward(config)(variables, expected['tokens'])
+  chex.assert_trees_all_close(out.logits, expected['logits'], atol=2e-4)
+  if 'mtp_logits' in expected:
+    assert out.mtp_logits.shape[0] == config.mtp.depth == 1
+    chex.assert_trees_all_close(
+      out.mtp_logits[0], expected['mtp_logits'], atol=2e-4
+    )
+  tokens = expected['tokens'].size
+  assert (out.expert_load.sum(-1) == tokens * config.moe.top_k).all()
+  assert out.expert_load.shape == (config.moe_layers, config.moe.experts)
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_greedy_continuation_equals_that_of_transformers(case):
+  config, variables, expected = golden(case)
+  # The prompt's 24 tokens and what follows them; one teacher-forced pass
+  # checks all, since each token must be the argmax before it.
+  greedy = expected['greedy']
+  np.testing.assert_array_equal(greedy[:, :24], expected['tokens'][:, :24])
+  whole = np.pad(greedy, ((0, 0), (0, 96 - greedy.shape[1])))
+  logits = forward(config)(variables, whole).logits
+  picked = np.argmax(logits, -1)[:, 23 : greedy.shape[1] - 1]
+  np.testing.assert_array_equal(picked, greedy[:, 24:])
+
+
+def test_no_position_sees_its_future():
+  config, variables, expected = golden('v3_release')
+  tokens = expected['tokens'].copy()
+  before = forward(config)(variables, tokens)
+  tokens[:, 50] = (tokens[:, 50] + 1) % config.vocab
+  after = forward(config)(variables, tokens)
+  chex.assert_trees_all_close(
+    before.logits[:, :50], after.logits[:, :50], atol=1e-5
+  )
+  # Position 48 of the MTP module joins token 49; position 49 joins token 50.
+  same = before.mtp_logits[:, :, :49], after.mtp_logits[:, :, :49]
+  chex.assert_trees_all_close(*same, atol=1e-5)
+  assert np.abs(before.logits[:, 50:] - after.logits[:, 50:]).max() > 1e-2
+  changed = before.mtp_logits[:, :, 49] - after.mtp_logits[:, :, 49]
+  assert np.abs(changed).max() > 1e-2
+
+
+def test_packed_segments_equal_documents_alone():
+  config, variables, expected = golden('v3_yarn')
+  tokens = expected['tokens']
+  positions = np.concatenate([np.arange(40), np.arange(56)])
+  positions = np.tile(positions.astype(np.int32), (2, 1))
+  segments = np.tile(np.repeat([0, 1], [40, 56]).astype(np.int32), (2, 1))
+  packed = forward(config)(variables, tokens, positions, segments).logits
+  parts = [
+    model.Transformer(config).apply(variables, part).logits
+    for part in (tokens[:, :40], tokens[:, 40:])
+  ]
+  chex.assert_trees_all_close(packed, np.concatenate(parts, 1), atol=2e-5)
+
+
+@pytest.mark.parametrize('remat', ['latents', 'full'])
+def test_remat_changes_no_gradient(remat):
+  config, variables, expected = golden('v3_release')
+  tokens = expected['tokens'][:1, :32]
+
+  def loss(params, config):
+    out = model.Transformer(config).apply(
+      {**variables, 'params': params}, tokens
+    )
+    return (out.logits**2).mean() + (out.mtp_logits**2).mean()
+
+  grad = jax.jit(jax.grad(loss), static_argnums=1)
+  plain = grad(variables['params'], config)
+  other = dataclasses.replace(config, remat=remat)
+  chex.assert_trees_all_close(
+    grad(variables['params'], other), plain, rtol=1e-4, atol=1e-6
+  )
+
+
+def test_bfloat16_is_near_float32():
+  config, variables, expected = golden('v3_release')
+  half = dataclasses.replace(config, dtype='bfloat16')
+  out = forward(half)(variables, expected['tokens'])
+  assert out.logits.dtype == jnp.float32
+  # By token: rounding sends a few to other experts, which is no small error.
+  norm = lambda x: np.linalg.norm(x, axis=-1)
+  error = norm(out.logits - expected['logits']) / norm(expected['logits'])
+  assert 1e-4 < np.median(error) < 0.03
+
+
+def test_tied_embeddings_have_no_head():
+  config, _, _ = golden('v2_lite')
+  tied = dataclasses.replace(config, tie_embeddings=True)
+  tokens = jnp.zeros((1, 8), jnp.int32)
+  variables = nn.unbox(model.Transformer(tied).init(jax.random.key(0), tokens))
+  assert 'w_head' not in variables['params']
+  out = model.Transformer(tied).apply(variables, tokens)
+  assert out.logits.shape == (1, 8, config.vocab)
+
+
+def leaves(tree):
+  return sum(x.size for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(
+  'name', sorted(p.stem for p in CONFIGS.glob('*.py') if p.stem != '__init__')
+)
+def test_every_config_has_the_parameters_that_cost_counts(name):
+  module = importlib.import_module(f'configs.{name}')
+  config = config_lib.freeze(module.get_config()).model
+  tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+  init = model.Transformer(config).init
+  shapes = jax.eval_shape(init, jax.random.key(0), tokens)
+  params, router = nn.unbox(shapes['params']), shapes.get('router', {})
+  mtp = [key for key in params if key.startswith('mtp_')]
+  apart = sum(leaves(params[key]) + leaves(router.get(key, {})) for key in mtp)
+  counts = cost.parameters(config)
+  assert leaves(params) + leaves(router) - apart == counts.total
+  assert apart == counts.mtp

@@ -58,7 +58,7 @@ def get_config(arg=''):
     micro_batch=288,
     fim_rate=0.0,
   )
-  run = c.RunConfig(steps=219700)
+  run = c.RunConfig(steps=220017)
   config = c.Config(model=model, optim=optim, data=data, run=run)
   mla = dataclasses.replace(model.mla, rope=YARN)
   longer = dataclasses.replace(

@@ -52,7 +52,7 @@ def get_config(arg=''):
   data = c.DataConfig(
     seq_len=4096, batch_size=4608, micro_batch=576, fim_rate=0.0
   )
-  run = c.RunConfig(steps=301998)
+  run = c.RunConfig(steps=301997)
   config = c.Config(model=model, optim=optim, data=data, run=run)
   mla = dataclasses.replace(model.mla, rope=YARN)
   yarn = dataclasses.replace(config, model=dataclasses.replace(model, mla=mla))

@@ -23,7 +23,7 @@ def get_config(arg=''):
     ramp_tokens=469e9,
     micro_batch=512,
   )
-  run = c.RunConfig(steps=240178)
+  run = c.RunConfig(steps=243425)
   pretrain = c.Config(data=data, run=run)
   return c.thaw(
     c.variant(

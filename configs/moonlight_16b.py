@@ -55,7 +55,7 @@ def get_config(arg=''):
     micro_batch=256,
     fim_rate=0.0,
   )
-  run = c.RunConfig(steps=172190)
+  run = c.RunConfig(steps=172561)
   return c.thaw(
     c.variant(c.Config(model=model, optim=optim, data=data, run=run), arg)
   )

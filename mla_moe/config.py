@@ -390,7 +390,7 @@ class MeshConfig(_Checked):
 class RunConfig(_Checked):
   """The loop: how long, how often it speaks, saves and evaluates (0: never)."""
 
-  steps: int = 240000
+  steps: int = 243425
   seed: int = 0
   log_every: int = 10
   eval_every: int = 1000

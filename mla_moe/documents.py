@@ -116,7 +116,9 @@ def read(file: File) -> Iterator[Document]:
           if piece:
             yield _document(key, piece)
   except OSError as error:
-    raise ConfigError(f'{file.path}: cannot be read ({error.strerror})') from None
+    raise ConfigError(
+      f'{file.path}: cannot be read ({error.strerror})'
+    ) from None
 
 
 def digest(file: File) -> str:
@@ -125,7 +127,9 @@ def digest(file: File) -> str:
     with open(file.path, 'rb') as opened:
       return hashlib.file_digest(opened, 'sha256').hexdigest()
   except OSError as error:
-    raise ConfigError(f'{file.path}: cannot be read ({error.strerror})') from None
+    raise ConfigError(
+      f'{file.path}: cannot be read ({error.strerror})'
+    ) from None
 
 
 def _walk(root: str, skipped: frozenset[str]) -> list[str]:
@@ -151,7 +155,9 @@ def _known(path: str) -> bool:
 
 
 def _document(key: bytes, content: bytes) -> Document:
-  number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), 'little')
+  number = int.from_bytes(
+    hashlib.blake2b(key, digest_size=8).digest(), 'little'
+  )
   try:
     return Document(number, content.decode('utf-8'), 0)
   except UnicodeDecodeError:
@@ -188,7 +194,7 @@ def _jsonl(path: str) -> Iterator[Document]:
       try:
         row = json.loads(raw.text)
       except (ValueError, RecursionError) as error:
-        why = getattr(error, 'msg', 'too deep')
+        why = getattr(error, 'msg', str(error))
         raise ConfigError(f'{path}:{number}: not JSON ({why})') from None
       if not isinstance(row, dict) or not isinstance(row.get('text'), str):
         raise ConfigError(

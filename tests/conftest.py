@@ -18,4 +18,4 @@ _PACKAGE = pathlib.Path(__file__).parent.parent / 'mla_moe'
 _CHECKED = [f'mla_moe.{p.stem}' for p in _PACKAGE.glob('*.py')]
 _CHECKED.remove('mla_moe.config')
 _CHECKED.remove('mla_moe.__init__')
-jaxtyping.install_import_hook(_CHECKED, 'beartype.beartype')
+jaxtyping.install_import_hook(_CHECKED, 'checking.check')

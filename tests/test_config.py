@@ -1,0 +1,166 @@
+"""Configs: published values, round trips, and one line for every mistake."""
+
+import ast
+import dataclasses
+import importlib
+import json
+import pathlib
+
+import pytest
+
+from mla_moe import Config
+from mla_moe import config as config_lib
+
+ROOT = pathlib.Path(__file__).parent.parent
+NAMES = sorted(p.stem for p in (ROOT / 'configs').glob('[a-z]*.py'))
+
+
+def load(name, arg=''):
+  module = importlib.import_module(f'configs.{name}')
+  return config_lib.freeze(module.get_config(arg))
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_every_config_loads_smokes_and_survives_json(name):
+  for arg in ('', 'smoke'):
+    config = load(name, arg)
+    text = json.dumps(dataclasses.asdict(config))
+    assert config_lib.freeze(json.loads(text)) == config
+  small = load(name, 'smoke')
+  assert small.run.steps == 20 and small.run.log_every == 1
+  assert small.model.moe.method == load(name).model.moe.method
+  with pytest.raises(config_lib.ConfigError, match='smoke'):
+    load(name, 'nonsense')
+
+
+# From the released config.json files (dim, layers, dense layers, dense width,
+# heads, query rank, experts, top k, shared, width, groups, top groups, scale).
+RELEASED = {
+  'deepseek_v3': (7168, 61, 3, 18432, 128, 1536, 256, 8, 1, 2048, 8, 4, 2.5),
+  'deepseek_v2': (5120, 60, 1, 12288, 128, 1536, 160, 6, 2, 1536, 8, 3, 16.0),
+  'deepseek_v2_lite': (2048, 27, 1, 10944, 16, 0, 64, 6, 2, 1408, 1, 1, 1.0),
+  'moonlight_16b': (2048, 27, 1, 11264, 16, 0, 64, 6, 2, 1408, 1, 1, 2.446),
+  'kimi_k2': (7168, 61, 1, 18432, 64, 1536, 384, 8, 1, 2048, 1, 1, 2.827),
+}
+
+
+@pytest.mark.parametrize('name', RELEASED)
+def test_released_shapes(name):
+  m = load(name).model
+  e = m.moe
+  got = (m.dim, m.layers, m.dense_layers, m.dense_width)
+  got += (m.mla.heads, m.mla.query_rank, e.experts, e.top_k, e.shared)
+  got += (e.width, e.groups, e.top_groups, e.scale)
+  assert got == RELEASED[name]
+  heads = (m.mla.kv_rank, m.mla.nope_dim, m.mla.rope_dim, m.mla.value_dim)
+  assert heads == (512, 128, 64, 128)
+
+
+def test_defaults_are_those_of_v3():
+  assert load('deepseek_v3').model == Config().model
+  c = Config()
+  assert (c.optim.bias_rate, c.optim.balance_loss) == (0.001, 1e-4)
+  assert (c.model.moe.groups, c.model.mtp.depth) == (8, 1)
+  assert c.model.mla.rope.factor == 1.0  # 4K pre-training has no YaRN
+  for phase, length in (('32k', 32768), ('128k', 131072)):
+    later = load('deepseek_v3', phase)
+    assert later.model.mla.rope.factor == 40.0
+    assert later.data.seq_len == length
+    assert later.optim.learning_rate == 7.3e-6
+
+
+BAD = [
+  ('model.moe.topk', 8, 'top_k'),
+  ('model.layres', 8, "did you mean 'layers'"),
+  ('modell.layers', 8, "did you mean 'model'"),
+  ('model.layers', '61', 'must be of type int'),
+  ('model.layers', None, 'must be of type int'),
+  ('model.layers', True, 'must be of type int'),
+  ('model.layers', 2.5, 'must be of type int'),
+  ('model.layers', -1, 'must not be negative'),
+  ('model.layers', 0, 'must be at least 1'),
+  ('model.dense_layers', 62, 'layers=61'),
+  ('model.moe', 3, 'must be a group of keys'),
+  ('model.dtype', 'float16', 'must be one of'),
+  ('model.remat', 'some', 'must be one of'),
+  ('model.eos_id', 129280, 'below vocab'),
+  ('model.mla.rope_dim', 63, 'even'),
+  ('model.mla.impl', 'magic', 'must be one of'),
+  ('model.mla.rope.factor', 40.0, 'YaRN'),
+  ('model.mla.rope.factor', 0.5, 'must be 1'),
+  ('model.moe.groups', 7, 'must divide experts=256'),
+  ('model.moe.groups', 256, 'hold 1'),
+  ('model.moe.top_groups', 9, 'must not exceed groups=8'),
+  ('model.moe.top_k', 129, 'leave 128'),
+  ('model.moe.scoring', 'relu', 'must be one of'),
+  ('model.moe.method', 'greedy', 'groups=1'),
+  ('model.moe.scale', 0.0, 'above 0'),
+  ('optim.learning_rate', float('nan'), 'finite'),
+  ('optim.learning_rate', -1e-3, 'negative'),
+  ('optim.learning_rate', 'fast', 'must be of type float'),
+  ('optim.optimizer', 'sgd', 'must be one of'),
+  ('optim.beta1', 1.0, 'below 1'),
+  ('optim.phases', (), 'at least one'),
+  ('optim.phases', (('square', 1, 1),), 'constant|linear|cosine'),
+  ('data.seq_len', 163841, 'max_positions=163840'),
+  ('data.seq_len', 1, 'at least 2'),
+  ('data.micro_batch', 7, 'must divide batch_size'),
+  ('data.batch_start', 1, 'multiple of micro_batch'),
+  ('data.ramp_tokens', 1.0, 'both or neither'),
+  ('data.fim_rate', 1.5, 'probability'),
+  ('data.heldout', 0.0, 'between 0 and 1'),
+  ('data.source', '', 'stdlib'),
+  ('mesh.tensor', 3, 'model.mla.heads=128'),
+  ('mesh.expert', 3, 'model.moe.experts=256'),
+  ('mesh.data', 7, 'micro_batch'),
+  ('mesh.data', 0, 'at least 1'),
+  ('run.steps', 0, 'at least 1'),
+]
+
+
+@pytest.mark.parametrize('key, value, words', BAD)
+def test_a_mistake_is_one_line_with_key_and_rule(key, value, words):
+  values = dataclasses.asdict(Config())
+  *groups, name = key.split('.')
+  at = values
+  for group in groups:
+    at = at.setdefault(group, {})
+  at[name] = value
+  with pytest.raises(config_lib.ConfigError) as caught:
+    config_lib.freeze(values)
+  message = str(caught.value)
+  assert words in message and '\n' not in message
+  assert groups[0] in message
+
+
+def test_no_field_is_dead():
+  """Every field is read outside the file that defines it."""
+  read = set()
+  for folder in ('mla_moe', 'experiments'):
+    for path in (ROOT / folder).glob('**/*.py'):
+      if path.name != 'config.py':
+        tree = ast.parse(path.read_text())
+        read |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+        read |= {  # getattr(model, name) with the name in a table
+          n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)
+        }
+  dead = set()
+
+  def visit(config):
+    for field in dataclasses.fields(config):
+      value = getattr(config, field.name)
+      if dataclasses.is_dataclass(value):
+        visit(value)
+      elif field.name not in read:
+        dead.add(field.name)
+
+  visit(Config())
+  # max_positions is a limit that Config itself checks; precision has the one
+  # value that there is a branch for.
+  assert dead <= {'max_positions', 'precision'}
+
+
+def test_differences_name_the_fields():
+  a = Config()
+  b = dataclasses.replace(a, run=dataclasses.replace(a.run, steps=7))
+  assert config_lib.differences(a, b) == ['config.run.steps: 243425 != 7']

@@ -1,0 +1,70 @@
+"""Published figures, computed without JAX."""
+
+import importlib
+
+import pytest
+
+from mla_moe import Config, cost, data
+from mla_moe import config as config_lib
+
+
+def load(name):
+  module = importlib.import_module(f'configs.{name}')
+  return config_lib.freeze(module.get_config())
+
+
+PUBLISHED = {  # total parameters, train GFLOP a token at 4096, cache bytes
+  'deepseek_v3': (671026419200, 250.45, 70272),
+  'deepseek_v2': (235741434880, 155.30, 69120),
+  'deepseek_v2_lite': (15706484224, 16.41, 31104),
+  'moonlight_16b': (15960110208, 17.17, 31104),
+  'kimi_k2': (1026408232448, 205.47, 70272),
+}
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_published_figures(name):
+  config = load(name)
+  total, gflop, cache = PUBLISHED[name]
+  assert cost.parameters(config).total == total
+  got = cost.train_flops_per_token(config, 4096) / 1e9
+  assert round(got, 2) == gflop
+  assert cost.cache_bytes_per_token(config, 'bfloat16') == cache
+
+
+def test_the_parts_sum_to_the_total():
+  counts = cost.parameters(Config())
+  parts = 'embedding head attention dense routed shared router norms'.split()
+  assert sum(getattr(counts, part) for part in parts) == counts.total
+  assert round(counts.active / 1e9, 1) == 37.6  # with the embedding
+
+
+TOKENS = {
+  'deepseek_v3': 14.8e12,
+  'deepseek_v2': 8.1e12,
+  'deepseek_v2_lite': 5.7e12,
+  'moonlight_16b': 5.7e12,
+  'kimi_k2': 15.9e12,
+}
+
+
+@pytest.mark.parametrize('name', TOKENS)
+def test_the_steps_use_up_the_published_tokens(name):
+  config = load(name)
+  after = lambda steps: data.span(config.data, steps)[0] * config.data.seq_len
+  assert after(config.run.steps - 1) < TOKENS[name] <= after(config.run.steps)
+
+
+def test_the_bill_of_v3():
+  """2048 H800 at the published 385 TFLOP/s (causal): 2.664M hours."""
+  hours, dollars = cost.hours_and_money(
+    Config(),
+    14.8e12,
+    4096,
+    devices=2048,
+    peak_flops=989e12,
+    utilisation=0.3894,
+    dollars_per_hour=2.0,
+  )
+  assert hours == pytest.approx(2.664e6, rel=0.01)
+  assert dollars == pytest.approx(5.328e6, rel=0.01)

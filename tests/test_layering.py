@@ -1,0 +1,83 @@
+"""Rules about the source itself: imports point down, nothing dangerous."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+LAYERS = (
+  'types config',
+  'cost documents tokenizer checkpoint',
+  'corpus',
+  'data',
+  'sharding losses optim metrics',
+  'layers',
+  'attention rope router',
+  'mla moe',
+  'block',
+  'mtp',
+  'model',
+  'step',
+)
+LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names.split()}
+FILES = [
+  path
+  for folder in ('mla_moe', 'experiments', 'configs', 'tests')
+  for path in sorted((ROOT / folder).glob('**/*.py'))
+]
+
+
+def imports(path):
+  """(module, name) of every import of the file, at any depth."""
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      for alias in node.names:
+        yield alias.name, ''
+    elif isinstance(node, ast.ImportFrom):
+      for alias in node.names:
+        yield node.module or '', alias.name
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_source(path):
+  folder = path.relative_to(ROOT).parts[0]
+  tree = ast.parse(path.read_text())
+  assert ast.get_docstring(tree), 'opens with no paragraph'
+  for module, name in imports(path):
+    root = module.split('.')[0]
+    assert root not in ('pickle', 'cloudpickle', 'dill', 'shelve')
+    assert module != 'flax.nnx' and name != 'nnx'
+    if folder == 'mla_moe':
+      assert root not in ('experiments', 'configs', 'chex')
+      assert not (root == 'absl')
+      if root == 'mla_moe' and path.stem != '__init__':
+        parts = module.split('.')
+        other = parts[1] if len(parts) > 1 else name
+        down = LEVEL[other] < LEVEL[path.stem]
+        aside = {other, path.stem} == {'types', 'config'}
+        assert down or aside, f'{path.stem} imports {other}'
+    if folder == 'configs' and root in ('mla_moe', 'experiments', 'jax'):
+      assert (module, name) == ('mla_moe', 'config')
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Call):
+      called = getattr(node.func, 'id', None)
+      assert called not in ('eval', 'exec'), node.lineno
+      keywords = {k.arg: k.value for k in node.keywords}
+      shell = keywords.get('shell')
+      assert not (isinstance(shell, ast.Constant) and shell.value)
+
+
+def test_importing_the_package_does_nothing():
+  code = (
+    'import logging, jax; before = dict(jax.config.values); import mla_moe; '
+    'from absl import flags; import jax._src.xla_bridge as xb; '
+    'assert dict(jax.config.values) == before; '
+    'assert not xb._backends, "a backend was started"; '
+    'assert not logging.getLogger().handlers; '
+    'names = [f for f in flags.FLAGS if "mla_moe" in str('
+    'flags.FLAGS.find_module_defining_flag(f))]; assert not names'
+  )
+  subprocess.run([sys.executable, '-c', code], check=True, cwd=ROOT)

@@ -1,0 +1,180 @@
+"""The program: exact resume, signals, the workdir, errors, the report."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from configs import tiny
+from experiments import report, train, workdir
+from mla_moe import checkpoint, metrics, step
+from mla_moe import config as config_lib
+
+ROOT = pathlib.Path(__file__).parent.parent
+SMOKE = config_lib.freeze(tiny.get_config('smoke'))
+
+# Third-party code that the loop calls: none of it is ours to mend.
+pytestmark = pytest.mark.filterwarnings('default')
+
+
+def shorter(steps):
+  return dataclasses.replace(
+    SMOKE, run=dataclasses.replace(SMOKE.run, steps=steps)
+  )
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+  """One run of 20 steps, and one of 10 that is then continued to 20."""
+  root = tmp_path_factory.mktemp('runs')
+  whole = train.run(SMOKE, root / 'whole')
+  train.run(shorter(10), root / 'halves')
+  with open(root / 'halves' / 'metrics.jsonl', 'a') as file:
+    file.write('{"step": 11, "loss": 1.0}\n{"step": 12, "lo')  # torn
+  resumed = train.run(SMOKE, root / 'halves')
+  return root, whole, resumed
+
+
+def state_of(folder):
+  like = step.init_state(jax.random.key(1), SMOKE)
+  with checkpoint.manager(folder / 'checkpoints', 3) as checkpoints:
+    return checkpoint.restore(checkpoints, like)
+
+
+@pytest.mark.slow
+def test_resumed_equals_uninterrupted_bit_for_bit(runs):
+  root, whole, resumed = runs
+  assert whole == resumed
+  states = [state_of(root / name) for name in ('whole', 'halves')]
+  assert [s[0] for s in states] == [20, 20]
+  for a, b in zip(*(jax.tree.leaves(s[1]) for s in states), strict=True):
+    np.testing.assert_array_equal(a, b)
+  timing = ('tokens_per_s', 'mfu', 'memory_mib')
+  rows = [
+    [
+      {k: v for k, v in row.items() if k not in timing}
+      for row in workdir.rows(root / name / 'metrics.jsonl')
+    ]
+    for name in ('whole', 'halves')
+  ]
+  assert rows[0] == rows[1]
+  assert [r['step'] for r in rows[0] if 'loss' in r] == list(range(1, 21))
+
+
+@pytest.mark.slow
+def test_a_run_leaves_what_it_promises(runs):
+  root, whole, _ = runs
+  folder = root / 'whole'
+  names = {path.name for path in folder.iterdir()}
+  assert {'config.json', 'checkpoints', 'samples.txt', 'report.html'} <= names
+  assert {'metrics.jsonl', 'load.jsonl', 'tensorboard'} <= names
+  row = workdir.rows(folder / 'metrics.jsonl')[5]
+  wanted = 'step tokens loss lr grad_norm tokens_per_s mfu max_vio entropy'
+  assert set(wanted.split()) <= set(row)
+  assert whole['bits_per_byte'] < 8
+  assert workdir.read_config(folder) == SMOKE
+  page = (folder / 'report.html').read_text()
+  assert page.count('<svg') == 3
+  assert '<script' not in page and 'src=' not in page
+  assert report.write(folder) == folder / 'report.html'
+
+
+@pytest.mark.slow
+def test_another_config_is_refused_with_the_field(runs):
+  root, _, _ = runs
+  data = dataclasses.replace(SMOKE.data, seq_len=64)
+  other = dataclasses.replace(SMOKE, data=data)
+  with pytest.raises(config_lib.ConfigError, match='data.seq_len: 64 != 128'):
+    train.run(other, root / 'whole')
+
+
+@pytest.mark.slow
+def test_another_dtype_in_a_checkpoint_is_refused(runs):
+  root, _, _ = runs
+  like = step.init_state(jax.random.key(1), SMOKE)
+  half = jax.tree.map(lambda x: x.astype('bfloat16'), like.params)
+  with checkpoint.manager(root / 'whole' / 'checkpoints', 3) as checkpoints:
+    with pytest.raises(config_lib.ConfigError, match='bfloat16'):
+      checkpoint.restore(checkpoints, like.replace(params=half))
+
+
+def test_the_workdir_is_one_writers(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(config_lib.ConfigError, match='is a file'):
+    train.run(SMOKE, tmp_path / 'file')
+  with workdir.claim(tmp_path / 'run', SMOKE):
+    with pytest.raises(config_lib.ConfigError, match=f'process {os.getpid()}'):
+      with workdir.claim(tmp_path / 'run', SMOKE):
+        pass
+  with workdir.claim(tmp_path / 'run', SMOKE):
+    pass
+
+
+def program(*args):
+  environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+  return subprocess.Popen(
+    [sys.executable, '-m', 'experiments.train', *args],
+    cwd=ROOT,
+    env=environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+@pytest.mark.parametrize(
+  'args, words',
+  [
+    (['--config.model.layres=3'], 'layers'),
+    (['--config.model.layers=three'], 'layers'),
+    (['--config.model.moe.top_k=99'], 'config.model.moe.top_k=99'),
+    (['--config=configs/nowhere.py'], 'nowhere.py'),
+    (['--config=configs/tiny.py:huge'], "variant 'huge'"),
+    (['--confg=x'], 'confg'),
+    (['--config.mesh.data=2'], 'devices'),
+    (['--config.data.source=/nowhere'], 'no such file'),
+  ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, args, words):
+  ran = program(f'--workdir={tmp_path}/run', *args)
+  out, err = ran.communicate(timeout=60)
+  assert ran.returncode == 2, err
+  assert words in err and len(err.strip().splitlines()) == 1, err
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits_0(tmp_path):
+  folder = tmp_path / 'run'
+  ran = program(
+    '--config=configs/tiny.py:smoke',
+    f'--workdir={folder}',
+    '--config.run.steps=100000',
+  )
+  deadline = time.time() + 120
+  while time.time() < deadline and ran.poll() is None:
+    if len(workdir.rows(folder / 'metrics.jsonl')) > 3:
+      break
+    time.sleep(0.2)
+  ran.send_signal(signal.SIGTERM)
+  out, err = ran.communicate(timeout=60)
+  assert ran.returncode == 0, err
+  assert 'Stopped by SIGTERM at step' in out
+  last = json.loads((folder / 'metrics.jsonl').read_text().splitlines()[-1])
+  with checkpoint.manager(folder / 'checkpoints', 3) as checkpoints:
+    assert checkpoints.latest_step() == last['step']
+
+
+def test_max_violation_by_hand():
+  load = np.array([[2, 2, 2, 2], [8, 0, 0, 0], [3, 1, 2, 2], [0, 0, 0, 0]])
+  np.testing.assert_allclose(metrics.max_violation(load), [0, 3, 0.5, 0])
+  health = metrics.health(load[:3], load[:3])
+  assert health['dead_experts'] == 3
+  assert health['max_vio'] == pytest.approx(3.5 / 3)

@@ -22,9 +22,7 @@ def get_config(arg=''):
     max_positions=8192,
     bos_id=163584,
     eos_id=163586,
-    mla=c.MLAConfig(
-      heads=16, query_rank=0, rope=c.RopeConfig(theta=50000.0)
-    ),
+    mla=c.MLAConfig(heads=16, query_rank=0, rope=c.RopeConfig(theta=50000.0)),
     moe=c.MoEConfig(
       experts=64,
       top_k=6,

@@ -27,40 +27,47 @@ def config() -> config_lib.Config:
 
 
 def run(main: Callable[[], None]) -> None:
-  """Parses the flags and calls `main`; ends the process.
+  """Defines and parses the flags, and calls `main`; ends the process.
 
   0: finished. 2: bad flags, config or input, said in one line. Anything else
   leaves with its traceback, as 1.
   """
   try:
-    rest = FLAGS(sys.argv)[1:]
-    if rest:
-      raise config_lib.ConfigError(f'{rest[0]!r}: not a flag; flags have --')
+    _parse()
     main()
   except config_lib.ConfigError as error:
     _refuse(error)
-  except flags.Error as error:
-    _refuse(error)
-  except AttributeError as error:
-    # ml_collections answers an unknown key of --config.a.b this way.
-    if 'ml_collections' not in _origin(error):
-      raise
-    _refuse(f'config: there is no such key: {error}')
-  except FileNotFoundError as error:
-    if 'ml_collections' not in _origin(error):
-      raise
-    _refuse(f'--config: no such file: {error.filename}')
 
 
-def _origin(error: BaseException) -> str:
-  """The file in which `error` was raised."""
-  trace = error.__traceback__
-  while trace.tb_next:
-    trace = trace.tb_next
-  return trace.tb_frame.f_code.co_filename
+def _parse() -> None:
+  """Defines the flags, which reads the config and its overrides at once.
+
+  Raises:
+    ConfigError: whatever is wrong with them.
+  """
+  try:
+    define()
+    if '--help' in sys.argv[1:]:
+      print(sys.modules['__main__'].__doc__)
+      print(FLAGS.get_help())
+      sys.exit(0)
+    rest = FLAGS(sys.argv)[1:]
+    FLAGS.config.keys()  # a file that failed to load says so here
+  except (flags.Error, AttributeError, KeyError, OSError, TypeError) as error:
+    # ml_collections wraps what a config file raised in its text: the last
+    # line is the error itself.
+    text = str(error).replace(r'\n', '; ').strip()
+    last = text.splitlines()[-1].strip()
+    wrapped = 'Traceback' in text or isinstance(error, OSError)
+    text = last if wrapped else ' '.join(text.split())
+    text = text.removeprefix('mla_moe.config.ConfigError: ')
+    if isinstance(error, (AttributeError, KeyError)):
+      text = f'config: there is no such key: {text}'
+    raise config_lib.ConfigError(text) from None
+  if rest:
+    raise config_lib.ConfigError(f'{rest[0]!r}: not a flag; flags have --')
 
 
-def _refuse(error) -> None:
-  line = ' '.join(str(error).split())
-  print(f'error: {line}', file=sys.stderr)
+def _refuse(error: config_lib.ConfigError) -> None:
+  print(f'error: {error}', file=sys.stderr)
   sys.exit(2)

@@ -57,7 +57,9 @@ def write(folder: pathlib.Path) -> pathlib.Path | None:
   try:
     import matplotlib
   except ImportError:
-    print('No report.html: pip install "mla_moe[viz]", then experiments.report.')
+    print(
+      'No report.html: pip install "mla_moe[viz]", then experiments.report.'
+    )
     return None
   matplotlib.use('Agg')
   steps = [row for row in rows if 'loss' in row]
@@ -109,7 +111,10 @@ def _numbers(steps, evals) -> str:
     ('tokens', f'{last["tokens"]:,}'),
     ('training loss, nats', f'{last["main_loss"]:.3f}'),
     ('tokens/s, median', f'{np.median(rates):,.0f}'),
-    ('of the matmul peak', f'{np.median([r["mfu"] for r in timed] or [0]):.0%}'),
+    (
+      'of the matmul peak',
+      f'{np.median([r["mfu"] for r in timed] or [0]):.0%}',
+    ),
     ('peak memory, MiB', f'{last["memory_mib"]:,.0f}'),
   ]
   if evals:
@@ -119,7 +124,9 @@ def _numbers(steps, evals) -> str:
     ]
   if 'max_vio' in last:
     shown.append(('MaxVio, running', f'{last["max_vio_running"]:.2f}'))
-  cells = (f'<div><b>{value}</b><span>{name}</span></div>' for name, value in shown)
+  cells = (
+    f'<div><b>{value}</b><span>{name}</span></div>' for name, value in shown
+  )
   return f'<div class="numbers">{"".join(cells)}</div>'
 
 

@@ -20,9 +20,6 @@ import time
 from experiments import cli, workdir
 from mla_moe import config as config_lib
 
-if __name__ == '__main__':
-  cli.define()
-
 
 def run(config: config_lib.Config, folder: os.PathLike | str) -> dict:
   """Trains in `folder`; returns the last numbers (step, loss, bits_per_byte)."""
@@ -84,7 +81,9 @@ def _run(config: config_lib.Config, path: pathlib.Path) -> dict:
       values = jax.device_get(values)
       scalars = {k: float(v) for k, v in values.items() if v.ndim == 0}
       if not math.isfinite(scalars['loss']):
-        raise FloatingPointError(f'step {number}: the loss is {scalars["loss"]}')
+        raise FloatingPointError(
+          f'step {number}: the loss is {scalars["loss"]}'
+        )
       seen, size = data.span(config.data, number - 1)
       row = {
         'step': number,
@@ -144,15 +143,17 @@ def _run(config: config_lib.Config, path: pathlib.Path) -> dict:
 
     # --------------------------------------------------------------- the loop
     steps, every = config.run.steps, config.run
-    due = lambda number, period: period and (
-      number % period == 0 or number == steps
+    due = lambda number, period: (
+      period and (number % period == 0 or number == steps)
     )
     stream = data.batches(text.train, config.data, text.bos_id, start, steps)
     waiting, clock, tokens = None, None, 0
     with logs.progress(steps, start) as tell:
       for number, batch in enumerate(stream, start + 1):
         seen, size = data.span(config.data, number - 1)
-        rates = optim.rates(config.optim, number - 1, seen * config.data.seq_len)
+        rates = optim.rates(
+          config.optim, number - 1, seen * config.data.seq_len
+        )
         state, values = train(state, place(batch), place(rates))
         if waiting:  # the step before, fetched while this one runs
           tell(number - 1, note(*waiting))
@@ -190,7 +191,9 @@ def _run(config: config_lib.Config, path: pathlib.Path) -> dict:
           break
     written.close()
   report.write(path)
-  print(f'Results: {path / "report.html"}, metrics.jsonl and samples.txt there.')
+  print(
+    f'Results: {path / "report.html"}, metrics.jsonl and samples.txt there.'
+  )
   return final
 
 

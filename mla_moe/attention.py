@@ -109,7 +109,9 @@ def _logits(q, k, segments, i, j, scale):
   """Masked float32 logits of query block i against key block j."""
   at = jnp.arange(q.shape[-2])
   seen = (i * at.size + at)[:, None] >= (j * at.size + at)[None, :]
-  seen = seen[None, None] & (segments[i][:, None, :, None] == segments[j][:, None, None, :])
+  seen = seen[None, None] & (
+    segments[i][:, None, :, None] == segments[j][:, None, None, :]
+  )
   logits = layers.dot('bnth,bnsh->bnts', q[i], k[j]) * scale
   return jnp.where(seen, logits, _MASKED)
 

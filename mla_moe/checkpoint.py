@@ -32,7 +32,11 @@ def manager(folder: os.PathLike | str, keep: int) -> ocp.CheckpointManager:
     cleanup_tmp_directories=True,
     atomicity_options=ocp.options.AtomicityOptions(mode=mode),
   )
-  return ocp.CheckpointManager(path, options=options)
+  handlers = {
+    'state': ocp.StandardCheckpointHandler(),
+    'facts': ocp.JsonCheckpointHandler(),
+  }
+  return ocp.CheckpointManager(path, options=options, item_handlers=handlers)
 
 
 def save(
@@ -64,7 +68,9 @@ def restore(
   if step is None:
     return None
   saved = checkpoints.item_metadata(step)['state']
-  _compare(_described(saved), _described(like), f'{checkpoints.directory}/{step}')
+  _compare(
+    _described(saved), _described(like), f'{checkpoints.directory}/{step}'
+  )
   abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
   items = ocp.args.Composite(
     state=ocp.args.StandardRestore(abstract), facts=ocp.args.JsonRestore()

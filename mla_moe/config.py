@@ -38,7 +38,9 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
     if not math.isfinite(value):
       raise ConfigError(f'{name}={value!r}: must be a finite number')
   if kind is tuple and isinstance(value, (list, tuple)):
-    value = tuple(tuple(x) if isinstance(x, (list, tuple)) else x for x in value)
+    value = tuple(
+      tuple(x) if isinstance(x, (list, tuple)) else x for x in value
+    )
   if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
     raise ConfigError(
       f'{name}={value!r}: must be of type {kind.__name__}, not '
@@ -51,9 +53,7 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
 
 def _divides(part_name: str, part: int, whole_name: str, whole: int):
   if whole % part:
-    raise ConfigError(
-      f'{part_name}={part}: must divide {whole_name}={whole}'
-    )
+    raise ConfigError(f'{part_name}={part}: must divide {whole_name}={whole}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,9 @@ class _Checked:
 
   def _one_of(self, name: str, *choices: str):
     value = getattr(self, name)
-    self._require(name, value in choices, f'must be one of {", ".join(choices)}')
+    self._require(
+      name, value in choices, f'must be one of {", ".join(choices)}'
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,8 +139,12 @@ class MLAConfig(_Checked):
 
   def _rules(self):
     self._positive('heads', 'kv_rank', 'nope_dim', 'rope_dim', 'value_dim')
-    self._require('rope_dim', self.rope_dim % 2 == 0, 'must be even: it rotates pairs')
-    self._one_of('impl', 'auto', 'reference', 'xla', 'splash', 'cudnn', 'tokamax')
+    self._require(
+      'rope_dim', self.rope_dim % 2 == 0, 'must be even: it rotates pairs'
+    )
+    self._one_of(
+      'impl', 'auto', 'reference', 'xla', 'splash', 'cudnn', 'tokamax'
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,7 +315,9 @@ class OptimConfig(_Checked):
         and all(_is_number(x) and x >= 0 for x in phase[1:])
       )
       self._require(
-        'phases', good, 'each is (constant|linear|cosine, tokens, share of the rate)'
+        'phases',
+        good,
+        'each is (constant|linear|cosine, tokens, share of the rate)',
       )
 
 
@@ -421,7 +429,9 @@ class Config(_Checked):
     micro = data.micro_batch or data.batch_size
     _divides('mesh.data * fsdp * expert', shards, 'data.micro_batch', micro)
     _divides('mesh.context', mesh.context, 'data.seq_len', data.seq_len)
-    _divides('mesh.stage', mesh.stage, 'the number of MoE layers', model.moe_layers)
+    _divides(
+      'mesh.stage', mesh.stage, 'the number of MoE layers', model.moe_layers
+    )
     if data.seq_len > model.max_positions:
       raise ConfigError(
         f'data.seq_len={data.seq_len}: the model has '
@@ -535,12 +545,22 @@ def smoke(config: Config) -> Config:
     moe=small_moe,
   )
   data = dataclasses.replace(
-    config.data, seq_len=128, batch_size=8, batch_start=0, ramp_tokens=0.0,
-    micro_batch=4 if config.data.micro_batch else 0, tokenizer='byte',
+    config.data,
+    seq_len=128,
+    batch_size=8,
+    batch_start=0,
+    ramp_tokens=0.0,
+    micro_batch=4 if config.data.micro_batch else 0,
+    tokenizer='byte',
   )
   run = dataclasses.replace(
-    config.run, steps=20, log_every=1, eval_every=10, eval_batches=2,
-    sample_every=10, save_every=10,
+    config.run,
+    steps=20,
+    log_every=1,
+    eval_every=10,
+    eval_batches=2,
+    sample_every=10,
+    save_every=10,
   )
   optim = dataclasses.replace(config.optim, warmup_steps=5)
   return dataclasses.replace(

@@ -87,7 +87,7 @@ def check(corpus: Corpus, config: config_lib.Config):
     if top >= config.model.vocab:
       raise ConfigError(
         f'model.vocab={config.model.vocab}: the {name} text holds token id '
-        f'{top}; raise model.vocab to the tokenizer\'s size'
+        f"{top}; raise model.vocab to the tokenizer's size"
       )
 
 
@@ -121,9 +121,10 @@ def _write(folder, files, data, tokenizer, say):
   tally, gzip = _Tally(), zlib.compressobj(9, wbits=31)
   try:
     paths = {part: scratch / f'{part}.bin' for part in ('train', 'heldout')}
-    with open(paths['train'], 'wb') as train, open(
-      paths['heldout'], 'wb'
-    ) as heldout:
+    with (
+      open(paths['train'], 'wb') as train,
+      open(paths['heldout'], 'wb') as heldout,
+    ):
       for group in _groups(files, say):
         ids = tokenizer.encode_batch([document.text for document in group])
         for document, tokens in zip(group, ids, strict=True):

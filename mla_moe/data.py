@@ -115,7 +115,7 @@ def batches(
     import grain
   except ImportError:
     raise ConfigError(
-      "data.loader='grain': needs grain: pip install \"mla_moe[data]\""
+      'data.loader=\'grain\': needs grain: pip install "mla_moe[data]"'
     ) from None
   steps = grain.MapDataset.range(start, stop).map(read)
   return iter(steps.to_iter_dataset())

@@ -3,8 +3,10 @@
 The logits of a 128K vocabulary are the largest array of a training step, so
 `token_nll` never makes them whole: a running logsumexp over blocks of the
 vocabulary goes forward, and the backward pass makes each block again. A
-vocabulary that fits one block is left to autodiff, which keeps the logits and
-saves that product.
+vocabulary that fits one block keeps its logits instead, which saves that
+product. Both write their gradients out by hand: left to autodiff, the backward
+products of a bfloat16 model would run in float32, and the head's gradient
+would be rounded to bfloat16 on its way to the float32 master.
 """
 
 from __future__ import annotations
@@ -27,92 +29,109 @@ def token_nll(
 ) -> tuple[Float[Array, ' M'], Float[Array, ' M']]:
   """-log p(target) in nats and logsumexp of the logits, both float32.
 
-  A target of -1 costs 0 and has no gradient. `head` is cast to the dtype of
-  `hidden`; sums are float32. Both results may be differentiated, with any
-  cotangent per token (z-loss is the square of the second).
+  A target of -1 costs 0 and has no gradient; one beyond the vocabulary gives
+  NaN. `head` is cast to the dtype of `hidden`, block by block; sums are
+  float32, and so is the head's gradient. Both results may be differentiated,
+  with any cotangent per token (z-loss is the square of the second). Temporary
+  memory is a few times M * block numbers.
   """
-  head = head.astype(hidden.dtype)
-  if head.shape[1] <= block:
-    logits = _dot('md,dv->mv', hidden, head)
-    lse = jax.nn.logsumexp(logits, axis=-1)
-    at = jnp.maximum(targets, 0)[:, None]
-    picked = jnp.take_along_axis(logits, at, axis=-1)[:, 0]
-  else:
-    picked, lse = _blocked(hidden, head, targets, block)
+  picked, lse = _picked_and_lse(hidden, head, targets, block)
   return jnp.where(targets >= 0, lse - picked, 0.0), lse
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _blocked(hidden, head, targets, block):
+def _picked_and_lse(hidden, head, targets, block):
   """The target's logit and the logsumexp, [M] each."""
-  return _blocked_forward(hidden, head, targets, block)[0]
+  return _forward(hidden, head, targets, block)[0]
 
 
-def _slices(vocab: int, block: int) -> tuple[Array, Array]:
-  """Start of each block, and from which id on it is new.
+def _forward(hidden, head, targets, block):
+  if head.shape[1] <= block:
+    logits = _dot('md,dv->mv', hidden, head.astype(hidden.dtype))
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    picked = _at(logits, jnp.maximum(targets, 0))
+    return (picked, lse), (hidden, head, targets, lse, logits)
+  width, blocks = _blocks(head.shape[1], block)
 
-  The last block is moved back to end with the vocabulary, so that all have one
-  size and nothing is padded; the ids that it repeats are masked.
-  """
-  fresh = jnp.arange(0, vocab, block, dtype=jnp.int32)
-  return jnp.minimum(fresh, vocab - block), fresh
-
-
-def _block_logits(hidden, head, start, fresh, block):
-  part = jax.lax.dynamic_slice_in_dim(head, start, block, axis=1)
-  logits = _dot('md,dv->mv', hidden, part)
-  new = (start + jnp.arange(block) >= fresh)[None]
-  return part, jnp.where(new, logits, -jnp.inf)
-
-
-def _blocked_forward(hidden, head, targets, block):
   def step(carry, at):
     peak, total, picked = carry
     start, fresh = at
-    _, logits = _block_logits(hidden, head, start, fresh, block)
+    _, logits = _block_logits(hidden, head, start, fresh, width)
     new = jnp.maximum(peak, logits.max(-1))
     total = total * jnp.exp(peak - new)
     total = total + jnp.exp(logits - new[:, None]).sum(-1)
-    here = (targets >= fresh) & (targets < start + block)
-    inside = jnp.clip(targets - start, 0, block - 1)[:, None]
-    value = jnp.take_along_axis(logits, inside, axis=-1)[:, 0]
+    here = (targets >= fresh) & (targets < start + width)
+    value = _at(logits, jnp.clip(targets - start, 0, width - 1))
     return (new, total, jnp.where(here, value, picked)), None
 
-  m = hidden.shape[0]
-  zero = jnp.zeros(m, jnp.float32)
-  first = (jnp.full(m, jnp.finfo(jnp.float32).min), zero, zero)
-  blocks = _slices(head.shape[1], block)
+  lowest = jnp.full(targets.shape, jnp.finfo(jnp.float32).min)
+  unseen = jnp.where(targets < 0, 0.0, jnp.nan)
+  first = (lowest, jnp.zeros(targets.shape), unseen)
   (peak, total, picked), _ = jax.lax.scan(step, first, blocks)
   lse = peak + jnp.log(total)
-  return (picked, lse), (hidden, head, targets, lse)
+  return (picked, lse), (hidden, head, targets, lse, None)
 
 
-def _blocked_backward(block, residuals, cotangents):
-  hidden, head, targets, lse = residuals
-  dpicked, dlse = cotangents
+def _backward(block, residuals, cotangents):
+  hidden, head, targets, lse, logits = residuals
+  dpicked, dlse = (g[:, None] for g in cotangents)
+
+  def products(logits, part, start, fresh):
+    """Gradients of hidden [M, D] and of the block [D, width], float32."""
+    column = (start + jnp.arange(part.shape[1], dtype=jnp.int32))[None]
+    hit = (column == targets[:, None]) & (column >= fresh)
+    dlogits = jnp.exp(logits - lse[:, None]) * dlse
+    dlogits = (dlogits + jnp.where(hit, dpicked, 0)).astype(hidden.dtype)
+    dhidden = _dot('mv,dv->md', dlogits, part)
+    return dhidden, _dot('md,mv->dv', hidden, dlogits)
+
+  if logits is not None:
+    part = head.astype(hidden.dtype)
+    dhidden, dhead = products(logits, part, 0, 0)
+    return dhidden.astype(hidden.dtype), dhead.astype(head.dtype), None
+
+  width, blocks = _blocks(head.shape[1], block)
 
   def step(carry, at):
     dhidden, dhead = carry
-    start, fresh = at
-    part, logits = _block_logits(hidden, head, start, fresh, block)
-    probs = jnp.exp(logits - lse[:, None])
-    column = (start + jnp.arange(block))[None]
-    hit = (column == targets[:, None]) & (column >= fresh)
-    dlogits = probs * dlse[:, None] + hit * dpicked[:, None]
-    dlogits = dlogits.astype(hidden.dtype)
-    dhidden = dhidden + _dot('mv,dv->md', dlogits, part)
-    dpart = _dot('md,mv->dv', hidden, dlogits)
-    old = jax.lax.dynamic_slice_in_dim(dhead, start, block, axis=1)
-    dhead = jax.lax.dynamic_update_slice_in_dim(dhead, old + dpart, start, 1)
-    return (dhidden, dhead), None
+    part, logits = _block_logits(hidden, head, *at, width)
+    more, dpart = products(logits, part, *at)
+    dhead = jax.lax.dynamic_update_slice_in_dim(dhead, dpart, at[0], 1)
+    return (dhidden + more, dhead), None
 
-  start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (hidden, head))
-  blocks = _slices(head.shape[1], block)
-  (dhidden, dhead), _ = jax.lax.scan(step, start, blocks)
+  # The last block goes first: where it overlaps its neighbour it writes zeros,
+  # which the neighbour then overwrites.
+  zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (hidden, head))
+  (dhidden, dhead), _ = jax.lax.scan(step, zeros, blocks, reverse=True)
   return dhidden.astype(hidden.dtype), dhead.astype(head.dtype), None
 
 
-_blocked.defvjp(_blocked_forward, _blocked_backward)
+_picked_and_lse.defvjp(_forward, _backward)
+
+
+def _blocks(vocab: int, block: int) -> tuple[int, tuple[Array, Array]]:
+  """Width of the blocks; start of each, and from which id on it is new.
+
+  As few blocks as fit, of one width (whole lanes of 128 where they are that
+  wide). The last one is moved back to end with the vocabulary, so that nothing
+  is padded; the ids that it repeats are masked.
+  """
+  width = -(-vocab // -(-vocab // block))
+  width = min(block, -(-width // 128) * 128)
+  fresh = jnp.arange(0, vocab, width, dtype=jnp.int32)
+  return width, (jnp.minimum(fresh, vocab - width), fresh)
+
+
+def _block_logits(hidden, head, start, fresh, width):
+  """The block of the head in the dtype of `hidden`, and its masked logits."""
+  part = jax.lax.dynamic_slice_in_dim(head, start, width, axis=1)
+  part = part.astype(hidden.dtype)
+  new = (start + jnp.arange(width, dtype=jnp.int32) >= fresh)[None]
+  return part, jnp.where(new, _dot('md,dv->mv', hidden, part), -jnp.inf)
+
+
+def _at(logits: Array, ids: Array) -> Array:
+  return jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0]
 
 
 def _dot(equation: str, a: Array, b: Array) -> Array:

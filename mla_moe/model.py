@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from mla_moe import block, layers, moe, mtp, rope, sharding
+from mla_moe import block, layers, mtp, rope, sharding
 from mla_moe import config as config_lib
-from mla_moe.types import Array, Float, Int
+from mla_moe.types import Array, Float, Int, PyTree
 
 
 @struct.dataclass
@@ -27,10 +27,10 @@ class Features:
   there are none).
   """
 
-  hidden: Array
-  mtp_hidden: list[Array]
-  stats: moe.Stats | None
-  mtp_stats: moe.Stats | None
+  hidden: PyTree
+  mtp_hidden: PyTree
+  stats: PyTree
+  mtp_stats: PyTree
 
 
 @struct.dataclass
@@ -42,10 +42,10 @@ class Output:
   each routed expert, mtp_load [depth, E] likewise.
   """
 
-  logits: Array
-  mtp_logits: Array | None
-  expert_load: Array | None
-  mtp_load: Array | None
+  logits: PyTree
+  mtp_logits: PyTree
+  expert_load: PyTree
+  mtp_load: PyTree
 
 
 class Transformer(nn.Module):

@@ -73,9 +73,7 @@ class MoE(nn.Module):
     flat_mask = None if mask is None else mask.reshape(-1)
     return out, Stats(
       load=router.count(routing.chosen, e, flat_mask),
-      balance=losses.balance(
-        routing.scores.reshape(b, t, e), moe.top_k, mask
-      ),
+      balance=losses.balance(routing.scores.reshape(b, t, e), moe.top_k, mask),
       entropy=router.entropy(routing.scores, flat_mask),
     )
 
@@ -324,7 +322,9 @@ _dispatch.defvjp(
 @jax.custom_vjp
 def _combine(rows, weights, slots, valid, places, held):
   """rows [R, D] -> [M, D] float32, each token's rows summed by weight."""
-  return jnp.einsum('mkd,mk->md', _by_token(rows, weights, places, held), weights)
+  return jnp.einsum(
+    'mkd,mk->md', _by_token(rows, weights, places, held), weights
+  )
 
 
 def _by_token(rows, weights, places, held):

@@ -20,7 +20,7 @@ import optax
 from mla_moe import config as config_lib
 from mla_moe.types import Array, PyTree
 
-# Leaves that weight decay leaves alone under AdamW.
+# Leaves that weight decay leaves alone when AdamW has the whole model.
 _NOT_DECAYED = ('scale', 'bias')
 
 # Contracted and produced axes of the matrices that Muon orthogonalises, from
@@ -55,7 +55,7 @@ def rates(optim: config_lib.OptimConfig, step: int, tokens: float) -> Rates:
 
   Warm-up multiplies by (step + 1) / warmup_steps: the first step moves, too.
   """
-  warm = min(1.0, (step + 1) / optim.warmup_steps) if optim.warmup_steps else 1.0
+  warm = min(1.0, (step + 1) / max(optim.warmup_steps, 1))
   late_bias = tokens >= optim.bias_tokens
   late_mtp = tokens >= optim.mtp_tokens
   return Rates(
@@ -86,14 +86,19 @@ def share(phases: tuple, tokens: float) -> float:
 
 
 def optimizer(optim: config_lib.OptimConfig) -> optax.GradientTransformation:
-  """Maps clipped gradients to the update at learning rate 1."""
+  """Maps clipped gradients to the update at learning rate 1.
+
+  Every moment is float32 and shaped like its parameter. Norms and biases do
+  not decay under 'adamw'; under 'muon' they do, which Moonlight found that its
+  stability needs (section 2.2).
+  """
   adamw = optax.adamw(
     1.0,
     b1=optim.beta1,
     b2=optim.beta2,
     eps=optim.eps,
     weight_decay=optim.weight_decay,
-    mask=decayed,
+    mask=decayed if optim.optimizer == 'adamw' else None,
     mu_dtype=jnp.float32,
   )
   if optim.optimizer == 'adamw':
@@ -130,8 +135,12 @@ def apply(
   learning_rate: Array | float,
   clip: float,
 ) -> tuple[PyTree, PyTree, Array]:
-  """One update: new parameters, optimizer state, and the norm before clipping."""
-  norm = optax.global_norm(grads)
+  """One update: new parameters and state, and the gradients' norm unclipped.
+
+  `grads` of any float dtype are widened to float32 before anything is summed.
+  """
+  grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+  norm = optax.tree.norm(grads)
   factor = jnp.minimum(1.0, clip / (norm + 1e-12))
   grads = jax.tree.map(lambda g: g * factor, grads)
   updates, opt = tx.update(grads, opt, params)

@@ -23,9 +23,13 @@ from mla_moe.types import Array, Int, PyTree
 
 @struct.dataclass
 class State:
-  """All that training changes: saved whole, restored whole."""
+  """All that training changes: saved whole, restored whole.
 
-  step: Array
+  Fields are trees and not arrays by type, since the same structure also holds
+  shapes, shardings or None.
+  """
+
+  step: PyTree
   params: PyTree
   router: PyTree
   opt: PyTree
@@ -53,12 +57,15 @@ def init_state(
   laid = sharding.shardings(jax.eval_shape(boxed, key), mesh)
   abstract = jax.eval_shape(make, key)
   everywhere = NamedSharding(mesh, PartitionSpec())
+  # Muon's state and AdamW's each leave out the other's parameters.
+  masked = lambda leaf: isinstance(leaf, optax.MaskedNode)
   opt = optax.tree_map_params(
     tx,
-    lambda _, where: where,
+    lambda leaf, where: leaf if masked(leaf) else where,
     abstract.opt,
     laid['params'],
     transform_non_params=lambda _: everywhere,
+    is_leaf=masked,
   )
   where = State(everywhere, laid['params'], laid.get('router', {}), opt)
   return jax.jit(make, out_shardings=where)(key)
@@ -217,7 +224,9 @@ def _rebalance(biases, load, rate, config) -> PyTree:
   main = config.model.moe_layers
   moved = {}
   for name, tree in biases.items():
-    row = int(name.removeprefix('mtp_')) + main if name != 'moe' else slice(main)
+    row = (
+      int(name.removeprefix('mtp_')) + main if name != 'moe' else slice(main)
+    )
     moved[name] = jax.tree.map(
       lambda b, row=row: router.rebalance(b, load[row], rate), tree
     )

@@ -87,7 +87,9 @@ def test_yarn_frequencies_are_the_published_ones():
     assert got[index] == pytest.approx(value, rel=2e-6)
   plain = 50000.0 ** (-np.arange(0, 64, 2) / 64)
   hard = rope.frequencies(64, K2) / plain
-  np.testing.assert_allclose(hard, np.where(np.arange(32) < 20, 1, 1 / 32), 1e-6)
+  np.testing.assert_allclose(
+    hard, np.where(np.arange(32) < 20, 1, 1 / 32), 1e-6
+  )
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,9 @@ def expert_inputs(m=48, e=16, k=4, d=12, f=8, skew=0.0):
 
 
 @pytest.mark.parametrize('impl', ['loop', 'ragged', 'padded'])
-@pytest.mark.parametrize('m, skew', [(48, 0.0), (48, 9.0), (1, 0.0), (600, 9.0)])
+@pytest.mark.parametrize(
+  'm, skew', [(48, 0.0), (48, 9.0), (1, 0.0), (600, 9.0)]
+)
 def test_experts_equal_the_dense_oracle(impl, m, skew):
   """With skew, four experts get every token and the others none."""
   args, chosen, g = expert_inputs(m, skew=skew)
@@ -145,7 +147,9 @@ def test_experts_in_bfloat16():
   args, chosen, _ = expert_inputs()
   half = [jnp.asarray(a, jnp.bfloat16) for a in args]
   half[1] = args[1]
-  got = jax.jit(lambda x, w, *r: moe.experts(x, w, chosen, *r, impl='loop'))(*half)
+  got = jax.jit(lambda x, w, *r: moe.experts(x, w, chosen, *r, impl='loop'))(
+    *half
+  )
   assert got.dtype == jnp.bfloat16
   expected = moe.experts(args[0], args[1], chosen, *args[2:], impl='dense')
   error = got.astype(jnp.float32) - expected

@@ -1,5 +1,6 @@
 """Schedules at the recipes' boundaries; AdamW and Muon against numpy."""
 
+import dataclasses
 import importlib
 
 import chex
@@ -7,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from mla_moe import config as config_lib
-from mla_moe import optim
+from mla_moe import model, optim, sharding, step
 
 V3 = config_lib.OptimConfig()
 
@@ -49,9 +51,11 @@ def test_warmup_gamma_and_lambda_of_v3():
 
 
 def test_step_decay_of_v2_and_cooldown_of_moonlight():
-  load = lambda name: config_lib.freeze(
-    importlib.import_module(f'configs.{name}').get_config()
-  ).optim
+  load = lambda name: (
+    config_lib.freeze(
+      importlib.import_module(f'configs.{name}').get_config()
+    ).optim
+  )
   v2 = load('deepseek_v2')
   for tokens, share in ((4e12, 1), (5e12, 0.316), (7.4e12, 0.316**2)):
     assert rate(v2, tokens) == pytest.approx(2.4e-4 * share)
@@ -132,3 +136,158 @@ def test_state_is_float32_and_nothing_moves_without_gradient(name):
   new, _, norm = optim.apply(tx, zeros, opt, params, 0.1, 1.0)
   assert norm == 0
   chex.assert_trees_all_close(new, params, atol=1e-6)
+
+
+def test_anneal_of_k2_and_exact_boundaries_of_v2_and_moonlight():
+  load = lambda name: (
+    config_lib.freeze(
+      importlib.import_module(f'configs.{name}').get_config()
+    ).optim
+  )
+  k2 = load('kimi_k2')
+  for tokens, expected in (
+    (0, 2e-4),
+    (10e12, 2e-4),
+    (12.75e12, 1.1e-4),
+    (15.5e12, 2e-5),
+    (15.9e12, 7e-6),
+  ):
+    assert rate(k2, tokens) == pytest.approx(expected, rel=1e-6)
+  v2 = load('deepseek_v2')
+  for edge, before, after in ((0.6, 1, 0.316), (0.9, 0.316, 0.316**2)):
+    assert rate(v2, edge * 8.1e12 - 1e6) == pytest.approx(2.4e-4 * before)
+    assert rate(v2, edge * 8.1e12 + 1e6) == pytest.approx(2.4e-4 * after)
+  moonlight = load('moonlight_16b')
+  assert rate(moonlight, 0) == pytest.approx(4.2e-4)
+  assert rate(moonlight, 2.6e12) == pytest.approx((4.2e-4 + 4.2e-5) / 2)
+  assert rate(moonlight, 5.45e12) == pytest.approx(0.5e-4, rel=0.01)
+
+
+def test_only_a_constant_phase_jumps():
+  """V3's recipe: continuous at both ends of the cosine, then a step."""
+  for edge, jump in ((10e12, False), (14.3e12, False), (14.633e12, True)):
+    before, after = rate(V3, edge - 1e6), rate(V3, edge + 1e6)
+    assert (abs(after / before - 1) > 1e-6) == jump
+  # A phase without length only moves the point that the next one starts from.
+  phases = (('constant', 0.0, 0.5), ('linear', 100.0, 0.0))
+  for tokens, share in ((0, 0.5), (50, 0.25), (100, 0), (1e9, 0)):
+    assert optim.share(phases, tokens) == pytest.approx(share)
+
+
+def test_every_parameter_is_known_to_both_optimizers():
+  """A new weight must be entered in Muon's table, or here."""
+  config = config_lib.smoke(config_lib.Config())
+  queries = dataclasses.replace(config.model.mla, query_rank=0)
+  plain = dataclasses.replace(config.model, mla=queries)
+  for c in (config.model, plain):
+    shapes = jax.eval_shape(
+      model.Transformer(c).init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32)
+    )['params']
+    params = nn.unbox(shapes)
+    paths = jax.tree_util.tree_flatten_with_path(params)[0]
+    names = {path[-1].key for path, _ in paths}
+    assert names - set(optim._MATRICES) == {'embedding', 'w_head', 'scale'}
+    keep = jax.tree_util.tree_flatten_with_path(optim.decayed(params))[0]
+    assert {p[-1].key for p, decays in keep if not decays} == {'scale'}
+    # Whole matrices: rows and columns leave only stack axes out.
+    for path, leaf in paths:
+      axes = sum(optim._MATRICES.get(path[-1].key, ()), ())
+      assert len(set(axes)) == len(axes) and all(-leaf.ndim <= a for a in axes)
+
+
+def test_muon_of_a_stack_is_muon_of_each_layer():
+  config = config_lib.OptimConfig(optimizer='muon')
+  tx = optim.optimizer(config)
+  names = {'w_gate_up': (4, 2, 6), 'w_q_up': (4, 2, 3), 'w_out': (2, 3, 4)}
+  random = np.random.default_rng(0)
+  draw = lambda: {
+    n: jnp.asarray(random.normal(size=(3, *s)), jnp.float32)
+    for n, s in names.items()
+  }
+
+  @jax.jit
+  def run(params, grads):
+    opt = tx.init(params)
+    for g in grads:
+      params, opt, _ = optim.apply(tx, g, opt, params, 0.1, 1e9)
+    return params
+
+  params, grads = draw(), [draw(), draw()]
+  stacked = run(params, grads)
+  for i in range(3):
+    layer = lambda tree, i=i: jax.tree.map(lambda x: x[i], tree)
+    alone = run(layer(params), [layer(g) for g in grads])
+    chex.assert_trees_all_close(layer(stacked), alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('name, decays', [('adamw', False), ('muon', True)])
+def test_norms_decay_under_muon_only(name, decays):
+  tx, params = optim.optimizer(config_lib.OptimConfig(optimizer=name)), tree(0)
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  new, _, _ = optim.apply(tx, zeros, tx.init(params), params, 0.1, 1.0)
+  shrunk = jax.tree.map(lambda p: p * (1 - 0.1 * 0.1), params)
+  expected = (
+    shrunk
+    if decays
+    else {**shrunk, 'moe': {**shrunk['moe'], 'norm': params['moe']['norm']}}
+  )
+  chex.assert_trees_all_close(new, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize('name', ['adamw', 'muon'])
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_a_quadratic_falls_and_all_stays_float32(name, dtype):
+  config = config_lib.OptimConfig(optimizer=name, weight_decay=0.0)
+  tx, params, aim = optim.optimizer(config), tree(0), tree(1)
+  opt = tx.init(params)
+  loss = lambda p: sum(
+    jnp.square(a - b).sum()
+    for a, b in zip(jax.tree.leaves(p), jax.tree.leaves(aim), strict=True)
+  )
+  first = loss(params)
+
+  @jax.jit
+  def step(params, opt):
+    grads = jax.tree.map(lambda g: g.astype(dtype), jax.grad(loss)(params))
+    return optim.apply(tx, grads, opt, params, 0.1, 1.0)
+
+  for _ in range(40):
+    params, opt, norm = step(params, opt)
+  assert loss(params) < 0.5 * first
+  for leaf in jax.tree.leaves((params, opt, norm)):
+    assert leaf.dtype in (jnp.float32, jnp.int32)
+
+
+def test_adamw_works_in_place():
+  """The new state takes the old one's memory, and nothing else is made."""
+  tx = optim.optimizer(V3)
+  params = {'w': jnp.ones((512, 512)), 'norm': {'scale': jnp.ones((512,))}}
+  opt = tx.init(params)
+  chex.assert_trees_all_equal_shapes_and_dtypes(opt[0].mu, params)
+  chex.assert_trees_all_equal_shapes_and_dtypes(opt[0].nu, params)
+  # Donated buffers are matched in order: state goes out as it came in.
+  f = lambda p, opt, g: optim.apply(tx, g, opt, p, 1e-3, 1.0)
+  compiled = jax.jit(f, donate_argnums=(0, 1)).lower(params, opt, params)
+  memory = compiled.compile().memory_analysis()
+  assert memory.alias_size_in_bytes >= 3 * 4 * 512 * 513
+  assert memory.temp_size_in_bytes < 4 * 512 * 16
+
+
+@pytest.mark.parametrize('name', ['adamw', 'muon'])
+def test_moments_on_a_mesh_lie_where_their_parameters_lie(name):
+  config = config_lib.smoke(config_lib.Config())
+  config = dataclasses.replace(
+    config,
+    optim=config_lib.OptimConfig(optimizer=name),
+    mesh=config_lib.MeshConfig(data=4, expert=2),
+  )
+  mesh = sharding.make_mesh(config.mesh)
+  with jax.set_mesh(mesh):
+    state = step.init_state(jax.random.key(0), config, mesh)
+  where = state.params['moe']['ffn']['w_gate_up'].sharding
+  assert 'expert' in where.spec
+  flat = jax.tree_util.tree_flatten_with_path(state.opt)[0]
+  ends = ("['moe']['ffn']['w_gate_up']",)
+  same = [x for p, x in flat if jax.tree_util.keystr(p).endswith(ends)]
+  assert len(same) == (2 if name == 'adamw' else 1)
+  assert all(x.sharding == where for x in same)

@@ -42,7 +42,9 @@ def start():
   return step.init_state(jax.random.key(0), SMOKE)
 
 
-@pytest.mark.parametrize('packing', ['joined', 'separate'])
+@pytest.mark.parametrize(
+  'packing', ['joined', pytest.param('separate', marks=pytest.mark.slow)]
+)
 def test_micro_batches_change_nothing(packing):
   """Even where their numbers of targets differ."""
   whole, parts = with_data(packing=packing), None
@@ -58,6 +60,7 @@ def test_micro_batches_change_nothing(packing):
   chex.assert_trees_all_equal(a.router, b.router)
 
 
+@pytest.mark.slow
 def test_the_ramp_counts_only_real_micro_batches():
   config = with_data(micro_batch=2, batch_start=4, ramp_tokens=1e5)
   half = with_data(micro_batch=2, batch_size=4)

@@ -3,7 +3,7 @@
 from setuptools import find_packages, setup
 
 HF = ['tokenizers>=0.20', 'safetensors>=0.5']
-DATA = ['pyarrow>=15']
+DATA = ['grain>=0.2.10', 'pyarrow>=15']
 VIZ = ['matplotlib>=3.9', 'tensorboard>=2.18']
 
 setup(
@@ -35,6 +35,7 @@ setup(
     'test': [
       'pytest>=8',
       'pytest-timeout>=2.3',
+      'hypothesis>=6.100',
       'jaxtyping>=0.3',
       'beartype>=0.20',
       'ruff==0.17.6',

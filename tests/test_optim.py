@@ -217,7 +217,7 @@ def test_muon_of_a_stack_is_muon_of_each_layer():
   for i in range(3):
     layer = lambda tree, i=i: jax.tree.map(lambda x: x[i], tree)
     alone = run(layer(params), [layer(g) for g in grads])
-    chex.assert_trees_all_close(layer(stacked), alone, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(layer(stacked), alone, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('name, decays', [('adamw', False), ('muon', True)])
@@ -273,12 +273,15 @@ def test_adamw_works_in_place():
   assert memory.temp_size_in_bytes < 4 * 512 * 16
 
 
-@pytest.mark.parametrize('name', ['adamw', 'muon'])
-def test_moments_on_a_mesh_lie_where_their_parameters_lie(name):
+@pytest.mark.slow
+def test_muon_on_a_mesh_lies_where_its_parameters_lie():
   config = config_lib.smoke(config_lib.Config())
   config = dataclasses.replace(
     config,
-    optim=config_lib.OptimConfig(optimizer=name),
+    model=dataclasses.replace(
+      config.model, layers=1, dense_layers=0, mtp=config_lib.MTPConfig(depth=0)
+    ),
+    optim=config_lib.OptimConfig(optimizer='muon'),
     mesh=config_lib.MeshConfig(data=4, expert=2),
   )
   mesh = sharding.make_mesh(config.mesh)
@@ -287,7 +290,6 @@ def test_moments_on_a_mesh_lie_where_their_parameters_lie(name):
   where = state.params['moe']['ffn']['w_gate_up'].sharding
   assert 'expert' in where.spec
   flat = jax.tree_util.tree_flatten_with_path(state.opt)[0]
-  ends = ("['moe']['ffn']['w_gate_up']",)
-  same = [x for p, x in flat if jax.tree_util.keystr(p).endswith(ends)]
-  assert len(same) == (2 if name == 'adamw' else 1)
-  assert all(x.sharding == where for x in same)
+  end = "['moe']['ffn']['w_gate_up']"
+  same = [x for p, x in flat if jax.tree_util.keystr(p).endswith(end)]
+  assert len(same) == 1 and same[0].sharding == where

@@ -287,7 +287,10 @@ def slow_span(config, steps):
     first += size
 
 
-@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.settings(
+  max_examples=200, deadline=None, derandomize=True, database=None
+)
+@hypothesis.example(micro=1, start=1, more=26, seq_len=3, ramp=26)  # a tie
 @hypothesis.given(
   micro=st.integers(1, 4),
   start=st.integers(1, 6),
@@ -306,7 +309,12 @@ def test_spans_follow_the_formula_without_gap_or_step_back(
     ramp_tokens=float(ramp),
   )
   spans = [data.span(config, step) for step in range(80)]
-  assert spans == list(slow_span(config, 80))
+  for first, size in spans:
+    seen = fractions.Fraction(first * seq_len, ramp)
+    exact = micro * start + micro * more * min(1, seen)
+    # Whole when the formula gives a whole number: rounding may miss it.
+    tie = fractions.Fraction(1, 10**9)
+    assert size in {int(exact + d) // micro * micro for d in (-tie, 0, tie)}
   sizes = [size for _, size in spans]
   assert sizes == sorted(sizes) and sizes[0] == config.batch_start
   for (first, size), (following, _) in itertools.pairwise(spans):

@@ -15,9 +15,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from mla_moe import layers
 from mla_moe.types import Array, Float, Int
+
+# What a policy keeps so that going backward needs no second forward pass: the
+# output, and the logsumexp of the logits where a core hands it out.
+SAVED = ('attention_out', 'attention_lse')
 
 # Finite, so that a masked row cannot turn into NaN in either direction.
 _MASKED = -0.7 * float(np.finfo(np.float32).max)
@@ -68,104 +73,138 @@ def _reference(q, k, v, segments, scale):
   if segments is not None:
     seen = seen & (segments[:, None, :, None] == segments[:, None, None, :])
   probs = jax.nn.softmax(jnp.where(seen, logits, _MASKED), axis=-1)
-  return layers.dot('bnts,bsnu->btnu', probs.astype(v.dtype), v).astype(v.dtype)
-
-
-def _flash(q, k, v, segments, scale):
-  """Blocks, heads before positions; positions padded up to whole blocks."""
-  b, t = q.shape[:2]
-  # A tile of logits should stay in a core's cache (measured on x86).
-  block = min(128 if b * q.shape[2] >= 32 else 256, t)
-  n = -(-t // block)
-  if segments is None:
-    segments = jnp.zeros((b, t), jnp.int32)
-
-  def blocks(x, fill=0):  # [B, T, ...] -> [n, B, ..., block, (d)]
-    pad = [(0, 0), (0, n * block - t)] + [(0, 0)] * (x.ndim - 2)
-    x = jnp.pad(x, pad, constant_values=fill)
-    x = x.reshape(b, n, block, *x.shape[2:])
-    order = (1, 0, 3, 2, 4) if x.ndim == 5 else (1, 0, 2)
-    return x.transpose(order)
-
-  # Padding follows every real position, so causality alone hides it.
-  out = _blocked(blocks(q), blocks(k), blocks(v), blocks(segments, -1), scale)
-  out = out.transpose(1, 0, 3, 2, 4).reshape(b, n * block, *v.shape[2:])
-  return out[:, :t]
+  out = layers.dot('bnts,bsnu->btnu', probs.astype(v.dtype), v)
+  return checkpoint_name(out.astype(v.dtype), SAVED[0])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _blocked(q, k, v, segments, scale):
-  """q, k [n, B, N, block, d], v [..., U], segments [n, B, block]."""
-  return _blocked_forward(q, k, v, segments, scale)[0]
+def _flash(q, k, v, segments, scale):
+  """Tiles of queries x keys going forward, of keys x queries going backward.
+
+  So no product contracts the leading axes of both its operands, a form that
+  XLA's CPU backend has no fast code for.
+  """
+  return _flash_forward(q, k, v, segments, scale)[0]
 
 
-def _pairs(n: int) -> tuple[Array, Array]:
-  """Every (query block, key block) on or under the diagonal, queries outer."""
-  rows, columns = np.tril_indices(n)
-  return jnp.asarray(rows, jnp.int32), jnp.asarray(columns, jnp.int32)
+def _blocks(x, block, fill=0):
+  """[B, T, N, d] -> [n, B, N, block, d], padded; [B, T] -> [n, B, block]."""
+  b, t = x.shape[:2]
+  n = -(-t // block)
+  pad = [(0, 0), (0, n * block - t)] + [(0, 0)] * (x.ndim - 2)
+  x = jnp.pad(x, pad, constant_values=fill)
+  x = x.reshape(b, n, block, *x.shape[2:])
+  return x.transpose((1, 0, 3, 2, 4) if x.ndim == 5 else (1, 0, 2))
 
 
-def _logits(q, k, segments, i, j, scale):
-  """Masked float32 logits of query block i against key block j."""
-  at = jnp.arange(q.shape[-2])
-  seen = (i * at.size + at)[:, None] >= (j * at.size + at)[None, :]
-  seen = seen[None, None] & (
-    segments[i][:, None, :, None] == segments[j][:, None, None, :]
-  )
-  logits = layers.dot('bnth,bnsh->bnts', q[i], k[j]) * scale
+def _unblock(x, length):
+  """[n, B, N, block, d] -> [B, T, N, d]."""
+  n, b, heads, block, d = x.shape
+  x = x.transpose(1, 0, 3, 2, 4).reshape(b, n * block, heads, d)
+  return x[:, :length]
+
+
+def _block_size(q) -> int:
+  """A tile of logits should stay in a core's cache (measured on x86)."""
+  b, t, heads = q.shape[:3]
+  return min(128 if b * heads >= 32 else 256, t)
+
+
+def _tiles(n: int):
+  """Indices (i, j) of the tiles on or under the diagonal, i outer."""
+  return tuple(jnp.asarray(x, jnp.int32) for x in np.tril_indices(n))
+
+
+def _mask(logits, ids, i, j, turned=False):
+  """Logits of query block i and key block j; [.., t, s], or `turned` [.., s, t].
+
+  Only the diagonal's tile compares positions, so its mask is a constant that
+  is added: cheaper than a comparison in every tile.
+  """
+  at = np.arange(logits.shape[-1])
+  hidden = np.where(at[:, None] < at[None, :], _MASKED, 0.0)
+  hidden = hidden.T if turned else hidden
+  bias = jnp.asarray(np.stack([np.zeros_like(hidden), hidden]), jnp.float32)
+  logits = logits + bias[(i == j).astype(jnp.int32)][None, None]
+  if ids is None:
+    return logits
+  rows, columns = (j, i) if turned else (i, j)
+  seen = ids[rows][:, None, :, None] == ids[columns][:, None, None, :]
   return jnp.where(seen, logits, _MASKED)
 
 
-def _blocked_forward(q, k, v, segments, scale):
-  rows, columns = _pairs(len(q))
+def _flash_forward(q, k, v, segments, scale):
+  block, length = _block_size(q), q.shape[1]
+  # Padding follows every real position, so causality alone hides it.
+  cut = functools.partial(_blocks, block=block)
+  queries, keys, values = cut(q), cut(k), cut(v)
+  ids = None if segments is None else cut(segments, fill=-1)
+  tiles = _tiles(len(keys))
 
-  def step(carry, pair):
+  def step(carry, tile):
     out, peak, total = carry
-    i, j = pair
-    logits = _logits(q, k, segments, i, j, scale)
+    i, j = tile
+    logits = layers.dot('bnth,bnsh->bnts', queries[i], keys[j]) * scale
+    logits = _mask(logits, ids, i, j)
     new = jnp.maximum(peak[i], logits.max(-1))
     probs = jnp.exp(logits - new[..., None])
     shrink = jnp.exp(peak[i] - new)
-    part = layers.dot('bnts,bnsu->bntu', probs.astype(v.dtype), v[j])
+    part = layers.dot('bnts,bnsu->bntu', probs.astype(v.dtype), values[j])
     out = out.at[i].set(out[i] * shrink[..., None] + part)
     total = total.at[i].set(total[i] * shrink + probs.sum(-1))
     return (out, peak.at[i].set(new), total), None
 
   start = (
-    jnp.zeros(v.shape, jnp.float32),
-    jnp.full(q.shape[:-1], _MASKED, jnp.float32),
-    jnp.zeros(q.shape[:-1], jnp.float32),
+    jnp.zeros(values.shape, jnp.float32),
+    jnp.full(queries.shape[:-1], _MASKED, jnp.float32),
+    jnp.zeros(queries.shape[:-1], jnp.float32),
   )
-  (out, peak, total), _ = jax.lax.scan(step, start, (rows, columns))
-  out = (out / total[..., None]).astype(v.dtype)
-  return out, (q, k, v, segments, out, peak + jnp.log(total))
+  (out, peak, total), _ = jax.lax.scan(step, start, tiles)
+  out = _unblock(out / total[..., None], length).astype(v.dtype)
+  # Named here and not outside, so that a policy which keeps both spares the
+  # backward pass this whole function.
+  out = checkpoint_name(out, SAVED[0])
+  lse = checkpoint_name(peak + jnp.log(total), SAVED[1])
+  return out, (q, k, v, segments, out, lse)
 
 
-def _blocked_backward(scale, residuals, g):
+def _flash_backward(scale, residuals, g):
   q, k, v, segments, out, lse = residuals
+  block, length = _block_size(q), q.shape[1]
   # d logits = p * (dp - delta), delta = <g, out> (Dao et al. 2022, section 3)
   delta = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), -1)
+  cut = functools.partial(_blocks, block=block)
+  queries, keys, values, grads = cut(q), cut(k), cut(v), cut(g)
+  keys_turned = keys.swapaxes(-1, -2)
+  delta = cut(delta[..., None])[..., 0]
+  ids = None if segments is None else cut(segments, fill=-1)
 
-  def step(carry, pair):
+  def step(carry, tile):
     dq, dk, dv = carry
-    i, j = pair
-    probs = jnp.exp(_logits(q, k, segments, i, j, scale) - lse[i][..., None])
-    dp = layers.dot('bntu,bnsu->bnts', g[i], v[j])
-    ds = (probs * (dp - delta[i][..., None]) * scale).astype(q.dtype)
-    dv = dv.at[j].add(
-      layers.dot('bnts,bntu->bnsu', probs.astype(g.dtype), g[i])
-    )
-    dk = dk.at[j].add(layers.dot('bnts,bnth->bnsh', ds, q[i]))
-    dq = dq.at[i].add(layers.dot('bnts,bnsh->bnth', ds, k[j]))
+    i, j = tile
+    logits = layers.dot('bnsh,bnth->bnst', keys[j], queries[i]) * scale
+    logits = _mask(logits, ids, i, j, turned=True)
+    probs = jnp.exp(logits - lse[i][..., None, :])
+    dp = layers.dot('bnsu,bntu->bnst', values[j], grads[i])
+    ds = (probs * (dp - delta[i][..., None, :])).astype(q.dtype)
+    probs = probs.astype(g.dtype)
+    dv = dv.at[j].add(layers.dot('bnst,bntu->bnsu', probs, grads[i]))
+    dk = dk.at[j].add(layers.dot('bnst,bnth->bnsh', ds, queries[i]))
+    dq = dq.at[i].add(layers.dot('bnhs,bnst->bnht', keys_turned[j], ds))
     return (dq, dk, dv), None
 
-  start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-  (dq, dk, dv), _ = jax.lax.scan(step, start, _pairs(len(q)))
-  none = np.zeros(segments.shape, jax.dtypes.float0)
-  return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), none
+  zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
+  start = zeros(queries.swapaxes(-1, -2)), zeros(keys), zeros(values)
+  (dq, dk, dv), _ = jax.lax.scan(step, start, _tiles(len(keys)))
+  back = lambda x, like: _unblock(x, length).astype(like.dtype)
+  none = None
+  if segments is not None:
+    none = np.zeros(segments.shape, jax.dtypes.float0)
+  dq = back(dq.swapaxes(-1, -2) * scale, q)
+  return dq, back(dk * scale, k), back(dv, v), none
 
 
-_blocked.defvjp(_blocked_forward, _blocked_backward)
+_flash.defvjp(_flash_forward, _flash_backward)
 
 
 def _splash(q, k, v, segments, scale):
@@ -186,6 +225,7 @@ def _splash(q, k, v, segments, scale):
   run = kernel.make_splash_mha_single_device(
     mask=mask,
     block_sizes=sizes,
+    residual_checkpoint_name=SAVED[0],
     interpret=jax.default_backend() == 'cpu',
   )
   heads_first = lambda x: x.swapaxes(1, 2)
@@ -206,9 +246,10 @@ def _cudnn(q, k, v, segments, scale):
   if segments is not None:
     raise ValueError("impl='cudnn' sees every token of a row; use impl='xla'")
   causal = fused.MaskType.CAUSAL
-  return fused.dot_product_attention(
+  out = fused.dot_product_attention(
     q, k, v, scale=scale, mask_type=causal, qkv_layout='BTNH'
   )
+  return checkpoint_name(out, SAVED[0])
 
 
 def _tokamax(q, k, v, segments, scale):
@@ -218,6 +259,7 @@ def _tokamax(q, k, v, segments, scale):
   mask = None
   if segments is not None:
     mask = segments[:, None, :, None] == segments[:, None, None, :]
-  return tokamax.dot_product_attention(
+  out = tokamax.dot_product_attention(
     q, k, v, scale=scale, mask=mask, is_causal=True
   )
+  return checkpoint_name(out, SAVED[0])

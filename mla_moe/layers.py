@@ -7,6 +7,8 @@ statistics in float32 (Zhang and Sennrich 2019; Shazeer 2020 for SwiGLU).
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -55,10 +57,24 @@ class RMSNorm(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, '*b D']) -> Float[Array, '*b D']:
     scale = param(self, 'scale', x.shape[-1:], ('norm',), 0.0)
-    wide = x.astype(jnp.float32)
-    mean = jnp.mean(jnp.square(wide), -1, keepdims=True)
-    scale = jnp.expand_dims(scale, tuple(range(x.ndim - 1)))
-    return (wide * jax.lax.rsqrt(mean + self.eps) * scale).astype(x.dtype)
+    return normalize(x, scale, self.eps)
+
+
+@functools.partial(jax.checkpoint, static_argnums=(2,), prevent_cse=False)
+def normalize(
+  x: Float[Array, '*b D'], scale: Float[Array, ' D'], eps: float
+) -> Float[Array, '*b D']:
+  """RMSNorm itself; it keeps only `x` for the backward pass."""
+  wide = x.astype(jnp.float32)
+  mean = jnp.mean(jnp.square(wide), -1, keepdims=True)
+  scale = jnp.expand_dims(scale, tuple(range(x.ndim - 1)))
+  return (wide * jax.lax.rsqrt(mean + eps) * scale).astype(x.dtype)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def gated(both: Float[Array, '*b two F']) -> Float[Array, '*b F']:
+  """silu(gate) * up; it keeps only its argument for the backward pass."""
+  return jax.nn.silu(both[..., 0, :]) * both[..., 1, :]
 
 
 def swiglu(
@@ -68,8 +84,7 @@ def swiglu(
 ) -> Float[Array, '*b D']:
   """down(silu(gate(x)) * up(x)); gate and up are one product."""
   both = jnp.einsum('...d,dgf->...gf', x, w_gate_up.astype(x.dtype))
-  hidden = jax.nn.silu(both[..., 0, :]) * both[..., 1, :]
-  return jnp.einsum('...f,fd->...d', hidden, w_down.astype(x.dtype))
+  return jnp.einsum('...f,fd->...d', gated(both), w_down.astype(x.dtype))
 
 
 class FeedForward(nn.Module):
@@ -79,7 +94,7 @@ class FeedForward(nn.Module):
   std: float
 
   @nn.compact
-  def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
+  def __call__(self, x: Float[Array, '*b D']) -> Float[Array, '*b D']:
     dim, width = x.shape[-1], self.width
     axes = ('embed', 'gate_up', 'mlp')
     w_gate_up = param(self, 'w_gate_up', (dim, 2, width), axes, self.std)

@@ -20,7 +20,7 @@ from mla_moe import config as config_lib
 from mla_moe.types import Array, Float, Int
 
 # What `remat='latents'` keeps for the backward pass; all else is made again.
-SAVED = ('q_latent', 'kv_latent', 'k_rope', 'attention_out')
+SAVED = ('q_latent', 'kv_latent', 'k_rope', *attention.SAVED)
 
 
 class Attention(nn.Module):
@@ -79,7 +79,6 @@ class Attention(nn.Module):
       out = attention.attend(
         q, k, v, scale=scale, segments=segments, impl=mla.impl
       )
-      out = checkpoint_name(out, 'attention_out')
 
     shape = (heads, mla.value_dim, dim)
     w_out = w('w_out', shape, ('heads', 'head_dim', 'embed'))

@@ -66,12 +66,12 @@ class MoE(nn.Module):
         w_gate_up.astype(x.dtype),
         w_down.astype(x.dtype),
         impl=moe.impl,
-      ).reshape(x.shape)
+      )
     if moe.shared:
       shared = layers.FeedForward(moe.shared * width, std, name='shared')
-      out = out + shared(x)
+      out = out + shared(flat)
     flat_mask = None if mask is None else mask.reshape(-1)
-    return out, Stats(
+    return out.reshape(x.shape), Stats(
       load=router.count(routing.chosen, e, flat_mask),
       balance=losses.balance(routing.scores.reshape(b, t, e), moe.top_k, mask),
       entropy=router.entropy(routing.scores, flat_mask),
@@ -108,14 +108,10 @@ def _dense(x, weights, chosen, w_gate_up, w_down):
   picked = chosen[:, :, None] == jnp.arange(len(w_down))[None, None]
   share = jnp.einsum('mke,mk->me', picked.astype(weights.dtype), weights)
   both = layers.dot('md,edgf->megf', x, w_gate_up)
-  hidden = _gated(both).astype(x.dtype)
+  hidden = layers.gated(both).astype(x.dtype)
   return jnp.einsum(
     'med,me->md', layers.dot('mef,efd->med', hidden, w_down), share
   )
-
-
-def _gated(both: Array) -> Array:
-  return jax.nn.silu(both[..., 0, :]) * both[..., 1, :]
 
 
 class _Order(NamedTuple):
@@ -174,9 +170,10 @@ def _cut(chosen, order: _Order, block: int, skip: int) -> _Blocks:
 
 def _loop(x, weights, chosen, w_gate_up, w_down):
   order = _sort(chosen, len(w_down))
-  # Blocks follow the load, or half of each would be padding (decoding).
+  # Blocks follow the load, or half of each would be padding (decoding); under
+  # 256 rows a product has too little to do (measured on x86).
   mean = max(chosen.size // len(w_down), 1)
-  block = min(max(1 << (mean - 1).bit_length(), 8), 128)
+  block = min(max(1 << (mean - 1).bit_length(), 8), 256)
   cut = _cut(chosen, order, block, 0)
   return _run_blocks(x, weights, w_gate_up, w_down, cut)
 
@@ -204,7 +201,7 @@ def _blocks_forward(x, weights, w_gate_up, w_down, cut):
     out, kept = carry
     e, tokens = cut.expert[i], cut.slots[i] // k
     both = _up(x[tokens], w_gate_up[e])
-    rows = layers.dot('rf,fd->rd', _gated(both), w_down[e])
+    rows = layers.dot('rf,fd->rd', layers.gated(both), w_down[e])
     out = out.at[tokens].add(rows * share[i][:, None])
     return out, jax.lax.dynamic_update_index_in_dim(kept, both, i, 0)
 
@@ -225,7 +222,7 @@ def _blocks_backward(residuals, g):
     dx, dshare, d_gate_up, d_down = carry
     e, tokens = cut.expert[i], cut.slots[i] // k
     rows, grads, weight = x[tokens], g[tokens], share[i][:, None]
-    hidden, pull = jax.vjp(_gated, kept[i])
+    hidden, pull = jax.vjp(layers.gated, kept[i])
     dhidden = layers.dot('rd,fd->rf', grads, w_down[e])
     # The gate's gradient from the hidden side: no expert output is kept.
     dshare = dshare.at[i].set((hidden.astype(jnp.float32) * dhidden).sum(-1))
@@ -267,7 +264,7 @@ def _ragged(x, weights, chosen, w_gate_up, w_down):
   both = jax.lax.ragged_dot(
     rows, w_gate_up.reshape(e, dim, two * width), order.sizes
   )
-  hidden = _gated(both.reshape(-1, two, width))
+  hidden = layers.gated(both.reshape(-1, two, width))
   out = jax.lax.ragged_dot(hidden, w_down, order.sizes)
   return _combine(out, weights, order.slots, held, order.places, held)
 
@@ -291,7 +288,7 @@ def _padded(x, weights, chosen, w_gate_up, w_down):
   places = jnp.where(held, flat * room + rank, 0)
   rows = _dispatch(x, slots, places, held).reshape(e, room, dim)
   both = jnp.einsum('erd,edgf->ergf', rows, w_gate_up)
-  out = jnp.einsum('erf,efd->erd', _gated(both), w_down).reshape(-1, dim)
+  out = jnp.einsum('erf,efd->erd', layers.gated(both), w_down).reshape(-1, dim)
   out = _combine(out, weights, slots, valid.reshape(-1), places, held)
   rest = _cut(chosen, order, 128, room)
   return out + _run_blocks(x, weights, w_gate_up, w_down, rest)

@@ -31,13 +31,14 @@ def _run(config: config_lib.Config, path: pathlib.Path) -> dict:
   import jax
   import numpy as np
 
-  from experiments import logs, report, sample
+  from experiments import logs, report, runtime, sample
   from mla_moe import checkpoint, corpus, cost, data, optim, sharding, step
   from mla_moe import tokenizer as tokenizer_lib
 
   # ------------------------------------------------------------------- set-up
   sharding.check(config)
-  _keep_compilations(path.parent / '.jax_cache')
+  runtime.keep_compilations(path.parent / '.jax_cache')
+  runtime.keep_memory()
   tokenizer = tokenizer_lib.load(
     config.data.tokenizer, config.model.bos_id, config.model.eos_id
   )
@@ -235,16 +236,6 @@ def _place(tree, mesh=None):
     )
 
   return jax.tree.map(one, tree)
-
-
-def _keep_compilations(folder: pathlib.Path):
-  """A second start of the same config compiles nothing again."""
-  import jax
-
-  folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-  jax.config.update('jax_compilation_cache_dir', str(folder.resolve()))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
-  jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 
 def _headline(config, counts) -> str:

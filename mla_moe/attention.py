@@ -82,26 +82,11 @@ def _flash(q, k, v, segments, scale):
   """Tiles of queries x keys going forward, of keys x queries going backward.
 
   So no product contracts the leading axes of both its operands, a form that
-  XLA's CPU backend has no fast code for.
+  XLA's CPU backend has no fast code for. Nor does it share one batched product
+  of small matrices among cores: there the heads are cut into parts, whose
+  products in one tile are independent and so run side by side.
   """
   return _flash_forward(q, k, v, segments, scale)[0]
-
-
-def _blocks(x, block, fill=0):
-  """[B, T, N, d] -> [n, B, N, block, d], padded; [B, T] -> [n, B, block]."""
-  b, t = x.shape[:2]
-  n = -(-t // block)
-  pad = [(0, 0), (0, n * block - t)] + [(0, 0)] * (x.ndim - 2)
-  x = jnp.pad(x, pad, constant_values=fill)
-  x = x.reshape(b, n, block, *x.shape[2:])
-  return x.transpose((1, 0, 3, 2, 4) if x.ndim == 5 else (1, 0, 2))
-
-
-def _unblock(x, length):
-  """[n, B, N, block, d] -> [B, T, N, d]."""
-  n, b, heads, block, d = x.shape
-  x = x.transpose(1, 0, 3, 2, 4).reshape(b, n * block, heads, d)
-  return x[:, :length]
 
 
 def _block_size(q) -> int:
@@ -110,98 +95,139 @@ def _block_size(q) -> int:
   return min(128 if b * heads >= 32 else 256, t)
 
 
-def _tiles(n: int):
-  """Indices (i, j) of the tiles on or under the diagonal, i outer."""
-  return tuple(jnp.asarray(x, jnp.int32) for x in np.tril_indices(n))
+def _parts(q) -> int:
+  b, _, heads = q.shape[:3]
+  wide = b * heads % 4 == 0 and b * heads * _block_size(q) ** 2 >= 1 << 18
+  return 4 if wide and jax.default_backend() == 'cpu' else 1
+
+
+def _cut(x, block, parts):
+  """[B, T, N, d] -> parts of [n, G, block, d], G heads each, padded."""
+  b, t, heads, d = x.shape
+  n = -(-t // block)
+  x = jnp.pad(x, [(0, 0), (0, n * block - t), (0, 0), (0, 0)])
+  x = x.reshape(b, n, block, heads, d).transpose(1, 0, 3, 2, 4)
+  return jnp.split(x.reshape(n, b * heads, block, d), parts, axis=1)
+
+
+def _join(parts, like):
+  """Parts of [n, G, block, d] -> [B, T, N, d] with the B, T, N of `like`."""
+  b, t, heads = like.shape[:3]
+  x = jnp.concatenate(parts, axis=1)
+  n, _, block, d = x.shape
+  x = x.reshape(n, b, heads, block, d).transpose(1, 0, 3, 2, 4)
+  return x.reshape(b, n * block, heads, d)[:, :t]
+
+
+def _cut_segments(segments, q, block, parts):
+  """[B, T] -> parts of [n, G, block]; None for each where there are none."""
+  if segments is None:
+    return [None] * parts
+  ids = jnp.broadcast_to(segments[:, :, None, None], (*q.shape[:3], 1))
+  return [x[..., 0] for x in _cut(ids, block, parts)]
+
+
+def _scan_tiles(tile, parts, start, n):
+  """`tile(part, carry, i, j)` of each part, over tiles up to the diagonal."""
+
+  def step(carries, at):
+    moved = (tile(p, c, *at) for p, c in zip(parts, carries, strict=True))
+    return tuple(moved), None
+
+  at = tuple(jnp.asarray(x, jnp.int32) for x in np.tril_indices(n))
+  return jax.lax.scan(step, tuple(start), at)[0]
 
 
 def _mask(logits, ids, i, j, turned=False):
-  """Logits of query block i and key block j; [.., t, s], or `turned` [.., s, t].
+  """Logits of query block i and key block j, [G, t, s] or `turned` [G, s, t].
 
-  Only the diagonal's tile compares positions, so its mask is a constant that
-  is added: cheaper than a comparison in every tile.
+  Padding follows every real position, so causality hides it. Only the
+  diagonal's tile compares positions: its mask is a constant that is added,
+  which is cheaper than a comparison in every tile.
   """
   at = np.arange(logits.shape[-1])
   hidden = np.where(at[:, None] < at[None, :], _MASKED, 0.0)
   hidden = hidden.T if turned else hidden
   bias = jnp.asarray(np.stack([np.zeros_like(hidden), hidden]), jnp.float32)
-  logits = logits + bias[(i == j).astype(jnp.int32)][None, None]
+  logits = logits + bias[(i == j).astype(jnp.int32)][None]
   if ids is None:
     return logits
   rows, columns = (j, i) if turned else (i, j)
-  seen = ids[rows][:, None, :, None] == ids[columns][:, None, None, :]
-  return jnp.where(seen, logits, _MASKED)
+  return jnp.where(
+    ids[rows][:, :, None] == ids[columns][:, None, :], logits, _MASKED
+  )
 
 
 def _flash_forward(q, k, v, segments, scale):
-  block, length = _block_size(q), q.shape[1]
-  # Padding follows every real position, so causality alone hides it.
-  cut = functools.partial(_blocks, block=block)
-  queries, keys, values = cut(q), cut(k), cut(v)
-  ids = None if segments is None else cut(segments, fill=-1)
-  tiles = _tiles(len(keys))
+  cut = functools.partial(_cut, block=_block_size(q), parts=_parts(q))
+  ids = _cut_segments(segments, q, _block_size(q), _parts(q))
+  parts = list(zip(cut(q), cut(k), cut(v), ids, strict=True))
 
-  def step(carry, tile):
+  def tile(part, carry, i, j):
+    queries, keys, values, ids = part
     out, peak, total = carry
-    i, j = tile
-    logits = layers.dot('bnth,bnsh->bnts', queries[i], keys[j]) * scale
+    logits = layers.dot('gth,gsh->gts', queries[i], keys[j]) * scale
     logits = _mask(logits, ids, i, j)
     new = jnp.maximum(peak[i], logits.max(-1))
     probs = jnp.exp(logits - new[..., None])
     shrink = jnp.exp(peak[i] - new)
-    part = layers.dot('bnts,bnsu->bntu', probs.astype(v.dtype), values[j])
-    out = out.at[i].set(out[i] * shrink[..., None] + part)
+    fresh = layers.dot('gts,gsu->gtu', probs.astype(v.dtype), values[j])
+    out = out.at[i].set(out[i] * shrink[..., None] + fresh)
     total = total.at[i].set(total[i] * shrink + probs.sum(-1))
-    return (out, peak.at[i].set(new), total), None
+    return out, peak.at[i].set(new), total
 
-  start = (
-    jnp.zeros(values.shape, jnp.float32),
-    jnp.full(queries.shape[:-1], _MASKED, jnp.float32),
-    jnp.zeros(queries.shape[:-1], jnp.float32),
-  )
-  (out, peak, total), _ = jax.lax.scan(step, start, tiles)
-  out = _unblock(out / total[..., None], length).astype(v.dtype)
+  def start(queries, keys, values, ids):
+    zero = jnp.zeros(queries.shape[:-1], jnp.float32)
+    return jnp.zeros(values.shape, jnp.float32), zero + _MASKED, zero
+
+  blocks = len(parts[0][0])
+  done = _scan_tiles(tile, parts, (start(*p) for p in parts), blocks)
+  out = _join([out / total[..., None] for out, _, total in done], q)
   # Named here and not outside, so that a policy which keeps both spares the
   # backward pass this whole function.
-  out = checkpoint_name(out, SAVED[0])
-  lse = checkpoint_name(peak + jnp.log(total), SAVED[1])
-  return out, (q, k, v, segments, out, lse)
+  out = checkpoint_name(out.astype(v.dtype), SAVED[0])
+  lse = [checkpoint_name(p + jnp.log(t), SAVED[1]) for _, p, t in done]
+  return out, (parts, lse, out)
 
 
 def _flash_backward(scale, residuals, g):
-  q, k, v, segments, out, lse = residuals
-  block, length = _block_size(q), q.shape[1]
+  parts, lse, out = residuals
+  block, dtype = parts[0][0].shape[-2], parts[0][0].dtype
+  cut = functools.partial(_cut, block=block, parts=len(parts))
   # d logits = p * (dp - delta), delta = <g, out> (Dao et al. 2022, section 3)
   delta = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), -1)
-  cut = functools.partial(_blocks, block=block)
-  queries, keys, values, grads = cut(q), cut(k), cut(v), cut(g)
-  keys_turned = keys.swapaxes(-1, -2)
-  delta = cut(delta[..., None])[..., 0]
-  ids = None if segments is None else cut(segments, fill=-1)
+  turned = [keys.swapaxes(-1, -2) for _, keys, *_ in parts]
+  more = zip(turned, cut(g), cut(delta[..., None]), lse, strict=True)
+  parts = [(*a, *b) for a, b in zip(parts, more, strict=True)]
 
-  def step(carry, tile):
+  def tile(part, carry, i, j):
+    queries, keys, values, ids, turned, grads, delta, lse = part
     dq, dk, dv = carry
-    i, j = tile
-    logits = layers.dot('bnsh,bnth->bnst', keys[j], queries[i]) * scale
+    logits = layers.dot('gsh,gth->gst', keys[j], queries[i]) * scale
     logits = _mask(logits, ids, i, j, turned=True)
-    probs = jnp.exp(logits - lse[i][..., None, :])
-    dp = layers.dot('bnsu,bntu->bnst', values[j], grads[i])
-    ds = (probs * (dp - delta[i][..., None, :])).astype(q.dtype)
+    probs = jnp.exp(logits - lse[i][:, None])
+    dp = layers.dot('gsu,gtu->gst', values[j], grads[i])
+    ds = (probs * (dp - delta[i].swapaxes(-1, -2))).astype(dtype)
     probs = probs.astype(g.dtype)
-    dv = dv.at[j].add(layers.dot('bnst,bntu->bnsu', probs, grads[i]))
-    dk = dk.at[j].add(layers.dot('bnst,bnth->bnsh', ds, queries[i]))
-    dq = dq.at[i].add(layers.dot('bnhs,bnst->bnht', keys_turned[j], ds))
-    return (dq, dk, dv), None
+    dv = dv.at[j].add(layers.dot('gst,gtu->gsu', probs, grads[i]))
+    dk = dk.at[j].add(layers.dot('gst,gth->gsh', ds, queries[i]))
+    dq = dq.at[i].add(layers.dot('ghs,gst->ght', turned[j], ds))
+    return dq, dk, dv
 
-  zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
-  start = zeros(queries.swapaxes(-1, -2)), zeros(keys), zeros(values)
-  (dq, dk, dv), _ = jax.lax.scan(step, start, _tiles(len(keys)))
-  back = lambda x, like: _unblock(x, length).astype(like.dtype)
-  none = None
-  if segments is not None:
-    none = np.zeros(segments.shape, jax.dtypes.float0)
-  dq = back(dq.swapaxes(-1, -2) * scale, q)
-  return dq, back(dk * scale, k), back(dv, v), none
+  def start(queries, keys, values, ids, turned, *_):
+    return tuple(
+      jnp.zeros(x.shape, jnp.float32) for x in (turned, keys, values)
+    )
+
+  blocks = len(parts[0][0])
+  done = _scan_tiles(tile, parts, (start(*p) for p in parts), blocks)
+  dq, dk, dv = zip(*done, strict=True)
+  dq = [x.swapaxes(-1, -2) * scale for x in dq]
+  dk = [x * scale for x in dk]
+  dq, dk, dv = (_join(x, out).astype(dtype) for x in (dq, dk, dv))
+  unsegmented = parts[0][3] is None
+  zero = None if unsegmented else np.zeros(out.shape[:2], jax.dtypes.float0)
+  return dq, dk, dv, zero
 
 
 _flash.defvjp(_flash_forward, _flash_backward)

@@ -51,9 +51,13 @@ def rematerialised(config: config_lib.ModelConfig) -> type[nn.Module]:
   """Block, with what `config.remat` says computed again going backward."""
   if config.remat == 'none':
     return Block
+  policies = jax.checkpoint_policies
   policy = None
-  if config.remat == 'latents':
-    policy = jax.checkpoint_policies.save_only_these_names(*mla.SAVED)
+  if config.remat in ('latents', 'products'):
+    policy = policies.save_only_these_names(*mla.SAVED)
+  if config.remat == 'products':
+    products = policies.dots_with_no_batch_dims_saveable
+    policy = policies.save_from_both_policies(products, policy)
   return nn.remat(Block, prevent_cse=False, policy=policy)
 
 

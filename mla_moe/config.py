@@ -219,9 +219,10 @@ class ModelConfig(_Checked):
   """The network: the first `dense_layers` have a dense FFN, the rest experts.
 
   `dtype` is the activations'; parameters are float32. `remat` says what the
-  backward pass computes again: 'none', 'full' (everything but the residual
-  stream), or 'latents' (all but the attention's latents and its output: V3
-  section 3.2.3).
+  backward pass has kept: 'products' (of weights; what is made from them
+  element by element is made again), 'latents' (the attention's latents and its
+  output: V3 section 3.2.3), nothing but the residual stream under 'full', or
+  everything under 'none'.
   """
 
   vocab: int = 129280
@@ -252,7 +253,7 @@ class ModelConfig(_Checked):
     self._require('norm_eps', self.norm_eps > 0, 'must be above 0')
     self._one_of('dtype', 'float32', 'bfloat16')
     self._one_of('precision', 'bf16')
-    self._one_of('remat', 'none', 'latents', 'full')
+    self._one_of('remat', 'none', 'products', 'latents', 'full')
     self._require(
       'dense_layers',
       self.dense_layers <= self.layers,

@@ -1,0 +1,78 @@
+"""The peer of the training benchmark: transformers' DeepSeek-V3 under torch.
+
+A program of its own that needs torch and transformers, and nothing of ours, so
+that any Python that has them may run it. It answers each line of its standard
+input with the seconds of one whole training step (forward, backward, AdamW);
+the first answer comes after the warm-up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+
+
+def main() -> None:
+  """Reads {'shape': ..., 'mode': ...}, warms up, then steps at each line."""
+  import torch
+  import transformers
+
+  job = json.loads(sys.stdin.readline())
+  shape, mode = job['shape'], job['mode']
+  config = transformers.DeepseekV3Config(
+    vocab_size=shape['vocab'],
+    hidden_size=shape['dim'],
+    intermediate_size=shape['dense_width'],
+    moe_intermediate_size=shape['width'],
+    num_hidden_layers=shape['layers'],
+    first_k_dense_replace=shape['dense_layers'],
+    num_attention_heads=shape['heads'],
+    num_key_value_heads=shape['heads'],
+    q_lora_rank=shape['query_rank'],
+    kv_lora_rank=shape['kv_rank'],
+    qk_nope_head_dim=shape['nope_dim'],
+    qk_rope_head_dim=shape['rope_dim'],
+    v_head_dim=shape['value_dim'],
+    n_routed_experts=shape['experts'],
+    num_experts_per_tok=shape['top_k'],
+    n_group=shape['groups'],
+    topk_group=shape['top_groups'],
+    n_shared_experts=shape['shared'],
+    max_position_embeddings=4096,
+    use_cache=False,
+  )
+  torch.manual_seed(0)
+  model = transformers.AutoModelForCausalLM.from_config(
+    config, experts_implementation='grouped_mm'
+  )
+  model.train()
+  tuned = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+  size = (shape['batch'], shape['length'])
+  tokens = torch.randint(0, shape['vocab'], size)
+  run = torch.compile(model) if 'compile' in mode else model
+
+  def step():
+    began = time.perf_counter()
+    narrow = contextlib.nullcontext()
+    if 'bf16' in mode:
+      narrow = torch.autocast('cpu', dtype=torch.bfloat16)
+    with narrow:
+      loss = run(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+    tuned.step()
+    tuned.zero_grad(set_to_none=True)
+    loss.item()
+    return time.perf_counter() - began
+
+  for _ in range(2):
+    step()
+  versions = f'torch {torch.__version__}, transformers '
+  print(json.dumps(versions + transformers.__version__), flush=True)
+  for _ in sys.stdin:
+    print(json.dumps(step()), flush=True)
+
+
+if __name__ == '__main__':
+  main()

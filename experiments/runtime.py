@@ -6,9 +6,6 @@ import ctypes
 import pathlib
 import sys
 
-# glibc's mallopt: which knob, and the value that keeps freed memory.
-_MALLOPT = {'M_MMAP_MAX': (-4, 0), 'M_TRIM_THRESHOLD': (-1, -1)}
-
 
 def keep_compilations(folder: pathlib.Path) -> None:
   """A second start of the same config compiles nothing again."""
@@ -33,8 +30,9 @@ def keep_memory() -> None:
   if jax.default_backend() != 'cpu':
     return
   jax.config.update('jax_cpu_enable_async_dispatch', False)
+  mallopt = None
   if sys.platform == 'linux':
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
-    for knob, value in _MALLOPT.values():
-      if mallopt:
-        mallopt(knob, value)
+  if mallopt:
+    mallopt(-4, 0)  # M_MMAP_MAX: no piece gets a mapping of its own
+    mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is handed back

@@ -92,7 +92,7 @@ def test_packed_segments_equal_documents_alone():
   chex.assert_trees_all_close(packed, np.concatenate(parts, 1), atol=2e-5)
 
 
-@pytest.mark.parametrize('remat', ['latents', 'full'])
+@pytest.mark.parametrize('remat', ['products', 'latents', 'full'])
 def test_remat_changes_no_gradient(remat):
   config, variables, expected = golden('v3_release')
   tokens = expected['tokens'][:1, :32]

@@ -1,0 +1,87 @@
+"""A self-contained page: numbers on top, figures by matplotlib as SVG.
+
+Nothing is loaded from anywhere, so a page can be kept and sent as one file.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+
+_STYLE = """
+:root{color-scheme:light dark;--ink:#1d2330;--soft:#667085;--paper:#fbfaf7;
+--card:#fff;--line:#e4e2dc}
+@media(prefers-color-scheme:dark){:root{--ink:#e8e6e1;--soft:#9aa3b2;
+--paper:#14161b;--card:#1c1f26;--line:#2d313b}}
+body{margin:0;background:var(--paper);color:var(--ink);
+font:16px/1.55 system-ui,sans-serif}
+main{max-width:1060px;margin:auto;padding:40px 24px}
+h1{font-size:30px;margin:0}h2{font-size:20px;margin:40px 0 12px}
+p{color:var(--soft);margin:4px 0 12px;max-width:75ch}
+.numbers{display:flex;flex-wrap:wrap;gap:12px;margin:24px 0}
+.numbers div{background:var(--card);border:1px solid var(--line);
+border-radius:10px;padding:12px 18px}
+.numbers b{display:block;font-size:24px;font-variant-numeric:tabular-nums}
+.numbers span{color:var(--soft);font-size:13px}
+figure{margin:0 0 18px;background:#fff;border:1px solid var(--line);
+border-radius:10px;padding:8px;overflow:hidden}
+figure svg{width:100%;height:auto;display:block}
+table{border-collapse:collapse;width:100%}td{padding:4px 12px;border-bottom:1px solid
+var(--line);vertical-align:top}
+pre{background:var(--card);border:1px solid var(--line);border-radius:10px;
+padding:14px;white-space:pre-wrap;overflow-wrap:anywhere;font-size:13px}
+"""
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
+
+
+def page(title: str, parts: list[str]) -> str:
+  """The HTML of a whole page."""
+  title = html.escape(title)
+  return (
+    '<!doctype html><html lang="en"><meta charset="utf-8">'
+    '<meta name="viewport" content="width=device-width">'
+    f'<title>{title}</title><style>{_STYLE}</style>'
+    f'<main><h1>{title}</h1>{"".join(parts)}</main></html>'
+  )
+
+
+def numbers(shown: list[tuple[str, str]]) -> str:
+  """Cards of (name, value)."""
+  cells = (
+    f'<div><b>{value}</b><span>{name}</span></div>' for name, value in shown
+  )
+  return f'<div class="numbers">{"".join(cells)}</div>'
+
+
+def figure(columns: int, height: float = 3.0, lines: int = 1):
+  """Matplotlib's (figure, axes [lines, columns]) in the page's style."""
+  from matplotlib import pyplot
+
+  pyplot.rcParams.update(
+    {
+      'svg.fonttype': 'none',
+      'font.size': 10,
+      'axes.spines.top': False,
+      'axes.spines.right': False,
+      'axes.prop_cycle': pyplot.cycler(color=COLOURS),
+    }
+  )
+  return pyplot.subplots(
+    lines,
+    columns,
+    figsize=(10.4, height * lines),
+    layout='constrained',
+    squeeze=False,
+  )
+
+
+def svg(drawn) -> str:
+  """The figure as an element of the page; it is closed."""
+  from matplotlib import pyplot
+
+  text = io.StringIO()
+  drawn.savefig(text, format='svg', metadata={'Date': None, 'Creator': None})
+  pyplot.close(drawn)
+  return f'<figure>{text.getvalue()[text.getvalue().index("<svg") :]}</figure>'

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test test-all lint clean
+.PHONY: train test test-all bench lint clean
 
 train: $(READY)
 	@$(BIN)/python -m experiments.train --config=configs/tiny.py --workdir=runs/tiny
@@ -15,6 +15,9 @@ test: $(READY)
 
 test-all: $(READY)
 	@$(BIN)/python -m pytest -q
+
+bench: $(READY)
+	@$(BIN)/python -m experiments.bench train
 
 lint: $(READY)
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check .

@@ -8,6 +8,7 @@ own, and every ratio comes from the same minutes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -21,7 +22,10 @@ from experiments.bench import shape as shapes
 
 
 class Contender:
-  """A running contender; `seconds` collects its steps."""
+  """A running contender; `seconds` collects its steps.
+
+  `versions` is None where it did not start.
+  """
 
   def __init__(self, command: list[str], shape: shapes.Shape, mode: str):
     self.seconds = []
@@ -34,6 +38,8 @@ class Contender:
     )
     job = {'shape': dataclasses.asdict(shape), 'mode': mode}
     self.versions = self._ask(json.dumps(job))
+    if self.versions is None:
+      self.stop()
 
   def _ask(self, line: str):
     try:
@@ -49,9 +55,9 @@ class Contender:
     self.seconds.append(self._ask('step'))
 
   def stop(self) -> None:
-    """Ends the process."""
-    self._process.stdin.close()
-    self._process.wait(timeout=30)
+    """Ends the process: its input ends."""
+    with contextlib.suppress(BrokenPipeError):
+      self._process.communicate(timeout=60)
 
 
 def ours(shape: shapes.Shape, dtype: str) -> Contender:
@@ -61,9 +67,14 @@ def ours(shape: shapes.Shape, dtype: str) -> Contender:
 
 
 def take_turns(contenders: dict[str, Contender], rounds: int) -> None:
-  """`rounds` steps of each, one by one; then all end."""
+  """`rounds` steps of each, one by one; then all end.
+
+  The pause is for threads that spin a while after their last work, as OpenMP's
+  do: they would take the next one's cores.
+  """
   for _ in range(rounds):
     for contender in contenders.values():
+      time.sleep(0.5)
       contender.step()
   for contender in contenders.values():
     contender.stop()

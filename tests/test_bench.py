@@ -1,0 +1,70 @@
+"""The benchmark's own arithmetic, and how it drives those it compares."""
+
+import sys
+
+import chex
+import pytest
+
+from experiments.bench import contender, products, train
+from experiments.bench import shape as shapes
+from mla_moe import cost
+
+ANSWERS = """
+import json, sys
+job = json.loads(sys.stdin.readline())
+print(json.dumps(job['mode']), flush=True)
+for i, _ in enumerate(sys.stdin):
+  print(json.dumps(i + job['shape']['batch']), flush=True)
+"""
+
+
+@pytest.mark.parametrize('dense', [0, 1, 4])
+def test_products_have_the_flops_that_a_step_is_counted_for(dense):
+  shape = shapes.Shape(dense_layers=dense, layers=4, batch=2, length=64)
+  ours = sum(3 * p.times * p.useful * p.flops for p in products.of(shape))
+  per_token = cost.train_flops_per_token(shapes.config(shape), shape.length)
+  chex.assert_trees_all_close(ours, per_token * 128.0, rtol=1e-12)
+
+
+def test_one_rate_lies_between_the_products_rates():
+  listed = products.of(shapes.Shape())
+  found = [(p, 1e9 * (1 + i)) for i, p in enumerate(listed)]
+  assert 1e9 < products.together(found) < 1e9 * len(found)
+  same = [(p, 7e9) for p in listed]
+  chex.assert_trees_all_close(products.together(same), 7e9, rtol=1e-12)
+
+
+def test_contenders_take_turns_and_absent_ones_are_known():
+  command = [sys.executable, '-c', ANSWERS]
+  shape = shapes.Shape(batch=3)
+  racers = {m: contender.Contender(command, shape, m) for m in ('a', 'b')}
+  assert [racer.versions for racer in racers.values()] == ['a', 'b']
+  contender.take_turns(racers, 2)
+  assert [racer.seconds for racer in racers.values()] == [[3, 4], [3, 4]]
+  absent = contender.Contender([sys.executable, '-c', 'exit(1)'], shape, 'a')
+  assert absent.versions is None
+
+
+def test_every_measurement_has_its_rows_and_the_page_its_pictures():
+  speed = {'tokens_per_s': 10.0, 'slowest': 9.0, 'fastest': 11.0}
+  peers = ('mla_moe float32', 'transformers float32')
+  parts = {
+    'speed': {name: speed for name in peers},
+    'products': {
+      'share': 0.5,
+      'step_rate': 1e9,
+      'products_rate': 2e9,
+      'widest': 3e9,
+    },
+    'length': {'512': 10.0, '1024': 20.0, '8192': 160.0},
+    'experts': {'16': [1.0, 2.0, 1.0], '256': [1.0, 2.0, 1.2]},
+    'layers': {'2': 4.0, '16': 5.0},
+    'start': {'first': 10.0, 'second': 4.0},
+  }
+  found = {k: {'machine': {'cores': 2}, 'found': v} for k, v in parts.items()}
+  text = '\n'.join(' '.join(row) for row in train._rows(found))
+  for words in ('16.0 x for 16 x', '1.20 x that of 16', '0.40 of the first'):
+    assert words in text
+  page = train._page(found)
+  assert page.count('<svg') == 1 and 'MaxText' in page and 'cores 2' in page
+  assert 'src=' not in page and 'href="http' not in page

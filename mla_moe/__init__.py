@@ -1,6 +1,6 @@
 """DeepSeek-V3-style models in JAX and Flax: MLA, fine-grained MoE, MTP.
 
-    from mla_moe import Config, Transformer, cost
+    from mla_moe import Config, Transformer, cost, load_huggingface
 
 Importing this package does nothing else: no flags, no logging, no devices.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from mla_moe import cost
 from mla_moe.config import Config, ConfigError, ModelConfig
+from mla_moe.huggingface import load_huggingface, save_huggingface
 from mla_moe.model import Output, Transformer
 
 __all__ = [
@@ -18,4 +19,6 @@ __all__ = [
   'Output',
   'Transformer',
   'cost',
+  'load_huggingface',
+  'save_huggingface',
 ]

@@ -10,7 +10,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = (
   'types config',
-  'cost documents tokenizer checkpoint',
+  'cost documents tokenizer checkpoint safetensors hf_config hf_fp8 hf_names',
   'corpus',
   'data',
   'sharding losses optim metrics',
@@ -20,7 +20,7 @@ LAYERS = (
   'block',
   'mtp',
   'model',
-  'step',
+  'step huggingface',
 )
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names.split()}
 FILES = [

@@ -1,0 +1,237 @@
+"""safetensors files through a memory map, float8 and bfloat16 included.
+
+A file is eight bytes with the length of a header, the header (JSON: each
+tensor's dtype, shape and place), then the tensors' bytes, one after the other
+without gaps. The library of that name knows no float8 in numpy, and it is not
+needed: the format is this small. What matters is to believe nothing in the
+header: every length, place and shape is checked against the file's size before
+anything is mapped, so that a hostile or torn file is a line and never a crash
+or an allocation beyond its size.
+
+Arrays that are read are views of the map; `File.forget` gives their pages back,
+so that reading a file larger than memory stays small.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import mmap
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from mla_moe.config import ConfigError
+
+DTYPES = {
+  'BOOL': np.dtype(np.bool_),
+  'U8': np.dtype(np.uint8),
+  'I8': np.dtype(np.int8),
+  'F8_E4M3': np.dtype(ml_dtypes.float8_e4m3fn),
+  'F8_E5M2': np.dtype(ml_dtypes.float8_e5m2),
+  'F8_E8M0': np.dtype(ml_dtypes.float8_e8m0fnu),
+  'I16': np.dtype(np.int16),
+  'U16': np.dtype(np.uint16),
+  'F16': np.dtype(np.float16),
+  'BF16': np.dtype(ml_dtypes.bfloat16),
+  'I32': np.dtype(np.int32),
+  'U32': np.dtype(np.uint32),
+  'F32': np.dtype(np.float32),
+  'I64': np.dtype(np.int64),
+  'U64': np.dtype(np.uint64),
+  'F64': np.dtype(np.float64),
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+# The format's own limit; it keeps a header's objects small, too.
+_HEADER_LIMIT = 100_000_000
+_RANK_LIMIT = 16
+
+
+class Entry(NamedTuple):
+  """One tensor: its dtype and shape, its bytes [start, end) of the data."""
+
+  dtype: np.dtype
+  shape: tuple[int, ...]
+  start: int
+  end: int
+
+
+def parse(header: bytes, size: int) -> dict[str, Entry]:
+  """The entries of a header whose file has `size` bytes of data.
+
+  Raises:
+    ConfigError: anything that is not exactly the format, and why.
+  """
+  try:
+    items = json.loads(header, object_pairs_hook=_no_duplicates)
+  except (ValueError, RecursionError) as error:
+    raise ConfigError(f'the header is not JSON ({error})') from None
+  if not isinstance(items, dict):
+    raise ConfigError('the header is not an object')
+  items.pop('__metadata__', None)
+  entries = {name: _entry(name, info, size) for name, info in items.items()}
+  at = 0
+  for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
+    if entry.start != at:
+      word = 'overlaps' if entry.start < at else 'leaves a gap after'
+      raise ConfigError(
+        f'tensor {name!r} at {entry.start} {word} the one before, which ends '
+        f'at {at}'
+      )
+    at = entry.end
+  if at != size:
+    raise ConfigError(
+      f'the header places {at} bytes of data, but the file has {size}; it is '
+      'truncated or not whole: download it again'
+    )
+  return entries
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  found = dict(pairs)
+  if len(found) != len(pairs):
+    raise ValueError('a name stands twice')
+  return found
+
+
+def _is_size(value: Any, limit: int) -> bool:
+  return type(value) is int and 0 <= value <= limit
+
+
+def _entry(name: str, info: Any, size: int) -> Entry:
+  """The checked entry of one tensor."""
+
+  def require(good: bool, rule: str):
+    if not good:
+      raise ConfigError(f'tensor {name!r}: {rule}')
+
+  require(isinstance(info, dict), 'is not described by an object')
+  code, shape, places = (
+    info.get(key) for key in ('dtype', 'shape', 'data_offsets')
+  )
+  require(
+    isinstance(code, str) and code in DTYPES,
+    f'dtype {code!r} is not one of {", ".join(DTYPES)}',
+  )
+  whole = isinstance(shape, list) and len(shape) <= _RANK_LIMIT
+  # A dimension may exceed the data only where another one is 0.
+  require(
+    whole and all(_is_size(n, 2**62) for n in shape),
+    f'shape {shape!r} is not a list of sizes',
+  )
+  good = isinstance(places, list) and len(places) == 2
+  require(
+    good and all(_is_size(n, size) for n in places) and places[0] <= places[1],
+    f'data_offsets {places!r} do not lie within the {size} bytes of data',
+  )
+  dtype, length = DTYPES[code], places[1] - places[0]
+  require(
+    math.prod(shape) * dtype.itemsize == length,
+    f'{code} of shape {shape} does not take {length} bytes',
+  )
+  return Entry(dtype, tuple(shape), places[0], places[1])
+
+
+class File:
+  """One file, mapped; use it in a `with` block.
+
+  entries: name -> Entry, all of them checked.
+
+  Raises:
+    ConfigError: no such file, or not a safetensors file; names the file.
+  """
+
+  def __init__(self, path: os.PathLike | str):
+    self.path = pathlib.Path(path)
+    try:
+      with open(self.path, 'rb') as file:
+        total = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), 'little')
+        if total < 8 or length > min(total - 8, _HEADER_LIMIT):
+          raise ConfigError(
+            f'a header of {length} bytes does not fit the file of {total}; it '
+            'is truncated or no safetensors file'
+          )
+        self.entries = parse(file.read(length), total - 8 - length)
+        self._map = mmap.mmap(file.fileno(), total, access=mmap.ACCESS_READ)
+    except ConfigError as error:
+      raise ConfigError(f'{self.path}: {error}') from None
+    except OSError as error:
+      raise ConfigError(
+        f'{self.path}: cannot be read ({error.strerror})'
+      ) from None
+    self._data = 8 + length
+
+  def read(self, name: str) -> np.ndarray:
+    """The tensor, a read-only view of the map."""
+    dtype, shape, start, end = self.entries[name]
+    flat = np.frombuffer(self._map, np.uint8, end - start, self._data + start)
+    out = flat.view(dtype).reshape(shape)
+    return out if out.flags.aligned else out.copy()
+
+  def forget(self, name: str) -> None:
+    """Gives the tensor's pages back; reading it again is still allowed."""
+    _, _, start, end = self.entries[name]
+    first = (self._data + start) // mmap.PAGESIZE * mmap.PAGESIZE
+    last = (self._data + end) // mmap.PAGESIZE * mmap.PAGESIZE
+    if last > first:
+      self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+  def __enter__(self) -> File:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    # Views that are still alive keep the map; it goes when they do.
+    with contextlib.suppress(BufferError):
+      self._map.close()
+
+
+@contextlib.contextmanager
+def create(
+  path: os.PathLike | str,
+  tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+) -> Iterator[dict[str, np.ndarray]]:
+  """Writes a file through a map: yields name -> array, to be filled in.
+
+  Wider dtypes come first, so that every tensor is aligned. The header is
+  written when the block ends, and is zeros until then: a file whose writing
+  was cut short does not read as one.
+  """
+  order = sorted(tensors, key=lambda n: (-tensors[n][0].itemsize, n))
+  header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
+  at = 0
+  for name in order:
+    dtype, shape = tensors[name]
+    end = at + math.prod(shape) * dtype.itemsize
+    header[name] = {
+      'dtype': NAMES[dtype],
+      'shape': list(shape),
+      'data_offsets': [at, end],
+    }
+    at = end
+  text = json.dumps(header, separators=(',', ':')).encode()
+  text += b' ' * (-len(text) % 8)
+  data = 8 + len(text)
+  with open(path, 'w+b') as file:
+    file.truncate(data + at)
+    with mmap.mmap(file.fileno(), data + at) as mapped:
+      arrays = {}
+      for name in order:
+        start, end = header[name]['data_offsets']
+        flat = np.frombuffer(mapped, np.uint8, end - start, data + start)
+        dtype, shape = tensors[name]
+        arrays[name] = flat.view(dtype).reshape(shape)
+        del flat
+      try:
+        yield arrays
+        mapped[8:data] = text
+        mapped[:8] = len(text).to_bytes(8, 'little')
+      finally:
+        arrays.clear()
+    os.fsync(file.fileno())

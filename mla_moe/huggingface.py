@@ -6,9 +6,7 @@ stream. Loading takes one matrix at a time out of the map (of a layer's experts:
 one expert), in the order of the files, and puts it into each device's shard of
 the leaf, which is made beforehand on that device: the host holds a few matrices
 and nothing else, whatever the model's size. The transposition costs nothing on
-the way, since jax copies strided memory as fast as it can. Leaves are filled as
-unsigned integers, because XLA's CPU backend would widen a whole bfloat16 buffer
-to float32 and back for every matrix put into it.
+the way, since jax copies strided memory as fast as it can.
 
 Saving runs the same table backwards, into a temporary folder beside the target
 that becomes the target only when all of it is on the disk.
@@ -56,7 +54,7 @@ _FLOATS = ('F32', 'F16', 'BF16', 'F8_E4M3')
 _BF16 = np.dtype(ml_dtypes.bfloat16)
 _F32 = np.dtype(np.float32)
 # Matrices on their way to a device, in bytes, before loading waits for it.
-_IN_FLIGHT = 256 * 2**20
+_IN_FLIGHT = 128 * 2**20
 
 
 def load_huggingface(
@@ -82,12 +80,16 @@ def load_huggingface(
   with contextlib.ExitStack() as stack:
     source = Source(folder, dtype, stack)
     leaves = _leaves(source.config, dtype, mesh)
-    flying = 0
+    flying = unread = 0
     for row, at in source.units():
       leaf = leaves[row.path]
       if not leaf.wants(row, at):
         continue
+      if unread <= 0:  # the disk works while the host copies
+        source.ahead(row.tensor(at), 2 * _IN_FLIGHT)
+        unread = _IN_FLIGHT
       block = row.take(source.matrix(row, at), source.plain_rope)
+      unread -= block.nbytes
       arrays = leaf.put(block, row.start(at))
       flying += block.nbytes
       if flying > _IN_FLIGHT:
@@ -252,6 +254,10 @@ class Source:
       raw, scale = raw[0], scale[part[0].start]
     return hf_fp8.dequantize(raw, scale, part[-2].start or 0, self.block)
 
+  def ahead(self, name: str, size: int) -> None:
+    """Lets the disk read what comes from this tensor on."""
+    self.files[name].ahead(name, size)
+
   def forget(self, name: str) -> None:
     """Gives back the memory of a tensor that has been read."""
     self.files[name].forget(name)
@@ -387,7 +393,7 @@ class _Leaf:
       ]
     size = lambda index: tuple(part.stop - part.start for part in index)
     self.buffers = [
-      [jnp.zeros(size(index), self.bits, device=device) for device in devices]
+      [jnp.zeros(size(index), dtype, device=device) for device in devices]
       for index, devices in self.shards
     ]
 
@@ -428,9 +434,8 @@ class _Leaf:
     return written
 
   def finish(self) -> jax.Array:
-    """The leaf, in its dtype."""
-    dtype = jnp.dtype(self.dtype)
-    arrays = [_as_floats(b, dtype) for each in self.buffers for b in each]
+    """The leaf, whole."""
+    arrays = [buffer for each in self.buffers for buffer in each]
     self.buffers = []
     if self.where is None:
       return arrays[0]
@@ -441,12 +446,13 @@ class _Leaf:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _write(buffer, piece, at):
-  return jax.lax.dynamic_update_slice(buffer, piece, tuple(at))
+  """The buffer with the piece in place, as bits.
 
-
-@functools.partial(jax.jit, donate_argnums=0, static_argnums=1)
-def _as_floats(bits, dtype):
-  return jax.lax.bitcast_convert_type(bits, dtype)
+  XLA's CPU backend would widen a whole bfloat16 buffer to float32 and back.
+  """
+  bits = jax.lax.bitcast_convert_type(buffer, piece.dtype)
+  bits = jax.lax.dynamic_update_slice(bits, piece, tuple(at))
+  return jax.lax.bitcast_convert_type(bits, buffer.dtype)
 
 
 def _leaves(

@@ -175,6 +175,13 @@ class File:
     out = flat.view(dtype).reshape(shape)
     return out if out.flags.aligned else out.copy()
 
+  def ahead(self, name: str, size: int) -> None:
+    """Asks for the `size` bytes after the tensor's start to be read already."""
+    at = self._data + self.entries[name].start
+    first = at // mmap.PAGESIZE * mmap.PAGESIZE
+    size = min(size, len(self._map) - first)
+    self._map.madvise(mmap.MADV_WILLNEED, first, size)
+
   def forget(self, name: str) -> None:
     """Gives the tensor's pages back; reading it again is still allowed."""
     _, _, start, end = self.entries[name]
@@ -220,18 +227,20 @@ def create(
   data = 8 + len(text)
   with open(path, 'w+b') as file:
     file.truncate(data + at)
-    with mmap.mmap(file.fileno(), data + at) as mapped:
-      arrays = {}
-      for name in order:
-        start, end = header[name]['data_offsets']
-        flat = np.frombuffer(mapped, np.uint8, end - start, data + start)
-        dtype, shape = tensors[name]
-        arrays[name] = flat.view(dtype).reshape(shape)
-        del flat
-      try:
-        yield arrays
-        mapped[8:data] = text
-        mapped[:8] = len(text).to_bytes(8, 'little')
-      finally:
-        arrays.clear()
+    mapped = mmap.mmap(file.fileno(), data + at)
+    arrays = {}
+    for name in order:
+      start, end = header[name]['data_offsets']
+      flat = np.frombuffer(mapped, np.uint8, end - start, data + start)
+      dtype, shape = tensors[name]
+      arrays[name] = flat.view(dtype).reshape(shape)
+      del flat
+    yield arrays
+    mapped[8:data] = text
+    mapped[:8] = len(text).to_bytes(8, 'little')
+    mapped.flush()
     os.fsync(file.fileno())
+  arrays.clear()
+  # Views that somebody still holds keep the map; it goes when they do.
+  with contextlib.suppress(BufferError):
+    mapped.close()

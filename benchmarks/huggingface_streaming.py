@@ -1,0 +1,213 @@
+"""How fast, and in how much memory, released checkpoints stream in.
+
+  python benchmarks/huggingface_streaming.py --folder=/tmp/streaming
+
+Writes a synthetic checkpoint in DeepSeek-V3's layout with DeepSeek-V2-Lite's
+widths and few layers, and times, each in a process of its own, reading its
+files with plain reads (into one buffer of 16 MiB) and `load_huggingface`. Cold
+means that the files' pages were dropped from the page cache before, warm that
+all of them were in it. Memory is the process's peak resident set, less the
+parameters themselves (on a CPU they are in the same memory) and less what jax
+takes before loading. The folder is deleted at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+from mla_moe import config as c
+from mla_moe import hf_config, hf_fp8, hf_names, safetensors
+
+SHARD = 2 * 10**9
+
+
+def model(layers: int) -> c.ModelConfig:
+  """V2-Lite's widths, V3's routing (64 experts in 8 groups) and layout."""
+  moe = c.MoEConfig(experts=64, top_k=6, shared=2, width=1408)
+  return c.ModelConfig(
+    vocab=102400,
+    dim=2048,
+    layers=layers,
+    dense_layers=1,
+    dense_width=10944,
+    mla=c.MLAConfig(heads=16, query_rank=0),
+    moe=moe,
+    mtp=c.MTPConfig(depth=0),
+  )
+
+
+def write(folder: pathlib.Path, layers: int, fp8: bool) -> int:
+  """Writes the synthetic checkpoint; returns its bytes."""
+  config = model(layers)
+  folder.mkdir(parents=True)
+  random = np.random.default_rng(0)
+  pool = random.normal(0, 0.02, 2**24).astype(safetensors.DTYPES['BF16'])
+  pool8 = (pool.astype(np.float32) * 4000).astype(hf_fp8.E4M3)
+  plan: list[dict] = [{}]
+  size = 0
+  for row in hf_names.rows(config):
+    for at in row.places():
+      name, shape = row.tensor(at), row.file_shape
+      quantized = fp8 and hf_names.quantized(name)
+      dtype = safetensors.DTYPES['F8_E4M3' if quantized else 'BF16']
+      if row.path[0] == 'router':
+        dtype = safetensors.DTYPES['F32']
+      if name in plan[-1]:
+        continue
+      if size > SHARD:
+        plan.append({})
+        size = 0
+      plan[-1][name] = (dtype, shape)
+      size += dtype.itemsize * int(np.prod(shape))
+      if quantized:
+        scale = (np.dtype(np.float32), hf_fp8.blocks(shape))
+        plan[-1][f'{name}_scale_inv'] = scale
+  places, total = {}, 0
+  for number, tensors in enumerate(plan, 1):
+    file = f'model-{number:05d}-of-{len(plan):05d}.safetensors'
+    with safetensors.create(folder / file, tensors) as out:
+      for name, array in out.items():
+        places[name] = file
+        if array.dtype == np.float32:
+          array[...] = 1 / 4000
+        else:
+          source = pool8 if array.dtype == hf_fp8.E4M3 else pool
+          flat = array.reshape(-1)
+          for start in range(0, flat.size, source.size):
+            part = flat[start : start + source.size]
+            part[:] = source[: part.size]
+        total += array.nbytes
+        del array
+  index = {'metadata': {'total_size': total}, 'weight_map': places}
+  path = folder / 'model.safetensors.index.json'
+  path.write_text(json.dumps(index))
+  values = hf_config.write(config, 'bfloat16', fp8)
+  (folder / 'config.json').write_text(json.dumps(values))
+  return total
+
+
+def files(folder: pathlib.Path) -> list[pathlib.Path]:
+  """The checkpoint's files, in order."""
+  return sorted(folder.glob('*.safetensors'))
+
+
+def drop(folder: pathlib.Path) -> None:
+  """The files' pages leave the page cache."""
+  for path in files(folder):
+    with open(path, 'rb') as file:
+      os.fsync(file.fileno())
+      os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def plain(folder: pathlib.Path) -> float:
+  """Seconds to read every byte into one buffer."""
+  buffer = bytearray(16 * 2**20)
+  began = time.perf_counter()
+  for path in files(folder):
+    with open(path, 'rb', buffering=0) as file:
+      while file.readinto(buffer):
+        pass
+  return time.perf_counter() - began
+
+
+def peak() -> int:
+  """Bytes of this process's peak resident set."""
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def load(folder: pathlib.Path, dtype: str) -> dict:
+  """Seconds, and the peak memory beyond the parameters."""
+  import jax
+  import jax.numpy as jnp
+
+  from mla_moe import load_huggingface
+
+  jnp.zeros(8).block_until_ready()
+  before = peak()
+  began = time.perf_counter()
+  _, variables = load_huggingface(folder, dtype)
+  seconds = time.perf_counter() - began
+  held = sum(x.nbytes for x in jax.tree.leaves(variables))
+  return {
+    'seconds': seconds,
+    'parameters': held,
+    'peak': peak(),
+    'beyond': peak() - before - held,
+  }
+
+
+def child(what: str, folder: pathlib.Path, warm: bool) -> dict:
+  """One measurement in a fresh process."""
+  drop(folder)
+  if warm:
+    plain(folder)
+  command = [sys.executable, __file__, f'--folder={folder}', f'--only={what}']
+  out = subprocess.run(command, check=True, capture_output=True, text=True)
+  return json.loads(out.stdout.splitlines()[-1])
+
+
+def main() -> None:
+  """Prints the table, as Markdown."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--folder', required=True, type=pathlib.Path)
+  parser.add_argument('--layers', type=int, default=5)
+  parser.add_argument('--repeats', type=int, default=3)
+  parser.add_argument('--only', default='')
+  flags = parser.parse_args()
+  if flags.only == 'plain':
+    print(json.dumps({'seconds': plain(flags.folder)}))
+    return
+  if flags.only:
+    print(json.dumps(load(flags.folder, flags.only)))
+    return
+  import jax
+
+  print(
+    f'{time.strftime("%Y-%m-%d")}, Python {platform.python_version()}, jax '
+    f'{jax.__version__}, numpy {np.__version__}, '
+    f'{len(os.sched_getaffinity(0))} core(s), {platform.machine()}\n'
+  )
+  head = '| files | GiB | cache | plain read MB/s | load as | MB/s | share of '
+  print(head + 'plain | peak beyond parameters, MiB |')
+  print('|---|---|---|---|---|---|---|---|')
+  cases = ((flags.layers, False), (2, False), (flags.layers, True))
+  for layers, fp8 in cases:
+    whole = layers == flags.layers
+    folder = flags.folder / f'{layers}-{"fp8" if fp8 else "bf16"}'
+    total = write(folder, layers, fp8)
+    try:
+      for warm in (False, True):
+        rate = lambda seconds, total=total: total / seconds / 1e6
+        if warm and not whole:
+          continue
+        for dtype in ('bfloat16',):
+          read, found = [], []
+          for _ in range(flags.repeats):  # one beside the other
+            read.append(child('plain', folder, warm)['seconds'])
+            found.append(child(dtype, folder, warm))
+          best = min(found, key=lambda one: one['seconds'])
+          beyond = max(one['beyond'] for one in found)
+          print(
+            f'| {folder.name} layers | {total / 2**30:.2f} | '
+            f'{"warm" if warm else "cold"} | {rate(min(read)):.0f} | {dtype} | '
+            f'{rate(best["seconds"]):.0f} | '
+            f'{min(read) / best["seconds"]:.2f} | {beyond / 2**20:.0f} |',
+            flush=True,
+          )
+    finally:
+      shutil.rmtree(folder)
+
+
+if __name__ == '__main__':
+  main()

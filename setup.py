@@ -2,7 +2,7 @@
 
 from setuptools import find_packages, setup
 
-HF = ['tokenizers>=0.20', 'safetensors>=0.5']
+HF = ['tokenizers>=0.20', 'jinja2>=3.1']
 DATA = ['grain>=0.2.10', 'pyarrow>=15']
 VIZ = ['matplotlib>=3.9', 'tensorboard>=2.18']
 

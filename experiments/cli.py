@@ -26,20 +26,20 @@ def config() -> config_lib.Config:
   return config_lib.freeze(FLAGS.config)
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], define: Callable[[], None] = define) -> None:
   """Defines and parses the flags, and calls `main`; ends the process.
 
   0: finished. 2: bad flags, config or input, said in one line. Anything else
   leaves with its traceback, as 1.
   """
   try:
-    _parse()
+    _parse(define)
     main()
   except config_lib.ConfigError as error:
     _refuse(error)
 
 
-def _parse() -> None:
+def _parse(define: Callable[[], None]) -> None:
   """Defines the flags, which reads the config and its overrides at once.
 
   Raises:
@@ -52,7 +52,8 @@ def _parse() -> None:
       print(FLAGS.get_help())
       sys.exit(0)
     rest = FLAGS(sys.argv)[1:]
-    FLAGS.config.keys()  # a file that failed to load says so here
+    if 'config' in FLAGS:
+      FLAGS.config.keys()  # a file that failed to load says so here
   except (flags.Error, AttributeError, KeyError, OSError, TypeError) as error:
     # ml_collections wraps what a config file raised in its text: the last
     # line is the error itself.

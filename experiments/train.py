@@ -65,7 +65,8 @@ def _run(config: config_lib.Config, path: pathlib.Path) -> dict:
     start = 0
     if restored:
       start, state, facts = restored
-      if facts['corpus'] != text.fingerprint:
+      # '' is a released checkpoint, which has seen no text of ours.
+      if facts['corpus'] not in ('', text.fingerprint):
         raise config_lib.ConfigError(
           f'data.source={config.data.source!r}: the text has changed since '
           f'step {start}; restore it, or start in another workdir'

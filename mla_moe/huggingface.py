@@ -545,7 +545,7 @@ def save_huggingface(
       for tensor in names:
         places[tensor] = name
         total += tensors.bytes_of(tensor)
-    _copy_extras(extras, scratch)
+    copy_extras(extras, scratch)
     if len(shards) > 1:
       index = {'metadata': {'total_size': total}, 'weight_map': places}
       _write_json(scratch / _INDEX, index)
@@ -603,7 +603,8 @@ def _write_json(path: pathlib.Path, values: dict) -> None:
     os.fsync(file.fileno())
 
 
-def _copy_extras(source: Any, target: pathlib.Path) -> list[str]:
+def copy_extras(source: Any, target: pathlib.Path) -> list[str]:
+  """Copies tokenizer and generation settings; returns the names it found."""
   if source is None:
     return []
   copied = []

@@ -18,7 +18,6 @@ import json
 import os
 import pathlib
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -123,7 +122,10 @@ def plain(folder: pathlib.Path) -> float:
 
 def peak() -> int:
   """Bytes of this process's peak resident set."""
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  # Not ru_maxrss, which a process inherits from the one that started it.
+  status = pathlib.Path('/proc/self/status').read_text()
+  line = next(x for x in status.splitlines() if x.startswith('VmHWM'))
+  return int(line.split()[1]) * 1024
 
 
 def load(folder: pathlib.Path, dtype: str) -> dict:

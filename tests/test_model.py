@@ -6,7 +6,6 @@ import importlib
 import pathlib
 
 import chex
-import goldens
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,17 +13,18 @@ import pytest
 from flax import linen as nn
 
 from mla_moe import config as config_lib
-from mla_moe import cost, model
+from mla_moe import cost, load_huggingface, model
 
 CASES = ('v2_lite', 'v3_yarn', 'v3_release')
+GOLDEN = pathlib.Path(__file__).parent / 'golden'
 CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
 
 
 @functools.cache
 def golden(case):
-  folder = goldens.ROOT / case
-  config = goldens.model_config(folder)
-  variables = goldens.variables(folder, config)
+  folder = GOLDEN / case
+  config, variables = load_huggingface(folder)
+  config = dataclasses.replace(config, remat='none')
   return config, variables, np.load(folder / 'expected.npz')
 
 

@@ -1,6 +1,6 @@
 """Makes golden cases with transformers: a random model and what it computes.
 
-  python tests/make_goldens.py --folder=DIR --kind=v3 --seed=1 heads=8
+  python tests/make_goldens.py --folder=DIR --kind=v3 --seed=1 n_group=1 topk_group=1
 
 Writes a `save_pretrained` folder and expected.npz: tokens [2, 96], the logits
 of the whole sequence and the greedy continuation of the first 24 tokens, by

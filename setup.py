@@ -39,6 +39,7 @@ setup(
       'jaxtyping>=0.3',
       'beartype>=0.20',
       'ruff==0.17.6',
+      'safetensors>=0.5',
       *HF,
       *DATA,
       *VIZ,

@@ -19,7 +19,7 @@ from mla_moe.fp8.linear import (
   prepare,
   ragged_dot,
 )
-from mla_moe.fp8.quantize import Quantized, dequantize, quantize, retile
+from mla_moe.fp8.quantize import Quantized, dequantize, retile
 from mla_moe.fp8.recipe import Recipe, Rounding, rounding
 
 __all__ = [
@@ -37,7 +37,6 @@ __all__ = [
   'dots',
   'fallbacks',
   'prepare',
-  'quantize',
   'ragged_dot',
   'retile',
   'rounding',

@@ -95,7 +95,7 @@ def _able(device: jax.Device) -> tuple[str, ...]:
   if device.platform == 'cpu':
     return ('native',)
   if device.platform == 'tpu':
-    generation = ''.join(c for c in device.device_kind[4:] if c.isdigit())
+    generation = ''.join(c for c in device.device_kind if c.isdigit())
     return ('native', 'tpu') if int(generation[:1] or 0) >= 7 else ()
   capability = float(getattr(device, 'compute_capability', 0) or 0)
   if capability >= 10:

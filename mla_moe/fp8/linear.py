@@ -162,9 +162,19 @@ _dots.defvjp(_dots_forward, _dots_backward)
 
 
 def _named(q: Quantized, recipe: Recipe) -> Quantized:
+  """`q` under the name SAVED, as bits.
+
+  A policy that saves a float rounds it to its dtype's widths first, and to jax
+  4 exponent bits end at 240: what E4M3 has above that would become NaN.
+  """
   if recipe.keep == 'input' or recipe.scales != 'pow2':
     return q
-  return jax.tree.map(lambda x: checkpoint_name(x, SAVED), q)
+  bits = jax.lax.bitcast_convert_type(q.values, jnp.uint8)
+  values = jax.lax.bitcast_convert_type(
+    checkpoint_name(bits, SAVED), q.values.dtype
+  )
+  scales = checkpoint_name(q.scales, SAVED)
+  return dataclasses.replace(q, values=values, scales=scales)
 
 
 def _kept(x, q, recipe):

@@ -177,7 +177,7 @@ def _product(a, sa, i, b, sb, j, out, row, steps):
 
       def multiply(part):
         mine = a_tile.at[pl.ds(group * _ROWS, _ROWS)]
-        plgpu.wgmma(part, mine, plgpu.transpose_ref(b_tile, (1, 0)))
+        plgpu.wgmma(part, mine, b_tile.T)
         left = _load(sa, (k, rows), wgmma.reduce(1))
         if blocks:
           left = left * sb[k, j]

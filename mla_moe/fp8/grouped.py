@@ -10,12 +10,14 @@ blocks that hold rows.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from mla_moe.fp8 import gemm
+from mla_moe.fp8 import quantize as q8
 from mla_moe.fp8.quantize import TILE, Quantized
 from mla_moe.types import Array
 
@@ -117,7 +119,20 @@ def grouped(
     start = jnp.zeros((a.shape[0], *kept), dtype)
     return jax.lax.fori_loop(0, at.live, body, start)
 
-  return loop(a, b)
+  if name == 'native':
+    return loop(a, b)
+
+  def ragged(a, b):
+    """A TPU multiplies by expert by itself."""
+    axes = (0, *over[1], *gemm.kept(b, over[1], 1))
+    right = _wide(b).transpose(axes).reshape(b.shape[0], -1, math.prod(kept))
+    left = _wide(a).reshape(a.shape[0], -1)
+    y = jax.lax.ragged_dot(
+      left, right, at.count * TILE, preferred_element_type=jnp.float32
+    )
+    return y.reshape(-1, *kept).astype(dtype)
+
+  return jax.lax.platform_dependent(a, b, tpu=ragged, default=loop)
 
 
 def grouped_weights(a: Quantized, b: Quantized, at: Layout, impl: str) -> Array:
@@ -132,13 +147,38 @@ def grouped_weights(a: Quantized, b: Quantized, at: Layout, impl: str) -> Array:
     y = gemm.unpadded(gemm.unpadded(y, 1, a, (0,)), a.ndim, b, (0,))
     return jnp.where(at.count.reshape(-1, *(1,) * (y.ndim - 1)) > 0, y, 0)
   name = 'native' if impl == 'native' else 'dequant'
+  shape = (at.first.size, *a.shape[1:], *b.shape[1:])
 
-  def body(i, sums):
-    part = gemm.multiply(_block(a, i), _block(b, i), ((0,), (0,)), name)
-    return sums.at[at.expert[i]].add(part)
+  def loop(a, b):
+    def body(i, sums):
+      part = gemm.multiply(_block(a, i), _block(b, i), ((0,), (0,)), name)
+      return sums.at[at.expert[i]].add(part)
 
-  start = jnp.zeros((at.first.size, *a.shape[1:], *b.shape[1:]), jnp.float32)
-  return jax.lax.fori_loop(0, at.live, body, start)
+    return jax.lax.fori_loop(0, at.live, body, jnp.zeros(shape, jnp.float32))
+
+  if name == 'native':
+    return loop(a, b)
+
+  def ragged(a, b):
+    y = jax.lax.ragged_dot_general(
+      _wide(a).reshape(a.shape[0], -1),
+      _wide(b).reshape(b.shape[0], -1),
+      at.count * TILE,
+      jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((0,), (0,)), ((), ())),
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=[],
+      ),
+      preferred_element_type=jnp.float32,
+    )
+    return y.reshape(shape)
+
+  return jax.lax.platform_dependent(a, b, tpu=ragged, default=loop)
+
+
+def _wide(q: Quantized) -> Array:
+  """Dequantised into the narrowest dtype that is exact."""
+  return q8.dequantize(q, jnp.bfloat16 if q.kind == 'pow2' else jnp.float32)
 
 
 def _pick(q: Quantized, e) -> Quantized:

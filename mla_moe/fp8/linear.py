@@ -73,6 +73,7 @@ def dot(
   impl: str = 'auto',
   scales: str = 'pow2',
   keep: str = 'fp8',
+  name: str = SAVED,
 ) -> Float[Array, ' ...']:
   """x w, in the dtype of `x`; the gradient of `w` has the dtype of `w`.
 
@@ -86,11 +87,12 @@ def dot(
     keep: what the backward pass finds of `x`: 'fp8', a byte a number, or
       'input', `x` itself, which costs nothing where it is kept anyway.
       float32 scales keep the input: tiling twice would round twice.
+    name: of what is kept, for policies of `jax.checkpoint`.
 
   Raises:
     ConfigError: an unknown name, or an `impl` that has no such precision.
   """
-  options = {'impl': impl, 'scales': scales, 'keep': keep}
+  options = {'impl': impl, 'scales': scales, 'keep': keep, 'name': name}
   return dots(x, (w,), precision, **options)[0]
 
 
@@ -102,6 +104,7 @@ def dots(
   impl: str = 'auto',
   scales: str = 'pow2',
   keep: str = 'fp8',
+  name: str = SAVED,
 ) -> tuple:
   """`dot` with each weight of `ws`; `x` is quantised, and kept, once."""
   recipe = Recipe(precision, impl, scales, keep)
@@ -113,10 +116,10 @@ def dots(
     wide = lambda w: _master(w).astype(x.dtype)
     return tuple(jax.lax.dot_general(x, wide(w), dims) for w in ws)
   if x.ndim == 1:  # the sum over tokens needs an axis of them
-    options = {'impl': impl, 'scales': scales, 'keep': keep}
+    options = {'impl': impl, 'scales': scales, 'keep': keep, 'name': name}
     return tuple(y[0] for y in dots(x[None], ws, precision, **options))
   masters, copies = tuple(map(_master, ws)), tuple(map(_copies, ws))
-  return _dots(x, masters, copies, recipe.resolved())
+  return _dots(x, masters, copies, recipe.resolved(), name)
 
 
 def _master(w):
@@ -127,13 +130,13 @@ def _copies(w):
   return w.copies if isinstance(w, Weight) else None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _dots(x, ws, copies, recipe):
-  return _dots_forward(x, ws, copies, recipe)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _dots(x, ws, copies, recipe, name):
+  return _dots_forward(x, ws, copies, recipe, name)[0]
 
 
-def _dots_forward(x, ws, copies, recipe):
-  q = _named(recipe.rows(x, 1), recipe)
+def _dots_forward(x, ws, copies, recipe, name):
+  q = _named(recipe.rows(x, 1), recipe, name)
   over = ((x.ndim - 1,), (0,))
   each = zip(ws, copies, strict=True)
   right = [(c or recipe.weights(w))[0] for w, c in each]
@@ -141,7 +144,7 @@ def _dots_forward(x, ws, copies, recipe):
   return ys, (_kept(x, q, recipe), _left(ws, copies), copies)
 
 
-def _dots_backward(recipe, residuals, gs):
+def _dots_backward(recipe, _, residuals, gs):
   kept, ws, copies = residuals
   x = recipe.columns(kept, 1)
   dx, dws = 0.0, []
@@ -161,8 +164,8 @@ def _dots_backward(recipe, residuals, gs):
 _dots.defvjp(_dots_forward, _dots_backward)
 
 
-def _named(q: Quantized, recipe: Recipe) -> Quantized:
-  """`q` under the name SAVED, as bits.
+def _named(q: Quantized, recipe: Recipe, name: str) -> Quantized:
+  """`q` under a name that policies know, as bits.
 
   A policy that saves a float rounds it to its dtype's widths first, and to jax
   4 exponent bits end at 240: what E4M3 has above that would become NaN.
@@ -171,9 +174,9 @@ def _named(q: Quantized, recipe: Recipe) -> Quantized:
     return q
   bits = jax.lax.bitcast_convert_type(q.values, jnp.uint8)
   values = jax.lax.bitcast_convert_type(
-    checkpoint_name(bits, SAVED), q.values.dtype
+    checkpoint_name(bits, name), q.values.dtype
   )
-  scales = checkpoint_name(q.scales, SAVED)
+  scales = checkpoint_name(q.scales, name)
   return dataclasses.replace(q, values=values, scales=scales)
 
 
@@ -196,6 +199,7 @@ def ragged_dot(
   impl: str = 'auto',
   scales: str = 'pow2',
   keep: str = 'fp8',
+  name: str = SAVED,
 ) -> Float[Array, 'M ...']:
   """Each row of `x` times its expert's weight, [M, N] in the dtype of `x`.
 
@@ -211,18 +215,20 @@ def ragged_dot(
     flat = wide.reshape(*wide.shape[:2], -1)
     y = jax.lax.ragged_dot(x, flat, group_sizes)
     return y.reshape(x.shape[0], *wide.shape[2:])
-  return _ragged(x, _master(w), _copies(w), group_sizes, recipe.resolved())
+  return _ragged(
+    x, _master(w), _copies(w), group_sizes, recipe.resolved(), name
+  )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _ragged(x, w, copies, sizes, recipe):
-  return _ragged_forward(x, w, copies, sizes, recipe)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _ragged(x, w, copies, sizes, recipe, name):
+  return _ragged_forward(x, w, copies, sizes, recipe, name)[0]
 
 
-def _ragged_forward(x, w, copies, sizes, recipe):
+def _ragged_forward(x, w, copies, sizes, recipe, name):
   at = grouped.layout(sizes, x.shape[0])
   rows = grouped.spread_rows(x, at)
-  q = _named(recipe.rows(rows, 1), recipe)
+  q = _named(recipe.rows(rows, 1), recipe, name)
   right = (copies or recipe.weights(w, 1))[0]
   y = grouped.grouped(q, right, ((1,), (1,)), at, recipe.impl, x.dtype)
   (left,) = _left((w,), (copies,))
@@ -230,7 +236,7 @@ def _ragged_forward(x, w, copies, sizes, recipe):
   return grouped.gather_rows(y, at), (kept, left, copies, sizes)
 
 
-def _ragged_backward(recipe, residuals, g):
+def _ragged_backward(recipe, _, residuals, g):
   kept, w, copies, sizes = residuals
   at = grouped.layout(sizes, g.shape[0])
   if not isinstance(kept, Quantized):

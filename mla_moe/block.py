@@ -42,7 +42,9 @@ class Block(nn.Module):
       if self.routed:
         y, stats = moe.MoE(c, name='ffn')(h, mask)
       else:
-        ffn = layers.FeedForward(c.dense_width, c.init_std, name='ffn')
+        ffn = layers.FeedForward(
+          c.dense_width, c.init_std, layers.recipe(c), name='ffn'
+        )
         y, stats = ffn(h), None
     return x + y, stats
 

@@ -20,7 +20,7 @@ from mla_moe.fp8.linear import (
   ragged_dot,
 )
 from mla_moe.fp8.quantize import Quantized, dequantize, retile
-from mla_moe.fp8.recipe import Recipe, Rounding, rounding
+from mla_moe.fp8.recipe import Recipe, Rounding
 
 __all__ = [
   'IMPLS',
@@ -39,5 +39,4 @@ __all__ = [
   'prepare',
   'ragged_dot',
   'retile',
-  'rounding',
 ]

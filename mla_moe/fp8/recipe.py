@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax.numpy as jnp
+
 from mla_moe import config as config_lib
 from mla_moe.fp8 import gemm
 from mla_moe.fp8 import quantize as q8
@@ -103,7 +105,8 @@ class Rounding:
   """FP8 operands for a loop that multiplies in a wider dtype itself.
 
   Each method returns its argument as quantisation leaves it, in its dtype;
-  'bf16' returns the argument. For a block of rows of one expert.
+  'bf16' returns the argument. Whatever has one scale in all ('fp8_tensor') has
+  one for what is handed in, a block of rows.
   """
 
   recipe: Recipe
@@ -117,19 +120,10 @@ class Rounding:
     """For a sum over the last `own` axes."""
     return self._wide(x, lambda: self.recipe.rows(x, own))
 
-  def columns(self, x: Float[Array, 'R ...'], own: int = 1) -> Array:
-    """For a sum over the rows."""
+  def columns(
+    self, x: Float[Array, 'R ...'], own: int = 1, valid: Array | None = None
+  ) -> Array:
+    """For a sum over the rows; those that are not `valid` become zeros."""
+    if valid is not None and self.recipe.precision != 'bf16':
+      x = jnp.where(valid.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
     return self._wide(x, lambda: self.recipe.columns(x, own))
-
-  def weights(self, w: Array, lead: int = 0) -> tuple[Array, Array]:
-    """For the sum over K and for the one over the rest."""
-    if self.recipe.precision == 'bf16':
-      return w, w
-    copies = self.recipe.weights(w, lead)
-    wide = [q8.dequantize(q, w.dtype) for q in copies]
-    return wide[0], wide[-1]
-
-
-def rounding(precision: str, scales: str = 'pow2') -> Rounding:
-  """The `Rounding` of a precision; 'pow2' is exact in any dtype."""
-  return Rounding(Recipe(precision, 'auto', scales))

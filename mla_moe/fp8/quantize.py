@@ -77,6 +77,10 @@ def quantize(
   fit = lambda t, n: n if t == WHOLE else min(t, n)
   tiles = tuple(map(fit, tiles, x.shape[lead:]))
   every = (1,) * lead + tiles
+  # A CPU's fusions would make what comes before once for amax, once for values.
+  x = jax.lax.platform_dependent(
+    x, cpu=jax.lax.optimization_barrier, default=lambda x: x
+  )
   pads = [(0, -n % t) for n, t in zip(x.shape, every, strict=True)]
   wide = x.astype(jnp.float32)
   if any(high for _, high in pads):

@@ -9,6 +9,7 @@ MTP projection never (V3 section 3.3.1). Norms take their statistics in float32
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -37,10 +38,11 @@ HIGH = fp8.Recipe('bf16')
 
 def param(
   module: nn.Module, name: str, shape: tuple, axes: tuple, std: float
-) -> Array:
+) -> Array | fp8.Weight:
   """A float32 parameter, normal with `std` (0: ones), its axes named.
 
-  The axes are the keys of `sharding.RULES`.
+  The axes are the keys of `sharding.RULES`. A parameter that came with FP8
+  copies (`model.with_copies`) keeps them.
   """
   assert len(axes) == len(shape), (name, shape, axes)
   init = nn.initializers.normal(std) if std else nn.initializers.ones
@@ -72,12 +74,18 @@ def weight(
     return w
   if not isinstance(w, fp8.Weight):
     w = quantised(w, axes, recipe)
-  names = tuple(None if a == 'embed' else a for a in _flat(axes, axes))
+  names = _flat(axes, axes)
+  gathered = tuple(None if a == 'embed' else a for a in names)
 
   def gather(q):
-    values = sharding.constrain(q.values, *names)
-    scales = sharding.constrain(q.scales, *(None,) * q.ndim)
-    return fp8.Quantized(values, scales, q.tiles, q.kind)
+    # As bits: not every backend moves eight-bit floats as they are.
+    bits = jax.lax.bitcast_convert_type(q.values, jnp.uint8)
+    bits = sharding.constrain(sharding.constrain(bits, *names), *gathered)
+    return dataclasses.replace(
+      q,
+      values=jax.lax.bitcast_convert_type(bits, q.values.dtype),
+      scales=sharding.constrain(q.scales, *(None,) * q.ndim),
+    )
 
   return fp8.Weight(w.master, tuple(map(gather, w.copies)))
 
@@ -93,10 +101,9 @@ def quantised(w: Array, axes: tuple, recipe: fp8.Recipe) -> fp8.Weight:
   copies = fp8.prepare(flat, recipe.precision, lead=lead).copies
   names = _flat(axes, axes)
 
-  def lay(q):
-    values = sharding.constrain(q.values, *names)
-    return fp8.Quantized(values, q.scales, q.tiles, q.kind)
-
+  lay = lambda q: dataclasses.replace(
+    q, values=sharding.constrain(q.values, *names)
+  )
   return fp8.Weight(w, tuple(map(lay, copies)))
 
 

@@ -32,13 +32,17 @@ def _run(config: config_lib.Config, path: pathlib.Path) -> dict:
   import numpy as np
 
   from experiments import logs, report, runtime, sample
-  from mla_moe import checkpoint, corpus, cost, data, optim, sharding, step
+  from mla_moe import checkpoint, corpus, cost, data, fp8, optim, sharding, step
   from mla_moe import tokenizer as tokenizer_lib
 
   # ------------------------------------------------------------------- set-up
   sharding.check(config)
   runtime.keep_compilations(path.parent / '.jax_cache')
   runtime.keep_memory()
+  _, slow = fp8.choose(config.model.precision, config.model.fp8_impl)
+  if slow:
+    print(slow)
+  _keep_compilations(path.parent / '.jax_cache')
   tokenizer = tokenizer_lib.load(
     config.data.tokenizer, config.model.bos_id, config.model.eos_id
   )

@@ -34,6 +34,7 @@ PRODUCTS = (
   'w_down',
 )
 HIGH = fp8.Recipe('bf16')
+PRODUCT = 'fp8_product'  # the name of an FP8 product's result
 
 
 def param(
@@ -144,6 +145,8 @@ def products(
     impl=recipe.impl,
     name=name,
   )
+  # Policies cannot know a product that is a kernel, or chosen by platform.
+  ys = [checkpoint_name(y, PRODUCT) for y in ys]
   ends = [w.shape[len(summed) :] for w in ws]
   return tuple(y.reshape(*lead, *e) for y, e in zip(ys, ends, strict=True))
 

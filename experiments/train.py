@@ -42,7 +42,6 @@ def _run(config: config_lib.Config, path: pathlib.Path) -> dict:
   _, slow = fp8.choose(config.model.precision, config.model.fp8_impl)
   if slow:
     print(slow)
-  _keep_compilations(path.parent / '.jax_cache')
   tokenizer = tokenizer_lib.load(
     config.data.tokenizer, config.model.bos_id, config.model.eos_id
   )

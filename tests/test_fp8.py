@@ -156,7 +156,9 @@ CASES = [
 
 
 @pytest.mark.parametrize('precision, impl, kind', CASES)
-@pytest.mark.parametrize('keep', ['fp8', 'input'])
+@pytest.mark.parametrize(
+  'keep', ['fp8', pytest.param('input', marks=pytest.mark.slow)]
+)
 def test_products_equal_float64_of_the_same_operands(
   precision, impl, kind, keep
 ):

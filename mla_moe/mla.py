@@ -47,6 +47,8 @@ class Attention(nn.Module):
       if mla.query_rank:
         axes = ('embed', 'latent')
         w_q = w('w_q_down', (dim, mla.query_rank), axes)
+        shape = (mla.query_rank, heads, query_dim)
+        w_q_up = w('w_q_up', shape, ('latent', 'heads', 'head_dim'))
       else:
         axes = ('embed', 'heads', 'head_dim')
         w_q = w('w_q', (dim, heads, query_dim), axes)
@@ -63,8 +65,6 @@ class Attention(nn.Module):
     with jax.named_scope('query'):
       if mla.query_rank:
         q = layers.named(norm('q_norm')(q), 'q_latent', recipe)
-        shape = (mla.query_rank, heads, query_dim)
-        w_q_up = w('w_q_up', shape, ('latent', 'heads', 'head_dim'))
         q = layers.product('btq,qnh->btnh', q, w_q_up, recipe, 'q_latent')
       q_nope, q_rope = jnp.split(q, [mla.nope_dim], axis=-1)
       q = jnp.concatenate([q_nope, rope.rotate(q_rope, cos, sin)], axis=-1)

@@ -208,11 +208,13 @@ def grouped_oracle(x, w, g, sizes, precision):
   return y, dx, dw
 
 
-@pytest.mark.parametrize('precision, impl, kind', CASES)
-def test_grouped_products_equal_float64_by_expert(precision, impl, kind):
+# The layout does not depend on the scales; Blackwell has no grouped product.
+GROUPED = [c[:2] for c in CASES if c[2] == 'pow2' and c[1] != 'mxfp8']
+
+
+@pytest.mark.parametrize('precision, impl', GROUPED)
+def test_grouped_products_equal_float64_by_expert(precision, impl):
   """An expert without rows, one of two tiles, and NaN after the last group."""
-  if kind != 'pow2' or impl == 'mxfp8':
-    pytest.skip('the tiles and the layout do not depend on the scales')
   sizes = (60, 0, 150, 7)
   x, w = normal(3, 230, 136), normal(4, 4, 136, 2, 72, scale=0.1)
   g = normal(5, 230, 2, 72)
@@ -239,12 +241,16 @@ def test_pow2_products_do_not_depend_on_the_dtype_they_are_widened_to():
 
 def test_tiling_again_changes_nothing_under_powers_of_two():
   x = normal(6, 300, 260)
-  first = fp8.quantize.quantize(x, (128,))
-  again = fp8.retile(first, (128, 1))
-  chex.assert_trees_all_equal(fp8.dequantize(again), fp8.dequantize(first))
-  other = fp8.quantize.quantize(x, (128,), 'float32')
-  again = fp8.retile(other, (128, 1))
-  assert (fp8.dequantize(again) != fp8.dequantize(other)).mean() > 0.5
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def twice(x, kind):
+    first = fp8.quantize.quantize(x, (128,), kind)
+    again = fp8.retile(first, (128, 1))
+    return fp8.dequantize(first), fp8.dequantize(again)
+
+  chex.assert_trees_all_equal(*twice(x, 'pow2'))
+  first, again = twice(x, 'float32')
+  assert (first != again).mean() > 0.5
 
 
 def test_blocks_survive_token_outliers_that_a_tensor_does_not():
@@ -267,7 +273,7 @@ def test_blocks_survive_token_outliers_that_a_tensor_does_not():
 def test_what_is_not_finite_stays_in_its_row_and_shows():
   x, w = normal(12, 4, 300), normal(13, 300, 40)
   x = x.at[1, 7].set(jnp.nan).at[2, 200].set(jnp.inf)
-  bad = ~np.isfinite(np.asarray(fp8.dot(x, w)))
+  bad = ~np.isfinite(np.asarray(jax.jit(fp8.dot)(x, w)))
   assert bad[1:3].all() and not bad[[0, 3]].any()
 
 
@@ -282,7 +288,8 @@ def test_zeros_and_faint_gradients_survive():
   assert relative(dx, wide(g) @ wide(w).T) < 0.06
   assert relative(wide(dw)[128:], (wide(x).T @ wide(g))[128:]) < 0.06
   assert not np.asarray(dx)[3].any() and not np.asarray(dw)[:128].any()
-  assert not np.asarray(fp8.dot(jnp.zeros((3, 5)), jnp.zeros((5, 2)))).any()
+  nothing = jax.jit(fp8.dot)(jnp.zeros((3, 5)), jnp.zeros((5, 2)))
+  assert not np.asarray(nothing).any()
 
 
 def text(f, *args):
@@ -318,7 +325,7 @@ def test_native_dots_take_fp8_operands(precision):
 def test_a_prepared_weight_gives_the_same_results_and_masters_gradients():
   x, master = normal(0, 3, 20, 40), normal(1, 2, 40, 24)
   g = normal(2, 3, 20, 24)
-  for precision in TILES:
+  for precision in ('fp8_block', 'fp8_channel'):  # one copy, and two
     # The first axis is one of layers, over which a scan goes.
     ready = fp8.prepare(master, precision, lead=1)
 
@@ -337,7 +344,8 @@ def test_a_prepared_weight_gives_the_same_results_and_masters_gradients():
     assert got[1].dtype == jnp.float32
   # The master's values play no part: they may be left where they are.
   other = fp8.Weight(jnp.zeros((40, 24)), fp8.prepare(master[0]).copies)
-  chex.assert_trees_all_equal(fp8.dot(x, other), fp8.dot(x, master[0]))
+  run = jax.jit(fp8.dot)
+  chex.assert_trees_all_equal(run(x, other), run(x, master[0]))
 
 
 def test_several_weights_share_one_quantised_input():
@@ -400,10 +408,10 @@ def test_flax_layers_take_it():
     dot_general=fp8.DotGeneral('fp8_block', 'dequant'),
   )
   x = normal(0, 3, 5, 8, 10)
-  variables = layer.init(jax.random.key(0), x)
+  got, variables = jax.jit(layer.init_with_output)(jax.random.key(0), x)
   kernel = variables['params']['kernel']
-  expected = jnp.einsum('btij,ijnh->btnh', x, kernel)
-  assert 0.02 < relative(layer.apply(variables, x), expected) < 0.06
+  expected = np.einsum('btij,ijnh->btnh', x, kernel)
+  assert 0.02 < relative(got, expected) < 0.06
   with pytest.raises(ValueError, match='no batch axes'):
     fp8.DotGeneral()(x, x, (((3,), (3,)), ((0,), (0,))))
 
@@ -485,4 +493,4 @@ def test_calls_without_a_kernel_fall_back_and_are_counted():
   with jax.set_mesh(mesh), gemm.fallbacks() as lines:
     y = jax.jit(lambda x, w: fp8.dot(x, w, impl='tpu'))(x, w)
   assert len(lines) == 1 and '8 devices' in lines[0]
-  chex.assert_trees_all_close(y, fp8.dot(x, w), rtol=1e-6)
+  chex.assert_trees_all_close(y, jax.jit(fp8.dot)(x, w), rtol=1e-6)

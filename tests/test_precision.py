@@ -117,7 +117,7 @@ def test_fsdp_gathers_eight_bits():
   layer = layers.FeedForward(256, 0.02, recipe)
   x = jax.random.normal(jax.random.key(1), (16, 8, 1024))
   boxed = jax.eval_shape(layer.init, jax.random.key(0), x)
-  params = nn.unbox(layer.init(jax.random.key(0), x))
+  params = nn.unbox(jax.jit(layer.init)(jax.random.key(0), x))
   alone = jax.jit(jax.grad(lambda p, x: (layer.apply(p, x) ** 2).sum()))
   expected = alone(params, x)
   with jax.set_mesh(sharding.make_mesh(mesh)):

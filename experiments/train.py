@@ -32,13 +32,16 @@ def _run(config: config_lib.Config, path: pathlib.Path) -> dict:
   import numpy as np
 
   from experiments import logs, report, runtime, sample
-  from mla_moe import checkpoint, corpus, cost, data, optim, sharding, step
+  from mla_moe import checkpoint, corpus, cost, data, fp8, optim, sharding, step
   from mla_moe import tokenizer as tokenizer_lib
 
   # ------------------------------------------------------------------- set-up
   sharding.check(config)
   runtime.keep_compilations(path.parent / '.jax_cache')
   runtime.keep_memory()
+  _, slow = fp8.choose(config.model.precision, config.model.fp8_impl)
+  if slow:
+    print(slow)
   tokenizer = tokenizer_lib.load(
     config.data.tokenizer, config.model.bos_id, config.model.eos_id
   )
@@ -94,6 +97,8 @@ def _run(config: config_lib.Config, path: pathlib.Path) -> dict:
         **scalars,
         'memory_mib': _memory_mib(),
       }
+      if config.model.precision != 'bf16':
+        row['fp8_fallbacks'] = fallen
       speed = ''
       if seconds:  # the first step compiles: it has no speed
         rate = tokens / seconds
@@ -149,14 +154,18 @@ def _run(config: config_lib.Config, path: pathlib.Path) -> dict:
       period and (number % period == 0 or number == steps)
     )
     stream = data.batches(text.train, config.data, text.bos_id, start, steps)
-    waiting, clock, tokens = None, None, 0
+    waiting, clock, tokens, fallen = None, None, 0, 0
     with logs.progress(steps, start) as tell:
       for number, batch in enumerate(stream, start + 1):
         seen, size = data.span(config.data, number - 1)
         rates = optim.rates(
           config.optim, number - 1, seen * config.data.seq_len
         )
-        state, values = train(state, place(batch), place(rates))
+        with fp8.fallbacks() as fell:  # products without their kernel: traced
+          state, values = train(state, place(batch), place(rates))
+        if fell:
+          fallen = len(fell)
+          print(*sorted(set(fell)), sep='\n')
         if waiting:  # the step before, fetched while this one runs
           tell(number - 1, note(*waiting))
           waiting = None

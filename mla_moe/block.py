@@ -10,7 +10,7 @@ import jax
 from flax import linen as nn
 
 from mla_moe import config as config_lib
-from mla_moe import layers, mla, moe
+from mla_moe import fp8, layers, mla, moe
 from mla_moe.types import Array, Float, Int
 
 
@@ -42,7 +42,9 @@ class Block(nn.Module):
       if self.routed:
         y, stats = moe.MoE(c, name='ffn')(h, mask)
       else:
-        ffn = layers.FeedForward(c.dense_width, c.init_std, name='ffn')
+        ffn = layers.FeedForward(
+          c.dense_width, c.init_std, layers.recipe(c), name='ffn'
+        )
         y, stats = ffn(h), None
     return x + y, stats
 
@@ -57,7 +59,9 @@ def rematerialised(config: config_lib.ModelConfig) -> type[nn.Module]:
     policy = policies.save_only_these_names(*mla.SAVED)
   if config.remat == 'products':
     products = policies.dots_with_no_batch_dims_saveable
-    policy = policies.save_from_both_policies(products, policy)
+    eight = policies.save_only_these_names(layers.PRODUCT, fp8.SAVED)
+    for also in (products, eight):
+      policy = policies.save_from_both_policies(also, policy)
   return nn.remat(Block, prevent_cse=False, policy=policy)
 
 

@@ -222,7 +222,9 @@ class ModelConfig(_Checked):
   backward pass has kept: 'products' (of weights; what is made from them
   element by element is made again), 'latents' (the attention's latents and its
   output: V3 section 3.2.3), nothing but the residual stream under 'full', or
-  everything under 'none'.
+  everything under 'none'. `precision` is that of the linear
+  layers' products, in all three of training; `fp8_impl` names what computes
+  them ('auto': the hardware's, see `fp8.gemm`).
   """
 
   vocab: int = 129280
@@ -238,6 +240,7 @@ class ModelConfig(_Checked):
   eos_id: int = 1
   dtype: str = 'bfloat16'
   precision: str = 'bf16'
+  fp8_impl: str = 'auto'
   remat: str = 'latents'
   mla: MLAConfig = MLAConfig()
   moe: MoEConfig = MoEConfig()
@@ -252,7 +255,24 @@ class ModelConfig(_Checked):
     self._require('init_std', self.init_std > 0, 'must be above 0')
     self._require('norm_eps', self.norm_eps > 0, 'must be above 0')
     self._one_of('dtype', 'float32', 'bfloat16')
-    self._one_of('precision', 'bf16')
+    self._one_of('precision', 'bf16', 'fp8_tensor', 'fp8_channel', 'fp8_block')
+    self._one_of(
+      'fp8_impl', 'auto', 'dequant', 'native', 'mgpu', 'tpu', 'mxfp8'
+    )
+    fitting = {
+      'bf16': ('auto',),
+      'fp8_block': ('auto', 'dequant', 'mgpu', 'tpu', 'mxfp8'),
+    }.get(self.precision, ('auto', 'dequant', 'native'))
+    self._require(
+      'fp8_impl',
+      self.fp8_impl in fitting,
+      f'precision={self.precision!r} can be {", ".join(fitting)}',
+    )
+    self._require(
+      'precision',
+      self.precision == 'bf16' or self.moe.impl in ('auto', 'loop', 'ragged'),
+      f'FP8 experts are not moe.impl={self.moe.impl!r} but auto, loop or ragged',
+    )
     self._one_of('remat', 'none', 'products', 'latents', 'full')
     self._require(
       'dense_layers',

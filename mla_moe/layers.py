@@ -1,32 +1,170 @@
-"""The small parts: parameters with named axes, RMSNorm, SwiGLU.
+"""The small parts: parameters with named axes, products, RMSNorm, SwiGLU.
 
 Parameters are float32 and named by their role, contraction dimension first
-(`w_down [F, D]`). Products run in the activations' dtype; norms take their
-statistics in float32 (Zhang and Sennrich 2019; Shazeer 2020 for SwiGLU).
+(`w_down [F, D]`). Products run in the activations' dtype, or in FP8: those of
+PRODUCTS do, and embedding, head, router, norms, the attention core and the
+MTP projection never (V3 section 3.3.1). Norms take their statistics in float32
+(Zhang and Sennrich 2019; Shazeer 2020 for SwiGLU).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
+from mla_moe import config as config_lib
+from mla_moe import fp8, sharding
 from mla_moe.types import Array, Float
+
+PRODUCTS = (
+  'w_q',
+  'w_q_down',
+  'w_q_up',
+  'w_kv_down',
+  'w_k_rope',
+  'w_k_up',
+  'w_v_up',
+  'w_out',
+  'w_gate_up',
+  'w_down',
+)
+HIGH = fp8.Recipe('bf16')
+PRODUCT = 'fp8_product'  # the name of an FP8 product's result
 
 
 def param(
   module: nn.Module, name: str, shape: tuple, axes: tuple, std: float
-) -> Array:
+) -> Array | fp8.Weight:
   """A float32 parameter, normal with `std` (0: ones), its axes named.
 
-  The axes are the keys of `sharding.RULES`.
+  The axes are the keys of `sharding.RULES`. A parameter that came with FP8
+  copies (`model.with_copies`) keeps them.
   """
   assert len(axes) == len(shape), (name, shape, axes)
   init = nn.initializers.normal(std) if std else nn.initializers.ones
   boxed = nn.with_logical_partitioning(init, axes)
   return module.param(name, boxed, shape, jnp.float32)
+
+
+def recipe(config: config_lib.ModelConfig) -> fp8.Recipe:
+  """How this model computes the products of PRODUCTS."""
+  return fp8.Recipe(config.precision, config.fp8_impl)
+
+
+def weight(
+  module: nn.Module,
+  name: str,
+  shape: tuple,
+  axes: tuple,
+  std: float,
+  recipe: fp8.Recipe,
+) -> Array | fp8.Weight:
+  """A parameter of PRODUCTS, with its FP8 copies if the recipe is FP8's.
+
+  The parameter may come with copies (`quantised`, made once for many
+  micro-batches). They leave their shards here: what FSDP gathers is FP8.
+  """
+  assert name in PRODUCTS, name
+  w = param(module, name, shape, axes, std)
+  if recipe.precision == 'bf16':
+    return w
+  if not isinstance(w, fp8.Weight):
+    w = quantised(w, axes, recipe)
+  names = _flat(axes, axes)
+  gathered = tuple(None if a == 'embed' else a for a in names)
+
+  def gather(q):
+    # As bits: not every backend moves eight-bit floats as they are.
+    bits = jax.lax.bitcast_convert_type(q.values, jnp.uint8)
+    bits = sharding.constrain(sharding.constrain(bits, *names), *gathered)
+    return dataclasses.replace(
+      q,
+      values=jax.lax.bitcast_convert_type(bits, q.values.dtype),
+      scales=sharding.constrain(q.scales, *(None,) * q.ndim),
+    )
+
+  return fp8.Weight(w.master, tuple(map(gather, w.copies)))
+
+
+def quantised(w: Array, axes: tuple, recipe: fp8.Recipe) -> fp8.Weight:
+  """A weight and its FP8 copies, laid out as the weight is.
+
+  Heads and their dimensions are one axis to a product, as they are in
+  checkpoints; layers and experts come before it.
+  """
+  lead = sum(a in ('layers', 'experts') for a in axes)
+  flat = w.reshape(_flat(axes, w.shape))
+  copies = fp8.prepare(flat, recipe.precision, lead=lead).copies
+  names = _flat(axes, axes)
+
+  lay = lambda q: dataclasses.replace(
+    q, values=sharding.constrain(q.values, *names)
+  )
+  return fp8.Weight(w, tuple(map(lay, copies)))
+
+
+def _flat(axes: tuple, values: tuple) -> tuple:
+  """Names or lengths of axes, where a head's dimension joins its heads."""
+  flat = []
+  for i, (axis, value) in enumerate(zip(axes, values, strict=True)):
+    if axis == 'head_dim' and axes[i - 1] == 'heads':
+      if not isinstance(value, str):
+        flat[-1] *= value
+    else:
+      flat.append(value)
+  return tuple(flat)
+
+
+def products(
+  equations: tuple[str, ...],
+  x: Array,
+  ws: tuple,
+  recipe: fp8.Recipe = HIGH,
+  name: str = fp8.SAVED,
+) -> tuple[Array, ...]:
+  """Einsums of `x` with each of `ws`, in its dtype: last axes by first axes.
+
+  In FP8, `x` is quantised once and kept for the backward pass under `name`.
+  """
+  if recipe.precision == 'bf16':
+    each = zip(equations, ws, strict=True)
+    return tuple(jnp.einsum(e, x, w.astype(x.dtype)) for e, w in each)
+  left, right = equations[0].split('->')
+  summed = [c for c in left.split(',')[0] if c not in right]
+  lead = x.shape[: x.ndim - len(summed)]
+  flat = [fp8.Weight(w.master.reshape(w.copies[0].shape), w.copies) for w in ws]
+  ys = fp8.dots(
+    x.reshape(*lead, -1),
+    tuple(flat),
+    recipe.precision,
+    impl=recipe.impl,
+    name=name,
+  )
+  # Policies cannot know a product that is a kernel, or chosen by platform.
+  ys = [checkpoint_name(y, PRODUCT) for y in ys]
+  ends = [w.shape[len(summed) :] for w in ws]
+  return tuple(y.reshape(*lead, *e) for y, e in zip(ys, ends, strict=True))
+
+
+def product(
+  equation: str,
+  x: Array,
+  w: Array | fp8.Weight,
+  recipe: fp8.Recipe = HIGH,
+  name: str = fp8.SAVED,
+) -> Array:
+  """`products` of one weight."""
+  return products((equation,), x, (w,), recipe, name)[0]
+
+
+def named(x: Array, name: str, recipe: fp8.Recipe) -> Array:
+  """`x` under a name for remat, unless an FP8 product keeps it under that."""
+  return checkpoint_name(x, name) if recipe.precision == 'bf16' else x
 
 
 def dot(equation: str, a: Array, b: Array) -> Array:
@@ -79,12 +217,13 @@ def gated(both: Float[Array, '*b two F']) -> Float[Array, '*b F']:
 
 def swiglu(
   x: Float[Array, '*b D'],
-  w_gate_up: Float[Array, 'D two F'],
-  w_down: Float[Array, 'F D'],
+  w_gate_up: Float[Array, 'D two F'] | fp8.Weight,
+  w_down: Float[Array, 'F D'] | fp8.Weight,
+  recipe: fp8.Recipe = HIGH,
 ) -> Float[Array, '*b D']:
   """down(silu(gate(x)) * up(x)); gate and up are one product."""
-  both = jnp.einsum('...d,dgf->...gf', x, w_gate_up.astype(x.dtype))
-  return jnp.einsum('...f,fd->...d', gated(both), w_down.astype(x.dtype))
+  both = product('...d,dgf->...gf', x, w_gate_up, recipe)
+  return product('...f,fd->...d', gated(both), w_down, recipe)
 
 
 class FeedForward(nn.Module):
@@ -92,11 +231,12 @@ class FeedForward(nn.Module):
 
   width: int
   std: float
+  recipe: fp8.Recipe = HIGH
 
   @nn.compact
   def __call__(self, x: Float[Array, '*b D']) -> Float[Array, '*b D']:
-    dim, width = x.shape[-1], self.width
+    dim, width, how = x.shape[-1], self.width, (self.std, self.recipe)
     axes = ('embed', 'gate_up', 'mlp')
-    w_gate_up = param(self, 'w_gate_up', (dim, 2, width), axes, self.std)
-    w_down = param(self, 'w_down', (width, dim), ('mlp', 'embed'), self.std)
-    return swiglu(x, w_gate_up, w_down)
+    w_gate_up = weight(self, 'w_gate_up', (dim, 2, width), axes, *how)
+    w_down = weight(self, 'w_down', (width, dim), ('mlp', 'embed'), *how)
+    return swiglu(x, w_gate_up, w_down, self.recipe)

@@ -36,43 +36,56 @@ class Attention(nn.Module):
     sin: Float[Array, 'B T half'],
     segments: Int[Array, 'B T'] | None,
   ) -> Float[Array, 'B T D']:
-    mla, dtype = self.config.mla, x.dtype
-    w = lambda *args: layers.param(self, *args, self.config.init_std)
+    mla, std = self.config.mla, self.config.init_std
+    recipe = layers.recipe(self.config)
+    w = lambda *args: layers.weight(self, *args, std, recipe)
     norm = lambda name: layers.RMSNorm(mla.norm_eps, name=name)
     dim, heads, rank = x.shape[-1], mla.heads, mla.kv_rank
     query_dim = mla.nope_dim + mla.rope_dim
 
-    with jax.named_scope('query'):
-      q = x
+    with jax.named_scope('down'):
       if mla.query_rank:
-        w_q_down = w('w_q_down', (dim, mla.query_rank), ('embed', 'latent'))
-        q = norm('q_norm')(jnp.einsum('btd,dq->btq', x, w_q_down.astype(dtype)))
-        q = checkpoint_name(q, 'q_latent')
-      name, axes = ('w_q_up', 'latent') if mla.query_rank else ('w_q', 'embed')
-      shape = (q.shape[-1], heads, query_dim)
-      w_q = w(name, shape, (axes, 'heads', 'head_dim'))
-      q = jnp.einsum('btq,qnh->btnh', q, w_q.astype(dtype))
+        axes = ('embed', 'latent')
+        w_q = w('w_q_down', (dim, mla.query_rank), axes)
+        shape = (mla.query_rank, heads, query_dim)
+        w_q_up = w('w_q_up', shape, ('latent', 'heads', 'head_dim'))
+      else:
+        axes = ('embed', 'heads', 'head_dim')
+        w_q = w('w_q', (dim, heads, query_dim), axes)
+      w_kv_down = w('w_kv_down', (dim, rank), ('embed', 'latent'))
+      w_k_rope = w('w_k_rope', (dim, mla.rope_dim), ('embed', 'head_dim'))
+      to_q = 'btd,dq->btq' if mla.query_rank else 'btd,dnh->btnh'
+      q, latent, k_rope = layers.products(
+        (to_q, 'btd,dc->btc', 'btd,dr->btr'),
+        x,
+        (w_q, w_kv_down, w_k_rope),
+        recipe,
+      )
+
+    with jax.named_scope('query'):
+      if mla.query_rank:
+        q = layers.named(norm('q_norm')(q), 'q_latent', recipe)
+        q = layers.product('btq,qnh->btnh', q, w_q_up, recipe, 'q_latent')
       q_nope, q_rope = jnp.split(q, [mla.nope_dim], axis=-1)
       q = jnp.concatenate([q_nope, rope.rotate(q_rope, cos, sin)], axis=-1)
 
-    with jax.named_scope('latent'):
-      w_kv_down = w('w_kv_down', (dim, rank), ('embed', 'latent'))
-      w_k_rope = w('w_k_rope', (dim, mla.rope_dim), ('embed', 'head_dim'))
-      latent = jnp.einsum('btd,dc->btc', x, w_kv_down.astype(dtype))
-      latent = checkpoint_name(norm('kv_norm')(latent), 'kv_latent')
-      k_rope = jnp.einsum('btd,dr->btr', x, w_k_rope.astype(dtype))
-      k_rope = checkpoint_name(rope.rotate(k_rope, cos, sin), 'k_rope')
-
     with jax.named_scope('expand'):
+      latent = layers.named(norm('kv_norm')(latent), 'kv_latent', recipe)
+      k_rope = checkpoint_name(rope.rotate(k_rope, cos, sin), 'k_rope')
       up = ('latent', 'heads', 'head_dim')
       w_k_up = w('w_k_up', (rank, heads, mla.nope_dim), up)
       w_v_up = w('w_v_up', (rank, heads, mla.value_dim), up)
-      k_nope = jnp.einsum('btc,cnh->btnh', latent, w_k_up.astype(dtype))
+      k_nope, v = layers.products(
+        ('btc,cnh->btnh', 'btc,cnu->btnu'),
+        latent,
+        (w_k_up, w_v_up),
+        recipe,
+        'kv_latent',
+      )
       shared = jnp.broadcast_to(
         k_rope[:, :, None], (*k_nope.shape[:3], mla.rope_dim)
       )
       k = jnp.concatenate([k_nope, shared], axis=-1)
-      v = jnp.einsum('btc,cnu->btnu', latent, w_v_up.astype(dtype))
 
     with jax.named_scope('attend'):
       scale = rope.softmax_scale(mla)
@@ -82,4 +95,4 @@ class Attention(nn.Module):
 
     shape = (heads, mla.value_dim, dim)
     w_out = w('w_out', shape, ('heads', 'head_dim', 'embed'))
-    return jnp.einsum('btnu,nud->btd', out, w_out.astype(dtype))
+    return layers.product('btnu,nud->btd', out, w_out, recipe)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from mla_moe import block, layers, mtp, rope, sharding
+from mla_moe import block, fp8, layers, mtp, rope, sharding
 from mla_moe import config as config_lib
 from mla_moe.types import Array, Float, Int, PyTree
 
@@ -135,3 +135,29 @@ class Transformer(nn.Module):
       expert_load=None if out.stats is None else out.stats.load,
       mtp_load=None if out.mtp_stats is None else out.mtp_stats.load,
     )
+
+
+def quantised(params: PyTree, config: config_lib.ModelConfig) -> PyTree:
+  """The FP8 copies of every weight of a tree, None for other parameters.
+
+  What `with_copies` takes: made once, they serve many micro-batches.
+  """
+  recipe = layers.recipe(config)
+  tokens = jnp.zeros((1, config.mtp.depth + 2), jnp.int32)
+  boxed = jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens)
+
+  def copies(path, box, w):
+    if recipe.precision == 'bf16' or path[-1].key not in layers.PRODUCTS:
+      return None
+    return layers.quantised(w, box.names, recipe).copies
+
+  is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
+  return jax.tree_util.tree_map_with_path(
+    copies, boxed['params'], params, is_leaf=is_box
+  )
+
+
+def with_copies(params: PyTree, copies: PyTree) -> PyTree:
+  """The parameters, with copies where there are any; differentiable."""
+  join = lambda w, q: w if q is None else fp8.Weight(w, q)
+  return jax.tree.map(join, params, copies)

@@ -12,6 +12,7 @@ through the loop: nothing is dropped), and `dense` is the oracle.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mla_moe import config as config_lib
-from mla_moe import layers, losses, router
+from mla_moe import fp8, layers, losses, router
 from mla_moe.types import Array, Float, Int
 
 
@@ -46,9 +47,10 @@ class MoE(nn.Module):
     axes = ('embed', None)
     w_router = layers.param(self, 'w_router', (dim, e), axes, std)
     axes = ('experts', 'embed', 'gate_up', 'mlp')
-    w_gate_up = layers.param(self, 'w_gate_up', (e, dim, 2, width), axes, std)
+    how = (std, layers.recipe(self.config))
+    w_gate_up = layers.weight(self, 'w_gate_up', (e, dim, 2, width), axes, *how)
     axes = ('experts', 'mlp', 'embed')
-    w_down = layers.param(self, 'w_down', (e, width, dim), axes, std)
+    w_down = layers.weight(self, 'w_down', (e, width, dim), axes, *how)
     bias = None
     if moe.method == 'noaux_tc':
       zeros = nn.with_logical_partitioning(nn.initializers.zeros, ('norm',))
@@ -63,12 +65,13 @@ class MoE(nn.Module):
         flat,
         routing.weights,
         routing.chosen,
-        w_gate_up.astype(x.dtype),
-        w_down.astype(x.dtype),
+        w_gate_up,
+        w_down,
         impl=moe.impl,
+        recipe=how[1],
       )
     if moe.shared:
-      shared = layers.FeedForward(moe.shared * width, std, name='shared')
+      shared = layers.FeedForward(moe.shared * width, *how, name='shared')
       out = out + shared(flat)
     flat_mask = None if mask is None else mask.reshape(-1)
     return out.reshape(x.shape), Stats(
@@ -82,21 +85,27 @@ def experts(
   x: Float[Array, 'M D'],
   weights: Float[Array, 'M K'],
   chosen: Int[Array, 'M K'],
-  w_gate_up: Float[Array, 'E D two F'],
-  w_down: Float[Array, 'E F D'],
+  w_gate_up: Float[Array, 'E D two F'] | fp8.Weight,
+  w_down: Float[Array, 'E F D'] | fp8.Weight,
   *,
   impl: str = 'auto',
+  recipe: fp8.Recipe = layers.HIGH,
 ) -> Float[Array, 'M D']:
   """The weighted sum of each token's chosen experts, in x's dtype.
 
   `impl` 'auto' is ragged on TPU, padded on GPU, loop on CPU; all are exact.
+  FP8 experts are ragged on GPU, too, and cannot be padded or dense.
   """
   if impl == 'auto':
     platform = jax.default_backend()
     impl = {'tpu': 'ragged', 'gpu': 'padded'}.get(platform, 'loop')
+    if recipe.precision != 'bf16' and impl == 'padded':
+      impl = 'ragged'
+  if recipe.precision == 'bf16':
+    w_gate_up, w_down = w_gate_up.astype(x.dtype), w_down.astype(x.dtype)
   run = {
-    'loop': _loop,
-    'ragged': _ragged,
+    'loop': functools.partial(_loop, recipe=recipe),
+    'ragged': functools.partial(_ragged, recipe=recipe),
     'padded': _padded,
     'dense': _dense,
   }[impl]
@@ -169,13 +178,18 @@ def _cut(chosen, order: _Order, block: int, skip: int) -> _Blocks:
   return _Blocks(expert, slots, valid, place, taken, ends[-1])
 
 
-def _loop(x, weights, chosen, w_gate_up, w_down):
-  order = _sort(chosen, len(w_down))
+def _loop(x, weights, chosen, w_gate_up, w_down, recipe=layers.HIGH):
+  order = _sort(chosen, w_down.shape[0])
   # Blocks follow the load, or half of each would be padding (decoding).
-  mean = max(chosen.size // len(w_down), 1)
+  mean = max(chosen.size // w_down.shape[0], 1)
   block = min(max(1 << (mean - 1).bit_length(), 8), 128)
   cut = _cut(chosen, order, block, 0)
-  return _run_blocks(x, weights, w_gate_up, w_down, cut)
+  copies = None
+  if recipe.precision != 'bf16':
+    copies = w_gate_up.copies, w_down.copies
+    w_gate_up, w_down = w_gate_up.master, w_down.master
+  how = fp8.Rounding(recipe)
+  return _run_blocks(x, weights, w_gate_up, w_down, copies, cut, how)
 
 
 def _row_weights(weights, cut):
@@ -209,50 +223,68 @@ def _over_blocks(one, carry, cut: _Blocks):
   return jax.lax.fori_loop(0, -(-cut.live // some), turn, carry)
 
 
-@jax.custom_vjp
-def _run_blocks(x, weights, w_gate_up, w_down, cut):
-  return _blocks_forward(x, weights, w_gate_up, w_down, cut)[0]
+def _operands(w, copies, dtype):
+  """A weight for the products forward and backward: itself, or its copies."""
+  if copies is None:
+    return w, w
+  wide = [fp8.dequantize(q, dtype) for q in copies]
+  return wide[0], wide[-1]
 
 
-def _blocks_forward(x, weights, w_gate_up, w_down, cut):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _run_blocks(x, weights, w_gate_up, w_down, copies, cut, how):
+  return _blocks_forward(x, weights, w_gate_up, w_down, copies, cut, how)[0]
+
+
+def _blocks_forward(x, weights, w_gate_up, w_down, copies, cut, how):
   share = _row_weights(weights, cut)
   k = weights.shape[1]
+  for_up, for_down = copies or (None, None)
+  up, _ = _operands(w_gate_up, for_up, x.dtype)
+  down, _ = _operands(w_down, for_down, x.dtype)
+  every = how.rows(x)
 
   def one(i, out):
     e, tokens = cut.expert[i], cut.slots[i] // k
-    both = _up(x[tokens], w_gate_up[e])
-    rows = layers.dot('rf,fd->rd', layers.gated(both), w_down[e])
+    both = _up(every[tokens], up[e])
+    rows = layers.dot('rf,fd->rd', how.rows(layers.gated(both)), down[e])
     return out.at[tokens].add(rows * share[i][:, None])
 
   out = _over_blocks(one, jnp.zeros(x.shape, jnp.float32), cut)
-  return out, (x, weights, w_gate_up, w_down, cut)
+  return out, (x, weights, w_gate_up, w_down, copies, cut)
 
 
-def _blocks_backward(residuals, g):
+def _blocks_backward(how, residuals, g):
   """Makes gate and up again: cheaper than keeping them (A rows of 2 F)."""
-  x, weights, w_gate_up, w_down, cut = residuals
+  x, weights, w_gate_up, w_down, copies, cut = residuals
   share = _row_weights(weights, cut)
   k = weights.shape[1]
   dim, two, width = w_gate_up.shape[1:]
   g = g.astype(x.dtype)
+  for_up, for_down = copies or (None, None)
+  up, up_back = _operands(w_gate_up, for_up, x.dtype)
+  _, down = _operands(w_down, for_down, x.dtype)
+  inputs, every = how.rows(x), how.rows(g)
 
   def one(i, carry):
     dx, dshare, d_gate_up, d_down = carry
     e, tokens = cut.expert[i], cut.slots[i] // k
-    rows, grads, weight = x[tokens], g[tokens], share[i][:, None]
-    hidden, pull = jax.vjp(layers.gated, _up(rows, w_gate_up[e]))
-    dhidden = layers.dot('rd,fd->rf', grads, w_down[e])
+    weight, valid = share[i][:, None], cut.valid[i]
+    rows = how.columns(x[tokens], valid=valid)
+    grads = how.columns(g[tokens], valid=valid)
+    hidden, pull = jax.vjp(layers.gated, _up(inputs[tokens], up[e]))
+    dhidden = layers.dot('rd,fd->rf', every[tokens], down[e])
     # The gate's gradient from the hidden side: no expert output is kept.
     dshare = dshare.at[i].set((hidden.astype(jnp.float32) * dhidden).sum(-1))
     (dboth,) = pull((dhidden * weight).astype(hidden.dtype))
-    dboth = dboth.reshape(-1, two * width)
-    weighted = (hidden * weight).astype(hidden.dtype)
+    weighted = how.columns((hidden * weight).astype(hidden.dtype))
     d_down = d_down.at[e].add(layers.dot('rf,rd->fd', weighted, grads))
-    d_up = layers.dot('rd,rf->df', rows, dboth)
+    flat = lambda dboth: dboth.reshape(-1, two * width)
+    d_up = layers.dot('rd,rf->df', rows, flat(how.columns(dboth, 2)))
     d_gate_up = d_gate_up.at[e].add(d_up.reshape(dim, two, width))
-    flat = w_gate_up[e].reshape(dim, two * width)
-    dx = dx.at[tokens].add(layers.dot('rf,df->rd', dboth, flat))
-    return dx, dshare, d_gate_up, d_down
+    both = up_back[e].reshape(dim, two * width)
+    drows = layers.dot('rf,df->rd', flat(how.rows(dboth, 2)), both)
+    return dx.at[tokens].add(drows), dshare, d_gate_up, d_down
 
   zeros = lambda like: jnp.zeros(like.shape, jnp.float32)
   start = (zeros(x), zeros(cut.slots), zeros(w_gate_up), zeros(w_down))
@@ -264,6 +296,7 @@ def _blocks_backward(residuals, g):
     d_gate_up.astype(w_gate_up.dtype),
     d_down.astype(w_down.dtype),
     None,
+    None,
   )
 
 
@@ -273,17 +306,18 @@ _run_blocks.defvjp(_blocks_forward, _blocks_backward)
 # ------------------------------------------------- ragged (TPU), padded (GPU)
 
 
-def _ragged(x, weights, chosen, w_gate_up, w_down):
+def _ragged(x, weights, chosen, w_gate_up, w_down, recipe=layers.HIGH):
   """Sort, two grouped products, combine."""
-  e, dim, two, width = w_gate_up.shape
-  order = _sort(chosen, e)
+  order = _sort(chosen, w_down.shape[0])
   held = jnp.ones(chosen.size, bool)
   rows = _dispatch(x, order.slots, order.places, held)
-  both = jax.lax.ragged_dot(
-    rows, w_gate_up.reshape(e, dim, two * width), order.sizes
+  multiply = functools.partial(
+    fp8.ragged_dot,
+    group_sizes=order.sizes,
+    precision=recipe.precision,
+    impl=recipe.impl,
   )
-  hidden = layers.gated(both.reshape(-1, two, width))
-  out = jax.lax.ragged_dot(hidden, w_down, order.sizes)
+  out = multiply(layers.gated(multiply(rows, w_gate_up)), w_down)
   return _combine(out, weights, order.slots, held, order.places, held)
 
 
@@ -309,7 +343,8 @@ def _padded(x, weights, chosen, w_gate_up, w_down):
   out = jnp.einsum('erf,efd->erd', layers.gated(both), w_down).reshape(-1, dim)
   out = _combine(out, weights, slots, valid.reshape(-1), places, held)
   rest = _cut(chosen, order, 128, room)
-  return out + _run_blocks(x, weights, w_gate_up, w_down, rest)
+  how = fp8.Rounding(layers.HIGH)
+  return out + _run_blocks(x, weights, w_gate_up, w_down, None, rest, how)
 
 
 @jax.custom_vjp

@@ -89,7 +89,13 @@ def train_step(
   tokens = jnp.sum(targets & used[:, None, None], dtype=jnp.float32)
   sequences = batch.count * batch.tokens.shape[1]
 
+  copies = None
+  if config.model.precision != 'bf16':
+    copies = model.quantised(state.params, config.model)
+
   def objective(params, micro):
+    if copies is not None:
+      params = model.with_copies(params, copies)
     terms = _terms(params, state.router, micro, config)
     share = batch.tokens.shape[1] / sequences
     scaled = {

@@ -15,7 +15,7 @@ import pytest
 
 from configs import tiny
 from experiments import report, train, workdir
-from mla_moe import checkpoint, metrics, step
+from mla_moe import checkpoint, fp8, metrics, step
 from mla_moe import config as config_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -141,6 +141,10 @@ def program(*args):
     (['--confg=x'], 'confg'),
     (['--config.mesh.data=2'], 'devices'),
     (['--config.data.source=/nowhere'], 'no such file'),
+    (
+      ['--config.model.precision=fp8_block', '--config.model.fp8_impl=mgpu'],
+      "fp8_impl='mgpu': precision=fp8_block on cpu (cpu) can be dequant",
+    ),
   ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, args, words):
@@ -148,6 +152,34 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, args, words):
   out, err = ran.communicate(timeout=60)
   assert ran.returncode == 2, err
   assert words in err and len(err.strip().splitlines()) == 1, err
+
+
+def test_fp8_without_its_hardware_says_so_in_one_line(tmp_path):
+  where = f'--workdir={tmp_path}/run', '--config.data.source=/nowhere'
+  ran = program(*where, '--config.model.precision=fp8_block')
+  out, _ = ran.communicate(timeout=60)
+  line = 'precision=fp8_block has no FP8 hardware on cpu (cpu): dequant'
+  assert out.splitlines() == [line]
+
+
+@pytest.mark.slow
+def test_products_without_their_kernel_are_counted(
+  tmp_path, monkeypatch, capsys
+):
+  """Kernels are one device's: on a mesh, products fall back call by call."""
+  monkeypatch.setattr(fp8, 'choose', lambda *_: ('tpu', ''))
+  config = dataclasses.replace(
+    shorter(1),
+    model=dataclasses.replace(
+      SMOKE.model, precision='fp8_block', fp8_impl='tpu'
+    ),
+    mesh=config_lib.MeshConfig(fsdp=8),
+  )
+  train.run(config, tmp_path / 'run')
+  row = workdir.rows(tmp_path / 'run' / 'metrics.jsonl')[0]
+  assert row['fp8_fallbacks'] > 0
+  why = 'fp8 impl=tpu has no kernel for a mesh of 8 devices'
+  assert capsys.readouterr().out.count(why) == 1
 
 
 @pytest.mark.slow

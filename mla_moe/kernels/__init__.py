@@ -1,0 +1,1 @@
+"""Pallas kernels, each beside the same product in plain JAX."""

@@ -1,0 +1,225 @@
+"""Block-scaled FP8 products on TPU v7, dense and by expert.
+
+acc += (a[:, k] b[:, k]^T) * sa[:, k] * sb[:, k]^T for every 128 of the sum, in
+float32 (V3 section 3.3.2). A TPU's products accumulate in float32 already, so
+the step of 128 is there for the scales alone; since its multipliers are 256
+deep, DeepSeek's tiles fill half of them (`fp8_channel` is the fast recipe).
+
+Both operands have the sum along their rows, and all lengths are multiples of
+128. The scales come in transposed, [K / 128, 1, rows], so that a block of them
+lies along lanes; those of `a` turn around inside, where they stand as columns.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from mla_moe.types import Array, Float, Int
+
+_TILE = 128
+
+
+def reference(
+  a: Float[Array, 'M K'],
+  sa: Float[Array, 'M tiles'],
+  b: Float[Array, 'N K'],
+  sb: Float[Array, 'rows tiles'],
+) -> Float[Array, 'M N']:
+  """The product in plain JAX: float32, every operand dequantised."""
+  wide = lambda q, s: (
+    q.astype(jnp.float32)
+    * jnp.repeat(jnp.repeat(s, _TILE, axis=1), q.shape[0] // s.shape[0], axis=0)
+  )
+  highest = jax.lax.Precision.HIGHEST
+  return jnp.matmul(wide(a, sa), wide(b, sb).T, precision=highest)
+
+
+def _step(tiles: int) -> int:
+  """Tiles of the sum that one step of the grid takes."""
+  return next(n for n in (8, 4, 2, 1) if tiles % n == 0)
+
+
+def _add(a, sa, b, sb, acc, tiles: int):
+  """acc += the products of `tiles` tiles, scaled."""
+  for i in range(tiles):
+    k = slice(i * _TILE, (i + 1) * _TILE)
+    part = jax.lax.dot_general(
+      a[:, k],
+      b[:, k],
+      (((1,), (1,)), ((), ())),
+      preferred_element_type=jnp.float32,
+    )
+    acc[...] += part * sa[i].T * sb[i]
+
+
+def _scales(s, rows: int):
+  """[.., n, tiles] -> [.., tiles, 1, rows]."""
+  per = rows // s.shape[-2]
+  s = jnp.repeat(s, per, axis=-2) if per > 1 else s
+  return s.swapaxes(-1, -2)[..., None, :]
+
+
+def matmul(
+  a: Float[Array, 'M K'],
+  sa: Float[Array, 'M tiles'],
+  b: Float[Array, 'N K'],
+  sb: Float[Array, 'rows tiles'],
+  *,
+  dtype=jnp.float32,
+) -> Float[Array, 'M N']:
+  """a b^T in `dtype`; `sb` has a scale for each row or each 128 rows."""
+  (m, k), n = a.shape, b.shape[0]
+  step = _step(k // _TILE)
+  width = next(w for w in (256, 128) if n % w == 0)
+  height = next(h for h in (256, 128) if m % h == 0)
+  last = k // _TILE // step - 1
+
+  def kernel(a, sa, b, sb, out, acc):
+    at = pl.program_id(2)
+
+    @pl.when(at == 0)
+    def _():
+      acc[...] = jnp.zeros_like(acc)
+
+    _add(a, sa, b, sb, acc, step)
+
+    @pl.when(at == last)
+    def _():
+      out[...] = acc[...].astype(out.dtype)
+
+  return pl.pallas_call(
+    kernel,
+    grid=(m // height, n // width, last + 1),
+    in_specs=[
+      pl.BlockSpec((height, step * _TILE), lambda i, j, k: (i, k)),
+      pl.BlockSpec((step, 1, height), lambda i, j, k: (k, 0, i)),
+      pl.BlockSpec((width, step * _TILE), lambda i, j, k: (j, k)),
+      pl.BlockSpec((step, 1, width), lambda i, j, k: (k, 0, j)),
+    ],
+    out_specs=pl.BlockSpec((height, width), lambda i, j, k: (i, j)),
+    scratch_shapes=[pltpu.VMEM((height, width), jnp.float32)],
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=('parallel', 'parallel', 'arbitrary')
+    ),
+    out_shape=jax.ShapeDtypeStruct((m, n), dtype),
+  )(a, _scales(sa, m), b, _scales(sb, n))
+
+
+def grouped(
+  a: Float[Array, 'P K'],
+  sa: Float[Array, 'P tiles'],
+  b: Float[Array, 'E N K'],
+  sb: Float[Array, 'E rows tiles'],
+  expert: Int[Array, ' blocks'],
+  live: Int[Array, ''],
+  *,
+  dtype=jnp.float32,
+) -> Float[Array, 'P N']:
+  """Each 128 rows of `a` times their expert's matrix.
+
+  Rows from `live` * 128 on hold anything.
+  """
+  (p, k), n = a.shape, b.shape[1]
+  step = _step(k // _TILE)
+  width = next(w for w in (256, 128) if n % w == 0)
+  last = k // _TILE // step - 1
+
+  def kernel(expert, live, a, sa, b, sb, out, acc):
+    at = pl.program_id(2)
+
+    @pl.when(pl.program_id(0) < live[0])
+    def _():
+      @pl.when(at == 0)
+      def _():
+        acc[...] = jnp.zeros_like(acc)
+
+      _add(a, sa, b[0], sb[0], acc, step)
+
+      @pl.when(at == last)
+      def _():
+        out[...] = acc[...].astype(out.dtype)
+
+  grid = pltpu.PrefetchScalarGridSpec(
+    num_scalar_prefetch=2,
+    grid=(p // _TILE, n // width, last + 1),
+    in_specs=[
+      pl.BlockSpec((_TILE, step * _TILE), lambda i, j, k, *_: (i, k)),
+      pl.BlockSpec((step, 1, _TILE), lambda i, j, k, *_: (k, 0, i)),
+      pl.BlockSpec(
+        (1, width, step * _TILE), lambda i, j, k, e, _: (e[i], j, k)
+      ),
+      pl.BlockSpec((1, step, 1, width), lambda i, j, k, e, _: (e[i], k, 0, j)),
+    ],
+    out_specs=pl.BlockSpec((_TILE, width), lambda i, j, k, *_: (i, j)),
+    scratch_shapes=[pltpu.VMEM((_TILE, width), jnp.float32)],
+  )
+  return pl.pallas_call(
+    kernel,
+    grid_spec=grid,
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=('parallel', 'parallel', 'arbitrary')
+    ),
+    out_shape=jax.ShapeDtypeStruct((p, n), dtype),
+  )(expert, live.reshape(1), a, _scales(sa, p), b, _scales(sb, n))
+
+
+def grouped_weights(
+  a: Float[Array, 'K P'],
+  sa: Float[Array, 'K blocks'],
+  b: Float[Array, 'N P'],
+  sb: Float[Array, 'N blocks'],
+  expert: Int[Array, ' blocks'],
+  first: Int[Array, ' E'],
+  count: Int[Array, ' E'],
+) -> Float[Array, 'E K N']:
+  """Each expert's blocks of columns multiplied: a b^T by expert, float32.
+
+  An expert without blocks gets anything. The grid goes over blocks innermost:
+  one expert's follow each other, and its result stays in memory meanwhile.
+  """
+  k, n, experts = a.shape[0], b.shape[0], first.shape[0]
+  blocks = expert.shape[0]
+  width = next(w for w in (256, 128) if n % w == 0)
+  height = next(h for h in (256, 128) if k % h == 0)
+  live = (first[-1] + count[-1]).reshape(1)
+
+  def kernel(expert, live, a, sa, b, sb, out):
+    at = pl.program_id(2)
+    before = expert[jnp.maximum(at - 1, 0)]
+    new = (at == 0) | (expert[at] != before)
+
+    @pl.when(at < live[0])
+    def _():
+      @pl.when(new)
+      def _():
+        out[...] = jnp.zeros_like(out)
+
+      _add(a, sa, b, sb, out.at[0], 1)
+
+  # Blocks that are not live repeat the last expert: no result is visited twice.
+  grid = pltpu.PrefetchScalarGridSpec(
+    num_scalar_prefetch=2,
+    grid=(k // height, n // width, blocks),
+    in_specs=[
+      pl.BlockSpec((height, _TILE), lambda i, j, p, *_: (i, p)),
+      pl.BlockSpec((1, 1, height), lambda i, j, p, *_: (p, 0, i)),
+      pl.BlockSpec((width, _TILE), lambda i, j, p, *_: (j, p)),
+      pl.BlockSpec((1, 1, width), lambda i, j, p, *_: (p, 0, j)),
+    ],
+    out_specs=pl.BlockSpec(
+      (1, height, width), lambda i, j, p, e, _: (e[p], i, j)
+    ),
+  )
+  last = jnp.maximum(live[0] - 1, 0)
+  expert = jnp.where(jnp.arange(blocks) < live[0], expert, expert[last])
+  return pl.pallas_call(
+    kernel,
+    grid_spec=grid,
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=('parallel', 'parallel', 'arbitrary')
+    ),
+    out_shape=jax.ShapeDtypeStruct((experts, k, n), jnp.float32),
+  )(expert, live, a, _scales(sa, k), b, _scales(sb, n))

@@ -1,0 +1,132 @@
+"""The kernels beside their plain product, and lowered for what runs them."""
+
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from mla_moe import fp8
+from mla_moe.kernels import block_tpu
+
+F8 = jnp.float8_e4m3fn
+CHIPS = {
+  'mgpu': ('cuda', AbstractDevice('NVIDIA H100 80GB HBM3', 132, 'gpu')),
+  'mxfp8': ('cuda', AbstractDevice('NVIDIA B200', 148, 'gpu')),
+  'tpu': ('tpu', AbstractDevice('TPU7x', 2, 'tpu')),
+}
+
+
+def operands(rows, tiles, seed, per=1):
+  random = np.random.default_rng(seed)
+  values = random.normal(size=(rows, tiles * 128)) * 50
+  scales = 2.0 ** random.integers(-9, 3, size=(rows // per, tiles))
+  return jnp.asarray(values, F8), jnp.asarray(scales, jnp.float32)
+
+
+@pytest.mark.parametrize(
+  'rows, columns, tiles, per', [(128, 384, 3, 1), (256, 256, 8, 128)]
+)
+def test_the_tpu_kernel_equals_the_plain_product(rows, columns, tiles, per):
+  args = *operands(rows, tiles, 0), *operands(columns, tiles, 1, per)
+  expected = block_tpu.reference(*args)
+  with pltpu.force_tpu_interpret_mode():
+    got = jax.jit(block_tpu.matmul)(*args)
+  error = jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected)
+  assert error < 1e-6
+
+
+def both(f):
+  """y and the gradients, for a program that holds all three products."""
+
+  def run(x, w, g):
+    y, pull = jax.vjp(f, x, w)
+    return y, *pull(g)
+
+  return run
+
+
+@pytest.mark.parametrize('impl', CHIPS)
+def test_training_products_lower_for_their_hardware(impl):
+  platform, device = CHIPS[impl]
+  mesh = AbstractMesh((1,), ('x',), abstract_device=device)
+  shape = jax.ShapeDtypeStruct
+  x, w = shape((300, 576), jnp.bfloat16), shape((576, 400), jnp.float32)
+  dot = both(functools.partial(fp8.dot, impl=impl))
+  sizes = jnp.array([100, 0, 150])
+  grouped = both(
+    lambda x, w: fp8.ragged_dot(x, w, sizes, impl=impl),
+  )
+  experts = shape((3, 576, 400), jnp.float32)
+  g = shape((300, 400), jnp.bfloat16)
+  target = 'mosaic_gpu' if impl == 'mgpu' else 'tpu_custom_call'
+  if impl == 'mxfp8':
+    target = 'block_scaled_dot'
+  for run, weight in ((dot, w), (grouped, experts)):
+    if impl == 'mxfp8' and weight is experts:
+      continue  # falls back
+    lower = lambda run=run, weight=weight: (
+      jax.jit(run).trace(x, weight, g).lower(lowering_platforms=(platform,))
+    )
+    if impl == 'mxfp8':
+      text = lower().as_text()
+    else:
+      with jax.sharding.use_abstract_mesh(mesh):
+        text = lower().as_text()
+    calls_found = [
+      line
+      for line in text.splitlines()
+      if 'custom_call' in line and target in line
+    ]
+    assert len(calls_found) == 3  # y, dx and dw
+
+
+AHEAD = """
+import os
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from mla_moe import fp8
+
+chips = topologies.get_topology_desc('tpu7x:2x2x1', platform='tpu')
+where = jax.sharding.SingleDeviceSharding(chips.devices[0])
+shape = lambda s, d: jax.ShapeDtypeStruct(s, d, sharding=where)
+
+def both(f):
+  def run(x, w, g, sizes):
+    y, pull = jax.vjp(lambda x, w: f(x, w, sizes), x, w)
+    return y, *pull(g)
+  return run
+
+x, g = shape((1024, 512), jnp.bfloat16), shape((1024, 384), jnp.bfloat16)
+sizes = shape((4,), jnp.int32)
+dense = lambda x, w, sizes: fp8.dot(x, w, impl='tpu')
+grouped = lambda x, w, sizes: fp8.ragged_dot(x, w, sizes, impl='tpu')
+for run, w in ((dense, (512, 384)), (grouped, (4, 512, 384))):
+  traced = jax.jit(both(run)).trace(x, shape(w, jnp.float32), g, sizes)
+  program = traced.lower(lowering_platforms=('tpu',)).compile()
+  assert program.as_text().count('custom_call_target="tpu_custom_call"') == 3
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  importlib.util.find_spec('libtpu') is None,
+  reason='compiling for a TPU needs the extra [tpu]',
+)
+def test_the_tpu_kernels_compile_for_v7():
+  """Really compiled, on any machine: libtpu needs no TPU for that."""
+  env = {
+    **os.environ,
+    'TPU_SKIP_MDS_QUERY': '1',
+    'TPU_WORKER_HOSTNAMES': 'localhost',
+    'JAX_PLATFORMS': 'cpu',
+  }
+  subprocess.run([sys.executable, '-c', AHEAD], check=True, env=env)

@@ -1,0 +1,209 @@
+"""FP8 in the model: what takes it, what stays high, what FSDP moves."""
+
+import dataclasses
+import functools
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from configs import tiny
+from mla_moe import block, data, fp8, layers, model, optim, rope, sharding, step
+from mla_moe import config as config_lib
+
+SMOKE = config_lib.freeze(tiny.get_config('smoke'))
+RATES = optim.Rates(1e-3, 0.01, 0.3)
+
+
+def with_model(config=SMOKE, **changes):
+  changed = dataclasses.replace(config.model, **changes)
+  return dataclasses.replace(config, model=changed)
+
+
+def make(config):
+  random = np.random.default_rng(0)
+  stream = random.integers(0, 256, 20000).astype(np.uint16)
+  return data.batch_at(stream, config.data, 0, 256)
+
+
+def lowered(config):
+  state = jax.eval_shape(lambda: step.init_state(jax.random.key(0), config))
+  run = functools.partial(step.train_step, config=config)
+  return jax.jit(run).lower(state, make(config), RATES)
+
+
+def test_a_training_step_multiplies_in_fp8_what_deepseek_does():
+  """All three products of every linear layer; nothing else."""
+  ragged = dataclasses.replace(SMOKE.model.moe, impl='ragged')
+  config = with_model(
+    precision='fp8_channel', fp8_impl='native', moe=ragged, remat='none'
+  )
+  found = {True: [], False: []}
+  pattern = r'dot_general (.*?): \((tensor<[^)]*)\)'
+  for how, operands in re.findall(pattern, lowered(config).as_text()):
+    eight = operands.count('f8E4M3FN')
+    assert eight in (0, 2), operands
+    found[eight == 2].append((how, operands))
+  attention, dense, routed = 7, 2, 2
+  blocks = (attention + dense) + 2 * (attention + dense + routed)
+  assert len(found[True]) == 3 * blocks
+  c = config.model
+  high = (c.vocab, c.moe.experts, 2 * c.dim)  # head, router, MTP's projection
+  for how, operands in found[False]:
+    sizes = {int(n) for n in re.findall(r'(\d+)x', operands)}
+    assert 'batching_dims' in how or sizes & set(high), operands
+
+
+def test_bf16_has_no_trace_of_fp8():
+  text = lowered(SMOKE).as_text()
+  assert 'f8E' not in text
+  x, w = jnp.ones((2, 3, 4), jnp.bfloat16), jnp.ones((4, 2, 5))
+  ours = lambda x, w: layers.product('...d,dgf->...gf', x, w)
+  plain = lambda x, w: jnp.einsum('...d,dgf->...gf', x, w.astype(x.dtype))
+  name = lambda f: jax.jit(f).lower(x, w).as_text().replace('<lambda>', '')
+  assert name(ours) == name(plain)
+
+
+@pytest.mark.slow
+def test_copies_made_once_change_nothing():
+  config = with_model(precision='fp8_block', remat='latents')
+  none = config_lib.MTPConfig(0)
+  config = dataclasses.replace(config.model, layers=2, mtp=none)
+  tokens = jnp.arange(48, dtype=jnp.int32).reshape(2, 24)
+  network = model.Transformer(config)
+  variables = nn.unbox(jax.jit(network.init)(jax.random.key(0), tokens))
+  copies = model.quantised(variables['params'], config)
+  names = {
+    path[-1].key
+    for path, _ in jax.tree_util.tree_leaves_with_path(
+      copies, is_leaf=lambda x: isinstance(x, tuple)
+    )
+  }
+  assert names == set(layers.PRODUCTS) - {'w_q'}
+
+  def loss(params, copies):
+    if copies is not None:
+      params = model.with_copies(params, copies)
+    both = {**variables, 'params': params}
+    out = network.apply(both, tokens, method='features')
+    return jnp.square(out.hidden).mean() + out.hidden[0, 3, 2]
+
+  run = jax.jit(jax.value_and_grad(loss))
+  expected = run(variables['params'], None)
+  got = run(variables['params'], copies)
+  chex.assert_trees_all_close(got, expected, rtol=2e-2, atol=1e-3)
+  chex.assert_trees_all_equal_dtypes(got, expected)
+  assert float(abs(got[0] - expected[0])) < 1e-5
+
+
+def gathered(text):
+  """The dtypes and sizes of what a compiled program gathers."""
+  found = re.findall(r'= (\w+)\[([\d,]*)\][^=]* all-gather\(', text)
+  return [(kind, int(np.prod(eval_shape(n)))) for kind, n in found]
+
+
+def eval_shape(numbers):
+  return [int(n) for n in numbers.split(',') if n]
+
+
+def test_fsdp_gathers_eight_bits():
+  """Every weight crosses devices as FP8 and a few scales; sums stay float32."""
+  mesh = config_lib.MeshConfig(fsdp=8)
+  recipe = fp8.Recipe()
+  layer = layers.FeedForward(256, 0.02, recipe)
+  x = jax.random.normal(jax.random.key(1), (16, 8, 1024))
+  boxed = jax.eval_shape(layer.init, jax.random.key(0), x)
+  params = nn.unbox(jax.jit(layer.init)(jax.random.key(0), x))
+  alone = jax.jit(jax.grad(lambda p, x: (layer.apply(p, x) ** 2).sum()))
+  expected = alone(params, x)
+  with jax.set_mesh(sharding.make_mesh(mesh)):
+    where = sharding.shardings(boxed, sharding.make_mesh(mesh))
+
+    def loss(p, x):
+      x = sharding.constrain(x, 'batch', 'length', 'stream')
+      return (layer.apply(p, x) ** 2).sum()
+
+    run = jax.jit(jax.grad(loss), in_shardings=(where, None))
+    run = run.lower(params, x).compile()
+    got = run(jax.device_put(params, where), x)
+  moved = gathered(run.as_text())
+  weights = sum(p.size for p in jax.tree.leaves(params))
+  eight = sum(size for kind, size in moved if kind == 'u8')
+  assert eight >= weights
+  assert all(n <= weights // 64 for kind, n in moved if kind != 'u8'), moved
+  chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_sharded_step_equals_one_devices():
+  config = with_model(precision='fp8_block', dim=128)
+  state = step.init_state(jax.random.key(0), config)
+  run = functools.partial(step.train_step, config=config)
+  _, alone = jax.jit(run)(state, make(config), RATES)
+  mesh = sharding.make_mesh(config_lib.MeshConfig(fsdp=4, expert=2))
+  with jax.set_mesh(mesh):
+    state = step.init_state(jax.random.key(0), config, mesh)
+    _, spread = jax.jit(run)(state, make(config), RATES)
+  assert float(spread['loss']) == pytest.approx(float(alone['loss']), rel=1e-5)
+
+
+def saved(precision, remat):
+  """Bytes that one block's backward pass finds of the activations."""
+  config = with_model(
+    precision=precision, remat=remat, dtype='bfloat16', dense_width=512, dim=256
+  ).model
+  one = block.rematerialised(config)(config, False)
+  x = jnp.zeros((2, 256, 256), jnp.bfloat16)
+  angles = rope.angles(jnp.zeros((2, 256), jnp.int32), 8, config.mla.rope)
+  args = (x, *angles, None, None)
+  params = nn.unbox(jax.eval_shape(lambda: one.init(jax.random.key(0), *args)))
+  run = lambda params, x: one.apply(params, x, *args[1:])[0]
+  pull = jax.eval_shape(lambda p, x: jax.vjp(run, p, x)[1], params, x)
+  leaves = [a for a in jax.tree.leaves(pull) if a.shape[:2] == x.shape[:2]]
+  return sum(a.size * a.dtype.itemsize for a in leaves)
+
+
+@pytest.mark.parametrize('remat', ['none', 'latents'])
+def test_fp8_saves_less_for_the_backward_pass(remat):
+  assert saved('fp8_block', remat) < saved('bf16', remat)
+
+
+def test_what_fp8_cannot_be_is_refused():
+  for changes in (
+    {'precision': 'fp8'},
+    {'fp8_impl': 'cuda'},
+    {'fp8_impl': 'mgpu'},
+    {'precision': 'fp8_block', 'fp8_impl': 'native'},
+    {'precision': 'fp8_tensor', 'fp8_impl': 'tpu'},
+    {
+      'precision': 'fp8_block',
+      'moe': dataclasses.replace(SMOKE.model.moe, impl='padded'),
+    },
+  ):
+    with pytest.raises(config_lib.ConfigError) as error:
+      with_model(**changes)
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.slow
+def test_fp8_learns_as_bf16_does():
+  """A toy language model, 300 steps: the losses end within 0.02."""
+  random = np.random.default_rng(0)
+  words = random.integers(0, 256, (64, 6))
+  stream = words[random.integers(0, 64, 8000)].reshape(-1).astype(np.uint16)
+  ends = {}
+  for precision in ('bf16', 'fp8_block'):
+    config = with_model(precision=precision, mtp=config_lib.MTPConfig(0))
+    run = jax.jit(functools.partial(step.train_step, config=config))
+    state = step.init_state(jax.random.key(0), config)
+    late = []
+    for i in range(300):
+      batch = data.batch_at(stream, config.data, i, 256)
+      state, metrics = run(state, batch, optim.Rates(3e-3, 0.01, 0.3))
+      late = [*late[-19:], float(metrics['main_loss'])]
+    ends[precision] = np.mean(late)
+  assert abs(ends['bf16'] - ends['fp8_block']) < 0.02, ends

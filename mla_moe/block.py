@@ -56,7 +56,7 @@ def rematerialised(config: config_lib.ModelConfig) -> type[nn.Module]:
   policies = jax.checkpoint_policies
   policy = None
   if config.remat in ('latents', 'products'):
-    policy = policies.save_only_these_names(*mla.SAVED)
+    policy = policies.save_only_these_names(*mla.SAVED, *moe.SAVED)
   if config.remat == 'products':
     products = policies.dots_with_no_batch_dims_saveable
     eight = policies.save_only_these_names(layers.PRODUCT, fp8.SAVED)

@@ -18,10 +18,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from mla_moe import config as config_lib
 from mla_moe import fp8, layers, losses, router
 from mla_moe.types import Array, Float, Int
+
+# Kept for the backward pass under every policy: sorting again costs more than
+# a few numbers a token.
+SAVED = ('dispatch',)
 
 
 class Stats(NamedTuple):
@@ -138,7 +143,8 @@ def _sort(chosen: Array, experts: int) -> _Order:
   every = jnp.arange(flat.size, dtype=jnp.int32)
   places = jnp.zeros(flat.size, jnp.int32).at[slots].set(every)
   sizes = jnp.zeros(experts, jnp.int32).at[flat].add(1)
-  return _Order(slots, places, sizes, jnp.cumsum(sizes) - sizes)
+  order = _Order(slots, places, sizes, jnp.cumsum(sizes) - sizes)
+  return _Order(*(checkpoint_name(x, SAVED[0]) for x in order))
 
 
 # ---------------------------------------------------------------- loop (CPU)

@@ -2,11 +2,9 @@
 
   python -m experiments.train --config=configs/deepseek_v3.py --workdir=DIR
 
-2048 H800 and 2.664M GPU hours in the report; not run here. Linear layers are in
-FP8 blocks (section 3.3), whose kernels do not run on a mesh yet: there, it is
-FP8's numbers without its speed. Variants: 4k (the default: pre-training on
-14.8T tokens, no YaRN), 32k and 128k (the context extensions, YaRN on, 1000
-steps each, continued from the one before), smoke.
+2048 H800 and 2.664M GPU hours in the report; not run here. Variants: 4k (the
+default: pre-training on 14.8T tokens, no YaRN), 32k and 128k (the context
+extensions, YaRN on, 1000 steps each, continued from the one before), smoke.
 The report says that the batch rises gradually over 469B tokens; the linear
 shape is ours. So are Adam's epsilon and which leaves do not decay.
 """
@@ -17,8 +15,7 @@ from mla_moe import config as c
 
 
 def get_config(arg=''):
-  """The defaults of mla_moe.config, FP8, and the batch that they do not fix."""
-  model = c.ModelConfig(precision='fp8_block')
+  """The defaults of mla_moe.config, and the batch that they do not fix."""
   data = c.DataConfig(
     seq_len=4096,
     batch_size=15360,
@@ -27,7 +24,7 @@ def get_config(arg=''):
     micro_batch=512,
   )
   run = c.RunConfig(steps=243425)
-  pretrain = c.Config(model=model, data=data, run=run)
+  pretrain = c.Config(data=data, run=run)
   return c.thaw(
     c.variant(
       pretrain,

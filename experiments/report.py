@@ -53,7 +53,7 @@ def write(folder: pathlib.Path) -> pathlib.Path | None:
       'perfect balance. The maps show each expert&#39;s share of the mean over '
       'the run, one map a layer (MTP modules last).</p>',
       _balance(steps),
-      _heat(loads),
+      _heat(loads, _main_layers(config)),
     ]
   if samples.exists():
     last = samples.read_text(errors='replace').split('--- step ')[-1]
@@ -145,7 +145,12 @@ def _balance(steps) -> str:
   return page.svg(figure)
 
 
-def _heat(loads) -> str:
+def _main_layers(config: str) -> int:
+  model = json.loads(config)['model']
+  return model['layers'] - model['dense_layers']
+
+
+def _heat(loads, main: int) -> str:
   load = np.array([row['load'] for row in loads], float)  # [steps, L, E]
   load = load / np.maximum(load.mean(-1, keepdims=True), 1e-9)
   count = min(load.shape[1], 12)
@@ -166,7 +171,9 @@ def _heat(loads) -> str:
       extent=extent,
       interpolation='nearest',
     )
-    plot.set(title=f'MoE layer {layer + 1}', xlabel='step', ylabel='expert')
+    ahead = layer - main + 1
+    title = f'MTP module {ahead}' if ahead > 0 else f'MoE layer {layer + 1}'
+    plot.set(title=title, xlabel='step', ylabel='expert')
   bar = figure.colorbar(image, ax=list(axes.flat), shrink=0.8)
   bar.set_label('load / mean')
   return page.svg(figure)

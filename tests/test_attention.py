@@ -22,9 +22,11 @@ def inputs(t, batch=2, heads=3, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize('packed', [False, True])
-@pytest.mark.parametrize('t', [1, 7, 256, 515])
-def test_blocks_equal_the_oracle(t, packed):
-  args, g, segments = inputs(t)
+@pytest.mark.parametrize('t, heads', [(1, 3), (7, 3), (256, 3), (515, 4)])
+def test_blocks_equal_the_oracle(t, heads, packed):
+  """The last one is padded, and wide enough to be cut into parts."""
+  args, g, segments = inputs(t, heads=heads)
+  assert attention._parts(args[0]) == (4 if heads == 4 else 1)
   segments = segments if packed else None
   outs = []
   for impl in ('reference', 'xla'):

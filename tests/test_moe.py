@@ -125,7 +125,7 @@ def expert_inputs(m=48, e=16, k=4, d=12, f=8, skew=0.0):
 
 @pytest.mark.parametrize('impl', ['loop', 'ragged', 'padded'])
 @pytest.mark.parametrize(
-  'm, skew', [(48, 0.0), (48, 9.0), (1, 0.0), (600, 9.0)]
+  'm, skew', [(48, 0.0), (48, 9.0), (1, 0.0), (530, 0.0), (600, 9.0)]
 )
 def test_experts_equal_the_dense_oracle(impl, m, skew):
   """With skew, four experts get every token and the others none."""

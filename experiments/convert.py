@@ -89,7 +89,7 @@ def to_run(
 
   from mla_moe import (
     checkpoint,
-    huggingface,
+    hf_save,
     load_huggingface,
     optim,
     sharding,
@@ -135,7 +135,7 @@ def to_run(
   try:
     with workdir.claim(scratch, config) as path:
       (path / 'huggingface').mkdir()
-      huggingface.copy_extras(source, path / 'huggingface')
+      hf_save.copy_extras(source, path / 'huggingface')
       (path / 'config.py').write_text(_CONFIG.format(target))
       with checkpoint.manager(path / 'checkpoints', config.run.keep) as saved:
         # No text has been trained on: any may be.

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from mla_moe import cost
 from mla_moe.config import Config, ConfigError, ModelConfig
-from mla_moe.huggingface import load_huggingface, save_huggingface
+from mla_moe.hf_save import save_huggingface
+from mla_moe.huggingface import load_huggingface
 from mla_moe.model import Output, Transformer
 
 __all__ = [

@@ -14,8 +14,15 @@ import json
 import pathlib
 from typing import Any
 
+import ml_dtypes
+import numpy as np
+
 from mla_moe import config as config_lib
 from mla_moe.config import ConfigError
+
+INDEX = 'model.safetensors.index.json'
+BF16 = np.dtype(ml_dtypes.bfloat16)
+F32 = np.dtype(np.float32)
 
 # ours, theirs
 _MODEL = (
@@ -44,6 +51,21 @@ _KINDS = {
 }
 _NO_YARN = ('default', 'none', None)
 _MISSING = object()
+
+
+def parameter_dtype(dtype: Any) -> np.dtype:
+  """The numpy dtype that parameters may have.
+
+  Raises:
+    ConfigError: it is neither float32 nor bfloat16.
+  """
+  try:
+    found = np.dtype(dtype)
+  except TypeError:
+    found = None
+  if found not in (F32, BF16):
+    raise ConfigError(f'dtype={dtype!r}: must be float32 or bfloat16')
+  return found
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -337,3 +338,12 @@ def copies(config: config_lib.ModelConfig) -> dict[str, str]:
   if tied:
     found['lm_head.weight'] = COPIES['embed_tokens.weight']
   return found
+
+
+def flat(tree: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple, Any]]:
+  """(path, leaf) of every leaf of nested mappings; paths are those of rows."""
+  if not hasattr(tree, 'items'):
+    yield keys, tree
+    return
+  for key, value in tree.items():
+    yield from flat(value, (*keys, key))

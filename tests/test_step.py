@@ -12,7 +12,9 @@ from configs import tiny
 from mla_moe import config as config_lib
 from mla_moe import data, optim, sharding, step
 
-SMOKE = config_lib.freeze(tiny.get_config('smoke'))
+TINY = config_lib.freeze(tiny.get_config('smoke'))
+ADAMW = dataclasses.replace(TINY.optim, optimizer='adamw')
+SMOKE = dataclasses.replace(TINY, optim=ADAMW)
 RATES = optim.Rates(1e-3, 0.01, 0.3)
 
 

@@ -13,7 +13,7 @@ LAYERS = (
   'kernels',
   'fp8',
   'cost documents tokenizer checkpoint safetensors hf_config hf_fp8 hf_names',
-  'corpus hf_save',
+  'corpus hf_save hf_source',
   'data',
   'sharding losses optim metrics',
   'layers',

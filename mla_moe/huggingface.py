@@ -29,7 +29,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from mla_moe import config as config_lib
 from mla_moe import hf_config, hf_names, hf_source, model, sharding
@@ -150,7 +149,7 @@ def _places(config: config_lib.ModelConfig, mesh: Any) -> PyTree:
   tokens = jax.ShapeDtypeStruct((1, config.mtp.depth + 2), jnp.int32)
   init = model.Transformer(config).init
   boxed = jax.eval_shape(init, jax.random.key(0), tokens)
-  return nn.unbox(sharding.shardings(boxed, mesh))
+  return sharding.shardings(boxed, mesh)
 
 
 class _Leaf:

@@ -32,7 +32,17 @@ def _run(config: config_lib.Config, path: pathlib.Path) -> dict:
   import numpy as np
 
   from experiments import logs, report, runtime, sample
-  from mla_moe import checkpoint, corpus, cost, data, fp8, optim, sharding, step
+  from mla_moe import (
+    checkpoint,
+    corpus,
+    cost,
+    data,
+    fp8,
+    fp8_health,
+    optim,
+    sharding,
+    step,
+  )
   from mla_moe import tokenizer as tokenizer_lib
 
   # ------------------------------------------------------------------- set-up
@@ -57,6 +67,7 @@ def _run(config: config_lib.Config, path: pathlib.Path) -> dict:
     functools.partial(step.train_step, config=config), donate_argnums=0
   )
   evaluate = jax.jit(functools.partial(step.eval_step, config=config))
+  examine = jax.jit(functools.partial(fp8_health.measure, config=config))
   with (
     jax.set_mesh(mesh) if mesh else contextlib.nullcontext(),
     checkpoint.manager(path / 'checkpoints', config.run.keep) as checkpoints,
@@ -97,7 +108,7 @@ def _run(config: config_lib.Config, path: pathlib.Path) -> dict:
         **scalars,
         'memory_mib': _memory_mib(),
       }
-      if config.model.precision != 'bf16':
+      if eight:
         row['fp8_fallbacks'] = fallen
       speed = ''
       if seconds:  # the first step compiles: it has no speed
@@ -145,11 +156,20 @@ def _run(config: config_lib.Config, path: pathlib.Path) -> dict:
         file.write(f'--- step {number}\n{tokenizer.decode(prompt)}')
         file.write(f'<<<\n{tokenizer.decode(tokens)}\n')
 
+    def health(number):
+      values = examine(state.params, state.router, place(batch))
+      row = logs.fp8_health(jax.device_get(values))
+      written.write({'step': number, **row})
+      return (
+        f'FP8 error {row["fp8_error"]:.3f}, flushed {row["fp8_flushed"]:.1e}'
+      )
+
     def store(number):
       checkpoint.save(checkpoints, number, state, {'corpus': text.fingerprint})
 
     # --------------------------------------------------------------- the loop
     steps, every = config.run.steps, config.run
+    eight = config.model.precision != 'bf16'
     due = lambda number, period: (
       period and (number % period == 0 or number == steps)
     )
@@ -182,6 +202,7 @@ def _run(config: config_lib.Config, path: pathlib.Path) -> dict:
         chores = [
           (measure, every.eval_every),
           (show, every.sample_every),
+          (health, every.health_every if eight else 0),
           (store, every.save_every),
         ]
         due_now = [do for do, period in chores if due(number, period)]

@@ -417,7 +417,10 @@ class MeshConfig(_Checked):
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig(_Checked):
-  """The loop: how long, how often it speaks, saves and evaluates (0: never)."""
+  """The loop: how long, how often it speaks, saves and evaluates (0: never).
+
+  `health_every` is of FP8's health, where the model has FP8 products.
+  """
 
   steps: int = 243425
   seed: int = 0
@@ -425,6 +428,7 @@ class RunConfig(_Checked):
   eval_every: int = 1000
   eval_batches: int = 16
   sample_every: int = 1000
+  health_every: int = 100
   save_every: int = 1000
   keep: int = 3
 
@@ -581,6 +585,7 @@ def smoke(config: Config) -> Config:
     eval_every=10,
     eval_batches=2,
     sample_every=10,
+    health_every=10,
     save_every=10,
   )
   optim = dataclasses.replace(config.optim, warmup_steps=5)

@@ -20,7 +20,7 @@ LAYERS = (
   'attention rope router',
   'mla moe',
   'block',
-  'mtp',
+  'mtp fp8_health',
   'model',
   'step huggingface',
 )

@@ -13,6 +13,7 @@ is refused in a loud line, and the one before it is taken.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import errno
 import importlib.metadata
 import os
@@ -130,6 +131,8 @@ class Writer:
 
   def _failed(self, path, error) -> NotSaved:
     """The error in a line, after making room for the next save."""
+    with contextlib.suppress(Exception):  # it may still be writing
+      self._orbax.wait_until_finished()
     if jax.process_index() == 0 and self.folder.is_dir():
       _clean(self.folder)
     try:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mla_moe.types import Array, Int, PyTree
+from mla_moe.types import Array, PyTree
 
 
 class Pending(NamedTuple):
@@ -110,7 +110,7 @@ def _spread(leaves, *, mesh, specs):
   return jax.lax.with_sharding_constraint(table, alike)
 
 
-def _sum(x: Array, shape: tuple, starts) -> Int[Array, '']:
+def _sum(x: Array, shape: tuple, starts) -> Array:
   """The part of x, which begins at `starts`, of a whole of this shape."""
   place = jnp.zeros(x.shape, jnp.uint32)
   stride = 1

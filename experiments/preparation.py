@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import pathlib
@@ -55,10 +56,10 @@ def prepare(config: config_lib.Config, path: pathlib.Path) -> Prepared:
     text.heldout, config.data, text.bos_id, config.run.eval_batches
   )
   mesh = sharding.make_mesh(config.mesh) if config.mesh.devices > 1 else None
-  train = jax.jit(
-    functools.partial(step.train_step, config=config), donate_argnums=0
+  # How long a run is and how often it speaks is nothing to a step.
+  train, evaluate = _jitted(
+    dataclasses.replace(config, run=config_lib.RunConfig())
   )
-  evaluate = jax.jit(functools.partial(step.eval_step, config=config))
   return Prepared(
     config,
     path,
@@ -70,6 +71,14 @@ def prepare(config: config_lib.Config, path: pathlib.Path) -> Prepared:
     train,
     evaluate,
   )
+
+
+@functools.lru_cache(maxsize=4)
+def _jitted(config: config_lib.Config) -> tuple[Callable, Callable]:
+  """Runs of one process with the same numbers share their programs."""
+  train = functools.partial(step.train_step, config=config)
+  evaluate = functools.partial(step.eval_step, config=config)
+  return jax.jit(train, donate_argnums=0), jax.jit(evaluate)
 
 
 def place(ready: Prepared, tree: Any) -> Any:

@@ -39,8 +39,10 @@ class Chip:
 
   @property
   def usable(self) -> float:
-    return self.memory * 15.75 * 2**30 / 16e9 if self.dimensions == 2 else (
-      self.memory * 0.97
+    return (
+      self.memory * 15.75 * 2**30 / 16e9
+      if self.dimensions == 2
+      else (self.memory * 0.97)
     )
 
 

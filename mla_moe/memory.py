@@ -103,9 +103,9 @@ def saved_numbers(config: config_lib.Config) -> dict[str, float]:
   """Numbers a token that one layer keeps for the backward pass, by its kind.
 
   'dense' and 'moe' layers; numbers of the activations' width. Every policy
-  keeps the stream at the layer's entry; 'latents' what `mla.SAVED` names,
-  'products' every product of a weight besides (grouped products are no such
-  product to jax: they are made again).
+  keeps the stream at the layer's entry; 'latents' what `mla.SAVED` names;
+  'products' also those products of weights that something going backward reads
+  (not the last of a layer, and no grouped product: jax does not count it).
   """
   model, mesh = config.model, config.mesh
   mla, moe, t = model.mla, model.moe, mesh.tensor
@@ -117,20 +117,15 @@ def saved_numbers(config: config_lib.Config) -> dict[str, float]:
   latents = mla.query_rank + mla.kv_rank + mla.rope_dim
   latents += heads * mla.value_dim + lse
   order = 2 * moe.top_k * 4 / wide  # slots and places, int32
-  attention = mla.query_rank + mla.kv_rank + mla.rope_dim + model.dim
+  attention = mla.query_rank + mla.kv_rank + model.dim
   attention += heads * (query + mla.nope_dim + mla.value_dim)
   shared = moe.shared * moe.width
   kept = {
     'full': (0.0, 0.0),
     'latents': (latents, latents + order),
     'products': (
-      latents + attention + 2 * model.dense_width / t + model.dim,
-      latents
-      + order
-      + attention
-      + 2 * shared / t
-      + model.dim * bool(shared)
-      + moe.experts * 4 / wide,
+      latents + attention + 2 * model.dense_width / t,
+      latents + order + attention + 2 * shared / t + moe.experts * 4 / wide,
     ),
   }
   if model.remat == 'none':

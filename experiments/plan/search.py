@@ -16,7 +16,7 @@ from mla_moe import config as config_lib
 from mla_moe import memory, sharding, step
 from mla_moe.config import ConfigError
 
-AXES = tuple(f.name for f in dataclasses.fields(config_lib.MeshConfig))
+AXES = sharding.AXES
 
 
 @dataclasses.dataclass(frozen=True)

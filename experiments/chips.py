@@ -1,13 +1,14 @@
 """Accelerators as data: peaks, memory, list prices, and the slices there are.
 
-Peaks and memory are the makers' (cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x},
-nvidia.com data sheets, read 2026-11-24). `usable` is the part of the memory
-that a program gets: for v5e XLA:TPU itself says 15.75 GiB of 16 GB when it
-refuses a program; elsewhere the same share is assumed. Prices are on-demand
-list prices of a chip's hour in the US as secondary sources of 2026 quote them
-(Google's own page was not at hand); Ironwood's has no public list price and is
-such a report. H800 at $2 is the DeepSeek-V3 report's own assumption (its
-Table 1). They change: pass --dollars for your contract.
+Peaks and bandwidths are the makers' (cloud.google.com/tpu/docs: v5e, v5p, v6e,
+tpu7x; NVIDIA's data sheets; read 2026-11-24). The memory that a program can
+have of a TPU is what libtpu 0.0.50 says when it refuses one that is too large
+(Ironwood's is 2 GiB less than its 96); of a GPU 92 % is assumed, as with
+XLA_PYTHON_CLIENT_MEM_FRACTION=0.92. Prices are those of an on-demand chip's
+hour in the US, as secondary sources of 2026 quote them (Google's price page
+was not at hand; Ironwood has no public list price; GPUs' are rounded market
+prices); the H800's $2 is the assumption of the DeepSeek-V3 report's Table 1.
+They change: give yours with --dollars.
 """
 
 from __future__ import annotations
@@ -24,37 +25,32 @@ class Chip:
   """One kind of accelerator; per device, of which a chip has `cores`.
 
   bf16 and fp8 are peak FLOP/s (fp8 equals bf16 where there is no FP8 unit),
-  memory is bytes, bandwidth and link bytes a second (link: to the
-  neighbours together), dollars an hour of the whole chip.
+  usable is bytes of memory that a program gets, bandwidth and link bytes a
+  second (link: to the neighbours together), dollars an hour of the whole chip.
   """
 
   bf16: float
   fp8: float
-  memory: float
+  usable: float
   bandwidth: float
   link: float
   dollars: float
   dimensions: int
   cores: int = 1
 
-  @property
-  def usable(self) -> float:
-    return (
-      self.memory * 15.75 * 2**30 / 16e9
-      if self.dimensions == 2
-      else (self.memory * 0.97)
-    )
 
-
+GIB = 2.0**30
 CHIPS = {
-  'v5e': Chip(197e12, 197e12, 16e9, 819e9, 200e9, 1.20, 2),
-  'v6e': Chip(918e12, 918e12, 32e9, 1640e9, 400e9, 2.70, 2),
-  'v5p': Chip(459e12, 459e12, 95e9, 2765e9, 600e9, 4.20, 3),
-  'tpu7x': Chip(1153.5e12, 2307e12, 96e9, 3690e9, 600e9, 12.0, 3, cores=2),
-  'h800': Chip(989e12, 1979e12, 80e9, 3350e9, 200e9, 2.0, 1),
-  'h100': Chip(989e12, 1979e12, 80e9, 3350e9, 450e9, 3.0, 1),
-  'h200': Chip(989e12, 1979e12, 141e9, 4800e9, 450e9, 4.0, 1),
-  'b200': Chip(2250e12, 4500e12, 180e9, 8000e9, 900e9, 6.0, 1),
+  'v5e': Chip(197e12, 197e12, 15.75 * GIB, 819e9, 200e9, 1.20, 2),
+  'v6e': Chip(918e12, 918e12, 31.24 * GIB, 1640e9, 400e9, 2.70, 2),
+  'v5p': Chip(459e12, 459e12, 95.73 * GIB, 2765e9, 600e9, 4.20, 3),
+  'tpu7x': Chip(
+    1153.5e12, 2307e12, 94.0 * GIB, 3690e9, 600e9, 12.0, 3, cores=2
+  ),
+  'h800': Chip(989e12, 1979e12, 0.92 * 80e9, 3350e9, 200e9, 2.0, 1),
+  'h100': Chip(989e12, 1979e12, 0.92 * 80e9, 3350e9, 450e9, 3.0, 1),
+  'h200': Chip(989e12, 1979e12, 0.92 * 141e9, 4800e9, 450e9, 4.0, 1),
+  'b200': Chip(2250e12, 4500e12, 0.92 * 180e9, 8000e9, 900e9, 6.0, 1),
 }
 
 _SLICES = {

@@ -2,8 +2,8 @@
 
 Peaks and bandwidths are the makers' (cloud.google.com/tpu/docs: v5e, v5p, v6e,
 tpu7x; NVIDIA's data sheets; read 2026-11-24). The memory that a program can
-have of a TPU is what libtpu 0.0.50 says when it refuses one that is too large
-(Ironwood's is 2 GiB less than its 96); of a GPU 92 % is assumed, as with
+have of a TPU is what libtpu 0.0.50 says when it refuses one that is too large;
+of a GPU 92 % is assumed, as with
 XLA_PYTHON_CLIENT_MEM_FRACTION=0.92. Prices are those of an on-demand chip's
 hour in the US, as secondary sources of 2026 quote them (Google's price page
 was not at hand; Ironwood has no public list price; GPUs' are rounded market
@@ -45,7 +45,7 @@ CHIPS = {
   'v6e': Chip(918e12, 918e12, 31.24 * GIB, 1640e9, 400e9, 2.70, 2),
   'v5p': Chip(459e12, 459e12, 95.73 * GIB, 2765e9, 600e9, 4.20, 3),
   'tpu7x': Chip(
-    1153.5e12, 2307e12, 94.0 * GIB, 3690e9, 600e9, 12.0, 3, cores=2
+    1153.5e12, 2307e12, 94.74 * GIB, 3690e9, 600e9, 12.0, 3, cores=2
   ),
   'h800': Chip(989e12, 1979e12, 0.92 * 80e9, 3350e9, 200e9, 2.0, 1),
   'h100': Chip(989e12, 1979e12, 0.92 * 80e9, 3350e9, 450e9, 3.0, 1),

@@ -49,6 +49,11 @@ def commands(backend: str, action: str, asked: job.Job) -> list[job.Command]:
   return [c for name in actions for c in getattr(module, name)(asked)]
 
 
+def renamed(asked: job.Job, name: str, arguments: tuple[str, ...]) -> job.Job:
+  """The same job under another name, with other arguments of training."""
+  return dataclasses.replace(asked, name=name, arguments=arguments)
+
+
 def parse(words: list[str]) -> tuple[str, str, job.Job, bool]:
   """Backend, action, job and whether it is a dry run."""
   rest = []

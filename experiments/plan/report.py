@@ -207,7 +207,12 @@ def _money(plan, bill, utilisation: float) -> str:
 
 
 def _table(title: str, columns: tuple[str, ...]) -> Table:
-  table = Table(title=title, box=box.SIMPLE_HEAD, title_justify='left')
+  table = Table(
+    title=title,
+    box=box.SIMPLE_HEAD,
+    title_justify='left',
+    show_header=any(columns),
+  )
   for i, name in enumerate(columns):
     text = name in ('', 'memory', 'slice', 'mesh', 'axis', 'kind') or i == 0
     table.add_column(name, justify='left' if text else 'right', overflow='fold')

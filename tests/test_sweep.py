@@ -3,10 +3,13 @@
 import json
 import subprocess
 import sys
+import types
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from experiments import doctor, sweep
+from experiments import doctor, profile, sweep, tracking
 from mla_moe.config import ConfigError
 
 
@@ -94,3 +97,51 @@ def test_the_doctor_reports():
   done = subprocess.run(command, capture_output=True, text=True, timeout=100)
   for word in ('commit', 'python', 'disk', 'jax ', 'device', 'cpu'):
     assert word in done.stdout
+
+
+def test_steps_of_a_profile():
+  assert profile.window('5:8') == (5, 8) and profile.window('')[1] < 0
+  for bad in ('5', '8:5', '1:2', 'a:b', '5:'):
+    with pytest.raises(ConfigError, match='must be FIRST:LAST'):
+      profile.window(bad)
+
+
+def test_a_trace_names_the_operations(tmp_path, capsys):
+  product = jax.jit(lambda x: jnp.sin(x @ x).sum())
+  x = jnp.ones((300, 300))
+  product(x).block_until_ready()
+  with profile.steps(tmp_path, 2, 3) as at:
+    for step in range(1, 6):
+      at(step, x)
+      product(x)
+  shown = capsys.readouterr().out
+  assert 'operation' in shown and 'steps 2 to 3' in shown
+  found = profile.operations(tmp_path)
+  assert any('sin' in name for name in found)
+  assert all(count >= 2 for count, _ in found.values())  # two steps
+  assert not any(name.startswith('end') for name in found)
+
+
+@pytest.mark.parametrize('name', ['wandb', 'trackio'])
+def test_trackers_get_the_numbers_of_a_row(name, tmp_path, monkeypatch):
+  calls = []
+  fake = types.SimpleNamespace(
+    init=lambda **k: calls.append(('init', k)),
+    log=lambda row, step: calls.append(('log', row, step)),
+    finish=lambda: calls.append(('finish',)),
+  )
+  monkeypatch.setitem(sys.modules, name, fake)
+  tracker = tracking.Tracker(name, tmp_path, {'seed': 1})
+  tracker.write({'step': 3, 'loss': 2.5, 'max_vio_layers': [1.0]})
+  tracker.close()
+  assert calls[0][1]['config'] == {'seed': 1}
+  assert ('resume' in calls[0][1]) == (name == 'wandb')
+  assert calls[1:] == [('log', {'loss': 2.5}, 3), ('finish',)]
+
+
+def test_a_tracker_that_is_not_there_names_its_extra(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'wandb', None)
+  with pytest.raises(ConfigError, match=r'pip install "mla_moe\[wandb\]"'):
+    tracking.library('wandb')
+  with pytest.raises(ConfigError, match='must be wandb or trackio'):
+    tracking.library('mlflow')

@@ -23,6 +23,7 @@ LAYERS = (
   'mtp',
   'model',
   'step huggingface',
+  'memory',
 )
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names.split()}
 FILES = [

@@ -22,6 +22,7 @@ FLAGS = flags.FLAGS
 
 def define() -> None:
   """This program's flags."""
+  cli.define_unsealed()
   flags.DEFINE_string('checkpoint', '', 'A Hugging Face folder, or a run.')
   flags.DEFINE_string('prompt', '', 'The text to continue, or to answer.')
   flags.DEFINE_integer('max_new_tokens', 64, 'At most so many.', 1)
@@ -49,7 +50,7 @@ def load(folder: pathlib.Path, dtype: str):
     from experiments import convert
 
     config = workdir.read_config(folder)
-    variables = convert.last_variables(folder, config)
+    variables = convert.last_variables(folder, config, FLAGS.allow_unsealed)
     return config.model, variables, config.data.tokenizer
   from mla_moe import load_huggingface
 

@@ -296,6 +296,10 @@ class OptimConfig(_Checked):
   is the rate at the phase's end as a share of `learning_rate`. The last phase's
   end holds for ever. The bias rate (gamma) and the MTP weight (lambda) change
   once, after `bias_tokens` and `mtp_tokens`.
+
+  A step whose loss or gradient is not finite changes nothing; nor does one
+  whose loss exceeds the mean of the last `spike_window` accepted losses by more
+  than `spike_sigma` standard deviations (0: none is looked for).
   """
 
   optimizer: str = 'adamw'
@@ -320,8 +324,11 @@ class OptimConfig(_Checked):
   mtp_loss: float = 0.3
   mtp_loss_final: float = 0.1
   mtp_tokens: float = 10e12
+  spike_sigma: float = 0.0
+  spike_window: int = 128
 
   def _rules(self):
+    self._require('spike_window', self.spike_window > 1, 'must be at least 2')
     self._one_of('optimizer', 'adamw', 'muon')
     for name in ('beta1', 'beta2'):
       self._require(name, getattr(self, name) < 1, 'must be below 1')
@@ -417,7 +424,18 @@ class MeshConfig(_Checked):
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig(_Checked):
-  """The loop: how long, how often it speaks, saves and evaluates (0: never)."""
+  """The loop: how long, how often it speaks, saves and evaluates (0: never).
+
+  Kept are the newest `keep` checkpoints, every step that `keep_every` divides,
+  and the `keep_best` ones of the lowest held-out bits per byte. Every
+  `check_every` steps the state's fingerprints are written down, and replicas
+  compared. A step that takes `step_timeout` seconds ends the run.
+
+  After `max_skips` skipped steps in a row the run stops. After `spike_patience`
+  of them that were spikes it goes back to the checkpoint before the first and
+  continues with the text `spike_jump` batches further on (PaLM, section 5.1),
+  at most `max_rollbacks` times.
+  """
 
   steps: int = 243425
   seed: int = 0
@@ -427,9 +445,18 @@ class RunConfig(_Checked):
   sample_every: int = 1000
   save_every: int = 1000
   keep: int = 3
+  keep_every: int = 0
+  keep_best: int = 0
+  check_every: int = 100
+  step_timeout: float = 1800.0
+  max_skips: int = 5
+  spike_patience: int = 3
+  spike_jump: int = 200
+  max_rollbacks: int = 3
 
   def _rules(self):
     self._positive('steps', 'log_every', 'eval_batches', 'keep')
+    self._positive('max_skips', 'spike_patience')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -582,6 +609,7 @@ def smoke(config: Config) -> Config:
     eval_batches=2,
     sample_every=10,
     save_every=10,
+    check_every=5,
   )
   optim = dataclasses.replace(config.optim, warmup_steps=5)
   return dataclasses.replace(

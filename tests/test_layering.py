@@ -9,8 +9,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = (
-  'types config',
-  'kernels',
+  'types config faults',
+  'kernels fingerprint seal',
   'fp8',
   'cost documents tokenizer checkpoint safetensors hf_config hf_fp8 hf_names',
   'corpus hf_save hf_source',

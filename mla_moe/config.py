@@ -288,6 +288,22 @@ class ModelConfig(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
+class CacheConfig(_Checked):
+  """How decoding keeps the latents: their type, and tokens in a page.
+
+  'auto' is float32 on a CPU and bfloat16 elsewhere; 'int8' and 'float8' (E4M3)
+  have a scale for each 128 numbers and keep the shared key in bfloat16.
+  """
+
+  dtype: str = 'auto'
+  page: int = 128
+
+  def _rules(self):
+    self._positive('page')
+    self._one_of('dtype', 'auto', 'float32', 'bfloat16', 'int8', 'float8')
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimConfig(_Checked):
   """The training recipe: optimizer, schedules keyed on tokens, loss weights.
 

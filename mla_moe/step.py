@@ -76,8 +76,8 @@ def _boxed_state(key: Array, config: config_lib.Config) -> State:
     is_leaf=masked,
   )
   zero = jnp.zeros((), jnp.int32)
-  router = boxed.get('router', {})
-  return State(zero, boxed['params'], router, opt, fresh_guard(config.optim))
+  biases = boxed.get('router', {})
+  return State(zero, boxed['params'], biases, opt, fresh_guard(config.optim))
 
 
 def fresh_guard(optim: config_lib.OptimConfig) -> PyTree:

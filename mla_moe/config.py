@@ -156,7 +156,8 @@ class MoEConfig(_Checked):
   `group_limited_greedy` (V2) has no bias and scores it by its best, `greedy`
   has neither bias nor groups. `scale` multiplies the routed sum, after
   normalisation. `impl` names the grouped computation; 'auto' takes the
-  platform's (`moe.experts`).
+  platform's (`moe.experts`). `exchange` names how tokens reach the experts of
+  other devices (`expert_parallel`); 'auto' goes by their number and platform.
   """
 
   experts: int = 256
@@ -170,12 +171,14 @@ class MoEConfig(_Checked):
   normalize: bool = True
   scale: float = 2.5
   impl: str = 'auto'
+  exchange: str = 'auto'
 
   def _rules(self):
     self._positive('experts', 'top_k', 'width', 'groups', 'top_groups')
     self._one_of('scoring', 'sigmoid', 'softmax')
     self._one_of('method', 'noaux_tc', 'group_limited_greedy', 'greedy')
     self._one_of('impl', 'auto', 'loop', 'ragged', 'padded', 'dense')
+    self._one_of('exchange', 'auto', 'gather', 'padded', 'ragged')
     self._require('scale', self.scale > 0, 'must be above 0')
     self._require(
       'groups',
@@ -421,7 +424,12 @@ class DataConfig(_Checked):
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(_Checked):
-  """Devices along each axis of the mesh; the product is their number."""
+  """Devices along each axis of the mesh; the product is their number.
+
+  `states` says where the optimizer's state lives: 'fsdp' with its parameters,
+  'zero1' also split over `data`, where parameters are whole. A pipeline of
+  `stage` stages takes `pipeline` micro-batches at a time (0: one a stage).
+  """
 
   data: int = 1
   fsdp: int = 1
@@ -429,13 +437,19 @@ class MeshConfig(_Checked):
   tensor: int = 1
   context: int = 1
   stage: int = 1
+  states: str = 'fsdp'
+  pipeline: int = 0
 
   @property
   def devices(self) -> int:
-    return math.prod(dataclasses.astuple(self))
+    return math.prod(
+      (self.data, self.fsdp, self.expert)
+      + (self.tensor, self.context, self.stage)
+    )
 
   def _rules(self):
-    self._positive(*(f.name for f in dataclasses.fields(self)))
+    self._positive('data', 'fsdp', 'expert', 'tensor', 'context', 'stage')
+    self._one_of('states', 'fsdp', 'zero1')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from mla_moe import layers, sharding
-from mla_moe.types import Array, Float, Int
+from mla_moe.types import Array, Float
 
 # What a policy keeps so that going backward needs no second forward pass: the
 # output, and the logsumexp of the logits where a core hands it out.

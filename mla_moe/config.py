@@ -156,7 +156,8 @@ class MoEConfig(_Checked):
   `group_limited_greedy` (V2) has no bias and scores it by its best, `greedy`
   has neither bias nor groups. `scale` multiplies the routed sum, after
   normalisation. `impl` names the grouped computation; 'auto' takes the
-  platform's (`moe.experts`).
+  platform's (`moe.experts`). `exchange` names how tokens reach the experts of
+  other devices (`expert_parallel`); 'auto' goes by their number and platform.
   """
 
   experts: int = 256
@@ -170,12 +171,14 @@ class MoEConfig(_Checked):
   normalize: bool = True
   scale: float = 2.5
   impl: str = 'auto'
+  exchange: str = 'auto'
 
   def _rules(self):
     self._positive('experts', 'top_k', 'width', 'groups', 'top_groups')
     self._one_of('scoring', 'sigmoid', 'softmax')
     self._one_of('method', 'noaux_tc', 'group_limited_greedy', 'greedy')
     self._one_of('impl', 'auto', 'loop', 'ragged', 'padded', 'dense')
+    self._one_of('exchange', 'auto', 'gather', 'padded', 'ragged')
     self._require('scale', self.scale > 0, 'must be above 0')
     self._require(
       'groups',
@@ -285,6 +288,22 @@ class ModelConfig(_Checked):
         getattr(self, name) < self.vocab,
         f'must be below vocab={self.vocab}',
       )
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheConfig(_Checked):
+  """How decoding keeps the latents: their type, and tokens in a page.
+
+  'auto' is float32 on a CPU and bfloat16 elsewhere; 'int8' and 'float8' (E4M3)
+  have a scale for each 128 numbers and keep the shared key in bfloat16.
+  """
+
+  dtype: str = 'auto'
+  page: int = 128
+
+  def _rules(self):
+    self._positive('page')
+    self._one_of('dtype', 'auto', 'float32', 'bfloat16', 'int8', 'float8')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -405,7 +424,12 @@ class DataConfig(_Checked):
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(_Checked):
-  """Devices along each axis of the mesh; the product is their number."""
+  """Devices along each axis of the mesh; the product is their number.
+
+  `states` says where the optimizer's state lives: 'fsdp' with its parameters,
+  'zero1' also split over `data`, where parameters are whole. A pipeline of
+  `stage` stages takes `pipeline` micro-batches at a time (0: one a stage).
+  """
 
   data: int = 1
   fsdp: int = 1
@@ -413,13 +437,19 @@ class MeshConfig(_Checked):
   tensor: int = 1
   context: int = 1
   stage: int = 1
+  states: str = 'fsdp'
+  pipeline: int = 0
 
   @property
   def devices(self) -> int:
-    return math.prod(dataclasses.astuple(self))
+    return math.prod(
+      (self.data, self.fsdp, self.expert)
+      + (self.tensor, self.context, self.stage)
+    )
 
   def _rules(self):
-    self._positive(*(f.name for f in dataclasses.fields(self)))
+    self._positive('data', 'fsdp', 'expert', 'tensor', 'context', 'stage')
+    self._one_of('states', 'fsdp', 'zero1')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from flax import struct
-from jax.sharding import NamedSharding, PartitionSpec
 
 from mla_moe import config as config_lib
 from mla_moe import data, losses, model, moe, optim, router, sharding
@@ -45,43 +44,40 @@ def init_state(
   key: Array, config: config_lib.Config, mesh: jax.sharding.Mesh | None = None
 ) -> State:
   """A fresh state; on a `mesh`, every leaf is made where it will live."""
-  tx = optim.optimizer(config.optim)
-  network = model.Transformer(config.model)
-  tokens = jnp.zeros((1, config.model.mtp.depth + 2), jnp.int32)
-
-  def boxed(key):
-    return network.init(key, tokens)
-
-  def make(key):
-    variables = nn.unbox(boxed(key))
-    params = variables['params']
-    zero = jnp.zeros((), jnp.int32)
-    return State(
-      zero,
-      params,
-      variables.get('router', {}),
-      tx.init(params),
-      fresh_guard(config.optim),
-    )
-
+  make = lambda key: nn.unbox(_boxed_state(key, config))
   if mesh is None:
     return jax.jit(make)(key)
-  laid = sharding.shardings(jax.eval_shape(boxed, key), mesh)
-  abstract = jax.eval_shape(make, key)
-  everywhere = NamedSharding(mesh, PartitionSpec())
+  where = sharding.shardings(layout(config), mesh)
+  return jax.jit(make, out_shardings=where)(key)
+
+
+def layout(config: config_lib.Config) -> State:
+  """Shapes of the state, each leaf with its logical axes (boxed), unmade.
+
+  What is here can be laid on a mesh that does not exist: the plan of a run
+  starts from it.
+  """
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  return jax.eval_shape(lambda key: _boxed_state(key, config), key)
+
+
+def _boxed_state(key: Array, config: config_lib.Config) -> State:
+  tx = optim.optimizer(config.optim)
+  tokens = jnp.zeros((1, config.model.mtp.depth + 2), jnp.int32)
+  boxed = model.Transformer(config.model).init(key, tokens)
   # Muon's state and AdamW's each leave out the other's parameters.
   masked = lambda leaf: isinstance(leaf, optax.MaskedNode)
+  opt = tx.init(nn.unbox(boxed['params']))
   opt = optax.tree_map_params(
     tx,
-    lambda leaf, where: leaf if masked(leaf) else where,
-    abstract.opt,
-    laid['params'],
-    transform_non_params=lambda _: everywhere,
+    lambda leaf, like: leaf if masked(leaf) else like.replace_boxed(leaf),
+    opt,
+    boxed['params'],
     is_leaf=masked,
   )
-  guard = jax.tree.map(lambda _: everywhere, abstract.guard)
-  where = State(everywhere, laid['params'], laid.get('router', {}), opt, guard)
-  return jax.jit(make, out_shardings=where)(key)
+  zero = jnp.zeros((), jnp.int32)
+  biases = boxed.get('router', {})
+  return State(zero, boxed['params'], biases, opt, fresh_guard(config.optim))
 
 
 def fresh_guard(optim: config_lib.OptimConfig) -> PyTree:

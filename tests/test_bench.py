@@ -1,11 +1,13 @@
 """The benchmark's own arithmetic, and how it drives those it compares."""
 
+import argparse
+import json
 import sys
 
 import chex
 import pytest
 
-from experiments.bench import contender, products, train
+from experiments.bench import checkpoint, contender, products, train
 from experiments.bench import shape as shapes
 from mla_moe import cost
 
@@ -68,3 +70,19 @@ def test_every_measurement_has_its_rows_and_the_page_its_pictures():
   page = train._page(found)
   assert page.count('<svg') == 1 and 'MaxText' in page and 'cores 2' in page
   assert 'src=' not in page and 'href="http' not in page
+
+
+@pytest.mark.filterwarnings('default')  # Orbax's, which is called
+def test_the_price_of_a_seal_is_measured(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(checkpoint, '_PAUSE_MIB', 4)
+  monkeypatch.setattr(checkpoint, '_SEAL_MIB', 8)
+  monkeypatch.setattr(checkpoint.runtime, 'keep_memory', lambda: None)
+  args = argparse.Namespace(rounds=1)
+  checkpoint.run(tmp_path, args)
+  found = json.loads((tmp_path / 'checkpoint.json').read_text())
+  seal, pause = found['seal'], found['pause']
+  assert 0 < seal['share'] == pytest.approx(seal['processor'] / 100)
+  for one in pause.values():
+    assert 0 < one['pause'] < one['safe']
+  assert 'Orbax alone' in capsys.readouterr().out
+  assert [p.name for p in tmp_path.iterdir()] == ['checkpoint.json']

@@ -19,7 +19,7 @@ MODULES = {
 CALLS = {
   *('eval', 'exec', 'compile', '__import__', 'breakpoint'),
   *('os.system', 'os.popen', 'torch.load', 'numpy.load', 'np.load'),
-  *('yaml.load', 'yaml.unsafe_load', 'importlib.import_module'),
+  *('yaml.load', 'yaml.unsafe_load', 'pty.spawn'),
   *('tempfile.mktemp', 'jax.profiler.start_server', 'runpy.run_path'),
 }
 
@@ -60,21 +60,12 @@ def dangers(text):
     ):
       if word in keywords and not _is(keywords[word], good):
         yield node.lineno, f'{name}({word}=...)'
-    for value in keywords.values():
-      if _is(value, '0.0.0.0') or _is(value, '*'):
-        yield node.lineno, f'{name} listens to everyone'
+    if _is(keywords.get('host'), '0.0.0.0'):
+      yield node.lineno, f'{name} listens to everyone'
 
 
 def _is(node, value):
-  return (
-    isinstance(node, ast.Constant)
-    and node.value is value
-    or (
-      isinstance(node, ast.Constant)
-      and isinstance(value, str)
-      and node.value == value
-    )
-  )
+  return isinstance(node, ast.Constant) and node.value == value
 
 
 @pytest.mark.parametrize('path', FILES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -1,6 +1,7 @@
 """Measures what the README claims; each benchmark is a module beside this one.
 
   python -m experiments.bench train [--only=speed,products,...]
+  python -m experiments.bench checkpoint
 
 Prints a table and writes OUT/train.json and OUT/train.html. The peer runs where
 `--peer_python` (this Python by default) has torch and transformers. About ten
@@ -13,10 +14,10 @@ import argparse
 import pathlib
 import sys
 
-from experiments.bench import train
+from experiments.bench import checkpoint, train
 from mla_moe.config import ConfigError
 
-_BENCHMARKS = {'train': train.run}
+_BENCHMARKS = {'train': train.run, 'checkpoint': checkpoint.run}
 
 
 def main() -> None:

@@ -16,6 +16,8 @@ import statistics
 import tempfile
 import time
 
+from experiments import runtime
+
 _PAUSE_MIB, _SEAL_MIB, _PERIOD = 128, 1024, 100.0
 
 
@@ -23,8 +25,6 @@ def run(out: pathlib.Path, args) -> None:
   """Measures, prints a table and writes OUT/checkpoint.json."""
 
   import jax
-
-  from experiments import runtime
 
   runtime.keep_memory()
   with tempfile.TemporaryDirectory(dir=out) as scratch:

@@ -109,8 +109,9 @@ def block():
       f'fill="{GREEN if chosen else PAPER}" '
       f'fill-opacity="{0.3 if chosen else 1}" stroke="{GREEN}"/>'
     )
-  text(650, 452, '256 experts of width 2,048', 12.5, INK)
-  box(560, 510, 180, 40, 'weighted sum, + shared', '', GREEN)
+  text(745, 360, '256 experts,', 12.5, SOFT)
+  text(745, 376, 'width 2,048 each', 12.5, SOFT)
+  box(560, 510, 180, 40, 'weighted sum', '', GREEN)
   arrow((555, 312), (555, 340))
   arrow((555, 388), (557, 418))
   arrow((555, 388), (743, 418))

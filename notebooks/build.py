@@ -1,8 +1,9 @@
 """Runs the sources and writes the .ipynb beside them, pictures included.
 
-  python -m notebooks.build [NAME ...]
+  python -m notebooks.build [--text] [NAME ...]
 
-Cells are compared with their source by tests/test_notebooks.py.
+--text runs nothing: outputs of code cells that have not changed are kept, and
+of the others there are none. Cells are compared with their source by tests/test_notebooks.py.
 """
 
 from __future__ import annotations
@@ -38,9 +39,31 @@ def run(path: pathlib.Path, seconds: int = 600):
   notebook = read(path)
   where = {'metadata': {'path': str(FOLDER.parent)}}
   NotebookClient(notebook, timeout=seconds, resources=where).execute()
+  return clean(notebook)
+
+
+def clean(notebook):
+  """Without what differs from run to run: timings, warnings of the machine."""
   for cell in notebook.cells:
     cell.metadata = {}
+    if cell.cell_type == 'code':
+      said = lambda output: output.get('name') != 'stderr'
+      cell.outputs = [output for output in cell.outputs if said(output)]
   return notebook
+
+
+def text(path: pathlib.Path):
+  """The notebook of a source, with the outputs that the .ipynb beside has."""
+  import nbformat
+
+  notebook = read(path)
+  before = nbformat.read(path.with_suffix('.ipynb'), as_version=4)
+  kept = {c.source: c for c in before.cells if c.cell_type == 'code'}
+  for cell in notebook.cells:
+    if cell.cell_type == 'code' and cell.source in kept:
+      cell.outputs = kept[cell.source].outputs
+      cell.execution_count = kept[cell.source].execution_count
+  return clean(notebook)
 
 
 def main() -> None:
@@ -48,10 +71,12 @@ def main() -> None:
   import nbformat
 
   for path in sources():
-    if sys.argv[1:] and path.stem not in sys.argv[1:]:
+    names = [word for word in sys.argv[1:] if word != '--text']
+    if names and path.stem not in names:
       continue
     began = time.perf_counter()
-    nbformat.write(run(path), path.with_suffix('.ipynb'))
+    made = text(path) if '--text' in sys.argv else run(path)
+    nbformat.write(made, path.with_suffix('.ipynb'))
     print(f'{path.stem}: {time.perf_counter() - began:.0f} s')
 
 

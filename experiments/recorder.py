@@ -28,6 +28,8 @@ class Recorder:
     self._incidents = workdir.Rows(ready.path / 'incidents.jsonl')
     self._logs = self._prints = None
     self.final = {'step': start}
+    self.before = lambda number, state: None  # of each step: a profile
+    self.trackers = []  # who get the rows of metrics.jsonl as well
     self.measured: dict[int, float] = {}  # held-out bits per byte, by step
     self.fallen = 0  # products without their kernel, in a compiled step
     self.open(start)
@@ -41,6 +43,11 @@ class Recorder:
     path = self._ready.path / 'fingerprints.jsonl'
     workdir.rewind(path, step)
     self._prints = workdir.Rows(path)
+
+  def _write(self, row: dict) -> None:
+    self._logs.write(row)
+    for tracker in self.trackers:
+      tracker.write(row)
 
   def close(self) -> None:
     """Raises OSError where rows could not be written to the end."""
@@ -87,7 +94,7 @@ class Recorder:
       for name in ('entropy', 'bias_norm'):
         if name in values:
           row[name] = np.round(values[name].astype(float), 5).tolist()
-    self._logs.write(row)
+    self._write(row)
     self.final |= {k: row[k] for k in ('step', 'loss', 'main_loss')}
     vio = f'  MaxVio {row["max_vio"]:.2f}' if 'max_vio' in row else ''
     return f'loss {row["main_loss"]:.3f}{vio}{speed}'
@@ -100,7 +107,7 @@ class Recorder:
       nll += float(ready.evaluate(state, place(ready, batch))['nll'])
       size += int(ready.lengths[batch.targets[batch.targets >= 0]].sum())
     bits, gzip = data.bits_per_byte(nll, size), ready.text.gzip_bits_per_byte
-    self._logs.write(
+    self._write(
       {'step': number, 'bits_per_byte': bits, 'gzip_bits_per_byte': gzip}
     )
     self.final['bits_per_byte'] = self.measured[number] = bits

@@ -287,6 +287,7 @@ def _chores(number, every, written) -> list:
   periods = [
     (written.measure, every.eval_every),
     (written.show, every.sample_every),
+    (written.health, every.health_every if written.eight else 0),
   ]
   return [do for do, period in periods if _due(number, period, every)]
 

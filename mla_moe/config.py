@@ -459,7 +459,8 @@ class RunConfig(_Checked):
   Kept are the newest `keep` checkpoints, every step that `keep_every` divides,
   and the `keep_best` ones of the lowest held-out bits per byte. Every
   `check_every` steps the state's fingerprints are written down, and replicas
-  compared. A step that takes `step_timeout` seconds ends the run.
+  compared. A step that takes `step_timeout` seconds ends the run. FP8's health
+  is measured every `health_every` steps, where the model has FP8 products.
 
   After `max_skips` skipped steps in a row the run stops. After `spike_patience`
   of them that were spikes it goes back to the checkpoint before the first and
@@ -473,6 +474,7 @@ class RunConfig(_Checked):
   eval_every: int = 1000
   eval_batches: int = 16
   sample_every: int = 1000
+  health_every: int = 100
   save_every: int = 1000
   keep: int = 3
   keep_every: int = 0
@@ -638,6 +640,7 @@ def smoke(config: Config) -> Config:
     eval_every=10,
     eval_batches=2,
     sample_every=10,
+    health_every=10,
     save_every=10,
     check_every=5,
   )

@@ -58,7 +58,7 @@ def run(out: pathlib.Path, args) -> None:
   for name in chosen:
     began = time.perf_counter()
     print(f'measuring {name} ...', end=' ', flush=True)
-    found[name] = {'machine': _machine(), 'found': measures[name]()}
+    found[name] = {'machine': machine(), 'found': measures[name]()}
     print(f'{time.perf_counter() - began:.0f} s')
     kept.write_text(json.dumps(found, indent=1))
   _print(found)
@@ -67,7 +67,8 @@ def run(out: pathlib.Path, args) -> None:
     print(f'Results: {out / "train.html"} and train.json.')
 
 
-def _machine() -> dict:
+def machine() -> dict:
+  """What the figures were measured on."""
   import jax
   import jaxlib
 

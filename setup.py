@@ -4,6 +4,7 @@ from setuptools import find_packages, setup
 
 HF = ['tokenizers>=0.20', 'jinja2>=3.1']
 DATA = ['grain>=0.2.10', 'pyarrow>=15']
+SERVE = ['starlette>=0.40', 'uvicorn>=0.30']
 VIZ = ['matplotlib>=3.9', 'tensorboard>=2.18']
 
 setup(
@@ -30,6 +31,7 @@ setup(
     'tpu': ['jax[tpu]>=0.10.2'],
     'hf': HF,
     'data': DATA,
+    'serve': SERVE,
     'viz': VIZ,
     'notebooks': ['jupytext>=1.16', 'nbmake>=1.5', *VIZ],
     'test': [
@@ -42,6 +44,7 @@ setup(
       'safetensors>=0.5',
       *HF,
       *DATA,
+      *SERVE,
       *VIZ,
     ],
   },

@@ -25,7 +25,7 @@ from mla_moe.types import Array, Float, PyTree
 
 ABSORBED = 128  # new tokens a row up to which the absorbed form is cheaper
 
-_BLOCK = 512  # cached tokens that a turn of the loop reads
+_BLOCK = 256  # cached tokens that a turn of the loop reads
 _MASKED = -0.7 * float(np.finfo(np.float32).max)
 
 
@@ -163,7 +163,9 @@ def _absorbed(q_nope, q_rope, new, up, pages, table, lengths, valid, scale):
   q = jnp.pad(q, [(0, 0)] * 3 + [(0, wide - q.shape[-1])])
 
   def block(found):
-    logits = layers.dot('bntw,bsw->bnts', q, found)
+    # Keys first: then it is the few queries that are transposed.
+    logits = layers.dot('bsw,bntw->bsnt', found, q)
+    logits = logits.transpose(0, 2, 3, 1)
     # All of the width, though only the latent is wanted: slicing would copy.
     add = lambda probs: layers.dot('bnts,bsw->bntw', probs, found)
     return logits, add

@@ -1,8 +1,9 @@
 """Measures what the README claims; each benchmark is a module beside this one.
 
   python -m experiments.bench train [--only=speed,products,...]
+  python -m experiments.bench decode [--only=speed,cache,layer,context]
 
-Prints a table and writes OUT/train.json and OUT/train.html. The peer runs where
+Prints a table and writes OUT/train.json and OUT/train.html, or decode's. The peer runs where
 `--peer_python` (this Python by default) has torch and transformers. About ten
 minutes on two cores; leave the machine alone meanwhile.
 """
@@ -13,10 +14,10 @@ import argparse
 import pathlib
 import sys
 
-from experiments.bench import train
+from experiments.bench import decode, train
 from mla_moe.config import ConfigError
 
-_BENCHMARKS = {'train': train.run}
+_BENCHMARKS = {'train': train.run, 'decode': decode.run}
 
 
 def main() -> None:

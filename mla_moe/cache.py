@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from mla_moe import config as config_lib
+from mla_moe import sharding
 from mla_moe.types import Array, Float, Int, PyTree
 
 _TILE = 128
@@ -169,6 +170,12 @@ def width(pages: Pages, rope_dim: int) -> int:
 def bytes_per_token(pages: Pages) -> int:
   """What one token of one layer takes, padding included."""
   return sum(x.dtype.itemsize * x.shape[-1] for x in jax.tree.leaves(pages))
+
+
+def shardings(held: Cache, mesh: jax.sharding.Mesh) -> PyTree:
+  """Rows, and the pages that `empty` gave them, on the devices of a batch."""
+  rows = jax.NamedSharding(mesh, sharding.spec(('batch',)))
+  return jax.tree.map(lambda _: rows, held)
 
 
 def quantise(x: Array, kind) -> tuple[Array, Array]:

@@ -45,6 +45,7 @@ def define() -> None:
 
 def define_model() -> None:
   """The flags that say which model, and how it is kept."""
+  cli.define_unsealed()
   flags.DEFINE_string('checkpoint', '', 'A Hugging Face folder, or a run.')
   flags.DEFINE_string(
     'tokenizer', '', "'byte' or a tokenizer.json; the folder's if empty."
@@ -82,7 +83,7 @@ def load(folder: pathlib.Path, dtype: str):
     from experiments import convert
 
     config = workdir.read_config(folder)
-    variables = convert.last_variables(folder, config)
+    variables = convert.last_variables(folder, config, FLAGS.allow_unsealed)
     return config.model, variables, config.data.tokenizer
   from mla_moe import load_huggingface
 

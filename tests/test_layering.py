@@ -9,11 +9,11 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = (
-  'types config',
-  'kernels',
+  'types config faults',
+  'kernels fingerprint seal',
   'fp8',
   'cost documents tokenizer checkpoint safetensors hf_config hf_fp8 hf_names',
-  'corpus hf_save',
+  'corpus hf_save hf_source',
   'data',
   'sharding losses optim metrics sampling',
   'speculative',
@@ -24,7 +24,7 @@ LAYERS = (
   'mtp',
   'model',
   'step huggingface decode',
-  'generation',
+  'generation memory',
 )
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names.split()}
 FILES = [

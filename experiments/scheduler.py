@@ -94,7 +94,7 @@ class Scheduler:
     waiting: int = 64,
   ):
     self.config, self._chunk, self._room = config, chunk, waiting
-    self._page = cache.page
+    self._page, self._impl = cache.page, cache_lib.kernel(cache)
     self.length = min(length, config.max_positions)
     each = -(-self.length // cache.page)
     # Page 0 stays empty: rows without a request read it.
@@ -244,6 +244,7 @@ class Scheduler:
       tokens,
       np.array([len(part)], np.int32),
       config=self.config,
+      impl=self._impl,
     )
     group.filled += len(part)
     if group.filled == len(group.ids):
@@ -297,6 +298,7 @@ class Scheduler:
       self._seen,
       jax.tree.map(np.array, self._knobs),
       config=self.config,
+      impl=self._impl,
     )
     tokens, log_probs, fine = jax.device_get((tokens, log_probs, fine))
     for at in np.flatnonzero(alive):
@@ -324,22 +326,26 @@ class Scheduler:
     self._knobs.temperature[at] = 0.0
 
 
-@functools.partial(jax.jit, static_argnames='config', donate_argnums=1)
-def _prompt(weights, pools, table, lengths, tokens, valid, *, config):
+@functools.partial(
+  jax.jit, static_argnames=('config', 'impl'), donate_argnums=1
+)
+def _prompt(weights, pools, table, lengths, tokens, valid, *, config, impl):
   """Logits after a chunk of one row's prompt, and the pools with it."""
-  held = cache_lib.Cache(pools, table, lengths)
+  held = cache_lib.Cache(pools, table, lengths, impl)
   x, held = decode.extend(weights, held, tokens, config, valid=valid)
   return decode.logits(weights, decode.last(x, valid)), held.layers
 
 
 @functools.partial(
-  jax.jit, static_argnames='config', donate_argnames=('pools', 'seen')
+  jax.jit,
+  static_argnames=('config', 'impl'),
+  donate_argnames=('pools', 'seen'),
 )
 def _tokens(
-  weights, pools, table, lengths, newest, alive, seen, knobs, *, config
+  weights, pools, table, lengths, newest, alive, seen, knobs, *, config, impl
 ):
   """The next token of every row."""
-  held = cache_lib.Cache(pools, table, lengths)
+  held = cache_lib.Cache(pools, table, lengths, impl)
   logits, held = decode.decode_step(weights, held, newest, config, valid=alive)
   rows = jnp.arange(len(newest))
   seen = seen.at[rows, newest].max(alive > 0)

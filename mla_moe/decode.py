@@ -205,7 +205,8 @@ def _turn(held, tokens, config):
 
 def _longer(held, pools, tokens, valid):
   more = tokens.shape[1] if valid is None else valid
-  return cache.Cache(tuple(pools), held.table, held.lengths + more)
+  lengths = held.lengths + more
+  return dataclasses.replace(held, layers=tuple(pools), lengths=lengths)
 
 
 def _block(w, x, turn, pages, held, valid, config, form):

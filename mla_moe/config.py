@@ -295,15 +295,29 @@ class CacheConfig(_Checked):
   """How decoding keeps the latents: their type, and tokens in a page.
 
   'auto' is float32 on a CPU and bfloat16 elsewhere; 'int8' and 'float8' (E4M3)
-  have a scale for each 128 numbers and keep the shared key in bfloat16.
+  have a scale for each 128 numbers and keep the shared key in bfloat16. `impl`
+  is what attends to it one token at a time: 'xla' anywhere, the kernel 'tpu'
+  (which 'auto' takes on a TPU) or 'gpu', which read unquantised latents.
   """
 
   dtype: str = 'auto'
   page: int = 128
+  impl: str = 'auto'
 
   def _rules(self):
     self._positive('page')
     self._one_of('dtype', 'auto', 'float32', 'bfloat16', 'int8', 'float8')
+    self._one_of('impl', 'auto', 'xla', 'tpu', 'gpu')
+    self._require(
+      'impl',
+      self.impl in ('auto', 'xla') or self.dtype not in ('int8', 'float8'),
+      f"the kernels read no {self.dtype} latents; use 'xla'",
+    )
+    self._require(
+      'page',
+      self.impl != 'tpu' or self.page % 128 == 0,
+      "impl='tpu' reads pages of multiples of 128",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

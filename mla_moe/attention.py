@@ -11,14 +11,15 @@ are then never visited, in either direction.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from mla_moe import layers
-from mla_moe.types import Array, Float, Int
+from mla_moe import layers, sharding
+from mla_moe.types import Array, Float
 
 # What a policy keeps so that going backward needs no second forward pass: the
 # output, and the logsumexp of the logits where a core hands it out.
@@ -28,35 +29,59 @@ SAVED = ('attention_out', 'attention_lse')
 _MASKED = -0.7 * float(np.finfo(np.float32).max)
 
 
+class Part(NamedTuple):
+  """Which queries these are: of `index` of `count` parts of a sequence.
+
+  Keys are always those of the whole sequence. Work under a causal mask grows
+  with the position, so a part is two pieces of the sequence cut into 2 * count,
+  the index-th and the index-th from the end: all parts then see equally many
+  keys. `index` may be a traced value, `count` is not.
+  """
+
+  index: Array | int = 0
+  count: int = 1
+
+  def pieces(self) -> tuple:
+    """The numbers of the pieces, in order."""
+    if self.count == 1:
+      return (0,)
+    return self.index, 2 * self.count - 1 - self.index
+
+
 def attend(
   q: Float[Array, 'B T N qk'],
-  k: Float[Array, 'B T N qk'],
-  v: Float[Array, 'B T N U'],
+  k: Float[Array, 'B S N qk'],
+  v: Float[Array, 'B S N U'],
   *,
   scale: float,
-  segments: Int[Array, 'B T'] | None = None,
+  segments: tuple | None = None,
+  part: Part = Part(),
   impl: str = 'auto',
 ) -> Float[Array, 'B T N U']:
   """Causal attention in v's dtype; tokens of other `segments` are not seen.
 
+  `segments` are those of the queries [B, T] and of the keys [B, S], int32; the
+  queries are a `part` of the sequence.
+
   `impl`: 'reference' is the quadratic oracle, 'xla' runs anywhere, 'splash' is
   jax's TPU kernel, 'cudnn' NVIDIA's (Hopper or newer, bfloat16, no segments),
   'tokamax' that library's. 'auto' is splash on TPU, cudnn on a GPU that has it,
-  and xla elsewhere.
+  and xla elsewhere and for a part of a sequence, which the others cannot do.
   """
-  impl = _automatic(q, segments) if impl == 'auto' else impl
-  cores = {
-    'reference': _reference,
-    'xla': _flash,
-    'splash': _splash,
-    'cudnn': _cudnn,
-    'tokamax': _tokamax,
-  }
-  return cores[impl](q, k, v, segments, scale)
+  impl = _automatic(q, segments, part) if impl == 'auto' else impl
+  if impl in ('reference', 'xla'):
+    core = {'reference': _reference, 'xla': _flash}[impl]
+    return core(q, k, v, segments, part.index, scale, part.count)
+  if part.count > 1:
+    raise ValueError(f'{impl=} does not attend from a part of a sequence')
+  core = {'splash': _splash, 'cudnn': _cudnn, 'tokamax': _tokamax}[impl]
+  return core(q, k, v, None if segments is None else segments[0], scale)
 
 
-def _automatic(q: Array, segments: Array | None) -> str:
-  platform = jax.default_backend()
+def _automatic(q: Array, segments: tuple | None, part: Part) -> str:
+  platform = sharding.platform()
+  if part.count > 1:
+    return 'xla'
   if platform == 'tpu' and q.shape[1] % 128 == 0:
     return 'splash'
   if platform == 'gpu' and segments is None and q.dtype == jnp.bfloat16:
@@ -66,80 +91,118 @@ def _automatic(q: Array, segments: Array | None) -> str:
   return 'xla'
 
 
-def _reference(q, k, v, segments, scale):
+def _reference(q, k, v, segments, index, scale, count):
   logits = layers.dot('btnh,bsnh->bnts', q, k) * scale
-  at = jnp.arange(q.shape[1])
-  seen = (at[:, None] >= at[None, :])[None, None]
+  pieces = Part(index, count).pieces()
+  length = q.shape[1] // len(pieces)
+  at = jnp.concatenate([p * length + jnp.arange(length) for p in pieces])
+  seen = (at[:, None] >= jnp.arange(k.shape[1])[None, :])[None, None]
   if segments is not None:
-    seen = seen & (segments[:, None, :, None] == segments[:, None, None, :])
+    ours, theirs = segments
+    seen = seen & (ours[:, None, :, None] == theirs[:, None, None, :])
   probs = jax.nn.softmax(jnp.where(seen, logits, _MASKED), axis=-1)
   out = layers.dot('bnts,bsnu->btnu', probs.astype(v.dtype), v)
   return checkpoint_name(out.astype(v.dtype), SAVED[0])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _flash(q, k, v, segments, scale):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _flash(q, k, v, segments, index, scale, count):
   """Tiles of queries x keys going forward, of keys x queries going backward.
 
   So no product contracts the leading axes of both its operands, a form that
   XLA's CPU backend has no fast code for. Nor does it share one batched product
-  of small matrices among cores: there the heads are cut into parts, whose
-  products in one tile are independent and so run side by side.
+  of small matrices among cores: there the rows (or the heads) are cut into
+  lots, whose products in one tile are independent and so run side by side.
   """
-  return _flash_forward(q, k, v, segments, scale)[0]
+  return _flash_forward(q, k, v, segments, index, scale, count)[0]
 
 
-def _block_size(q) -> int:
-  """A tile of logits should stay in a core's cache (measured on x86)."""
+def _block_size(q, count) -> int:
+  """A tile of logits should stay in a core's cache (measured on x86).
+
+  A piece of a sequence is a whole number of blocks.
+  """
   b, t, heads = q.shape[:3]
-  return min(128 if b * heads >= 32 else 256, t)
+  most = 128 if b * heads >= 32 else 256
+  if count == 1:
+    return min(most, t)
+  piece = t // 2
+  return next(n for n in range(min(most, piece), 0, -1) if piece % n == 0)
 
 
-def _parts(q) -> int:
+def _lots(q) -> tuple[int, int]:
+  """How many, and the axis that is cut: 1, rows, before 2, heads."""
   b, _, heads = q.shape[:3]
-  wide = b * heads % 4 == 0 and b * heads * _block_size(q) ** 2 >= 1 << 18
-  return 4 if wide and jax.default_backend() == 'cpu' else 1
+  block = _block_size(q, 1)
+  # Devices of a mesh on one CPU share its cores already.
+  alone = jax.sharding.get_abstract_mesh().empty
+  alone = alone and jax.default_backend() == 'cpu'
+  wide = alone and b * heads * block**2 >= 1 << 18
+  axis = next((i for i, n in ((1, b), (2, heads)) if n % 4 == 0), 0)
+  return (4, axis) if wide and axis else (1, 1)
 
 
-def _cut(x, block, parts):
-  """[B, T, N, d] -> parts of [n, G, block, d], G heads each, padded."""
+def _cut(x, block, lots):
+  """[B, T, N, d] -> lots of [n, B, N, block, d], padded."""
   b, t, heads, d = x.shape
   n = -(-t // block)
   x = jnp.pad(x, [(0, 0), (0, n * block - t), (0, 0), (0, 0)])
   x = x.reshape(b, n, block, heads, d).transpose(1, 0, 3, 2, 4)
-  return jnp.split(x.reshape(n, b * heads, block, d), parts, axis=1)
+  return jnp.split(x, lots[0], axis=lots[1])
 
 
-def _join(parts, like):
-  """Parts of [n, G, block, d] -> [B, T, N, d] with the B, T, N of `like`."""
-  b, t, heads = like.shape[:3]
-  x = jnp.concatenate(parts, axis=1)
-  n, _, block, d = x.shape
-  x = x.reshape(n, b, heads, block, d).transpose(1, 0, 3, 2, 4)
-  return x.reshape(b, n * block, heads, d)[:, :t]
+def _join(cut, lots, length):
+  """Lots of [n, B, N, block, d] -> [B, length, N, d]."""
+  x = jnp.concatenate(cut, axis=lots[1])
+  n, b, heads, block, d = x.shape
+  x = x.transpose(1, 0, 3, 2, 4).reshape(b, n * block, heads, d)
+  return x[:, :length]
 
 
-def _cut_segments(segments, q, block, parts):
-  """[B, T] -> parts of [n, G, block]; None for each where there are none."""
+def _cut_segments(segments, block, lots):
+  """Each lot's segments of queries and keys, [n, B, 1, block]; None for none."""
   if segments is None:
-    return [None] * parts
-  ids = jnp.broadcast_to(segments[:, :, None, None], (*q.shape[:3], 1))
-  return [x[..., 0] for x in _cut(ids, block, parts)]
+    return [None] * lots[0]
+  split = (lots[0], 1) if lots[1] == 1 else (1, 1)
+  ours, theirs = (
+    [ids[..., 0] for ids in _cut(x[:, :, None, None], block, split)]
+    for x in segments
+  )
+  both = list(zip(ours, theirs, strict=True))
+  return both * (lots[0] // len(both))
 
 
-def _scan_tiles(tile, parts, start, n):
-  """`tile(part, carry, i, j)` of each part, over tiles up to the diagonal."""
+def _tiles(blocks, index, count):
+  """(query block, key block, whether on the diagonal) of every visible tile.
+
+  The first counts this part's blocks. All parts have equally many tiles, and
+  so one program.
+  """
+  table = []
+  for one in range(count):
+    pieces = Part(one, count).pieces()
+    each = blocks // len(pieces)
+    ours = [p * each + i for p in pieces for i in range(each)]
+    tiles = [(i, j, g == j) for i, g in enumerate(ours) for j in range(g + 1)]
+    table.append(np.array(tiles, np.int32))
+  if count == 1:
+    return tuple(jnp.asarray(x) for x in table[0].T)
+  mine = jnp.asarray(np.stack(table))[index]
+  return tuple(mine[:, i] for i in range(3))
+
+
+def _scan_tiles(tile, lots, start, at):
+  """`tile(lot, carry, i, j, diagonal)` of each lot, over tiles `at`."""
 
   def step(carries, at):
-    moved = (tile(p, c, *at) for p, c in zip(parts, carries, strict=True))
+    moved = (tile(p, c, *at) for p, c in zip(lots, carries, strict=True))
     return tuple(moved), None
 
-  at = tuple(jnp.asarray(x, jnp.int32) for x in np.tril_indices(n))
-  return jax.lax.scan(step, tuple(start), at)[0]
+  return jax.lax.scan(step, sharding.varying(tuple(start)), at)[0]
 
 
-def _mask(logits, ids, i, j, turned=False):
-  """Logits of query block i and key block j, [G, t, s] or `turned` [G, s, t].
+def _mask(logits, ids, i, j, diagonal, turned=False):
+  """Logits of query block i and key block j, [.., t, s] or `turned` [.., s, t].
 
   Padding follows every real position, so causality hides it. Only the
   diagonal's tile compares positions: its mask is a constant that is added,
@@ -149,85 +212,87 @@ def _mask(logits, ids, i, j, turned=False):
   hidden = np.where(at[:, None] < at[None, :], _MASKED, 0.0)
   hidden = hidden.T if turned else hidden
   bias = jnp.asarray(np.stack([np.zeros_like(hidden), hidden]), jnp.float32)
-  logits = logits + bias[(i == j).astype(jnp.int32)][None]
+  logits = logits + bias[diagonal][None, None]
   if ids is None:
     return logits
-  rows, columns = (j, i) if turned else (i, j)
-  return jnp.where(
-    ids[rows][:, :, None] == ids[columns][:, None, :], logits, _MASKED
-  )
+  rows, columns = ids[0][i], ids[1][j]
+  rows, columns = (columns, rows) if turned else (rows, columns)
+  return jnp.where(rows[..., :, None] == columns[..., None, :], logits, _MASKED)
 
 
-def _flash_forward(q, k, v, segments, scale):
-  cut = functools.partial(_cut, block=_block_size(q), parts=_parts(q))
-  ids = _cut_segments(segments, q, _block_size(q), _parts(q))
+def _flash_forward(q, k, v, segments, index, scale, count):
+  block, lots = _block_size(q, count), _lots(q)
+  cut = functools.partial(_cut, block=block, lots=lots)
+  ids = _cut_segments(segments, block, lots)
   parts = list(zip(cut(q), cut(k), cut(v), ids, strict=True))
 
-  def tile(part, carry, i, j):
+  def tile(part, carry, i, j, diagonal):
     queries, keys, values, ids = part
     out, peak, total = carry
-    logits = layers.dot('gth,gsh->gts', queries[i], keys[j]) * scale
-    logits = _mask(logits, ids, i, j)
+    logits = layers.dot('bnth,bnsh->bnts', queries[i], keys[j]) * scale
+    logits = _mask(logits, ids, i, j, diagonal)
     new = jnp.maximum(peak[i], logits.max(-1))
     probs = jnp.exp(logits - new[..., None])
     shrink = jnp.exp(peak[i] - new)
-    fresh = layers.dot('gts,gsu->gtu', probs.astype(v.dtype), values[j])
+    fresh = layers.dot('bnts,bnsu->bntu', probs.astype(v.dtype), values[j])
     out = out.at[i].set(out[i] * shrink[..., None] + fresh)
     total = total.at[i].set(total[i] * shrink + probs.sum(-1))
     return out, peak.at[i].set(new), total
 
   def start(queries, keys, values, ids):
     zero = jnp.zeros(queries.shape[:-1], jnp.float32)
-    return jnp.zeros(values.shape, jnp.float32), zero + _MASKED, zero
+    wide = (*queries.shape[:-1], values.shape[-1])
+    return jnp.zeros(wide, jnp.float32), zero + _MASKED, zero
 
-  blocks = len(parts[0][0])
-  done = _scan_tiles(tile, parts, (start(*p) for p in parts), blocks)
-  out = _join([out / total[..., None] for out, _, total in done], q)
+  at = _tiles(len(parts[0][0]), index, count)
+  done = _scan_tiles(tile, parts, (start(*p) for p in parts), at)
+  out = _join(
+    [out / total[..., None] for out, _, total in done], lots, q.shape[1]
+  )
   # Named here and not outside, so that a policy which keeps both spares the
   # backward pass this whole function.
   out = checkpoint_name(out.astype(v.dtype), SAVED[0])
   lse = [checkpoint_name(p + jnp.log(t), SAVED[1]) for _, p, t in done]
-  return out, (parts, lse, out)
+  return out, (parts, lse, out, segments, index)
 
 
-def _flash_backward(scale, residuals, g):
-  parts, lse, out = residuals
-  block, dtype = parts[0][0].shape[-2], parts[0][0].dtype
-  cut = functools.partial(_cut, block=block, parts=len(parts))
+def _flash_backward(scale, count, residuals, g):
+  parts, lse, out, segments, index = residuals
+  block, dtype, lots = parts[0][0].shape[-2], parts[0][0].dtype, _lots(out)
+  cut = functools.partial(_cut, block=block, lots=lots)
   # d logits = p * (dp - delta), delta = <g, out> (Dao et al. 2022, section 3)
   delta = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), -1)
   turned = [keys.swapaxes(-1, -2) for _, keys, *_ in parts]
   more = zip(turned, cut(g), cut(delta[..., None]), lse, strict=True)
   parts = [(*a, *b) for a, b in zip(parts, more, strict=True)]
 
-  def tile(part, carry, i, j):
+  def tile(part, carry, i, j, diagonal):
     queries, keys, values, ids, turned, grads, delta, lse = part
     dq, dk, dv = carry
-    logits = layers.dot('gsh,gth->gst', keys[j], queries[i]) * scale
-    logits = _mask(logits, ids, i, j, turned=True)
-    probs = jnp.exp(logits - lse[i][:, None])
-    dp = layers.dot('gsu,gtu->gst', values[j], grads[i])
+    logits = layers.dot('bnsh,bnth->bnst', keys[j], queries[i]) * scale
+    logits = _mask(logits, ids, i, j, diagonal, turned=True)
+    probs = jnp.exp(logits - lse[i][:, :, None])
+    dp = layers.dot('bnsu,bntu->bnst', values[j], grads[i])
     ds = (probs * (dp - delta[i].swapaxes(-1, -2))).astype(dtype)
     probs = probs.astype(g.dtype)
-    dv = dv.at[j].add(layers.dot('gst,gtu->gsu', probs, grads[i]))
-    dk = dk.at[j].add(layers.dot('gst,gth->gsh', ds, queries[i]))
-    dq = dq.at[i].add(layers.dot('ghs,gst->ght', turned[j], ds))
+    dv = dv.at[j].add(layers.dot('bnst,bntu->bnsu', probs, grads[i]))
+    dk = dk.at[j].add(layers.dot('bnst,bnth->bnsh', ds, queries[i]))
+    dq = dq.at[i].add(layers.dot('bnhs,bnst->bnht', turned[j], ds))
     return dq, dk, dv
 
-  def start(queries, keys, values, ids, turned, *_):
-    return tuple(
-      jnp.zeros(x.shape, jnp.float32) for x in (turned, keys, values)
-    )
+  def start(queries, keys, values, *_):
+    like = (queries.swapaxes(-1, -2), keys, values)
+    return tuple(jnp.zeros(x.shape, jnp.float32) for x in like)
 
-  blocks = len(parts[0][0])
-  done = _scan_tiles(tile, parts, (start(*p) for p in parts), blocks)
+  at = _tiles(len(parts[0][0]), index, count)
+  done = _scan_tiles(tile, parts, (start(*p) for p in parts), at)
   dq, dk, dv = zip(*done, strict=True)
   dq = [x.swapaxes(-1, -2) * scale for x in dq]
   dk = [x * scale for x in dk]
-  dq, dk, dv = (_join(x, out).astype(dtype) for x in (dq, dk, dv))
-  unsegmented = parts[0][3] is None
-  zero = None if unsegmented else np.zeros(out.shape[:2], jax.dtypes.float0)
-  return dq, dk, dv, zero
+  t = out.shape[1]
+  each = ((dq, t), (dk, t * count), (dv, t * count))
+  grads = (_join(x, lots, length).astype(dtype) for x, length in each)
+  return *grads, None, None
 
 
 _flash.defvjp(_flash_forward, _flash_backward)

@@ -156,7 +156,8 @@ class MoEConfig(_Checked):
   `group_limited_greedy` (V2) has no bias and scores it by its best, `greedy`
   has neither bias nor groups. `scale` multiplies the routed sum, after
   normalisation. `impl` names the grouped computation; 'auto' takes the
-  platform's (`moe.experts`).
+  platform's (`moe.experts`). `exchange` names how tokens reach the experts of
+  other devices (`expert_parallel`); 'auto' goes by their number and platform.
   """
 
   experts: int = 256
@@ -170,12 +171,14 @@ class MoEConfig(_Checked):
   normalize: bool = True
   scale: float = 2.5
   impl: str = 'auto'
+  exchange: str = 'auto'
 
   def _rules(self):
     self._positive('experts', 'top_k', 'width', 'groups', 'top_groups')
     self._one_of('scoring', 'sigmoid', 'softmax')
     self._one_of('method', 'noaux_tc', 'group_limited_greedy', 'greedy')
     self._one_of('impl', 'auto', 'loop', 'ragged', 'padded', 'dense')
+    self._one_of('exchange', 'auto', 'gather', 'padded', 'ragged')
     self._require('scale', self.scale > 0, 'must be above 0')
     self._require(
       'groups',
@@ -288,6 +291,36 @@ class ModelConfig(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
+class CacheConfig(_Checked):
+  """How decoding keeps the latents: their type, and tokens in a page.
+
+  'auto' is float32 on a CPU and bfloat16 elsewhere; 'int8' and 'float8' (E4M3)
+  have a scale for each 128 numbers and keep the shared key in bfloat16. `impl`
+  is what attends to it one token at a time: 'xla' anywhere, the kernel 'tpu'
+  (which 'auto' takes on a TPU) or 'gpu', which read unquantised latents.
+  """
+
+  dtype: str = 'auto'
+  page: int = 128
+  impl: str = 'auto'
+
+  def _rules(self):
+    self._positive('page')
+    self._one_of('dtype', 'auto', 'float32', 'bfloat16', 'int8', 'float8')
+    self._one_of('impl', 'auto', 'xla', 'tpu', 'gpu')
+    self._require(
+      'impl',
+      self.impl in ('auto', 'xla') or self.dtype not in ('int8', 'float8'),
+      f"the kernels read no {self.dtype} latents; use 'xla'",
+    )
+    self._require(
+      'page',
+      self.impl != 'tpu' or self.page % 128 == 0,
+      "impl='tpu' reads pages of multiples of 128",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimConfig(_Checked):
   """The training recipe: optimizer, schedules keyed on tokens, loss weights.
 
@@ -296,6 +329,10 @@ class OptimConfig(_Checked):
   is the rate at the phase's end as a share of `learning_rate`. The last phase's
   end holds for ever. The bias rate (gamma) and the MTP weight (lambda) change
   once, after `bias_tokens` and `mtp_tokens`.
+
+  A step whose loss or gradient is not finite changes nothing; nor does one
+  whose loss exceeds the mean of the last `spike_window` accepted losses by more
+  than `spike_sigma` standard deviations (0: none is looked for).
   """
 
   optimizer: str = 'adamw'
@@ -320,8 +357,11 @@ class OptimConfig(_Checked):
   mtp_loss: float = 0.3
   mtp_loss_final: float = 0.1
   mtp_tokens: float = 10e12
+  spike_sigma: float = 0.0
+  spike_window: int = 128
 
   def _rules(self):
+    self._require('spike_window', self.spike_window > 1, 'must be at least 2')
     self._one_of('optimizer', 'adamw', 'muon')
     for name in ('beta1', 'beta2'):
       self._require(name, getattr(self, name) < 1, 'must be below 1')
@@ -398,7 +438,12 @@ class DataConfig(_Checked):
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(_Checked):
-  """Devices along each axis of the mesh; the product is their number."""
+  """Devices along each axis of the mesh; the product is their number.
+
+  `states` says where the optimizer's state lives: 'fsdp' with its parameters,
+  'zero1' also split over `data`, where parameters are whole. A pipeline of
+  `stage` stages takes `pipeline` micro-batches at a time (0: one a stage).
+  """
 
   data: int = 1
   fsdp: int = 1
@@ -406,20 +451,35 @@ class MeshConfig(_Checked):
   tensor: int = 1
   context: int = 1
   stage: int = 1
+  states: str = 'fsdp'
+  pipeline: int = 0
 
   @property
   def devices(self) -> int:
-    return math.prod(dataclasses.astuple(self))
+    return math.prod(
+      (self.data, self.fsdp, self.expert)
+      + (self.tensor, self.context, self.stage)
+    )
 
   def _rules(self):
-    self._positive(*(f.name for f in dataclasses.fields(self)))
+    self._positive('data', 'fsdp', 'expert', 'tensor', 'context', 'stage')
+    self._one_of('states', 'fsdp', 'zero1')
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig(_Checked):
   """The loop: how long, how often it speaks, saves and evaluates (0: never).
 
-  `health_every` is of FP8's health, where the model has FP8 products.
+  Kept are the newest `keep` checkpoints, every step that `keep_every` divides,
+  and the `keep_best` ones of the lowest held-out bits per byte. Every
+  `check_every` steps the state's fingerprints are written down, and replicas
+  compared. A step that takes `step_timeout` seconds ends the run. FP8's health
+  is measured every `health_every` steps, where the model has FP8 products.
+
+  After `max_skips` skipped steps in a row the run stops. After `spike_patience`
+  of them that were spikes it goes back to the checkpoint before the first and
+  continues with the text `spike_jump` batches further on (PaLM, section 5.1),
+  at most `max_rollbacks` times.
   """
 
   steps: int = 243425
@@ -431,9 +491,18 @@ class RunConfig(_Checked):
   health_every: int = 100
   save_every: int = 1000
   keep: int = 3
+  keep_every: int = 0
+  keep_best: int = 0
+  check_every: int = 100
+  step_timeout: float = 1800.0
+  max_skips: int = 5
+  spike_patience: int = 3
+  spike_jump: int = 200
+  max_rollbacks: int = 3
 
   def _rules(self):
     self._positive('steps', 'log_every', 'eval_batches', 'keep')
+    self._positive('max_skips', 'spike_patience')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -587,6 +656,7 @@ def smoke(config: Config) -> Config:
     sample_every=10,
     health_every=10,
     save_every=10,
+    check_every=5,
   )
   optim = dataclasses.replace(config.optim, warmup_steps=5)
   return dataclasses.replace(

@@ -90,7 +90,12 @@ class Attention(nn.Module):
     with jax.named_scope('attend'):
       scale = rope.softmax_scale(mla)
       out = attention.attend(
-        q, k, v, scale=scale, segments=segments, impl=mla.impl
+        q,
+        k,
+        v,
+        scale=scale,
+        segments=None if segments is None else (segments, segments),
+        impl=mla.impl,
       )
 
     shape = (heads, mla.value_dim, dim)

@@ -2,26 +2,37 @@
 
 Modules name the axes of their parameters and activations by what they are
 (`heads`, `experts`); RULES says on which axes of the mesh each is laid. GSPMD
-does the rest. The expert axis is a data axis outside the experts: a batch is
-split over `data`, `fsdp` and `expert` alike. The mesh's axes are `Auto`: jax's
-default, `Explicit`, turns every constraint into an assertion.
+does the rest, but for the parts that it does badly, which run in `local`
+regions, where collectives are written out: attention, experts, the loss.
+
+The expert axis is a data axis outside the experts: a batch is split over
+`data`, `fsdp` and `expert` alike. The stream between the layers is split along
+its length over `context` and `tensor` (Korthikanti et al. 2022). ZeRO-1 is not
+code but a second table, for the optimizer's state alone. The mesh's axes are
+`Auto`: jax's default, `Explicit`, turns every constraint into an assertion.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import jax
+import numpy as np
 from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mla_moe import config as config_lib
 from mla_moe.types import Array, PyTree
 
-AXES = ('data', 'fsdp', 'expert', 'tensor', 'context', 'stage')
+# Slowest links first: collectives over the last axes are the most frequent.
+AXES = ('data', 'stage', 'fsdp', 'expert', 'context', 'tensor')
 
 RULES = (
   # activations
   ('batch', ('data', 'fsdp', 'expert')),
-  ('length', 'context'),
+  ('length', ('context', 'tensor')),  # of the stream
+  ('part', 'context'),  # the length where heads or widths have `tensor`
   ('stream', None),
   # parameters
   ('vocab', 'tensor'),
@@ -36,74 +47,233 @@ RULES = (
   ('layers', None),
 )
 
+# The optimizer's state under `config.mesh.states = 'zero1'` (Rajbhandari et
+# al. 2020): parameters are whole on every `data` replica, moments are not.
+ZERO1 = tuple(
+  (name, ('fsdp', 'data') if name == 'embed' else axes) for name, axes in RULES
+)
 
-def make_mesh(mesh: config_lib.MeshConfig) -> jax.sharding.Mesh:
-  """The mesh of all devices with the sizes of `mesh`.
+
+def make_mesh(
+  mesh: config_lib.MeshConfig, devices: list | None = None
+) -> jax.sharding.Mesh:
+  """The mesh of all devices (or of `devices`) with the sizes of `mesh`.
+
+  Where the devices are of several TPU slices, the first axis that their number
+  divides goes across them (the slow network), all others stay inside.
 
   Raises:
-    ConfigError: the sizes do not multiply to the number of devices.
+    ConfigError: the sizes do not multiply to the number of devices, or no axis
+      can go across the slices.
   """
-  have = jax.device_count()
-  if mesh.devices != have:
+  devices = jax.devices() if devices is None else devices
+  if mesh.devices != len(devices):
     raise config_lib.ConfigError(
-      f'config.mesh holds {mesh.devices} devices, but {have} are here; for '
-      f'one, set config.mesh.data={have // (mesh.devices // mesh.data) or 1}'
+      f'config.mesh={_shown(mesh)} is of {mesh.devices} devices, but '
+      f'{len(devices)} are here; {_proposal(mesh, len(devices))} fits'
     )
-  sizes = tuple(getattr(mesh, axis) for axis in AXES)
-  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  sizes = [getattr(mesh, axis) for axis in AXES]
+  kinds = (AxisType.Auto,) * len(AXES)
+  slices = len({getattr(d, 'slice_index', 0) for d in devices})
+  if slices == 1:
+    return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
+  from jax.experimental import mesh_utils
+
+  across = outermost(mesh, slices)
+  outer = [slices if a == across else 1 for a in AXES]
+  inner = [n // o for n, o in zip(sizes, outer, strict=True)]
+  laid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
+  return jax.sharding.Mesh(laid, AXES, axis_types=kinds)
+
+
+def outermost(mesh: config_lib.MeshConfig, slices: int) -> str:
+  """The axis that goes across slices: `data`, `stage` or `fsdp`.
+
+  Raises:
+    ConfigError: their number divides none of them.
+  """
+  for axis in AXES[:3]:
+    if getattr(mesh, axis) % slices == 0:
+      return axis
+  raise config_lib.ConfigError(
+    f'config.mesh={_shown(mesh)}: {slices} slices are connected by the slow '
+    f'network; make data, stage or fsdp a multiple of {slices}'
+  )
+
+
+def _shown(mesh: config_lib.MeshConfig) -> str:
+  sizes = {axis: getattr(mesh, axis) for axis in AXES}
+  some = [f'{axis}:{n}' for axis, n in sizes.items() if n > 1]
+  return ','.join(some) or 'data:1'
+
+
+def _proposal(mesh: config_lib.MeshConfig, have: int) -> str:
+  """As much of `mesh` as divides `have`; what is left goes to fsdp or data."""
+  sizes = {}
+  left = have
+  for axis in ('tensor', 'context', 'expert', 'stage', 'fsdp'):
+    sizes[axis] = math.gcd(getattr(mesh, axis), left)
+    left //= sizes[axis]
+  return _shown(config_lib.MeshConfig(data=left, **sizes))
 
 
 def check(config: config_lib.Config):
   """Refuses, before any compilation, a mesh that the model cannot be laid on.
 
   Raises:
-    ConfigError: a parameter's width that its mesh axis does not divide, or an
-      axis that nothing is laid on yet.
+    ConfigError: a length that its mesh axes do not divide, or a core that
+      cannot work on a part of a sequence. (`Config` has already compared
+      heads, experts, MoE layers and the batch with the mesh.)
   """
-  mesh, model = config.mesh, config.model
-  for axis in ('context', 'stage'):
-    if getattr(mesh, axis) > 1:
+  mesh, model, data = config.mesh, config.model, config.data
+  wanted = [
+    ('fsdp', mesh.fsdp, 'model.dim', model.dim),
+    ('tensor', mesh.tensor, 'model.vocab', model.vocab),
+    ('tensor', mesh.tensor, 'model.dense_width', model.dense_width),
+  ]
+  if mesh.states == 'zero1':
+    both = mesh.data * mesh.fsdp
+    wanted.append(('data * fsdp', both, 'model.dim', model.dim))
+  if model.moe_layers:
+    width = model.moe.width
+    wanted.append(('tensor', mesh.tensor, 'model.moe.width', width))
+  # Each part of a sequence is two pieces, one early and one late.
+  pieces = 2 * mesh.context if mesh.context > 1 else 1
+  both = math.lcm(mesh.context * mesh.tensor, pieces)
+  wanted.append(('context * tensor', both, 'data.seq_len', data.seq_len))
+  for axes, size, name, length in wanted:
+    if length % size:
+      also = ' (two pieces each)' if size == pieces > 1 else ''
       raise config_lib.ConfigError(
-        f'config.mesh.{axis}={getattr(mesh, axis)}: nothing is laid on this '
-        'axis yet; set it to 1 and use data, fsdp, expert or tensor'
+        f'config.mesh.{axes}={size}{also}: must divide {name}={length}'
       )
-  for axis, name in (
-    ('fsdp', 'dim'),
-    ('tensor', 'vocab'),
-    ('tensor', 'dense_width'),
-  ):
-    if getattr(model, name) % getattr(mesh, axis):
-      raise config_lib.ConfigError(
-        f'config.mesh.{axis}={getattr(mesh, axis)}: must divide '
-        f'model.{name}={getattr(model, name)}'
-      )
-  if model.moe_layers and model.moe.width % mesh.tensor:
+  if mesh.context > 1 and model.mla.impl not in ('auto', 'xla', 'reference'):
     raise config_lib.ConfigError(
-      f'config.mesh.tensor={mesh.tensor}: must divide '
-      f'model.moe.width={model.moe.width}'
+      f'model.mla.impl={model.mla.impl!r}: does not attend from a part of a '
+      f'sequence (config.mesh.context={mesh.context}); use auto or xla'
     )
+
+
+# ---------------------------------------------------------- logical axes
+
+
+def rows(axes: tuple, shape: tuple, table: tuple = RULES) -> tuple:
+  """For each logical axis, the mesh axes that it is laid on here.
+
+  Of the axes in the table, those before the first that does not divide the
+  length: a batch of one row is whole everywhere. Axes of size one, or that an
+  enclosing region has taken, are left out.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  rules = dict(table)
+  found = []
+  for name, length in zip(axes, shape, strict=True):
+    laid = rules[name] if name is not None else None
+    fitting = []
+    for axis in (laid,) if isinstance(laid, str) else laid or ():
+      size = mesh.shape.get(axis, 1)
+      if axis in mesh.manual_axes or size == 1:
+        continue
+      if length % size:
+        break
+      length //= size
+      fitting.append(axis)
+    found.append(tuple(fitting))
+  return tuple(found)
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
   """`x` laid out by the logical names of its axes; itself without a mesh."""
   assert len(axes) == x.ndim, (axes, x.shape)
-  if jax.sharding.get_abstract_mesh().empty:
+  if not automatic():
     return x
-  return jax.lax.with_sharding_constraint(x, spec(axes))
+  where = PartitionSpec(*(a or None for a in rows(axes, x.shape)))
+  return jax.lax.with_sharding_constraint(x, where)
 
 
-def spec(axes: tuple) -> PartitionSpec:
+def spec(axes: tuple, table: tuple = RULES) -> PartitionSpec:
   """The mesh axes of logical `axes`; a name without a rule is a KeyError."""
-  rules = dict(RULES)
+  rules = dict(table)
   return PartitionSpec(*(None if a is None else rules[a] for a in axes))
 
 
-def shardings(boxed: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
+def shardings(
+  boxed: PyTree, mesh: jax.sharding.Mesh, table: tuple = RULES
+) -> PyTree:
   """NamedSharding of every leaf of a tree with logically boxed parameters."""
 
   def one(leaf):
     names = leaf.names if isinstance(leaf, nn.LogicallyPartitioned) else ()
-    return NamedSharding(mesh, spec(names))
+    return NamedSharding(mesh, spec(names, table))
 
   is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
   return jax.tree.map(one, boxed, is_leaf=is_box)
+
+
+def held(tree: PyTree, where: PyTree) -> int:
+  """Bytes of `tree` (shapes) that one device holds, laid out by `where`."""
+
+  def one(leaf, sharding):
+    size = math.prod(sharding.shard_shape(leaf.shape))
+    return size * np.dtype(leaf.dtype).itemsize
+
+  return sum(jax.tree.leaves(jax.tree.map(one, tree, where)))
+
+
+# ---------------------------------------------------------- local regions
+
+
+def automatic() -> tuple[str, ...]:
+  """The mesh axes that GSPMD takes care of here; none without a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return tuple(a for a in mesh.axis_names if a not in mesh.manual_axes)
+
+
+def local(f: Callable, in_specs: tuple, out_specs: PyTree) -> Callable:
+  """`f` of each device's parts; just `f` where there is no mesh to split.
+
+  Every axis is manual inside, those of size one, too.
+  """
+  axes = automatic()
+  if not axes:
+    return f
+  return jax.shard_map(
+    f, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes)
+  )
+
+
+def varying(tree: PyTree) -> PyTree:
+  """Arrays marked as different on every device of the region.
+
+  What is the same on some of them, a weight or zeros to start from, must be
+  marked before it meets what is not in a loop or a hand-written gradient; the
+  mark's own gradient is the sum over those devices.
+  """
+  manual = jax.sharding.get_abstract_mesh().manual_axes
+
+  def one(x):
+    new = set(manual) - set(jax.typeof(x).manual_axis_type.varying)
+    return jax.lax.pcast(x, tuple(sorted(new)), to='varying') if new else x
+
+  return jax.tree.map(one, tree)
+
+
+def total(x: Array, axes: tuple) -> Array:
+  """The sum over the devices along `axes`, the same on all of them."""
+  return jax.lax.psum(x, axes) if axes else x
+
+
+def count(axes: tuple) -> int:
+  """Devices along `axes` of the mesh."""
+  shape = jax.sharding.get_abstract_mesh().shape
+  return math.prod(shape[a] for a in axes)
+
+
+def platform() -> str:
+  """Where the program that is being traced will run: cpu, gpu or tpu.
+
+  A mesh may be of devices that are not here (compiling ahead of time).
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  name = jax.default_backend() if device is None else device.platform
+  return {'cuda': 'gpu', 'rocm': 'gpu'}.get(name, name)

@@ -26,8 +26,8 @@ def inputs(t, batch=2, heads=3, dtype=jnp.float32):
 def test_blocks_equal_the_oracle(t, heads, packed):
   """The last one is padded, and wide enough to be cut into parts."""
   args, g, segments = inputs(t, heads=heads)
-  assert attention._parts(args[0]) == (4 if heads == 4 else 1)
-  segments = segments if packed else None
+  assert attention._lots(args[0]) == ((4, 2) if heads == 4 else (1, 1))
+  segments = (segments, segments) if packed else None
   outs = []
   for impl in ('reference', 'xla'):
     run = functools.partial(
@@ -38,10 +38,41 @@ def test_blocks_equal_the_oracle(t, heads, packed):
   chex.assert_trees_all_close(*outs, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize('impl', ['reference', 'xla'])
+def test_parts_of_a_sequence_are_rows_of_the_whole(impl):
+  """Their gradients of keys and values add up to the whole's, too."""
+  count, (args, g, segments) = 3, inputs(24)
+  whole, pull = jax.vjp(
+    functools.partial(attention.attend, scale=0.2, segments=(segments,) * 2),
+    *args,
+  )
+  pieces = np.arange(24).reshape(2 * count, -1)
+
+  @jax.jit
+  def one(index, rows, q, k, v, g):
+    part = attention.Part(index, count)
+    both = segments[:, rows], segments
+    f = functools.partial(
+      attention.attend, scale=0.2, segments=both, part=part, impl=impl
+    )
+    out, pull = jax.vjp(f, q[:, rows], k, v)
+    return out, pull(g[:, rows])
+
+  dq, dk, dv = pull(g)
+  sums = [jnp.zeros_like(dk), jnp.zeros_like(dv)]
+  for i in range(count):
+    rows = pieces[jnp.array([i, 2 * count - 1 - i])].reshape(-1)
+    out, (part, *more) = one(i, rows, *args, g)
+    chex.assert_trees_all_close(out, whole[:, rows], atol=2e-5, rtol=2e-5)
+    chex.assert_trees_all_close(part, dq[:, rows], atol=2e-5, rtol=2e-5)
+    sums = [a + b for a, b in zip(sums, more, strict=True)]
+  chex.assert_trees_all_close(sums, [dk, dv], atol=2e-5, rtol=2e-5)
+
+
 @pytest.mark.parametrize('packed', [False, True])
 def test_splash_interpreted_equals_the_oracle(packed):
   args, g, segments = inputs(128, batch=1, heads=2)
-  segments = segments if packed else None
+  segments = (segments, segments) if packed else None
   outs = []
   for impl in ('reference', 'splash'):
     run = functools.partial(

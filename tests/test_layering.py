@@ -9,20 +9,22 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = (
-  'types config',
-  'kernels',
+  'types config faults',
+  'kernels fingerprint seal',
   'fp8',
   'cost documents tokenizer checkpoint safetensors hf_config hf_fp8 hf_names',
   'corpus hf_save hf_source',
   'data',
-  'sharding losses optim metrics',
+  'sharding losses optim metrics sampling',
+  'speculative',
   'layers',
-  'attention rope router',
-  'mla moe',
+  'attention cache rope router',
+  'absorbed mla moe',
   'block',
   'mtp fp8_health',
   'model',
-  'step huggingface',
+  'step huggingface decode',
+  'generation memory',
 )
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names.split()}
 FILES = [

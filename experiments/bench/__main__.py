@@ -1,12 +1,14 @@
 """Measures what the README claims; each benchmark is a module beside this one.
 
   python -m experiments.bench train [--only=speed,products,...]
+  python -m experiments.bench decode [--only=speed,cache,layer,context]
+  python -m experiments.bench checkpoint
   python -m experiments.bench precision [--config=FILE --steps=N --only=fp8_block]
 
-Prints a table and writes OUT/NAME.json and OUT/NAME.html. `train`'s peer runs
-where `--peer_python` (this Python by default) has torch and transformers; about
-ten minutes on two cores; leave the machine alone meanwhile. `precision` trains
-a config in bf16 and in each FP8 recipe.
+Prints a table and writes OUT/NAME.json and OUT/NAME.html. The peer of `train`
+and `decode` runs where `--peer_python` (this Python by default) has torch and
+transformers; each takes about ten minutes on two cores: leave the machine alone
+meanwhile. `precision` trains a config in bf16 and in each FP8 recipe.
 """
 
 from __future__ import annotations
@@ -15,10 +17,15 @@ import argparse
 import pathlib
 import sys
 
-from experiments.bench import precision, train
+from experiments.bench import checkpoint, decode, precision, train
 from mla_moe.config import ConfigError
 
-_BENCHMARKS = {'train': train.run, 'precision': precision.run}
+_BENCHMARKS = {
+  'train': train.run,
+  'decode': decode.run,
+  'checkpoint': checkpoint.run,
+  'precision': precision.run,
+}
 
 
 def main() -> None:

@@ -281,11 +281,11 @@ def _print(found: dict) -> None:
   for row in _rows(found):
     shown.add_row(*row)
   console.Console(width=110).print(shown)
-  for machine in _machines(found):
+  for machine in machines(found):
     print(machine)
 
 
-def _machines(found: dict) -> list[str]:
+def machines(found: dict) -> list[str]:
   """The machines that the figures come from, in words; most often one."""
   lines = [
     ', '.join(f'{name} {value}' for name, value in one['machine'].items())
@@ -318,7 +318,7 @@ def _page(found: dict) -> str:
     f'<tr><td>{a}</td><td>{b}</td><td>{c}</td></tr>' for a, b, c in _rows(found)
   )
   parts.append(f'<table>{body}</table>')
-  parts += [f'<p>{machine}</p>' for machine in _machines(found)]
+  parts += [f'<p>{machine}</p>' for machine in machines(found)]
   return page.page('Training benchmark', parts)
 
 

@@ -10,8 +10,10 @@ import jax
 from flax import linen as nn
 
 from mla_moe import config as config_lib
-from mla_moe import fp8, layers, mla, moe
+from mla_moe import fp8, layers, mla, moe, sharding
 from mla_moe.types import Array, Float, Int
+
+_STREAM = ('batch', 'length', 'stream')
 
 
 class Block(nn.Module):
@@ -36,7 +38,8 @@ class Block(nn.Module):
     norm = lambda name: layers.RMSNorm(c.norm_eps, name=name)
     h = norm('attention_norm')(x)
     with jax.named_scope('attention'):
-      x = x + mla.Attention(c, name='attention')(h, cos, sin, segments)
+      y = mla.Attention(c, name='attention')(h, cos, sin, segments)
+    x = x + sharding.constrain(y, *_STREAM)
     h = norm('ffn_norm')(x)
     with jax.named_scope('ffn'):
       if self.routed:
@@ -46,7 +49,7 @@ class Block(nn.Module):
           c.dense_width, c.init_std, layers.recipe(c), name='ffn'
         )
         y, stats = ffn(h), None
-    return x + y, stats
+    return x + sharding.constrain(y, *_STREAM), stats
 
 
 def rematerialised(config: config_lib.ModelConfig) -> type[nn.Module]:

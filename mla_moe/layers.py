@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from mla_moe import config as config_lib
 from mla_moe import fp8, sharding
@@ -106,6 +107,19 @@ def quantised(w: Array, axes: tuple, recipe: fp8.Recipe) -> fp8.Weight:
     q, values=sharding.constrain(q.values, *names)
   )
   return fp8.Weight(w, tuple(map(lay, copies)))
+
+
+def partition(w: Array | fp8.Weight, axes: tuple) -> PartitionSpec | fp8.Weight:
+  """Its layout in a region by its logical axes, and that of its copies.
+
+  Copies have been gathered along `embed` (`weight`), masters not.
+  """
+  if not isinstance(w, fp8.Weight):
+    return sharding.partition(axes, w)
+  flat = tuple(None if a == 'embed' else a for a in _flat(axes, axes))
+  lay = lambda leaf: sharding.partition(flat, leaf)
+  master = sharding.partition(axes, w.master)
+  return fp8.Weight(master, jax.tree.map(lay, w.copies))
 
 
 def _flat(axes: tuple, values: tuple) -> tuple:
@@ -236,6 +250,8 @@ class FeedForward(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, '*b D']) -> Float[Array, '*b D']:
     dim, width, how = x.shape[-1], self.width, (self.std, self.recipe)
+    if x.ndim == 3:
+      x = sharding.constrain(x, 'batch', 'part', 'stream')
     axes = ('embed', 'gate_up', 'mlp')
     w_gate_up = weight(self, 'w_gate_up', (dim, 2, width), axes, *how)
     w_down = weight(self, 'w_down', (width, dim), ('mlp', 'embed'), *how)

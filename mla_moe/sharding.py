@@ -157,7 +157,7 @@ def check(config: config_lib.Config):
 # ---------------------------------------------------------- logical axes
 
 
-def rows(axes: tuple, shape: tuple, table: tuple = RULES) -> tuple:
+def laid(axes: tuple, shape: tuple, table: tuple = RULES) -> tuple:
   """For each logical axis, the mesh axes that it is laid on here.
 
   Of the axes in the table, those before the first that does not divide the
@@ -174,7 +174,8 @@ def rows(axes: tuple, shape: tuple, table: tuple = RULES) -> tuple:
       size = mesh.shape.get(axis, 1)
       if axis in mesh.manual_axes or size == 1:
         continue
-      if length % size:
+      # A part of a sequence is two pieces (`sequence`).
+      if length % (2 * size if axis == 'context' else size):
         break
       length //= size
       fitting.append(axis)
@@ -182,13 +183,18 @@ def rows(axes: tuple, shape: tuple, table: tuple = RULES) -> tuple:
   return tuple(found)
 
 
+def partition(axes: tuple, x: Array | None) -> PartitionSpec:
+  """`laid` of an array, as a spec; that of nothing for None."""
+  shape = (0,) * len(axes) if x is None else x.shape
+  return PartitionSpec(*(a or None for a in laid(axes, shape)))
+
+
 def constrain(x: Array, *axes: str | None) -> Array:
   """`x` laid out by the logical names of its axes; itself without a mesh."""
   assert len(axes) == x.ndim, (axes, x.shape)
   if not automatic():
     return x
-  where = PartitionSpec(*(a or None for a in rows(axes, x.shape)))
-  return jax.lax.with_sharding_constraint(x, where)
+  return jax.lax.with_sharding_constraint(x, partition(axes, x))
 
 
 def spec(axes: tuple, table: tuple = RULES) -> PartitionSpec:

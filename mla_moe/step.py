@@ -17,7 +17,16 @@ from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mla_moe import config as config_lib
-from mla_moe import data, losses, model, moe, optim, router, sharding
+from mla_moe import (
+  data,
+  model,
+  moe,
+  optim,
+  prediction,
+  router,
+  sequence,
+  sharding,
+)
 from mla_moe.types import Array, Int, PyTree
 
 
@@ -182,20 +191,22 @@ def _terms(params, biases, micro: data.Batch, config) -> dict[str, Array]:
     method='features',
   )
   head = network.apply(variables, method='head')
-  flat = lambda h: h.reshape(-1, h.shape[-1])
-  nll, lse = losses.token_nll(flat(out.hidden), head, micro.targets.reshape(-1))
+  place = sequence.arrange
+  targets = place(micro.targets)
+  nll, lse = prediction.token_nll(out.hidden, head, targets)
   mtp = jnp.zeros((), jnp.float32)
   for k, hidden in enumerate(out.mtp_hidden, start=1):
-    targets = _ahead(micro.targets, micro.segments, k).reshape(-1)
-    mtp += losses.token_nll(flat(hidden), head, targets)[0].sum()
+    ahead = place(_ahead(micro.targets, micro.segments, k))
+    mtp += prediction.token_nll(hidden, head, ahead)[0].sum()
   stats = _joined_stats(out)
   return {
     'main': nll.sum(),
     'mtp': mtp / max(len(out.mtp_hidden), 1),
-    'z': jnp.where(micro.targets.reshape(-1) >= 0, jnp.square(lse), 0).sum(),
+    'z': jnp.where(targets >= 0, jnp.square(lse), 0).sum(),
     'balance': stats.balance,
     'entropy': stats.entropy,
     'load': stats.load,
+    'overflow': stats.overflow,
   }
 
 
@@ -213,7 +224,8 @@ def _joined_stats(out: model.Features) -> moe.Stats:
   both = [s for s in (out.stats, out.mtp_stats) if s is not None]
   if not both:
     none = jnp.zeros((0,), jnp.float32)
-    return moe.Stats(jnp.zeros((0, 1), jnp.int32), none, none)
+    few = jnp.zeros((0,), jnp.int32)
+    return moe.Stats(few[:, None], none, none, few)
   return jax.tree.map(lambda *x: jnp.concatenate(x), *both)
 
 

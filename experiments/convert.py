@@ -54,6 +54,7 @@ def get_config(arg=''):
 def define() -> None:
   """This program's flags, beside those of a config."""
   cli.define()
+  cli.define_unsealed()
   flags.DEFINE_string('source', '', 'A Hugging Face folder, or a run.')
   flags.DEFINE_string('target', '', 'The other, to be made.')
   flags.DEFINE_bool('fp8', False, 'Write FP8 blocks.')
@@ -127,6 +128,7 @@ def to_run(
     variables['params'],
     variables['router'],
     jax.jit(make)(variables['params']),
+    step.fresh_guard(config.optim),
   )
   target.parent.mkdir(parents=True, exist_ok=True)
   scratch = pathlib.Path(
@@ -137,20 +139,22 @@ def to_run(
       (path / 'huggingface').mkdir()
       hf_save.copy_extras(source, path / 'huggingface')
       (path / 'config.py').write_text(_CONFIG.format(target))
-      with checkpoint.manager(path / 'checkpoints', config.run.keep) as saved:
+      with checkpoint.Writer(path / 'checkpoints', config.run.keep) as saved:
         # No text has been trained on: any may be.
-        checkpoint.save(saved, 0, state, {'corpus': ''})
+        facts = {'corpus': '', 'config': workdir.digest(config)}
+        saved.save(0, state, facts)
     if target.exists():
       shutil.rmtree(target)
-    scratch.chmod(0o755)
     os.replace(scratch, target)
   except BaseException:
     shutil.rmtree(scratch, ignore_errors=True)
     raise
 
 
-def last_variables(folder: pathlib.Path, config: config_lib.Config):
-  """{'params', 'router'} of a run's last checkpoint.
+def last_variables(
+  folder: pathlib.Path, config: config_lib.Config, unsealed: bool = False
+):
+  """{'params', 'router'} of a run's last checkpoint that is whole.
 
   Raises:
     ConfigError: it has none, or one of another config.
@@ -168,11 +172,10 @@ def last_variables(folder: pathlib.Path, config: config_lib.Config):
   like = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), like
   )
-  with checkpoint.manager(folder / 'checkpoints', config.run.keep) as saved:
-    restored = checkpoint.restore(saved, like)
+  restored = checkpoint.restore(folder / 'checkpoints', like, unsealed=unsealed)
   if restored is None:
     raise ConfigError(f'{folder}: has no checkpoint yet')
-  state = restored[1]
+  state = restored.state
   return {'params': state.params, 'router': state.router}
 
 
@@ -184,6 +187,7 @@ def to_huggingface(
   power_of_two: bool = False,
   dtype: str = 'float32',
   force: bool = False,
+  unsealed: bool = False,
 ) -> None:
   """A run's last checkpoint in the releases' layout."""
   from mla_moe import save_huggingface
@@ -197,7 +201,7 @@ def to_huggingface(
   save_huggingface(
     target,
     config.model,
-    last_variables(source, config),
+    last_variables(source, config, unsealed),
     fp8,
     power_of_two=power_of_two,
     dtype=None if fp8 and dtype == 'float32' else dtype,
@@ -307,6 +311,7 @@ def main() -> None:
       power_of_two=FLAGS.power_of_two,
       dtype=FLAGS.dtype,
       force=FLAGS.force,
+      unsealed=FLAGS.allow_unsealed,
     )
     side = target
   elif target is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import pathlib
 import sys
 import time
@@ -27,20 +26,19 @@ class Logs:
     for row in workdir.rewind(folder / 'load.jsonl', step):
       load = np.array(row['load'])
       self._running = metrics.running_load(self._running, load)
-    self._metrics = open(folder / 'metrics.jsonl', 'a', buffering=1)
-    self._load = open(folder / 'load.jsonl', 'a', buffering=1)
+    self._metrics = workdir.Rows(folder / 'metrics.jsonl')
+    self._load = workdir.Rows(folder / 'load.jsonl')
     self._events = _tensorboard(folder)
 
   def health(self, step: int, load: np.ndarray) -> dict:
     """Writes the loads [L, E] of a step and returns its health numbers."""
     self._running = metrics.running_load(self._running, load)
-    row = {'step': step, 'load': np.asarray(load).tolist()}
-    self._load.write(json.dumps(row) + '\n')
+    self._load.append({'step': step, 'load': np.asarray(load).tolist()})
     return metrics.health(load, self._running)
 
   def write(self, row: dict) -> None:
     """One row; it must have a 'step'."""
-    self._metrics.write(json.dumps(row) + '\n')
+    self._metrics.append(row)
     if self._events:
       from tensorboard.compat.proto import event_pb2, summary_pb2
 
@@ -53,14 +51,22 @@ class Logs:
       event = event_pb2.Event(
         wall_time=time.time(), step=row['step'], summary=summary
       )
-      self._events.add_event(event)
+      try:
+        self._events.add_event(event)
+      except OSError as error:
+        print(f'WARNING: {error}; no more TensorBoard events.')
+        self._events = None
 
   def close(self) -> None:
-    """Flushes and closes every file."""
-    self._metrics.close()
-    self._load.close()
-    if self._events:
-      self._events.close()
+    """Flushes and closes every file.
+
+    Raises:
+      OSError: rows that cannot be written.
+    """
+    with contextlib.ExitStack() as every:
+      for file in (self._metrics, self._load, self._events):
+        if file:
+          every.callback(file.close)
 
 
 def _tensorboard(folder: pathlib.Path):

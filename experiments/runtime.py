@@ -27,9 +27,10 @@ def keep_memory() -> None:
   """
   import jax
 
+  # Before anything asks for a backend: a CPU client reads it when it is made.
+  jax.config.update('jax_cpu_enable_async_dispatch', False)
   if jax.default_backend() != 'cpu':
     return
-  jax.config.update('jax_cpu_enable_async_dispatch', False)
   mallopt = None
   if sys.platform == 'linux':
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)

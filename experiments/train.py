@@ -4,292 +4,398 @@
 
 The same command again resumes where the last checkpoint was, bit for bit.
 SIGTERM and SIGINT save at the next step and exit 0; a second one ends at once.
+With --replay=STEP nothing is trained: the step is computed again from the
+checkpoint before it, and compared with what it gave when the run was there.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import math
+import dataclasses
 import os
 import pathlib
-import resource
-import signal
 import time
+from typing import Any, NamedTuple
 
-from experiments import cli, workdir
+from absl import flags
+
+from experiments import cli, guard, signals, watchdog, workdir
 from mla_moe import config as config_lib
 
 
-def run(config: config_lib.Config, folder: os.PathLike | str) -> dict:
-  """Trains in `folder`; returns the last numbers (step, loss, bits_per_byte)."""
-  with workdir.claim(folder, config) as path:
-    return _run(config, path)
+def run(
+  config: config_lib.Config,
+  folder: os.PathLike | str,
+  *,
+  unsealed: bool = False,
+) -> dict:
+  """Trains in `folder`; returns the last numbers (step, loss, bits_per_byte).
+
+  Raises:
+    ConfigError: a config, a text or a checkpoint that cannot be used.
+    cli.Stopped: the run could not go on; what it had is saved.
+  """
+  with workdir.claim(folder, config) as path, signals.Stop() as stop:
+    try:
+      return _run(config, path, stop, unsealed)
+    except OSError as error:
+      if error.errno not in workdir.DISK and path.is_dir():
+        raise
+      raise cli.Stopped(workdir.trouble(path, error)) from error
 
 
-def _run(config: config_lib.Config, path: pathlib.Path) -> dict:
+class Course(NamedTuple):
+  """Where a run is: its state after `number` steps, and its guard's counts."""
+
+  number: int
+  state: Any
+  guard: guard.Guard
+
+
+class Look(NamedTuple):
+  """A dispatched step, to be looked at once the next one runs."""
+
+  number: int
+  rates: Any
+  values: Any
+  prints: Any  # fingerprints of the state after it, where they are due
+  spent: tuple[float, int] | None  # seconds and tokens, where it is logged
+
+
+class Ended(NamedTuple):
+  """How steps ended: finished, stopped, back (to before `first`), halted."""
+
+  how: str
+  course: Course
+  text: str = ''
+  first: int = 0
+
+
+def _run(config, path: pathlib.Path, stop, unsealed: bool) -> dict:
   import jax
-  import numpy as np
 
-  from experiments import logs, report, runtime, sample
-  from mla_moe import checkpoint, corpus, cost, data, fp8, optim, sharding, step
-  from mla_moe import tokenizer as tokenizer_lib
+  from experiments import logs, preparation, recorder, report
+  from mla_moe import checkpoint, step
 
-  # ------------------------------------------------------------------- set-up
-  sharding.check(config)
-  runtime.keep_compilations(path.parent / '.jax_cache')
-  runtime.keep_memory()
-  _, slow = fp8.choose(config.model.precision, config.model.fp8_impl)
-  if slow:
-    print(slow)
-  tokenizer = tokenizer_lib.load(
-    config.data.tokenizer, config.model.bos_id, config.model.eos_id
-  )
-  text = corpus.prepare(config.data, tokenizer, path.parent / '.corpus')
-  corpus.check(text, config)
-  lengths = tokenizer.byte_lengths()
-  heldout = data.eval_batches(
-    text.heldout, config.data, text.bos_id, config.run.eval_batches
-  )
-  mesh = sharding.make_mesh(config.mesh) if config.mesh.devices > 1 else None
-  place = functools.partial(_place, mesh=mesh)
-  train = jax.jit(
-    functools.partial(step.train_step, config=config), donate_argnums=0
-  )
-  evaluate = jax.jit(functools.partial(step.eval_step, config=config))
-  with (
-    jax.set_mesh(mesh) if mesh else contextlib.nullcontext(),
-    checkpoint.manager(path / 'checkpoints', config.run.keep) as checkpoints,
-    _Stop() as stop,
-  ):
-    # ------------------------------------------------------ state, new or old
-    state = step.init_state(jax.random.key(config.run.seed), config, mesh)
-    restored = checkpoint.restore(checkpoints, state)
-    start = 0
-    if restored:
-      start, state, facts = restored
-      # '' is a released checkpoint, which has seen no text of ours.
-      if facts['corpus'] not in ('', text.fingerprint):
-        raise config_lib.ConfigError(
-          f'data.source={config.data.source!r}: the text has changed since '
-          f'step {start}; restore it, or start in another workdir'
-        )
-      print(f'Resuming {path} at step {start}.')
-    written = logs.Logs(path, start)
-    print(_headline(config, cost.parameters(config)))
-    peak = _matmul_peak(config)
-    flops = cost.train_flops_per_token(config, config.data.seq_len, mtp=True)
-    final = {'step': start}
-
-    # ---------------------------------------------------------- what steps do
-    def note(number, rates, values, seconds, tokens):
-      values = jax.device_get(values)
-      scalars = {k: float(v) for k, v in values.items() if v.ndim == 0}
-      if not math.isfinite(scalars['loss']):
-        raise FloatingPointError(
-          f'step {number}: the loss is {scalars["loss"]}'
-        )
-      seen, size = data.span(config.data, number - 1)
-      row = {
-        'step': number,
-        'tokens': (seen + size) * config.data.seq_len,
-        'lr': rates.learning_rate,
-        **scalars,
-        'memory_mib': _memory_mib(),
-      }
-      if config.model.precision != 'bf16':
-        row['fp8_fallbacks'] = fallen
-      speed = ''
-      if seconds:  # the first step compiles: it has no speed
-        rate = tokens / seconds
-        row |= {'tokens_per_s': rate, 'mfu': rate * flops / peak}
-        speed = f'  {rate:,.0f} tokens/s'
-      if values['load'].size:
-        row |= written.health(number, values['load'])
-        for name in ('entropy', 'bias_norm'):
-          if name in values:
-            row[name] = np.round(values[name].astype(float), 5).tolist()
-      written.write(row)
-      final.update(step=number, loss=row['loss'], main_loss=row['main_loss'])
-      vio = f'  MaxVio {row["max_vio"]:.2f}' if 'max_vio' in row else ''
-      return f'loss {row["main_loss"]:.3f}{vio}{speed}'
-
-    def measure(number):
-      nll, size = 0.0, 0
-      for batch in heldout:
-        nll += float(evaluate(state, place(batch))['nll'])
-        size += int(lengths[batch.targets[batch.targets >= 0]].sum())
-      bits = data.bits_per_byte(nll, size)
-      written.write(
-        {
-          'step': number,
-          'bits_per_byte': bits,
-          'gzip_bits_per_byte': text.gzip_bits_per_byte,
-        }
-      )
-      final['bits_per_byte'] = bits
-      return (
-        f'held out: {bits:.3f} bits per byte '
-        f'(gzip -9: {text.gzip_bits_per_byte:.3f})'
-      )
-
-    def show(number):
-      variables = {'params': state.params, 'router': state.router}
-      window = config.data.seq_len
-      new = min(200, window // 2)
-      prompt = tokenizer.encode(text.prompt[: window - new])
-      tokens = sample.sample(
-        config.model, variables, prompt, new, window, seed=number
-      )
-      with open(path / 'samples.txt', 'a') as file:
-        file.write(f'--- step {number}\n{tokenizer.decode(prompt)}')
-        file.write(f'<<<\n{tokenizer.decode(tokens)}\n')
-
-    def store(number):
-      checkpoint.save(checkpoints, number, state, {'corpus': text.fingerprint})
-
-    # --------------------------------------------------------------- the loop
-    steps, every = config.run.steps, config.run
-    due = lambda number, period: (
-      period and (number % period == 0 or number == steps)
-    )
-    stream = data.batches(text.train, config.data, text.bos_id, start, steps)
-    waiting, clock, tokens, fallen = None, None, 0, 0
-    with logs.progress(steps, start) as tell:
-      for number, batch in enumerate(stream, start + 1):
-        seen, size = data.span(config.data, number - 1)
-        rates = optim.rates(
-          config.optim, number - 1, seen * config.data.seq_len
-        )
-        with fp8.fallbacks() as fell:  # products without their kernel: traced
-          state, values = train(state, place(batch), place(rates))
-        if fell:
-          fallen = len(fell)
-          print(*sorted(set(fell)), sep='\n')
-        if waiting:  # the step before, fetched while this one runs
-          tell(number - 1, note(*waiting))
-          waiting = None
-        tokens += size * config.data.seq_len
-        if clock is None:  # the first step compiles: it is not timed
-          jax.block_until_ready(values)
-          clock, timed = time.perf_counter(), tokens
-        if number % every.log_every == 0 or number == steps:
-          jax.block_until_ready(values['loss'])
-          now = time.perf_counter()
-          spent, did = now - clock, tokens - timed
-          waiting = (number, rates, values, spent if did else 0, did)
-          clock, timed = now, tokens
-        chores = [
-          (measure, every.eval_every),
-          (show, every.sample_every),
-          (store, every.save_every),
-        ]
-        due_now = [do for do, period in chores if due(number, period)]
-        if due_now or stop.asked or number == steps:
-          began = time.perf_counter()
-          if waiting:
-            tell(number, note(*waiting))
-            waiting = None
-          if stop.asked and store not in due_now:
-            due_now.append(store)
-          for do in due_now:
-            tell(number, do(number))
-          clock += time.perf_counter() - began
-        else:
-          tell(number, '')
-        if stop.asked and number < steps:
-          print(f'Stopped by {stop.asked} at step {number}: saved.')
+  ready = preparation.prepare(config, path)
+  every = config.run
+  with contextlib.ExitStack() as stack:
+    if ready.mesh:
+      stack.enter_context(jax.set_mesh(ready.mesh))
+    kept = dict(keep_every=every.keep_every, keep_best=every.keep_best)
+    saved = checkpoint.Writer(path / 'checkpoints', every.keep, **kept)
+    stack.enter_context(saved)
+    dog = stack.enter_context(watchdog.Watchdog(every.step_timeout))
+    state = step.init_state(jax.random.key(every.seed), config, ready.mesh)
+    like = jax.tree.map(shape, state)
+    course = Course(0, state, guard.Guard())
+    del state
+    if checkpoint.steps(path / 'checkpoints'):
+      del course  # its memory is the restored one's
+      course = resume(ready, like, unsealed=unsealed, aside=True)
+      print(f'Resuming {path} at step {course.number}.')
+    written = recorder.Recorder(ready, course.number)
+    stack.callback(written.close)
+    print(preparation.headline(config))
+    with logs.progress(every.steps, course.number) as tell:
+      while True:
+        ended = _steps(ready, course, saved, written, stop, dog, tell)
+        if ended.how != 'back':
           break
-    written.close()
+        course = _back(ready, saved, written, like, ended)
+    _end(ready, saved, written, ended)
   report.write(path)
   print(
     f'Results: {path / "report.html"}, metrics.jsonl and samples.txt there.'
   )
-  return final
+  return written.final
 
 
-class _Stop:
-  """The name of the signal that asked to stop; the second one kills."""
+def resume(
+  ready,
+  like,
+  *,
+  before: int | None = None,
+  unsealed: bool = False,
+  aside: bool = False,
+) -> Course | None:
+  """The course at the last checkpoint that is whole, or None.
 
-  asked = ''
+  Raises:
+    ConfigError: it is of another text, or of another config.
+  """
+  from mla_moe import checkpoint
 
-  def __enter__(self):
-    self._before = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
-      self._before[number] = signal.signal(number, self._ask)
-    return self
-
-  def __exit__(self, *_):
-    for number, handler in self._before.items():
-      signal.signal(number, handler)
-
-  def _ask(self, number, _):
-    self.asked = signal.Signals(number).name
-    signal.signal(number, signal.SIG_DFL)
-
-
-def _place(tree, mesh=None):
-  """A batch (or rates) on the device, or split over the mesh's batch axes."""
-  import jax
-  import numpy as np
-  from jax.sharding import NamedSharding
-
-  from mla_moe import sharding
-
-  if mesh is None:
-    return jax.device_put(jax.tree.map(np.asarray, tree))
-
-  def one(x):
-    axes = (None, 'batch', None) if np.ndim(x) == 3 else ()
-    return jax.device_put(
-      np.asarray(x), NamedSharding(mesh, sharding.spec(axes))
+  restored = checkpoint.restore(
+    ready.path / 'checkpoints',
+    like,
+    before=before,
+    unsealed=unsealed,
+    aside=aside,
+  )
+  if restored is None:
+    return None
+  number, state, facts = restored
+  # '' is a released checkpoint, which has seen no text of ours.
+  if facts['corpus'] not in ('', ready.text.fingerprint):
+    raise config_lib.ConfigError(
+      f'data.source={ready.config.data.source!r}: the text has changed since '
+      f'step {number}; restore it, or start in another workdir'
     )
+  ours = workdir.digest(ready.config)
+  if facts.get('config', ours) != ours:
+    raise config_lib.ConfigError(
+      f'{ready.path}/checkpoints/{number}: was saved by a run of another '
+      'config than config.json says; put back the one that belongs to it'
+    )
+  return Course(number, state, guard.Guard(**facts.get('guard', {})))
 
-  return jax.tree.map(one, tree)
+
+def _steps(ready, course, saved, written, stop, dog, tell) -> Ended:
+  """Steps until something ends them; each is looked at behind the next one."""
+  import jax
+
+  from experiments.preparation import place
+  from mla_moe import data, faults, fingerprint, fp8, optim
+
+  config, every = ready.config, ready.config.run
+  start, state, counts = course
+  del course
+  number = start
+  stream = data.batches(
+    ready.text.train,
+    config.data,
+    ready.text.bos_id,
+    start,
+    every.steps,
+    passed=counts.passed,
+  )
+  look, clock = None, None
+  for number, batch in enumerate(stream, start + 1):
+    seen, size = data.span(config.data, number - 1)
+    rates = optim.rates(config.optim, number - 1, seen * config.data.seq_len)
+    given, state = faults.disturb(number, rates, state)
+    asked = stop.share()
+    if clock:  # the first step compiles: it is not watched
+      dog.arm(f'step {number}')
+    with fp8.fallbacks() as fell:  # products without their kernel: traced
+      state, values = ready.train(
+        state, place(ready, batch), place(ready, given)
+      )
+    if fell:
+      written.fallen = len(fell)
+      print(*sorted(set(fell)), sep='\n')
+    checked = _checked(number, every)
+    prints = fingerprint.of(state) if checked or not clock else None
+    ended = look and _look(look, counts, every, written, tell)
+    if ended:
+      return ended._replace(course=Course(number, state, counts))
+    if clock:
+      clock.tokens += size * config.data.seq_len
+    else:  # nor timed
+      jax.block_until_ready(values)
+      clock = Clock()
+    spent = None
+    if number % every.log_every == 0 or number == every.steps:
+      jax.block_until_ready(values['loss'])
+      spent = clock.lap()
+    look = Look(number, rates, values, prints if checked else None, spent)
+    why = signals.agreed(asked)
+    chores = _chores(number, every, written)
+    saving = _due(number, every.save_every, every) or why
+    if chores or saving or number == every.steps:
+      dog.rest()
+      began = time.perf_counter()
+      ended = _look(look, counts, every, written, tell)
+      look = None
+      if ended:
+        return ended._replace(course=Course(number, state, counts))
+      for do in chores:
+        tell(number, _attempt(do, number, state, written))
+      course = Course(number, state, counts)
+      if saving:
+        _store(ready, course, saved, written)
+      clock.pause(time.perf_counter() - began)
+      if why and number < every.steps:
+        return Ended('stopped', course, why)
+      del course  # its buffers become the next state's
+  return Ended('finished', Course(number, state, counts))
 
 
-def _headline(config, counts) -> str:
-  data = config.data
-  return (
-    f'{counts.total + counts.mtp:,} parameters, {counts.active:,} active; '
-    f'{config.run.steps} steps of {data.batch_size} x {data.seq_len} tokens'
+class Clock:
+  """Tokens and seconds between logged steps, chores left out."""
+
+  def __init__(self):
+    self._began, self.tokens = time.perf_counter(), 0
+
+  def lap(self) -> tuple[float, int]:
+    """(seconds, tokens) since the last lap; (0, 0) where there was no step."""
+    now = time.perf_counter()
+    spent, did = now - self._began, self.tokens
+    self._began, self.tokens = now, 0
+    return (spent if did else 0.0), did
+
+  def pause(self, seconds: float) -> None:
+    """Leaves so much out of the lap."""
+    self._began += seconds
+
+
+def _due(number: int, period: int, every) -> bool:
+  return bool(period) and (number % period == 0 or number == every.steps)
+
+
+def _checked(number: int, every) -> bool:
+  """Fingerprints are due; also behind a saved step, which makes replay cheap."""
+  behind = every.save_every and number % every.save_every == 1
+  return bool(every.check_every) and (
+    _due(number, every.check_every, every) or bool(behind)
   )
 
 
-def _matmul_peak(config) -> float:
-  """FLOP/s of this model's widest dense product, tokens x dim x 2 widths."""
+def _chores(number, every, written) -> list:
+  periods = [
+    (written.measure, every.eval_every),
+    (written.show, every.sample_every),
+  ]
+  return [do for do, period in periods if _due(number, period, every)]
+
+
+def _attempt(do, number, state, written) -> str:
+  """A chore; a disk that fails it is no reason to stop training."""
+  try:
+    return do(number, state)
+  except OSError as error:
+    written.incident(number, f'{do.__name__}: {error}')
+    return ''
+
+
+def _look(look: Look, counts, every, written, tell) -> Ended | None:
+  """Writes a step down; says whether the run must end there."""
+  number = look.number
+  skipped = int(look.values['skipped'])
+  if skipped:
+    written.incident(number, f'skipped: {guard.REASONS[skipped]}')
+  logged = look.spent or skipped
+  text = ''
+  if logged:
+    spent, tokens = look.spent or (0.0, 0)
+    text = written.step(number, look.rates, look.values, spent, tokens)
+  tell(number, text)
+  apart = look.prints and written.fingerprints(
+    number, look.prints, counts.passed
+  )
+  if apart:
+    written.incident(number, f'replicas differ: {"; ".join(apart)}')
+    raise cli.Stopped(
+      f'step {number}: devices hold different copies of {apart[0]}; suspect '
+      'that device. Nothing was saved since; the same command resumes before'
+    )
+  verdict = counts.saw(skipped, every)
+  if not verdict:
+    return None
+  first = number - counts.streak + 1
+  if verdict == 'back':
+    return Ended('back', None, first=first)
+  return Ended('halted', None, f'step {number}: {verdict}', first)
+
+
+def _store(ready, course, saved, written) -> bool:
+  """Saves; a save that fails is an incident, and training goes on."""
+  from mla_moe import checkpoint
+
+  bits = written.measured.get(course.number)
+  facts = {
+    'corpus': ready.text.fingerprint,
+    'config': workdir.digest(ready.config),
+    'bits_per_byte': bits,
+    'guard': dataclasses.asdict(course.guard),
+  }
+  good = True
+  for attempt in (
+    saved.wait,
+    lambda: saved.save(course.number, course.state, facts),
+  ):
+    try:
+      attempt()
+    except checkpoint.NotSaved as error:
+      written.incident(course.number, str(error))
+      good = False
+  return good
+
+
+def _back(ready, saved, written, like, ended: Ended) -> Course:
+  """The course from before a spike, with the text around it left out."""
+  from mla_moe import data
+
+  config = ready.config
+  now, counts = ended.course.number, ended.course.guard
+  ended = ended._replace(course=None)  # its memory is the restored one's
+  saved.wait()
+  course = resume(ready, like, before=ended.first, aside=True)
+  if course is None:
+    raise cli.Stopped(
+      f'step {now}: spikes since step {ended.first}, and no checkpoint from '
+      'before; lower config.optim.learning_rate or config.run.save_every'
+    )
+  ahead = (
+    data.span(config.data, now)[0] - data.span(config.data, course.number)[0]
+  )
+  more = config.run.spike_jump * config.data.batch_size
+  counts = counts.went_back(counts.passed + ahead + more)
+  written.open(course.number)
+  written.incident(
+    now,
+    f'went back to step {course.number}, from before the spikes that began at '
+    f'step {ended.first}; {counts.passed} sequences are left out',
+  )
+  return course._replace(guard=counts)
+
+
+def _end(ready, saved, written, ended: Ended) -> None:
+  """The last words of a run, once its last checkpoint is sealed."""
+  from mla_moe import checkpoint
+
+  number = ended.course.number
+  try:
+    if ended.how == 'halted':
+      _store(ready, ended.course, saved, written)
+    saved.wait()
+  except checkpoint.NotSaved as error:
+    raise cli.Stopped(f'{error}; sealed steps are as they were') from None
+  if ended.how == 'halted':
+    written.incident(number, ended.text)
+    raise cli.Stopped(
+      f'{ended.text}; step {number} is saved, and holds the last good numbers'
+    )
+  if ended.how == 'stopped':
+    print(f'Stopped by {ended.text} at step {number}: saved.')
+
+
+def shape(x):
+  """What stands for an array where its memory is not wanted."""
   import jax
-  import jax.numpy as jnp
 
-  model, data = config.model, config.data
-  rows = min((data.micro_batch or data.batch_size) * data.seq_len, 8192)
-  a = jnp.ones((rows, model.dim), model.dtype)
-  b = jnp.ones((model.dim, 2 * model.dense_width), model.dtype)
-  product = jax.jit(jnp.matmul)
-  product(a, b).block_until_ready()
-  best, began = math.inf, time.perf_counter()
-  while time.perf_counter() - began < 0.3:
-    at = time.perf_counter()
-    product(a, b).block_until_ready()
-    best = min(best, time.perf_counter() - at)
-  return 2.0 * rows * b.size / best * jax.device_count()
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
-def _memory_mib() -> float:
-  """Peak MiB of the first accelerator, or of this process on a CPU."""
-  import jax
-
-  stats = jax.local_devices()[0].memory_stats()
-  if stats:
-    return round(stats['peak_bytes_in_use'] / 2**20, 1)
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  return round(peak / 1024, 1)
+def define() -> None:
+  """This program's flags, beside those of a config."""
+  cli.define()
+  cli.define_unsealed()
+  flags.DEFINE_integer('replay', 0, 'Compute this step again, and compare.', 0)
 
 
 def main() -> None:
   """Runs the flags' config in the flags' folder."""
-  run(cli.config(), cli.FLAGS.workdir)
+  unsealed = flags.FLAGS.allow_unsealed
+  if flags.FLAGS.replay:
+    from experiments import replay
+
+    path = pathlib.Path(flags.FLAGS.workdir)
+    replay.replay(path, flags.FLAGS.replay, unsealed=unsealed)
+  else:
+    run(cli.config(), flags.FLAGS.workdir, unsealed=unsealed)
 
 
 if __name__ == '__main__':
-  cli.run(main)
+  cli.run(main, define)

@@ -1,20 +1,35 @@
-"""A run's folder: claimed by one process, bound to one config."""
+"""A run's folder: private, claimed by one process, bound to one config."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
+import hashlib
 import json
 import os
 import pathlib
+import re
+import shutil
 
 from mla_moe import config as config_lib
 from mla_moe.config import ConfigError
 
 # What may change between the starts of one run: nothing that the numbers of a
-# step depend on.
-_HARMLESS = ('config.run.', 'config.data.loader')
+# step depend on; a mesh changes their last bits alone.
+_HARMLESS = ('config.run.', 'config.mesh.', 'config.data.loader')
+
+# What a disk says when it is full, read-only, failing or gone.
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+DISK |= {errno.ESTALE, errno.ENODEV}
+
+# What services' keys look like. A config is written down, and shared.
+_SECRETS = re.compile(
+  r'hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}'
+  r'|AKIA[A-Z0-9]{16}|AIza[A-Za-z0-9_-]{30,}'
+  r'|(?<=://)[^/@\s]+:[^/@\s]+(?=@)'
+)
 
 
 @contextlib.contextmanager
@@ -22,33 +37,82 @@ def claim(folder: os.PathLike | str, config: config_lib.Config):
   """Makes the folder if need be, holds its lock, and writes config.json.
 
   Raises:
-    ConfigError: it is a file, another process writes to it, or it holds a run
-      of a different config (says which fields differ).
+    ConfigError: it is a file, cannot be written, another process writes to it,
+      it holds a run of a different config (says which fields differ), or the
+      config holds what looks like a key.
   """
+  text = json.dumps(dataclasses.asdict(config), indent=1)
+  if redacted(text) != text:
+    line = next(x for x in redacted(text).splitlines() if '[redacted]' in x)
+    raise ConfigError(
+      f'config: {line.strip()} looks like a key or password, and configs are '
+      'saved; give it to the service by its environment variable'
+    )
   path = pathlib.Path(folder)
+  with lock(path):
+    _bind(path, config, text)
+    yield path
+
+
+@contextlib.contextmanager
+def lock(path: pathlib.Path):
+  """Makes the folder, for this user's eyes, and holds its lock.
+
+  The lock is the kernel's: it goes when the process goes, however it goes.
+
+  Raises:
+    ConfigError: it is a file, cannot be written, or is locked.
+  """
   if path.exists() and not path.is_dir():
     raise ConfigError(f'workdir={str(path)!r}: is a file; name a folder')
   try:
-    path.mkdir(parents=True, exist_ok=True)
-    lock = open(path / 'lock', 'a+')
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    file = open(path / 'lock', 'a+')
   except OSError as error:
     raise ConfigError(
       f'workdir={str(path)!r}: cannot be written ({error.strerror})'
     ) from None
-  with lock:
+  with file:
     try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-      lock.seek(0)
+      file.seek(0)
       raise ConfigError(
-        f'workdir={str(path)!r}: process {lock.read().strip() or "?"} is '
+        f'workdir={str(path)!r}: process {file.read().strip() or "?"} is '
         'writing to it; wait, or name another folder'
       ) from None
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
-    _bind(path, config)
-    yield path
+    file.truncate(0)
+    file.write(f'{os.getpid()} on {os.uname().nodename}')
+    file.flush()
+    yield
+
+
+def redacted(text: str) -> str:
+  """The text without what looks like a key, and without the environment's."""
+  for name, value in os.environ.items():
+    if len(value) >= 8 and re.search('TOKEN|_KEY|SECRET|PASSWORD', name):
+      text = text.replace(value, '[redacted]')
+  return _SECRETS.sub('[redacted]', text)
+
+
+def digest(config: config_lib.Config) -> str:
+  """A hash of all that the numbers of a step depend on."""
+  values = dataclasses.asdict(config)
+  for name in ('run', 'mesh'):
+    values[name] = {'seed': config.run.seed} if name == 'run' else {}
+  values['data'].pop('loader')
+  text = json.dumps(values, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def trouble(path: os.PathLike | str, error: OSError) -> str:
+  """An error of the disk in one line, with what is free."""
+  try:
+    free = f'{shutil.disk_usage(path).free / 2**20:,.0f} MiB are free'
+  except OSError:
+    free = 'the folder is gone'
+  name = errno.errorcode.get(error.errno or 0, type(error).__name__)
+  return f'{path}: {error.strerror or error} ({name}; {free})'
 
 
 def read_config(path: pathlib.Path) -> config_lib.Config:
@@ -59,9 +123,20 @@ def read_config(path: pathlib.Path) -> config_lib.Config:
     raise ConfigError(f'{path}/config.json: cannot be read ({error})') from None
 
 
-def _bind(path: pathlib.Path, config: config_lib.Config):
+def write(path: pathlib.Path, text: str) -> None:
+  """Replaces a file: its name holds the old text or the new, never half."""
+  scratch = path.with_name(f'{path.name}.new')
+  with open(scratch, 'w') as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(scratch, path)
+
+
+def _bind(path: pathlib.Path, config: config_lib.Config, text: str):
   if (path / 'config.json').exists():
-    lines = config_lib.differences(config, read_config(path))
+    before = read_config(path)
+    lines = config_lib.differences(config, before)
     seed = 'config.run.seed'
     wrong = [x for x in lines if not x.startswith(_HARMLESS) or seed in x]
     if wrong:
@@ -69,9 +144,12 @@ def _bind(path: pathlib.Path, config: config_lib.Config):
         f'workdir={str(path)!r}: holds a run of another config '
         f'({"; ".join(wrong)}); name another folder'
       )
-  scratch = path / 'config.json.new'
-  scratch.write_text(json.dumps(dataclasses.asdict(config), indent=1))
-  scratch.rename(path / 'config.json')
+    if config.mesh != before.mesh:
+      print('Another mesh: the same losses but for their last digits.')
+  try:
+    write(path / 'config.json', text)
+  except OSError as error:
+    raise ConfigError(trouble(path, error)) from None
 
 
 def rows(path: pathlib.Path) -> list[dict]:
@@ -90,7 +168,51 @@ def rewind(path: pathlib.Path, step: int) -> list[dict]:
   """Drops the rows of a .jsonl file after `step`; returns those that stay."""
   kept = [row for row in rows(path) if row['step'] <= step]
   if path.exists():
-    scratch = path.with_suffix('.new')
-    scratch.write_text(''.join(json.dumps(row) + '\n' for row in kept))
-    scratch.rename(path)
+    write(path, ''.join(json.dumps(row) + '\n' for row in kept))
   return kept
+
+
+class Rows:
+  """Appends rows to a .jsonl file, whole ones only.
+
+  Where the disk is full they wait in memory, are tried again with every row
+  that follows, and `close` raises the OSError if they are still there: no row
+  is lost in silence, and none is torn but by a kill.
+  """
+
+  def __init__(self, path: pathlib.Path):
+    self._file = open(path, 'ab', buffering=0)
+    self._path = path
+    self._waiting: list[bytes] = []
+
+  def append(self, row: dict) -> None:
+    """Writes the row now, or keeps it."""
+    self._waiting.append(json.dumps(row).encode() + b'\n')
+    try:
+      self._flush()
+    except OSError as error:
+      if len(self._waiting) == 1:
+        print(f'WARNING: {trouble(self._path, error)}; rows wait in memory.')
+
+  def close(self) -> None:
+    """Writes what still waits.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    try:
+      self._flush()
+    finally:
+      self._file.close()
+
+  def _flush(self):
+    while self._waiting:
+      line, end = self._waiting[0], os.fstat(self._file.fileno()).st_size
+      try:
+        written = self._file.write(line)
+        if written != len(line):
+          raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+      except OSError:
+        os.ftruncate(self._file.fileno(), end)
+        raise
+      self._waiting.pop(0)

@@ -1,6 +1,6 @@
 """DeepSeek-V3-style models in JAX and Flax: MLA, fine-grained MoE, MTP.
 
-    from mla_moe import Config, Transformer, cost, load_huggingface
+    from mla_moe import Config, Transformer, cost, generate, load_huggingface
 
 Importing this package does nothing else: no flags, no logging, no devices.
 """
@@ -8,18 +8,22 @@ Importing this package does nothing else: no flags, no logging, no devices.
 from __future__ import annotations
 
 from mla_moe import cost
-from mla_moe.config import Config, ConfigError, ModelConfig
+from mla_moe.config import CacheConfig, Config, ConfigError, ModelConfig
+from mla_moe.generation import generate, rollout
 from mla_moe.hf_save import save_huggingface
 from mla_moe.huggingface import load_huggingface
 from mla_moe.model import Output, Transformer
 
 __all__ = [
+  'CacheConfig',
   'Config',
   'ConfigError',
   'ModelConfig',
   'Output',
   'Transformer',
   'cost',
+  'generate',
   'load_huggingface',
+  'rollout',
   'save_huggingface',
 ]

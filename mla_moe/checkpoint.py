@@ -1,96 +1,413 @@
-"""Checkpoints: the whole state by Orbax, asynchronous, restored strictly.
+"""Checkpoints: the whole state, written behind training's back, then sealed.
 
-A step counts only when its commit file is there, for writing and for reading;
-the two modes of Orbax must never be mixed, because the other one lists
-half-written steps. Restoring compares tree, shapes and dtypes first: Orbax by
-itself casts a dtype silently.
+A folder of checkpoints has one folder a step. Orbax writes the arrays and, when
+all of them are there, a commit file; then `seal.json` is written (see `seal`),
+and only then may older steps go. So at every instant the newest sealed step is
+whole, and a step counts as saved when its seal is there. Reading goes from the
+newest step down: it compares the files with the seal, the tree, shapes and
+dtypes with those wanted (Orbax by itself casts without a word), and the
+fingerprints of what has been read with those of what was saved; a damaged step
+is refused in a loud line, and the one before it is taken.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
+import errno
+import importlib.metadata
 import os
 import pathlib
-from typing import Any
+import shutil
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
+from mla_moe import faults, fingerprint, seal
 from mla_moe.config import ConfigError
 from mla_moe.types import PyTree
 
+Damaged = seal.Damaged
+_COMMIT = 'commit_success.txt'
+_REFUSED = 'refused'
 
-def manager(folder: os.PathLike | str, keep: int) -> ocp.CheckpointManager:
-  """The manager of a run's checkpoints; use it in a `with` block.
 
-  Without the block a save that has not finished is lost at exit.
+class NotSaved(RuntimeError):
+  """A step could not be saved; one line says where and why."""
+
+
+class Restored(NamedTuple):
+  """A checkpoint that has been read."""
+
+  step: int
+  state: PyTree
+  facts: dict
+
+
+class Writer:
+  """Saves steps of one run into `folder`; use it in a `with` block.
+
+  A save returns when the arrays have been copied; the rest happens in a thread,
+  whose errors the next call raises. Kept are the newest `keep` sealed steps,
+  every step that `keep_every` divides, and the `keep_best` ones of the lowest
+  `facts[best]`.
+
+  Raises (every method):
+    NotSaved: this step, or the one before, could not be written. What was
+      sealed is as it was, and the next save may succeed.
   """
-  path = pathlib.Path(folder).resolve()
-  path.mkdir(parents=True, exist_ok=True, mode=0o700)
-  mode = ocp.options.AtomicityMode.COMMIT_FILE
-  options = ocp.CheckpointManagerOptions(
-    max_to_keep=keep,
-    cleanup_tmp_directories=True,
-    atomicity_options=ocp.options.AtomicityOptions(mode=mode),
+
+  def __init__(
+    self,
+    folder: os.PathLike | str,
+    keep: int,
+    *,
+    keep_every: int = 0,
+    keep_best: int = 0,
+    best: str = 'bits_per_byte',
+  ):
+    self.folder = pathlib.Path(folder).resolve()
+    self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if jax.process_index() == 0:
+      _clean(self.folder)
+    self._policy = keep, keep_every, keep_best
+    self._best = best
+    self._orbax = _checkpointer()
+    self._thread = concurrent.futures.ThreadPoolExecutor(1)
+    self._running = None
+    self._last = None
+
+  def __enter__(self) -> Writer:
+    return self
+
+  def __exit__(self, kind, *_) -> None:
+    try:
+      self.wait()
+    except Exception:
+      if kind is None:  # never instead of the error that ends the block
+        raise
+    finally:
+      self._thread.shutdown()
+      self._orbax.close()
+
+  def save(self, step: int, state: PyTree, facts: dict) -> None:
+    """Begins to save `state`, and `facts` as JSON, as `step`."""
+    self.wait()
+    path = self.folder / str(step)
+    if step == self._last and path.exists():
+      return
+    pending = fingerprint.of(state)
+    items = ocp.args.Composite(
+      state=ocp.args.StandardSave(state), facts=ocp.args.JsonSave(facts)
+    )
+    try:
+      faults.reach('before_write', step)
+      if not self.folder.is_dir():  # Orbax would make it anew, without a lock
+        raise FileNotFoundError(errno.ENOENT, 'the folder is gone')
+      if path.exists() and jax.process_index() == 0:
+        set_aside(self.folder, step)
+      self._orbax.save(path, args=items)
+    except Exception as error:  # Orbax's are of many types
+      raise self._failed(path, error) from error
+    self._last = step
+    self._running = self._thread.submit(
+      self._finish, step, path, pending, facts
+    )
+
+  def wait(self) -> None:
+    """Returns when the last save has been sealed."""
+    running, self._running = self._running, None
+    if running is None:
+      return
+    try:
+      running.result()
+    except Exception as error:
+      path = self.folder / str(self._last)
+      self._last = None
+      raise self._failed(path, error) from error
+
+  def _failed(self, path, error) -> NotSaved:
+    """The error in a line, after making room for the next save."""
+    with contextlib.suppress(Exception):  # it may still be writing
+      self._orbax.wait_until_finished()
+    if jax.process_index() == 0 and self.folder.is_dir():
+      _clean(self.folder)
+    try:
+      free = f'{shutil.disk_usage(self.folder).free / 2**20:,.0f} MiB are free'
+    except OSError:
+      free = 'the folder is gone'
+    text = (str(error).strip().splitlines() or [''])[0]
+    return NotSaved(
+      f'{path}: could not be saved ({type(error).__name__}: {text}; {free})'
+    )
+
+  def _finish(self, step, path, pending, facts):
+    faults.reach('during_write', step)
+    self._orbax.wait_until_finished()
+    if jax.process_index() != 0:
+      return
+    prints, _ = fingerprint.read(pending)
+    faults.reach('before_seal', step)
+    seal.write(
+      path,
+      {
+        'step': step,
+        'facts': facts,
+        'fingerprints': prints,
+        'versions': versions(),
+        'processes': jax.process_count(),
+      },
+    )
+    faults.reach('after_seal', step)
+    self._prune()
+
+  def _prune(self):
+    scores = {}
+    for step in steps(self.folder):
+      try:
+        sealed = seal.read(self.folder / str(step))
+      except Damaged:
+        continue
+      if sealed is not None:
+        scores[step] = sealed['facts'].get(self._best)
+    for step in scores.keys() - retained(scores, *self._policy):
+      remove(self.folder, step)
+
+
+def retained(
+  scores: dict[int, float | None], keep: int, every: int = 0, best: int = 0
+) -> set[int]:
+  """The steps that the policy keeps, of those with their scores (or None)."""
+  newest = sorted(scores)[-keep:]
+  spaced = [step for step in scores if every and step % every == 0]
+  scored = [step for step, score in scores.items() if score is not None]
+  ranked = sorted(scored, key=lambda step: (scores[step], -step))[:best]
+  return {*newest, *spaced, *ranked}
+
+
+def steps(folder: os.PathLike | str) -> list[int]:
+  """Committed steps, ascending; nothing else in the folder counts as one."""
+  path = pathlib.Path(folder)
+  if not path.is_dir():
+    return []
+  return sorted(
+    int(child.name)
+    for child in path.iterdir()
+    if _is_step(child.name) and (child / _COMMIT).is_file()
   )
-  handlers = {
-    'state': ocp.StandardCheckpointHandler(),
-    'facts': ocp.JsonCheckpointHandler(),
-  }
-  return ocp.CheckpointManager(path, options=options, item_handlers=handlers)
 
 
-def save(
-  checkpoints: ocp.CheckpointManager, step: int, state: PyTree, facts: dict
-) -> None:
-  """Saves `state`, and `facts` as JSON, as `step` (again, if it is there).
+def check(folder: os.PathLike | str, step: int) -> dict | None:
+  """The step's seal, after comparing every file with it; None: it has none.
 
-  Returns when the arrays have been copied; they are written meanwhile.
+  Raises:
+    Damaged: one line, which names the file.
   """
-  if step in checkpoints.all_steps():
-    return
-  items = ocp.args.Composite(
-    state=ocp.args.StandardSave(state), facts=ocp.args.JsonSave(facts)
-  )
-  checkpoints.save(step, args=items, force=True)
+  path = pathlib.Path(folder) / str(step)
+  try:
+    sealed = seal.read(path)
+    if sealed is not None:
+      seal.check(path, sealed)
+  except OSError as error:
+    raise Damaged(f'{path}: cannot be read ({error.strerror})') from None
+  return sealed
 
 
 def restore(
-  checkpoints: ocp.CheckpointManager, like: PyTree
-) -> tuple[int, PyTree, dict] | None:
-  """(step, state, facts) of the last step, or None where there is none.
+  folder: os.PathLike | str,
+  like: PyTree,
+  *,
+  before: int | None = None,
+  unsealed: bool = False,
+  aside: bool = False,
+  say: Callable[[str], Any] = print,
+) -> Restored | None:
+  """The newest step that is whole, or None where there is no step at all.
 
-  `like` is a state of the wanted tree, shapes, dtypes and shardings.
+  Args:
+    like: a state of the wanted tree, shapes, dtypes and shardings, which need
+      not be those that the checkpoint was saved with.
+    before: only steps below this one.
+    unsealed: take a step without a seal, too: nothing vouches for its bytes.
+    aside: move refused steps, and those not `before`, into the folder
+      `refused`, out of the way of those that the run will write.
+    say: told every refusal.
 
   Raises:
-    ConfigError: the checkpoint holds something else; names the first leaf.
+    ConfigError: a step holds something else (names the first leaf), or every
+      step was refused (Damaged).
   """
-  step = checkpoints.latest_step()
-  if step is None:
-    return None
-  saved = checkpoints.item_metadata(step)['state']
-  _compare(
-    _described(saved), _described(like), f'{checkpoints.directory}/{step}'
+  folder = pathlib.Path(folder).resolve()
+  found = steps(folder)
+  wanted = [s for s in reversed(found) if before is None or s < before]
+  refusals = []
+  if aside and jax.process_index() == 0:
+    for step in set(found) - set(wanted):
+      set_aside(folder, step)
+  for step in wanted:
+    reason, sealed = _judge(folder, step, unsealed)
+    if not reason:
+      try:
+        return _read(folder / str(step), step, like, sealed)
+      except Damaged as error:
+        reason = str(error)
+    refusals.append(reason)
+    say(f'CHECKPOINT {step} REFUSED. {reason}')
+    if aside and jax.process_index() == 0:
+      place = set_aside(folder, step)
+      say(f'It now lies in {place}.')
+  if refusals:
+    raise Damaged(
+      f'{folder}: no step can be trusted; the newest: {refusals[0]}'
+    )
+  return None
+
+
+def facts(folder: os.PathLike | str, step: int) -> dict:
+  """What was saved beside the state.
+
+  Raises:
+    Damaged: it cannot be read.
+  """
+  path = pathlib.Path(folder).resolve() / str(step)
+  return _load(path, facts=ocp.args.JsonRestore())['facts']
+
+
+def set_aside(folder: os.PathLike | str, step: int) -> pathlib.Path:
+  """Moves the step into `refused`, where nothing reads it; says where to."""
+  folder = pathlib.Path(folder)
+  place = folder / _REFUSED
+  place.mkdir(exist_ok=True, mode=0o700)
+  number = 0
+  while (target := place / f'{step}-{number}').exists():
+    number += 1
+  os.rename(folder / str(step), target)
+  return target
+
+
+def remove(folder: os.PathLike | str, step: int) -> None:
+  """Deletes a step; killed half-way, what is left is no step any more."""
+  path = pathlib.Path(folder) / str(step)
+  (path / _COMMIT).unlink(missing_ok=True)
+  shutil.rmtree(path)
+
+
+def versions() -> dict[str, str]:
+  """Of the packages that a saved number depends on."""
+  found = {}
+  for package in ('mla_moe', 'jax', 'jaxlib', 'flax', 'optax'):
+    try:
+      found[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      found[package] = '?'
+  return found | {'orbax-checkpoint': ocp.__version__}
+
+
+def _is_step(name: str) -> bool:
+  return name.isascii() and name.isdigit() and name == str(int(name))
+
+
+def _checkpointer() -> ocp.AsyncCheckpointer:
+  """Steps are folders with a commit file, which is what `steps` looks for.
+
+  Orbax's other mode would list a half-written step: never mix the two.
+  """
+  handler = ocp.CompositeCheckpointHandler(
+    state=ocp.StandardCheckpointHandler(), facts=ocp.JsonCheckpointHandler()
   )
+  mode = ocp.options.AtomicityMode.COMMIT_FILE
+  return ocp.AsyncCheckpointer(
+    handler,
+    atomicity_options=ocp.options.AtomicityOptions(mode=mode),
+    file_options=ocp.options.FileOptions(path_permission_mode=0o700),
+  )
+
+
+def _clean(folder: pathlib.Path):
+  """Deletes what a killed save left: steps of Orbax without a commit file."""
+  for path in folder.iterdir():
+    ours = (path / '_CHECKPOINT_METADATA').exists()
+    if _is_step(path.name) and ours and not (path / _COMMIT).exists():
+      shutil.rmtree(path)
+
+
+def _judge(folder, step, unsealed) -> tuple[str, dict | None]:
+  """(why the step is refused or '', its seal); one process decides for all."""
+  reason, sealed = '', None
+  if jax.process_index() == 0:
+    try:
+      sealed = check(folder, step)
+      if sealed is None and not unsealed:
+        reason = (
+          f'{folder}/{step}: has no seal: its saving was cut off, or a version '
+          'without seals wrote it; --allow_unsealed takes it all the same'
+        )
+    except Damaged as error:
+      reason = str(error)
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    bad = multihost_utils.broadcast_one_to_all(np.int32(bool(reason)))
+    if jax.process_index() != 0:
+      reason = 'process 0 refused it' if bad else ''
+      sealed = None if bad else seal.read(folder / str(step))
+  return reason, sealed
+
+
+def _read(path, step, like, sealed) -> Restored:
+  saved = _metadata(path)
+  _compare(_described(saved), _described(like), path)
   abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-  items = ocp.args.Composite(
-    state=ocp.args.StandardRestore(abstract), facts=ocp.args.JsonRestore()
+  out = _load(
+    path,
+    state=ocp.args.StandardRestore(abstract),
+    facts=ocp.args.JsonRestore(),
   )
-  out = checkpoints.restore(step, args=items)
-  return step, out['state'], out['facts']
+  if sealed is not None:
+    prints, _ = fingerprint.read(fingerprint.of(out['state']))
+    for name, value in sealed['fingerprints'].items():
+      if prints.get(name) != value:
+        raise Damaged(f'{path}: {name} is not, once read, what was saved')
+  return Restored(step, out['state'], out['facts'])
+
+
+def _metadata(path):
+  checkpointer = _checkpointer()
+  try:
+    return checkpointer.metadata(path).item_metadata['state'].tree
+  except Exception as error:  # whatever Orbax meets in a damaged file
+    raise _unreadable(path, error) from error
+  finally:
+    checkpointer.close()
+
+
+def _load(path, **items):
+  checkpointer = _checkpointer()
+  try:
+    return checkpointer.restore(path, args=ocp.args.Composite(**items))
+  except Exception as error:  # whatever Orbax meets in a damaged file
+    raise _unreadable(path, error) from error
+  finally:
+    checkpointer.close()
+
+
+def _unreadable(path, error) -> Damaged:
+  text = (str(error).strip().splitlines() or [''])[0]
+  return Damaged(f'{path}: cannot be read ({type(error).__name__}: {text})')
 
 
 def _described(tree: Any) -> dict[str, tuple]:
   leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-  plain = lambda path: '.'.join(
-    str(getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', key))))
-    for key in path
-  )
   return {
-    plain(path): (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in leaves
+    fingerprint.name(path): (tuple(leaf.shape), str(leaf.dtype))
+    for path, leaf in leaves
   }
 
 
-def _compare(saved: dict, wanted: dict, where: str):
+def _compare(saved: dict, wanted: dict, where: pathlib.Path):
   for name in sorted(saved.keys() | wanted.keys()):
     if saved.get(name) != wanted.get(name):
       raise ConfigError(

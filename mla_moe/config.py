@@ -291,6 +291,22 @@ class ModelConfig(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
+class CacheConfig(_Checked):
+  """How decoding keeps the latents: their type, and tokens in a page.
+
+  'auto' is float32 on a CPU and bfloat16 elsewhere; 'int8' and 'float8' (E4M3)
+  have a scale for each 128 numbers and keep the shared key in bfloat16.
+  """
+
+  dtype: str = 'auto'
+  page: int = 128
+
+  def _rules(self):
+    self._positive('page')
+    self._one_of('dtype', 'auto', 'float32', 'bfloat16', 'int8', 'float8')
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimConfig(_Checked):
   """The training recipe: optimizer, schedules keyed on tokens, loss weights.
 
@@ -299,6 +315,10 @@ class OptimConfig(_Checked):
   is the rate at the phase's end as a share of `learning_rate`. The last phase's
   end holds for ever. The bias rate (gamma) and the MTP weight (lambda) change
   once, after `bias_tokens` and `mtp_tokens`.
+
+  A step whose loss or gradient is not finite changes nothing; nor does one
+  whose loss exceeds the mean of the last `spike_window` accepted losses by more
+  than `spike_sigma` standard deviations (0: none is looked for).
   """
 
   optimizer: str = 'adamw'
@@ -323,8 +343,11 @@ class OptimConfig(_Checked):
   mtp_loss: float = 0.3
   mtp_loss_final: float = 0.1
   mtp_tokens: float = 10e12
+  spike_sigma: float = 0.0
+  spike_window: int = 128
 
   def _rules(self):
+    self._require('spike_window', self.spike_window > 1, 'must be at least 2')
     self._one_of('optimizer', 'adamw', 'muon')
     for name in ('beta1', 'beta2'):
       self._require(name, getattr(self, name) < 1, 'must be below 1')
@@ -431,7 +454,18 @@ class MeshConfig(_Checked):
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig(_Checked):
-  """The loop: how long, how often it speaks, saves and evaluates (0: never)."""
+  """The loop: how long, how often it speaks, saves and evaluates (0: never).
+
+  Kept are the newest `keep` checkpoints, every step that `keep_every` divides,
+  and the `keep_best` ones of the lowest held-out bits per byte. Every
+  `check_every` steps the state's fingerprints are written down, and replicas
+  compared. A step that takes `step_timeout` seconds ends the run.
+
+  After `max_skips` skipped steps in a row the run stops. After `spike_patience`
+  of them that were spikes it goes back to the checkpoint before the first and
+  continues with the text `spike_jump` batches further on (PaLM, section 5.1),
+  at most `max_rollbacks` times.
+  """
 
   steps: int = 243425
   seed: int = 0
@@ -441,9 +475,18 @@ class RunConfig(_Checked):
   sample_every: int = 1000
   save_every: int = 1000
   keep: int = 3
+  keep_every: int = 0
+  keep_best: int = 0
+  check_every: int = 100
+  step_timeout: float = 1800.0
+  max_skips: int = 5
+  spike_patience: int = 3
+  spike_jump: int = 200
+  max_rollbacks: int = 3
 
   def _rules(self):
     self._positive('steps', 'log_every', 'eval_batches', 'keep')
+    self._positive('max_skips', 'spike_patience')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -596,6 +639,7 @@ def smoke(config: Config) -> Config:
     eval_batches=2,
     sample_every=10,
     save_every=10,
+    check_every=5,
   )
   optim = dataclasses.replace(config.optim, warmup_steps=5)
   return dataclasses.replace(

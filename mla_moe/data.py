@@ -65,8 +65,12 @@ def batch_at(
   bos_id: int,
   host: int = 0,
   hosts: int = 1,
+  passed: int = 0,
 ) -> Batch:
   """The batch of `step`, or this host's columns of each micro-batch.
+
+  `passed` sequences before the step's are left out: where a run that had gone
+  astray goes on elsewhere in the text, with its schedules unchanged.
 
   Raises:
     ConfigError: hosts that do not divide the micro-batch.
@@ -76,7 +80,7 @@ def batch_at(
     raise ConfigError(f'{hosts} hosts: must divide data.micro_batch={micro}')
   first, size = span(data, step)
   most, each = data.batch_size // micro, micro // hosts
-  at = first + np.arange(size).reshape(-1, micro)
+  at = first + passed + np.arange(size).reshape(-1, micro)
   at = at[:, host * each : (host + 1) * each]
   rows = (len(stream) - 1) // data.seq_len
   epoch, index = np.divmod(at, rows)
@@ -104,10 +108,17 @@ def batches(
   stop: int,
   host: int = 0,
   hosts: int = 1,
+  passed: int = 0,
 ) -> Iterator[Batch]:
   """Batches of steps start..stop-1; `loader` 'grain' reads ahead in threads."""
   read = functools.partial(
-    batch_at, stream, data, bos_id=bos_id, host=host, hosts=hosts
+    batch_at,
+    stream,
+    data,
+    bos_id=bos_id,
+    host=host,
+    hosts=hosts,
+    passed=passed,
   )
   if data.loader == 'memmap':
     return map(read, range(start, stop))

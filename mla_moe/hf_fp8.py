@@ -32,6 +32,7 @@ from mla_moe.types import Float
 BLOCK = 128
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 LARGEST = 448.0
+_AT_ONCE = 2**17  # numbers that fit a core's cache
 _VALUES = np.arange(256, dtype=np.uint8).view(E4M3).astype(np.float32)
 # The numbers that a block's largest q may be, once it cannot be doubled.
 _TOPS = tuple(float(v) for v in sorted(_VALUES[_VALUES > 224], reverse=True))
@@ -148,14 +149,13 @@ def check_finite(name: str, values: np.ndarray) -> None:
   Raises:
     ConfigError: names the tensor.
   """
-  if not values.size:
-    return
   kind = ml_dtypes.finfo(values.dtype)
   # Finite numbers are, by magnitude, the bit patterns below the largest's.
-  bits = np.dtype(f'u{values.itemsize}')
+  bits, signed = (np.dtype(f'{sign}{values.itemsize}') for sign in 'ui')
   top = int(np.asarray(kind.max, values.dtype).view(bits))
-  raw = values.view(bits)
   negative = top + (1 << (8 * values.itemsize - 1))
-  signed = raw.view(f'i{values.itemsize}')
-  if int(raw.max()) > negative or int(signed.max()) > top:
-    raise ConfigError(f'tensor {name!r} holds NaN or infinity')
+  flat = values.reshape(-1)
+  for start in range(0, flat.size, _AT_ONCE):
+    part = flat[start : start + _AT_ONCE]
+    if part.view(bits).max() > negative or part.view(signed).max() > top:
+      raise ConfigError(f'tensor {name!r} holds NaN or infinity')

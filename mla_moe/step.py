@@ -5,6 +5,10 @@ tokens, so that the split into micro-batches does not change the result. The
 number of micro-batches is a value, not a shape: the batch may grow during the
 run without a new compilation. The router's biases move outside the gradient,
 by the load of the whole step (V3 section 2.1.2).
+
+A step that must not be taken (its loss or gradient is not finite, or its loss
+is a spike) is computed all the same and then not chosen: one `where` over what
+the update writes anyway. optax.apply_if_finite applies the last NaN in the end.
 """
 
 from __future__ import annotations
@@ -14,7 +18,6 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from flax import struct
-from jax.sharding import NamedSharding, PartitionSpec
 
 from mla_moe import config as config_lib
 from mla_moe import (
@@ -35,49 +38,63 @@ class State:
   """All that training changes: saved whole, restored whole.
 
   Fields are trees and not arrays by type, since the same structure also holds
-  shapes, shardings or None.
+  shapes, shardings or None. `guard` holds the accepted losses that a spike is
+  told by: {'losses': [W] float32, a ring; 'seen': how many}, or nothing.
   """
 
   step: PyTree
   params: PyTree
   router: PyTree
   opt: PyTree
+  guard: PyTree = struct.field(default_factory=dict)
 
 
 def init_state(
   key: Array, config: config_lib.Config, mesh: jax.sharding.Mesh | None = None
 ) -> State:
   """A fresh state; on a `mesh`, every leaf is made where it will live."""
-  tx = optim.optimizer(config.optim)
-  network = model.Transformer(config.model)
-  tokens = jnp.zeros((1, config.model.mtp.depth + 2), jnp.int32)
-
-  def boxed(key):
-    return network.init(key, tokens)
-
-  def make(key):
-    variables = nn.unbox(boxed(key))
-    params = variables['params']
-    zero = jnp.zeros((), jnp.int32)
-    return State(zero, params, variables.get('router', {}), tx.init(params))
-
+  make = lambda key: nn.unbox(_boxed_state(key, config))
   if mesh is None:
     return jax.jit(make)(key)
-  laid = sharding.shardings(jax.eval_shape(boxed, key), mesh)
-  abstract = jax.eval_shape(make, key)
-  everywhere = NamedSharding(mesh, PartitionSpec())
+  where = sharding.shardings(layout(config), mesh)
+  return jax.jit(make, out_shardings=where)(key)
+
+
+def layout(config: config_lib.Config) -> State:
+  """Shapes of the state, each leaf with its logical axes (boxed), unmade.
+
+  What is here can be laid on a mesh that does not exist: the plan of a run
+  starts from it.
+  """
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  return jax.eval_shape(lambda key: _boxed_state(key, config), key)
+
+
+def _boxed_state(key: Array, config: config_lib.Config) -> State:
+  tx = optim.optimizer(config.optim)
+  tokens = jnp.zeros((1, config.model.mtp.depth + 2), jnp.int32)
+  boxed = model.Transformer(config.model).init(key, tokens)
   # Muon's state and AdamW's each leave out the other's parameters.
   masked = lambda leaf: isinstance(leaf, optax.MaskedNode)
+  opt = tx.init(nn.unbox(boxed['params']))
   opt = optax.tree_map_params(
     tx,
-    lambda leaf, where: leaf if masked(leaf) else where,
-    abstract.opt,
-    laid['params'],
-    transform_non_params=lambda _: everywhere,
+    lambda leaf, like: leaf if masked(leaf) else like.replace_boxed(leaf),
+    opt,
+    boxed['params'],
     is_leaf=masked,
   )
-  where = State(everywhere, laid['params'], laid.get('router', {}), opt)
-  return jax.jit(make, out_shardings=where)(key)
+  zero = jnp.zeros((), jnp.int32)
+  biases = boxed.get('router', {})
+  return State(zero, boxed['params'], biases, opt, fresh_guard(config.optim))
+
+
+def fresh_guard(optim: config_lib.OptimConfig) -> PyTree:
+  """The guard of a state that has seen no step."""
+  if not optim.spike_sigma:
+    return {}
+  losses = jnp.zeros((optim.spike_window,), jnp.float32)
+  return {'losses': losses, 'seen': jnp.zeros((), jnp.int32)}
 
 
 def train_step(
@@ -87,11 +104,12 @@ def train_step(
   *,
   config: config_lib.Config,
 ) -> tuple[State, dict[str, Array]]:
-  """One update from a whole global batch.
+  """One update from a whole global batch, or none: the step is counted.
 
   Metrics: float32 scalars loss (all of it), main_loss and mtp_loss (nats per
-  token), balance_loss (mean over MoE layers; 1 is balanced), grad_norm; per MoE
-  layer, MTP modules last: load [L, E] int32, entropy [L] and bias_norm [L].
+  token), balance_loss (mean over MoE layers; 1 is balanced), grad_norm, skipped
+  (0; 1: not finite; 2: a spike); per MoE layer, MTP modules last: load [L, E]
+  int32, entropy [L] and bias_norm [L].
   """
   used = jnp.arange(batch.tokens.shape[0]) < batch.count
   targets = batch.targets >= 0
@@ -133,13 +151,20 @@ def train_step(
     config.optim.clip,
   )
   biases = _rebalance(state.router, metrics['load'], rates.bias_rate, config)
+  skipped, guard = _judge(state.guard, metrics['loss'], norm, config.optim)
+  params, biases, opt, guard = jax.tree.map(
+    lambda new, old: jnp.where(skipped == 0, new, old),
+    (params, biases, opt, guard),
+    (state.params, state.router, state.opt, state.guard),
+  )
   norms = [jnp.linalg.norm(b, axis=-1).reshape(-1) for b in _leaves(biases)]
   metrics.pop('z_loss')
   metrics['balance_loss'] = jnp.mean(metrics['balance_loss'])
   metrics['grad_norm'] = norm
+  metrics['skipped'] = skipped
   if norms:
     metrics['bias_norm'] = jnp.concatenate(norms)
-  return State(state.step + 1, params, biases, opt), metrics
+  return State(state.step + 1, params, biases, opt, guard), metrics
 
 
 def eval_step(
@@ -154,6 +179,23 @@ def eval_step(
   parts = batch._replace(count=jnp.zeros(len(batch.tokens)))
   nll, tokens = jax.lax.map(one, parts)
   return {'nll': nll.sum(), 'tokens': tokens.sum()}
+
+
+def _judge(guard, loss, norm, optim) -> tuple[Array, PyTree]:
+  """(0, 1 or 2 as in the metric `skipped`, the guard if it is 0).
+
+  Only accepted losses enter the ring: a NaN in it would condemn every step
+  until it had left again.
+  """
+  wrong = 1.0 - (jnp.isfinite(loss) & jnp.isfinite(norm)).astype(jnp.float32)
+  if not guard:
+    return wrong, guard
+  losses, seen = guard['losses'], guard['seen']
+  limit = losses.mean() + optim.spike_sigma * losses.std()
+  spike = (seen >= losses.size) & (loss > limit)
+  skipped = jnp.where(wrong > 0, wrong, 2.0 * spike)
+  losses = losses.at[seen % losses.size].set(loss)
+  return skipped, {'losses': losses, 'seen': seen + 1}
 
 
 def _accumulate(objective, params, batch) -> tuple[PyTree, dict[str, Array]]:

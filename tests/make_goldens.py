@@ -1,17 +1,22 @@
 """Makes golden cases with transformers: a random model and what it computes.
 
   python tests/make_goldens.py --folder=DIR --kind=v3 --seed=1 n_group=1 topk_group=1
+  python tests/make_goldens.py --folder=DIR --kind=v3 --release hidden_size=192
 
 Writes a `save_pretrained` folder and expected.npz: tokens [2, 96], the logits
 of the whole sequence and the greedy continuation of the first 24 tokens, by
-repeated full forward. `name=value` pairs override the configuration. Needs
-torch and transformers; the cases in tests/golden are of transformers 5.23.0.
+repeated full forward. `name=value` pairs override the configuration. --release
+writes V3 as DeepSeek publishes it: FP8 blocks, shards with an index, the old
+words of config.json, and an MTP layer, made of transformers' own parts, whose
+mtp_logits [2, 95] are kept, too. Needs torch and transformers; the cases in
+tests/golden are of transformers 5.23.0. Nothing here imports mla_moe.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import json
 import pathlib
 
 import numpy as np
@@ -66,6 +71,142 @@ KINDS = {
 }
 
 
+BLOCK = 128
+
+
+def quantised(weight):
+  """(float8_e4m3fn, scales) by blocks of 128x128, and what they stand for."""
+  import torch
+
+  rows, columns = weight.shape
+  r, c = -(-rows // BLOCK), -(-columns // BLOCK)
+  padded = torch.zeros(r * BLOCK, c * BLOCK)
+  padded[:rows, :columns] = weight
+  tiles = padded.reshape(r, BLOCK, c, BLOCK)
+  scale = tiles.abs().amax((1, 3)) / 448
+  scale = torch.where(scale == 0, 1.0, scale)
+  q = (tiles / scale[:, None, :, None]).clamp(-448, 448)
+  q = q.to(torch.float8_e4m3fn)
+  whole = lambda x: x.reshape(padded.shape)[:rows, :columns].contiguous()
+  wide = q.to(torch.float32) * scale[:, None, :, None]
+  return whole(q), scale, whole(wide)
+
+
+def views(prefix, module):
+  """(released name, the parameter or the part of it) of a module's tensors."""
+  for name, tensor in module.state_dict(keep_vars=True).items():
+    tensor = tensor.detach()
+    at, _, end = name.rpartition('.')
+    if end not in ('gate_up_proj', 'down_proj'):
+      yield prefix + name, tensor
+      continue
+    for e, one in enumerate(tensor):
+      parts = {'down_proj': one}
+      if end == 'gate_up_proj':
+        parts = dict(zip(('gate_proj', 'up_proj'), one.chunk(2), strict=True))
+      for part, view in parts.items():
+        yield f'{prefix}{at}.{e}.{part}.weight', view
+
+
+def release(named):
+  """The tensors as a release holds them; the model is rounded to the same."""
+  import torch
+
+  out = {}
+  for name, view in named:
+    linear = name.endswith(('_proj.weight', '_with_mqa.weight'))
+    if name.endswith('e_score_correction_bias'):
+      out[name] = view.clone()
+    elif linear and 'eh_proj' not in name:
+      q, scale, wide = quantised(view)
+      out[name], out[f'{name}_scale_inv'] = q, scale
+      view.copy_(wide)
+    else:
+      out[name] = view.to(torch.bfloat16)
+      view.copy_(out[name])
+  return out
+
+
+def mtp_module(model):
+  """An MTP layer: two norms, a projection, a decoder layer, the head's norm."""
+  import torch
+  from transformers.models.deepseek_v3 import modeling_deepseek_v3 as parts
+
+  config, dim = model.config, model.config.hidden_size
+  norm = lambda: parts.DeepseekV3RMSNorm(dim, config.rms_norm_eps)
+  layer = parts.DeepseekV3DecoderLayer(config, config.num_hidden_layers)
+  layer.enorm, layer.hnorm = norm(), norm()
+  layer.eh_proj = torch.nn.Linear(2 * dim, dim, bias=False)
+  layer.shared_head = torch.nn.Module()
+  layer.shared_head.norm = norm()
+  for parameter in layer.parameters():
+    if parameter.ndim > 1:
+      parameter.data.normal_(0, config.initializer_range)
+    else:
+      parameter.data.uniform_(0.8, 1.2)
+  layer.mlp.gate.e_score_correction_bias.normal_(0, 0.05)
+  return layer.eval()
+
+
+def mtp_logits(model, layer, tokens):
+  """Position i joins the hidden state of i with token i+1: [B, T-1, V]."""
+  import torch
+
+  hidden = model.model(tokens).last_hidden_state[:, :-1]
+  embedded = model.model.embed_tokens(tokens[:, 1:])
+  both = torch.cat([layer.enorm(embedded), layer.hnorm(hidden)], -1)
+  x = layer.eh_proj(both)
+  positions = torch.arange(x.shape[1])[None]
+  angles = model.model.rotary_emb(x, positions)
+  t = x.shape[1]
+  mask = torch.full((t, t), float('-inf')).triu(1)[None, None]
+  x = layer(
+    x,
+    attention_mask=mask,
+    position_ids=positions,
+    position_embeddings=angles,
+  )
+  x = x[0] if isinstance(x, tuple) else x
+  return model.lm_head(layer.shared_head.norm(x))
+
+
+def write_release(folder, config, tensors, shards=3):
+  """Shards, their index, and config.json in the words of the releases."""
+  from safetensors.torch import save_file
+
+  folder.mkdir(parents=True, exist_ok=True)
+  names, places, total = sorted(tensors), {}, 0
+  for number in range(shards):
+    mine = names[number::shards]
+    file = f'model-{number + 1:05d}-of-{shards:05d}.safetensors'
+    save_file({n: tensors[n].contiguous() for n in mine}, folder / file)
+    places |= dict.fromkeys(mine, file)
+    total += sum(tensors[n].numel() * tensors[n].itemsize for n in mine)
+  index = {'metadata': {'total_size': total}, 'weight_map': places}
+  path = folder / 'model.safetensors.index.json'
+  path.write_text(json.dumps(index, indent=1))
+  values = config.to_dict()
+  rope = dict(values.pop('rope_parameters'))
+  values['rope_theta'] = rope.pop('rope_theta')
+  rope['type'] = rope.pop('rope_type')
+  values |= {
+    'architectures': ['DeepseekV3ForCausalLM'],
+    'rope_scaling': rope,
+    'scoring_func': 'sigmoid',
+    'topk_method': 'noaux_tc',
+    'moe_layer_freq': 1,
+    'num_nextn_predict_layers': 1,
+    'auto_map': {'AutoConfig': 'configuration_deepseek.DeepseekV3Config'},
+    'quantization_config': {
+      'activation_scheme': 'dynamic',
+      'fmt': 'e4m3',
+      'quant_method': 'fp8',
+      'weight_block_size': [BLOCK, BLOCK],
+    },
+  }
+  (folder / 'config.json').write_text(json.dumps(values, indent=1))
+
+
 def main() -> None:
   """Makes one case."""
   import torch
@@ -75,11 +216,14 @@ def main() -> None:
   parser.add_argument('--folder', required=True, type=pathlib.Path)
   parser.add_argument('--kind', choices=sorted(KINDS), default='v3')
   parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--release', action='store_true')
   parser.add_argument('overrides', nargs='*')
   flags = parser.parse_args()
   pairs = [pair.split('=', 1) for pair in flags.overrides]
   given = {key: ast.literal_eval(value) for key, value in pairs}
   v3 = flags.kind == 'v3'
+  if flags.release and not v3:
+    parser.error('--release is for --kind=v3')
   kind = transformers.DeepseekV3Config if v3 else transformers.DeepseekV2Config
   torch.manual_seed(flags.seed)
   config = kind(**{**SMALL, **KINDS[flags.kind], **given})
@@ -92,19 +236,29 @@ def main() -> None:
   tokens = np.random.default_rng(flags.seed).integers(
     0, config.vocab_size, (2, 96)
   )
+  found = {'tokens': tokens.astype(np.int32)}
+  ids = torch.from_numpy(tokens)
   with torch.no_grad():
-    logits = model(torch.from_numpy(tokens)).logits.numpy()
-    greedy = torch.from_numpy(tokens[:, :24])
+    if flags.release:
+      layer = mtp_module(model)
+      at = f'model.layers.{config.num_hidden_layers}.'
+      tensors = release(views('', model)) | release(views(at, layer))
+      for name, original in (
+        ('embed_tokens.weight', 'model.embed_tokens.weight'),
+        ('shared_head.head.weight', 'lm_head.weight'),
+      ):
+        tensors[at + name] = tensors[original].clone()
+      write_release(flags.folder, config, tensors)
+      found['mtp_logits'] = mtp_logits(model, layer, ids).numpy()
+    else:
+      model.save_pretrained(flags.folder)
+    found['logits'] = model(ids).logits.numpy()
+    greedy = ids[:, :24]
     for _ in range(24):
       last = model(greedy).logits[:, -1:].argmax(-1)
       greedy = torch.cat([greedy, last], 1)
-  model.save_pretrained(flags.folder)
-  np.savez_compressed(
-    flags.folder / 'expected.npz',
-    tokens=tokens.astype(np.int32),
-    logits=logits,
-    greedy=greedy.numpy().astype(np.int32),
-  )
+  found['greedy'] = greedy.numpy().astype(np.int32)
+  np.savez_compressed(flags.folder / 'expected.npz', **found)
 
 
 if __name__ == '__main__':

@@ -9,22 +9,23 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = (
-  'types config',
-  'kernels',
+  'types config faults',
+  'kernels fingerprint seal',
   'fp8',
   'cost documents tokenizer checkpoint safetensors hf_config hf_fp8 hf_names',
-  'corpus hf_save',
+  'corpus hf_save hf_source',
   'data',
-  'sharding',
-  'losses optim metrics sequence',
+  'sharding sampling',
+  'losses optim metrics sequence speculative',
   'layers prediction',
-  'attention rope router dispatch',
+  'attention cache rope router dispatch',
   'expert_parallel',
-  'mla moe',
+  'absorbed mla moe',
   'block',
   'mtp',
   'model',
-  'step huggingface',
+  'step huggingface decode',
+  'generation memory',
 )
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names.split()}
 FILES = [

@@ -45,8 +45,7 @@ def runs(tmp_path_factory):
 
 def state_of(folder):
   like = step.init_state(jax.random.key(1), SMOKE)
-  with checkpoint.manager(folder / 'checkpoints', 3) as checkpoints:
-    return checkpoint.restore(checkpoints, like)
+  return checkpoint.restore(folder / 'checkpoints', like)
 
 
 @pytest.mark.slow
@@ -101,9 +100,8 @@ def test_another_dtype_in_a_checkpoint_is_refused(runs):
   root, _, _ = runs
   like = step.init_state(jax.random.key(1), SMOKE)
   half = jax.tree.map(lambda x: x.astype('bfloat16'), like.params)
-  with checkpoint.manager(root / 'whole' / 'checkpoints', 3) as checkpoints:
-    with pytest.raises(config_lib.ConfigError, match='bfloat16'):
-      checkpoint.restore(checkpoints, like.replace(params=half))
+  with pytest.raises(config_lib.ConfigError, match='bfloat16'):
+    checkpoint.restore(root / 'whole/checkpoints', like.replace(params=half))
 
 
 def test_the_workdir_is_one_writers(tmp_path):
@@ -200,8 +198,7 @@ def test_sigterm_saves_and_exits_0(tmp_path):
   assert ran.returncode == 0, err
   assert 'Stopped by SIGTERM at step' in out
   last = json.loads((folder / 'metrics.jsonl').read_text().splitlines()[-1])
-  with checkpoint.manager(folder / 'checkpoints', 3) as checkpoints:
-    assert checkpoints.latest_step() == last['step']
+  assert checkpoint.steps(folder / 'checkpoints')[-1] == last['step']
 
 
 def test_max_violation_by_hand():

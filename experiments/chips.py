@@ -1,0 +1,132 @@
+"""Accelerators as data: peaks, memory, list prices, and the slices there are.
+
+Peaks and bandwidths are the makers' (cloud.google.com/tpu/docs: v5e, v5p, v6e,
+tpu7x; NVIDIA's data sheets; read 2026-11-24). The memory that a program can
+have of a TPU is what libtpu 0.0.50 says when it refuses one that is too large;
+of a GPU 92 % is assumed, as with
+XLA_PYTHON_CLIENT_MEM_FRACTION=0.92. Prices are those of an on-demand chip's
+hour in the US, as secondary sources of 2026 quote them (Google's price page
+was not at hand; Ironwood has no public list price; GPUs' are rounded market
+prices); the H800's $2 is the assumption of the DeepSeek-V3 report's Table 1.
+They change: give yours with --dollars.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+from mla_moe.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """One kind of accelerator; per device, of which a chip has `cores`.
+
+  bf16 and fp8 are peak FLOP/s (fp8 equals bf16 where there is no FP8 unit),
+  usable is bytes of memory that a program gets, bandwidth and link bytes a
+  second (link: to the neighbours together), dollars an hour of the whole chip.
+  """
+
+  bf16: float
+  fp8: float
+  usable: float
+  bandwidth: float
+  link: float
+  dollars: float
+  dimensions: int
+  cores: int = 1
+
+
+GIB = 2.0**30
+CHIPS = {
+  'v5e': Chip(197e12, 197e12, 15.75 * GIB, 819e9, 200e9, 1.20, 2),
+  'v6e': Chip(918e12, 918e12, 31.24 * GIB, 1640e9, 400e9, 2.70, 2),
+  'v5p': Chip(459e12, 459e12, 95.73 * GIB, 2765e9, 600e9, 4.20, 3),
+  'tpu7x': Chip(
+    1153.5e12, 2307e12, 94.74 * GIB, 3690e9, 600e9, 12.0, 3, cores=2
+  ),
+  'h800': Chip(989e12, 1979e12, 0.92 * 80e9, 3350e9, 200e9, 2.0, 1),
+  'h100': Chip(989e12, 1979e12, 0.92 * 80e9, 3350e9, 450e9, 3.0, 1),
+  'h200': Chip(989e12, 1979e12, 0.92 * 141e9, 4800e9, 450e9, 4.0, 1),
+  'b200': Chip(2250e12, 4500e12, 0.92 * 180e9, 8000e9, 900e9, 6.0, 1),
+}
+
+_SLICES = {
+  1: [(8 * 2**i,) for i in range(9)],
+  2: [(1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)],
+  3: [
+    (2, 2, 1),
+    (2, 2, 2),
+    (2, 2, 4),
+    (2, 4, 4),
+    (4, 4, 4),
+    (4, 4, 8),
+    (4, 8, 8),
+    (8, 8, 8),
+    (8, 8, 16),
+    (8, 16, 16),
+    (16, 16, 16),
+  ],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+  """Chips of one kind that are wired together, for example v5p:4x4x4."""
+
+  kind: str
+  shape: tuple[int, ...]
+
+  @property
+  def chip(self) -> Chip:
+    return CHIPS[self.kind]
+
+  @property
+  def chips(self) -> int:
+    return math.prod(self.shape)
+
+  @property
+  def devices(self) -> int:
+    return self.chips * self.chip.cores
+
+  def __str__(self):
+    return f'{self.kind}:{"x".join(map(str, self.shape))}'
+
+
+def parse(text: str) -> Slice:
+  """The slice that `text` names: v5p:4x4x4, v5e-16, h100:64.
+
+  Raises:
+    ConfigError: a kind or a shape that there is not, with those there are.
+  """
+  match = re.fullmatch(r'([a-z0-9]+)[:-]([0-9]+(?:x[0-9]+)*)', text.lower())
+  kind = {'v5litepod': 'v5e', 'v5': 'v5p', 'v7x': 'tpu7x'}.get(
+    match[1] if match else '', match[1] if match else ''
+  )
+  if kind not in CHIPS:
+    raise ConfigError(
+      f'--topology={text!r}: name a chip and its shape, such as v5p:4x4x4, '
+      f'v5e:4x4 or h100:64; the chips are {", ".join(CHIPS)}'
+    )
+  shape = tuple(int(n) for n in match[2].split('x'))
+  known = _SLICES[CHIPS[kind].dimensions]
+  if len(shape) == 1 and CHIPS[kind].dimensions > 1:
+    shape = next((s for s in known if math.prod(s) == shape[0]), shape)
+  if CHIPS[kind].dimensions == 1:
+    if len(shape) == 1 and shape[0] > 0:
+      return Slice(kind, shape)
+  elif shape in known:
+    return Slice(kind, shape)
+  shapes = ', '.join('x'.join(map(str, s)) for s in known)
+  raise ConfigError(
+    f'--topology={text!r}: {kind} slices are {shapes}'
+    if CHIPS[kind].dimensions > 1
+    else f'--topology={text!r}: give the number of GPUs, such as {kind}:64'
+  )
+
+
+def slices(kind: str) -> list[Slice]:
+  """The slices of a kind, smallest first."""
+  return [Slice(kind, shape) for shape in _SLICES[CHIPS[kind].dimensions]]

@@ -1,0 +1,154 @@
+"""What to paste into an issue: versions, devices, flags, disk, known trouble.
+
+  python -m experiments.doctor
+
+Nothing is sent anywhere. Exit code 1 if something here is known not to work.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import sys
+
+_PACKAGES = (
+  'mla_moe',
+  'jax',
+  'jaxlib',
+  'libtpu',
+  'jax-cuda13-plugin',
+  'jax-cuda12-plugin',
+  'flax',
+  'optax',
+  'orbax-checkpoint',
+  'ml_collections',
+  'numpy',
+  'ml_dtypes',
+  'tokenizers',
+  'safetensors',
+  'grain',
+  'tensorboard',
+  'transformers',
+  'torch',
+)
+_FLAGS = ('JAX_', 'XLA_', 'LIBTPU_', 'TPU_', 'NCCL_', 'CUDA_VISIBLE', 'TF_')
+_DEVICES = """
+import jax
+for d in jax.devices():
+  stats = d.memory_stats() or {}
+  size = stats.get('bytes_limit', 0) / 2**30
+  print(d.platform, d.device_kind, f'{size:.1f} GiB' if size else '', sep='; ')
+"""
+
+
+def versions() -> dict[str, str]:
+  """Of every package of interest that is installed."""
+  found = {}
+  for name in _PACKAGES:
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  return found
+
+
+def number(version: str) -> tuple[int, ...]:
+  """(0, 12, 9) of '0.12.9.1rc2': the first three parts that are numbers."""
+  parts = []
+  for part in version.split('.')[:3]:
+    digits = ''.join(c for c in part if c.isdigit())
+    parts.append(int(digits or 0))
+  return tuple(parts)
+
+
+def trouble(found: dict[str, str], python: tuple[int, ...]) -> list[str]:
+  """What is known not to work about these versions, and what to do."""
+  at = {name: number(version) for name, version in found.items()}
+  jax, flax = at.get('jax', ()), at.get('flax', ())
+  lines = []
+  if python < (3, 11):
+    lines.append('Python is too old: 3.11 or newer is needed')
+  if jax and jax < (0, 10, 2):
+    lines.append('jax is too old: pip install "jax>=0.10.2"')
+  if flax and flax < (0, 12, 8):
+    lines.append('flax is too old: pip install "flax>=0.12.10"')
+  if flax == (0, 12, 9):
+    lines.append('flax 0.12.9 is broken: pip install "flax>=0.12.10"')
+  if flax and flax < (0, 12, 10) and jax >= (0, 11, 1):
+    lines.append(
+      'this flax fails to import flax.nnx on this jax (mla_moe does not need '
+      'it, other programs may): pip install "flax>=0.12.10"'
+    )
+  if 'jaxlib' in at and jax and at['jaxlib'][:2] != jax[:2]:
+    lines.append('jax and jaxlib do not match: pip install -U jax jaxlib')
+  if 'jax-cuda12-plugin' in at and 'jax-cuda13-plugin' in at:
+    lines.append('plugins of CUDA 12 and 13 are both there: uninstall one')
+  if 'libtpu' in at and any('cuda' in name for name in at):
+    lines.append('libtpu and a CUDA plugin are both there: set JAX_PLATFORMS')
+  return lines
+
+
+def devices(seconds: float = 60) -> list[str]:
+  """What jax sees, asked in a process of its own: drivers may hang."""
+  command = [sys.executable, '-c', _DEVICES]
+  try:
+    done = subprocess.run(
+      command, capture_output=True, text=True, timeout=seconds
+    )
+  except subprocess.TimeoutExpired:
+    return [f'jax did not start within {seconds:.0f} s']
+  if done.returncode:
+    return [(done.stderr.strip().splitlines() or ['jax failed'])[-1]]
+  return done.stdout.strip().splitlines()
+
+
+def _memory() -> str:
+  try:
+    pages = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+  except (ValueError, OSError):
+    return '?'
+  return f'{pages / 2**30:.1f} GiB'
+
+
+def _commit() -> str:
+  root = pathlib.Path(__file__).parent.parent
+  command = ['git', '-C', str(root), 'describe', '--always', '--dirty']
+  try:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+  except (OSError, subprocess.TimeoutExpired):
+    return 'unknown'
+  return done.stdout.strip() or 'unknown'
+
+
+def main() -> None:
+  """Prints the report."""
+  if sys.argv[1:]:
+    print(__doc__)
+    sys.exit(0 if sys.argv[1:] == ['--help'] else 2)
+  found = versions()
+  print(f'commit    {_commit()}')
+  print(f'python    {platform.python_version()} on {platform.platform()}')
+  print(f'machine   {os.cpu_count()} cores, {_memory()} memory')
+  free = shutil.disk_usage('.').free / 2**30
+  print(f'disk      {free:.1f} GiB free here')
+  print('packages  ' + ', '.join(f'{n} {v}' for n, v in found.items()))
+  flags = {k: v for k, v in os.environ.items() if k.startswith(_FLAGS)}
+  for name, value in sorted(flags.items()):
+    print(f'flag      {name}={value}')
+  for line in devices():
+    print(f'device    {line}')
+  lines = trouble(found, sys.version_info[:3])
+  if free < 2:
+    lines.append('less than 2 GiB of disk are free: a checkpoint may not fit')
+  for line in lines:
+    print(f'trouble   {line}')
+  print('No known trouble.' if not lines else '')
+  sys.exit(1 if lines else 0)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,147 @@
+"""Cloud TPU v5e, v5p and v6e by queued resources, one slice or several.
+
+A request waits in Google's queue until it becomes ACTIVE; a spot slice that is
+taken away becomes SUSPENDED (cloud.google.com/tpu/docs/queued-resources), and
+`resume` then asks for a new one, on which training goes on from the bucket.
+Ironwood has no queued resources: it is GKE's (`gke`).
+"""
+
+from __future__ import annotations
+
+import shlex
+
+from experiments.launch.job import Command, Job, command, train_line
+from mla_moe.config import ConfigError
+
+_RUNTIME = {
+  'v5e': 'v2-alpha-tpuv5-lite',
+  'v5p': 'v2-alpha-tpuv5',
+  'v6e': 'v2-alpha-tpuv6e',
+}
+_DEAD = ('FAILED', 'SUSPEND')
+
+
+def check(job: Job) -> None:
+  """Raises ConfigError where a field is missing or does not fit."""
+  job.need('project', 'zone', 'topology', 'storage')
+  kind = job.slice.kind
+  if kind == 'tpu7x':
+    raise ConfigError(
+      f'--topology={job.topology}: Ironwood has no queued resources; use '
+      "'gke' instead of 'tpu'"
+    )
+  if kind not in _RUNTIME:
+    raise ConfigError(f'--topology={job.topology}: is no TPU')
+  if not job.storage.startswith('gs://'):
+    raise ConfigError(
+      f'--storage={job.storage}: a slice vanishes with its disks; give a '
+      'bucket, gs://BUCKET[/FOLDER]'
+    )
+
+
+def accelerator(job: Job) -> str:
+  """The accelerator type: v5p's name counts cores, two a chip."""
+  on = job.slice
+  if on.kind == 'v5p':
+    return f'v5p-{2 * on.chips}'
+  return f'{"v5litepod" if on.kind == "v5e" else on.kind}-{on.chips}'
+
+
+def create(job: Job) -> list[Command]:
+  """Asks for the slices and waits until they are there."""
+  many = job.slices > 1
+  nodes = (
+    (f'--node-count={job.slices}', f'--node-prefix={job.name}')
+    if many
+    else (f'--node-id={job.name}', '')
+  )
+  return [
+    command(
+      *_queue('create', job),
+      f'--accelerator-type={accelerator(job)}',
+      f'--runtime-version={_RUNTIME[job.slice.kind]}',
+      *nodes,
+      '--spot' if job.spot else '',
+      f'--reservation={job.reservation}' if job.reservation else '',
+    ),
+    command(
+      *_queue('describe', job),
+      '--format=value(state.state)',
+      wait='ACTIVE',
+      gives_up=_DEAD,
+    ),
+  ]
+
+
+def install(job: Job) -> list[Command]:
+  """Copies this commit to every machine, mounts the bucket, makes .venv."""
+  archive = f'{job.name}.tar.gz'
+  bucket, _, folder = job.storage.removeprefix('gs://').partition('/')
+  only = f'--only-dir={shlex.quote(folder.rstrip("/"))} ' if folder else ''
+  lines = [
+    'mkdir -p mla_moe storage',
+    f'tar -xzf {archive} -C mla_moe',
+    'mountpoint -q storage || gcsfuse --implicit-dirs --rename-dir-limit=1000 '
+    f'{only}{bucket} storage',
+    'cd mla_moe',
+    'python3 -m venv .venv',
+    ".venv/bin/pip install --quiet -e '.[tpu,hf,data,viz]'",
+  ]
+  commands = [command('git', 'archive', f'--output={archive}', 'HEAD')]
+  for node in nodes(job):
+    to = f'{node}:{archive}'
+    commands.append(
+      command(*_vm('scp', job), '--worker=all', archive, to),
+    )
+    commands.append(_ssh(job, node, ' && '.join(lines)))
+  return commands
+
+
+def start(job: Job) -> list[Command]:
+  """Starts every process in the background; the run's folder has its log."""
+  workdir = f'../storage/{job.name}'
+  line = train_line(job, workdir, 'tpu', '.venv/bin/python')
+  inner = (
+    f'cd mla_moe && mkdir -p {workdir} && '
+    f'nohup {line} >> {workdir}/log."$(hostname)".txt 2>&1 < /dev/null &'
+  )
+  return [_ssh(job, node, inner) for node in nodes(job)]
+
+
+def logs(job: Job) -> list[Command]:
+  """Follows the first process's log."""
+  line = f'tail -n 100 -F storage/{job.name}/log."$(hostname)".txt'
+  return [_ssh(job, nodes(job)[0], line, worker='0')]
+
+
+def resume(job: Job) -> list[Command]:
+  """What is left of a lost request goes; then all from the start again."""
+  return [*delete(job), *create(job), *install(job), *start(job)]
+
+
+def delete(job: Job) -> list[Command]:
+  """Gives the slices back; the bucket stays."""
+  return [command(*_queue('delete', job), '--force', '--quiet', may_fail=True)]
+
+
+def nodes(job: Job) -> list[str]:
+  """Names of the slices."""
+  if job.slices == 1:
+    return [job.name]
+  return [f'{job.name}-{i}' for i in range(job.slices)]
+
+
+def _queue(verb: str, job: Job) -> tuple[str, ...]:
+  words = ('gcloud', 'compute', 'tpus', 'queued-resources', verb, job.name)
+  return (*words, f'--project={job.project}', f'--zone={job.zone}')
+
+
+def _vm(verb: str, job: Job) -> tuple[str, ...]:
+  words = ('gcloud', 'compute', 'tpus', 'tpu-vm', verb)
+  return (*words, f'--project={job.project}', f'--zone={job.zone}')
+
+
+def _ssh(job: Job, node: str, line: str, worker: str = 'all') -> Command:
+  return command(
+    *_vm('ssh', job), node, f'--worker={worker}', f'--command={line}'
+  )

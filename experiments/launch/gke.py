@@ -1,0 +1,116 @@
+"""TPUs of GKE through xpk: Ironwood (tpu7x), and any other.
+
+xpk (github.com/AI-Hypercomputer/xpk) makes the cluster and turns a command
+into a JobSet, which Kubernetes starts again when a node is lost: every start
+resumes from the storage that the image mounts.
+"""
+
+from __future__ import annotations
+
+from experiments.launch.job import Command, Job, command, train_line
+from mla_moe.config import ConfigError
+
+RESTARTS = 1000
+
+
+def check(job: Job) -> None:
+  """Raises ConfigError where a field is missing or does not fit."""
+  job.need('project', 'zone', 'cluster', 'topology', 'image', 'storage')
+  if job.slice.chip.dimensions == 1:
+    raise ConfigError(f'--topology={job.topology}: is no TPU')
+  if not job.storage.startswith('/'):
+    raise ConfigError(
+      f'--storage={job.storage}: name the folder where the pods mount it '
+      '(xpk storage attach), such as /storage'
+    )
+
+
+def device(job: Job) -> str:
+  """xpk's name of the slice: tpu7x goes by shape, the others by size."""
+  on = job.slice
+  if on.kind == 'tpu7x':
+    return f'tpu7x-{"x".join(map(str, on.shape))}'
+  if on.kind == 'v5p':
+    return f'v5p-{2 * on.chips}'
+  return f'{"v5litepod" if on.kind == "v5e" else on.kind}-{on.chips}'
+
+
+def create(job: Job) -> list[Command]:
+  """The cluster with its node pools."""
+  return [
+    command(
+      *_xpk('cluster', 'create', job),
+      f'--tpu-type={device(job)}',
+      f'--num-slices={job.slices}',
+      '--spot' if job.spot else '',
+      f'--reservation={job.reservation}' if job.reservation else '',
+    )
+  ]
+
+
+def install(job: Job) -> list[Command]:
+  """The image with this commit in it."""
+  return [
+    command(
+      'docker',
+      'build',
+      '--file=experiments/launch/Dockerfile',
+      '--build-arg=EXTRAS=tpu,hf,data,viz',
+      f'--tag={job.image}',
+      '.',
+    ),
+    command('docker', 'push', job.image),
+  ]
+
+
+def start(job: Job) -> list[Command]:
+  """The workload, which restarts by itself."""
+  workdir = f'{job.storage.rstrip("/")}/{job.name}'
+  return [
+    command(
+      *_xpk('workload', 'create', job),
+      f'--workload={job.name}',
+      f'--tpu-type={device(job)}',
+      f'--num-slices={job.slices}',
+      f'--docker-image={job.image}',
+      f'--max-restarts={RESTARTS}',
+      f'--command={train_line(job, workdir, "tpu", "python")}',
+    )
+  ]
+
+
+def logs(job: Job) -> list[Command]:
+  """Follows the log of the first pod."""
+  label = f'jobset.sigs.k8s.io/jobset-name={job.name}'
+  index = 'batch.kubernetes.io/job-completion-index=0'
+  return [
+    command(
+      'kubectl', 'logs', '--follow', '--tail=100', f'--selector={label},{index}'
+    )
+  ]
+
+
+def resume(job: Job) -> list[Command]:
+  """A new workload on the same folder: for when the restarts are used up."""
+  return [*_stop(job), *start(job)]
+
+
+def delete(job: Job) -> list[Command]:
+  """The workload goes, then the cluster."""
+  return [*_stop(job), command(*_xpk('cluster', 'delete', job), '--force')]
+
+
+def _stop(job: Job) -> list[Command]:
+  words = _xpk('workload', 'delete', job)
+  return [command(*words, f'--workload={job.name}', may_fail=True)]
+
+
+def _xpk(what: str, verb: str, job: Job) -> tuple[str, ...]:
+  return (
+    'xpk',
+    what,
+    verb,
+    f'--project={job.project}',
+    f'--zone={job.zone}',
+    f'--cluster={job.cluster}',
+  )

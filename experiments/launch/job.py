@@ -1,0 +1,115 @@
+"""What is to run, and the shell line that runs it on one machine.
+
+Every command is a list of arguments and never goes through a local shell; what
+a remote shell will read is quoted here, once. So an argument with spaces,
+quotes or `;` arrives as it was given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+
+from experiments import chips
+from experiments.launch import presets
+from mla_moe.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """One training run somewhere else; backends read what concerns them.
+
+  `arguments` go to experiments.train as they are. `storage` is where the run's
+  folder lives beyond the machine: a bucket (gs://...) or a shared folder.
+  """
+
+  name: str
+  arguments: tuple[str, ...]
+  topology: str = ''
+  slices: int = 1
+  spot: bool = False
+  preset: str = ''
+  storage: str = ''
+  project: str = ''
+  zone: str = ''
+  cluster: str = ''
+  image: str = ''
+  reservation: str = ''
+  partition: str = ''
+  account: str = ''
+  hours: float = 24.0
+  machine: str = 'a3-highgpu-8g'
+
+  def __post_init__(self):
+    if not re.fullmatch(r'[a-z]([a-z0-9-]{0,38}[a-z0-9])?', self.name):
+      raise ConfigError(
+        f'--name={self.name!r}: must be at most 40 lower-case letters, digits '
+        'and dashes, and begin with a letter, as cloud resources do'
+      )
+    if self.slices < 1:
+      raise ConfigError(f'--slices={self.slices}: must be at least 1')
+    if self.storage and not re.match(r'gs://[a-z0-9]|/', self.storage):
+      raise ConfigError(
+        f'--storage={self.storage!r}: must be gs://BUCKET[/FOLDER] or a folder '
+        'that begins with /'
+      )
+
+  def need(self, *names: str) -> None:
+    """Raises ConfigError for the first of the fields that is empty."""
+    for name in names:
+      if not getattr(self, name):
+        raise ConfigError(f'--{name}: is needed here')
+
+  @property
+  def slice(self) -> chips.Slice:
+    return chips.parse(self.topology)
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+  """An argument list; `stdin` is what it reads, `wait` a text to poll for.
+
+  A polled command runs every half minute until its output is `wait`; output
+  that begins with one of `gives_up` ends the launch.
+  """
+
+  words: tuple[str, ...]
+  stdin: str = ''
+  wait: str = ''
+  gives_up: tuple[str, ...] = ()
+  may_fail: bool = False
+
+  def shown(self) -> str:
+    """The command as one would type it."""
+    text = shlex.join(self.words)
+    if self.wait:
+      text = f'{text}  # until it prints {self.wait}'
+    if self.stdin:
+      body = self.stdin.rstrip('\n')
+      text = f"{text} <<'END'\n{body}\nEND"
+    return text
+
+
+def command(*words: str, **more) -> Command:
+  """A Command of the words that are not empty."""
+  return Command(tuple(word for word in words if word), **more)
+
+
+def train_words(job: Job, workdir: str, python: str) -> list[str]:
+  """The training process's argument list."""
+  return [
+    python,
+    '-m',
+    'experiments.train',
+    *job.arguments,
+    f'--workdir={workdir}',
+  ]
+
+
+def train_line(job: Job, workdir: str, platform: str, python: str) -> str:
+  """A shell line that trains: environment, then the process."""
+  flags = presets.environment(job.preset, platform)
+  settings = [f'{name}={value}' for name, value in flags.items()]
+  words = train_words(job, workdir, python)
+  return shlex.join(['env', *settings, *words] if settings else words)

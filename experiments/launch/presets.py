@@ -1,0 +1,107 @@
+"""Compiler flags by name, each with where it comes from.
+
+XLA ends the process at a flag that it does not know, so a preset belongs to a
+platform and is never guessed: without --preset nothing is set.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from mla_moe.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+  """Environment of a training process, and the source of its flags."""
+
+  platform: str
+  source: str
+  environment: dict[str, str]
+
+
+def _libtpu(*flags: str) -> dict[str, str]:
+  return {'LIBTPU_INIT_ARGS': ' '.join(flags)}
+
+
+_RECIPES = 'AI-Hypercomputer/tpu-recipes, training/'
+PRESETS = {
+  'tpu-overlap': Preset(
+    'tpu',
+    'MaxText end_to_end/tpu scripts: collectives beside computing',
+    _libtpu(
+      '--xla_tpu_enable_async_collective_fusion=true',
+      '--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true',
+      '--xla_tpu_enable_async_collective_fusion_multiple_steps=true',
+      '--xla_tpu_overlap_compute_collective_tc=true',
+      '--xla_enable_async_all_gather=true',
+    ),
+  ),
+  'v5p-sparsecore': Preset(
+    'tpu',
+    _RECIPES + 'v5p/DeepSeek3-671B-MaxText: collectives on the sparse cores',
+    _libtpu(
+      '--xla_tpu_enable_async_collective_fusion_fuse_all_gather=false',
+      '--xla_tpu_enable_async_collective_fusion_fuse_all_reduce=false',
+      '--xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter=false',
+      '--xla_tpu_enable_sparse_core_collective_offload_all_gather=true',
+      '--xla_tpu_enable_sparse_core_collective_offload_reduce_scatter=true',
+      '--xla_tpu_enable_sparse_core_collective_offload_all_reduce=true',
+      '--xla_tpu_enable_all_gather_offload_tracing=true',
+      '--xla_tpu_enable_reduce_scatter_offload_tracing=true',
+      '--xla_tpu_enable_all_reduce_offload_tracing=true',
+      '--xla_tpu_use_tc_device_shape_on_sc=true',
+      '--xla_sc_disable_megacore_partitioning=true',
+      '--xla_tpu_scoped_vmem_limit_kib=81920',
+      '--xla_enable_async_collective_permute=true',
+    ),
+  ),
+  'ironwood': Preset(
+    'tpu',
+    _RECIPES + 'ironwood/deepseek3-671b/4k-fp8-tpu7x-4x8x8: the core of it',
+    _libtpu(
+      '--xla_tpu_scoped_vmem_limit_kib=65536',
+      '--xla_tpu_bf16_emission_mode=NATIVE_EMISSION',
+      '--xla_tpu_enable_sparse_core_reduce_scatter_v2=true',
+      '--xla_tpu_enable_sparse_core_collective_offload_all_gather=true',
+      '--xla_tpu_enable_sparse_core_collective_offload_2d_all_gather=true',
+      '--xla_tpu_enable_all_gather_offload_tracing=true',
+      '--xla_tpu_use_tc_device_shape_on_sc=True',
+      '--xla_sc_disable_megacore_partitioning=True',
+      '--xla_tpu_enable_async_collective_fusion_fuse_all_gather=false',
+      '--xla_enable_async_all_gather=true',
+      '--xla_tpu_prefer_async_allgather_to_allreduce=true',
+      '--xla_tpu_enable_sparse_core_collective_offload_all_reduce=true',
+      '--xla_tpu_enable_sparse_core_collective_offload_reduce_scatter=true',
+      '--xla_tpu_enable_sparse_core_collective_offload_3d_all_gather=true',
+      '--xla_tpu_use_single_sparse_core_for_all_gather_offload=true',
+      '--xla_tpu_enable_concurrent_sparse_core_offloading=true',
+    ),
+  ),
+  'gpu-overlap': Preset(
+    'gpu',
+    'JAX-Toolbox GPU performance notes: O1 turns on latency hiding and '
+    'pipelined collectives',
+    {
+      'JAX_OPTIMIZATION_LEVEL': 'O1',
+      'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.92',
+      'NCCL_NVLS_ENABLE': '0',
+    },
+  ),
+}
+
+
+def environment(name: str, platform: str) -> dict[str, str]:
+  """The environment of a preset; of '' nothing.
+
+  Raises:
+    ConfigError: there is no such preset, or it is another platform's.
+  """
+  if not name:
+    return {}
+  fitting = [n for n, preset in PRESETS.items() if preset.platform == platform]
+  if name not in fitting:
+    raise ConfigError(
+      f'--preset={name!r}: for {platform} there are {", ".join(fitting)}'
+    )
+  return PRESETS[name].environment

@@ -1,0 +1,109 @@
+"""GPU clusters under Slurm: one batch script, which requeues itself.
+
+Run on the login node, in a clone on the shared file system. Slurm sends
+SIGTERM two minutes before the time is up or a job is preempted; training then
+saves and ends, and the job goes back into the queue unless it has finished.
+"""
+
+from __future__ import annotations
+
+import shlex
+
+from experiments.launch.job import Command, Job, command, train_line
+from mla_moe.config import ConfigError
+
+PER_NODE = 8
+
+
+def check(job: Job) -> None:
+  """Raises ConfigError where a field is missing or does not fit."""
+  job.need('topology', 'storage')
+  on = job.slice
+  if on.chip.dimensions > 1:
+    raise ConfigError(f'--topology={job.topology}: is no GPU; h100:64 is')
+  if on.chips > PER_NODE and on.chips % PER_NODE:
+    raise ConfigError(
+      f'--topology={job.topology}: whole nodes have {PER_NODE} GPUs each'
+    )
+  if not job.storage.startswith('/'):
+    raise ConfigError(f'--storage={job.storage}: must be a shared folder, /...')
+
+
+def script(job: Job) -> str:
+  """The batch script."""
+  on = job.slice
+  gpus = min(on.chips, PER_NODE)
+  folder = f'{job.storage.rstrip("/")}/{job.name}'
+  minutes = round(60 * job.hours)
+  options = [
+    f'--job-name={job.name}',
+    f'--nodes={on.chips // gpus}',
+    f'--ntasks-per-node={gpus}',
+    f'--gpus-per-node={gpus}',
+    f'--time={minutes}',
+    f'--output={folder}/log.txt',
+    '--open-mode=append',
+    '--requeue',
+    '--signal=B:TERM@120',
+    f'--partition={job.partition}' if job.partition else '',
+    f'--account={job.account}' if job.account else '',
+    f'--reservation={job.reservation}' if job.reservation else '',
+  ]
+  line = train_line(job, folder, 'gpu', '.venv/bin/python')
+  body = [
+    '#!/usr/bin/env bash',
+    *(f'#SBATCH {option}' for option in options if option),
+    'set -u',
+    'asked=',
+    'trap \'asked=yes; scancel --signal=TERM "$SLURM_JOB_ID.0"\' TERM',
+    f'srun {line} &',
+    'child=$!',
+    'wait "$child"',
+    'code=$?',
+    'if [ -n "$asked" ]; then',
+    '  wait "$child"  # it saves, then ends',
+    '  scontrol requeue "$SLURM_JOB_ID"',
+    'fi',
+    'exit "$code"',
+  ]
+  return '\n'.join(body) + '\n'
+
+
+def create(job: Job) -> list[Command]:
+  """The run's folder; machines are Slurm's business."""
+  return [command('mkdir', '-p', f'{job.storage.rstrip("/")}/{job.name}')]
+
+
+def install(job: Job) -> list[Command]:
+  """An environment in this clone."""
+  return [
+    command('python3', '-m', 'venv', '.venv'),
+    command('.venv/bin/pip', 'install', '--quiet', '-e', '.[cuda,hf,data,viz]'),
+  ]
+
+
+def start(job: Job) -> list[Command]:
+  """Submits the script."""
+  return [command('sbatch', stdin=script(job))]
+
+
+def logs(job: Job) -> list[Command]:
+  """Follows the log of all processes."""
+  path = f'{job.storage.rstrip("/")}/{job.name}/log.txt'
+  return [command('tail', '-n', '100', '-F', path)]
+
+
+def resume(job: Job) -> list[Command]:
+  """Submits again: for a job that Slurm has given up."""
+  return [*delete(job), *start(job)]
+
+
+def delete(job: Job) -> list[Command]:
+  """Takes the job out of the queue; its folder stays."""
+  return [command('scancel', f'--name={job.name}', may_fail=True)]
+
+
+def remote_words(job: Job) -> list[str]:
+  """The words that the script's training line is read as (for tests)."""
+  (line,) = [s for s in script(job).splitlines() if s.startswith('srun ')]
+  return shlex.split(line.removeprefix('srun ').removesuffix(' &'))

@@ -1,0 +1,1 @@
+"""The front door: what a config needs, costs and takes, before it is run."""

@@ -1,0 +1,172 @@
+"""The collectives of a compiled program: kind, mesh axes, times, bytes.
+
+XLA prints a computation once, also when a loop runs it often: every operation
+counts as often as the loops around it turn. Trip counts are in the text where
+XLA knows them; the others are the micro-batches, whose number is a value.
+Bytes are those that one device receives, with the usual rings: an all-gather
+brings (n-1)/n of its result, an all-reduce twice that.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import re
+
+import numpy as np
+
+_BITS = {'pred': 8, 'bf16': 16, 'f16': 16, 'f32': 32, 'f64': 64}
+_KINDS = (
+  'all-gather|all-reduce|reduce-scatter|ragged-all-to-all|all-to-all|'
+  'collective-permute|collective-broadcast'
+)
+_OPERATION = re.compile(rf'= (.*?) ({_KINDS})(-start)?\((.*)')
+_COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
+_CALLED = re.compile(
+  r'(?:calls|to_apply|body|condition|true_computation|false_computation)='
+  r'%?([\w.\-]+)'
+)
+_BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
+_SHAPE = re.compile(r'(\w+)\[([\d,]*)\]')
+
+
+def collectives(
+  text: str, axes: tuple[str, ...], sizes: tuple[int, ...], unknown: int = 1
+) -> list[dict]:
+  """Rows of axis ('fsdp', 'data+expert', ...), kind, count and bytes.
+
+  `axes` and `sizes` are the mesh's; `unknown` is how often a loop turns whose
+  number XLA does not know.
+  """
+  bodies, entry = _bodies(text)
+  times = _times(bodies, entry, unknown)
+  rows = collections.defaultdict(lambda: [0, 0.0])
+  for name, lines in bodies.items():
+    scattered = any(name in s for s in ('all-reduce-scatter',))
+    scattered = scattered or 'all-reduce-scatter' in name
+    for line in lines:
+      match = _OPERATION.search(line)
+      if not match or not times[name]:
+        continue
+      shape, kind, started, _ = match.groups()
+      group = _group(line, math.prod(sizes))
+      if len(group) < 2:
+        continue
+      size = _received(kind, shape, bool(started), len(group), scattered)
+      if kind == 'all-reduce' and scattered:
+        kind = 'reduce-scatter'
+      row = rows[_axis(group, axes, sizes), kind]
+      row[0] += times[name]
+      row[1] += times[name] * size
+  return [
+    {'axis': axis, 'kind': kind, 'count': count, 'bytes': size}
+    for (axis, kind), (count, size) in sorted(rows.items())
+  ]
+
+
+def _bodies(text: str) -> tuple[dict[str, list[str]], str]:
+  bodies, entry, name = {}, '', None
+  for line in text.splitlines():
+    if name is None:
+      match = _COMPUTATION.match(line)
+      if match:
+        name = match[2]
+        bodies[name] = []
+        entry = name if match[1] else entry
+    elif line.startswith('}'):
+      name = None
+    else:
+      bodies[name].append(line)
+  return bodies, entry
+
+
+def _times(bodies, entry: str, unknown: int) -> dict[str, int]:
+  """How often each computation runs; callers are visited before callees."""
+  calls = collections.defaultdict(list)
+  for name, lines in bodies.items():
+    for line in lines:
+      turns = 1
+      if ' while(' in line:
+        known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line)
+        turns = int(known[1]) if known else unknown
+      called = _CALLED.findall(line)
+      for branches in _BRANCHES.findall(line):
+        called += re.findall(r'%?([\w.\-]+)', branches)
+      for other in called:
+        if other in bodies:
+          calls[name].append((other, turns))
+  order, seen = [], set()
+
+  def visit(name):
+    if name not in seen:
+      seen.add(name)
+      for other, _ in calls[name]:
+        visit(other)
+      order.append(name)
+
+  visit(entry)
+  times = dict.fromkeys(bodies, 0)
+  times[entry] = 1
+  for name in reversed(order):
+    for other, turns in calls[name]:
+      times[other] += turns * times[name]
+  return times
+
+
+def _group(line: str, devices: int) -> list[int]:
+  """The first group of devices that talk to each other."""
+  pairs = re.search(r'source_target_pairs=\{\{(\d+),(\d+)\}(.*?)\}\}', line)
+  if pairs:
+    return [int(pairs[1]), int(pairs[2])] if pairs[1] != pairs[2] else [0]
+  pairs = re.search(r'source_target_pairs=\{\{(\d+),(\d+)\}\}', line)
+  if pairs:
+    return [int(pairs[1]), int(pairs[2])]
+  listed = re.search(r'replica_groups=\{\{([\d,]*)\}', line)
+  if listed:
+    return [int(n) for n in listed[1].split(',')]
+  iota = re.search(
+    r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', line
+  )
+  if iota:
+    numbers = [int(n) for n in iota[2].split(',')]
+    ids = np.arange(math.prod(numbers)).reshape(numbers)
+    if iota[3]:
+      ids = ids.transpose([int(n) for n in iota[3].split(',')])
+    return ids.reshape([int(n) for n in iota[1].split(',')])[0].tolist()
+  return list(range(devices))
+
+
+def _axis(group: list[int], axes: tuple, sizes: tuple) -> str:
+  """The mesh axes along which the devices of a group differ."""
+  where = np.unravel_index(np.array(group) % math.prod(sizes), sizes)
+  differ = [a for a, at in zip(axes, where, strict=True) if len(set(at)) > 1]
+  return '+'.join(differ) or 'none'
+
+
+def _received(
+  kind: str, shape: str, started: bool, devices: int, scattered: bool
+) -> float:
+  """Bytes that one device receives in one operation of a result `shape`."""
+  sizes = [_bytes(*found) for found in _SHAPE.findall(shape)]
+  sizes = [size for size in sizes if size]
+  if started and kind in ('all-gather', 'collective-permute'):
+    sizes = sizes[len(sizes) // 2 :] if kind == 'all-gather' else sizes[:1]
+  size = sum(sizes)
+  share = (devices - 1) / devices
+  if kind == 'collective-permute':
+    return size
+  if kind == 'reduce-scatter':
+    return size * (devices - 1)
+  if kind == 'all-reduce':
+    return size * share * (1 if scattered else 2)
+  return size * share
+
+
+def _bytes(dtype: str, shape: str) -> float:
+  bits = _BITS.get(dtype)
+  if bits is None:
+    found = re.search(r'^[suf](\d+)', dtype)
+    if not found:
+      return 0.0
+    bits = int(found[1])
+  return math.prod(int(n) for n in shape.split(',') if n) * bits / 8

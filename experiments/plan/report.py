@@ -1,0 +1,223 @@
+"""A plan for people: tables in the terminal, and a page with its picture."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from experiments import page
+from experiments.plan import search
+from mla_moe import cost, memory
+
+_MEANS = {
+  'parameters': 'float32 master weights',
+  'gradients': 'float32, sums over micro-batches',
+  'optimizer': 'its moments, float32',
+  'saved': 'what layers keep for the backward pass',
+  'working': 'the largest layer, going backward',
+  'gathered': "FSDP's copy of a layer, and its gradient",
+  'logits': "the loss's blocks and the head's gradient",
+}
+
+
+def show(plan, bill, utilisation: float) -> None:
+  """One config on one slice."""
+  console = Console(highlight=False)
+  console.print(_headline(plan.config))
+  chip, total = plan.slice.chip, plan.footprint.total
+  table = _table(
+    f'One device of {plan.slice}, mesh {search.mesh_text(plan.config.mesh)}',
+    ('memory', 'GiB', 'share', ''),
+  )
+  for name, size in dataclasses.asdict(plan.footprint).items():
+    share = size / chip.usable
+    mark = '█' * round(24 * share)
+    table.add_row(name, _gib(size), f'{share:.1%}', f'{mark} {_MEANS[name]}')
+  table.add_section()
+  table.add_row('all', _gib(total), f'{total / chip.usable:.1%}', '')
+  table.add_row('there is', _gib(chip.usable), '', '')
+  console.print(table)
+  table = _table('A step', ('', ''))
+  for name, value in _step_rows(plan, bill):
+    table.add_row(name, value)
+  console.print(table)
+  console.print(_money(plan, bill, utilisation))
+
+
+def show_choice(config, pairs, utilisation: float) -> None:
+  """The smallest slice of every chip."""
+  console = Console(highlight=False)
+  console.print(_headline(config))
+  columns = ('slice', 'mesh', 'GiB', 'of', 'days', 'chip hours', 'dollars')
+  table = _table('The smallest slice that holds it', columns)
+  for plan, bill in pairs:
+    table.add_row(
+      str(plan.slice),
+      search.mesh_text(plan.config.mesh),
+      _gib(plan.footprint.total),
+      _gib(plan.slice.chip.usable),
+      f'{bill.days:,.1f}',
+      f'{bill.hours:,.0f}',
+      f'{bill.dollars:,.0f}',
+    )
+  console.print(table)
+  console.print(
+    f'{pairs[0][1].tokens:,.4g} tokens at {utilisation:.1%} of the bf16 peak; '
+    'list prices (experiments/chips.py), --dollars=N for yours.'
+  )
+
+
+def show_compiled(plan, found) -> None:
+  """What libtpu compiled, beside the arithmetic."""
+  console = Console(highlight=False)
+  table = _table('Compiled by libtpu, one device', ('', 'GiB', 'arithmetic'))
+  ours = plan.footprint
+  state = ours.parameters + ours.optimizer
+  scratch = ours.total - state
+  table.add_row('state (arguments)', _gib(found['arguments']), _gib(state))
+  table.add_row('scratch (temporary)', _gib(found['temporary']), _gib(scratch))
+  console.print(table)
+  table = _table('Collectives of a step', ('axis', 'kind', 'count', 'GiB'))
+  for row in found['collectives']:
+    table.add_row(
+      row['axis'], row['kind'], f'{row["count"]:,}', _gib(row['bytes'])
+    )
+  expected = memory.traffic(plan.config)
+  for axis, size in expected.items():
+    if size:
+      table.add_row(axis, 'arithmetic', '', _gib(size))
+  console.print(table)
+  console.print(
+    f'jax {found["jax"]}, libtpu {found["libtpu"]}; compiled in '
+    f'{found["seconds"]:.0f} s.'
+  )
+
+
+def page_of(config, pairs, utilisation: float) -> str:
+  """The page: numbers on top, memory and money below."""
+  plan, bill = pairs[0]
+  counts = cost.parameters(config)
+  cheapest = min(pairs, key=lambda pair: pair[1].dollars)
+  parts = [
+    page.numbers(
+      [
+        ('parameters', f'{counts.total / 1e9:,.1f} B'),
+        ('active', f'{counts.active / 1e9:,.1f} B'),
+        ('tokens', f'{bill.tokens / 1e9:,.4g} B'),
+        ('slice', str(cheapest[0].slice)),
+        ('chip hours', f'{cheapest[1].hours:,.0f}'),
+        ('dollars', f'{cheapest[1].dollars:,.0f}'),
+        ('days', f'{cheapest[1].days:,.1f}'),
+      ]
+    ),
+    f'<p>{utilisation:.1%} of the bf16 peak is assumed, and list prices.</p>',
+    '<h2>Memory of one device</h2>',
+    page.svg(draw_memory([plan for plan, _ in pairs])),
+    '<h2>Time and money</h2>',
+    page.svg(draw_money(pairs)),
+  ]
+  return page.page('Plan', parts)
+
+
+def draw_memory(plans):
+  """Stacked bars of every plan's footprint, and where its memory ends."""
+  figure, axes = page.figure(1, 0.9 + 0.5 * len(plans))
+  plot = axes[0, 0]
+  at = range(len(plans))
+  left = [0.0] * len(plans)
+  colours = (*page.COLOURS, '#999999')
+  for (name, meaning), colour in zip(_MEANS.items(), colours, strict=True):
+    sizes = [getattr(plan.footprint, name) / 2**30 for plan in plans]
+    plot.barh(at, sizes, left=left, color=colour, label=f'{name}: {meaning}')
+    left = [a + b for a, b in zip(left, sizes, strict=True)]
+  for i, plan in enumerate(plans):
+    end = plan.slice.chip.usable / 2**30
+    plot.plot([end, end], [i - 0.45, i + 0.45], color='#1d2330', lw=3)
+  plot.set_yticks(
+    at,
+    [f'{p.slice}\n{search.mesh_text(p.config.mesh)}' for p in plans],
+  )
+  plot.invert_yaxis()
+  plot.set_xlabel('GiB; the black line is what a program can have')
+  plot.legend(
+    frameon=False, fontsize=8, loc='upper left', bbox_to_anchor=(1, 1)
+  )
+  return figure
+
+
+def draw_money(pairs):
+  """Days and dollars of every plan."""
+  figure, axes = page.figure(2, 0.9 + 0.45 * len(pairs))
+  names = [str(plan.slice) for plan, _ in pairs]
+  drawn = (
+    ('days', 'days', lambda bill: bill.days),
+    ('million dollars', 'money', lambda bill: bill.dollars / 1e6),
+  )
+  for plot, (unit, title, value) in zip(axes[0], drawn, strict=True):
+    sizes = [value(bill) for _, bill in pairs]
+    bars = plot.barh(names, sizes, color=page.COLOURS[title == 'money'])
+    plot.bar_label(bars, [f'{size:,.3g}' for size in sizes], padding=4)
+    plot.invert_yaxis()
+    plot.margins(x=0.15)
+    plot.set(title=title, xlabel=unit)
+  return figure
+
+
+def _step_rows(plan, bill) -> list[tuple[str, str]]:
+  config = plan.config
+  data, mesh = config.data, config.mesh
+  micro = data.micro_batch or data.batch_size
+  times = data.batch_size // micro
+  rows = [
+    ('sequences', f'{data.batch_size:,} of {data.seq_len:,} tokens'),
+    ('micro-batches', f'{times:,} of {micro:,}'),
+    ('computing', f'{bill.computing:,.2f} s'),
+    ('sending, if nothing hides it', f'{bill.sending:,.2f} s'),
+  ]
+  for axis, size in memory.traffic(config).items():
+    if size:
+      rows.append((f'received over {axis}', search.gib(size)))
+  if mesh.stage > 1:
+    rows.append(
+      ('pipeline bubble', f'{memory.bubble(mesh.stage, times):.1%} of the step')
+    )
+  return rows
+
+
+def _headline(config) -> str:
+  counts = cost.parameters(config)
+  flops = cost.train_flops_per_token(config, config.data.seq_len)
+  cache = cost.cache_bytes_per_token(config)
+  extra = f' + {counts.mtp / 1e9:,.1f} B of MTP' if counts.mtp else ''
+  return (
+    f'{counts.total / 1e9:,.2f} B parameters{extra}, {counts.active / 1e9:,.2f}'
+    f' B active; {flops / 1e9:,.1f} GFLOP to train on a token of '
+    f'{config.data.seq_len:,}; {cache:,} bytes of cache a token'
+  )
+
+
+def _money(plan, bill, utilisation: float) -> str:
+  return (
+    f'{bill.tokens:,.4g} tokens: {bill.days:,.1f} days, {bill.hours:,.0f} chip '
+    f'hours, ${bill.dollars:,.0f} at {utilisation:.1%} of the bf16 peak.'
+  )
+
+
+def _table(title: str, columns: tuple[str, ...]) -> Table:
+  table = Table(
+    title=title,
+    box=box.SIMPLE_HEAD,
+    title_justify='left',
+    show_header=any(columns),
+  )
+  for i, name in enumerate(columns):
+    text = name in ('', 'memory', 'slice', 'mesh', 'axis', 'kind') or i == 0
+    table.add_column(name, justify='left' if text else 'right', overflow='fold')
+  return table
+
+
+def _gib(size: float) -> str:
+  return f'{size / 2**30:,.1f}'

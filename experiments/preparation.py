@@ -1,0 +1,111 @@
+"""All that a run needs before its first step: made once, changed by nothing."""
+
+from __future__ import annotations
+
+import functools
+import math
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from experiments import runtime
+from mla_moe import config as config_lib
+from mla_moe import corpus, cost, data, fp8, sharding, step
+from mla_moe import tokenizer as tokenizer_lib
+
+
+class Prepared(NamedTuple):
+  """A checked config, its text, its mesh and its jitted steps."""
+
+  config: config_lib.Config
+  path: pathlib.Path
+  tokenizer: tokenizer_lib.Tokenizer
+  lengths: np.ndarray  # bytes of each token
+  text: corpus.Corpus
+  heldout: list[data.Batch]
+  mesh: jax.sharding.Mesh | None
+  train: Callable
+  evaluate: Callable
+
+
+def prepare(config: config_lib.Config, path: pathlib.Path) -> Prepared:
+  """Whatever is wrong with the config or its text is said here.
+
+  Raises:
+    ConfigError: before anything is compiled.
+  """
+  sharding.check(config)
+  runtime.keep_compilations(path.parent / '.jax_cache')
+  runtime.keep_memory()
+  _, slow = fp8.choose(config.model.precision, config.model.fp8_impl)
+  if slow:
+    print(slow)
+  tokenizer = tokenizer_lib.load(
+    config.data.tokenizer, config.model.bos_id, config.model.eos_id
+  )
+  text = corpus.prepare(config.data, tokenizer, path.parent / '.corpus')
+  corpus.check(text, config)
+  heldout = data.eval_batches(
+    text.heldout, config.data, text.bos_id, config.run.eval_batches
+  )
+  mesh = sharding.make_mesh(config.mesh) if config.mesh.devices > 1 else None
+  train = jax.jit(
+    functools.partial(step.train_step, config=config), donate_argnums=0
+  )
+  evaluate = jax.jit(functools.partial(step.eval_step, config=config))
+  return Prepared(
+    config,
+    path,
+    tokenizer,
+    tokenizer.byte_lengths(),
+    text,
+    heldout,
+    mesh,
+    train,
+    evaluate,
+  )
+
+
+def place(ready: Prepared, tree: Any) -> Any:
+  """A batch (or rates) on the device, or split over the mesh's batch axes."""
+  if ready.mesh is None:
+    return jax.device_put(jax.tree.map(np.asarray, tree))
+
+  def one(x):
+    axes = (None, 'batch', None) if np.ndim(x) == 3 else ()
+    return jax.device_put(
+      np.asarray(x), NamedSharding(ready.mesh, sharding.spec(axes))
+    )
+
+  return jax.tree.map(one, tree)
+
+
+def headline(config: config_lib.Config) -> str:
+  """The model and the run in a line."""
+  data, counts = config.data, cost.parameters(config)
+  return (
+    f'{counts.total + counts.mtp:,} parameters, {counts.active:,} active; '
+    f'{config.run.steps} steps of {data.batch_size} x {data.seq_len} tokens'
+  )
+
+
+def matmul_peak(config: config_lib.Config) -> float:
+  """FLOP/s of this model's widest dense product, tokens x dim x 2 widths."""
+  model, data = config.model, config.data
+  rows = min((data.micro_batch or data.batch_size) * data.seq_len, 8192)
+  a = jnp.ones((rows, model.dim), model.dtype)
+  b = jnp.ones((model.dim, 2 * model.dense_width), model.dtype)
+  product = jax.jit(jnp.matmul)
+  product(a, b).block_until_ready()
+  best, began = math.inf, time.perf_counter()
+  while time.perf_counter() - began < 0.3:
+    at = time.perf_counter()
+    product(a, b).block_until_ready()
+    best = min(best, time.perf_counter() - at)
+  return 2.0 * rows * b.size / best * jax.device_count()

@@ -1,0 +1,142 @@
+"""A trace of some steps for xprof, and its longest operations in the terminal.
+
+  python -m experiments.train --profile=5:8 ...
+
+traces steps 5 to 8 into DIR/profile; `xprof --logdir DIR/profile` (extra
+[profile]) draws it in a browser, which fetches its charts from the network:
+the table that is printed does not need one. Read any trace again with
+
+  python -m experiments.profile DIR
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from mla_moe.config import ConfigError
+
+# An accelerator's operations; its other lines (steps, modules) contain them.
+_LINES = ('XLA Ops', 'Stream')
+
+
+def window(text: str) -> tuple[int, int]:
+  """(5, 8) of '5:8'; ('' is (0, -1), which is no step).
+
+  Raises:
+    ConfigError: it is not two steps, the first of them 2 or later (the first
+      step compiles) and not after the last.
+  """
+  if not text:
+    return 0, -1
+  match = re.fullmatch(r'(\d+):(\d+)', text)
+  if not match or not 2 <= int(match[1]) <= int(match[2]):
+    raise ConfigError(
+      f'--profile={text!r}: must be FIRST:LAST, such as 5:8; the first step '
+      'compiles, so begin with 2 or later'
+    )
+  return int(match[1]), int(match[2])
+
+
+@contextlib.contextmanager
+def steps(
+  folder: pathlib.Path, first: int, last: int
+) -> Iterator[Callable[[int, Any], None]]:
+  """Yields at(step, values), to be called before each step.
+
+  `values` are the step's before, which are waited for where the trace begins
+  and ends. The table is printed as soon as the trace is written.
+  """
+  import jax
+
+  running = False
+
+  def end():
+    nonlocal running
+    running = False
+    jax.profiler.stop_trace()
+    print(table(operations(folder)))
+    print(f'Trace of steps {first} to {last}: xprof --logdir {folder}')
+
+  def at(step: int, values: Any) -> None:
+    nonlocal running
+    if not running and step == first:
+      jax.block_until_ready(values)
+      jax.profiler.start_trace(str(folder))
+      running = True
+    elif running and step == last + 1:
+      jax.block_until_ready(values)
+      end()
+
+  try:
+    yield at
+  finally:
+    if running:
+      end()
+
+
+def operations(folder: pathlib.Path) -> dict[str, tuple[int, float]]:
+  """Operations of the newest trace: how often, seconds in all; longest first.
+
+  Numbers that XLA appends to names are taken off: fusion.12 is a fusion.
+
+  Raises:
+    ConfigError: the folder holds no trace.
+  """
+  from jax.profiler import ProfileData
+
+  files = sorted(folder.glob('**/*.xplane.pb'), key=lambda f: f.stat().st_mtime)
+  if not files:
+    raise ConfigError(f'{str(folder)!r}: holds no trace (*.xplane.pb)')
+  found = collections.defaultdict(lambda: [0, 0.0])
+  planes = list(ProfileData.from_file(str(files[-1])).planes)
+  devices = [p for p in planes if p.name.startswith('/device:')]
+  for plane in devices or planes:
+    for line in plane.lines:
+      if devices and not any(name in line.name for name in _LINES):
+        continue
+      events = list(line.events)
+      # A CPU marks the end of each operation with an event of its own.
+      ends = [e.name for e in events if e.name.startswith('end: ')]
+      ended = {name.removeprefix('end: ') for name in ends}
+      for event in events:
+        if not devices and event.name not in ended:
+          continue
+        name = event.name.partition(' = ')[0].lstrip('%')
+        row = found[re.sub(r'[.\d]+$', '', name) or name]
+        row[0] += 1
+        row[1] += event.duration_ns / 1e9
+  order = sorted(found.items(), key=lambda item: -item[1][1])
+  return {name: (count, seconds) for name, (count, seconds) in order}
+
+
+def table(found: dict[str, tuple[int, float]], most: int = 15) -> str:
+  """The longest operations as lines of text, with their share of all."""
+  whole = sum(seconds for _, seconds in found.values()) or 1.0
+  lines = [f'{"seconds":>9} {"share":>6} {"times":>7}  operation']
+  for name, (count, seconds) in list(found.items())[:most]:
+    lines.append(
+      f'{seconds:9.3f} {seconds / whole:6.1%} {count:7}  {name[:50]}'
+    )
+  return '\n'.join(lines)
+
+
+def main() -> None:
+  """The table of the newest trace below a folder."""
+  if len(sys.argv) != 2 or sys.argv[1].startswith('-'):
+    print('usage: python -m experiments.profile DIR', file=sys.stderr)
+    sys.exit(2)
+  try:
+    print(table(operations(pathlib.Path(sys.argv[1]))))
+  except ConfigError as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,239 @@
+"""The transformer over a latent cache: prefill, extend, one token a row.
+
+The same parameters as training's, laid out once for decoding (`unstack`): each
+layer apart, for a scan would copy a layer's weights at every step. Products
+run in the model's dtype, not in FP8. A row's new tokens may be fewer than its
+neighbours' (`valid`): what is padded writes nothing and is attended by nobody.
+Every function takes the cache and returns it; donate it and nothing is copied.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from mla_moe import absorbed, cache, layers, moe, rope, router, sharding
+from mla_moe import config as config_lib
+from mla_moe.types import Array, Float, Int, PyTree
+
+
+def unstack(config: config_lib.ModelConfig, variables: PyTree) -> PyTree:
+  """{'params', 'router'} as decoding reads them: a layer at a time.
+
+  Matrices in the activations' dtype; norms and router in float32. Needs the
+  stacked parameters no longer.
+  """
+  params, biases = variables['params'], variables.get('router', {})
+  found = {
+    'embedding': params['embedding'].astype(config.dtype),
+    'final_norm': params['final_norm']['scale'],
+    'layers': [],
+  }
+  head = params['embedding'].T if config.tie_embeddings else params['w_head']
+  found['head'] = head.astype(config.dtype)
+  counts = {'dense': config.dense_layers, 'moe': config.moe_layers}
+  for name, count in counts.items():
+    for i in range(count):
+      one = jax.tree.map(lambda x, i=i: x[i], params[name])
+      bias = jax.tree.map(lambda x, i=i: x[i], biases.get(name, {}))
+      found['layers'].append(_layer(one, bias, config.dtype))
+  if config.mtp.depth:
+    module = params['mtp_0']
+    bias = biases.get('mtp_0', {}).get('block', {})
+    names = ('embed_norm', 'hidden_norm', 'final_norm')
+    found['mtp'] = {
+      'w_join': module['w_join'].astype(config.dtype),
+      'block': _layer(module['block'], bias, config.dtype),
+      **{name: module[name]['scale'] for name in names},
+    }
+  return found
+
+
+def _layer(params, bias, dtype):
+  def ffn(part):
+    names = ('w_gate_up', 'w_down')
+    return {name: part[name].astype(dtype) for name in names}
+
+  found = {
+    'attention_norm': params['attention_norm']['scale'],
+    'ffn_norm': params['ffn_norm']['scale'],
+    'attention': absorbed.weights(params['attention'], dtype),
+    'ffn': ffn(params['ffn']),
+  }
+  if 'w_router' in params['ffn']:
+    found['w_router'] = params['ffn']['w_router']
+    found['bias'] = bias.get('ffn', {}).get('bias')
+    if 'shared' in params['ffn']:
+      found['shared'] = ffn(params['ffn']['shared'])
+  return found
+
+
+def hidden(
+  weights: PyTree,
+  held: cache.Cache,
+  tokens: Int[Array, 'B T'],
+  config: config_lib.ModelConfig,
+  *,
+  valid: Int[Array, ' B'] | None = None,
+  form: str = 'absorbed',
+) -> tuple[Float[Array, 'B T D'], cache.Cache]:
+  """The normed hidden states of new tokens, and the cache with them in it.
+
+  Args:
+    weights: of `unstack`.
+    tokens: ids below the vocabulary.
+    valid: how many of the T a row really has; None is all.
+    form: see `absorbed.attend`.
+  """
+  x = weights['embedding'][tokens]
+  x = sharding.constrain(x, 'batch', None, 'stream')
+  turn = _turn(held, tokens, config)
+  pools = list(held.layers)
+  for i, one in enumerate(weights['layers']):
+    x, pools[i] = _block(one, x, turn, pools[i], held, valid, config, form)
+  x = layers.normalize(x, weights['final_norm'], config.norm_eps)
+  return x, _longer(held, pools, tokens, valid)
+
+
+def logits(weights: PyTree, x: Float[Array, '*b D']) -> Float[Array, '*b V']:
+  """The head's, float32."""
+  return layers.dot('...d,dv->...v', x, weights['head'])
+
+
+def decode_step(
+  weights: PyTree,
+  held: cache.Cache,
+  tokens: Int[Array, ' B'],
+  config: config_lib.ModelConfig,
+  *,
+  valid: Int[Array, ' B'] | None = None,
+) -> tuple[Float[Array, 'B V'], cache.Cache]:
+  """Logits after one more token of each row, float32, and the cache."""
+  x, held = hidden(weights, held, tokens[:, None], config, valid=valid)
+  return logits(weights, x[:, 0]), held
+
+
+def extend(
+  weights: PyTree,
+  held: cache.Cache,
+  tokens: Int[Array, 'B T'],
+  config: config_lib.ModelConfig,
+  *,
+  valid: Int[Array, ' B'] | None = None,
+) -> tuple[Float[Array, 'B T D'], cache.Cache]:
+  """`hidden` in the form that is cheaper for so many new tokens."""
+  few = tokens.shape[1] <= absorbed.ABSORBED
+  form = 'absorbed' if few else 'decompressed'
+  return hidden(weights, held, tokens, config, valid=valid, form=form)
+
+
+def prefill(
+  weights: PyTree,
+  held: cache.Cache,
+  tokens: Int[Array, 'B T'],
+  valid: Int[Array, ' B'],
+  config: config_lib.ModelConfig,
+  *,
+  chunk: int = 2048,
+) -> tuple[Float[Array, 'B T D'], cache.Cache]:
+  """`hidden` of whole prompts, `valid` tokens of each row, in an empty cache.
+
+  The first chunk attends within itself; later ones expand the prefix.
+  """
+  found = []
+  for start in range(0, tokens.shape[1], chunk):
+    part = tokens[:, start : start + chunk]
+    here = jnp.clip(valid - start, 0, part.shape[1])
+    form = 'decompressed' if start else 'fresh'
+    x, held = hidden(weights, held, part, config, valid=here, form=form)
+    found.append(x)
+  return jnp.concatenate(found, axis=1), held
+
+
+def last(x: Float[Array, 'B T D'], valid: Int[Array, ' B']) -> Array:
+  """[B, D]: each row's last valid position."""
+  at = jnp.maximum(valid - 1, 0)[:, None, None]
+  return jnp.take_along_axis(x, at, axis=1)[:, 0]
+
+
+def draft(
+  weights: PyTree,
+  held: cache.Cache,
+  before: Float[Array, 'B T D'],
+  tokens: Int[Array, 'B T'],
+  config: config_lib.ModelConfig,
+  *,
+  valid: Int[Array, ' B'] | None = None,
+  form: str = 'absorbed',
+) -> tuple[Float[Array, 'B T D'], cache.Cache]:
+  """What the first MTP module hands to the head, over a cache of its own.
+
+  Position i joins the main model's hidden state `before` there with the token
+  after it, `tokens`, and speaks of the one after that. `held` has the module's
+  pool alone (`split`), and lengths of its own.
+  """
+  w, eps = weights['mtp'], config.norm_eps
+  both = [
+    layers.normalize(weights['embedding'][tokens], w['embed_norm'], eps),
+    layers.normalize(before, w['hidden_norm'], eps),
+  ]
+  x = jnp.concatenate(both, axis=-1) @ w['w_join']
+  turn = _turn(held, tokens, config)
+  x, pool = _block(
+    w['block'], x, turn, held.layers[0], held, valid, config, form
+  )
+  x = layers.normalize(x, w['final_norm'], eps)
+  return x, _longer(held, [pool], tokens, valid)
+
+
+def split(
+  held: cache.Cache, config: config_lib.ModelConfig
+) -> tuple[cache.Cache, cache.Cache]:
+  """The main model's part of a cache, and the MTP module's."""
+  main = dataclasses.replace(held, layers=held.layers[: config.layers])
+  return main, dataclasses.replace(held, layers=held.layers[config.layers :])
+
+
+def _turn(held, tokens, config):
+  at = held.lengths[:, None] + jnp.arange(tokens.shape[1])[None]
+  return rope.angles(at, config.mla.rope_dim, config.mla.rope)
+
+
+def _longer(held, pools, tokens, valid):
+  more = tokens.shape[1] if valid is None else valid
+  return cache.Cache(tuple(pools), held.table, held.lengths + more)
+
+
+def _block(w, x, turn, pages, held, valid, config, form):
+  h = layers.normalize(x, w['attention_norm'], config.norm_eps)
+  with jax.named_scope('attention'):
+    y, pages = absorbed.attend(
+      w['attention'], h, turn, pages, held, valid, config.mla, form
+    )
+  x = x + y
+  h = layers.normalize(x, w['ffn_norm'], config.norm_eps)
+  with jax.named_scope('ffn'):
+    y = _experts(w, h, config) if 'w_router' in w else _dense(w['ffn'], h)
+  return x + y, pages
+
+
+def _dense(w, x):
+  return layers.swiglu(x, w['w_gate_up'], w['w_down'])
+
+
+def _experts(w, x, config):
+  flat = x.reshape(-1, x.shape[-1])
+  routing = router.route(flat, w['w_router'], w['bias'], config.moe)
+  out = moe.experts(
+    flat,
+    routing.weights,
+    routing.chosen,
+    w['ffn']['w_gate_up'],
+    w['ffn']['w_down'],
+    impl=config.moe.impl,
+  )
+  if 'shared' in w:
+    out = out + _dense(w['shared'], flat)
+  return out.reshape(x.shape)

@@ -1,0 +1,267 @@
+"""What a training step holds on each device and sends between them.
+
+The state's bytes come from the shapes and names of `step.layout` and from the
+table `sharding.RULES`, so they are exact for any mesh, also one that does not
+exist. What a step holds besides is arithmetic on the config: what the backward
+pass keeps under each `remat` policy, the largest layer at work, the weights
+that FSDP has gathered, the blocks of logits. The surprising part is how little
+of it is activations: one layer of experts, gathered and with its float32
+gradient, outweighs what all other layers keep.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from mla_moe import config as config_lib
+from mla_moe import cost, losses, sharding
+from mla_moe.types import PyTree
+
+_WIDTH = {'float32': 4, 'bfloat16': 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Footprint:
+  """Bytes on one device; `total` is their sum.
+
+  parameters, gradients and optimizer are float32. saved: what all layers keep
+  for the backward pass; working: the largest layer, going backward; gathered:
+  weights brought together from the other shards, and their gradient before it
+  is scattered; logits: the loss's blocks.
+  """
+
+  parameters: int
+  gradients: int
+  optimizer: int
+  saved: int
+  working: int
+  gathered: int
+  logits: int
+
+  @property
+  def total(self) -> int:
+    return sum(dataclasses.astuple(self))
+
+
+def footprint(
+  config: config_lib.Config, layout: PyTree | None = None
+) -> Footprint:
+  """The footprint of a config on its mesh; `layout` is `step.layout`'s.
+
+  Without a layout the state is taken to be split evenly, which is what the
+  arithmetic of `cost` says. Gradients are held once for the step and, with
+  more than one micro-batch, once more for the one that is added.
+  """
+  if layout is None:
+    even = cost.training_bytes_per_device(config)
+    parameters, optimizer = even['parameters'], even['optimizer']
+  else:
+    parameters = state_bytes((layout.params, layout.router), config.mesh)
+    optimizer = state_bytes(layout.opt, config.mesh)
+  micro = config.data.micro_batch or config.data.batch_size
+  sums = 2 if micro < config.data.batch_size else 1
+  return Footprint(
+    parameters=parameters,
+    gradients=sums * parameters,
+    optimizer=optimizer,
+    saved=saved_bytes(config),
+    working=working_bytes(config),
+    gathered=gathered_bytes(config),
+    logits=logits_bytes(config),
+  )
+
+
+def state_bytes(boxed: PyTree, mesh: config_lib.MeshConfig) -> int:
+  """Bytes on one device of a tree of boxed shapes, laid out by RULES."""
+  is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
+  total = 0
+  for leaf in jax.tree.leaves(boxed, is_leaf=is_box):
+    names, value = ((), leaf) if not is_box(leaf) else (leaf.names, leaf.value)
+    spec = sharding.spec(names)
+    sizes = list(value.shape)
+    for i, axes in enumerate(spec):
+      axes = (axes,) if isinstance(axes, str) else axes or ()
+      sizes[i] = -(-sizes[i] // math.prod(getattr(mesh, a) for a in axes))
+    total += math.prod(sizes) * np.dtype(value.dtype).itemsize
+  return total
+
+
+def tokens_per_device(config: config_lib.Config) -> int:
+  """Tokens of one micro-batch on one device."""
+  data, mesh = config.data, config.mesh
+  rows = data.micro_batch or data.batch_size
+  shards = mesh.data * mesh.fsdp * mesh.expert * mesh.context
+  return rows * data.seq_len // shards
+
+
+def saved_numbers(config: config_lib.Config) -> dict[str, float]:
+  """Numbers a token that one layer keeps for the backward pass, by its kind.
+
+  'dense' and 'moe' layers; numbers of the activations' width. Every policy
+  keeps the stream at the layer's entry; 'latents' what `mla.SAVED` names;
+  'products' also those products of weights that something going backward reads
+  (not the last of a layer, and no grouped product: jax does not count it).
+  """
+  model, mesh = config.model, config.mesh
+  mla, moe, t = model.mla, model.moe, mesh.tensor
+  heads = mla.heads / t
+  query = mla.nope_dim + mla.rope_dim
+  wide = _WIDTH[model.dtype]
+  stream = float(model.dim)
+  lse = heads * 4 / wide
+  latents = mla.query_rank + mla.kv_rank + mla.rope_dim
+  latents += heads * mla.value_dim + lse
+  order = 2 * moe.top_k * 4 / wide  # slots and places, int32
+  attention = mla.query_rank + mla.kv_rank + model.dim
+  attention += heads * (query + mla.nope_dim + mla.value_dim)
+  shared = moe.shared * moe.width
+  kept = {
+    'full': (0.0, 0.0),
+    'latents': (latents, latents + order),
+    'products': (
+      latents + attention + 2 * model.dense_width / t,
+      latents + order + attention + 2 * shared / t + moe.experts * 4 / wide,
+    ),
+  }
+  if model.remat == 'none':
+    dense, routed = _everything(config)
+  else:
+    dense, routed = kept[model.remat]
+  return {'dense': stream + dense, 'moe': stream + routed}
+
+
+def _everything(config: config_lib.Config) -> tuple[float, float]:
+  """Numbers a token that one dense and one MoE layer make going forward."""
+  model, t = config.model, config.mesh.tensor
+  mla, moe = model.mla, model.moe
+  query = mla.nope_dim + mla.rope_dim
+  attention = 2 * model.dim + 2 * (mla.query_rank + mla.kv_rank)
+  attention += mla.rope_dim
+  attention += mla.heads / t * (2 * query + mla.nope_dim + 2 * mla.value_dim)
+  dense = 3 * model.dense_width / t + model.dim
+  rows = moe.top_k * (2 * model.dim + 3 * moe.width / t)
+  shared = 3 * moe.shared * moe.width / t + model.dim
+  return attention + dense, attention + rows + shared
+
+
+def saved_bytes(config: config_lib.Config) -> int:
+  """What all layers keep on one device between forward and backward."""
+  model, mesh = config.model, config.mesh
+  numbers = saved_numbers(config)
+  depth = model.mtp.depth
+  stages = max(mesh.stage, 1)
+  routed = model.moe_layers / stages + depth * (model.moe_layers > 0)
+  dense = model.dense_layers + depth * (model.moe_layers == 0)
+  per_token = dense * numbers['dense'] + routed * numbers['moe']
+  wide = _WIDTH[model.dtype]
+  return int(per_token * tokens_per_device(config) * wide)
+
+
+def working_bytes(config: config_lib.Config) -> int:
+  """The largest layer made again, and its gradients, on one device.
+
+  Experts hold their rows twice as wide as activations: the backward pass has
+  values and gradients, and the sum over a token's experts is float32.
+  """
+  model = config.model
+  dense, routed = _everything(config)
+  most = max(dense if model.dense_layers else 0.0, routed)
+  if not model.moe_layers:
+    most = dense
+  wide = _WIDTH[model.dtype]
+  return int(2 * most * tokens_per_device(config) * wide)
+
+
+def gathered_bytes(config: config_lib.Config) -> int:
+  """The largest layer's weights, gathered over fsdp, and their gradient.
+
+  The copy is in the activations' width (eight bits in FP8), the gradient
+  float32 until it is scattered; the next layer's copy is on its way already.
+  """
+  model, mesh = config.model, config.mesh
+  if mesh.fsdp == 1:
+    return 0
+  size = layer_parameters(config)
+  wide = 1 if model.precision != 'bf16' else _WIDTH[model.dtype]
+  return int(size * (2 * wide + 4))
+
+
+def layer_parameters(config: config_lib.Config) -> float:
+  """Parameters of the largest layer that one device works with."""
+  model, mesh = config.model, config.mesh
+  counts = cost.parameters(model)
+  attention = counts.attention / model.layers
+  each = []
+  if model.dense_layers:
+    each.append(counts.dense / model.dense_layers)
+  if model.moe_layers:
+    routed = counts.routed / model.moe_layers / mesh.expert
+    each.append(routed + counts.shared / model.moe_layers)
+  return (max(each) + attention) / mesh.tensor
+
+
+def logits_bytes(config: config_lib.Config) -> int:
+  """A block of logits and of their gradient, and the head's gradient.
+
+  float32 and the activations' width; the head's gradient is whole on every
+  device until the shards of it are taken.
+  """
+  model = config.model
+  tokens = tokens_per_device(config)
+  block = min(model.vocab, losses.BLOCK)
+  wide = _WIDTH[model.dtype]
+  head = model.vocab * model.dim * 4 // config.mesh.tensor
+  return tokens * block * (4 + wide) + head
+
+
+def bubble(stages: int, micro_batches: int) -> float:
+  """The share of a pipelined step that a device waits: (S-1) / (n+S-1)."""
+  return (stages - 1) / (micro_batches + stages - 1)
+
+
+def traffic(config: config_lib.Config) -> dict[str, float]:
+  """Bytes that one device receives in a step, over each axis of the mesh.
+
+  fsdp: weights forward and again backward, gradients scattered in float32;
+  data: their sum over replicas; expert: each token's rows out and back,
+  forward and backward, by the cheaper of an all-to-all of its K copies and an
+  all-gather with a reduce-scatter; tensor: the stream's sums after attention
+  and FFN. Every micro-batch pays all of it.
+  """
+  model, mesh, data = config.model, config.mesh, config.data
+  wide = _WIDTH[model.dtype]
+  weights = 1 if model.precision != 'bf16' else wide
+  micro = data.micro_batch or data.batch_size
+  times = data.batch_size / micro
+  tokens = tokens_per_device(config)
+  counts = cost.parameters(config)
+  depth = model.mtp.depth
+  routed_layers = model.moe_layers + depth * (model.moe_layers > 0)
+  expert = 3 * model.dim * model.moe.width * model.moe.experts
+  routed = routed_layers * expert / (mesh.expert * mesh.tensor)
+  rest = counts.total + counts.mtp - routed_layers * expert
+  rest = rest / mesh.tensor
+  others = lambda n: (n - 1) / n
+  twice = 1 if model.remat == 'none' else 2
+  gather = (twice * weights + 4) * (routed + rest) * others(mesh.fsdp)
+  held = (routed + rest) / mesh.fsdp
+  # The experts' replicas are the data axis; the rest's also the expert axis.
+  summed = 2 * 4 * held * others(mesh.data)
+  also = 2 * 4 * rest / mesh.fsdp * others(mesh.expert)
+  copies = min(model.moe.top_k, mesh.expert)
+  crossing = tokens * model.dim * wide * copies * others(mesh.expert)
+  passes = 3 if model.remat == 'none' else 4
+  exchange = routed_layers * crossing * passes + also
+  blocks = model.layers + depth
+  sums = 2 * tokens * model.dim * wide * others(mesh.tensor)
+  return {
+    'fsdp': times * gather,
+    'data': times * summed,
+    'expert': times * exchange if mesh.expert > 1 else 0.0,
+    'tensor': times * blocks * 2 * (1 + twice) * sums,
+  }

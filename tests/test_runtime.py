@@ -1,0 +1,28 @@
+"""What a program sets of its process does what it says."""
+
+import subprocess
+import sys
+
+import pytest
+
+_PROGRAM = """
+import resource
+from experiments import runtime
+runtime.keep_memory()
+import jax, jax.numpy as jnp
+f = jax.jit(lambda x: ((x @ x.T) @ x).sum())
+x = jnp.ones((8192, 64))
+for _ in range(4):
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  f(x).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='glibc keeps the memory')
+def test_a_step_does_not_fault_its_scratch_memory_in_again():
+  """Its first product is 65,536 pages of 4 KiB."""
+  done = subprocess.run(
+    [sys.executable, '-c', _PROGRAM], capture_output=True, text=True, check=True
+  )
+  assert int(done.stdout) < 16384

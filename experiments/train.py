@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from experiments import cli, guard, signals, watchdog, workdir
+from experiments import cli, distributed, guard, signals, watchdog, workdir
 from mla_moe import config as config_lib
 
 
@@ -35,9 +35,12 @@ def run(
     ConfigError: a config, a text or a checkpoint that cannot be used.
     cli.Stopped: the run could not go on; what it had is saved.
   """
-  with workdir.claim(folder, config) as path, signals.Stop() as stop:
+  with (
+    distributed.claim(folder, config) as (path, records),
+    signals.Stop() as stop,
+  ):
     try:
-      return _run(config, path, stop, unsealed)
+      return _run(config, path, records, stop, unsealed)
     except OSError as error:
       if error.errno not in workdir.DISK and path.is_dir():
         raise
@@ -71,7 +74,7 @@ class Ended(NamedTuple):
   first: int = 0
 
 
-def _run(config, path: pathlib.Path, stop, unsealed: bool) -> dict:
+def _run(config, path: pathlib.Path, records, stop, unsealed: bool) -> dict:
   import jax
 
   from experiments import logs, preparation, recorder, report
@@ -94,7 +97,7 @@ def _run(config, path: pathlib.Path, stop, unsealed: bool) -> dict:
       del course  # its memory is the restored one's
       course = resume(ready, like, unsealed=unsealed, aside=True)
       print(f'Resuming {path} at step {course.number}.')
-    written = recorder.Recorder(ready, course.number)
+    written = recorder.Recorder(ready._replace(path=records), course.number)
     stack.callback(written.close)
     print(preparation.headline(config))
     with logs.progress(every.steps, course.number) as tell:
@@ -104,7 +107,7 @@ def _run(config, path: pathlib.Path, stop, unsealed: bool) -> dict:
           break
         course = _back(ready, saved, written, like, ended)
     _end(ready, saved, written, ended)
-  report.write(path)
+  report.write(records)
   print(
     f'Results: {path / "report.html"}, metrics.jsonl and samples.txt there.'
   )
@@ -168,6 +171,7 @@ def _steps(ready, course, saved, written, stop, dog, tell) -> Ended:
     ready.text.bos_id,
     start,
     every.steps,
+    *ready.share,
     passed=counts.passed,
   )
   look, clock = None, None
@@ -383,6 +387,12 @@ def define() -> None:
   cli.define()
   cli.define_unsealed()
   flags.DEFINE_integer('replay', 0, 'Compute this step again, and compare.', 0)
+  flags.DEFINE_enum(
+    'distributed', 'auto', ['auto', 'on', 'off'], 'Join other processes.'
+  )
+  flags.DEFINE_integer(
+    'distributed_timeout', 300, 'Seconds to wait for them.', 1
+  )
 
 
 def main() -> None:
@@ -393,8 +403,11 @@ def main() -> None:
 
     path = pathlib.Path(flags.FLAGS.workdir)
     replay.replay(path, flags.FLAGS.replay, unsealed=unsealed)
-  else:
-    run(cli.config(), flags.FLAGS.workdir, unsealed=unsealed)
+    return
+  config = cli.config()
+  distributed.start(flags.FLAGS.distributed, flags.FLAGS.distributed_timeout)
+  distributed.agree(config)
+  run(config, flags.FLAGS.workdir, unsealed=unsealed)
 
 
 if __name__ == '__main__':

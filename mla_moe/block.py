@@ -36,11 +36,11 @@ class Block(nn.Module):
   ) -> tuple[Float[Array, 'B T D'], moe.Stats | None]:
     c = self.config
     norm = lambda name: layers.RMSNorm(c.norm_eps, name=name)
-    h = norm('attention_norm')(x)
+    h = sharding.constrain(norm('attention_norm')(x), *_STREAM)
     with jax.named_scope('attention'):
       y = mla.Attention(c, name='attention')(h, cos, sin, segments)
     x = x + sharding.constrain(y, *_STREAM)
-    h = norm('ffn_norm')(x)
+    h = sharding.constrain(norm('ffn_norm')(x), *_STREAM)
     with jax.named_scope('ffn'):
       if self.routed:
         y, stats = moe.MoE(c, name='ffn')(h, mask)

@@ -236,8 +236,14 @@ def swiglu(
   recipe: fp8.Recipe = HIGH,
 ) -> Float[Array, '*b D']:
   """down(silu(gate(x)) * up(x)); gate and up are one product."""
-  both = product('...d,dgf->...gf', x, w_gate_up, recipe)
-  return product('...f,fd->...d', gated(both), w_down, recipe)
+  lay = lambda x, *last: (
+    sharding.constrain(x, 'batch', 'part', *last) if rows else x
+  )
+  rows = x.ndim == 3
+  x = lay(x, 'stream')
+  both = lay(product('...d,dgf->...gf', x, w_gate_up, recipe), 'gate_up', 'mlp')
+  hidden = lay(gated(both), 'mlp')
+  return product('...f,fd->...d', hidden, w_down, recipe)
 
 
 class FeedForward(nn.Module):
@@ -250,8 +256,6 @@ class FeedForward(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, '*b D']) -> Float[Array, '*b D']:
     dim, width, how = x.shape[-1], self.width, (self.std, self.recipe)
-    if x.ndim == 3:
-      x = sharding.constrain(x, 'batch', 'part', 'stream')
     axes = ('embed', 'gate_up', 'mlp')
     w_gate_up = weight(self, 'w_gate_up', (dim, 2, width), axes, *how)
     w_down = weight(self, 'w_down', (width, dim), ('mlp', 'embed'), *how)

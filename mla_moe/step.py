@@ -56,8 +56,21 @@ def init_state(
   make = lambda key: nn.unbox(_boxed_state(key, config))
   if mesh is None:
     return jax.jit(make)(key)
-  where = sharding.shardings(layout(config), mesh)
-  return jax.jit(make, out_shardings=where)(key)
+  return jax.jit(make, out_shardings=placement(config, mesh))(key)
+
+
+def placement(config: config_lib.Config, mesh: jax.sharding.Mesh) -> State:
+  """The sharding of every leaf of the state.
+
+  What a jitted step hands out must be told so: left alone, parameters would
+  drift to where the optimizer's state is.
+  """
+  boxed = layout(config)
+  where = sharding.shardings(boxed, mesh)
+  if config.mesh.states == 'zero1':
+    opt = sharding.shardings(boxed.opt, mesh, sharding.ZERO1)
+    where = where.replace(opt=opt)
+  return where
 
 
 def layout(config: config_lib.Config) -> State:

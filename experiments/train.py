@@ -107,10 +107,11 @@ def _run(config, path: pathlib.Path, records, stop, unsealed: bool) -> dict:
           break
         course = _back(ready, saved, written, like, ended)
     _end(ready, saved, written, ended)
-  report.write(records)
-  print(
-    f'Results: {path / "report.html"}, metrics.jsonl and samples.txt there.'
-  )
+  if distributed.first():
+    report.write(path)
+    print(
+      f'Results: {path / "report.html"}, metrics.jsonl and samples.txt there.'
+    )
   return written.final
 
 

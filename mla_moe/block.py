@@ -78,5 +78,7 @@ def stack(
     variable_axes={'params': 0, 'router': 0},
     split_rngs={'params': True},
     in_axes=nn.broadcast,
-    metadata_params={nn.PARTITION_NAME: 'layers'},
+    metadata_params={
+      nn.PARTITION_NAME: 'routed_layers' if routed else 'layers'
+    },
   )(config, routed, name=name)

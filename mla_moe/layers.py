@@ -98,7 +98,7 @@ def quantised(w: Array, axes: tuple, recipe: fp8.Recipe) -> fp8.Weight:
   Heads and their dimensions are one axis to a product, as they are in
   checkpoints; layers and experts come before it.
   """
-  lead = sum(a in ('layers', 'experts') for a in axes)
+  lead = sum(a in ('layers', 'routed_layers', 'experts') for a in axes)
   flat = w.reshape(_flat(axes, w.shape))
   copies = fp8.prepare(flat, recipe.precision, lead=lead).copies
   names = _flat(axes, axes)

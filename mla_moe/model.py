@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from mla_moe import block, fp8, layers, mtp, rope, sequence, sharding
+from mla_moe import block, fp8, layers, mtp, pipeline, rope, sequence, sharding
 from mla_moe import config as config_lib
 from mla_moe.types import Array, Float, Int, PyTree
 
@@ -79,6 +79,7 @@ class Transformer(nn.Module):
     positions: Int[Array, 'B T'] | None = None,
     segments: Int[Array, 'B T'] | None = None,
     mask: Float[Array, 'B T'] | None = None,
+    micro: int = 0,
   ) -> Features:
     """Everything but the head.
 
@@ -90,6 +91,7 @@ class Transformer(nn.Module):
       positions: for the rotation; 0..T-1 when None.
       segments: tokens of one row attend within their segment; None is one.
       mask: 0 for tokens that the experts' statistics leave out.
+      micro: micro-batches of a pipeline, on a mesh with stages (`pipeline`).
     """
     c = self.config
     b, t = tokens.shape
@@ -109,7 +111,12 @@ class Transformer(nn.Module):
     x, stats = embedded, None
     if c.dense_layers:
       x, _ = self.dense(x, cos, sin, segments, place(mask))
-    if c.moe_layers:
+    if c.moe_layers and pipeline.stages() > 1 and not self.is_initializing():
+      assert mask is None
+      rows = (x, cos, sin, segments)
+      x, stats = pipeline.run(self.moe.variables, c, *rows, micro)
+      x = sharding.constrain(x, 'batch', 'length', 'stream')
+    elif c.moe_layers:
       x, stats = self.moe(x, cos, sin, segments, place(mask))
     hidden = self.final_norm(x)
 

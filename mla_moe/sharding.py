@@ -5,8 +5,9 @@ Modules name the axes of their parameters and activations by what they are
 does the rest, but for the parts that it does badly, which run in `local`
 regions, where collectives are written out: attention, experts, the loss.
 
-The expert axis is a data axis outside the experts: a batch is split over
-`data`, `fsdp` and `expert` alike. The stream between the layers is split along
+The expert axis is a data axis outside the experts, and so is the stage axis
+outside the pipeline: a batch is split over `data`, `fsdp`, `expert` and `stage`
+alike. The stream between the layers is split along
 its length over `context` and `tensor` (Korthikanti et al. 2022). ZeRO-1 is not
 code but a second table, for the optimizer's state alone. The mesh's axes are
 `Auto`: jax's default, `Explicit`, turns every constraint into an assertion.
@@ -30,7 +31,7 @@ AXES = ('data', 'stage', 'fsdp', 'expert', 'context', 'tensor')
 
 RULES = (
   # activations
-  ('batch', ('data', 'fsdp', 'expert')),
+  ('batch', ('data', 'fsdp', 'expert', 'stage')),
   ('length', ('context', 'tensor')),  # of the stream
   ('part', 'context'),  # the length where heads or widths have `tensor`
   ('stream', None),
@@ -45,6 +46,7 @@ RULES = (
   ('gate_up', None),
   ('norm', None),
   ('layers', None),
+  ('routed_layers', 'stage'),
 )
 
 # The optimizer's state under `config.mesh.states = 'zero1'` (Rajbhandari et

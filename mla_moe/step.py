@@ -243,6 +243,8 @@ def _terms(params, biases, micro: data.Batch, config) -> dict[str, Array]:
     micro.tokens,
     micro.positions,
     None if joined else micro.segments,
+    None,
+    config.mesh.pipeline,
     method='features',
   )
   head = network.apply(variables, method='head')

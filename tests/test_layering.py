@@ -22,7 +22,7 @@ LAYERS = (
   'expert_parallel',
   'absorbed mla moe',
   'block',
-  'mtp',
+  'mtp pipeline',
   'model',
   'step huggingface decode',
   'generation memory',

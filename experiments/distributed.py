@@ -21,14 +21,13 @@ import json
 import os
 import pathlib
 import platform
-import re
 import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from experiments import workdir
+from experiments import roll_call, workdir
 from mla_moe import config as config_lib
 from mla_moe.config import ConfigError
 
@@ -40,20 +39,19 @@ def detect(environ: dict[str, str]) -> tuple[str, dict]:
   """(who says so, arguments of jax.distributed.initialize), or ('', {})."""
   get = environ.get
   if get('JAX_COORDINATOR_ADDRESS'):
-    names = {
-      'coordinator_address': 'JAX_COORDINATOR_ADDRESS',
-      'num_processes': 'JAX_NUM_PROCESSES',
-      'process_id': 'JAX_PROCESS_ID',
-    }
-    missing = [name for name in names.values() if not get(name)]
-    if missing:
+    names = 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID'
+    unset = [name for name in names if not get(name)]
+    if unset:
       raise ConfigError(
         f'JAX_COORDINATOR_ADDRESS={get("JAX_COORDINATOR_ADDRESS")!r}: is set, '
-        f'but {" and ".join(missing)} not; set all three or none'
+        f'but {" and ".join(unset)} not; set all three or none'
       )
-    numbers = {k: _number(environ, names[k]) for k in list(names)[1:]}
     address = get('JAX_COORDINATOR_ADDRESS')
-    return 'environment', {'coordinator_address': address, **numbers}
+    return 'environment', {
+      'coordinator_address': address,
+      'process_id': _number(environ, 'JAX_PROCESS_ID'),
+      'num_processes': _number(environ, 'JAX_NUM_PROCESSES'),
+    }
   if int(get('SLURM_STEP_NUM_TASKS') or 1) > 1:
     return 'Slurm', {}
   hosts = [h for h in get('TPU_WORKER_HOSTNAMES', '').split(',') if h]
@@ -84,10 +82,21 @@ def start(asked: str, timeout: int) -> None:
 
   if 'cpu' in (os.environ.get('JAX_PLATFORMS') or ''):
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+  if arguments:
+    absent = roll_call.missing(*arguments.values(), timeout)
+    if absent:
+      who = ', '.join(map(str, absent))
+      raise ConfigError(
+        f'process {who} did not arrive within {timeout} s (found by {how}); '
+        'look at its log, or wait longer with --distributed_timeout'
+      )
   try:
     jax.distributed.initialize(**arguments, initialization_timeout=timeout)
   except (RuntimeError, ValueError) as error:
-    raise ConfigError(_absent(str(error), how, arguments, timeout)) from None
+    line = ' '.join(str(error).split())
+    raise ConfigError(
+      f'--distributed={asked}: could not start: {line}'
+    ) from None
   if jax.process_index() == 0:
     print(
       f'{jax.process_count()} processes (found by {how or "--distributed"}), '
@@ -107,20 +116,6 @@ def first() -> bool:
   import jax
 
   return processes() == 1 or jax.process_index() == 0
-
-
-def _absent(error: str, how: str, arguments: dict, timeout: int) -> str:
-  found = sorted({int(n) for n in re.findall(r'task:(\d+)', error)})
-  me = arguments.get('process_id')
-  missing = [n for n in found if n != me]
-  if 'DEADLINE' in error or 'timed out' in error.lower():
-    who = ', '.join(map(str, missing)) or 'the coordinator'
-    return (
-      f'process {who} did not arrive within {timeout} s (found by {how}); '
-      'look at its log, or wait longer with --distributed_timeout'
-    )
-  line = ' '.join(error.split())
-  return f'--distributed: jax.distributed could not be started: {line}'
 
 
 def agree(config: config_lib.Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import pathlib
@@ -16,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import distributed, runtime
 from mla_moe import config as config_lib
-from mla_moe import corpus, cost, data, fp8, sharding, step
+from mla_moe import corpus, cost, data, fp8, fp8_health, sharding, step
 from mla_moe import tokenizer as tokenizer_lib
 
 
@@ -30,11 +31,10 @@ class Prepared(NamedTuple):
   text: corpus.Corpus
   heldout: list[data.Batch]
   mesh: jax.sharding.Mesh | None
-  share: tuple[
-    int, int
-  ]  # which rows of a batch this process reads, of how many
+  share: tuple[int, int]  # of a batch's rows: this process's, of how many
   train: Callable
   evaluate: Callable
+  examine: Callable  # FP8's health
 
 
 def prepare(config: config_lib.Config, path: pathlib.Path) -> Prepared:
@@ -43,9 +43,9 @@ def prepare(config: config_lib.Config, path: pathlib.Path) -> Prepared:
   Raises:
     ConfigError: before anything is compiled.
   """
-  sharding.check(config)
-  runtime.keep_compilations(path.parent / '.jax_cache')
   runtime.keep_memory()
+  runtime.keep_compilations(path.parent / '.jax_cache')
+  sharding.check(config)
   _, slow = fp8.choose(config.model.precision, config.model.fp8_impl)
   if slow:
     print(slow)
@@ -61,17 +61,9 @@ def prepare(config: config_lib.Config, path: pathlib.Path) -> Prepared:
     text.heldout, config.data, text.bos_id, config.run.eval_batches
   )
   mesh = sharding.make_mesh(config.mesh) if config.mesh.devices > 1 else None
-  whole, placed = None, None
-  if mesh:
-    whole = NamedSharding(mesh, PartitionSpec())
-    placed = step.placement(config, mesh), whole
-  train = jax.jit(
-    functools.partial(step.train_step, config=config),
-    donate_argnums=0,
-    out_shardings=placed,
-  )
-  evaluate = jax.jit(
-    functools.partial(step.eval_step, config=config), out_shardings=whole
+  # How long a run is and how often it speaks is nothing to a step.
+  train, evaluate, examine = _jitted(
+    dataclasses.replace(config, run=config_lib.RunConfig())
   )
   return Prepared(
     config,
@@ -84,6 +76,25 @@ def prepare(config: config_lib.Config, path: pathlib.Path) -> Prepared:
     distributed.share(mesh, config.data.micro_batch or config.data.batch_size),
     train,
     evaluate,
+    examine,
+  )
+
+
+@functools.lru_cache(maxsize=4)
+def _jitted(config: config_lib.Config) -> tuple[Callable, ...]:
+  """Runs of one process with the same numbers share their programs."""
+  whole, placed = None, None
+  if config.mesh.devices > 1:
+    mesh = sharding.make_mesh(config.mesh)
+    whole = NamedSharding(mesh, PartitionSpec())
+    placed = step.placement(config, mesh), whole
+  train = functools.partial(step.train_step, config=config)
+  evaluate = functools.partial(step.eval_step, config=config)
+  examine = functools.partial(fp8_health.measure, config=config)
+  return (
+    jax.jit(train, donate_argnums=0, out_shardings=placed),
+    jax.jit(evaluate, out_shardings=whole),
+    jax.jit(examine, out_shardings=whole),
   )
 
 

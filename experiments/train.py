@@ -19,8 +19,24 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from experiments import cli, distributed, guard, signals, watchdog, workdir
+from experiments import (
+  cli,
+  distributed,
+  guard,
+  profile,
+  signals,
+  tracking,
+  watchdog,
+  workdir,
+)
 from mla_moe import config as config_lib
+
+
+class Also(NamedTuple):
+  """What a run does beside training: steps to trace, a tracker to tell."""
+
+  profile: str = ''
+  track: str = ''
 
 
 def run(
@@ -28,6 +44,7 @@ def run(
   folder: os.PathLike | str,
   *,
   unsealed: bool = False,
+  also: Also = Also(),
 ) -> dict:
   """Trains in `folder`; returns the last numbers (step, loss, bits_per_byte).
 
@@ -40,7 +57,11 @@ def run(
     signals.Stop() as stop,
   ):
     try:
-      return _run(config, path, records, stop, unsealed)
+      return _run(config, path, records, stop, unsealed, also)
+    except RuntimeError as error:
+      if 'RESOURCE_EXHAUSTED' not in str(error):
+        raise
+      raise cli.Stopped(_out_of_memory(config, error)) from error
     except OSError as error:
       if error.errno not in workdir.DISK and path.is_dir():
         raise
@@ -74,12 +95,17 @@ class Ended(NamedTuple):
   first: int = 0
 
 
-def _run(config, path: pathlib.Path, records, stop, unsealed: bool) -> dict:
+def _run(
+  config, path: pathlib.Path, records: pathlib.Path, stop, unsealed, also
+) -> dict:
   import jax
 
   from experiments import logs, preparation, recorder, report
   from mla_moe import checkpoint, step
 
+  window = profile.window(also.profile)
+  track = also.track if distributed.first() else ''
+  tell_also = tracking.of(track, path, dataclasses.asdict(config))
   ready = preparation.prepare(config, path)
   every = config.run
   with contextlib.ExitStack() as stack:
@@ -99,6 +125,12 @@ def _run(config, path: pathlib.Path, records, stop, unsealed: bool) -> dict:
       print(f'Resuming {path} at step {course.number}.')
     written = recorder.Recorder(ready._replace(path=records), course.number)
     stack.callback(written.close)
+    written.before = stack.enter_context(
+      profile.steps(path / 'profile', *window)
+    )
+    if tell_also:
+      stack.callback(tell_also.close)
+      written.trackers.append(tell_also)
     print(preparation.headline(config))
     with logs.progress(every.steps, course.number) as tell:
       while True:
@@ -106,9 +138,12 @@ def _run(config, path: pathlib.Path, records, stop, unsealed: bool) -> dict:
         if ended.how != 'back':
           break
         course = _back(ready, saved, written, like, ended)
-    _end(ready, saved, written, ended)
+    try:
+      _end(ready, saved, written, ended)
+    finally:
+      if distributed.first():
+        report.write(path)
   if distributed.first():
-    report.write(path)
     print(
       f'Results: {path / "report.html"}, metrics.jsonl and samples.txt there.'
     )
@@ -181,6 +216,7 @@ def _steps(ready, course, saved, written, stop, dog, tell) -> Ended:
     rates = optim.rates(config.optim, number - 1, seen * config.data.seq_len)
     given, state = faults.disturb(number, rates, state)
     asked = stop.share()
+    written.before(number, state)
     if clock:  # the first step compiles: it is not watched
       dog.arm(f'step {number}')
     with fp8.fallbacks() as fell:  # products without their kernel: traced
@@ -261,6 +297,7 @@ def _chores(number, every, written) -> list:
   periods = [
     (written.measure, every.eval_every),
     (written.show, every.sample_every),
+    (written.health, every.health_every if written.eight else 0),
   ]
   return [do for do, period in periods if _due(number, period, every)]
 
@@ -376,6 +413,21 @@ def _end(ready, saved, written, ended: Ended) -> None:
     print(f'Stopped by {ended.text} at step {number}: saved.')
 
 
+def _out_of_memory(config, error) -> str:
+  """What the state alone takes, and what would take less."""
+  from mla_moe import cost
+
+  state = sum(cost.training_bytes_per_device(config).values()) / 2**30
+  data, mesh = config.data, config.mesh
+  return (
+    f'out of memory ({str(error).splitlines()[0][:200]}); parameters, '
+    f'gradients and optimizer take {state:,.2f} GiB of each device, activations '
+    f'the rest: lower config.data.micro_batch={data.micro_batch} (0 is all '
+    f"{data.batch_size}), keep less by config.model.remat='full', or split the "
+    f'state over more devices by config.mesh.fsdp={mesh.fsdp}'
+  )
+
+
 def shape(x):
   """What stands for an array where its memory is not wanted."""
   import jax
@@ -394,6 +446,8 @@ def define() -> None:
   flags.DEFINE_integer(
     'distributed_timeout', 300, 'Seconds to wait for them.', 1
   )
+  flags.DEFINE_string('profile', '', 'Trace these steps: FIRST:LAST.')
+  flags.DEFINE_enum('track', '', tracking.TRACKERS, 'Tracker to tell as well.')
 
 
 def main() -> None:
@@ -408,7 +462,8 @@ def main() -> None:
   config = cli.config()
   distributed.start(flags.FLAGS.distributed, flags.FLAGS.distributed_timeout)
   distributed.agree(config)
-  run(config, flags.FLAGS.workdir, unsealed=unsealed)
+  also = Also(flags.FLAGS.profile, flags.FLAGS.track)
+  run(config, flags.FLAGS.workdir, unsealed=unsealed, also=also)
 
 
 if __name__ == '__main__':

@@ -22,7 +22,7 @@ LAYERS = (
   'expert_parallel',
   'absorbed mla moe',
   'block',
-  'mtp pipeline',
+  'mtp pipeline fp8_health',
   'model',
   'step huggingface decode',
   'generation memory',

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mla_moe import sharding
-from mla_moe.types import Array, Float, Int
+from mla_moe.types import Array
 
 
 class Part(NamedTuple):
@@ -39,8 +39,8 @@ def count(length: int) -> int:
   return sharding.count(sharding.laid(('part',), (length,))[0])
 
 
-def arrange(x: Int[Array, 'B T']) -> Int[Array, 'B T']:
-  """From natural order to that of the devices, or itself."""
+def arrange(x: Array) -> Array:
+  """[B, T, ...] from natural order to that of the devices."""
   parts = count(x.shape[1])
   if parts == 1:
     return x
@@ -48,8 +48,8 @@ def arrange(x: Int[Array, 'B T']) -> Int[Array, 'B T']:
   return _take(x, order)
 
 
-def restore(x: Float[Array, 'B T *d']) -> Float[Array, 'B T *d']:
-  """From the order of the devices to the natural one."""
+def restore(x: Array) -> Array:
+  """[B, T, ...] from the order of the devices to the natural one."""
   parts = count(x.shape[1])
   if parts == 1:
     return x
@@ -57,8 +57,8 @@ def restore(x: Float[Array, 'B T *d']) -> Float[Array, 'B T *d']:
   return _take(x, np.argsort(order))
 
 
-def whole(x: Float[Array, 'B T *d'], parts: int) -> Float[Array, 'B S *d']:
-  """In a region: all devices' parts, in natural order."""
+def whole(x: Array, parts: int) -> Array:
+  """In a region: all devices' parts of [B, T, ...], in natural order."""
   if parts == 1:
     return x
   every = jax.lax.all_gather(x, 'context', axis=1)  # [B, parts, T, ...]

@@ -52,20 +52,19 @@ def single():
   return before, *jax.device_get(train(before, batch(), RATES))
 
 
-def on_mesh(config, state=None):
-  """The same on config.mesh; also the layout that was asked for."""
+def on_mesh(config, state):
+  """The step from `state` on config.mesh; also the layout asked for."""
   sharding.check(config)
   sizes = config.mesh
   mesh = sharding.make_mesh(sizes, jax.devices()[: sizes.devices])
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   with jax.set_mesh(mesh):
     where = step.placement(config, mesh)
-    if state is None:
-      state = step.init_state(jax.random.key(0), config, mesh)
     train = jax.jit(
       functools.partial(step.train_step, config=config),
-      out_shardings=(where, None),
+      out_shardings=(where, whole),
     )
-    return train(state, batch(), RATES), where
+    return train(jax.device_put(state, where), batch(), RATES), where
 
 
 def mixed(*, slow=True, states='fsdp', exchange='auto', **sizes):
@@ -94,8 +93,8 @@ def mixed(*, slow=True, states='fsdp', exchange='auto', **sizes):
   ],
 )
 def test_a_mesh_gives_the_single_devices_step(config):
-  _, expected, m = single()
-  (got, n), where = on_mesh(config)
+  before, expected, m = single()
+  (got, n), where = on_mesh(config, before)
   assert float(n['loss']) == pytest.approx(float(m['loss']), rel=1e-5)
   chex.assert_trees_all_equal(jax.device_get(n['load']), m['load'])
   chex.assert_trees_all_equal(jax.device_get(got.router), expected.router)
@@ -134,11 +133,8 @@ def test_another_mesh_continues():
   _, after, _ = single()
   train = jax.jit(functools.partial(step.train_step, config=TINY))
   _, m = train(after, batch(), RATES)
-  mesh_config = c.MeshConfig(fsdp=2, context=2, tensor=2)
-  config = dataclasses.replace(TINY, mesh=mesh_config)
-  mesh = sharding.make_mesh(mesh_config)
-  moved = jax.device_put(after, step.placement(config, mesh))
-  (_, n), _ = on_mesh(config, moved)
+  sizes = c.MeshConfig(fsdp=2, context=2, tensor=2)
+  (_, n), _ = on_mesh(dataclasses.replace(TINY, mesh=sizes), after)
   assert float(n['loss']) == pytest.approx(float(m['loss']), rel=1e-5)
 
 

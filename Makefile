@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test test-all bench lint clean
+.PHONY: train test test-all bench docs lint clean
 
 train: $(READY)
 	@$(BIN)/python -m experiments.train --config=configs/tiny.py --workdir=runs/tiny
@@ -18,6 +18,10 @@ test-all: $(READY)
 
 bench: $(READY)
 	@$(BIN)/python -m experiments.bench train
+
+docs: $(READY)
+	@$(BIN)/python -m sphinx -q -W -b html docs docs/_build
+	@echo docs/_build/index.html
 
 lint: $(READY)
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check .

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 
 from experiments import runtime
 from mla_moe import config as config_lib
-from mla_moe import corpus, cost, data, fp8, sharding, step
+from mla_moe import corpus, cost, data, fp8, fp8_health, sharding, step
 from mla_moe import tokenizer as tokenizer_lib
 
 
@@ -33,6 +33,7 @@ class Prepared(NamedTuple):
   mesh: jax.sharding.Mesh | None
   train: Callable
   evaluate: Callable
+  examine: Callable  # FP8's health
 
 
 def prepare(config: config_lib.Config, path: pathlib.Path) -> Prepared:
@@ -41,9 +42,9 @@ def prepare(config: config_lib.Config, path: pathlib.Path) -> Prepared:
   Raises:
     ConfigError: before anything is compiled.
   """
-  sharding.check(config)
-  runtime.keep_compilations(path.parent / '.jax_cache')
   runtime.keep_memory()
+  runtime.keep_compilations(path.parent / '.jax_cache')
+  sharding.check(config)
   _, slow = fp8.choose(config.model.precision, config.model.fp8_impl)
   if slow:
     print(slow)
@@ -57,7 +58,7 @@ def prepare(config: config_lib.Config, path: pathlib.Path) -> Prepared:
   )
   mesh = sharding.make_mesh(config.mesh) if config.mesh.devices > 1 else None
   # How long a run is and how often it speaks is nothing to a step.
-  train, evaluate = _jitted(
+  train, evaluate, examine = _jitted(
     dataclasses.replace(config, run=config_lib.RunConfig())
   )
   return Prepared(
@@ -70,15 +71,17 @@ def prepare(config: config_lib.Config, path: pathlib.Path) -> Prepared:
     mesh,
     train,
     evaluate,
+    examine,
   )
 
 
 @functools.lru_cache(maxsize=4)
-def _jitted(config: config_lib.Config) -> tuple[Callable, Callable]:
+def _jitted(config: config_lib.Config) -> tuple[Callable, ...]:
   """Runs of one process with the same numbers share their programs."""
   train = functools.partial(step.train_step, config=config)
   evaluate = functools.partial(step.eval_step, config=config)
-  return jax.jit(train, donate_argnums=0), jax.jit(evaluate)
+  examine = functools.partial(fp8_health.measure, config=config)
+  return jax.jit(train, donate_argnums=0), jax.jit(evaluate), jax.jit(examine)
 
 
 def place(ready: Prepared, tree: Any) -> Any:

@@ -28,7 +28,10 @@ class Recorder:
     self._incidents = workdir.Rows(ready.path / 'incidents.jsonl')
     self._logs = self._prints = None
     self.final = {'step': start}
+    self.before = lambda number, state: None  # of each step: a profile
+    self.trackers = []  # who get the rows of metrics.jsonl as well
     self.measured: dict[int, float] = {}  # held-out bits per byte, by step
+    self.eight = config.model.precision != 'bf16'
     self.fallen = 0  # products without their kernel, in a compiled step
     self.open(start)
 
@@ -41,6 +44,11 @@ class Recorder:
     path = self._ready.path / 'fingerprints.jsonl'
     workdir.rewind(path, step)
     self._prints = workdir.Rows(path)
+
+  def _write(self, row: dict) -> None:
+    self._logs.write(row)
+    for tracker in self.trackers:
+      tracker.write(row)
 
   def close(self) -> None:
     """Raises OSError where rows could not be written to the end."""
@@ -75,7 +83,7 @@ class Recorder:
       'skipped': int(scalars['skipped']),
       'memory_mib': _memory_mib(),
     }
-    if config.model.precision != 'bf16':
+    if self.eight:
       row['fp8_fallbacks'] = self.fallen
     speed = ''
     if seconds:  # the first step compiles: it has no speed
@@ -87,7 +95,7 @@ class Recorder:
       for name in ('entropy', 'bias_norm'):
         if name in values:
           row[name] = np.round(values[name].astype(float), 5).tolist()
-    self._logs.write(row)
+    self._write(row)
     self.final |= {k: row[k] for k in ('step', 'loss', 'main_loss')}
     vio = f'  MaxVio {row["max_vio"]:.2f}' if 'max_vio' in row else ''
     return f'loss {row["main_loss"]:.3f}{vio}{speed}'
@@ -100,11 +108,20 @@ class Recorder:
       nll += float(ready.evaluate(state, place(ready, batch))['nll'])
       size += int(ready.lengths[batch.targets[batch.targets >= 0]].sum())
     bits, gzip = data.bits_per_byte(nll, size), ready.text.gzip_bits_per_byte
-    self._logs.write(
+    self._write(
       {'step': number, 'bits_per_byte': bits, 'gzip_bits_per_byte': gzip}
     )
     self.final['bits_per_byte'] = self.measured[number] = bits
     return f'held out: {bits:.3f} bits per byte (gzip -9: {gzip:.3f})'
+
+  def health(self, number, state) -> str:
+    """FP8's, on a held-out batch that is always the same."""
+    ready = self._ready
+    batch = place(ready, ready.heldout[0])
+    values = ready.examine(state.params, state.router, batch)
+    row = logs.fp8_health(jax.device_get(values))
+    self._write({'step': number, **row})
+    return f'FP8 error {row["fp8_error"]:.3f}, flushed {row["fp8_flushed"]:.1e}'
 
   def show(self, number, state) -> str:
     """A sample, into samples.txt."""

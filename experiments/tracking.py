@@ -44,6 +44,11 @@ class Tracker:
     self._library.finish()
 
 
+def of(name: str, folder: pathlib.Path, config: dict) -> Tracker | None:
+  """The tracker of that name, None for ''."""
+  return Tracker(name, folder, config) if name else None
+
+
 def library(name: str):
   """The tracker's module.
 

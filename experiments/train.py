@@ -19,8 +19,23 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from experiments import cli, guard, signals, watchdog, workdir
+from experiments import (
+  cli,
+  guard,
+  profile,
+  signals,
+  tracking,
+  watchdog,
+  workdir,
+)
 from mla_moe import config as config_lib
+
+
+class Also(NamedTuple):
+  """What a run does beside training: steps to trace, a tracker to tell."""
+
+  profile: str = ''
+  track: str = ''
 
 
 def run(
@@ -28,6 +43,7 @@ def run(
   folder: os.PathLike | str,
   *,
   unsealed: bool = False,
+  also: Also = Also(),
 ) -> dict:
   """Trains in `folder`; returns the last numbers (step, loss, bits_per_byte).
 
@@ -37,7 +53,7 @@ def run(
   """
   with workdir.claim(folder, config) as path, signals.Stop() as stop:
     try:
-      return _run(config, path, stop, unsealed)
+      return _run(config, path, stop, unsealed, also)
     except RuntimeError as error:
       if 'RESOURCE_EXHAUSTED' not in str(error):
         raise
@@ -75,12 +91,14 @@ class Ended(NamedTuple):
   first: int = 0
 
 
-def _run(config, path: pathlib.Path, stop, unsealed: bool) -> dict:
+def _run(config, path: pathlib.Path, stop, unsealed: bool, also) -> dict:
   import jax
 
   from experiments import logs, preparation, recorder, report
   from mla_moe import checkpoint, step
 
+  window = profile.window(also.profile)
+  tell_also = tracking.of(also.track, path, dataclasses.asdict(config))
   ready = preparation.prepare(config, path)
   every = config.run
   with contextlib.ExitStack() as stack:
@@ -100,6 +118,12 @@ def _run(config, path: pathlib.Path, stop, unsealed: bool) -> dict:
       print(f'Resuming {path} at step {course.number}.')
     written = recorder.Recorder(ready, course.number)
     stack.callback(written.close)
+    written.before = stack.enter_context(
+      profile.steps(path / 'profile', *window)
+    )
+    if tell_also:
+      stack.callback(tell_also.close)
+      written.trackers.append(tell_also)
     print(preparation.headline(config))
     with logs.progress(every.steps, course.number) as tell:
       while True:
@@ -183,6 +207,7 @@ def _steps(ready, course, saved, written, stop, dog, tell) -> Ended:
     rates = optim.rates(config.optim, number - 1, seen * config.data.seq_len)
     given, state = faults.disturb(number, rates, state)
     asked = stop.share()
+    written.before(number, state)
     if clock:  # the first step compiles: it is not watched
       dog.arm(f'step {number}')
     with fp8.fallbacks() as fell:  # products without their kernel: traced
@@ -269,6 +294,7 @@ def _chores(number, every, written) -> list:
   periods = [
     (written.measure, every.eval_every),
     (written.show, every.sample_every),
+    (written.health, every.health_every if written.eight else 0),
   ]
   return [do for do, period in periods if _due(number, period, every)]
 
@@ -410,6 +436,8 @@ def define() -> None:
   cli.define()
   cli.define_unsealed()
   flags.DEFINE_integer('replay', 0, 'Compute this step again, and compare.', 0)
+  flags.DEFINE_string('profile', '', 'Trace these steps: FIRST:LAST.')
+  flags.DEFINE_enum('track', '', tracking.TRACKERS, 'Tracker to tell as well.')
 
 
 def main() -> None:
@@ -421,7 +449,8 @@ def main() -> None:
     path = pathlib.Path(flags.FLAGS.workdir)
     replay.replay(path, flags.FLAGS.replay, unsealed=unsealed)
   else:
-    run(cli.config(), flags.FLAGS.workdir, unsealed=unsealed)
+    also = Also(flags.FLAGS.profile, flags.FLAGS.track)
+    run(cli.config(), flags.FLAGS.workdir, unsealed=unsealed, also=also)
 
 
 if __name__ == '__main__':

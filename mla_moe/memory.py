@@ -62,7 +62,9 @@ def footprint(
     parameters, optimizer = even['parameters'], even['optimizer']
   else:
     parameters = state_bytes((layout.params, layout.router), config.mesh)
-    optimizer = state_bytes(layout.opt, config.mesh)
+    zero1 = config.mesh.states == 'zero1'
+    table = sharding.ZERO1 if zero1 else sharding.RULES
+    optimizer = state_bytes(layout.opt, config.mesh, table)
   micro = config.data.micro_batch or config.data.batch_size
   sums = 2 if micro < config.data.batch_size else 1
   return Footprint(
@@ -76,13 +78,17 @@ def footprint(
   )
 
 
-def state_bytes(boxed: PyTree, mesh: config_lib.MeshConfig) -> int:
-  """Bytes on one device of a tree of boxed shapes, laid out by RULES."""
+def state_bytes(
+  boxed: PyTree,
+  mesh: config_lib.MeshConfig,
+  table: tuple = sharding.RULES,
+) -> int:
+  """Bytes on one device of a tree of boxed shapes, laid out by a table."""
   is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
   total = 0
   for leaf in jax.tree.leaves(boxed, is_leaf=is_box):
     names, value = ((), leaf) if not is_box(leaf) else (leaf.names, leaf.value)
-    spec = sharding.spec(names)
+    spec = sharding.spec(names, table)
     sizes = list(value.shape)
     for i, axes in enumerate(spec):
       axes = (axes,) if isinstance(axes, str) else axes or ()
@@ -112,7 +118,7 @@ def saved_numbers(config: config_lib.Config) -> dict[str, float]:
   heads = mla.heads / t
   query = mla.nope_dim + mla.rope_dim
   wide = _WIDTH[model.dtype]
-  stream = float(model.dim)
+  stream = model.dim / t  # split along its length
   lse = heads * 4 / wide
   latents = mla.query_rank + mla.kv_rank + mla.rope_dim
   latents += heads * mla.value_dim + lse

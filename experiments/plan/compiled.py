@@ -76,13 +76,11 @@ def lower(config: config_lib.Config, devices: list):
   import jax
   import jax.numpy as jnp
   from flax import linen as nn
-  from jax.sharding import AxisType, NamedSharding, PartitionSpec
+  from jax.sharding import NamedSharding, PartitionSpec
 
   from mla_moe import data, optim, sharding, step
 
-  sizes = tuple(getattr(config.mesh, axis) for axis in sharding.AXES)
-  kinds = (AxisType.Auto,) * len(sizes)
-  mesh = jax.make_mesh(sizes, sharding.AXES, devices=devices, axis_types=kinds)
+  mesh = sharding.make_mesh(config.mesh, devices)
   everywhere = NamedSharding(mesh, PartitionSpec())
   boxed = step.layout(config)
   state = jax.tree.map(

@@ -60,7 +60,7 @@ def prepare(
   scales: str = 'pow2',
   lead: int = 0,
 ) -> Weight:
-  """`w` [*lead, K, ..., N] with its FP8 copies, after `lead` leading axes."""
+  """`w` of [lead axes, K, ..., N] with its FP8 copies, `lead` of the first."""
   recipe = Recipe(precision, 'dequant', scales)
   return Weight(w, recipe.weights(w, lead))
 

@@ -85,7 +85,7 @@ class Recipe:
     return x if self.precision == 'fp8_tensor' else q8.retile(x, tiles)
 
   def weights(self, w: Array, lead: int = 0) -> tuple[Quantized, ...]:
-    """`w` [*lead, K, ..., N] for the sum over K, then for the one over the rest.
+    """`w` of [lead axes, K, ..., N]: for the sum over K, then over the rest.
 
     One of the two where it serves both.
     """

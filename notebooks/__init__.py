@@ -1,0 +1,1 @@
+"""Notebooks: percent-format sources, and the .ipynb made from them."""

@@ -1,0 +1,84 @@
+"""Runs the sources and writes the .ipynb beside them, pictures included.
+
+  python -m notebooks.build [--text] [NAME ...]
+
+--text runs nothing: outputs of code cells that have not changed are kept, and
+of the others there are none. Cells are compared with their source by tests/test_notebooks.py.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+import time
+
+FOLDER = pathlib.Path(__file__).parent
+
+
+def sources() -> list[pathlib.Path]:
+  """The percent-format files."""
+  return sorted(FOLDER.glob('[0-9]_*.py'))
+
+
+def read(path: pathlib.Path):
+  """The notebook of a source, without outputs, ids counted."""
+  import jupytext
+
+  notebook = jupytext.read(path)
+  for i, cell in enumerate(notebook.cells):
+    cell['id'] = f'cell-{i}'
+  kernel = {'display_name': 'Python 3', 'language': 'python', 'name': 'python3'}
+  notebook.metadata = {'kernelspec': kernel}
+  return notebook
+
+
+def run(path: pathlib.Path, seconds: int = 600):
+  """The notebook of a source, executed in the repository's root."""
+  from nbclient import NotebookClient
+
+  notebook = read(path)
+  where = {'metadata': {'path': str(FOLDER.parent)}}
+  NotebookClient(notebook, timeout=seconds, resources=where).execute()
+  return clean(notebook)
+
+
+def clean(notebook):
+  """Without what differs from run to run: timings, warnings of the machine."""
+  for cell in notebook.cells:
+    cell.metadata = {}
+    if cell.cell_type == 'code':
+      said = lambda output: output.get('name') != 'stderr'
+      cell.outputs = [output for output in cell.outputs if said(output)]
+  return notebook
+
+
+def text(path: pathlib.Path):
+  """The notebook of a source, with the outputs that the .ipynb beside has."""
+  import nbformat
+
+  notebook = read(path)
+  before = nbformat.read(path.with_suffix('.ipynb'), as_version=4)
+  kept = {c.source: c for c in before.cells if c.cell_type == 'code'}
+  for cell in notebook.cells:
+    if cell.cell_type == 'code' and cell.source in kept:
+      cell.outputs = kept[cell.source].outputs
+      cell.execution_count = kept[cell.source].execution_count
+  return clean(notebook)
+
+
+def main() -> None:
+  """Builds the notebooks named on the command line, or all."""
+  import nbformat
+
+  for path in sources():
+    names = [word for word in sys.argv[1:] if word != '--text']
+    if names and path.stem not in names:
+      continue
+    began = time.perf_counter()
+    made = text(path) if '--text' in sys.argv else run(path)
+    nbformat.write(made, path.with_suffix('.ipynb'))
+    print(f'{path.stem}: {time.perf_counter() - began:.0f} s')
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,153 @@
+"""The docs build without a warning; their commands run, their links lead on."""
+
+import importlib.util
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+DOCS = ROOT / 'docs'
+PAGES = [*sorted(DOCS.glob('*.md')), ROOT / 'CONTRIBUTING.md']
+READER = ROOT / 'README.md'
+# What a smoke run has not: devices, texts, sizes of a large run.
+DROPPED = (
+  '--config.mesh.',
+  '--config.data.micro_batch',
+  '--config.data.source=gs',
+)
+
+
+def commands():
+  """Every documented command, once, in its order."""
+  found = {}
+  for page in PAGES:
+    for block in re.findall(r'```sh\n(.*?)```', page.read_text(), re.S):
+      for line in block.replace('\\\n', ' ').splitlines():
+        if line.strip() and not line.startswith('#'):
+          found.setdefault(line, page.name)
+  return found
+
+
+def smoke(line, folder):
+  """The command's words in a smoke variant, its folders below `folder`."""
+  words = shlex.split(line)
+  assert words[:2] == ['python', '-m'], line
+  words = [word.replace('runs/', f'{folder}/') for word in words]
+  trains = words[2] in ('experiments.train', 'experiments.sweep')
+  if trains:
+    words = [w for w in words if not w.startswith(DROPPED)]
+    join = lambda w: w + (',smoke' if ':' in w else ':smoke')
+    words = [join(w) if w.startswith('--config=c') else w for w in words]
+  if words[2] == 'experiments.launch':
+    assert '--dry-run' in words, line
+  return [sys.executable, *words[1:]]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_documented_command_runs(tmp_path):
+  assert len(commands()) >= 15
+  for line, page in commands().items():
+    done = subprocess.run(
+      smoke(line, tmp_path),
+      cwd=ROOT,
+      capture_output=True,
+      text=True,
+      timeout=280,
+    )
+    assert done.returncode == 0, f'{page}: {line}\n{done.stderr[-2000:]}'
+
+
+def test_quick_commands_run(tmp_path):
+  """Those that compile nothing are also in the fast suite."""
+  quick = [c for c in commands() if '.plan' in c or '.launch' in c]
+  assert len(quick) >= 6
+  for line in quick:
+    done = subprocess.run(
+      smoke(line, tmp_path), cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f'{line}\n{done.stderr}'
+
+
+@pytest.mark.skipif(
+  any(
+    importlib.util.find_spec(n) is None
+    for n in ('sphinx', 'myst_parser', 'furo')
+  ),
+  reason='extra [docs]',
+)
+@pytest.mark.slow
+def test_the_docs_build_with_warnings_as_errors(tmp_path):
+  command = [sys.executable, '-m', 'sphinx', '-q', '-W', '--keep-going']
+  done = subprocess.run(
+    [*command, '-b', 'html', str(DOCS), str(tmp_path)],
+    capture_output=True,
+    text=True,
+    timeout=200,
+  )
+  assert done.returncode == 0, done.stderr[-4000:]
+  assert 'train_step' in (tmp_path / 'api.html').read_text()
+
+
+@pytest.mark.parametrize('page', [*PAGES, READER], ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+  """Offline: files of the repository, and anchors of the same page."""
+  for target in re.findall(r'\]\(([^)\s]+)\)', page.read_text()):
+    if target.startswith(('http://', 'https://', 'mailto:')):
+      assert ' ' not in target
+      continue
+    path, _, anchor = target.partition('#')
+    other = page if not path else (page.parent / path)
+    assert other.exists(), f'{page.name}: {target}'
+    if anchor:
+      titles = re.findall(r'^#+ (.*)$', other.read_text(), re.M)
+      slugs = {
+        re.sub(r'[^\w -]', '', t).lower().replace(' ', '-') for t in titles
+      }
+      assert anchor in slugs, f'{page.name}: {target}'
+
+
+def test_named_files_exist():
+  for page in [*PAGES, READER]:
+    for name in re.findall(
+      r'`((?:experiments|mla_moe|tests|notebooks|docs|configs)/[\w./]+\.\w+)`',
+      page.read_text(),
+    ):
+      assert (ROOT / name).exists(), f'{page.name}: {name}'
+
+
+def test_troubles_are_those_that_are_printed():
+  """Every quoted message is in the source, up to its numbers."""
+  source = '\n'.join(
+    path.read_text()
+    for folder in ('mla_moe', 'experiments')
+    for path in (ROOT / folder).glob('**/*.py')
+  )
+  source = re.sub(r"['\"]\s*\n\s*f?['\"]", '', source)
+  text = (DOCS / 'troubleshooting.md').read_text()
+  for said in (
+    'there is no such key',
+    'lower top_k or raise top_groups',
+    'must divide ',
+    'holds a run of another config',
+    'is writing to it; wait, or name another folder',
+    'the text has changed since',
+    'RESOURCE_EXHAUSTED',
+    'libtpu is missing; pip install "mla_moe[tpu]"',
+    'No TensorBoard events: pip install "mla_moe[viz]" to have them.',
+  ):
+    assert said in text, said
+    assert said in source or said == 'RESOURCE_EXHAUSTED', said
+
+
+def test_the_picture_is_the_one_that_is_drawn():
+  spec = importlib.util.spec_from_file_location(
+    'architecture', DOCS / 'architecture.py'
+  )
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  assert module.draw() == (DOCS / '_static' / 'architecture.svg').read_text()

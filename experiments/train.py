@@ -135,6 +135,7 @@ def _run(
     with logs.progress(every.steps, course.number) as tell:
       while True:
         ended = _steps(ready, course, saved, written, stop, dog, tell)
+        dog.rest()
         if ended.how != 'back':
           break
         course = _back(ready, saved, written, like, ended)
@@ -230,7 +231,7 @@ def _steps(ready, course, saved, written, stop, dog, tell) -> Ended:
     prints = fingerprint.of(state) if checked or not clock else None
     ended = look and _look(look, counts, every, written, tell)
     if ended:
-      return ended._replace(course=Course(number, state, counts))
+      return _at(ended, number, state, counts)
     if clock:
       clock.tokens += size * config.data.seq_len
     else:  # nor timed
@@ -250,7 +251,7 @@ def _steps(ready, course, saved, written, stop, dog, tell) -> Ended:
       ended = _look(look, counts, every, written, tell)
       look = None
       if ended:
-        return ended._replace(course=Course(number, state, counts))
+        return _at(ended, number, state, counts)
       for do in chores:
         tell(number, _attempt(do, number, state, written))
       course = Course(number, state, counts)
@@ -261,6 +262,12 @@ def _steps(ready, course, saved, written, stop, dog, tell) -> Ended:
         return Ended('stopped', course, why)
       del course  # its buffers become the next state's
   return Ended('finished', Course(number, state, counts))
+
+
+def _at(ended: Ended, number, state, counts) -> Ended:
+  """With its course; without the state, which is not gone back from."""
+  state = None if ended.how == 'back' else state
+  return ended._replace(course=Course(number, state, counts))
 
 
 class Clock:
@@ -371,7 +378,6 @@ def _back(ready, saved, written, like, ended: Ended) -> Course:
 
   config = ready.config
   now, counts = ended.course.number, ended.course.guard
-  ended = ended._replace(course=None)  # its memory is the restored one's
   saved.wait()
   course = resume(ready, like, before=ended.first, aside=True)
   if course is None:

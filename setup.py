@@ -4,6 +4,7 @@ from setuptools import find_packages, setup
 
 HF = ['tokenizers>=0.20', 'jinja2>=3.1']
 DATA = ['grain>=0.2.10', 'pyarrow>=15']
+SERVE = ['starlette>=0.40', 'uvicorn>=0.30']
 DOCS = ['sphinx>=8.2,<10', 'myst-parser>=4', 'furo>=2024.8']
 VIZ = ['matplotlib>=3.9', 'tensorboard>=2.18']
 NOTEBOOKS = ['jupytext>=1.16', 'nbclient>=0.10', 'ipykernel>=6', *VIZ]
@@ -32,6 +33,7 @@ setup(
     'tpu': ['jax[tpu]>=0.10.2'],
     'hf': HF,
     'data': DATA,
+    'serve': SERVE,
     'viz': VIZ,
     'notebooks': NOTEBOOKS,
     'docs': DOCS,
@@ -52,6 +54,7 @@ setup(
       *NOTEBOOKS,
       *HF,
       *DATA,
+      *SERVE,
       *VIZ,
     ],
   },

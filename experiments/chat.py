@@ -27,33 +27,46 @@ def prompt(
   """Ids of a chat with one question, ready for the answer, int32.
 
   Raises:
+    ConfigError: as `talk`.
+  """
+  messages = [('system', system)] if system else []
+  return talk(folder, words, [*messages, ('user', text)])
+
+
+def talk(
+  folder: pathlib.Path,
+  words: tokenizer.Tokenizer,
+  messages: list[tuple[str, str]],
+) -> np.ndarray:
+  """Ids of a chat, (role, text) each, ready for the next answer, int32.
+
+  Raises:
     ConfigError: a template that does not run, or a tokenizer without the
       special tokens that it needs.
   """
-  messages = [('system', system)] if system else []
-  messages.append(('user', text))
   marked = [
     {'role': role, 'content': f'\ue000{i}\ue001'}
     for i, (role, _) in enumerate(messages)
   ]
   settings = _settings(folder)
   template = settings['template']
+  special = _special(words)
   if template:
     rendered = _render(template, marked, settings)
   else:
-    rendered = tokenizer.BOS + ''.join(
-      m['content'] if m['role'] == 'system' else USER + m['content']
-      for m in marked
-    )
-    rendered += ASSISTANT
-  special = _special(words)
-  if not template:
     for token in (tokenizer.BOS, USER, ASSISTANT):
       if token not in special:
         raise ConfigError(
           f'--chat: the tokenizer has no token {token!r}, which the template '
           'of V3 and R1 needs'
         )
+    around = {
+      'system': '{}',
+      'user': USER + '{}',
+      'assistant': ASSISTANT + '{}' + tokenizer.EOS,
+    }
+    said = (around[m['role']].format(m['content']) for m in marked)
+    rendered = tokenizer.BOS + ''.join(said) + ASSISTANT
   return _encode(rendered, [text for _, text in messages], special, words)
 
 

@@ -69,6 +69,23 @@ class Logs:
           every.callback(file.close)
 
 
+def fp8_health(values: dict[str, np.ndarray]) -> dict:
+  """A row of `fp8_health.measure`: the worst of all layers, and the layers."""
+  worst = lambda end: max(
+    float(v.max()) for name, v in values.items() if name.endswith(end)
+  )
+  rounded = {
+    name: [float(f'{x:.4g}') for x in v.tolist()] for name, v in values.items()
+  }
+  return {
+    'fp8_saturated': worst('saturated'),
+    'fp8_flushed': worst('flushed'),
+    'fp8_range': worst('range'),
+    'fp8_error': worst('error'),
+    'fp8_layers': rounded,
+  }
+
+
 def _tensorboard(folder: pathlib.Path):
   try:
     from tensorboard.summary.writer.event_file_writer import EventFileWriter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import pathlib
@@ -16,7 +17,7 @@ from jax.sharding import NamedSharding
 
 from experiments import runtime
 from mla_moe import config as config_lib
-from mla_moe import corpus, cost, data, fp8, sharding, step
+from mla_moe import corpus, cost, data, fp8, fp8_health, sharding, step
 from mla_moe import tokenizer as tokenizer_lib
 
 
@@ -32,6 +33,7 @@ class Prepared(NamedTuple):
   mesh: jax.sharding.Mesh | None
   train: Callable
   evaluate: Callable
+  examine: Callable  # FP8's health
 
 
 def prepare(config: config_lib.Config, path: pathlib.Path) -> Prepared:
@@ -40,9 +42,9 @@ def prepare(config: config_lib.Config, path: pathlib.Path) -> Prepared:
   Raises:
     ConfigError: before anything is compiled.
   """
-  sharding.check(config)
-  runtime.keep_compilations(path.parent / '.jax_cache')
   runtime.keep_memory()
+  runtime.keep_compilations(path.parent / '.jax_cache')
+  sharding.check(config)
   _, slow = fp8.choose(config.model.precision, config.model.fp8_impl)
   if slow:
     print(slow)
@@ -55,10 +57,10 @@ def prepare(config: config_lib.Config, path: pathlib.Path) -> Prepared:
     text.heldout, config.data, text.bos_id, config.run.eval_batches
   )
   mesh = sharding.make_mesh(config.mesh) if config.mesh.devices > 1 else None
-  train = jax.jit(
-    functools.partial(step.train_step, config=config), donate_argnums=0
+  # How long a run is and how often it speaks is nothing to a step.
+  train, evaluate, examine = _jitted(
+    dataclasses.replace(config, run=config_lib.RunConfig())
   )
-  evaluate = jax.jit(functools.partial(step.eval_step, config=config))
   return Prepared(
     config,
     path,
@@ -69,7 +71,17 @@ def prepare(config: config_lib.Config, path: pathlib.Path) -> Prepared:
     mesh,
     train,
     evaluate,
+    examine,
   )
+
+
+@functools.lru_cache(maxsize=4)
+def _jitted(config: config_lib.Config) -> tuple[Callable, ...]:
+  """Runs of one process with the same numbers share their programs."""
+  train = functools.partial(step.train_step, config=config)
+  evaluate = functools.partial(step.eval_step, config=config)
+  examine = functools.partial(fp8_health.measure, config=config)
+  return jax.jit(train, donate_argnums=0), jax.jit(evaluate), jax.jit(examine)
 
 
 def place(ready: Prepared, tree: Any) -> Any:

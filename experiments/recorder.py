@@ -31,6 +31,7 @@ class Recorder:
     self.before = lambda number, state: None  # of each step: a profile
     self.trackers = []  # who get the rows of metrics.jsonl as well
     self.measured: dict[int, float] = {}  # held-out bits per byte, by step
+    self.eight = config.model.precision != 'bf16'
     self.fallen = 0  # products without their kernel, in a compiled step
     self.open(start)
 
@@ -82,7 +83,7 @@ class Recorder:
       'skipped': int(scalars['skipped']),
       'memory_mib': _memory_mib(),
     }
-    if config.model.precision != 'bf16':
+    if self.eight:
       row['fp8_fallbacks'] = self.fallen
     speed = ''
     if seconds:  # the first step compiles: it has no speed
@@ -112,6 +113,15 @@ class Recorder:
     )
     self.final['bits_per_byte'] = self.measured[number] = bits
     return f'held out: {bits:.3f} bits per byte (gzip -9: {gzip:.3f})'
+
+  def health(self, number, state) -> str:
+    """FP8's, on a held-out batch that is always the same."""
+    ready = self._ready
+    batch = place(ready, ready.heldout[0])
+    values = ready.examine(state.params, state.router, batch)
+    row = logs.fp8_health(jax.device_get(values))
+    self._write({'step': number, **row})
+    return f'FP8 error {row["fp8_error"]:.3f}, flushed {row["fp8_flushed"]:.1e}'
 
   def show(self, number, state) -> str:
     """A sample, into samples.txt."""

@@ -55,6 +55,17 @@ def write(folder: pathlib.Path) -> pathlib.Path | None:
       _balance(steps),
       _heat(loads, _main_layers(config)),
     ]
+  looked = [row for row in rows if 'fp8_layers' in row]
+  if looked:
+    parts += [
+      '<h2>FP8</h2>',
+      '<p>Of each layer&#39;s attention input (x), a weight (w) and the gradient '
+      'at its output (g), on a few tokens: the relative error of two products '
+      'against float32, values that became zero, values at the largest number, '
+      'and the worst tile&#39;s range in powers of two. Thick: the worst '
+      'layer.</p>',
+      _eight(looked),
+    ]
   if samples.exists():
     last = samples.read_text(errors='replace').split('--- step ')[-1]
     parts += [
@@ -142,6 +153,31 @@ def _balance(steps) -> str:
     if name in steps[-1]:
       plot.plot(at, [row[name] for row in steps])
     plot.set(title=f'{title}, by layer', xlabel='step')
+  return page.svg(figure)
+
+
+def _eight(looked) -> str:
+  figure, axes = page.figure(2, lines=2)
+  at = [row['step'] for row in looked]
+  for plot, (end, title) in zip(
+    axes.flat,
+    (
+      ('error', 'Relative error of a product'),
+      ('flushed', 'Share of values that became zero'),
+      ('saturated', 'Share of values at the largest number'),
+      ('range', "The worst tile's range, powers of two"),
+    ),
+    strict=True,
+  ):
+    names = [n for n in looked[0]['fp8_layers'] if n.endswith(end)]
+    for name, colour in zip(names, page.COLOURS, strict=False):
+      layers = np.array([row['fp8_layers'][name] for row in looked])
+      plot.plot(at, layers, color=colour, alpha=0.25, lw=0.8)
+      plot.plot(
+        at, layers.max(1), 'o-', color=colour, label=name[: -len(end) - 1]
+      )
+    plot.set(title=title, xlabel='step')
+    plot.legend(frameon=False)
   return page.svg(figure)
 
 

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import pathlib
 import sys
 
+from mla_moe.config import ConfigError
+
 
 def keep_compilations(folder: pathlib.Path) -> None:
-  """A second start of the same config compiles nothing again."""
+  """A second start of the same config compiles nothing again.
+
+  What lies there is run, so nobody else may put anything there. The variable
+  JAX_COMPILATION_CACHE_DIR names another folder.
+
+  Raises:
+    ConfigError: the folder is another user's, or others can write to it.
+  """
   import jax
 
+  folder = pathlib.Path(os.environ.get('JAX_COMPILATION_CACHE_DIR') or folder)
   folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+  found = folder.stat()
+  if found.st_uid != os.getuid() or found.st_mode & 0o022:
+    raise ConfigError(
+      f'{folder}: compiled programs are run from here, but others can write to '
+      'it; chmod 700 it, or delete it'
+    )
   jax.config.update('jax_compilation_cache_dir', str(folder.resolve()))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)

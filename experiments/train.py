@@ -54,6 +54,10 @@ def run(
   with workdir.claim(folder, config) as path, signals.Stop() as stop:
     try:
       return _run(config, path, stop, unsealed, also)
+    except RuntimeError as error:
+      if 'RESOURCE_EXHAUSTED' not in str(error):
+        raise
+      raise cli.Stopped(_out_of_memory(config, error)) from error
     except OSError as error:
       if error.errno not in workdir.DISK and path.is_dir():
         raise
@@ -127,8 +131,10 @@ def _run(config, path: pathlib.Path, stop, unsealed: bool, also) -> dict:
         if ended.how != 'back':
           break
         course = _back(ready, saved, written, like, ended)
-    _end(ready, saved, written, ended)
-  report.write(path)
+    try:
+      _end(ready, saved, written, ended)
+    finally:
+      report.write(path)
   print(
     f'Results: {path / "report.html"}, metrics.jsonl and samples.txt there.'
   )
@@ -281,6 +287,7 @@ def _chores(number, every, written) -> list:
   periods = [
     (written.measure, every.eval_every),
     (written.show, every.sample_every),
+    (written.health, every.health_every if written.eight else 0),
   ]
   return [do for do, period in periods if _due(number, period, every)]
 
@@ -394,6 +401,21 @@ def _end(ready, saved, written, ended: Ended) -> None:
     )
   if ended.how == 'stopped':
     print(f'Stopped by {ended.text} at step {number}: saved.')
+
+
+def _out_of_memory(config, error) -> str:
+  """What the state alone takes, and what would take less."""
+  from mla_moe import cost
+
+  state = sum(cost.training_bytes_per_device(config).values()) / 2**30
+  data, mesh = config.data, config.mesh
+  return (
+    f'out of memory ({str(error).splitlines()[0][:200]}); parameters, '
+    f'gradients and optimizer take {state:,.2f} GiB of each device, activations '
+    f'the rest: lower config.data.micro_batch={data.micro_batch} (0 is all '
+    f"{data.batch_size}), keep less by config.model.remat='full', or split the "
+    f'state over more devices by config.mesh.fsdp={mesh.fsdp}'
+  )
 
 
 def shape(x):

@@ -1,7 +1,9 @@
 """Ends a process whose step takes too long, and says where it hangs.
 
 A dead peer or a lost device leaves a step waiting for ever, silently, at full
-price. Compilation is no step: arm it only around what has been compiled.
+price. Compilation is no step: arm it only around what has been compiled. Time
+in which this process itself stood still (SIGSTOP, a sleeping laptop) does not
+count: the seconds are counted in slices, and a slice is never longer than that.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ import os
 import sys
 import threading
 
-_GRACE = 10
+_SLICES = 20
+_BACKSTOP = 10
 
 
 class Watchdog:
@@ -50,7 +53,9 @@ class Watchdog:
       self._changed.notify()
     # A thread of C, for when Python's own cannot run.
     if what:
-      faulthandler.dump_traceback_later(self._seconds + _GRACE, exit=True)
+      faulthandler.dump_traceback_later(
+        self._seconds * _BACKSTOP, exit=True, file=sys.__stderr__
+      )
     else:
       faulthandler.cancel_dump_traceback_later()
 
@@ -58,11 +63,15 @@ class Watchdog:
     with self._changed:
       while not self._over:
         turn, what = self._turn, self._what
-        moved = self._changed.wait_for(
-          lambda turn=turn: self._turn != turn, self._seconds if what else None
-        )
-        if not moved:
+        moved = lambda turn=turn: self._turn != turn
+        slices = 0
+        while what and not moved() and slices < _SLICES:
+          self._changed.wait_for(moved, self._seconds / _SLICES)
+          slices += 1
+        if what and not moved():
           self._bark(what)
+        if not what:
+          self._changed.wait_for(moved)
 
   def _bark(self, what):
     faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)

@@ -21,11 +21,13 @@ from jax.sharding import PartitionSpec
 
 from mla_moe import attention, cache, layers, rope, sharding
 from mla_moe import config as config_lib
+from mla_moe.kernels import latent_gpu, latent_tpu
 from mla_moe.types import Array, Float, PyTree
 
 ABSORBED = 128  # new tokens a row up to which the absorbed form is cheaper
 
-_BLOCK = 512  # cached tokens that a turn of the loop reads
+_KERNEL_ROWS = 512  # queries of a row, heads times tokens, in on-chip memory
+_BLOCK = 256  # cached tokens that a turn of the loop reads
 _MASKED = -0.7 * float(np.finfo(np.float32).max)
 
 
@@ -88,7 +90,7 @@ def attend(
   latent = layers.normalize(latent, w['kv_norm'], mla.norm_eps)
   k_rope = rope.rotate(k_rope, *turn)
   core = {
-    'absorbed': _absorbed,
+    'absorbed': functools.partial(_absorbed, impl=held.impl),
     'decompressed': _decompressed,
     'fresh': _fresh,
   }[form]
@@ -154,16 +156,23 @@ def _expand(latent, up):
   return k_nope, jnp.einsum('bsc,ncu->bsnu', latent, v_up)
 
 
-def _absorbed(q_nope, q_rope, new, up, pages, table, lengths, valid, scale):
+def _absorbed(
+  q_nope, q_rope, new, up, pages, table, lengths, valid, scale, *, impl
+):
   k_up, v_up = up
   rank, rope_dim = k_up.shape[-1], q_rope.shape[-1]
   q = jnp.einsum('btnh,nhc->bntc', q_nope, k_up)
   q = jnp.concatenate([q, q_rope.swapaxes(1, 2)], axis=-1) * scale
   wide = cache.width(pages, rope_dim)
   q = jnp.pad(q, [(0, 0)] * 3 + [(0, wide - q.shape[-1])])
+  if impl != 'xla' and q.shape[1] * q.shape[2] <= _KERNEL_ROWS:
+    out = _by_kernel(q, pages.values, table, lengths, rank, impl)
+    return jnp.einsum('bntc,ncu->btnu', out, v_up)
 
   def block(found):
-    logits = layers.dot('bntw,bsw->bnts', q, found)
+    # Keys first: then it is the few queries that are transposed.
+    logits = layers.dot('bsw,bntw->bsnt', found, q)
+    logits = logits.transpose(0, 2, 3, 1)
     # All of the width, though only the latent is wanted: slicing would copy.
     add = lambda probs: layers.dot('bnts,bsw->bntw', probs, found)
     return logits, add
@@ -173,6 +182,15 @@ def _absorbed(q_nope, q_rope, new, up, pages, table, lengths, valid, scale):
   )
   out = _sweep(block, read, table, pages.size, lengths, valid, q, wide)
   return jnp.einsum('bntc,ncu->btnu', out[..., :rank].astype(q.dtype), v_up)
+
+
+def _by_kernel(q, pages, table, lengths, rank, impl):
+  """[B, N, T, C] of a Pallas kernel; tokens first, as `heads` divides rows."""
+  b, heads, t, width = q.shape
+  rows = q.swapaxes(1, 2).reshape(b, t * heads, width).astype(pages.dtype)
+  run = {'tpu': latent_tpu.attend, 'gpu': latent_gpu.attend}[impl]
+  out = run(rows, pages, table, lengths, heads=heads, rank=rank)
+  return out.reshape(b, t, heads, rank).swapaxes(1, 2).astype(q.dtype)
 
 
 def _decompressed(q_nope, q_rope, new, up, pages, table, lengths, valid, scale):

@@ -10,7 +10,7 @@ import jax
 from flax import linen as nn
 
 from mla_moe import config as config_lib
-from mla_moe import fp8, layers, mla, moe
+from mla_moe import layers, mla, moe
 from mla_moe.types import Array, Float, Int
 
 
@@ -59,7 +59,7 @@ def rematerialised(config: config_lib.ModelConfig) -> type[nn.Module]:
     policy = policies.save_only_these_names(*mla.SAVED, *moe.SAVED)
   if config.remat == 'products':
     products = policies.dots_with_no_batch_dims_saveable
-    eight = policies.save_only_these_names(layers.PRODUCT, fp8.SAVED)
+    eight = policies.save_only_these_names(layers.PRODUCT)
     for also in (products, eight):
       policy = policies.save_from_both_policies(also, policy)
   return nn.remat(Block, prevent_cse=False, policy=policy)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from mla_moe import config as config_lib
+from mla_moe import sharding
 from mla_moe.types import Array, Float, Int, PyTree
 
 _TILE = 128
@@ -47,11 +48,13 @@ class Pages:
 @struct.dataclass
 class Cache:
   """layers: a pool each, the MTP module's last; table [B, n] int32: the pages
-  of each row, in order; lengths [B] int32: the tokens that a row holds."""
+  of each row, in order; lengths [B] int32: the tokens that a row holds. `impl`
+  names what reads it (`kernel`)."""
 
   layers: tuple
   table: PyTree
   lengths: PyTree
+  impl: str = struct.field(pytree_node=False, default='xla')
 
   @property
   def capacity(self) -> int:
@@ -79,7 +82,17 @@ def empty(
     layers=pools(model, batch * each, how),
     table=table,
     lengths=jnp.zeros(batch, jnp.int32),
+    impl=kernel(how),
   )
+
+
+def kernel(how: config_lib.CacheConfig) -> str:
+  """What reads a cache in absorbed form: `how.impl`, or the platform's."""
+  if how.impl != 'auto':
+    return how.impl
+  plain = how.dtype in ('auto', 'float32', 'bfloat16')
+  fits = plain and how.page % 128 == 0
+  return 'tpu' if jax.default_backend() == 'tpu' and fits else 'xla'
 
 
 def pools(
@@ -91,7 +104,7 @@ def pools(
   dtype = how.dtype
   if dtype == 'auto':
     dtype = 'float32' if platform == 'cpu' else 'bfloat16'
-  on_tpu = platform == 'tpu'
+  on_tpu = platform == 'tpu' or how.impl == 'tpu'
   align = lambda n: -(-n // 128) * 128 if on_tpu else n
   lead = (pages, how.page)
 
@@ -169,6 +182,12 @@ def width(pages: Pages, rope_dim: int) -> int:
 def bytes_per_token(pages: Pages) -> int:
   """What one token of one layer takes, padding included."""
   return sum(x.dtype.itemsize * x.shape[-1] for x in jax.tree.leaves(pages))
+
+
+def shardings(held: Cache, mesh: jax.sharding.Mesh) -> PyTree:
+  """Rows, and the pages that `empty` gave them, on the devices of a batch."""
+  rows = jax.NamedSharding(mesh, sharding.spec(('batch',)))
+  return jax.tree.map(lambda _: rows, held)
 
 
 def quantise(x: Array, kind) -> tuple[Array, Array]:

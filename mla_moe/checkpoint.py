@@ -75,7 +75,7 @@ class Writer:
       _clean(self.folder)
     self._policy = keep, keep_every, keep_best
     self._best = best
-    self._orbax = _checkpointer()
+    self._orbax = checkpointer()
     self._thread = concurrent.futures.ThreadPoolExecutor(1)
     self._running = None
     self._last = None
@@ -295,6 +295,23 @@ def remove(folder: os.PathLike | str, step: int) -> None:
   shutil.rmtree(path)
 
 
+def checkpointer() -> ocp.AsyncCheckpointer:
+  """Orbax's part of saving and reading a step.
+
+  Steps are folders with a commit file, which is what `steps` looks for;
+  Orbax's other mode would list a half-written step: never mix the two.
+  """
+  handler = ocp.CompositeCheckpointHandler(
+    state=ocp.StandardCheckpointHandler(), facts=ocp.JsonCheckpointHandler()
+  )
+  mode = ocp.options.AtomicityMode.COMMIT_FILE
+  return ocp.AsyncCheckpointer(
+    handler,
+    atomicity_options=ocp.options.AtomicityOptions(mode=mode),
+    file_options=ocp.options.FileOptions(path_permission_mode=0o700),
+  )
+
+
 def versions() -> dict[str, str]:
   """Of the packages that a saved number depends on."""
   found = {}
@@ -308,22 +325,6 @@ def versions() -> dict[str, str]:
 
 def _is_step(name: str) -> bool:
   return name.isascii() and name.isdigit() and name == str(int(name))
-
-
-def _checkpointer() -> ocp.AsyncCheckpointer:
-  """Steps are folders with a commit file, which is what `steps` looks for.
-
-  Orbax's other mode would list a half-written step: never mix the two.
-  """
-  handler = ocp.CompositeCheckpointHandler(
-    state=ocp.StandardCheckpointHandler(), facts=ocp.JsonCheckpointHandler()
-  )
-  mode = ocp.options.AtomicityMode.COMMIT_FILE
-  return ocp.AsyncCheckpointer(
-    handler,
-    atomicity_options=ocp.options.AtomicityOptions(mode=mode),
-    file_options=ocp.options.FileOptions(path_permission_mode=0o700),
-  )
 
 
 def _clean(folder: pathlib.Path):
@@ -375,23 +376,23 @@ def _read(path, step, like, sealed) -> Restored:
 
 
 def _metadata(path):
-  checkpointer = _checkpointer()
+  reader = checkpointer()
   try:
-    return checkpointer.metadata(path).item_metadata['state'].tree
+    return reader.metadata(path).item_metadata['state'].tree
   except Exception as error:  # whatever Orbax meets in a damaged file
     raise _unreadable(path, error) from error
   finally:
-    checkpointer.close()
+    reader.close()
 
 
 def _load(path, **items):
-  checkpointer = _checkpointer()
+  reader = checkpointer()
   try:
-    return checkpointer.restore(path, args=ocp.args.Composite(**items))
+    return reader.restore(path, args=ocp.args.Composite(**items))
   except Exception as error:  # whatever Orbax meets in a damaged file
     raise _unreadable(path, error) from error
   finally:
-    checkpointer.close()
+    reader.close()
 
 
 def _unreadable(path, error) -> Damaged:

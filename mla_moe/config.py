@@ -295,15 +295,29 @@ class CacheConfig(_Checked):
   """How decoding keeps the latents: their type, and tokens in a page.
 
   'auto' is float32 on a CPU and bfloat16 elsewhere; 'int8' and 'float8' (E4M3)
-  have a scale for each 128 numbers and keep the shared key in bfloat16.
+  have a scale for each 128 numbers and keep the shared key in bfloat16. `impl`
+  is what attends to it one token at a time: 'xla' anywhere, the kernel 'tpu'
+  (which 'auto' takes on a TPU) or 'gpu', which read unquantised latents.
   """
 
   dtype: str = 'auto'
   page: int = 128
+  impl: str = 'auto'
 
   def _rules(self):
     self._positive('page')
     self._one_of('dtype', 'auto', 'float32', 'bfloat16', 'int8', 'float8')
+    self._one_of('impl', 'auto', 'xla', 'tpu', 'gpu')
+    self._require(
+      'impl',
+      self.impl in ('auto', 'xla') or self.dtype not in ('int8', 'float8'),
+      f"the kernels read no {self.dtype} latents; use 'xla'",
+    )
+    self._require(
+      'page',
+      self.impl != 'tpu' or self.page % 128 == 0,
+      "impl='tpu' reads pages of multiples of 128",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -459,7 +473,8 @@ class RunConfig(_Checked):
   Kept are the newest `keep` checkpoints, every step that `keep_every` divides,
   and the `keep_best` ones of the lowest held-out bits per byte. Every
   `check_every` steps the state's fingerprints are written down, and replicas
-  compared. A step that takes `step_timeout` seconds ends the run.
+  compared. A step that takes `step_timeout` seconds ends the run. FP8's health
+  is measured every `health_every` steps, where the model has FP8 products.
 
   After `max_skips` skipped steps in a row the run stops. After `spike_patience`
   of them that were spikes it goes back to the checkpoint before the first and
@@ -473,6 +488,7 @@ class RunConfig(_Checked):
   eval_every: int = 1000
   eval_batches: int = 16
   sample_every: int = 1000
+  health_every: int = 100
   save_every: int = 1000
   keep: int = 3
   keep_every: int = 0
@@ -638,6 +654,7 @@ def smoke(config: Config) -> Config:
     eval_every=10,
     eval_batches=2,
     sample_every=10,
+    health_every=10,
     save_every=10,
     check_every=5,
   )

@@ -1,7 +1,9 @@
 """Faults on purpose: named points of the program, where tests break it.
 
-The environment variable MLA_MOE_FAULT holds rules `ACTION@POINT[:STEP]`, joined
-by commas; without it a point costs one look into the environment, on the host.
+The environment variable MLA_MOE_FAULT holds rules `ACTION@POINT[:STEP[-STEP]]`,
+joined by commas, each of which strikes a step once in a process: a run that
+goes back over a step finds it healthy. Without the variable a point costs one
+look into the environment, on the host.
 No compiled program contains anything of this: faults of numbers are made of
 inputs, faults of memory between two steps.
 
@@ -27,6 +29,8 @@ from typing import Any
 VARIABLE = 'MLA_MOE_FAULT'
 ACTIONS = ('kill', 'term', 'full', 'slow', 'hang', 'nan', 'spike', 'flip')
 POINTS = ('step', 'before_write', 'during_write', 'before_seal', 'after_seal')
+
+struck: set[tuple[str, int]] = set()
 
 
 def disturb(step: int, rates: Any, state: Any) -> tuple[Any, Any]:
@@ -58,7 +62,8 @@ def reach(point: str, step: int) -> set[str]:
       raise ValueError(f'{VARIABLE}: {rule!r} is no ACTION@POINT[:STEP]')
     first, _, last = steps.partition('-')
     inside = not steps or int(first) <= step <= int(last or first)
-    if place == point and inside:
+    if place == point and inside and (rule, step) not in struck:
+      struck.add((rule, step))
       found.add(action)
   if 'kill' in found:
     os.kill(os.getpid(), signal.SIGKILL)

@@ -75,13 +75,13 @@ class _State:
 def generate(
   config: config_lib.ModelConfig,
   variables: PyTree,
-  prompt: Int[Array, 'B T'],
+  prompt: Array | Sequence,
   max_new_tokens: int = 64,
-  temperature: float | Sequence = 0.0,
+  temperature: float | Sequence | Array = 0.0,
   speculative: bool = False,
   **more,
 ) -> Int[np.ndarray, 'B _']:
-  """The prompts, then `max_new_tokens` columns of what follows, int32.
+  """The prompts [B, T], then `max_new_tokens` columns of what follows, int32.
 
   `more` is `rollout`'s; without stop ids every row is continued to the end.
   """
@@ -100,10 +100,10 @@ def generate(
 def rollout(
   config: config_lib.ModelConfig,
   variables: PyTree,
-  prompt: Int[Array, 'B T'],
+  prompt: Array | Sequence,
   max_new_tokens: int = 64,
   *,
-  lengths: Int[Array, ' B'] | None = None,
+  lengths: Array | Sequence | None = None,
   speculative: bool = False,
   stop_ids: Sequence[int] = (),
   cache: config_lib.CacheConfig = config_lib.CacheConfig(),
@@ -114,7 +114,7 @@ def rollout(
   Args:
     config: the model's.
     variables: {'params', 'router'}, or what `decode.unstack` made of them.
-    prompt: token ids, padded on the right where `lengths` says so.
+    prompt: token ids [B, T], padded on the right where `lengths` says so.
     max_new_tokens: of each row, at least 1.
     lengths: tokens of each prompt; None is all T.
     speculative: draft with the MTP module; the result is the same (greedy), or
@@ -154,10 +154,10 @@ def rollout(
 def stream(
   config: config_lib.ModelConfig,
   variables: PyTree,
-  prompt: Int[Array, 'B T'],
+  prompt: Array | Sequence,
   max_new_tokens: int = 64,
   *,
-  lengths: Int[Array, ' B'] | None = None,
+  lengths: Array | Sequence | None = None,
   speculative: bool = False,
   stop_ids: Sequence[int] = (),
   cache: config_lib.CacheConfig = config_lib.CacheConfig(),

@@ -79,12 +79,10 @@ def weight(
   gathered = tuple(None if a == 'embed' else a for a in names)
 
   def gather(q):
-    # As bits: not every backend moves eight-bit floats as they are.
-    bits = jax.lax.bitcast_convert_type(q.values, jnp.uint8)
-    bits = sharding.constrain(sharding.constrain(bits, *names), *gathered)
+    bits = sharding.constrain(sharding.constrain(q.values, *names), *gathered)
     return dataclasses.replace(
       q,
-      values=jax.lax.bitcast_convert_type(bits, q.values.dtype),
+      values=jax.lax.bitcast_convert_type(bits, fp8.quantize.E4M3),
       scales=sharding.constrain(q.scales, *(None,) * q.ndim),
     )
 
@@ -94,6 +92,9 @@ def weight(
 def quantised(w: Array, axes: tuple, recipe: fp8.Recipe) -> fp8.Weight:
   """A weight and its FP8 copies, laid out as the weight is.
 
+  The copies' values are bits (uint8) until `weight` hands them to a product:
+  not every backend holds or moves eight-bit floats as they are.
+
   Heads and their dimensions are one axis to a product, as they are in
   checkpoints; layers and experts come before it.
   """
@@ -102,9 +103,10 @@ def quantised(w: Array, axes: tuple, recipe: fp8.Recipe) -> fp8.Weight:
   copies = fp8.prepare(flat, recipe.precision, lead=lead).copies
   names = _flat(axes, axes)
 
-  lay = lambda q: dataclasses.replace(
-    q, values=sharding.constrain(q.values, *names)
-  )
+  def lay(q):
+    bits = jax.lax.bitcast_convert_type(q.values, jnp.uint8)
+    return dataclasses.replace(q, values=sharding.constrain(bits, *names))
+
   return fp8.Weight(w, tuple(map(lay, copies)))
 
 

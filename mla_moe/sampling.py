@@ -40,12 +40,12 @@ class Knobs:
 def knobs(
   batch: int,
   *,
-  temperature: float | Sequence = 0.0,
-  top_k: int | Sequence = 0,
-  top_p: float | Sequence = 1.0,
-  min_p: float | Sequence = 0.0,
-  repetition_penalty: float | Sequence = 1.0,
-  seed: int | Sequence = 0,
+  temperature: float | Sequence | Array = 0.0,
+  top_k: int | Sequence | Array = 0,
+  top_p: float | Sequence | Array = 1.0,
+  min_p: float | Sequence | Array = 0.0,
+  repetition_penalty: float | Sequence | Array = 1.0,
+  seed: int | Sequence | Array = 0,
 ) -> Knobs:
   """Checked knobs, one value for all rows or one a row.
 

@@ -1,13 +1,27 @@
 """The benchmark's own arithmetic, and how it drives those it compares."""
 
+import argparse
+import json
+import pathlib
+import subprocess
 import sys
 
 import chex
 import pytest
 
-from experiments.bench import contender, products, train
+from experiments.bench import (
+  checkpoint,
+  contender,
+  decode,
+  precision,
+  products,
+  train,
+)
 from experiments.bench import shape as shapes
 from mla_moe import cost
+from mla_moe.config import ConfigError
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 ANSWERS = """
 import json, sys
@@ -68,3 +82,85 @@ def test_every_measurement_has_its_rows_and_the_page_its_pictures():
   page = train._page(found)
   assert page.count('<svg') == 1 and 'MaxText' in page and 'cores 2' in page
   assert 'src=' not in page and 'href="http' not in page
+
+
+@pytest.mark.filterwarnings('default')  # Orbax's, which is called
+def test_the_price_of_a_seal_is_measured(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(checkpoint, '_PAUSE_MIB', 4)
+  monkeypatch.setattr(checkpoint, '_SEAL_MIB', 8)
+  monkeypatch.setattr(checkpoint.runtime, 'keep_memory', lambda: None)
+  args = argparse.Namespace(rounds=1)
+  checkpoint.run(tmp_path, args)
+  found = json.loads((tmp_path / 'checkpoint.json').read_text())
+  seal, pause = found['seal'], found['pause']
+  assert 0 < seal['share'] == pytest.approx(seal['processor'] / 100)
+  for one in pause.values():
+    assert 0 < one['pause'] < one['safe']
+  assert 'Orbax alone' in capsys.readouterr().out
+  assert [p.name for p in tmp_path.iterdir()] == ['checkpoint.json']
+
+
+def test_the_gap_between_losses_is_relative_and_smoothed():
+  reference = {
+    'step': list(range(1, 101)),
+    'loss': [3 / s for s in range(1, 101)],
+  }
+  same = precision.gap(reference, reference)
+  worse = [1.01 * x for x in reference['loss']]
+  other = {'step': reference['step'], 'loss': worse}
+  found = precision.gap(reference, other)
+  chex.assert_trees_all_close(found, [0.01] * 100, rtol=1e-9)
+  assert precision.summary(reference['step'], same)['over'] == 0
+  summary = precision.summary(reference['step'], found)
+  assert summary['over'] == summary['points'] == 90
+  jump = precision.smooth([0.0, 1.0, 1.0])
+  chex.assert_trees_all_close(jump.tolist(), [0.0, 0.1, 0.19], rtol=1e-12)
+  with pytest.raises(ConfigError, match='different steps'):
+    precision.gap(reference, {'step': [1], 'loss': [1.0]})
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings('default')
+def test_precisions_are_trained_side_by_side(tmp_path):
+  words = ['--config=configs/tiny.py:smoke', '--steps=4', '--only=fp8_tensor']
+  command = [sys.executable, '-m', 'experiments.bench', 'precision']
+  subprocess.run([*command, *words, f'--out={tmp_path}'], check=True, cwd=ROOT)
+  found = json.loads((tmp_path / 'precision.json').read_text())
+  assert found['loss']['bf16']['step'] == [1, 2, 3, 4]
+  # The first loss is of the same weights: quantisation is all that differs.
+  gaps = found['gap']['fp8_tensor']
+  assert 0 < abs(gaps[0]) < 0.01
+
+
+def test_a_decoding_step_reads_what_its_rows_need():
+  one, all_rows = shapes.Shape(batch=1), shapes.Shape(batch=10**6)
+  counts = cost.parameters(shapes.config(one))
+  active = 4 * (counts.active - counts.embedding)
+  latent = 4 * 4 * (128 + 16)  # float32, layers
+  assert abs(decode.step_bytes(one, 100) - active - 100 * latent) < 1
+  everything = 4 * (counts.total - counts.embedding)
+  assert abs(decode.step_bytes(all_rows, 0) - everything) < 1
+
+
+def test_the_decoding_page_has_every_measurement():
+  rate = {
+    'name': 'mla_moe',
+    'batch': 8,
+    'tokens_per_s': 900.0,
+    'fastest': 950.0,
+    'prefill': 9000.0,
+    'share': 0.4,
+    'versions': 'jax',
+  }
+  parts = {
+    'speed': {'rates': [rate], 'bandwidth': 1e10},
+    'cache': decode._cache_table(),
+    'layer': {'8': {'latent': 0.002, 'heads': 0.006, 'share': 0.5}},
+    'context': {'512': {'ms': 2.0, 'floor_ms': 2.0}},
+  }
+  found = {k: {'machine': {'cores': 2}, 'found': v} for k, v in parts.items()}
+  text = '\n'.join(' '.join(row) for row in decode._rows(found))
+  # V3 caches 576 numbers of two bytes, 71 times fewer than its heads have.
+  for words in ('900 tokens/s', '(MLA): 1,152', 'head: 81,920', '3.0x'):
+    assert words in text
+  assert decode._page(found).count('<svg') == 1

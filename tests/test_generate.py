@@ -82,7 +82,10 @@ def test_program_generates_from_a_release():
     text=True,
   )
   folder = f'--checkpoint={ROOT}/tests/golden/v2_lite'
-  out = run(folder, '--prompt=hi', '--max_new_tokens=3', '--tokenizer=byte')
+  out = run(folder, '--prompt=hi', '--max_new_tokens=4', '--tokenizer=byte')
   assert out.returncode == 0, out.stderr
+  assert 'tokens/s' in out.stderr
+  out = run(folder, '--prompt=hi', '--tokenizer=byte', '--speculative')
+  assert out.returncode == 2 and 'MTP' in out.stderr
   out = run(folder, '--prompt=hi')
   assert out.returncode == 2 and 'tokenizer.json' in out.stderr

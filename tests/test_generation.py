@@ -41,7 +41,9 @@ def weights(case):
 def test_greedy_equals_transformers(case):
   config, variables, expected = golden(case)
   greedy = expected['greedy']
-  found = generate(config, variables, greedy[:, :24], greedy.shape[1] - 24)
+  laid_out = case == 'v2_lite'  # either form will do
+  given = weights(case) if laid_out else variables
+  found = generate(config, given, greedy[:, :24], greedy.shape[1] - 24)
   np.testing.assert_array_equal(found, greedy)
 
 
@@ -116,9 +118,8 @@ def test_logits_that_are_not_finite_are_named_by_step():
   bad = jax.tree.map(lambda x: x, weights('v2_lite'))
   token = int(expected['greedy'][0, 26])  # the third: emitted in step 2
   bad['embedding'] = bad['embedding'].at[token].set(jnp.nan)
-  prompt = expected['greedy'][:1, :24]
-  if token in prompt:
-    pytest.skip('the token is in the prompt')
+  prompt = expected['greedy'][[0, 0], :24]
+  assert token not in prompt
   with pytest.raises(FloatingPointError, match='step 3 '):
     rollout(config, bad, prompt, 20)
 
@@ -199,11 +200,11 @@ def test_samplers_follow_their_definitions():
 
 
 def test_draws_depend_on_seed_and_position_alone():
-  logits = jnp.asarray(np.tile(LOGITS, (4, 1)))
-  how = sampling.knobs(4, temperature=1.0, seed=[1, 2, 1, 1])
-  at = np.array([7, 7, 7, 8], np.int32)
-  found = [sampling.draw(logits, how, at + 16 * i) for i in range(64)]
-  found = np.array(found)
+  logits = jnp.asarray(np.tile(LOGITS, (256, 1)))
+  seed = np.tile([1, 2, 1, 1], 64)
+  how = sampling.knobs(256, temperature=1.0, seed=seed)
+  at = np.repeat(np.arange(64) * 16, 4) + np.tile([7, 7, 7, 8], 64)
+  found = sampling.draw(logits, how, at.astype(np.int32)).reshape(64, 4)
   np.testing.assert_array_equal(found[:, 0], found[:, 2])
   assert (found[:, 0] != found[:, 1]).any()
   assert (found[:, 0] != found[:, 3]).any()
@@ -227,7 +228,7 @@ def test_drafts_keep_the_distribution():
   q, p, after = draws.normal(size=(3, size)) * 1.5
   how = sampling.knobs(n, temperature=0.8, top_k=5, seed=0)
   rows = lambda x: jnp.asarray(np.tile(x, (n, 1)), jnp.float32)
-  seen, at = np.zeros((n, size), bool), np.full(n, 3, np.int32)
+  seen, at = jnp.zeros((n, size), bool), np.full(n, 3, np.int32)
   drafts, drawn_from = speculative.propose(rows(q), seen, how, at)
   both = jnp.stack([rows(p), rows(after)], axis=1)
   found = speculative.verify(both, drafts, drawn_from, seen, how, at)
@@ -244,6 +245,7 @@ def test_drafts_keep_the_distribution():
   assert chi_squared(drawn, probabilities(p, temperature=0.8, top_k=6)) < 1e-6
 
 
+@pytest.mark.slow
 def test_sampling_with_drafts_keeps_the_model_s_distribution():
   config, _, expected = golden('v3_release')
   prompt = np.tile(expected['tokens'][:1, :8], (64, 1))

@@ -21,7 +21,7 @@ LAYERS = (
   'attention cache rope router',
   'absorbed mla moe',
   'block',
-  'mtp',
+  'mtp fp8_health',
   'model',
   'step huggingface decode',
   'generation memory',

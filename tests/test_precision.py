@@ -12,7 +12,18 @@ import pytest
 from flax import linen as nn
 
 from configs import tiny
-from mla_moe import block, data, fp8, layers, model, optim, rope, sharding, step
+from mla_moe import (
+  block,
+  data,
+  fp8,
+  fp8_health,
+  layers,
+  model,
+  optim,
+  rope,
+  sharding,
+  step,
+)
 from mla_moe import config as config_lib
 
 SMOKE = config_lib.freeze(tiny.get_config('smoke'))
@@ -170,6 +181,36 @@ def saved(precision, remat):
 @pytest.mark.parametrize('remat', ['none', 'latents'])
 def test_fp8_saves_less_for_the_backward_pass(remat):
   assert saved('fp8_block', remat) < saved('bf16', remat)
+
+
+def test_health_counts_what_a_tile_loses():
+  x = np.full((2, 256), 2.0**-20, np.float32)
+  x[0, 0] = 448  # flushes its tile's other 127, and sits at the largest number
+  x[1, 128:] = 0
+  x[1, 200] = 3
+  found = fp8_health.tiles(jnp.asarray(x), fp8.Recipe().rows(x, 1))
+  # All of a tile of equal powers of two are 256 in E4M3, not its 448.
+  assert float(found['saturated']) == pytest.approx(1 / 512)
+  assert float(found['flushed']) == pytest.approx(127 / 512)
+  assert float(found['range']) == pytest.approx(np.log2(448 * 2**20), 1e-5)
+
+
+def test_health_sees_the_arrays_of_the_model():
+  config = with_model(precision='fp8_block')
+  batch = make(config)
+  state = step.init_state(jax.random.key(0), config)
+  run = jax.jit(functools.partial(fp8_health.measure, config=config))
+  found = jax.device_get(run(state.params, state.router, batch))
+  assert {v.shape for v in found.values()} == {(config.model.layers,)}
+  for name in ('y_error', 'dx_error'):
+    assert (found[name] > 0.02).all() and (found[name] < 0.06).all(), found
+  # The first layer's input is the embedding, normed.
+  x = np.asarray(state.params['embedding'])[batch.tokens[0, 0]]
+  x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-6)
+  w = np.asarray(state.params['dense']['attention']['w_kv_down'][0])
+  y = np.asarray(fp8.dot(jnp.asarray(x), jnp.asarray(w)))
+  error = np.linalg.norm(y - x @ w) / np.linalg.norm(x @ w)
+  assert float(found['y_error'][0]) == pytest.approx(error, rel=0.02)
 
 
 def test_what_fp8_cannot_be_is_refused():

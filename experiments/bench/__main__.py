@@ -1,10 +1,14 @@
 """Measures what the README claims; each benchmark is a module beside this one.
 
   python -m experiments.bench train [--only=speed,products,...]
+  python -m experiments.bench decode [--only=speed,cache,layer,context]
+  python -m experiments.bench checkpoint
+  python -m experiments.bench precision [--config=FILE --steps=N --only=fp8_block]
 
-Prints a table and writes OUT/train.json and OUT/train.html. The peer runs where
-`--peer_python` (this Python by default) has torch and transformers. About ten
-minutes on two cores; leave the machine alone meanwhile.
+Prints a table and writes OUT/NAME.json and OUT/NAME.html. The peer of `train`
+and `decode` runs where `--peer_python` (this Python by default) has torch and
+transformers; each takes about ten minutes on two cores: leave the machine alone
+meanwhile. `precision` trains a config in bf16 and in each FP8 recipe.
 """
 
 from __future__ import annotations
@@ -13,10 +17,15 @@ import argparse
 import pathlib
 import sys
 
-from experiments.bench import train
+from experiments.bench import checkpoint, decode, precision, train
 from mla_moe.config import ConfigError
 
-_BENCHMARKS = {'train': train.run}
+_BENCHMARKS = {
+  'train': train.run,
+  'decode': decode.run,
+  'checkpoint': checkpoint.run,
+  'precision': precision.run,
+}
 
 
 def main() -> None:
@@ -29,10 +38,14 @@ def main() -> None:
   parser.add_argument('--peer_python', default=sys.executable)
   parser.add_argument('--rounds', type=int, default=7)
   parser.add_argument('--only', default='', help='parts, joined by commas')
+  parser.add_argument('--config', default='configs/tiny.py', help='precision')
+  parser.add_argument('--steps', type=int, default=0, help='precision; 0: all')
   args = parser.parse_args()
   try:
     if args.rounds < 1:
       raise ConfigError(f'--rounds={args.rounds}: must be at least 1')
+    if args.steps < 0:
+      raise ConfigError(f'--steps={args.steps}: must not be negative')
     args.out.mkdir(parents=True, exist_ok=True)
     _BENCHMARKS[args.which](args.out, args)
   except (ConfigError, OSError) as error:

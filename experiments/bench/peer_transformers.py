@@ -14,14 +14,11 @@ import sys
 import time
 
 
-def main() -> None:
-  """Reads {'shape': ..., 'mode': ...}, warms up, then steps at each line."""
-  import torch
+def config(shape: dict, use_cache: bool):
+  """transformers' config of a shape."""
   import transformers
 
-  job = json.loads(sys.stdin.readline())
-  shape, mode = job['shape'], job['mode']
-  config = transformers.DeepseekV3Config(
+  return transformers.DeepseekV3Config(
     vocab_size=shape['vocab'],
     hidden_size=shape['dim'],
     intermediate_size=shape['dense_width'],
@@ -41,11 +38,20 @@ def main() -> None:
     topk_group=shape['top_groups'],
     n_shared_experts=shape['shared'],
     max_position_embeddings=4096,
-    use_cache=False,
+    use_cache=use_cache,
   )
+
+
+def main() -> None:
+  """Reads {'shape': ..., 'mode': ...}, warms up, then steps at each line."""
+  import torch
+  import transformers
+
+  job = json.loads(sys.stdin.readline())
+  shape, mode = job['shape'], job['mode']
   torch.manual_seed(0)
   model = transformers.AutoModelForCausalLM.from_config(
-    config, experts_implementation='grouped_mm'
+    config(shape, use_cache=False), experts_implementation='grouped_mm'
   )
   model.train()
   tuned = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)

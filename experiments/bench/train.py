@@ -58,7 +58,7 @@ def run(out: pathlib.Path, args) -> None:
   for name in chosen:
     began = time.perf_counter()
     print(f'measuring {name} ...', end=' ', flush=True)
-    found[name] = {'machine': _machine(), 'found': measures[name]()}
+    found[name] = {'machine': machine(), 'found': measures[name]()}
     print(f'{time.perf_counter() - began:.0f} s')
     kept.write_text(json.dumps(found, indent=1))
   _print(found)
@@ -67,7 +67,8 @@ def run(out: pathlib.Path, args) -> None:
     print(f'Results: {out / "train.html"} and train.json.')
 
 
-def _machine() -> dict:
+def machine() -> dict:
+  """What the figures were measured on."""
   import jax
   import jaxlib
 
@@ -280,11 +281,11 @@ def _print(found: dict) -> None:
   for row in _rows(found):
     shown.add_row(*row)
   console.Console(width=110).print(shown)
-  for machine in _machines(found):
+  for machine in machines(found):
     print(machine)
 
 
-def _machines(found: dict) -> list[str]:
+def machines(found: dict) -> list[str]:
   """The machines that the figures come from, in words; most often one."""
   lines = [
     ', '.join(f'{name} {value}' for name, value in one['machine'].items())
@@ -317,7 +318,7 @@ def _page(found: dict) -> str:
     f'<tr><td>{a}</td><td>{b}</td><td>{c}</td></tr>' for a, b, c in _rows(found)
   )
   parts.append(f'<table>{body}</table>')
-  parts += [f'<p>{machine}</p>' for machine in _machines(found)]
+  parts += [f'<p>{machine}</p>' for machine in machines(found)]
   return page.page('Training benchmark', parts)
 
 

@@ -81,22 +81,33 @@ def quantize(
   x = jax.lax.platform_dependent(
     x, cpu=jax.lax.optimization_barrier, default=lambda x: x
   )
-  pads = [(0, -n % t) for n, t in zip(x.shape, every, strict=True)]
-  wide = x.astype(jnp.float32)
-  if any(high for _, high in pads):
-    wide = jnp.pad(wide, pads)
-  counts = [n // t for n, t in zip(wide.shape, every, strict=True)]
-  split = [n for pair in zip(counts, every, strict=True) for n in pair]
-  tiled = wide.reshape(split)
-  inside = tuple(range(1, 2 * x.ndim, 2))
+  tiled, inside = split(x.astype(jnp.float32), tiles)
+  counts = [n for d, n in enumerate(tiled.shape) if d not in inside]
+  padded = [n * t for n, t in zip(counts, every, strict=True)]
   amax = jnp.max(jnp.abs(tiled), axis=inside, keepdims=True)
   scale = scale_of(amax, scales)
   # A power of two has an exact reciprocal, and multiplying is cheaper.
   small = tiled * (1 / scale) if scales == 'pow2' else tiled / scale
-  values = jnp.clip(small, -LARGEST, LARGEST).astype(E4M3).reshape(wide.shape)
+  values = jnp.clip(small, -LARGEST, LARGEST).astype(E4M3).reshape(padded)
   values = values[tuple(slice(n) for n in x.shape)]
   values, scale = jax.lax.optimization_barrier((values, scale.reshape(counts)))
   return Quantized(values, scale, tiles, scales)
+
+
+def split(
+  x: Float[Array, ' ...'], tiles: tuple[int, ...]
+) -> tuple[Float[Array, ' ...'], tuple[int, ...]]:
+  """`x` with each axis as (tiles, inside a tile), and which axes are inside.
+
+  Partial tiles are filled up with zeros.
+  """
+  every = (1,) * (x.ndim - len(tiles)) + tuple(tiles)
+  pads = [(0, -n % t) for n, t in zip(x.shape, every, strict=True)]
+  if any(high for _, high in pads):
+    x = jnp.pad(x, pads)
+  counts = [n // t for n, t in zip(x.shape, every, strict=True)]
+  parts = [n for pair in zip(counts, every, strict=True) for n in pair]
+  return x.reshape(parts), tuple(range(1, 2 * x.ndim, 2))
 
 
 def scale_of(amax: Float[Array, ' ...'], scales: str) -> Float[Array, ' ...']:

@@ -1,0 +1,115 @@
+"""What safety costs: a save's pause beside Orbax alone, and the seal's time.
+
+The pause is what training waits for: the copy of the arrays, and here the
+fingerprints, too. Both kinds of save take turns on the same arrays and the same
+options. The seal is made in a thread, from files that have just been written;
+what training can feel of it is processor time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+import statistics
+import tempfile
+import time
+
+from experiments import runtime
+
+_PAUSE_MIB, _SEAL_MIB, _PERIOD = 128, 1024, 100.0
+
+
+def run(out: pathlib.Path, args) -> None:
+  """Measures, prints a table and writes OUT/checkpoint.json."""
+
+  import jax
+
+  runtime.keep_memory()
+  with tempfile.TemporaryDirectory(dir=out) as scratch:
+    pause = pauses(pathlib.Path(scratch), args.rounds)
+    sealing = seals(pathlib.Path(scratch), max(args.rounds // 2, 1))
+  found = {
+    'machine': f'{os.cpu_count()} cores, {jax.devices()[0].device_kind}',
+    'pause': pause,
+    'seal': sealing,
+  }
+  (out / 'checkpoint.json').write_text(json.dumps(found, indent=1))
+  ms = {name: 1e3 * pause[name]['pause'] for name in ('ours', 'orbax')}
+  print(
+    f'pause of a save of {_PAUSE_MIB} MiB: {ms["ours"]:.0f} ms, Orbax alone '
+    f'{ms["orbax"]:.0f} ms ({ms["ours"] / ms["orbax"]:.2f} times)\n'
+    f'until it is safe: {pause["ours"]["safe"]:.2f} s, Orbax alone until it is '
+    f'committed {pause["orbax"]["safe"]:.2f} s\n'
+    f'seal of {_SEAL_MIB} MiB: {sealing["seconds"]:.2f} s, of processor time '
+    f'{sealing["processor"]:.2f} s: {100 * sealing["share"]:.2f} % of '
+    f'{_PERIOD:.0f} s between saves'
+  )
+
+
+def pauses(folder: pathlib.Path, rounds: int) -> dict:
+  """Medians of seconds that a save blocks, and until it is on the disk."""
+  import orbax.checkpoint as ocp
+
+  from mla_moe import checkpoint
+
+  state = _arrays(_PAUSE_MIB)
+  items = ocp.args.Composite(
+    state=ocp.args.StandardSave(state), facts=ocp.args.JsonSave({})
+  )
+  times = {name: {'pause': [], 'safe': []} for name in ('ours', 'orbax')}
+  alone = checkpoint.checkpointer()
+  with checkpoint.Writer(folder / 'ours', 1) as saved:
+    for i in range(1, rounds + 2):
+      kinds = {
+        'orbax': (
+          lambda i=i: alone.save(folder / f'orbax{i}', args=items),
+          alone.wait_until_finished,
+        ),
+        'ours': (lambda i=i: saved.save(i, state, {}), saved.wait),
+      }
+      for name in sorted(kinds, reverse=i % 2 == 0):
+        begin, wait = kinds[name]
+        at = time.perf_counter()
+        begin()
+        blocked = time.perf_counter() - at
+        wait()
+        if i > 1:  # the first compiles and starts threads
+          times[name]['pause'].append(blocked)
+          times[name]['safe'].append(time.perf_counter() - at)
+      shutil.rmtree(folder / f'orbax{i}')
+  alone.close()
+  return {
+    name: {part: statistics.median(seen) for part, seen in one.items()}
+    for name, one in times.items()
+  }
+
+
+def seals(folder: pathlib.Path, rounds: int) -> dict:
+  """Medians of the seal's seconds and processor seconds."""
+  from mla_moe import checkpoint, seal
+
+  with checkpoint.Writer(folder / 'large', 1) as saved:
+    saved.save(1, _arrays(_SEAL_MIB), {})
+  seconds, processor = [], []
+  for _ in range(rounds):
+    at, spent = time.perf_counter(), time.process_time()
+    seal.write(folder / 'large/1', {})
+    seconds.append(time.perf_counter() - at)
+    processor.append(time.process_time() - spent)
+  found = [statistics.median(x) for x in (seconds, processor)]
+  return {
+    'seconds': found[0],
+    'processor': found[1],
+    'share': found[1] / _PERIOD,
+  }
+
+
+def _arrays(mib: int) -> dict:
+  """Random float32, 4 MiB each: zeros would be compressed away."""
+  import jax
+
+  keys = jax.random.split(jax.random.key(0), mib // 4)
+  made = jax.jit(lambda key: jax.random.normal(key, (1024, 1024)))
+  return jax.block_until_ready({f'{i}': made(k) for i, k in enumerate(keys)})

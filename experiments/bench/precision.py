@@ -1,0 +1,182 @@
+"""FP8 beside bf16: the same run from the same seed, and how the losses differ.
+
+As DeepSeek-V3's report compares them (appendix B.1): each loss is smoothed by
+an exponential average of 0.9, and what counts is the relative gap to bf16's.
+Each precision is a run of its own in OUT/precision/NAME, as experiments.train
+makes it, with its report and FP8's health; a benchmark that was stopped goes on
+where its runs stopped. The bound is the report's: 0.25 % after the first tenth.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import pathlib
+
+import numpy as np
+
+from experiments import page, workdir
+from experiments.bench import train as speed
+from mla_moe import config as config_lib
+from mla_moe.config import ConfigError
+
+BOUND = 0.0025
+_RECIPES = ('fp8_block', 'fp8_channel', 'fp8_tensor')
+
+
+def run(out: pathlib.Path, args) -> None:
+  """Trains --config in bf16 and in each recipe; prints, writes a page."""
+  from experiments import train
+
+  chosen = args.only.split(',') if args.only else list(_RECIPES)
+  for name in chosen:
+    if name not in _RECIPES:
+      raise ConfigError(f'--only={name}: there is only {", ".join(_RECIPES)}')
+  config = shortened(_config(args.config), args.steps)
+  for name in ('bf16', *chosen):
+    model = dataclasses.replace(config.model, precision=name)
+    print(f'--- {name}', flush=True)
+    train.run(
+      dataclasses.replace(config, model=model), out / 'precision' / name
+    )
+  losses = {
+    name: _losses(out / 'precision' / name) for name in ('bf16', *chosen)
+  }
+  found = {
+    'machine': speed.machine(),
+    'config': args.config,
+    'steps': config.run.steps,
+    'loss': losses,
+    'gap': {name: gap(losses['bf16'], losses[name]) for name in chosen},
+  }
+  (out / 'precision.json').write_text(json.dumps(found, indent=1))
+  _print(found)
+  with contextlib.suppress(ImportError):
+    (out / 'precision.html').write_text(_page(found))
+    print(f'Results: {out / "precision.html"} and precision.json.')
+
+
+def _config(name: str) -> config_lib.Config:
+  """The config of FILE or FILE:variant."""
+  path, _, arg = name.partition(':')
+  if not pathlib.Path(path).is_file():
+    raise ConfigError(f'--config={name!r}: there is no such file')
+  spec = importlib.util.spec_from_file_location('config_of_bench', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return config_lib.freeze(module.get_config(arg))
+
+
+def shortened(config: config_lib.Config, steps: int) -> config_lib.Config:
+  """`steps` of it (0: all), logged about 300 times; nothing else is shown."""
+  steps = steps or config.run.steps
+  run = dataclasses.replace(
+    config.run,
+    steps=steps,
+    log_every=max(steps // 300, 1),
+    eval_every=0,
+    sample_every=0,
+    save_every=max(steps // 5, 1),
+    health_every=max(steps // 10, 1),
+  )
+  return dataclasses.replace(config, run=run)
+
+
+def _losses(folder: pathlib.Path) -> dict[str, list]:
+  rows = [r for r in workdir.rows(folder / 'metrics.jsonl') if 'main_loss' in r]
+  return {
+    'step': [row['step'] for row in rows],
+    'loss': [row['main_loss'] for row in rows],
+  }
+
+
+def smooth(values: list[float], keep: float = 0.9) -> np.ndarray:
+  """The exponential average of `values`, which begins at the first."""
+  out = np.array(values, np.float64)
+  for i in range(1, len(out)):
+    out[i] = keep * out[i - 1] + (1 - keep) * out[i]
+  return out
+
+
+def gap(reference: dict, other: dict) -> list[float]:
+  """(other - reference) / reference of the smoothed losses, by logged point.
+
+  Raises:
+    ConfigError: they were not logged at the same steps.
+  """
+  if reference['step'] != other['step']:
+    raise ConfigError('the runs were logged at different steps; remove them')
+  base = smooth(reference['loss'])
+  return ((smooth(other['loss']) - base) / base).tolist()
+
+
+def summary(steps: list[int], gaps: list[float]) -> dict[str, float]:
+  """After the first tenth: the worst gap, the last, points over the bound."""
+  late = np.abs(
+    [g for s, g in zip(steps, gaps, strict=True) if s > steps[-1] / 10]
+  )
+  return {
+    'worst': float(late.max()),
+    'last': float(gaps[-1]),
+    'points': len(late),
+    'over': int((late > BOUND).sum()),
+  }
+
+
+def _rows(found: dict) -> list[tuple[str, ...]]:
+  rows = []
+  for name, gaps in found['gap'].items():
+    s = summary(found['loss'][name]['step'], gaps)
+    rows.append(
+      (
+        name,
+        f'{found["loss"][name]["loss"][-1]:.4f}',
+        f'{s["worst"]:.3%}',
+        f'{s["last"]:+.3%}',
+        f'{s["over"]} of {s["points"]}',
+      )
+    )
+  return rows
+
+
+_HEAD = ('precision', 'last loss', 'worst gap', 'last gap', f'over {BOUND:.2%}')
+
+
+def _print(found: dict) -> None:
+  from rich import console, table
+
+  title = f'Loss beside bf16, {found["config"]}, {found["steps"]} steps'
+  shown = table.Table(*_HEAD, title=title)
+  for row in _rows(found):
+    shown.add_row(*row)
+  console.Console(width=110).print(shown)
+
+
+def _page(found: dict) -> str:
+  import matplotlib
+
+  matplotlib.use('Agg')
+  figure, axes = page.figure(2, height=3.4)
+  losses, gaps = axes[0]
+  for (name, one), colour in zip(
+    found['loss'].items(), page.COLOURS, strict=False
+  ):
+    losses.plot(one['step'], smooth(one['loss']), color=colour, label=name)
+    if name in found['gap']:
+      percent = 100 * np.array(found['gap'][name])
+      gaps.plot(one['step'], percent, color=colour, label=name)
+  for sign in (-1, 1):
+    gaps.axhline(sign * 100 * BOUND, color='grey', ls=':')
+  losses.set(title='Loss, smoothed', xlabel='step', ylabel='nats per token')
+  gaps.set(title='Gap to bf16', xlabel='step', ylabel='%')
+  losses.legend(frameon=False)
+  gaps.legend(frameon=False)
+  cells = lambda row: ''.join(f'<td>{cell}</td>' for cell in row)
+  rows = (_HEAD, *_rows(found))
+  body = ''.join(f'<tr>{cells(row)}</tr>' for row in rows)
+  machine = ', '.join(f'{k} {v}' for k, v in found['machine'].items())
+  title = f'FP8 beside bf16: {found["config"]}, {found["steps"]} steps'
+  parts = [page.svg(figure), f'<table>{body}</table>', f'<p>{machine}</p>']
+  return page.page(title, parts)

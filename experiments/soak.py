@@ -1,0 +1,214 @@
+"""Trains a tiny model through disaster after disaster, then checks every bit.
+
+  python -m experiments.soak --minutes=3 [--out=DIR] [--seed=0]
+
+First the run is made undisturbed. Then, until the minutes are over, the same
+run is started again and again, and each start is struck by something: killed at
+a random moment or at a named point of a save, stopped by SIGTERM, given a full
+disk, or one of its files has a bit flipped or its end cut off while nobody
+looks. Whenever such a run reaches its end, its parameters, optimizer, losses
+and loads must be those of the undisturbed one, bit for bit; then it starts
+anew. The exit code is 1 at the first difference, and the folder is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+from experiments import workdir
+from mla_moe import faults
+from mla_moe.config import ConfigError
+
+_TIMED = ('tokens_per_s', 'mfu', 'memory_mib')
+_POINTS = ('before_write', 'during_write', 'before_seal', 'after_seal')
+_WORDS = 'the a of model expert token router latent cache learns sees'.split()
+
+
+def main() -> None:
+  """Runs the command line's minutes."""
+  parser = argparse.ArgumentParser(
+    prog='python -m experiments.soak', description=__doc__.split('\n')[0]
+  )
+  parser.add_argument('--minutes', type=float, default=60.0)
+  parser.add_argument('--steps', type=int, default=60)
+  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--out', type=pathlib.Path, help='kept, if given')
+  args = parser.parse_args()
+  if args.minutes <= 0 or args.steps < 10:
+    print('error: --minutes must be above 0, --steps at least 10')
+    sys.exit(2)
+  folder = args.out or pathlib.Path(tempfile.mkdtemp(prefix='soak-'))
+  folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+  good = soak(folder.resolve(), args.minutes * 60, args.steps, args.seed)
+  if good and args.out is None:
+    shutil.rmtree(folder)
+  sys.exit(0 if good else 1)
+
+
+def texts(folder: pathlib.Path) -> pathlib.Path:
+  """Some text that is the same everywhere; returns its folder."""
+  folder.mkdir(parents=True, exist_ok=True)
+  dice = random.Random(0)
+  for i in range(60):
+    words = ' '.join(dice.choices(_WORDS, k=200))
+    (folder / f'{i:02}.txt').write_text(words)
+  return folder
+
+
+def soak(folder: pathlib.Path, seconds: float, steps: int, seed: int) -> bool:
+  """Whether every disturbed run ended like the undisturbed one."""
+  dice = random.Random(seed)
+  texts(folder / 'texts')
+  began = time.monotonic()
+  child = _start(folder, 'whole', steps)
+  if _wait(child) != 0:
+    print(f'The undisturbed run failed:\n{child.stderr.read()}')
+    return False
+  expected = outcome(folder / 'whole')
+  alone = time.monotonic() - began
+  print(f'Undisturbed: {steps} steps in {alone:.0f} s, compilation included.')
+  struck, ended, number = collections.Counter(), 0, 0
+  began = time.monotonic()
+  while not ended or time.monotonic() - began < seconds:
+    number += 1
+    name = f'run{ended}'
+    what, rule, delay = _disaster(dice, steps, number)
+    _damage(dice, what, folder / name / 'checkpoints')
+    child = _start(folder, name, steps, rule)
+    code = _wait(child, delay)
+    struck[what] += 1
+    if code not in _allowed(what):
+      said = child.stderr.read()
+      print(f'{folder / name}: {what} ({rule}) ended with {code}:\n{said}')
+      return False
+    if _at_end(folder / name, steps):
+      found = outcome(folder / name)
+      wrong = [part for part in expected if found[part] != expected[part]]
+      if wrong:
+        print(f'{folder / name}: differs from {folder}/whole in {wrong}')
+        return False
+      ended += 1
+      shutil.rmtree(folder / name)
+  told = ', '.join(f'{n} x {what}' for what, n in sorted(struck.items()))
+  print(
+    f'{number} starts ({told}); {ended} runs reached step {steps}, each equal '
+    'to the undisturbed one in every bit of its state and every logged number.'
+  )
+  return True
+
+
+def outcome(folder: pathlib.Path) -> dict:
+  """All that must be equal: the last seal's fingerprints, and the rows.
+
+  Raises:
+    ConfigError: the last checkpoint is not whole.
+  """
+  from mla_moe import checkpoint
+
+  last = checkpoint.steps(folder / 'checkpoints')[-1]
+  sealed = checkpoint.check(folder / 'checkpoints', last)
+  if sealed is None:
+    raise ConfigError(f'{folder}: the last checkpoint has no seal')
+  rows = {
+    name: [
+      {k: v for k, v in row.items() if k not in _TIMED}
+      for row in workdir.rows(folder / f'{name}.jsonl')
+    ]
+    for name in ('metrics', 'load', 'fingerprints')
+  }
+  return {'state': sealed['fingerprints'], 'step': last, **rows}
+
+
+def _disaster(dice, steps: int, number: int) -> tuple[str, str, float]:
+  """(name, rule of MLA_MOE_FAULT, seconds until SIGKILL or 0)."""
+  what = dice.choice(
+    ('kill', 'kill at a point', 'term', 'full disk', 'flip', 'cut', 'none')
+  )
+  at = dice.randrange(1, steps + 1)
+  # Saves are every 5 steps.
+  saved = dice.randrange(5, steps + 1, 5)
+  rule, delay = '', 0.0
+  if what == 'kill':
+    delay = dice.uniform(1, 12)
+  elif what == 'kill at a point':
+    rule = f'kill@{dice.choice(_POINTS)}:{saved}'
+  elif what == 'term':
+    rule = f'term@step:{at}'
+  elif what == 'full disk':
+    rule = f'full@{dice.choice(_POINTS[:3])}:{saved}'
+  return what, rule, delay
+
+
+def _damage(dice, what: str, folder: pathlib.Path) -> None:
+  """A flipped bit, or a cut, in one file of the newest of two or more steps."""
+  from mla_moe import checkpoint
+
+  steps = checkpoint.steps(folder)
+  if what not in ('flip', 'cut') or len(steps) < 2:
+    return
+  files = [p for p in (folder / str(steps[-1])).rglob('*') if p.is_file()]
+  path = dice.choice([p for p in files if p.stat().st_size])
+  content = bytearray(path.read_bytes())
+  if what == 'flip':
+    content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
+  else:
+    content = content[: dice.randrange(len(content))]
+  path.write_bytes(content)
+
+
+def _allowed(what: str) -> tuple[int, ...]:
+  """Exit codes; a full disk is only fatal at the last save."""
+  if what.startswith('kill'):
+    return (0, -signal.SIGKILL)
+  return (0, 1) if what == 'full disk' else (0,)
+
+
+def _at_end(folder: pathlib.Path, steps: int) -> bool:
+  """Whether the last step is there, sealed, and the run was closed after it."""
+  from mla_moe import checkpoint, seal
+
+  path = folder / 'checkpoints'
+  if checkpoint.steps(path)[-1:] != [steps]:
+    return False
+  done = (folder / 'report.html').exists()
+  return done and (path / str(steps) / seal.NAME).exists()
+
+
+def _start(folder, name, steps, rule='') -> subprocess.Popen:
+  environment = dict(os.environ) | {faults.VARIABLE: rule}
+  return subprocess.Popen(
+    [
+      *(sys.executable, '-m', 'experiments.train'),
+      *('--config=configs/tiny.py:micro', f'--workdir={folder / name}'),
+      f'--config.data.source={folder}/texts',
+      f'--config.run.steps={steps}',
+    ],
+    cwd=pathlib.Path(__file__).parent.parent,
+    env=environment,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def _wait(child: subprocess.Popen, delay: float = 0.0) -> int:
+  """The exit code, after a SIGKILL in `delay` seconds if it is not 0."""
+  try:
+    return child.wait(delay or 600)
+  except subprocess.TimeoutExpired:
+    child.kill()
+    return child.wait()
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,128 @@
+"""Absorbed attention over paged latents on TPU: what decoding reads, once.
+
+All heads of a row attend to one key of C + R numbers, of which the first C are
+the value, too: a page is fetched once for both products and for every head.
+The row's line of the table is prefetched into scalar memory, so that the
+pipeline knows the pages ahead; beyond the row's end it names the last page
+again, and a block that stays is not fetched again. The width is a multiple of
+128, or XLA would copy the whole pool into the layout that a kernel reads.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from mla_moe.types import Array, Float, Int
+
+_MASKED = -1e30
+
+
+def reference(
+  q: Float[Array, 'B G W'],
+  pages: Float[Array, 'P page W'],
+  table: Int[Array, 'B n'],
+  start: Int[Array, ' B'],
+  *,
+  heads: int,
+  rank: int,
+) -> Float[Array, 'B G C']:
+  """The same in plain JAX, float32. Row g of `q` (its scale included) is head
+  g % heads of new token g // heads, which sees keys up to start + g // heads."""
+  keys = pages[table].reshape(len(q), -1, pages.shape[-1]).astype(jnp.float32)
+  highest = jax.lax.Precision.HIGHEST
+  wide = q.astype(jnp.float32)
+  logits = jnp.einsum('bgw,bsw->bgs', wide, keys, precision=highest)
+  token = jnp.arange(q.shape[1]) // heads
+  last = start[:, None, None] + token[None, :, None]
+  seen = jnp.arange(keys.shape[1])[None, None] <= last
+  probs = jax.nn.softmax(jnp.where(seen, logits, _MASKED))
+  values = keys[..., :rank]
+  return jnp.einsum('bgs,bsc->bgc', probs, values, precision=highest)
+
+
+def attend(
+  q: Float[Array, 'B G W'],
+  pages: Float[Array, 'P page W'],
+  table: Int[Array, 'B n'],
+  start: Int[Array, ' B'],
+  *,
+  heads: int,
+  rank: int,
+) -> Float[Array, 'B G C']:
+  """`reference`, in q's dtype; page and width are multiples of 128."""
+  (b, rows, width), size = q.shape, pages.shape[1]
+  count = table.shape[1]
+  more = -(-rows // heads) - 1  # new tokens after the first
+
+  def page(i, j, start, table):
+    last = jax.lax.div(start[i] + more, size)
+    return table[i, jnp.minimum(j, jnp.minimum(last, count - 1))], 0, 0
+
+  run = functools.partial(_kernel, size=size, rank=rank, heads=heads, more=more)
+  row = lambda i, j, *_: (i, 0, 0)
+  return pl.pallas_call(
+    run,
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=2,
+      grid=(b, count),
+      in_specs=[
+        pl.BlockSpec((1, rows, width), row),
+        pl.BlockSpec((1, size, width), page),
+      ],
+      out_specs=pl.BlockSpec((1, rows, rank), row),
+      scratch_shapes=[
+        pltpu.VMEM((rows, rank), jnp.float32),
+        pltpu.VMEM((rows, 128), jnp.float32),
+        pltpu.VMEM((rows, 128), jnp.float32),
+      ],
+    ),
+    out_shape=jax.ShapeDtypeStruct((b, rows, rank), q.dtype),
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=('parallel', 'arbitrary')
+    ),
+    name='latent_attention',
+  )(start, table, q, pages)
+
+
+def _kernel(
+  start, table, q, page, out, acc, peak, total, *, size, rank, heads, more
+):
+  row, at = pl.program_id(0), pl.program_id(1)
+
+  @pl.when(at == 0)
+  def _():
+    acc[...] = jnp.zeros_like(acc)
+    peak[...] = jnp.full_like(peak, _MASKED)
+    total[...] = jnp.zeros_like(total)
+
+  @pl.when(at * size <= start[row] + more)
+  def _():
+    keys = page[0]
+    logits = _dot(q[0], keys, (((1,), (1,)), ((), ())))
+    key = at * size + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    line = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0)
+    last = start[row] + jax.lax.div(line, heads)
+    logits = jnp.where(key <= last, logits, _MASKED)
+    old = peak[...][:, :1]
+    new = jnp.maximum(old, logits.max(-1, keepdims=True))
+    probs = jnp.exp(logits - new)
+    shrink = jnp.exp(old - new)
+    summed = total[...][:, :1] * shrink + probs.sum(-1, keepdims=True)
+    total[...] = jnp.broadcast_to(summed, total.shape)
+    peak[...] = jnp.broadcast_to(new, peak.shape)
+    probs = probs.astype(keys.dtype)
+    fresh = _dot(probs, keys[:, :rank], (((1,), (0,)), ((), ())))
+    acc[...] = acc[...] * shrink + fresh
+
+  @pl.when(at == pl.num_programs(1) - 1)
+  def _():
+    out[0] = (acc[...] / total[...][:, :1]).astype(out.dtype)
+
+
+def _dot(a, b, axes):
+  return jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)

@@ -1,0 +1,89 @@
+"""Decoding on a mesh: equal to one device, and the cache stays where it is."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from configs import tiny
+from mla_moe import CacheConfig, decode, model, rollout, sharding
+from mla_moe import cache as cache_lib
+from mla_moe import config as config_lib
+
+PAGE = 16
+
+
+@functools.cache
+def made():
+  config = config_lib.freeze(tiny.get_config()).model
+  config = dataclasses.replace(config, layers=2, init_std=0.2)
+  init = model.Transformer(config).init
+  boxed = jax.jit(init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
+  return config, boxed
+
+
+def prompt(config, batch=8):
+  draw = np.random.default_rng(0)
+  return draw.integers(0, config.vocab, (batch, 20)).astype(np.int32)
+
+
+def laid_out(boxed, mesh):
+  return jax.device_put(nn.unbox(boxed), sharding.shardings(boxed, mesh))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('speculative', [False, True])
+def test_a_mesh_continues_as_one_device_does(speculative):
+  config, boxed = made()
+  how = dict(
+    speculative=speculative, cache=CacheConfig(page=PAGE), temperature=0.0
+  )
+  lengths = np.array([20, 7, 13, 20, 1, 9, 20, 16])
+  ask = functools.partial(
+    rollout, config, prompt=prompt(config), max_new_tokens=16, lengths=lengths
+  )
+  alone = ask(variables=nn.unbox(boxed), **how)
+  mesh = sharding.make_mesh(config_lib.MeshConfig(data=2, expert=2, tensor=2))
+  with jax.set_mesh(mesh):
+    together = ask(variables=laid_out(boxed, mesh), **how)
+  np.testing.assert_array_equal(together.tokens, alone.tokens)
+  np.testing.assert_allclose(together.log_probs, alone.log_probs, atol=1e-4)
+
+
+def test_data_sharding_moves_no_cache():
+  config, boxed = made()
+  mesh = sharding.make_mesh(config_lib.MeshConfig(data=8))
+  with jax.set_mesh(mesh):
+    variables = laid_out(boxed, mesh)
+    weights = jax.jit(functools.partial(decode.unstack, config))(variables)
+    held = cache_lib.empty(config, 8, 4096, CacheConfig(page=PAGE))
+    held, _ = decode.split(held, config)
+    held = jax.device_put(held, cache_lib.shardings(held, mesh))
+    step = functools.partial(decode.decode_step, config=config)
+    tokens = jax.device_put(
+      np.zeros(8, np.int32),
+      jax.NamedSharding(mesh, sharding.spec(('batch',))),
+    )
+    lowered = jax.jit(step, donate_argnums=1).lower(weights, held, tokens)
+    compiled = lowered.compile()
+  program = compiled.as_text()
+  moved = re.findall(
+    r'= (\S+) (?:all-gather|all-reduce|all-to-all|collective-permute|'
+    r'reduce-scatter)',
+    program,
+  )
+  width = cache_lib.width(held.layers[0], 0)
+  rank = config.mla.kv_rank
+  for shape in moved:
+    sizes = [int(n) for n in re.findall(r'\d+', shape.split('[')[1])]
+    assert width not in sizes and rank not in sizes, shape
+    assert np.prod(sizes) < 8 * 8 * config.vocab, shape
+  found = compiled.memory_analysis()
+  each = held.layers[0].values.nbytes // 8
+  assert found.temp_size_in_bytes < each / 2
+  assert found.alias_size_in_bytes >= each * config.layers

@@ -66,7 +66,7 @@ config = dataclasses.replace(
   run=dataclasses.replace(
     config.run,
     steps=160,
-    log_every=4,
+    log_every=8,
     eval_every=80,
     sample_every=0,
     save_every=160,

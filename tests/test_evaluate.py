@@ -31,23 +31,25 @@ def loaded():
 
 def test_likelihoods_are_the_forward_passs(loaded):
   pairs = [([256, 5, 6], [7, 8, 9]), ([256], [1]), ([256, 3], [4, 4])]
-  found = evaluate.likelihoods(loaded, pairs, 2)
-  for (context, continuation), (total, greedy) in zip(
-    pairs, found, strict=True
-  ):
-    row = np.array([[*context, *continuation]], np.int32)
-    out = Transformer(loaded.config).apply(loaded.variables, row[:, :-1])
-    log_probs = jax.nn.log_softmax(out.logits)[0]
-    at = np.arange(len(context) - 1, row.shape[1] - 1)
-    expected = log_probs[at, row[0, at + 1]].sum()
+  found = evaluate.likelihoods(loaded, pairs, 4)
+  rows = np.zeros((4, 64), np.int32)
+  for i, (context, continuation) in enumerate(pairs):
+    rows[i, : len(context) + len(continuation)] = [*context, *continuation]
+  apply = jax.jit(Transformer(loaded.config).apply)
+  log_probs = jax.nn.log_softmax(apply(loaded.variables, rows).logits)
+  log_probs = np.asarray(log_probs)
+  for i, (context, continuation) in enumerate(pairs):
+    at = len(context) - 1 + np.arange(len(continuation))
+    total, greedy = found[i]
+    expected = log_probs[i, at, continuation].sum()
     assert total == pytest.approx(float(expected), rel=1e-4)
-    assert greedy == bool((log_probs[at].argmax(-1) == row[0, at + 1]).all())
+    assert greedy == bool((log_probs[i, at].argmax(-1) == continuation).all())
 
 
 def test_a_greedy_continuation_is_told_as_greedy(loaded):
   prompt = [256, 10, 20, 30]
   new = rollout(loaded.config, loaded.variables, np.array([prompt]), 4).tokens
-  (told,) = evaluate.likelihoods(loaded, [(prompt, new[0].tolist())], 1)
+  (told,) = evaluate.likelihoods(loaded, [(prompt, new[0].tolist())], 4)
   assert told[1]
   (words,) = evaluate.continuations(loaded, [(prompt, {'max_gen_toks': 4})], 1)
   assert words == loaded.words.decode(new[0])

@@ -213,7 +213,7 @@ def _judge(guard, loss, norm, optim) -> tuple[Array, PyTree]:
 
 def _accumulate(objective, params, batch) -> tuple[PyTree, dict[str, Array]]:
   """Gradients and metrics summed over the micro-batches that count."""
-  part = jax.value_and_grad(objective, has_aux=True)
+  part = jax.jit(jax.value_and_grad(objective, has_aux=True))
 
   def micro(i):
     take = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)

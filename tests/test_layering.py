@@ -24,6 +24,7 @@ LAYERS = (
   'mtp fp8_health',
   'model',
   'step huggingface decode',
+  'rounds',
   'generation memory',
 )
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names.split()}

@@ -248,34 +248,8 @@ def write(
   Raises:
     ConfigError: a model that no released architecture computes.
   """
-  moe, mla, rope = config.moe, config.mla, config.mla.rope
-  routed = config.moe_layers > 0
-  kinds = [
-    kind
-    for kind, (_, scoring, _) in _KINDS.items()
-    if scoring == moe.scoring
-    and (kind == 'deepseek_v3') == (moe.method == 'noaux_tc')
-    and not (kind == 'deepseek_v2' and moe.normalize)
-  ]
-  if not kinds and routed:
-    raise ConfigError(
-      f'moe.scoring={moe.scoring!r}, moe.method={moe.method!r}, moe.normalize='
-      f'{moe.normalize}: no released architecture routes so; V3 has sigmoid '
-      'with noaux_tc, V2 softmax with (group_limited_)greedy unnormalised'
-    )
-  if mla.norm_eps != 1e-6:
-    raise ConfigError(
-      f'mla.norm_eps={mla.norm_eps!r}: released models have 1e-06, which '
-      'config.json cannot change'
-    )
-  plain = rope.mscale_all_dim == 0 and rope.mscale == 1
-  if rope.factor > 1 and not plain and not rope.mscale * rope.mscale_all_dim:
-    raise ConfigError(
-      f'rope.mscale={rope.mscale!r}, rope.mscale_all_dim='
-      f'{rope.mscale_all_dim!r}: no released code computes one without the '
-      'other'
-    )
-  kind = kinds[0] if kinds else 'deepseek_v3'
+  moe, mla = config.moe, config.mla
+  kind = _released_kind(config)
   values: dict[str, Any] = {
     'architectures': [_KINDS[kind][0]],
     'model_type': kind,
@@ -288,8 +262,8 @@ def write(
     'initializer_range': config.init_std,
     'use_cache': True,
     'torch_dtype': dtype,
-    'rope_theta': rope.theta,
-    'rope_scaling': None,
+    'rope_theta': mla.rope.theta,
+    'rope_scaling': _write_rope(mla.rope),
     'num_key_value_heads': mla.heads,
     'q_lora_rank': mla.query_rank or None,
     'first_k_dense_replace': config.dense_layers,
@@ -305,16 +279,6 @@ def write(
   }
   for part, table in ((config, _MODEL), (mla, _MLA), (moe, _MOE)):
     values |= {theirs: getattr(part, ours) for ours, theirs in table}
-  if rope.factor > 1:
-    values['rope_scaling'] = {
-      'type': 'yarn',
-      'factor': rope.factor,
-      'original_max_position_embeddings': rope.original_positions,
-      'beta_fast': rope.beta_fast,
-      'beta_slow': rope.beta_slow,
-      'mscale': rope.mscale,
-      'mscale_all_dim': rope.mscale_all_dim,
-    }
   if fp8:
     values['quantization_config'] = {
       'activation_scheme': 'dynamic',
@@ -325,3 +289,57 @@ def write(
     if power_of_two:
       values['quantization_config']['scale_fmt'] = 'ue8m0'
   return values
+
+
+def _released_kind(config: config_lib.ModelConfig) -> str:
+  """The model_type that computes what the config says.
+
+  Raises:
+    ConfigError: none does.
+  """
+  moe = config.moe
+  kinds = [
+    kind
+    for kind, (_, scoring, _) in _KINDS.items()
+    if scoring == moe.scoring
+    and (kind == 'deepseek_v3') == (moe.method == 'noaux_tc')
+    and not (kind == 'deepseek_v2' and moe.normalize)
+  ]
+  if not kinds and config.moe_layers:
+    raise ConfigError(
+      f'moe.scoring={moe.scoring!r}, moe.method={moe.method!r}, moe.normalize='
+      f'{moe.normalize}: no released architecture routes so; V3 has sigmoid '
+      'with noaux_tc, V2 softmax with (group_limited_)greedy unnormalised'
+    )
+  if config.mla.norm_eps != 1e-6:
+    raise ConfigError(
+      f'mla.norm_eps={config.mla.norm_eps!r}: released models have 1e-06, which '
+      'config.json cannot change'
+    )
+  return kinds[0] if kinds else 'deepseek_v3'
+
+
+def _write_rope(rope: config_lib.RopeConfig) -> dict[str, Any] | None:
+  """The object of `rope_scaling`; None without YaRN.
+
+  Raises:
+    ConfigError: temperatures that no released code computes.
+  """
+  if rope.factor == 1:
+    return None
+  plain = rope.mscale_all_dim == 0 and rope.mscale == 1
+  if not plain and not rope.mscale * rope.mscale_all_dim:
+    raise ConfigError(
+      f'rope.mscale={rope.mscale!r}, rope.mscale_all_dim='
+      f'{rope.mscale_all_dim!r}: no released code computes one without the '
+      'other'
+    )
+  return {
+    'type': 'yarn',
+    'factor': rope.factor,
+    'original_max_position_embeddings': rope.original_positions,
+    'beta_fast': rope.beta_fast,
+    'beta_slow': rope.beta_slow,
+    'mscale': rope.mscale,
+    'mscale_all_dim': rope.mscale_all_dim,
+  }

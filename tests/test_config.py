@@ -57,7 +57,9 @@ def test_released_shapes(name):
 
 
 def test_defaults_are_those_of_v3():
-  assert load('deepseek_v3').model == Config().model
+  published = load('deepseek_v3').model
+  assert published.precision == 'fp8_block'
+  assert dataclasses.replace(published, precision='bf16') == Config().model
   c = Config()
   assert (c.optim.bias_rate, c.optim.balance_loss) == (0.001, 1e-4)
   assert (c.model.moe.groups, c.model.mtp.depth) == (8, 1)

@@ -208,8 +208,8 @@ def grouped_oracle(x, w, g, sizes, precision):
   return y, dx, dw
 
 
-# The layout does not depend on the scales; Blackwell has no grouped product.
-GROUPED = [c[:2] for c in CASES if c[2] == 'pow2' and c[1] != 'mxfp8']
+# The layout does not depend on the scales.
+GROUPED = [c[:2] for c in CASES if c[2] == 'pow2']
 
 
 @pytest.mark.parametrize('precision, impl', GROUPED)

@@ -249,7 +249,7 @@ def test_every_shipped_config_survives(name, tmp_path):
   variables.setdefault('router', {})
   save_huggingface(tmp_path / 'out', config, variables)
   again, back = load_huggingface(tmp_path / 'out', config.dtype)
-  kept = ('remat',)
+  kept = ('remat', 'precision')
   again = dataclasses.replace(again, **{k: getattr(config, k) for k in kept})
   rope = config.mla.rope
   if rope.factor == 1:  # without YaRN its numbers mean nothing

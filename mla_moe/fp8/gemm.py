@@ -37,6 +37,7 @@ from mla_moe.types import Array
 PRECISIONS = ('bf16', 'fp8_tensor', 'fp8_channel', 'fp8_block')
 IMPLS = ('auto', 'dequant', 'native', 'mgpu', 'tpu', 'mxfp8')
 BLOCKED = ('mgpu', 'tpu', 'mxfp8')  # they know tiles and nothing else
+BY_EXPERT = ('mgpu', 'tpu')  # with kernels by expert; others go block by block
 
 _seen: contextvars.ContextVar = contextvars.ContextVar('seen', default=None)
 
@@ -137,14 +138,12 @@ def multiply(
   return (y * sa * sb).astype(dtype)
 
 
-def falls_back(impl: str, by_expert: bool = False) -> bool:
+def falls_back(impl: str) -> bool:
   """Whether this call cannot be the kernel's; noted if so."""
   why = ''
   mesh = jax.sharding.get_abstract_mesh()
   if not mesh.empty and mesh.size > 1 and not mesh.are_all_axes_manual:
     why = f'a mesh of {mesh.size} devices outside shard_map'
-  elif by_expert and impl == 'mxfp8':
-    why = 'a grouped product'
   if why and _seen.get() is not None:
     _seen.get().append(f'fp8 impl={impl} has no kernel for {why}: dequant')
   return bool(why)

@@ -99,27 +99,27 @@ def grouped(
 
   Rows of blocks that are not live hold anything.
   """
-  if impl in gemm.BLOCKED and not gemm.falls_back(impl, by_expert=True):
+  impl = _fitting(impl)
+  if impl in gemm.BY_EXPERT:
     left, right = gemm.matrix(a, over[0]), gemm.matrix(b, over[1], lead=1)
     args = (*gemm.per_row(left), *right, at.expert, at.live)
     y = gemm.kernel(impl).grouped(*args, dtype=dtype)
     return gemm.unpadded(y, 1, b, over[1], lead=1)
   inner = tuple(d - 1 for d in over[1])
-  name = 'native' if impl == 'native' else 'dequant'
   kept = [b.shape[d] for d in gemm.kept(b, over[1], 1)]
 
   def loop(a, b):
     def body(i, y):
       e = at.expert[i]
       part = gemm.multiply(
-        _block(a, i), _pick(b, e), (over[0], inner), name, dtype
+        _block(a, i), _pick(b, e), (over[0], inner), impl, dtype
       )
       return jax.lax.dynamic_update_slice_in_dim(y, part, i * TILE, 0)
 
     start = jnp.zeros((a.shape[0], *kept), dtype)
     return jax.lax.fori_loop(0, at.live, body, start)
 
-  if name == 'native':
+  if impl != 'dequant':
     return loop(a, b)
 
   def ragged(a, b):
@@ -140,23 +140,23 @@ def grouped_weights(a: Quantized, b: Quantized, at: Layout, impl: str) -> Array:
 
   Zero for an expert without rows.
   """
-  if impl in gemm.BLOCKED and not gemm.falls_back(impl, by_expert=True):
+  impl = _fitting(impl)
+  if impl in gemm.BY_EXPERT:
     left, right = gemm.matrix(a, (0,)), gemm.matrix(b, (0,))
     args = (*left, *right, at.expert, at.first, at.count)
     y = gemm.kernel(impl).grouped_weights(*args)
     y = gemm.unpadded(gemm.unpadded(y, 1, a, (0,)), a.ndim, b, (0,))
     return jnp.where(at.count.reshape(-1, *(1,) * (y.ndim - 1)) > 0, y, 0)
-  name = 'native' if impl == 'native' else 'dequant'
   shape = (at.first.size, *a.shape[1:], *b.shape[1:])
 
   def loop(a, b):
     def body(i, sums):
-      part = gemm.multiply(_block(a, i), _block(b, i), ((0,), (0,)), name)
+      part = gemm.multiply(_block(a, i), _block(b, i), ((0,), (0,)), impl)
       return sums.at[at.expert[i]].add(part)
 
     return jax.lax.fori_loop(0, at.live, body, jnp.zeros(shape, jnp.float32))
 
-  if name == 'native':
+  if impl != 'dequant':
     return loop(a, b)
 
   def ragged(a, b):
@@ -174,6 +174,11 @@ def grouped_weights(a: Quantized, b: Quantized, at: Layout, impl: str) -> Array:
     return y.reshape(shape)
 
   return jax.lax.platform_dependent(a, b, tpu=ragged, default=loop)
+
+
+def _fitting(impl: str) -> str:
+  """`impl`, or dequant where its kernel cannot be had."""
+  return 'dequant' if impl in gemm.BLOCKED and gemm.falls_back(impl) else impl
 
 
 def _wide(q: Quantized) -> Array:

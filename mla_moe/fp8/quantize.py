@@ -18,6 +18,7 @@ exponents are taken from the bits.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,7 @@ class Quantized:
     return self.tiles[at] if at >= 0 else 1
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def quantize(
   x: Float[Array, ' ...'], tiles: tuple[int, ...], scales: str = 'pow2'
 ) -> Quantized:

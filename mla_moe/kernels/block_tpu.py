@@ -37,6 +37,11 @@ def reference(
   return jnp.matmul(wide(a, sa), wide(b, sb).T, precision=highest)
 
 
+def _fit(n: int) -> int:
+  """Rows or columns of the result that one program makes."""
+  return next(size for size in (256, 128) if n % size == 0)
+
+
 def _step(tiles: int) -> int:
   """Tiles of the sum that one step of the grid takes."""
   return next(n for n in (8, 4, 2, 1) if tiles % n == 0)
@@ -73,8 +78,8 @@ def matmul(
   """a b^T in `dtype`; `sb` has a scale for each row or each 128 rows."""
   (m, k), n = a.shape, b.shape[0]
   step = _step(k // _TILE)
-  width = next(w for w in (256, 128) if n % w == 0)
-  height = next(h for h in (256, 128) if m % h == 0)
+  width = _fit(n)
+  height = _fit(m)
   last = k // _TILE // step - 1
 
   def kernel(a, sa, b, sb, out, acc):
@@ -124,7 +129,7 @@ def grouped(
   """
   (p, k), n = a.shape, b.shape[1]
   step = _step(k // _TILE)
-  width = next(w for w in (256, 128) if n % w == 0)
+  width = _fit(n)
   last = k // _TILE // step - 1
 
   def kernel(expert, live, a, sa, b, sb, out, acc):
@@ -182,8 +187,8 @@ def grouped_weights(
   """
   k, n, experts = a.shape[0], b.shape[0], first.shape[0]
   blocks = expert.shape[0]
-  width = next(w for w in (256, 128) if n % w == 0)
-  height = next(h for h in (256, 128) if k % h == 0)
+  width = _fit(n)
+  height = _fit(k)
   live = (first[-1] + count[-1]).reshape(1)
 
   def kernel(expert, live, a, sa, b, sb, out):

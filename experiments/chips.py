@@ -74,10 +74,14 @@ _SLICES = {
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-  """Chips of one kind that are wired together, for example v5p:4x4x4."""
+  """Chips of one kind that are wired together, for example v5p:4x4x4.
+
+  `count` of them are connected by the data centre's network: v6e:16x16*2.
+  """
 
   kind: str
   shape: tuple[int, ...]
+  count: int = 1
 
   @property
   def chip(self) -> Chip:
@@ -85,23 +89,26 @@ class Slice:
 
   @property
   def chips(self) -> int:
-    return math.prod(self.shape)
+    return math.prod(self.shape) * self.count
 
   @property
   def devices(self) -> int:
     return self.chips * self.chip.cores
 
   def __str__(self):
-    return f'{self.kind}:{"x".join(map(str, self.shape))}'
+    more = f'*{self.count}' if self.count > 1 else ''
+    return f'{self.kind}:{"x".join(map(str, self.shape))}{more}'
 
 
 def parse(text: str) -> Slice:
-  """The slice that `text` names: v5p:4x4x4, v5e-16, h100:64.
+  """The slice that `text` names: v5p:4x4x4, v5e-16, h100:64, v6e:16x16*2.
 
   Raises:
     ConfigError: a kind or a shape that there is not, with those there are.
   """
-  match = re.fullmatch(r'([a-z0-9]+)[:-]([0-9]+(?:x[0-9]+)*)', text.lower())
+  text, _, count = text.lower().partition('*')
+  count = int(count) if count.isdigit() and int(count) else 1
+  match = re.fullmatch(r'([a-z0-9]+)[:-]([0-9]+(?:x[0-9]+)*)', text)
   kind = {'v5litepod': 'v5e', 'v5': 'v5p', 'v7x': 'tpu7x'}.get(
     match[1] if match else '', match[1] if match else ''
   )
@@ -118,7 +125,7 @@ def parse(text: str) -> Slice:
     if len(shape) == 1 and shape[0] > 0:
       return Slice(kind, shape)
   elif shape in known:
-    return Slice(kind, shape)
+    return Slice(kind, shape, count)
   shapes = ', '.join('x'.join(map(str, s)) for s in known)
   raise ConfigError(
     f'--topology={text!r}: {kind} slices are {shapes}'
@@ -128,5 +135,9 @@ def parse(text: str) -> Slice:
 
 
 def slices(kind: str) -> list[Slice]:
-  """The slices of a kind, smallest first."""
-  return [Slice(kind, shape) for shape in _SLICES[CHIPS[kind].dimensions]]
+  """The slices of a kind, smallest first, then 2 to 16 of the largest TPU's."""
+  single = [Slice(kind, shape) for shape in _SLICES[CHIPS[kind].dimensions]]
+  if CHIPS[kind].dimensions == 1:
+    return single
+  largest = single[-1].shape
+  return single + [Slice(kind, largest, n) for n in (2, 4, 8, 16)]

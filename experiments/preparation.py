@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments import runtime
+from experiments import distributed, runtime
 from mla_moe import config as config_lib
 from mla_moe import corpus, cost, data, fp8, fp8_health, sharding, step
 from mla_moe import tokenizer as tokenizer_lib
@@ -31,6 +31,7 @@ class Prepared(NamedTuple):
   text: corpus.Corpus
   heldout: list[data.Batch]
   mesh: jax.sharding.Mesh | None
+  share: tuple[int, int]  # of a batch's rows: this process's, of how many
   train: Callable
   evaluate: Callable
   examine: Callable  # FP8's health
@@ -51,7 +52,10 @@ def prepare(config: config_lib.Config, path: pathlib.Path) -> Prepared:
   tokenizer = tokenizer_lib.load(
     config.data.tokenizer, config.model.bos_id, config.model.eos_id
   )
-  text = corpus.prepare(config.data, tokenizer, path.parent / '.corpus')
+  make = functools.partial(
+    corpus.prepare, config.data, tokenizer, path.parent / '.corpus'
+  )
+  text = distributed.alone(make) or make()
   corpus.check(text, config)
   heldout = data.eval_batches(
     text.heldout, config.data, text.bos_id, config.run.eval_batches
@@ -69,6 +73,7 @@ def prepare(config: config_lib.Config, path: pathlib.Path) -> Prepared:
     text,
     heldout,
     mesh,
+    distributed.share(mesh, config.data.micro_batch or config.data.batch_size),
     train,
     evaluate,
     examine,
@@ -78,10 +83,19 @@ def prepare(config: config_lib.Config, path: pathlib.Path) -> Prepared:
 @functools.lru_cache(maxsize=4)
 def _jitted(config: config_lib.Config) -> tuple[Callable, ...]:
   """Runs of one process with the same numbers share their programs."""
+  whole, placed = None, None
+  if config.mesh.devices > 1:
+    mesh = sharding.make_mesh(config.mesh)
+    whole = NamedSharding(mesh, PartitionSpec())
+    placed = step.placement(config, mesh), whole
   train = functools.partial(step.train_step, config=config)
   evaluate = functools.partial(step.eval_step, config=config)
   examine = functools.partial(fp8_health.measure, config=config)
-  return jax.jit(train, donate_argnums=0), jax.jit(evaluate), jax.jit(examine)
+  return (
+    jax.jit(train, donate_argnums=0, out_shardings=placed),
+    jax.jit(evaluate, out_shardings=whole),
+    jax.jit(examine, out_shardings=whole),
+  )
 
 
 def place(ready: Prepared, tree: Any) -> Any:
@@ -89,11 +103,25 @@ def place(ready: Prepared, tree: Any) -> Any:
   if ready.mesh is None:
     return jax.device_put(jax.tree.map(np.asarray, tree))
 
+  at, shares = ready.share
+  data = ready.config.data
+  micro = data.micro_batch or data.batch_size
+
   def one(x):
-    axes = (None, 'batch', None) if np.ndim(x) == 3 else ()
-    return jax.device_put(
-      np.asarray(x), NamedSharding(ready.mesh, sharding.spec(axes))
-    )
+    x = np.asarray(x)
+    if x.ndim != 3:
+      here = NamedSharding(ready.mesh, PartitionSpec())
+      return jax.make_array_from_callback(x.shape, here, lambda index: x[index])
+    here = NamedSharding(ready.mesh, sharding.spec((None, 'batch', None)))
+    # A batch that each process has read its own rows of, or one that all have.
+    before = at * x.shape[1] if x.shape[1] * shares == micro else 0
+
+    def rows(index):
+      start, stop, _ = index[1].indices(micro)
+      return x[:, start - before : stop - before]
+
+    shape = (len(x), micro, x.shape[2])
+    return jax.make_array_from_callback(shape, here, rows)
 
   return jax.tree.map(one, tree)
 

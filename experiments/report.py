@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import pathlib
 import sys
 
@@ -35,7 +36,8 @@ def write(folder: pathlib.Path) -> pathlib.Path | None:
       'No report.html: pip install "mla_moe[viz]", then experiments.report.'
     )
     return None
-  matplotlib.use('Agg')
+  if 'MPLBACKEND' not in os.environ:  # a notebook has a screen of its own
+    matplotlib.use('Agg')
   steps = [row for row in rows if 'loss' in row]
   evals = [row for row in rows if 'bits_per_byte' in row]
   loads = workdir.rows(folder / 'load.jsonl')

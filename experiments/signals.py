@@ -7,6 +7,7 @@ devices, begun behind the step and read after the next, when it is long there.
 
 from __future__ import annotations
 
+import functools
 import signal
 
 
@@ -33,18 +34,27 @@ class Stop:
   def share(self):
     """This process's answer; `agreed` makes one of all of them."""
     import jax
-    import jax.numpy as jnp
     import numpy as np
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     if jax.process_count() == 1:
       return self.asked
-    mesh = Mesh(np.array(jax.devices()), 'device')
-    split = NamedSharding(mesh, PartitionSpec('device'))
+    split, largest = _everyone()
     mine = np.full(jax.local_device_count(), self.asked, np.int32)
-    everyone = jax.make_array_from_process_local_data(split, mine)
-    whole = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(jnp.max, out_shardings=whole)(everyone)
+    return largest(jax.make_array_from_process_local_data(split, mine))
+
+
+@functools.cache
+def _everyone():
+  """A number for each device of every process, and their maximum on all."""
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+  from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+  mesh = Mesh(np.array(jax.devices()), 'device')
+  whole = NamedSharding(mesh, PartitionSpec())
+  split = NamedSharding(mesh, PartitionSpec('device'))
+  return split, jax.jit(jnp.max, out_shardings=whole)
 
 
 def agreed(shared) -> str:

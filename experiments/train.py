@@ -21,6 +21,7 @@ from absl import flags
 
 from experiments import (
   cli,
+  distributed,
   guard,
   profile,
   signals,
@@ -51,9 +52,12 @@ def run(
     ConfigError: a config, a text or a checkpoint that cannot be used.
     cli.Stopped: the run could not go on; what it had is saved.
   """
-  with workdir.claim(folder, config) as path, signals.Stop() as stop:
+  with (
+    distributed.claim(folder, config) as (path, records),
+    signals.Stop() as stop,
+  ):
     try:
-      return _run(config, path, stop, unsealed, also)
+      return _run(config, path, records, stop, unsealed, also)
     except RuntimeError as error:
       if 'RESOURCE_EXHAUSTED' not in str(error):
         raise
@@ -91,14 +95,17 @@ class Ended(NamedTuple):
   first: int = 0
 
 
-def _run(config, path: pathlib.Path, stop, unsealed: bool, also) -> dict:
+def _run(
+  config, path: pathlib.Path, records: pathlib.Path, stop, unsealed, also
+) -> dict:
   import jax
 
   from experiments import logs, preparation, recorder, report
   from mla_moe import checkpoint, step
 
   window = profile.window(also.profile)
-  tell_also = tracking.of(also.track, path, dataclasses.asdict(config))
+  track = also.track if distributed.first() else ''
+  tell_also = tracking.of(track, path, dataclasses.asdict(config))
   ready = preparation.prepare(config, path)
   every = config.run
   with contextlib.ExitStack() as stack:
@@ -108,15 +115,20 @@ def _run(config, path: pathlib.Path, stop, unsealed: bool, also) -> dict:
     saved = checkpoint.Writer(path / 'checkpoints', every.keep, **kept)
     stack.enter_context(saved)
     dog = stack.enter_context(watchdog.Watchdog(every.step_timeout))
-    state = step.init_state(jax.random.key(every.seed), config, ready.mesh)
+    init = lambda: step.init_state(
+      jax.random.key(every.seed), config, ready.mesh
+    )
+    state = init()
     like = jax.tree.map(shape, state)
     course = Course(0, state, guard.Guard())
-    del state
     if checkpoint.steps(path / 'checkpoints'):
-      del course  # its memory is the restored one's
+      del state, course  # their memory is the restored one's
       course = resume(ready, like, unsealed=unsealed, aside=True)
-      print(f'Resuming {path} at step {course.number}.')
-    written = recorder.Recorder(ready, course.number)
+      if course:
+        print(f'Resuming {path} at step {course.number}.')
+      else:  # killed in its very first save
+        course = Course(0, init(), guard.Guard())
+    written = recorder.Recorder(ready._replace(path=records), course.number)
     stack.callback(written.close)
     written.before = stack.enter_context(
       profile.steps(path / 'profile', *window)
@@ -128,16 +140,19 @@ def _run(config, path: pathlib.Path, stop, unsealed: bool, also) -> dict:
     with logs.progress(every.steps, course.number) as tell:
       while True:
         ended = _steps(ready, course, saved, written, stop, dog, tell)
+        dog.rest()
         if ended.how != 'back':
           break
         course = _back(ready, saved, written, like, ended)
     try:
       _end(ready, saved, written, ended)
     finally:
-      report.write(path)
-  print(
-    f'Results: {path / "report.html"}, metrics.jsonl and samples.txt there.'
-  )
+      if distributed.first():
+        report.write(path)
+  if distributed.first():
+    print(
+      f'Results: {path / "report.html"}, metrics.jsonl and samples.txt there.'
+    )
   return written.final
 
 
@@ -198,6 +213,7 @@ def _steps(ready, course, saved, written, stop, dog, tell) -> Ended:
     ready.text.bos_id,
     start,
     every.steps,
+    *ready.share,
     passed=counts.passed,
   )
   look, clock = None, None
@@ -220,7 +236,7 @@ def _steps(ready, course, saved, written, stop, dog, tell) -> Ended:
     prints = fingerprint.of(state) if checked or not clock else None
     ended = look and _look(look, counts, every, written, tell)
     if ended:
-      return ended._replace(course=Course(number, state, counts))
+      return _at(ended, number, state, counts)
     if clock:
       clock.tokens += size * config.data.seq_len
     else:  # nor timed
@@ -240,7 +256,7 @@ def _steps(ready, course, saved, written, stop, dog, tell) -> Ended:
       ended = _look(look, counts, every, written, tell)
       look = None
       if ended:
-        return ended._replace(course=Course(number, state, counts))
+        return _at(ended, number, state, counts)
       for do in chores:
         tell(number, _attempt(do, number, state, written))
       course = Course(number, state, counts)
@@ -251,6 +267,12 @@ def _steps(ready, course, saved, written, stop, dog, tell) -> Ended:
         return Ended('stopped', course, why)
       del course  # its buffers become the next state's
   return Ended('finished', Course(number, state, counts))
+
+
+def _at(ended: Ended, number, state, counts) -> Ended:
+  """With its course; without the state, which is not gone back from."""
+  state = None if ended.how == 'back' else state
+  return ended._replace(course=Course(number, state, counts))
 
 
 class Clock:
@@ -361,7 +383,6 @@ def _back(ready, saved, written, like, ended: Ended) -> Course:
 
   config = ready.config
   now, counts = ended.course.number, ended.course.guard
-  ended = ended._replace(course=None)  # its memory is the restored one's
   saved.wait()
   course = resume(ready, like, before=ended.first, aside=True)
   if course is None:
@@ -430,6 +451,12 @@ def define() -> None:
   cli.define()
   cli.define_unsealed()
   flags.DEFINE_integer('replay', 0, 'Compute this step again, and compare.', 0)
+  flags.DEFINE_enum(
+    'distributed', 'auto', ['auto', 'on', 'off'], 'Join other processes.'
+  )
+  flags.DEFINE_integer(
+    'distributed_timeout', 300, 'Seconds to wait for them.', 1
+  )
   flags.DEFINE_string('profile', '', 'Trace these steps: FIRST:LAST.')
   flags.DEFINE_enum('track', '', tracking.TRACKERS, 'Tracker to tell as well.')
 
@@ -442,9 +469,12 @@ def main() -> None:
 
     path = pathlib.Path(flags.FLAGS.workdir)
     replay.replay(path, flags.FLAGS.replay, unsealed=unsealed)
-  else:
-    also = Also(flags.FLAGS.profile, flags.FLAGS.track)
-    run(cli.config(), flags.FLAGS.workdir, unsealed=unsealed, also=also)
+    return
+  config = cli.config()
+  distributed.start(flags.FLAGS.distributed, flags.FLAGS.distributed_timeout)
+  distributed.agree(config)
+  also = Also(flags.FLAGS.profile, flags.FLAGS.track)
+  run(config, flags.FLAGS.workdir, unsealed=unsealed, also=also)
 
 
 if __name__ == '__main__':

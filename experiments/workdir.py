@@ -213,6 +213,7 @@ class Rows:
         if written != len(line):
           raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
       except OSError:
-        os.ftruncate(self._file.fileno(), end)
+        with contextlib.suppress(OSError):  # the first error says more
+          os.ftruncate(self._file.fileno(), end)
         raise
       self._waiting.pop(0)

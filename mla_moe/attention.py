@@ -11,7 +11,6 @@ are then never visited, in either direction.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from mla_moe import layers, sharding
+from mla_moe.sequence import Part
 from mla_moe.types import Array, Float
 
 # What a policy keeps so that going backward needs no second forward pass: the
@@ -27,25 +27,6 @@ SAVED = ('attention_out', 'attention_lse')
 
 # Finite, so that a masked row cannot turn into NaN in either direction.
 _MASKED = -0.7 * float(np.finfo(np.float32).max)
-
-
-class Part(NamedTuple):
-  """Which queries these are: of `index` of `count` parts of a sequence.
-
-  Keys are always those of the whole sequence. Work under a causal mask grows
-  with the position, so a part is two pieces of the sequence cut into 2 * count,
-  the index-th and the index-th from the end: all parts then see equally many
-  keys. `index` may be a traced value, `count` is not.
-  """
-
-  index: Array | int = 0
-  count: int = 1
-
-  def pieces(self) -> tuple:
-    """The numbers of the pieces, in order."""
-    if self.count == 1:
-      return (0,)
-    return self.index, 2 * self.count - 1 - self.index
 
 
 def attend(
@@ -61,7 +42,7 @@ def attend(
   """Causal attention in v's dtype; tokens of other `segments` are not seen.
 
   `segments` are those of the queries [B, T] and of the keys [B, S], int32; the
-  queries are a `part` of the sequence.
+  queries are a `part` of the sequence, the keys are all of it.
 
   `impl`: 'reference' is the quadratic oracle, 'xla' runs anywhere, 'splash' is
   jax's TPU kernel, 'cudnn' NVIDIA's (Hopper or newer, bfloat16, no segments),
@@ -111,8 +92,7 @@ def _flash(q, k, v, segments, index, scale, count):
 
   So no product contracts the leading axes of both its operands, a form that
   XLA's CPU backend has no fast code for. Nor does it share one batched product
-  of small matrices among cores: there the rows (or the heads) are cut into
-  lots, whose products in one tile are independent and so run side by side.
+  of small matrices among cores: there rows and heads are cut into lots, whose products in one tile are independent and so run side by side.
   """
   return _flash_forward(q, k, v, segments, index, scale, count)[0]
 
@@ -130,46 +110,47 @@ def _block_size(q, count) -> int:
   return next(n for n in range(min(most, piece), 0, -1) if piece % n == 0)
 
 
-def _lots(q) -> tuple[int, int]:
-  """How many, and the axis that is cut: 1, rows, before 2, heads."""
+def _lots(q) -> int:
+  """How many independent products a tile's is cut into."""
   b, _, heads = q.shape[:3]
-  block = _block_size(q, 1)
-  # Devices of a mesh on one CPU share its cores already.
-  alone = jax.sharding.get_abstract_mesh().empty
-  alone = alone and jax.default_backend() == 'cpu'
-  wide = alone and b * heads * block**2 >= 1 << 18
-  axis = next((i for i, n in ((1, b), (2, heads)) if n % 4 == 0), 0)
-  return (4, axis) if wide and axis else (1, 1)
+  wide = b * heads % 4 == 0 and b * heads * _block_size(q, 1) ** 2 >= 1 << 18
+  return 4 if wide and _alone() and jax.default_backend() == 'cpu' else 1
+
+
+def _alone() -> bool:
+  """No mesh: rows and heads can be one axis, and a CPU's cores are ours."""
+  return jax.sharding.get_abstract_mesh().empty
 
 
 def _cut(x, block, lots):
-  """[B, T, N, d] -> lots of [n, B, N, block, d], padded."""
+  """[B, T, N, d] -> lots of [n, B, N, block, d], padded.
+
+  Where nothing can be split over devices, B and N are one axis, for which
+  XLA's CPU backend has faster products.
+  """
   b, t, heads, d = x.shape
   n = -(-t // block)
   x = jnp.pad(x, [(0, 0), (0, n * block - t), (0, 0), (0, 0)])
   x = x.reshape(b, n, block, heads, d).transpose(1, 0, 3, 2, 4)
-  return jnp.split(x, lots[0], axis=lots[1])
+  lead = (b * heads,) if _alone() else (b, heads)
+  return jnp.split(x.reshape(n, *lead, block, d), lots, axis=-3)
 
 
-def _join(cut, lots, length):
-  """Lots of [n, B, N, block, d] -> [B, length, N, d]."""
-  x = jnp.concatenate(cut, axis=lots[1])
-  n, b, heads, block, d = x.shape
-  x = x.transpose(1, 0, 3, 2, 4).reshape(b, n * block, heads, d)
-  return x[:, :length]
+def _join(cut, length, heads):
+  """Lots of [n, B, N, block, d] -> [B, length, N, d] of that many `heads`."""
+  x = jnp.concatenate(cut, axis=-3)
+  n, *_, block, d = x.shape
+  x = x.reshape(n, -1, heads, block, d).transpose(1, 0, 3, 2, 4)
+  return x.reshape(x.shape[0], n * block, heads, d)[:, :length]
 
 
-def _cut_segments(segments, block, lots):
-  """Each lot's segments of queries and keys, [n, B, 1, block]; None for none."""
+def _cut_segments(segments, heads, block, lots):
+  """Each lot's segments of queries and keys, [n, B, N, block]; or None."""
   if segments is None:
-    return [None] * lots[0]
-  split = (lots[0], 1) if lots[1] == 1 else (1, 1)
-  ours, theirs = (
-    [ids[..., 0] for ids in _cut(x[:, :, None, None], block, split)]
-    for x in segments
-  )
-  both = list(zip(ours, theirs, strict=True))
-  return both * (lots[0] // len(both))
+    return [None] * lots
+  wide = lambda x: jnp.broadcast_to(x[:, :, None, None], (*x.shape, heads, 1))
+  ours, theirs = (_cut(wide(x), block, lots) for x in segments)
+  return [(a[..., 0], b[..., 0]) for a, b in zip(ours, theirs, strict=True)]
 
 
 def _tiles(blocks, index, count):
@@ -212,7 +193,9 @@ def _mask(logits, ids, i, j, diagonal, turned=False):
   hidden = np.where(at[:, None] < at[None, :], _MASKED, 0.0)
   hidden = hidden.T if turned else hidden
   bias = jnp.asarray(np.stack([np.zeros_like(hidden), hidden]), jnp.float32)
-  logits = logits + bias[diagonal][None, None]
+  logits = logits + jnp.expand_dims(
+    bias[diagonal], tuple(range(logits.ndim - 2))
+  )
   if ids is None:
     return logits
   rows, columns = ids[0][i], ids[1][j]
@@ -223,18 +206,18 @@ def _mask(logits, ids, i, j, diagonal, turned=False):
 def _flash_forward(q, k, v, segments, index, scale, count):
   block, lots = _block_size(q, count), _lots(q)
   cut = functools.partial(_cut, block=block, lots=lots)
-  ids = _cut_segments(segments, block, lots)
+  ids = _cut_segments(segments, q.shape[2], block, lots)
   parts = list(zip(cut(q), cut(k), cut(v), ids, strict=True))
 
   def tile(part, carry, i, j, diagonal):
     queries, keys, values, ids = part
     out, peak, total = carry
-    logits = layers.dot('bnth,bnsh->bnts', queries[i], keys[j]) * scale
+    logits = layers.dot('...th,...sh->...ts', queries[i], keys[j]) * scale
     logits = _mask(logits, ids, i, j, diagonal)
     new = jnp.maximum(peak[i], logits.max(-1))
     probs = jnp.exp(logits - new[..., None])
     shrink = jnp.exp(peak[i] - new)
-    fresh = layers.dot('bnts,bnsu->bntu', probs.astype(v.dtype), values[j])
+    fresh = layers.dot('...ts,...su->...tu', probs.astype(v.dtype), values[j])
     out = out.at[i].set(out[i] * shrink[..., None] + fresh)
     total = total.at[i].set(total[i] * shrink + probs.sum(-1))
     return out, peak.at[i].set(new), total
@@ -246,9 +229,8 @@ def _flash_forward(q, k, v, segments, index, scale, count):
 
   at = _tiles(len(parts[0][0]), index, count)
   done = _scan_tiles(tile, parts, (start(*p) for p in parts), at)
-  out = _join(
-    [out / total[..., None] for out, _, total in done], lots, q.shape[1]
-  )
+  out = [out / total[..., None] for out, _, total in done]
+  out = _join(out, *q.shape[1:3])
   # Named here and not outside, so that a policy which keeps both spares the
   # backward pass this whole function.
   out = checkpoint_name(out.astype(v.dtype), SAVED[0])
@@ -269,15 +251,15 @@ def _flash_backward(scale, count, residuals, g):
   def tile(part, carry, i, j, diagonal):
     queries, keys, values, ids, turned, grads, delta, lse = part
     dq, dk, dv = carry
-    logits = layers.dot('bnsh,bnth->bnst', keys[j], queries[i]) * scale
+    logits = layers.dot('...sh,...th->...st', keys[j], queries[i]) * scale
     logits = _mask(logits, ids, i, j, diagonal, turned=True)
-    probs = jnp.exp(logits - lse[i][:, :, None])
-    dp = layers.dot('bnsu,bntu->bnst', values[j], grads[i])
+    probs = jnp.exp(logits - lse[i][..., None, :])
+    dp = layers.dot('...su,...tu->...st', values[j], grads[i])
     ds = (probs * (dp - delta[i].swapaxes(-1, -2))).astype(dtype)
     probs = probs.astype(g.dtype)
-    dv = dv.at[j].add(layers.dot('bnst,bntu->bnsu', probs, grads[i]))
-    dk = dk.at[j].add(layers.dot('bnst,bnth->bnsh', ds, queries[i]))
-    dq = dq.at[i].add(layers.dot('bnhs,bnst->bnht', turned[j], ds))
+    dv = dv.at[j].add(layers.dot('...st,...tu->...su', probs, grads[i]))
+    dk = dk.at[j].add(layers.dot('...st,...th->...sh', ds, queries[i]))
+    dq = dq.at[i].add(layers.dot('...hs,...st->...ht', turned[j], ds))
     return dq, dk, dv
 
   def start(queries, keys, values, *_):
@@ -289,9 +271,9 @@ def _flash_backward(scale, count, residuals, g):
   dq, dk, dv = zip(*done, strict=True)
   dq = [x.swapaxes(-1, -2) * scale for x in dq]
   dk = [x * scale for x in dk]
-  t = out.shape[1]
+  t, heads = out.shape[1:3]
   each = ((dq, t), (dk, t * count), (dv, t * count))
-  grads = (_join(x, lots, length).astype(dtype) for x, length in each)
+  grads = (_join(x, length, heads).astype(dtype) for x, length in each)
   return *grads, None, None
 
 

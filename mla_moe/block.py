@@ -10,8 +10,10 @@ import jax
 from flax import linen as nn
 
 from mla_moe import config as config_lib
-from mla_moe import layers, mla, moe
+from mla_moe import layers, mla, moe, sharding
 from mla_moe.types import Array, Float, Int
+
+_STREAM = ('batch', 'length', 'stream')
 
 
 class Block(nn.Module):
@@ -34,10 +36,11 @@ class Block(nn.Module):
   ) -> tuple[Float[Array, 'B T D'], moe.Stats | None]:
     c = self.config
     norm = lambda name: layers.RMSNorm(c.norm_eps, name=name)
-    h = norm('attention_norm')(x)
+    h = sharding.constrain(norm('attention_norm')(x), *_STREAM)
     with jax.named_scope('attention'):
-      x = x + mla.Attention(c, name='attention')(h, cos, sin, segments)
-    h = norm('ffn_norm')(x)
+      y = mla.Attention(c, name='attention')(h, cos, sin, segments)
+    x = x + sharding.constrain(y, *_STREAM)
+    h = sharding.constrain(norm('ffn_norm')(x), *_STREAM)
     with jax.named_scope('ffn'):
       if self.routed:
         y, stats = moe.MoE(c, name='ffn')(h, mask)
@@ -46,7 +49,7 @@ class Block(nn.Module):
           c.dense_width, c.init_std, layers.recipe(c), name='ffn'
         )
         y, stats = ffn(h), None
-    return x + y, stats
+    return x + sharding.constrain(y, *_STREAM), stats
 
 
 def rematerialised(config: config_lib.ModelConfig) -> type[nn.Module]:
@@ -75,5 +78,7 @@ def stack(
     variable_axes={'params': 0, 'router': 0},
     split_rngs={'params': True},
     in_axes=nn.broadcast,
-    metadata_params={nn.PARTITION_NAME: 'layers'},
+    metadata_params={
+      nn.PARTITION_NAME: 'routed_layers' if routed else 'layers'
+    },
   )(config, routed, name=name)

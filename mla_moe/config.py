@@ -519,9 +519,13 @@ class Config(_Checked):
     model, data, mesh = self.model, self.data, self.mesh
     _divides('mesh.tensor', mesh.tensor, 'model.mla.heads', model.mla.heads)
     _divides('mesh.expert', mesh.expert, 'model.moe.experts', model.moe.experts)
-    shards = mesh.data * mesh.fsdp * mesh.expert
+    shards = mesh.data * mesh.fsdp * mesh.expert * mesh.stage
     micro = data.micro_batch or data.batch_size
-    _divides('mesh.data * fsdp * expert', shards, 'data.micro_batch', micro)
+    _divides(
+      'mesh.data * fsdp * expert * stage', shards, 'data.micro_batch', micro
+    )
+    turns = shards // mesh.stage * (mesh.pipeline or 1)
+    _divides('mesh.data * fsdp * expert * pipeline', turns, 'the batch', micro)
     _divides('mesh.context', mesh.context, 'data.seq_len', data.seq_len)
     _divides(
       'mesh.stage', mesh.stage, 'the number of MoE layers', model.moe_layers

@@ -16,7 +16,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from mla_moe import block, data, fp8, layers, losses, rope
+from mla_moe import block, data, fp8, layers, losses, rope, sequence
 from mla_moe import config as config_lib
 from mla_moe.types import Array, Float, PyTree
 
@@ -32,7 +32,7 @@ def measure(
   tokens of the batch's first sequence. `config.model.precision` is not 'bf16'.
   """
   model = config.model
-  cut = lambda x: x[0, :1, :_TOKENS]
+  cut = lambda x: sequence.arrange(x[0, :1, :_TOKENS])
   tokens, targets = cut(batch.tokens), cut(batch.targets)
   positions = cut(batch.positions)
   segments = None if config.data.packing == 'joined' else cut(batch.segments)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from mla_moe import config as config_lib
 from mla_moe import fp8, sharding
@@ -98,7 +99,7 @@ def quantised(w: Array, axes: tuple, recipe: fp8.Recipe) -> fp8.Weight:
   Heads and their dimensions are one axis to a product, as they are in
   checkpoints; layers and experts come before it.
   """
-  lead = sum(a in ('layers', 'experts') for a in axes)
+  lead = sum(a in ('layers', 'routed_layers', 'experts') for a in axes)
   flat = w.reshape(_flat(axes, w.shape))
   copies = fp8.prepare(flat, recipe.precision, lead=lead).copies
   names = _flat(axes, axes)
@@ -108,6 +109,19 @@ def quantised(w: Array, axes: tuple, recipe: fp8.Recipe) -> fp8.Weight:
     return dataclasses.replace(q, values=sharding.constrain(bits, *names))
 
   return fp8.Weight(w, tuple(map(lay, copies)))
+
+
+def partition(w: Array | fp8.Weight, axes: tuple) -> PartitionSpec | fp8.Weight:
+  """Its layout in a region by its logical axes, and that of its copies.
+
+  Copies have been gathered along `embed` (`weight`), masters not.
+  """
+  if not isinstance(w, fp8.Weight):
+    return sharding.partition(axes, w)
+  flat = tuple(None if a == 'embed' else a for a in _flat(axes, axes))
+  lay = lambda leaf: sharding.partition(flat, leaf)
+  master = sharding.partition(axes, w.master)
+  return fp8.Weight(master, jax.tree.map(lay, w.copies))
 
 
 def _flat(axes: tuple, values: tuple) -> tuple:
@@ -224,8 +238,14 @@ def swiglu(
   recipe: fp8.Recipe = HIGH,
 ) -> Float[Array, '*b D']:
   """down(silu(gate(x)) * up(x)); gate and up are one product."""
-  both = product('...d,dgf->...gf', x, w_gate_up, recipe)
-  return product('...f,fd->...d', gated(both), w_down, recipe)
+  lay = lambda x, *last: (
+    sharding.constrain(x, 'batch', 'part', *last) if rows else x
+  )
+  rows = x.ndim == 3
+  x = lay(x, 'stream')
+  both = lay(product('...d,dgf->...gf', x, w_gate_up, recipe), 'gate_up', 'mlp')
+  hidden = lay(gated(both), 'mlp')
+  return product('...f,fd->...d', hidden, w_down, recipe)
 
 
 class FeedForward(nn.Module):

@@ -16,6 +16,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from mla_moe import sharding
 from mla_moe.types import Array, Float, Int
 
 BLOCK = 8192
@@ -35,13 +36,18 @@ def token_nll(
   with any cotangent per token (z-loss is the square of the second). Temporary
   memory is a few times M * block numbers.
   """
-  picked, lse = _picked_and_lse(hidden, head, targets, block)
+  picked, lse = picked_and_lse(hidden, head, targets, block)
   return jnp.where(targets >= 0, lse - picked, 0.0), lse
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _picked_and_lse(hidden, head, targets, block):
-  """The target's logit and the logsumexp, [M] each."""
+def picked_and_lse(
+  hidden: Float[Array, 'M D'],
+  head: Float[Array, 'D V'],
+  targets: Int[Array, ' M'],
+  block: int,
+) -> tuple[Float[Array, ' M'], Float[Array, ' M']]:
+  """The target's logit (of -1: anything) and the logsumexp, float32."""
   return _forward(hidden, head, targets, block)[0]
 
 
@@ -66,7 +72,7 @@ def _forward(hidden, head, targets, block):
 
   lowest = jnp.full(targets.shape, jnp.finfo(jnp.float32).min)
   unseen = jnp.where(targets < 0, 0.0, jnp.nan)
-  first = (lowest, jnp.zeros(targets.shape), unseen)
+  first = sharding.varying((lowest, jnp.zeros(targets.shape), unseen))
   (peak, total, picked), _ = jax.lax.scan(step, first, blocks)
   lse = peak + jnp.log(total)
   return (picked, lse), (hidden, head, targets, lse, None)
@@ -102,11 +108,12 @@ def _backward(block, residuals, cotangents):
   # The last block goes first: where it overlaps its neighbour it writes zeros,
   # which the neighbour then overwrites.
   zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (hidden, head))
+  zeros = sharding.varying(zeros)
   (dhidden, dhead), _ = jax.lax.scan(step, zeros, blocks, reverse=True)
   return dhidden.astype(hidden.dtype), dhead.astype(head.dtype), None
 
 
-_picked_and_lse.defvjp(_forward, _backward)
+picked_and_lse.defvjp(_forward, _backward)
 
 
 def _blocks(vocab: int, block: int) -> tuple[int, tuple[Array, Array]]:
@@ -149,23 +156,26 @@ def balance(
   scores: Float[Array, 'B T E'],
   top_k: int,
   mask: Float[Array, 'B T'] | None = None,
+  axes: tuple[str, ...] = (),
 ) -> Float[Array, '']:
   """V3's sequence-wise balance loss, equations 17 to 20, without alpha.
 
   sum_i f_i P_i of each sequence, averaged: f counts the top_k of the raw
   scores (no bias, no groups, no gradient), P is the mean normalised score.
-  Perfect balance is 1. `mask` 0 leaves a token out.
+  Perfect balance is 1. `mask` 0 leaves a token out. Sequences whose length is
+  split over the mesh's `axes` are summed over them before the product.
   """
   experts = scores.shape[-1]
+  total = lambda x: sharding.total(x, axes)
   if mask is None:
     mask = jnp.ones(scores.shape[:2], jnp.float32)
-  tokens = jnp.maximum(mask.sum(1), 1.0)
+  tokens = jnp.maximum(total(mask.sum(1)), 1.0)
   chosen = jax.lax.top_k(jax.lax.stop_gradient(scores), top_k)[1]
   add = lambda chosen, mask: (
     jnp.zeros(experts).at[chosen].add(jnp.broadcast_to(mask, chosen.shape))
   )
-  counts = jax.vmap(add)(chosen, mask[:, :, None])
+  counts = total(jax.vmap(add)(chosen, mask[:, :, None]))
   frequency = counts * (experts / top_k) / tokens[:, None]
   share = scores / (scores.sum(-1, keepdims=True) + 1e-20)
-  mean = (share * mask[:, :, None]).sum(1) / tokens[:, None]
+  mean = total((share * mask[:, :, None]).sum(1)) / tokens[:, None]
   return (frequency * mean).sum(-1).mean()

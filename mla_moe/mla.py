@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from mla_moe import attention, layers, rope
+from mla_moe import attention, fp8, layers, rope, sequence, sharding
 from mla_moe import config as config_lib
 from mla_moe.types import Array, Float, Int
 
@@ -61,6 +61,10 @@ class Attention(nn.Module):
         (w_q, w_kv_down, w_k_rope),
         recipe,
       )
+      # Gathered where they are small, not the stream before them.
+      narrow = lambda x: sharding.constrain(x, 'batch', 'part', 'latent')
+      q = narrow(q) if mla.query_rank else q
+      latent, k_rope = narrow(latent), narrow(k_rope)
 
     with jax.named_scope('query'):
       if mla.query_rank:
@@ -68,36 +72,83 @@ class Attention(nn.Module):
         q = layers.product('btq,qnh->btnh', q, w_q_up, recipe, 'q_latent')
       q_nope, q_rope = jnp.split(q, [mla.nope_dim], axis=-1)
       q = jnp.concatenate([q_nope, rope.rotate(q_rope, cos, sin)], axis=-1)
+      q = sharding.constrain(q, 'batch', 'part', 'heads', 'head_dim')
 
+    up = ('latent', 'heads', 'head_dim')
+    ws = (
+      w('w_k_up', (rank, heads, mla.nope_dim), up),
+      w('w_v_up', (rank, heads, mla.value_dim), up),
+    )
+    latent = norm('kv_norm')(latent)
+    k_rope = checkpoint_name(rope.rotate(k_rope, cos, sin), 'k_rope')
+    out = attend_latents(q, latent, k_rope, ws, segments, mla, recipe)
+    shape = (heads, mla.value_dim, dim)
+    w_out = w('w_out', shape, ('heads', 'head_dim', 'embed'))
+    return layers.product('btnu,nud->btd', out, w_out, recipe)
+
+
+def attend_latents(
+  q: Float[Array, 'B T N qk'],
+  latent: Float[Array, 'B T C'],
+  k_rope: Float[Array, 'B T R'],
+  ws: tuple,
+  segments: Int[Array, 'B T'] | None,
+  mla: config_lib.MLAConfig,
+  recipe: fp8.Recipe,
+) -> Float[Array, 'B T N U']:
+  """Attention over the latents, expanded by `ws` to each head's keys and values.
+
+  On a mesh, each device has its heads and its part of the sequence, for whose
+  queries it gathers all latents: C + R numbers a token, where the keys and
+  values of all heads would be N * (H + R + U).
+  """
+  parts = sequence.count(q.shape[1])
+  # What is kept for the backward pass is this device's part alone.
+  name = 'kv_latent' if parts == 1 else fp8.SAVED
+  if recipe.precision == 'bf16' or parts > 1:
+    latent = checkpoint_name(latent, 'kv_latent')
+
+  def local(q, latent, k_rope, ws, segments):
+    q, latent, k_rope, ws = sharding.varying((q, latent, k_rope, ws))
+    keys = segments
+    if parts > 1:
+      latent = sequence.whole(latent, parts)
+      k_rope = sequence.whole(k_rope, parts)
+      if segments is not None:
+        keys = sequence.whole(segments, parts)
     with jax.named_scope('expand'):
-      latent = layers.named(norm('kv_norm')(latent), 'kv_latent', recipe)
-      k_rope = checkpoint_name(rope.rotate(k_rope, cos, sin), 'k_rope')
-      up = ('latent', 'heads', 'head_dim')
-      w_k_up = w('w_k_up', (rank, heads, mla.nope_dim), up)
-      w_v_up = w('w_v_up', (rank, heads, mla.value_dim), up)
       k_nope, v = layers.products(
-        ('btc,cnh->btnh', 'btc,cnu->btnu'),
-        latent,
-        (w_k_up, w_v_up),
-        recipe,
-        'kv_latent',
+        ('btc,cnh->btnh', 'btc,cnu->btnu'), latent, ws, recipe, name
       )
-      shared = jnp.broadcast_to(
-        k_rope[:, :, None], (*k_nope.shape[:3], mla.rope_dim)
-      )
+      shape = (*k_nope.shape[:3], mla.rope_dim)
+      shared = jnp.broadcast_to(k_rope[:, :, None], shape)
       k = jnp.concatenate([k_nope, shared], axis=-1)
-
+    part = sequence.Part()
+    if parts > 1:
+      part = sequence.Part(jax.lax.axis_index('context'), parts)
     with jax.named_scope('attend'):
-      scale = rope.softmax_scale(mla)
       out = attention.attend(
         q,
         k,
         v,
-        scale=scale,
-        segments=None if segments is None else (segments, segments),
+        scale=rope.softmax_scale(mla),
+        segments=None if segments is None else (segments, keys),
+        part=part,
         impl=mla.impl,
       )
+    return jax.lax.pmean(out, same) if same else out
 
-    shape = (heads, mla.value_dim, dim)
-    w_out = w('w_out', shape, ('heads', 'head_dim', 'embed'))
-    return layers.product('btnu,nud->btd', out, w_out, recipe)
+  lay = sharding.partition
+  heads = ('batch', 'part', 'heads', 'head_dim')
+  laid = sum(sharding.laid(heads, q.shape), ())
+  same = tuple(a for a in sharding.automatic() if a not in laid)
+  up = ('latent', 'heads', 'head_dim')
+  specs = (
+    lay(heads, q),
+    lay(('batch', 'part', 'latent'), latent),
+    lay(('batch', 'part', 'head_dim'), k_rope),
+    tuple(layers.partition(w, up) for w in ws),
+    lay(('batch', 'part'), segments),
+  )
+  run = sharding.local(local, specs, specs[0])
+  return run(q, latent, k_rope, ws, segments)

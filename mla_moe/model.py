@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from mla_moe import block, fp8, layers, mtp, rope, sharding
+from mla_moe import block, fp8, layers, mtp, pipeline, rope, sequence, sharding
 from mla_moe import config as config_lib
 from mla_moe.types import Array, Float, Int, PyTree
 
@@ -79,27 +79,45 @@ class Transformer(nn.Module):
     positions: Int[Array, 'B T'] | None = None,
     segments: Int[Array, 'B T'] | None = None,
     mask: Float[Array, 'B T'] | None = None,
+    micro: int = 0,
   ) -> Features:
     """Everything but the head.
+
+    On a mesh that splits sequences, the hidden states of a row are in the order
+    of its devices (`sequence.arrange`).
 
     Args:
       tokens: ids below the vocabulary; others are clipped by the gather.
       positions: for the rotation; 0..T-1 when None.
       segments: tokens of one row attend within their segment; None is one.
       mask: 0 for tokens that the experts' statistics leave out.
+      micro: micro-batches of a pipeline, on a mesh with stages (`pipeline`).
     """
     c = self.config
     b, t = tokens.shape
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], (b, t))
-    cos, sin = rope.angles(positions, c.mla.rope_dim, c.mla.rope)
-    embedded = self.embedding.astype(c.dtype)[tokens]
-    embedded = sharding.constrain(embedded, 'batch', 'length', 'stream')
+    place = lambda x: None if x is None else sequence.arrange(x)
+    segments = place(segments)
+    cos, sin = rope.angles(place(positions), c.mla.rope_dim, c.mla.rope)
+    table = self.embedding.astype(c.dtype)
+
+    def embed(tokens):
+      return sharding.constrain(
+        table[place(tokens)], 'batch', 'length', 'stream'
+      )
+
+    embedded = embed(tokens)
     x, stats = embedded, None
     if c.dense_layers:
-      x, _ = self.dense(x, cos, sin, segments, mask)
-    if c.moe_layers:
-      x, stats = self.moe(x, cos, sin, segments, mask)
+      x, _ = self.dense(x, cos, sin, segments, place(mask))
+    if c.moe_layers and pipeline.stages() > 1 and not self.is_initializing():
+      assert mask is None
+      rows = (x, cos, sin, segments)
+      x, stats = pipeline.run(self.moe.variables, c, *rows, micro)
+      x = sharding.constrain(x, 'batch', 'length', 'stream')
+    elif c.moe_layers:
+      x, stats = self.moe(x, cos, sin, segments, place(mask))
     hidden = self.final_norm(x)
 
     mtp_hidden, mtp_stats, before = [], [], hidden
@@ -107,8 +125,10 @@ class Transformer(nn.Module):
       known = (jnp.arange(t) < t - k).astype(jnp.float32)[None]
       known = jnp.broadcast_to(known, (b, t))
       known = known if mask is None else known * mask
-      ahead = jnp.roll(embedded, -k, axis=1)
-      before, normed, report = module(before, ahead, cos, sin, segments, known)
+      ahead = embed(jnp.roll(tokens, -k, axis=1))
+      before, normed, report = module(
+        before, ahead, cos, sin, segments, place(known)
+      )
       mtp_hidden.append(normed)
       mtp_stats.append(report)
     together = None
@@ -125,7 +145,7 @@ class Transformer(nn.Module):
     """Logits of whole sequences."""
     out = self.features(tokens, positions, segments)
     w_head = self.head().astype(self.config.dtype)
-    logits = lambda h: layers.dot('btd,dv->btv', h, w_head)
+    logits = lambda h: layers.dot('btd,dv->btv', sequence.restore(h), w_head)
     mtp_logits = None
     if out.mtp_hidden:
       mtp_logits = jnp.stack([logits(h)[:, :-1] for h in out.mtp_hidden])

@@ -18,23 +18,33 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.ad_checkpoint import checkpoint_name
 
 from mla_moe import config as config_lib
-from mla_moe import fp8, layers, losses, router
+from mla_moe import (
+  dispatch,
+  expert_parallel,
+  fp8,
+  layers,
+  losses,
+  router,
+  sharding,
+)
 from mla_moe.types import Array, Float, Int
 
-# Kept for the backward pass under every policy: sorting again costs more than
-# a few numbers a token.
-SAVED = ('dispatch',)
+SAVED = dispatch.SAVED
 
 
 class Stats(NamedTuple):
-  """What an MoE layer reports: load [E] int32, balance [], entropy []."""
+  """What an MoE layer reports of all its tokens, wherever they are.
+
+  load [E] int32, balance [], entropy []; overflow [] int32, rows that were
+  exchanged in a second round (`expert_parallel`).
+  """
 
   load: Array
   balance: Array
   entropy: Array
+  overflow: Array
 
 
 class MoE(nn.Module):
@@ -47,14 +57,13 @@ class MoE(nn.Module):
     self, x: Float[Array, 'B T D'], mask: Float[Array, 'B T'] | None
   ) -> tuple[Float[Array, 'B T D'], Stats]:
     moe, std = self.config.moe, self.config.init_std
-    b, t, dim = x.shape
-    e, width = moe.experts, moe.width
+    dim, e, width = x.shape[-1], moe.experts, moe.width
     axes = ('embed', None)
     w_router = layers.param(self, 'w_router', (dim, e), axes, std)
-    axes = ('experts', 'embed', 'gate_up', 'mlp')
+    axes = _GATE_UP
     how = (std, layers.recipe(self.config))
     w_gate_up = layers.weight(self, 'w_gate_up', (e, dim, 2, width), axes, *how)
-    axes = ('experts', 'mlp', 'embed')
+    axes = _DOWN
     w_down = layers.weight(self, 'w_down', (e, width, dim), axes, *how)
     bias = None
     if moe.method == 'noaux_tc':
@@ -62,28 +71,71 @@ class MoE(nn.Module):
       make = lambda: zeros(None, (e,), jnp.float32)
       bias = self.variable('router', 'bias', make).value
 
-    flat = x.reshape(b * t, dim)
+    # Outside the exchange, so that it can be computed while tokens travel.
+    shared = None
+    if moe.shared:
+      shared = layers.FeedForward(moe.shared * width, *how, name='shared')(x)
+    out, stats = routed(
+      x, mask, w_router, bias, (w_gate_up, w_down), moe, how[1]
+    )
+    return out if shared is None else out + shared, stats
+
+
+_GATE_UP = ('experts', 'embed', 'gate_up', 'mlp')
+_DOWN = ('experts', 'mlp', 'embed')
+
+
+def routed(
+  x: Float[Array, 'B T D'],
+  mask: Float[Array, 'B T'] | None,
+  w_router: Float[Array, 'D E'],
+  bias: Float[Array, ' E'] | None,
+  ws: tuple,
+  moe: config_lib.MoEConfig,
+  recipe: fp8.Recipe,
+) -> tuple[Float[Array, 'B T D'], Stats]:
+  """The routed experts' sum; on a mesh, each device routes its own tokens.
+
+  `ws` are the experts' weights, gate and up [E, D, 2, F] and down [E, F, D].
+  """
+  names = ('batch', 'length', 'stream')
+  split = expert_parallel.split(x.shape, names)
+  (over,) = sharding.laid(('embed',), x.shape[-1:])
+  compute = functools.partial(experts, impl=moe.impl, recipe=recipe)
+
+  def local(x, mask, w_router, bias, ws):
+    b, t, dim = x.shape
+    flat, flat_mask = x.reshape(b * t, dim), None
+    if mask is not None:
+      flat_mask = mask.reshape(-1)
     with jax.named_scope('route'):
       routing = router.route(flat, w_router, bias, moe)
+    ws = expert_parallel.gathered(ws, (_GATE_UP, _DOWN), over)
     with jax.named_scope('experts'):
-      out = experts(
-        flat,
-        routing.weights,
-        routing.chosen,
-        w_gate_up,
-        w_down,
-        impl=moe.impl,
-        recipe=how[1],
+      out, overflow = expert_parallel.exchange(
+        flat, routing.weights, routing.chosen, ws, compute, split, moe, recipe
       )
-    if moe.shared:
-      shared = layers.FeedForward(moe.shared * width, *how, name='shared')
-      out = out + shared(flat)
-    flat_mask = None if mask is None else mask.reshape(-1)
-    return out.reshape(x.shape), Stats(
-      load=router.count(routing.chosen, e, flat_mask),
-      balance=losses.balance(routing.scores.reshape(b, t, e), moe.top_k, mask),
-      entropy=router.entropy(routing.scores, flat_mask),
+    scores = routing.scores.reshape(b, t, -1)
+    balance = losses.balance(scores, moe.top_k, mask, split.length)
+    load = router.count(routing.chosen, moe.experts, flat_mask)
+    stats = Stats(
+      load=sharding.total(load, split.tokens),
+      balance=sharding.total(balance, split.rows) / sharding.count(split.rows),
+      entropy=router.entropy(routing.scores, flat_mask, split.tokens),
+      overflow=overflow,
     )
+    return out.reshape(b, t, dim), stats
+
+  one = sharding.partition
+  specs = (
+    one(names, x),
+    one(names[:2], mask),
+    one((None, None), w_router),
+    one((None,), bias),
+    (layers.partition(ws[0], _GATE_UP), layers.partition(ws[1], _DOWN)),
+  )
+  run = sharding.local(local, specs, (specs[0], sharding.PartitionSpec()))
+  return run(x, mask, w_router, bias, ws)
 
 
 def experts(
@@ -95,26 +147,31 @@ def experts(
   *,
   impl: str = 'auto',
   recipe: fp8.Recipe = layers.HIGH,
+  expected: int = 0,
 ) -> Float[Array, 'M D']:
   """The weighted sum of each token's chosen experts, in x's dtype.
 
   `impl` 'auto' is ragged on TPU, padded on GPU, loop on CPU; all are exact.
-  FP8 experts are ragged on GPU, too, and cannot be padded or dense.
+  FP8 experts are ragged on GPU, too, and cannot be padded or dense. The id E
+  stands for an expert that is not here, which adds nothing; `expected` says
+  how many of the M * K are likely to be (0: all).
   """
+  expected = expected or chosen.size
   if impl == 'auto':
-    platform = jax.default_backend()
+    platform = sharding.platform()
     impl = {'tpu': 'ragged', 'gpu': 'padded'}.get(platform, 'loop')
     if recipe.precision != 'bf16' and impl == 'padded':
       impl = 'ragged'
   if recipe.precision == 'bf16':
     w_gate_up, w_down = w_gate_up.astype(x.dtype), w_down.astype(x.dtype)
-  run = {
-    'loop': functools.partial(_loop, recipe=recipe),
-    'ragged': functools.partial(_ragged, recipe=recipe),
-    'padded': _padded,
-    'dense': _dense,
-  }[impl]
-  return run(x, weights, chosen, w_gate_up, w_down).astype(x.dtype)
+  args = x, weights, chosen, w_gate_up, w_down
+  if impl == 'loop':
+    out = _loop(*args, expected, recipe)
+  elif impl == 'ragged':
+    out = _ragged(*args, expected, recipe)
+  else:
+    out = _padded(*args, expected) if impl == 'padded' else _dense(*args)
+  return out.astype(x.dtype)
 
 
 def _dense(x, weights, chosen, w_gate_up, w_down):
@@ -126,25 +183,6 @@ def _dense(x, weights, chosen, w_gate_up, w_down):
   return jnp.einsum(
     'med,me->md', layers.dot('mef,efd->med', hidden, w_down), share
   )
-
-
-class _Order(NamedTuple):
-  """Assignments (token * K + k) sorted by expert, and the way back."""
-
-  slots: Array  # [A] which assignment stands at each sorted place
-  places: Array  # [A] where each assignment stands
-  sizes: Array  # [E] rows of each expert
-  starts: Array  # [E] its first place
-
-
-def _sort(chosen: Array, experts: int) -> _Order:
-  flat = chosen.reshape(-1)
-  slots = jnp.argsort(flat, stable=True).astype(jnp.int32)
-  every = jnp.arange(flat.size, dtype=jnp.int32)
-  places = jnp.zeros(flat.size, jnp.int32).at[slots].set(every)
-  sizes = jnp.zeros(experts, jnp.int32).at[flat].add(1)
-  order = _Order(slots, places, sizes, jnp.cumsum(sizes) - sizes)
-  return _Order(*(checkpoint_name(x, SAVED[0]) for x in order))
 
 
 # ---------------------------------------------------------------- loop (CPU)
@@ -161,8 +199,8 @@ class _Blocks(NamedTuple):
   live: Array  # []
 
 
-def _cut(chosen, order: _Order, block: int, skip: int) -> _Blocks:
-  """The blocks of every expert's rows after its first `skip`."""
+def _cut(chosen, order: dispatch.Order, block: int, skip) -> _Blocks:
+  """The blocks of every expert's rows after its first `skip` (of all or [E])."""
   total, count = order.slots.size, order.sizes.size
   sizes = jnp.maximum(order.sizes - skip, 0)
   starts = order.starts + jnp.minimum(order.sizes, skip)
@@ -179,17 +217,21 @@ def _cut(chosen, order: _Order, block: int, skip: int) -> _Blocks:
   slots = order.slots[jnp.where(valid, starts[expert][:, None] + row, 0)]
   flat = chosen.reshape(-1)
   rank = order.places - starts[flat]
-  taken = rank >= 0
+  taken = (rank >= 0) & (flat < count)
   place = jnp.where(taken, (ends - blocks)[flat] * block + rank, 0)
   return _Blocks(expert, slots, valid, place, taken, ends[-1])
 
 
-def _loop(x, weights, chosen, w_gate_up, w_down, recipe=layers.HIGH):
-  order = _sort(chosen, w_down.shape[0])
+def _loop(x, weights, chosen, w_gate_up, w_down, expected, recipe=layers.HIGH):
+  order = dispatch.sort(chosen, w_down.shape[0])
   # Blocks follow the load, or half of each would be padding (decoding).
-  mean = max(chosen.size // w_down.shape[0], 1)
+  mean = max(expected // w_down.shape[0], 1)
   block = min(max(1 << (mean - 1).bit_length(), 8), 128)
   cut = _cut(chosen, order, block, 0)
+  return _over_rows(x, weights, w_gate_up, w_down, cut, recipe)
+
+
+def _over_rows(x, weights, w_gate_up, w_down, cut, recipe):
   copies = None
   if recipe.precision != 'bf16':
     copies = w_gate_up.copies, w_down.copies
@@ -256,7 +298,8 @@ def _blocks_forward(x, weights, w_gate_up, w_down, copies, cut, how):
     rows = layers.dot('rf,fd->rd', how.rows(layers.gated(both)), down[e])
     return out.at[tokens].add(rows * share[i][:, None])
 
-  out = _over_blocks(one, jnp.zeros(x.shape, jnp.float32), cut)
+  start = sharding.varying(jnp.zeros(x.shape, jnp.float32))
+  out = _over_blocks(one, start, cut)
   return out, (x, weights, w_gate_up, w_down, copies, cut)
 
 
@@ -294,6 +337,7 @@ def _blocks_backward(how, residuals, g):
 
   zeros = lambda like: jnp.zeros(like.shape, jnp.float32)
   start = (zeros(x), zeros(cut.slots), zeros(w_gate_up), zeros(w_down))
+  start = sharding.varying(start)
   dx, dshare, d_gate_up, d_down = _over_blocks(one, start, cut)
   dweights = jnp.where(cut.taken, dshare.reshape(-1)[cut.place], 0)
   return (
@@ -312,88 +356,57 @@ _run_blocks.defvjp(_blocks_forward, _blocks_backward)
 # ------------------------------------------------- ragged (TPU), padded (GPU)
 
 
-def _ragged(x, weights, chosen, w_gate_up, w_down, recipe=layers.HIGH):
-  """Sort, two grouped products, combine."""
-  order = _sort(chosen, w_down.shape[0])
-  held = jnp.ones(chosen.size, bool)
-  rows = _dispatch(x, order.slots, order.places, held)
+def _ragged(x, weights, chosen, w_gate_up, w_down, expected, recipe):
+  """Sort, two grouped products, combine.
+
+  Where only some rows are expected to be of these experts, room is made for
+  twice as many; what is beyond goes through the loop.
+  """
+  e, total = w_down.shape[0], chosen.size
+  order = dispatch.sort(chosen, e)
+  room = (
+    min(total, -(-2 * expected // 128) * 128) if expected < total else total
+  )
+  fit = lambda at: jnp.minimum(at, room)
+  sizes = fit(order.starts + order.sizes) - fit(order.starts)
+  slots, places = order.slots[:room], order.places
+  held = (chosen.reshape(-1) < e) & (places < room)
+  valid = jnp.arange(room) < sizes.sum()
+  places = jnp.where(held, places, 0)
+  rows = dispatch.spread(x, slots, places, held)
   multiply = functools.partial(
     fp8.ragged_dot,
-    group_sizes=order.sizes,
+    group_sizes=sizes,
     precision=recipe.precision,
     impl=recipe.impl,
   )
   out = multiply(layers.gated(multiply(rows, w_gate_up)), w_down)
-  return _combine(out, weights, order.slots, held, order.places, held)
+  out = dispatch.combine(out, weights, slots, valid, places, held)
+  if room == total:
+    return out
+  rest = _cut(chosen, order, 128, sizes)
+  return out + _over_rows(x, weights, w_gate_up, w_down, rest, recipe)
 
 
-def _padded(x, weights, chosen, w_gate_up, w_down):
+def _padded(x, weights, chosen, w_gate_up, w_down, expected):
   """The first `room` rows of each expert batched; the others through the loop.
 
   `room` is half again the mean load: balanced, the loop has no iterations.
   """
   e, dim = w_gate_up.shape[:2]
-  total = chosen.size
-  room = min(total, -(-(3 * total) // (2 * e) // 8) * 8 + 8)
-  order = _sort(chosen, e)
+  room = min(chosen.size, -(-(3 * expected) // (2 * e) // 8) * 8 + 8)
+  order = dispatch.sort(chosen, e)
   at = jnp.arange(room, dtype=jnp.int32)[None]
   valid = at < order.sizes[:, None]
   source = jnp.where(valid, order.starts[:, None] + at, 0)
   slots = order.slots[source].reshape(-1)
   flat = chosen.reshape(-1)
   rank = order.places - order.starts[flat]
-  held = rank < room
+  held = (rank < room) & (flat < e)
   places = jnp.where(held, flat * room + rank, 0)
-  rows = _dispatch(x, slots, places, held).reshape(e, room, dim)
+  rows = dispatch.spread(x, slots, places, held).reshape(e, room, dim)
   both = jnp.einsum('erd,edgf->ergf', rows, w_gate_up)
   out = jnp.einsum('erf,efd->erd', layers.gated(both), w_down).reshape(-1, dim)
-  out = _combine(out, weights, slots, valid.reshape(-1), places, held)
+  out = dispatch.combine(out, weights, slots, valid.reshape(-1), places, held)
   rest = _cut(chosen, order, 128, room)
-  how = fp8.Rounding(layers.HIGH)
-  return out + _run_blocks(x, weights, w_gate_up, w_down, None, rest, how)
-
-
-@jax.custom_vjp
-def _dispatch(x, slots, places, held):
-  """x [M, D] -> rows [R, D] of assignments `slots`; gathers both ways."""
-  return x[slots // (places.size // x.shape[0])]
-
-
-def _dispatch_backward(residuals, g):
-  places, held, m = residuals
-  # Select, never multiply: rows that nobody reads may hold anything.
-  g = jnp.where(held[:, None], g[places], 0).reshape(m, -1, g.shape[-1])
-  return g.astype(jnp.float32).sum(1).astype(g.dtype), None, None, None
-
-
-_dispatch.defvjp(
-  lambda x, slots, places, held: (
-    _dispatch(x, slots, places, held),
-    (places, held, x.shape[0]),
-  ),
-  _dispatch_backward,
-)
-
-
-@jax.custom_vjp
-def _combine(rows, weights, slots, valid, places, held):
-  """rows [R, D] -> [M, D] float32, each token's rows summed by weight."""
-  return jnp.einsum(
-    'mkd,mk->md', _by_token(rows, weights, places, held), weights
-  )
-
-
-def _by_token(rows, weights, places, held):
-  rows = jnp.where(held[:, None], rows[places], 0).astype(jnp.float32)
-  return rows.reshape(*weights.shape, -1)
-
-
-def _combine_backward(residuals, g):
-  rows, weights, slots, valid, places, held = residuals
-  share = jnp.where(valid, weights.reshape(-1)[slots], 0)
-  drows = (g[slots // weights.shape[1]] * share[:, None]).astype(rows.dtype)
-  picked = _by_token(rows, weights, places, held)
-  return drows, jnp.einsum('mkd,md->mk', picked, g), None, None, None, None
-
-
-_combine.defvjp(lambda *args: (_combine(*args), args), _combine_backward)
+  return out + _over_rows(x, weights, w_gate_up, w_down, rest, layers.HIGH)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from mla_moe import config as config_lib
+from mla_moe import sharding
 from mla_moe.types import Array, Float, Int
 
 
@@ -87,12 +88,19 @@ def count(
 
 
 def entropy(
-  scores: Float[Array, 'M E'], mask: Float[Array, ' M'] | None = None
+  scores: Float[Array, 'M E'],
+  mask: Float[Array, ' M'] | None = None,
+  axes: tuple[str, ...] = (),
 ) -> Float[Array, '']:
-  """Mean entropy in nats of the tokens' normalised scores; at most ln E."""
+  """Mean entropy in nats of the tokens' normalised scores; at most ln E.
+
+  Of all the tokens that are split over the mesh's `axes`.
+  """
   share = scores / (scores.sum(-1, keepdims=True) + 1e-20)
   nats = -(share * jnp.log(share + 1e-20)).sum(-1)
-  return jnp.average(nats, weights=mask)
+  ones = jnp.ones_like(nats) if mask is None else mask
+  sums = (sharding.total(x.sum(), axes) for x in (nats * ones, ones))
+  return jnp.divide(*sums)
 
 
 def rebalance(

@@ -20,7 +20,16 @@ from flax import linen as nn
 from flax import struct
 
 from mla_moe import config as config_lib
-from mla_moe import data, losses, model, moe, optim, router, sharding
+from mla_moe import (
+  data,
+  model,
+  moe,
+  optim,
+  prediction,
+  router,
+  sequence,
+  sharding,
+)
 from mla_moe.types import Array, Int, PyTree
 
 
@@ -47,8 +56,21 @@ def init_state(
   make = lambda key: nn.unbox(_boxed_state(key, config))
   if mesh is None:
     return jax.jit(make)(key)
-  where = sharding.shardings(layout(config), mesh)
-  return jax.jit(make, out_shardings=where)(key)
+  return jax.jit(make, out_shardings=placement(config, mesh))(key)
+
+
+def placement(config: config_lib.Config, mesh: jax.sharding.Mesh) -> State:
+  """The sharding of every leaf of the state.
+
+  What a jitted step hands out must be told so: left alone, parameters would
+  drift to where the optimizer's state is.
+  """
+  boxed = layout(config)
+  where = sharding.shardings(boxed, mesh)
+  if config.mesh.states == 'zero1':
+    opt = sharding.shardings(boxed.opt, mesh, sharding.ZERO1)
+    where = where.replace(opt=opt)
+  return where
 
 
 def layout(config: config_lib.Config) -> State:
@@ -221,23 +243,27 @@ def _terms(params, biases, micro: data.Batch, config) -> dict[str, Array]:
     micro.tokens,
     micro.positions,
     None if joined else micro.segments,
+    None,
+    config.mesh.pipeline,
     method='features',
   )
   head = network.apply(variables, method='head')
-  flat = lambda h: h.reshape(-1, h.shape[-1])
-  nll, lse = losses.token_nll(flat(out.hidden), head, micro.targets.reshape(-1))
+  place = sequence.arrange
+  targets = place(micro.targets)
+  nll, lse = prediction.token_nll(out.hidden, head, targets)
   mtp = jnp.zeros((), jnp.float32)
   for k, hidden in enumerate(out.mtp_hidden, start=1):
-    targets = _ahead(micro.targets, micro.segments, k).reshape(-1)
-    mtp += losses.token_nll(flat(hidden), head, targets)[0].sum()
+    ahead = place(_ahead(micro.targets, micro.segments, k))
+    mtp += prediction.token_nll(hidden, head, ahead)[0].sum()
   stats = _joined_stats(out)
   return {
     'main': nll.sum(),
     'mtp': mtp / max(len(out.mtp_hidden), 1),
-    'z': jnp.where(micro.targets.reshape(-1) >= 0, jnp.square(lse), 0).sum(),
+    'z': jnp.where(targets >= 0, jnp.square(lse), 0).sum(),
     'balance': stats.balance,
     'entropy': stats.entropy,
     'load': stats.load,
+    'overflow': stats.overflow,
   }
 
 
@@ -255,7 +281,8 @@ def _joined_stats(out: model.Features) -> moe.Stats:
   both = [s for s in (out.stats, out.mtp_stats) if s is not None]
   if not both:
     none = jnp.zeros((0,), jnp.float32)
-    return moe.Stats(jnp.zeros((0, 1), jnp.int32), none, none)
+    few = jnp.zeros((0,), jnp.int32)
+    return moe.Stats(few[:, None], none, none, few)
   return jax.tree.map(lambda *x: jnp.concatenate(x), *both)
 
 

@@ -71,11 +71,11 @@ pyplot.show()
 # %% [markdown]
 # ## Outliers
 #
-# Activations of language models have some features that are a hundred times larger
-# than the others. Divided by the scale that fits the outlier, the rest sinks
-# to where E4M3 has no numbers left, if it shares that scale. Below: the error of a
-# product $x W$, for the elements that no outlier should touch, as one feature in a
-# thousand grows.
+# Some features of a language model's activations are hundreds of times larger than
+# the others, and gradients span more. Divided by the scale that fits the largest, the
+# rest sinks towards where E4M3 has no numbers left, if it shares that scale. Its range
+# forgives a thousand times; then the small ones go. Below: the error of a product
+# $x W$, for the elements that no outlier should touch, as one feature grows.
 
 # %%
 keys = jax.random.split(jax.random.key(0), 2)
@@ -206,6 +206,7 @@ assert abs(gap[-20:].mean()) < 0.02
 
 # %% [markdown]
 # The grey band is the 0.25 % within which the DeepSeek-V3 report saw its relative
-# loss error (section 3.3), at 16B and 230B parameters over a trillion tokens. What
-# one sees here is one run of a toy; the precision named `bf16` computes in the
-# model's dtype, which is float32 here.
+# loss error (section 3.3), at 16B and 230B parameters over a trillion tokens, smoothed.
+# Single steps of a toy go apart by a few percent in both directions, as they do for
+# any rounding; on average there is no difference that one could see here. (The
+# precision named `bf16` computes in the model's dtype, which is float32 here.)

@@ -47,8 +47,15 @@ def clean(notebook):
   for cell in notebook.cells:
     cell.metadata = {}
     if cell.cell_type == 'code':
-      said = lambda output: output.get('name') != 'stderr'
-      cell.outputs = [output for output in cell.outputs if said(output)]
+      kept = []
+      for output in cell.outputs:
+        if output.get('name') == 'stderr':
+          continue
+        if output.get('name') == 'stdout' and kept and 'text' in kept[-1]:
+          kept[-1].text += output.text
+        else:
+          kept.append(output)
+      cell.outputs = kept
   return notebook
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mla_moe import attention, rope
+from mla_moe import attention, rope, sequence
 from mla_moe import config as config_lib
 
 
@@ -26,7 +26,7 @@ def inputs(t, batch=2, heads=3, dtype=jnp.float32):
 def test_blocks_equal_the_oracle(t, heads, packed):
   """The last one is padded, and wide enough to be cut into parts."""
   args, g, segments = inputs(t, heads=heads)
-  assert attention._lots(args[0]) == ((4, 2) if heads == 4 else (1, 1))
+  assert attention._lots(args[0]) == (4 if heads == 4 else 1)
   segments = (segments, segments) if packed else None
   outs = []
   for impl in ('reference', 'xla'):
@@ -50,7 +50,7 @@ def test_parts_of_a_sequence_are_rows_of_the_whole(impl):
 
   @jax.jit
   def one(index, rows, q, k, v, g):
-    part = attention.Part(index, count)
+    part = sequence.Part(index, count)
     both = segments[:, rows], segments
     f = functools.partial(
       attention.attend, scale=0.2, segments=both, part=part, impl=impl

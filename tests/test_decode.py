@@ -85,7 +85,7 @@ def test_absorbed_equals_decompressed_over_a_prefix_and_in_chunks(case):
 def test_long_rows_are_read_in_blocks(monkeypatch):
   from mla_moe import absorbed
 
-  monkeypatch.setattr(absorbed, '_BLOCK', 32)
+  monkeypatch.setattr(absorbed, '_block', lambda wide: 32)
   config, _, weights, expected = golden('v3_yarn')
   cache, _ = decode.split(scrambled(empty(config, length=112)), config)
   run = jax.jit(functools.partial(decode.extend, config=config))

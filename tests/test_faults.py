@@ -228,7 +228,7 @@ def test_row13_a_second_signal_ends_at_once_and_hurts_nothing(root):
     *(root, 'twice', '--config.run.save_every=3'),
     fault='term@step:5,slow@during_write:5,term@during_write:5',
   )
-  child.communicate(timeout=120)
+  child.communicate()
   assert child.returncode == -signal.SIGTERM
   assert int(state_of(root / 'twice', 3).step) == 3
 
@@ -387,7 +387,7 @@ def test_row30_a_step_that_hangs_is_ended_with_every_stack(root):
   child = program(
     *(root, 'hung', '--config.run.step_timeout=2'), fault='hang@step:4'
   )
-  _, err = child.communicate(timeout=120)
+  _, err = child.communicate()
   assert child.returncode == 1
   assert 'error: step 3' in err or 'error: step 4' in err
   assert 'step_timeout=2 s' in err and 'faults.py' in err and 'Thread' in err

@@ -151,7 +151,13 @@ def test_the_smallest_slice_is_the_smallest():
 
 @pytest.mark.parametrize(
   'text, devices',
-  [('v5p:4x4x4', 64), ('v5e-16', 16), ('tpu7x:2x2x1', 8), ('h100:64', 64)],
+  [
+    ('v5p:4x4x4', 64),
+    ('v5e-16', 16),
+    ('tpu7x:2x2x1', 8),
+    ('h100:64', 64),
+    ('v6e:16x16*2', 512),
+  ],
 )
 def test_slices_by_name(text, devices):
   assert chips.parse(text).devices == devices

@@ -16,7 +16,7 @@ from mla_moe import checkpoint
 ROOT = pathlib.Path(__file__).parent.parent
 
 _PROGRAM = """
-import sys, time
+import itertools, sys, time
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 rank, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -33,7 +33,7 @@ def put(x, spec):
 state = {'w': put(whole, P('fsdp')), 'n': put(np.float32(0), P())}
 train = jax.jit(lambda s: {'w': s['w'] + 1, 'n': s['n'] + s['w'].sum()})
 with checkpoint.Writer(folder, 3) as saved, signals.Stop() as stop:
-  for step in range(1, 10000):
+  for step in itertools.count(1):
     shared = stop.share()
     state = train(state)
     why = signals.agreed(shared)
@@ -42,7 +42,7 @@ with checkpoint.Writer(folder, 3) as saved, signals.Stop() as stop:
     if why:
       saved.save(step, state, {})
       break
-    time.sleep(0.01)
+    time.sleep(0.05)
 print(why, step, flush=True)
 found = checkpoint.restore(folder, state)
 assert found.step == step
@@ -79,12 +79,16 @@ def pair(tmp_path_factory):
     )
     for rank in range(2)
   ]
-  assert children[1].stdout.readline() == 'ready\n', children[1].stderr.read()
-  children[1].send_signal(signal.SIGTERM)
-  said = [child.communicate(timeout=200) for child in children]
+  try:
+    while children[1].stdout.readline() not in ('ready\n', ''):
+      pass  # gloo speaks, too
+    children[1].send_signal(signal.SIGTERM)
+    said = [child.communicate() for child in children]
+  finally:
+    for child in children:
+      child.kill()
   assert [child.returncode for child in children] == [0, 0], said
-  lines = [out.replace('ready\n', '').splitlines() for out, _ in said]
-  return lines, folder
+  return [out.splitlines()[-2:] for out, _ in said], folder
 
 
 def test_row12_a_signal_to_one_process_stops_both_at_the_same_step(pair):

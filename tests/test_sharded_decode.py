@@ -50,9 +50,15 @@ def test_a_mesh_continues_as_one_device_does(speculative):
   alone = ask(variables=nn.unbox(boxed), **how)
   mesh = sharding.make_mesh(config_lib.MeshConfig(data=2, expert=2, tensor=2))
   with jax.set_mesh(mesh):
-    together = ask(variables=laid_out(boxed, mesh), **how)
+    laid = laid_out(boxed, mesh)
+    together = ask(variables=laid, **how)
+    # Three rows, which four shares of a batch cannot divide.
+    few = ask(
+      variables=laid, prompt=prompt(config)[:3], lengths=lengths[:3], **how
+    )
   np.testing.assert_array_equal(together.tokens, alone.tokens)
   np.testing.assert_allclose(together.log_probs, alone.log_probs, atol=1e-4)
+  np.testing.assert_array_equal(few.tokens, alone.tokens[:3])
 
 
 def test_data_sharding_moves_no_cache():

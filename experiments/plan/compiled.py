@@ -41,7 +41,11 @@ def run(config: config_lib.Config, on) -> dict:
     'TPU_SKIP_MDS_QUERY': '1',
     'TPU_WORKER_HOSTNAMES': 'localhost',
   }
-  asked = {'config': dataclasses.asdict(config), 'topology': _name(on)}
+  asked = {
+    'config': dataclasses.asdict(config),
+    'topology': _name(on),
+    'slices': on.count,
+  }
   done = subprocess.run(
     [sys.executable, '-m', 'experiments.plan.compiled'],
     input=json.dumps(asked),
@@ -109,7 +113,10 @@ def main() -> None:
 
   from experiments.plan import hlo
 
-  described = topologies.get_topology_desc(asked['topology'], platform='tpu')
+  several = {'num_slices': asked['slices']} if asked['slices'] > 1 else {}
+  described = topologies.get_topology_desc(
+    asked['topology'], platform='tpu', **several
+  )
   began = time.perf_counter()
   lowered, mesh = lower(config, described.devices)
   program = lowered.compile()

@@ -215,7 +215,9 @@ def _table(title: str, columns: tuple[str, ...]) -> Table:
   )
   for i, name in enumerate(columns):
     text = name in ('', 'memory', 'slice', 'mesh', 'axis', 'kind') or i == 0
-    table.add_column(name, justify='left' if text else 'right', overflow='fold')
+    table.add_column(
+      name, justify='left' if text else 'right', no_wrap=name == 'mesh'
+    )
   return table
 
 

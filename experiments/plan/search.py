@@ -66,6 +66,8 @@ def plan(config: config_lib.Config, on: chips.Slice, layout) -> Plan:
       f'{on} has {have}{hint}'
     )
   sharding.check(config)
+  if on.count > 1:
+    sharding.outermost(config.mesh, on.count)
   return Plan(config, on, memory.footprint(config, layout))
 
 
@@ -73,7 +75,7 @@ def smallest_on(config, on: chips.Slice, layout) -> Plan | None:
   """The mesh of a slice that fits and sends least; None if nothing fits."""
   fitting = []
   for mesh in _meshes(config, on.devices):
-    laid = _laid(config, mesh)
+    laid = _laid(config, mesh, on.count)
     if laid is None:
       continue
     found = Plan(laid, on, memory.footprint(laid, layout))
@@ -149,13 +151,15 @@ def _powers(most: int) -> list[int]:
   return [2**i for i in range(most.bit_length()) if 2**i <= most]
 
 
-def _laid(config, mesh) -> config_lib.Config | None:
+def _laid(config, mesh, slices: int) -> config_lib.Config | None:
   """The config on a mesh, a sequence a device at a time; None if it cannot."""
   rows = mesh.data * mesh.fsdp * mesh.expert
   try:
     data = dataclasses.replace(config.data, micro_batch=rows)
     laid = dataclasses.replace(config, mesh=mesh, data=data)
     sharding.check(laid)
+    if slices > 1:
+      sharding.outermost(mesh, slices)
   except ConfigError:
     return None
   return laid

@@ -1,0 +1,102 @@
+"""Rows of tokens to their experts and back, by gathers alone.
+
+An assignment is one token's place with one of its K experts, token * K + k.
+Sorted by expert, assignments are the rows of grouped products. Going there and
+coming back are both gathers, and so are their gradients, because the order is
+known in both directions: no scatter-add, which accelerators are slow at.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from mla_moe.types import Array, Float, Int
+
+# Kept for the backward pass under every policy: sorting again costs more than
+# a few numbers a token.
+SAVED = ('dispatch',)
+
+
+class Order(NamedTuple):
+  """Assignments sorted by expert, and the way back."""
+
+  slots: Array  # [A] which assignment stands at each sorted place
+  places: Array  # [A] where each assignment stands
+  sizes: Array  # [E] rows of each expert
+  starts: Array  # [E] its first place
+
+
+def sort(chosen: Int[Array, 'M K'], experts: int) -> Order:
+  """Assignments with the id `experts` belong to none here: they come last."""
+  flat = chosen.reshape(-1)
+  slots = jnp.argsort(flat, stable=True).astype(jnp.int32)
+  every = jnp.arange(flat.size, dtype=jnp.int32)
+  places = jnp.zeros(flat.size, jnp.int32).at[slots].set(every)
+  sizes = jnp.zeros(experts, jnp.int32).at[flat].add(1, mode='drop')
+  order = Order(slots, places, sizes, jnp.cumsum(sizes) - sizes)
+  return Order(*(checkpoint_name(x, SAVED[0]) for x in order))
+
+
+@jax.custom_vjp
+def spread(
+  x: Float[Array, 'M D'],
+  slots: Int[Array, ' R'],
+  places: Int[Array, ' A'],
+  held: Array,
+) -> Float[Array, 'R D']:
+  """The rows of assignments `slots`; `places` is the way back where `held`."""
+  return x[slots // (places.size // x.shape[0])]
+
+
+def _spread_backward(residuals, g):
+  places, held, m = residuals
+  # Select, never multiply: rows that nobody reads may hold anything.
+  g = jnp.where(held[:, None], g[places], 0).reshape(m, -1, g.shape[-1])
+  return g.astype(jnp.float32).sum(1).astype(g.dtype), None, None, None
+
+
+spread.defvjp(
+  lambda x, slots, places, held: (
+    spread(x, slots, places, held),
+    (places, held, x.shape[0]),
+  ),
+  _spread_backward,
+)
+
+
+@jax.custom_vjp
+def combine(
+  rows: Float[Array, 'R D'],
+  weights: Float[Array, 'M K'],
+  slots: Int[Array, ' R'],
+  valid: Array,
+  places: Int[Array, ' A'],
+  held: Array,
+) -> Float[Array, 'M D']:
+  """Each token's rows summed by weight, float32; those not `held` are left out.
+
+  `valid` says which of the rows are anybody's.
+  """
+  return jnp.einsum(
+    'mkd,mk->md', _by_token(rows, weights, places, held), weights
+  )
+
+
+def _by_token(rows, weights, places, held):
+  rows = jnp.where(held[:, None], rows[places], 0).astype(jnp.float32)
+  return rows.reshape(*weights.shape, -1)
+
+
+def _combine_backward(residuals, g):
+  rows, weights, slots, valid, places, held = residuals
+  share = jnp.where(valid, weights.reshape(-1)[slots], 0)
+  drows = (g[slots // weights.shape[1]] * share[:, None]).astype(rows.dtype)
+  picked = _by_token(rows, weights, places, held)
+  return drows, jnp.einsum('mkd,md->mk', picked, g), None, None, None, None
+
+
+combine.defvjp(lambda *args: (combine(*args), args), _combine_backward)

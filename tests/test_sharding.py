@@ -1,0 +1,195 @@
+"""Every axis of the mesh, alone and mixed, gives the single device's step."""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from mla_moe import config as c
+from mla_moe import data, optim, pipeline, sequence, sharding, step
+
+# The smallest model that has all parts: dense and MoE layers, MTP, groups of
+# experts, segments.
+MODEL = c.ModelConfig(
+  vocab=264,
+  dim=32,
+  layers=3,
+  dense_layers=1,
+  dense_width=64,
+  max_positions=64,
+  init_std=0.05,
+  bos_id=256,
+  eos_id=257,
+  dtype='float32',
+  mla=c.MLAConfig(
+    heads=4, query_rank=16, kv_rank=16, nope_dim=8, rope_dim=8, value_dim=8
+  ),
+  moe=c.MoEConfig(experts=8, top_k=2, width=16, groups=2, top_groups=1),
+)
+TINY = c.Config(
+  model=MODEL,
+  data=c.DataConfig(seq_len=32, batch_size=8, packing='separate'),
+)
+RATES = optim.Rates(1e-3, 0.01, 0.3)
+
+
+@functools.cache
+def batch():
+  random = np.random.default_rng(0)
+  stream = random.integers(0, 256, 4000).astype(np.uint16)
+  stream[::11] = 256
+  return data.batch_at(stream, TINY.data, 0, 256)
+
+
+@functools.cache
+def single():
+  """One step of one device: (state before, state after, metrics)."""
+  before = step.init_state(jax.random.key(0), TINY)
+  train = jax.jit(functools.partial(step.train_step, config=TINY))
+  return before, *jax.device_get(train(before, batch(), RATES))
+
+
+def on_mesh(config, state):
+  """The step from `state` on config.mesh; also the layout asked for."""
+  sharding.check(config)
+  sizes = config.mesh
+  mesh = sharding.make_mesh(sizes, jax.devices()[: sizes.devices])
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  with jax.set_mesh(mesh):
+    where = step.placement(config, mesh)
+    train = jax.jit(
+      functools.partial(step.train_step, config=config),
+      out_shardings=(where, whole),
+    )
+    return train(jax.device_put(state, where), batch(), RATES), where
+
+
+def mixed(*, slow=True, states='fsdp', exchange='auto', **sizes):
+  mesh = c.MeshConfig(states=states, **sizes)
+  moe = dataclasses.replace(MODEL.moe, exchange=exchange)
+  model = dataclasses.replace(MODEL, moe=moe)
+  config = dataclasses.replace(TINY, model=model, mesh=mesh)
+  name = '-'.join([*(f'{k}{v}' for k, v in sizes.items()), states, exchange])
+  return pytest.param(config, id=name, marks=[pytest.mark.slow] * slow)
+
+
+@pytest.mark.parametrize(
+  'config',
+  [
+    mixed(expert=2, context=2, tensor=2, slow=False),
+    mixed(data=8),
+    mixed(data=8, states='zero1'),
+    mixed(fsdp=8),
+    mixed(expert=8, exchange='padded'),
+    mixed(tensor=4),
+    mixed(context=4),
+    mixed(stage=2),
+    mixed(expert=4, tensor=2, exchange='ragged'),
+    mixed(fsdp=2, context=2, tensor=2),
+    mixed(data=2, expert=2, stage=2),
+  ],
+)
+def test_a_mesh_gives_the_single_devices_step(config):
+  before, expected, m = single()
+  (got, n), where = on_mesh(config, before)
+  assert float(n['loss']) == pytest.approx(float(m['loss']), rel=1e-5)
+  chex.assert_trees_all_equal(jax.device_get(n['load']), m['load'])
+  chex.assert_trees_all_equal(jax.device_get(got.router), expected.router)
+  # AdamW's first moment is the clipped gradient, times a constant.
+  grads, wanted = jax.device_get(got.opt[0].mu), expected.opt[0].mu
+  for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted), strict=True):
+    assert np.abs(a - b).max() <= 1e-4 * np.abs(b).max()
+  # Every device's copy of a bias is the same number.
+  for leaf in jax.tree.leaves(got.router):
+    copies = {}
+    for part in leaf.addressable_shards:
+      copies.setdefault(str(part.index), []).append(np.asarray(part.data))
+    for same in copies.values():
+      assert all((x == same[0]).all() for x in same)
+  # The state is where it should be, and moments nowhere whole if parameters
+  # are split.
+  for leaf, at in zip(
+    jax.tree.leaves(got), jax.tree.leaves(where), strict=True
+  ):
+    assert leaf.sharding.is_equivalent_to(at, leaf.ndim)
+  held = lambda x: x.sharding.shard_shape(x.shape)
+  pairs = zip(
+    jax.tree.leaves(got.params), jax.tree.leaves(got.opt[0].mu), strict=True
+  )
+  for p, mu in pairs:
+    assert np.prod(held(mu)) <= np.prod(held(p))
+  if config.mesh.states == 'zero1':
+    shapes = jax.tree.map(lambda x: x, got.opt)
+    parameters = sharding.held(got.params, where.params)
+    assert sharding.held(shapes, where.opt) < 0.5 * parameters
+
+
+@pytest.mark.slow
+def test_another_mesh_continues():
+  """Two steps on one device, or one and then one on a mesh."""
+  _, after, _ = single()
+  train = jax.jit(functools.partial(step.train_step, config=TINY))
+  _, m = train(after, batch(), RATES)
+  sizes = c.MeshConfig(fsdp=2, context=2, tensor=2)
+  (_, n), _ = on_mesh(dataclasses.replace(TINY, mesh=sizes), after)
+  assert float(n['loss']) == pytest.approx(float(m['loss']), rel=1e-5)
+
+
+def test_arranging_is_undone_and_parts_see_equally_much():
+  x = np.arange(48, dtype=np.int32).reshape(2, 24)
+  config = c.MeshConfig(context=2, tensor=4)
+  with jax.set_mesh(sharding.make_mesh(config)):
+    there = jax.jit(sequence.arrange)(x)
+    back = jax.jit(sequence.restore)(there)
+  np.testing.assert_array_equal(back, x)
+  first, second = np.split(np.asarray(there[0]), 2)
+  assert first.sum() == second.sum()
+  chex.assert_trees_all_equal(sequence.arrange(x), x)  # without a mesh
+
+
+BAD = [
+  (dict(data=3), 'mesh=data:3 is of 3 devices, but 8 are here; data:8 fits'),
+  (dict(data=2, tensor=8), 'tensor:8 fits'),
+  (dict(expert=4, tensor=4), 'expert:2,tensor:4 fits'),
+]
+
+
+@pytest.mark.parametrize('sizes, words', BAD)
+def test_a_mesh_that_is_not_here_proposes_one(sizes, words):
+  with pytest.raises(c.ConfigError, match='devices') as error:
+    sharding.make_mesh(c.MeshConfig(**sizes))
+  assert words in str(error.value) and '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  'changes, words',
+  [
+    (dict(mesh=c.MeshConfig(fsdp=8), model=dict(dim=36)), 'model.dim=36'),
+    (dict(mesh=c.MeshConfig(tensor=4), model=dict(vocab=270)), 'vocab=270'),
+    (
+      dict(mesh=c.MeshConfig(context=4), data=dict(seq_len=28)),
+      r'context \* tensor=8 \(two pieces each\): must divide data.seq_len=28',
+    ),
+  ],
+)
+def test_what_does_not_divide_is_refused(changes, words):
+  config = dataclasses.replace(TINY, mesh=changes['mesh'])
+  for name in ('model', 'data'):
+    part = dataclasses.replace(getattr(config, name), **changes.get(name, {}))
+    config = dataclasses.replace(config, **{name: part})
+  with pytest.raises(c.ConfigError, match=words):
+    sharding.check(config)
+
+
+def test_the_outermost_axis_goes_across_slices():
+  assert sharding.outermost(c.MeshConfig(data=4, fsdp=8), 2) == 'data'
+  assert sharding.outermost(c.MeshConfig(fsdp=8, stage=2), 2) == 'stage'
+  with pytest.raises(c.ConfigError, match='slow network'):
+    sharding.outermost(c.MeshConfig(expert=8), 2)
+
+
+def test_the_bubble():
+  assert pipeline.bubble(4, 12) == 0.2

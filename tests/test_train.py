@@ -181,6 +181,22 @@ def test_products_without_their_kernel_are_counted(
 
 
 @pytest.mark.slow
+def test_a_run_tells_the_health_of_fp8(tmp_path):
+  config = dataclasses.replace(
+    SMOKE,
+    model=dataclasses.replace(SMOKE.model, precision='fp8_block'),
+    run=dataclasses.replace(
+      SMOKE.run, steps=2, health_every=2, eval_every=0, sample_every=0
+    ),
+  )
+  train.run(config, tmp_path / 'run')
+  rows = workdir.rows(tmp_path / 'run' / 'metrics.jsonl')
+  (row,) = (row for row in rows if 'fp8_error' in row)
+  assert row['step'] == 2 and 0.02 < row['fp8_error'] < 0.06
+  assert '<h2>FP8</h2>' in (tmp_path / 'run' / 'report.html').read_text()
+
+
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_0(tmp_path):
   folder = tmp_path / 'run'
   ran = program(

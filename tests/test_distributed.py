@@ -21,6 +21,8 @@ ARGUMENTS = (
   '--config.run.save_every=3',
   '--config.run.eval_every=3',
   '--config.model.layers=2',
+  '--config.model.mtp.depth=0',
+  '--config.optim.optimizer=adamw',
   '--config.model.dim=32',
   '--config.data.seq_len=64',
   '--config.mesh.data=2',
@@ -67,6 +69,19 @@ def test_one_process_reads_everything():
   assert jax.process_count() == 1
 
 
+@pytest.fixture(autouse=True)
+def no_orphans():
+  """Whatever happens, nobody is left running."""
+  yield
+  while _STARTED:
+    one = _STARTED.pop()
+    with one:  # closes its pipes, and waits
+      one.kill()
+
+
+_STARTED = []
+
+
 def start(folder, index=None, port=0, more=()):
   """A training run, alone on 8 devices or as one of two on 4 each."""
   alone = index is None
@@ -80,7 +95,7 @@ def start(folder, index=None, port=0, more=()):
       'JAX_PROCESS_ID': str(index),
     }
   command = [sys.executable, '-m', 'experiments.train', *ARGUMENTS, *more]
-  return subprocess.Popen(
+  one = subprocess.Popen(
     [*command, f'--workdir={folder}'],
     cwd=ROOT,
     env=environ,
@@ -88,6 +103,8 @@ def start(folder, index=None, port=0, more=()):
     stderr=subprocess.PIPE,
     text=True,
   )
+  _STARTED.append(one)
+  return one
 
 
 def rows(folder):

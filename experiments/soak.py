@@ -148,7 +148,7 @@ def _disaster(
   step = min(first + dice.randrange(1, steps // 3), steps)
   save = min(first // 5 * 5 + dice.choice((5, 10)), steps)
   if what == 'kill':
-    return what, '', dice.uniform(1, alone)
+    return what, '', dice.uniform(1, min(alone, 20.0))
   if what in ('flip', 'cut'):
     _damage(dice, what, path / 'checkpoints' / str(saved[-1]))
     # Stopped soon after: the step that was taken instead is gone over again.

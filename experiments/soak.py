@@ -73,7 +73,7 @@ def soak(folder: pathlib.Path, seconds: float, steps: int, seed: int) -> bool:
   began = time.monotonic()
   child = _start(folder, 'whole', steps)
   if _wait(child) != 0:
-    print(f'The undisturbed run failed:\n{child.stderr.read()}')
+    print(f'The undisturbed run failed:\n{_said(folder)}')
     return False
   expected = outcome(folder / 'whole')
   alone = time.monotonic() - began
@@ -89,8 +89,7 @@ def soak(folder: pathlib.Path, seconds: float, steps: int, seed: int) -> bool:
     struck[what] += 1
     here += 1
     if code not in _allowed(what):
-      said = child.stderr.read()
-      print(f'{path}: {what} ({rule}) ended with {code}:\n{said}')
+      print(f'{path}: {what} ({rule}) ended with {code}:\n{_said(folder)}')
       return False
     if _at_end(path, steps):
       found = outcome(path)
@@ -149,7 +148,7 @@ def _disaster(
   step = min(first + dice.randrange(1, steps // 3), steps)
   save = min(first // 5 * 5 + dice.choice((5, 10)), steps)
   if what == 'kill':
-    return what, '', dice.uniform(1, alone)
+    return what, '', dice.uniform(1, min(alone, 20.0))
   if what in ('flip', 'cut'):
     _damage(dice, what, path / 'checkpoints' / str(saved[-1]))
     # Stopped soon after: the step that was taken instead is gone over again.
@@ -194,19 +193,25 @@ def _at_end(folder: pathlib.Path, steps: int) -> bool:
 
 def _start(folder, name, steps, rule='') -> subprocess.Popen:
   environment = dict(os.environ) | {faults.VARIABLE: rule}
-  return subprocess.Popen(
-    [
-      *(sys.executable, '-m', 'experiments.train'),
-      *('--config=configs/tiny.py:micro', f'--workdir={folder / name}'),
-      f'--config.data.source={folder}/texts',
-      f'--config.run.steps={steps}',
-    ],
-    cwd=pathlib.Path(__file__).parent.parent,
-    env=environment,
-    stdout=subprocess.DEVNULL,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
+  command = [
+    *(sys.executable, '-m', 'experiments.train'),
+    *('--config=configs/tiny.py:micro', f'--workdir={folder / name}'),
+    f'--config.data.source={folder}/texts',
+    f'--config.run.steps={steps}',
+  ]
+  # A file: nobody reads along, and a pipe that is full stops its writer.
+  with open(folder / 'stderr.txt', 'w') as file:
+    return subprocess.Popen(
+      command,
+      cwd=pathlib.Path(__file__).parent.parent,
+      env=environment,
+      stdout=subprocess.DEVNULL,
+      stderr=file,
+    )
+
+
+def _said(folder: pathlib.Path) -> str:
+  return (folder / 'stderr.txt').read_text()
 
 
 def _wait(child: subprocess.Popen, delay: float = 0.0) -> int:

@@ -1,7 +1,6 @@
 """OpenAI's protocol over an engine: completions, chat, models, health.
 
-What clients send is untrusted: bodies are bounded, every field is checked, and
-what cannot be served is said in one line with OpenAI's error object. A client
+What cannot be served is said in one line with OpenAI's error object. A client
 that goes away frees its rows.
 """
 
@@ -12,50 +11,15 @@ import contextlib
 import json
 import secrets
 import time
-from typing import NamedTuple
 
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
-from experiments import chat, scheduler, text
+from experiments import asked, scheduler, text
 from experiments.engine import Engine
 from mla_moe.config import ConfigError
-
-_KNOBS = {
-  'temperature': 1.0,
-  'top_p': 1.0,
-  'top_k': 0,
-  'min_p': 0.0,
-  'repetition_penalty': 1.0,
-}
-_KNOWN = {
-  'model', 'prompt', 'messages', 'max_tokens', 'max_completion_tokens', 'n',
-  'stop', 'stream', 'stream_options', 'seed', 'logprobs', 'user', *_KNOBS,
-}  # fmt: skip
-_ROLES = {'system': 'system', 'developer': 'system', 'user': 'user'}
-_ROLES['assistant'] = 'assistant'
-
-
-class _Refused(Exception):
-  """An answer other than 200."""
-
-  def __init__(self, status: int, message: str):
-    super().__init__(message)
-    self.status = status
-
-
-class _Job(NamedTuple):
-  prompts: list
-  new: int
-  samples: int
-  stops: list
-  seed: int
-  knobs: dict
-  stream: bool
-  usage: bool
-  logprobs: bool
 
 
 def app(engine: Engine, loaded, name: str, body_limit: int = 1 << 20):
@@ -73,14 +37,14 @@ def app(engine: Engine, loaded, name: str, body_limit: int = 1 << 20):
   def answering(talking: bool):
     async def answer(request: Request):
       try:
-        body = await _body(request, body_limit)
-        job = _job(body, loaded, talking, engine.length)
+        body = await asked.body(request, body_limit)
+        job = asked.job(body, loaded, talking, engine.length)
         run = _Answer(engine, loaded, name, job, talking)
         await run.begin()
         if job.stream:
           return StreamingResponse(run.lines(), media_type='text/event-stream')
         return JSONResponse(await run.whole(request))
-      except _Refused as error:
+      except asked.Refused as error:
         return _error(error.status, str(error))
       except ConfigError as error:
         return _error(400, str(error))
@@ -113,106 +77,10 @@ def _error(status: int, message: str) -> JSONResponse:
   return JSONResponse({'error': error}, status_code=status, headers=headers)
 
 
-async def _body(request: Request, limit: int) -> dict:
-  data = bytearray()
-  async for part in request.stream():
-    data += part
-    if len(data) > limit:
-      raise _Refused(413, f'the body is longer than {limit} bytes')
-  try:
-    body = json.loads(bytes(data))
-  except (ValueError, RecursionError):
-    raise _Refused(400, 'the body is no JSON') from None
-  if not isinstance(body, dict):
-    raise _Refused(400, 'the body is no JSON object')
-  return body
-
-
-def _job(body: dict, loaded, talking: bool, length: int) -> _Job:
-  """The checked fields of a request."""
-  for field, value in body.items():
-    if field not in _KNOWN and value not in (None, False, 0, 0.0, {}, []):
-      raise _Refused(400, f'{field}: is not supported')
-  body = {k: v for k, v in body.items() if v is not None}
-
-  def get(field, default, *kinds):
-    value = body.get(field, default)
-    boolean = isinstance(value, bool) and bool not in kinds
-    if boolean or not isinstance(value, kinds):
-      raise _Refused(400, f'{field}: must be {kinds[0].__name__}')
-    return value
-
-  if talking:
-    prompts = [_messages(get('messages', [], list), loaded)]
-  else:
-    prompts = _prompts(body.get('prompt'), loaded)
-  longest = max(map(len, prompts))
-  new = get('max_tokens', 0 if talking else 16, int)
-  new = get('max_completion_tokens', new, int) or max(length - longest, 1)
-  stops = get('stop', [], list, str)
-  stops = [stops] if isinstance(stops, str) else stops
-  if len(stops) > 16 or not all(isinstance(s, str) and s for s in stops):
-    raise _Refused(400, 'stop: must be up to 16 texts')
-  asked = get('logprobs', 0, bool if talking else int, int, bool)
-  return _Job(
-    prompts=prompts,
-    new=new,
-    samples=get('n', 1, int),
-    stops=stops,
-    seed=get('seed', secrets.randbits(30), int),
-    knobs={k: get(k, v, int, float) for k, v in _KNOBS.items()},
-    stream=get('stream', False, bool),
-    usage=bool(get('stream_options', {}, dict).get('include_usage')),
-    logprobs='logprobs' in body and asked is not False,
-  )
-
-
-def _prompts(given, loaded) -> list:
-  """Token ids of one prompt or of several, texts or ids."""
-  number = lambda x: isinstance(x, int) and not isinstance(x, bool)
-  if isinstance(given, str):
-    given = [given]
-  if not isinstance(given, list) or not given or len(given) > 64:
-    raise _Refused(400, 'prompt: must be a text, or up to 64 of them')
-  if all(map(number, given)):
-    given = [given]
-  found = []
-  for one in given:
-    if isinstance(one, str):
-      found.append([loaded.config.bos_id, *loaded.words.encode(one).tolist()])
-    elif isinstance(one, list) and one and all(map(number, one)):
-      if max(one) >= loaded.config.vocab or min(one) < 0:
-        raise _Refused(
-          400, f'prompt: ids go from 0 to {loaded.config.vocab - 1}'
-        )
-      found.append(one)
-    else:
-      raise _Refused(400, 'prompt: must be texts or lists of token ids')
-  return found
-
-
-def _messages(given: list, loaded) -> list:
-  said = []
-  for message in given:
-    if not isinstance(message, dict) or message.get('role') not in _ROLES:
-      raise _Refused(400, f'messages: a role is one of {", ".join(_ROLES)}')
-    content = message.get('content')
-    if isinstance(content, list):
-      parts = [p.get('text') if isinstance(p, dict) else None for p in content]
-      good = all(isinstance(part, str) for part in parts)
-      content = ''.join(parts) if good else None
-    if not isinstance(content, str):
-      raise _Refused(400, 'messages: a content is a text')
-    said.append((_ROLES[message['role']], content))
-  if not said:
-    raise _Refused(400, 'messages: are empty')
-  return chat.talk(loaded.folder, loaded.words, said).tolist()
-
-
 class _Answer:
   """The samples of one request, as they grow."""
 
-  def __init__(self, engine, loaded, name, job: _Job, talking: bool):
+  def __init__(self, engine, loaded, name, job: asked.Job, talking: bool):
     self._engine, self._loaded, self._job = engine, loaded, job
     self._talking, self._tickets, self._tokens = talking, [], 0
     self._merged = asyncio.Queue()
@@ -273,7 +141,7 @@ class _Answer:
         if found == ():
           continue
         if found is None:
-          raise _Refused(500, 'the engine has failed')
+          raise asked.Refused(500, 'the engine has failed')
         at, event = found
         if at in self._left:
           yield await self._grow(at, event)
@@ -283,7 +151,7 @@ class _Answer:
   async def _grow(self, at: int, event):
     growing, reason = self._growing[at], event.reason
     if reason == 'broken':
-      raise _Refused(500, "the model's logits are not finite")
+      raise asked.Refused(500, "the model's logits are not finite")
     self._tokens += 1
     ids = [] if reason == 'stop' else [event.token]
     new = growing.add(ids, last=bool(reason))
@@ -320,7 +188,7 @@ class _Answer:
       async for at, new, event, reason in self._steps():
         choice = self._choice(at, new, reason or None, [event], part='delta')
         yield line({**self._head, 'choices': [choice]})
-    except _Refused as error:
+    except asked.Refused as error:
       yield line({'error': {'message': str(error), 'type': 'server_error'}})
     if self._job.usage:
       yield line({**self._head, 'choices': [], 'usage': self._usage()})

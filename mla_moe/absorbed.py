@@ -149,7 +149,6 @@ def _fresh(q_nope, q_rope, new, up, pages, table, lengths, valid, scale):
     jnp.concatenate([k_nope, shared], axis=-1),
     v,
     scale=scale,
-    impl='xla' if jax.default_backend() == 'cpu' else 'auto',
   )
 
 

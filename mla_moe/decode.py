@@ -231,7 +231,7 @@ def _experts(w, x, config):
   routing = router.route(flat, w['w_router'], w['bias'], config.moe)
   up, down = w['ffn']['w_gate_up'], w['ffn']['w_down']
   alone = jax.sharding.get_abstract_mesh().empty
-  if alone and len(flat) <= _FEW and jax.default_backend() != 'tpu':
+  if alone and len(flat) <= _FEW and sharding.platform() != 'tpu':
     out = few_rows(flat, routing, up, down)
   else:
     out = moe.experts(

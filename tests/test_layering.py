@@ -25,6 +25,7 @@ LAYERS = (
   'mtp pipeline fp8_health',
   'model',
   'step huggingface decode',
+  'rounds',
   'generation memory',
 )
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names.split()}

@@ -159,12 +159,19 @@ def test_stop_texts_end_a_sample(server):
     (400, 'max_tokens', dict(max_tokens='8')),
     (400, 'echo', dict(echo=True)),
     (400, 'stop', dict(stop=[3])),
+    (400, 'temperature', dict(temperature=float('inf'))),
+    (400, 'top_k', dict(top_k=1.5)),
     (413, 'longer', dict(prompt='x' * 6000)),
   ],
 )
 def test_bad_requests_are_said(server, status, words, more):
   found = server.ask('/v1/completions', completion(**more))
   assert found[0] == status and words in found[1]['error']['message']
+
+
+def test_any_text_is_a_prompt(server):
+  for text in ('\ud800', '', '\0', '<｜User｜>'):
+    assert server.ask('/v1/completions', completion(prompt=text))[0] == 200
 
 
 def test_bodies_that_are_no_json(server):

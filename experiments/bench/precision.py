@@ -38,9 +38,11 @@ def run(out: pathlib.Path, args) -> None:
   for name in ('bf16', *chosen):
     model = dataclasses.replace(config.model, precision=name)
     print(f'--- {name}', flush=True)
-    train.run(
-      dataclasses.replace(config, model=model), out / 'precision' / name
-    )
+    folder = out / 'precision' / name
+    done = train.run(dataclasses.replace(config, model=model), folder)
+    if done['step'] < config.run.steps:  # by a signal, and saved
+      print('The same command goes on from here.')
+      return
   losses = {
     name: _losses(out / 'precision' / name) for name in ('bf16', *chosen)
   }

@@ -6,9 +6,9 @@ First the run is made undisturbed. Then, until the minutes are over, the same
 run is started again and again, and each start is struck by something: killed at
 a random moment or at a named point of a save, stopped by SIGTERM, given a full
 disk, or one of its files has a bit flipped or its end cut off while nobody
-looks. Whenever such a run reaches its end, its parameters, optimizer, losses
-and loads must be those of the undisturbed one, bit for bit; then it starts
-anew. The exit code is 1 at the first difference, and the folder is kept.
+looks. After six disasters it is left to finish; then its parameters, optimizer,
+losses and loads must be those of the undisturbed run, bit for bit, and another
+one begins. The exit code is 1 at the first difference, and the folder is kept.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from experiments import workdir
 from mla_moe import faults
 from mla_moe.config import ConfigError
 
+_STRIKES = 6  # disasters of one run, before it is left to finish
 _TIMED = ('tokens_per_s', 'mfu', 'memory_mib')
 _POINTS = ('before_write', 'during_write', 'before_seal', 'after_seal')
 _WORDS = 'the a of model expert token router latent cache learns sees'.split()
@@ -77,31 +78,31 @@ def soak(folder: pathlib.Path, seconds: float, steps: int, seed: int) -> bool:
   expected = outcome(folder / 'whole')
   alone = time.monotonic() - began
   print(f'Undisturbed: {steps} steps in {alone:.0f} s, compilation included.')
-  struck, ended, number = collections.Counter(), 0, 0
+  struck, ended, here = collections.Counter(), 0, 0
   began = time.monotonic()
-  while not ended or time.monotonic() - began < seconds:
-    number += 1
-    name = f'run{ended}'
-    what, rule, delay = _disaster(dice, steps, number)
-    _damage(dice, what, folder / name / 'checkpoints')
-    child = _start(folder, name, steps, rule)
+  while here or not ended or time.monotonic() - began < seconds:
+    path = folder / f'run{ended}'
+    late = here == _STRIKES or time.monotonic() - began >= seconds
+    what, rule, delay = _disaster(dice, steps, path, late, alone)
+    child = _start(folder, path.name, steps, rule)
     code = _wait(child, delay)
     struck[what] += 1
+    here += 1
     if code not in _allowed(what):
       said = child.stderr.read()
-      print(f'{folder / name}: {what} ({rule}) ended with {code}:\n{said}')
+      print(f'{path}: {what} ({rule}) ended with {code}:\n{said}')
       return False
-    if _at_end(folder / name, steps):
-      found = outcome(folder / name)
+    if _at_end(path, steps):
+      found = outcome(path)
       wrong = [part for part in expected if found[part] != expected[part]]
       if wrong:
-        print(f'{folder / name}: differs from {folder}/whole in {wrong}')
+        print(f'{path}: differs from {folder}/whole in {wrong}')
         return False
-      ended += 1
-      shutil.rmtree(folder / name)
+      ended, here = ended + 1, 0
+      shutil.rmtree(path)
   told = ', '.join(f'{n} x {what}' for what, n in sorted(struck.items()))
   print(
-    f'{number} starts ({told}); {ended} runs reached step {steps}, each equal '
+    f'{sum(struck.values())} starts ({told}); {ended} runs reached step {steps}, each equal '
     'to the undisturbed one in every bit of its state and every logged number.'
   )
   return True
@@ -129,35 +130,42 @@ def outcome(folder: pathlib.Path) -> dict:
   return {'state': sealed['fingerprints'], 'step': last, **rows}
 
 
-def _disaster(dice, steps: int, number: int) -> tuple[str, str, float]:
-  """(name, rule of MLA_MOE_FAULT, seconds until SIGKILL or 0)."""
-  what = dice.choice(
-    ('kill', 'kill at a point', 'term', 'full disk', 'flip', 'cut', 'none')
-  )
-  at = dice.randrange(1, steps + 1)
-  # Saves are every 5 steps.
-  saved = dice.randrange(5, steps + 1, 5)
-  rule, delay = '', 0.0
+def _disaster(
+  dice, steps: int, path: pathlib.Path, late: bool, alone: float
+) -> tuple[str, str, float]:
+  """(name, rule of MLA_MOE_FAULT, seconds until SIGKILL or 0) of a start.
+
+  Damage to files is done here; it needs a step to fall back to.
+  """
+  from mla_moe import checkpoint
+
+  saved = checkpoint.steps(path / 'checkpoints')
+  kinds = ['kill', 'kill at a point', 'term', 'full disk']
+  if len(saved) > 1:
+    kinds += ['flip', 'cut']
+  what = 'none' if late else dice.choice(kinds)
+  # What strikes at a step strikes soon: a run should suffer several times.
+  first = (saved or [0])[-1]
+  step = min(first + dice.randrange(1, steps // 3), steps)
+  save = min(first // 5 * 5 + dice.choice((5, 10)), steps)
   if what == 'kill':
-    delay = dice.uniform(1, 12)
-  elif what == 'kill at a point':
-    rule = f'kill@{dice.choice(_POINTS)}:{saved}'
-  elif what == 'term':
-    rule = f'term@step:{at}'
-  elif what == 'full disk':
-    rule = f'full@{dice.choice(_POINTS[:3])}:{saved}'
-  return what, rule, delay
+    return what, '', dice.uniform(1, alone)
+  if what in ('flip', 'cut'):
+    _damage(dice, what, path / 'checkpoints' / str(saved[-1]))
+    # Stopped soon after: the step that was taken instead is gone over again.
+    return what, f'term@step:{step}', 0.0
+  rules = {
+    'kill at a point': f'kill@{dice.choice(_POINTS)}:{save}',
+    'term': f'term@step:{step}',
+    'full disk': f'full@{dice.choice(_POINTS[:3])}:{save}',
+  }
+  return what, rules.get(what, ''), 0.0
 
 
 def _damage(dice, what: str, folder: pathlib.Path) -> None:
-  """A flipped bit, or a cut, in one file of the newest of two or more steps."""
-  from mla_moe import checkpoint
-
-  steps = checkpoint.steps(folder)
-  if what not in ('flip', 'cut') or len(steps) < 2:
-    return
-  files = [p for p in (folder / str(steps[-1])).rglob('*') if p.is_file()]
-  path = dice.choice([p for p in files if p.stat().st_size])
+  """A flipped bit, or a cut, in one file of the step."""
+  files = [p for p in folder.rglob('*') if p.is_file() and p.stat().st_size]
+  path = dice.choice(sorted(files))
   content = bytearray(path.read_bytes())
   if what == 'flip':
     content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)

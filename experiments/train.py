@@ -115,14 +115,19 @@ def _run(
     saved = checkpoint.Writer(path / 'checkpoints', every.keep, **kept)
     stack.enter_context(saved)
     dog = stack.enter_context(watchdog.Watchdog(every.step_timeout))
-    state = step.init_state(jax.random.key(every.seed), config, ready.mesh)
+    init = lambda: step.init_state(
+      jax.random.key(every.seed), config, ready.mesh
+    )
+    state = init()
     like = jax.tree.map(shape, state)
     course = Course(0, state, guard.Guard())
-    del state
     if checkpoint.steps(path / 'checkpoints'):
-      del course  # its memory is the restored one's
+      del state, course  # their memory is the restored one's
       course = resume(ready, like, unsealed=unsealed, aside=True)
-      print(f'Resuming {path} at step {course.number}.')
+      if course:
+        print(f'Resuming {path} at step {course.number}.')
+      else:  # killed in its very first save
+        course = Course(0, init(), guard.Guard())
     written = recorder.Recorder(ready._replace(path=records), course.number)
     stack.callback(written.close)
     written.before = stack.enter_context(

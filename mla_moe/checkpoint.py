@@ -32,7 +32,11 @@ from mla_moe.types import PyTree
 
 Damaged = seal.Damaged
 _COMMIT = 'commit_success.txt'
+# Among the facts that Orbax writes: a seal was to follow. Without it a step is
+# of a version that had none.
+_MARK = 'to_be_sealed'
 _REFUSED = 'refused'
+_FACTS = ocp.args.JsonRestore()
 
 
 class NotSaved(RuntimeError):
@@ -101,7 +105,8 @@ class Writer:
       return
     pending = fingerprint.of(state)
     items = ocp.args.Composite(
-      state=ocp.args.StandardSave(state), facts=ocp.args.JsonSave(facts)
+      state=ocp.args.StandardSave(state),
+      facts=ocp.args.JsonSave(facts | {_MARK: seal.FORMAT}),
     )
     try:
       faults.reach('before_write', step)
@@ -225,7 +230,10 @@ def restore(
   aside: bool = False,
   say: Callable[[str], Any] = print,
 ) -> Restored | None:
-  """The newest step that is whole, or None where there is no step at all.
+  """The newest step that is whole, or None where no step was ever sealed.
+
+  A run that was killed in its very first save has a step without its seal, and
+  begins again.
 
   Args:
     like: a state of the wanted tree, shapes, dtypes and shardings, which need
@@ -243,12 +251,13 @@ def restore(
   folder = pathlib.Path(folder).resolve()
   found = steps(folder)
   wanted = [s for s in reversed(found) if before is None or s < before]
-  refusals = []
+  refusals, begun = [], True
   if aside and jax.process_index() == 0:
     for step in set(found) - set(wanted):
       set_aside(folder, step)
   for step in wanted:
-    reason, sealed = _judge(folder, step, unsealed)
+    reason, sealed, cut = _judge(folder, step, unsealed)
+    begun = begun and cut
     if not reason:
       try:
         return _read(folder / str(step), step, like, sealed)
@@ -259,7 +268,7 @@ def restore(
     if aside and jax.process_index() == 0:
       place = set_aside(folder, step)
       say(f'It now lies in {place}.')
-  if refusals:
+  if refusals and not begun:
     raise Damaged(
       f'{folder}: no step can be trusted; the newest: {refusals[0]}'
     )
@@ -273,7 +282,7 @@ def facts(folder: os.PathLike | str, step: int) -> dict:
     Damaged: it cannot be read.
   """
   path = pathlib.Path(folder).resolve() / str(step)
-  return _load(path, facts=ocp.args.JsonRestore())['facts']
+  return _unmarked(_load(path, facts=_FACTS)['facts'])
 
 
 def set_aside(folder: os.PathLike | str, step: int) -> pathlib.Path:
@@ -335,27 +344,31 @@ def _clean(folder: pathlib.Path):
       shutil.rmtree(path)
 
 
-def _judge(folder, step, unsealed) -> tuple[str, dict | None]:
-  """(why the step is refused or '', its seal); one process decides for all."""
-  reason, sealed = '', None
+def _judge(folder, step, unsealed) -> tuple[str, dict | None, bool]:
+  """(why the step is refused or '', its seal, was it merely cut off?).
+
+  One process reads the files and decides for all.
+  """
+  reason, sealed, cut = '', None, False
   if jax.process_index() == 0:
     try:
       sealed = check(folder, step)
       if sealed is None and not unsealed:
-        reason = (
-          f'{folder}/{step}: has no seal: its saving was cut off, or a version '
-          'without seals wrote it; --allow_unsealed takes it all the same'
-        )
+        cut = _MARK in _load(folder / str(step), facts=_FACTS)['facts']
+        why = 'was cut off before its seal'
+        why = why if cut else 'was written by a version without seals'
+        reason = f'{folder}/{step}: {why}; --allow_unsealed takes it anyhow'
     except Damaged as error:
       reason = str(error)
   if jax.process_count() > 1:
     from jax.experimental import multihost_utils
 
-    bad = multihost_utils.broadcast_one_to_all(np.int32(bool(reason)))
+    told = np.array([bool(reason), cut], np.int32)
+    bad, cut = map(bool, multihost_utils.broadcast_one_to_all(told))
     if jax.process_index() != 0:
       reason = 'process 0 refused it' if bad else ''
       sealed = None if bad else seal.read(folder / str(step))
-  return reason, sealed
+  return reason, sealed, cut
 
 
 def _read(path, step, like, sealed) -> Restored:
@@ -365,14 +378,18 @@ def _read(path, step, like, sealed) -> Restored:
   out = _load(
     path,
     state=ocp.args.StandardRestore(abstract),
-    facts=ocp.args.JsonRestore(),
+    facts=_FACTS,
   )
   if sealed is not None:
     prints, _ = fingerprint.read(fingerprint.of(out['state']))
     for name, value in sealed['fingerprints'].items():
       if prints.get(name) != value:
         raise Damaged(f'{path}: {name} is not, once read, what was saved')
-  return Restored(step, out['state'], out['facts'])
+  return Restored(step, out['state'], _unmarked(out['facts']))
+
+
+def _unmarked(facts: dict) -> dict:
+  return {name: value for name, value in facts.items() if name != _MARK}
 
 
 def _metadata(path):

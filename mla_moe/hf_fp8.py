@@ -53,12 +53,15 @@ def dequantize(
 
   q may be rows `first_row` and on of the tensor that `scale` belongs to.
   """
-  out = np.take(_VALUES, q.view(np.uint8))
   rows, columns = q.shape
+  out = np.empty(q.shape, np.float32)
+  raw = q.view(np.uint8)
   at = 0
   while at < rows:
     row = (first_row + at) // block
     end = min(rows, (row + 1) * block - first_row)
+    # 'clip' needs no copy of the indices; all of them exist.
+    np.take(_VALUES, raw[at:end], out=out[at:end], mode='clip')
     out[at:end] *= np.repeat(scale[row], block)[None, :columns]
     at = end
   return out

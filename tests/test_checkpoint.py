@@ -151,6 +151,16 @@ def test_row02_killed_before_the_seal_a_step_does_not_count(tmp_path, capsys):
   assert 'CHECKPOINT 3 REFUSED' in said and '--allow_unsealed' in said
 
 
+def test_row02_killed_in_the_very_first_save_a_run_begins_again(tmp_path):
+  child = saver(tmp_path, 1, 9, fault='kill@before_seal:1')
+  child.communicate()
+  assert checkpoint.steps(tmp_path) == [1]
+  assert newest(tmp_path) == 0
+  assert (
+    checkpoint.steps(tmp_path) == [] and (tmp_path / 'refused/1-0').exists()
+  )
+
+
 def test_row03_bit_flip_in_the_arrays_is_named_and_passed_over(damaged):
   path = largest(damaged / '2')
   content = bytearray(path.read_bytes())

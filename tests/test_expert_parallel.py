@@ -85,8 +85,9 @@ def test_every_exchange_equals_the_dense_oracle(mesh, kind):
     close((y, stats.balance), (expected, wanted.balance))
     close(stats.entropy, wanted.entropy)
     close(grads, oracles, atol=2e-4)
-    if forced:  # all but a few rows came in later rounds, and are counted
-      assert (int(stats.overflow) > B * T) == (kind != 'gather')
+    if forced:  # all go to one device, which has room for twice its share
+      late = {'expert': 8 * (32 - 8), 'tensor': 4 * (64 - 32)}
+      assert stats.overflow == (0 if kind == 'gather' else late[mesh])
       assert not np.asarray(grads[2][0])[2:].any()
 
 

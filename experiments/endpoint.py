@@ -50,6 +50,8 @@ def app(engine: Engine, loaded, name: str, body_limit: int = 1 << 20):
         return _error(400, str(error))
       except scheduler.Full as error:
         return _error(429, str(error))
+      except RuntimeError as error:  # the engine's
+        return _error(503, str(error))
 
     return answer
 
@@ -110,15 +112,15 @@ class _Answer:
         )  # fmt: skip
         self._tickets.append((tickets, queue, i * job.samples))
     except BaseException:
-      await self.end()
+      self.end()
       raise
 
-  async def end(self) -> None:
+  def end(self) -> None:
     """Frees what is still running."""
     for pump in self._pumps:
       pump.cancel()
     for tickets, *_ in self._tickets:
-      await self._engine.cancel(tickets)
+      self._engine.cancel(tickets)
 
   async def _steps(self, request: Request | None = None):
     """(sample, new text, Event, reason) as they come, until all have ended."""
@@ -144,11 +146,11 @@ class _Answer:
           raise asked.Refused(500, 'the engine has failed')
         at, event = found
         if at in self._left:
-          yield await self._grow(at, event)
+          yield self._grow(at, event)
     finally:
-      await self.end()
+      self.end()
 
-  async def _grow(self, at: int, event):
+  def _grow(self, at: int, event):
     growing, reason = self._growing[at], event.reason
     if reason == 'broken':
       raise asked.Refused(500, "the model's logits are not finite")
@@ -158,7 +160,7 @@ class _Answer:
     if growing.ended and not reason:
       reason = 'stop'
       tickets, _, first = self._tickets[at // self._job.samples]
-      await self._engine.cancel([tickets[at - first]])
+      self._engine.cancel([tickets[at - first]])
     if reason:
       self._left.discard(at)
     return at, new, event, reason

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextlib
+import queue
 import threading
+from collections.abc import Callable
 
 from experiments import scheduler
 
@@ -11,23 +15,16 @@ from experiments import scheduler
 class Engine:
   """Runs a scheduler's steps while it has anything to do.
 
-  `submit` gives a queue of (sample's index, Event); None in it says that the
-  thread has failed. Call it, and `cancel`, from an event loop.
+  What is asked of it goes through an inbox, which the thread empties between
+  two steps: no event loop ever waits for a lock.
   """
 
   def __init__(self, work: scheduler.Scheduler):
-    self._work = work
-    self._turn = threading.Condition()
-    self._queues = {}
-    self._ending = False
-    self.failure = None
+    self.length = work.length  # tokens of a prompt and its answer, at most
+    self.failure: Exception | None = None
+    self._work, self._inbox, self._queues = work, queue.SimpleQueue(), {}
     self._thread = threading.Thread(target=self._run, daemon=True)
     self._thread.start()
-
-  @property
-  def length(self) -> int:
-    """Tokens of a prompt and its answer, at most."""
-    return self._work.length
 
   @property
   def rows(self) -> dict:
@@ -35,66 +32,87 @@ class Engine:
     return {'free_pages': self._work.free_pages, 'open': len(self._queues)}
 
   async def submit(self, ids, new: int, **more) -> tuple[list, asyncio.Queue]:
-    """Tickets of the samples, and where their events come.
+    """Tickets of the samples, and where (sample's index, Event) come; a None
+    there says that the thread has failed.
 
     Raises:
       ConfigError, scheduler.Full: as `Scheduler.submit`.
     """
-    loop, queue = asyncio.get_running_loop(), asyncio.Queue()
+    loop, events = asyncio.get_running_loop(), asyncio.Queue()
 
     def put():
-      with self._turn:
-        if self.failure:
-          raise RuntimeError('the engine has stopped')
-        tickets = self._work.submit(ids, new, **more)
-        for index, ticket in enumerate(tickets):
-          self._queues[ticket] = loop, queue, index
-        self._turn.notify()
-        return tickets
+      tickets = self._work.submit(ids, new, **more)
+      for index, ticket in enumerate(tickets):
+        self._queues[ticket] = loop, events, index
+      return tickets
 
-    # The thread holds the lock for a whole step: the loop must not wait for it.
-    return await asyncio.to_thread(put), queue
+    done = concurrent.futures.Future()
+    self._inbox.put((put, done))
+    if self.failure:
+      raise RuntimeError('the engine has stopped')
+    try:
+      return await asyncio.wrap_future(done), events
+    except asyncio.CancelledError:
+      done.add_done_callback(self._disown)
+      raise
 
-  async def cancel(self, tickets: list) -> None:
-    """Frees what these samples hold; those that have ended are ignored."""
+  def cancel(self, tickets: list) -> None:
+    """Frees what these samples hold, soon; those that ended are ignored."""
 
     def drop():
-      with self._turn:
-        for ticket in tickets:
-          if self._queues.pop(ticket, None):
-            self._work.cancel(ticket)
+      for ticket in tickets:
+        if self._queues.pop(ticket, None):
+          self._work.cancel(ticket)
 
-    await asyncio.to_thread(drop)
+    self._inbox.put((drop, concurrent.futures.Future()))
 
   def close(self) -> None:
     """Ends the thread after its step."""
-    with self._turn:
-      self._ending = True
-      self._turn.notify()
+    self._inbox.put((None, None))
     self._thread.join()
+
+  def _disown(self, done: concurrent.futures.Future) -> None:
+    """Nobody waits for these tickets any more."""
+    if not done.cancelled() and not done.exception():
+      self.cancel(done.result())
 
   def _run(self) -> None:
     try:
       while True:
-        with self._turn:
-          self._turn.wait_for(lambda: self._ending or self._work.busy)
-          if self._ending:
+        while not self._work.busy or not self._inbox.empty():
+          act, done = self._inbox.get()
+          if act is None:
             return
-          for event in self._work.step():
-            self._tell(event)
+          _do(act, done)
+        for event in self._work.step():
+          self._tell(event)
     except Exception as error:  # every client must hear of it
-      with self._turn:
-        self.failure = error
-        for loop, queue, _ in self._queues.values():
-          loop.call_soon_threadsafe(queue.put_nowait, None)
-        self._queues.clear()
+      self.failure = error
+      for loop, events, _ in self._queues.values():
+        loop.call_soon_threadsafe(events.put_nowait, None)
+      self._queues.clear()
+      with contextlib.suppress(queue.Empty):
+        while True:
+          _, done = self._inbox.get_nowait()
+          if done and done.set_running_or_notify_cancel():
+            done.set_exception(RuntimeError('the engine has stopped'))
       raise
 
   def _tell(self, event: scheduler.Event) -> None:
     found = self._queues.get(event.ticket)
     if found is None:
       return
-    loop, queue, index = found
+    loop, events, index = found
     if event.reason:
       del self._queues[event.ticket]
-    loop.call_soon_threadsafe(queue.put_nowait, (index, event))
+    with contextlib.suppress(RuntimeError):  # a loop that has been closed
+      loop.call_soon_threadsafe(events.put_nowait, (index, event))
+
+
+def _do(act: Callable, done: concurrent.futures.Future) -> None:
+  """`act`, unless who asked for it has gone."""
+  if done.set_running_or_notify_cancel():
+    try:
+      done.set_result(act())
+    except Exception as error:  # for who asked
+      done.set_exception(error)

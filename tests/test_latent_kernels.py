@@ -105,6 +105,7 @@ CHIPS = {
 }
 
 
+@pytest.mark.filterwarnings('ignore:The Pallas Triton backend')  # jax 0.12
 @pytest.mark.parametrize('impl, target', [('gpu', 'triton'), ('tpu', 'tpu_')])
 def test_they_lower_at_the_size_of_v3(impl, target):
   platform, device = CHIPS[impl]

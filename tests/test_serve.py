@@ -239,3 +239,29 @@ def test_text_never_shows_half_a_character_or_a_stop():
   assert shown == ['x', '', '', 'ENy', '', '', ''] and growing.ended
   growing = texts.Growing(words, stops=['END'])
   assert growing.add(list(b'EN'), last=True) == 'EN'
+
+
+@pytest.mark.filterwarnings(
+  'ignore::pytest.PytestUnhandledThreadExceptionWarning'
+)
+def test_an_engine_that_fails_tells_everyone():
+  class Broken:
+    length, free_pages, busy = 64, 0, False
+
+    def submit(self, *_, **__):
+      self.busy = True
+      return [1]
+
+    def step(self):
+      raise ValueError('of a bad day')
+
+  async def ask():
+    engine = Engine(Broken())
+    tickets, events = await engine.submit([1], 1)
+    assert tickets == [1] and await asyncio.wait_for(events.get(), 10) is None
+    with pytest.raises(RuntimeError, match='stopped'):
+      await engine.submit([1], 1)
+    return engine
+
+  engine = asyncio.run(ask())
+  assert isinstance(engine.failure, ValueError)

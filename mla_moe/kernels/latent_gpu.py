@@ -3,7 +3,8 @@
 A program takes some heads of a row and a share of its pages (flash decoding:
 few rows must still fill every multiprocessor); the shares are put together
 afterwards by their logsumexp. Latent and shared key are loaded apart, because
-Triton's blocks are powers of two and 576 is none. For the oracle see
+Triton's blocks are powers of two and 576 is none. jax 0.12 still has this
+backend of Pallas, and says that it will go. For the oracle see
 `latent_tpu.reference`.
 """
 

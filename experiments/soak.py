@@ -156,7 +156,7 @@ def _disaster(
   rules = {
     'kill at a point': f'kill@{dice.choice(_POINTS)}:{save}',
     'term': f'term@step:{step}',
-    'full disk': f'full@{dice.choice(_POINTS[:3])}:{save}',
+    'full disk': f'full@{dice.choice(_POINTS[:3])}:{save},term@step:{step}',
   }
   return what, rules.get(what, ''), 0.0
 

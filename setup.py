@@ -44,6 +44,7 @@ setup(
     'test': [
       'pytest>=8',
       'pytest-timeout>=2.3',
+      'pytest-xdist>=3.6',
       'hypothesis>=6.100',
       'jaxtyping>=0.3',
       'beartype>=0.20',

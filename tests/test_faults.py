@@ -445,7 +445,7 @@ def test_row35_out_of_memory_says_what_takes_it_and_what_helps(
       'RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes'
     )
 
-  monkeypatch.setattr(preparation, '_jitted', lambda _: (full, full))
+  monkeypatch.setattr(preparation, '_jitted', lambda _: (full, full, full))
   with pytest.raises(cli.Stopped) as error:
     train.run(micro(), root / 'memory')
   for words in ('GiB', 'micro_batch', 'remat', 'mesh.fsdp', '8589934592'):

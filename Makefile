@@ -10,7 +10,7 @@ train: $(READY)
 	@$(BIN)/python -m experiments.train --config=configs/tiny.py --workdir=runs/tiny
 
 test: $(READY)
-	@$(BIN)/python -m pytest -q -m "not slow"
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
 	@echo "The slow tests were left out: 'make test-all' runs everything."
 
 test-all: $(READY)

@@ -292,6 +292,7 @@ SPIKY = dict(
 )
 
 
+@pytest.mark.slow
 def test_row25_after_spikes_the_run_goes_back_and_jumps_the_text(root, fault):
   config = micro(16, **SPIKY, mtp=MICRO.model.mtp)
   fault('spike@step:9-10')
@@ -361,6 +362,7 @@ def test_row28_replay_finds_a_bit_that_flipped_between_two_steps(
 MESH = config_lib.MeshConfig(data=2, fsdp=4)
 
 
+@pytest.mark.slow
 def test_row29_replicas_that_differ_end_the_run(root, fault):
   config = dataclasses.replace(micro(12), mesh=MESH)
   fault('flip@step:8')

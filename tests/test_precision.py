@@ -195,6 +195,7 @@ def test_health_counts_what_a_tile_loses():
   assert float(found['range']) == pytest.approx(np.log2(448 * 2**20), 1e-5)
 
 
+@pytest.mark.slow
 def test_health_sees_the_arrays_of_the_model():
   config = with_model(precision='fp8_block')
   batch = make(config)

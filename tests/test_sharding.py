@@ -67,19 +67,19 @@ def on_mesh(config, state):
     return train(jax.device_put(state, where), batch(), RATES), where
 
 
-def mixed(*, slow=True, states='fsdp', exchange='auto', **sizes):
+def mixed(*, states='fsdp', exchange='auto', **sizes):
   mesh = c.MeshConfig(states=states, **sizes)
   moe = dataclasses.replace(MODEL.moe, exchange=exchange)
   model = dataclasses.replace(MODEL, moe=moe)
   config = dataclasses.replace(TINY, model=model, mesh=mesh)
   name = '-'.join([*(f'{k}{v}' for k, v in sizes.items()), states, exchange])
-  return pytest.param(config, id=name, marks=[pytest.mark.slow] * slow)
+  return pytest.param(config, id=name, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
   'config',
   [
-    mixed(expert=2, context=2, tensor=2, slow=False),
+    mixed(expert=2, context=2, tensor=2),
     mixed(data=8),
     mixed(data=8, states='zero1'),
     mixed(fsdp=8),

@@ -108,7 +108,8 @@ def start(folder, index=None, port=0, more=()):
 
 
 def rows(folder):
-  return [json.loads(x) for x in open(folder / 'metrics.jsonl')]
+  text = (folder / 'metrics.jsonl').read_text()
+  return [json.loads(line) for line in text.splitlines()]
 
 
 @pytest.mark.slow

@@ -62,7 +62,6 @@ def test_every_documented_command_runs(tmp_path):
     assert done.returncode == 0, f'{page}: {line}\n{done.stderr[-2000:]}'
 
 
-@pytest.mark.slow
 def test_quick_commands_run(tmp_path):
   """Those that compile nothing are also in the fast suite."""
   quick = [c for c in commands() if '.plan' in c or '.launch' in c]

@@ -120,6 +120,7 @@ def test_the_gap_between_losses_is_relative_and_smoothed():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.filterwarnings('default')
 def test_precisions_are_trained_side_by_side(tmp_path):
   words = ['--config=configs/tiny.py:smoke', '--steps=4', '--only=fp8_tensor']

@@ -133,6 +133,13 @@ def _group(line: str, devices: int) -> list[int]:
     if iota[3]:
       ids = ids.transpose([int(n) for n in iota[3].split(',')])
     return ids.reshape([int(n) for n in iota[1].split(',')])[0].tolist()
+  named = re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', line)
+  if named:  # newer XLA: the mesh, and the axes along which they talk
+    sizes = {k: int(n) for k, n in re.findall(r"'(\w+)'=(\d+)", named[1])}
+    along = re.findall(r"'(\w+)'", named[2])
+    ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+    pick = tuple(slice(None) if k in along else 0 for k in sizes)
+    return ids[pick].reshape(-1).tolist()
   return list(range(devices))
 
 

@@ -195,7 +195,8 @@ def _heat(loads, main: int) -> str:
   picked = np.unique(np.linspace(0, load.shape[1] - 1, count).astype(int))
   columns = min(4, len(picked))
   figure, axes = page.figure(columns, 2.4, -(-len(picked) // columns))
-  ends = (loads[0]['step'], loads[-1]['step'])
+  # A single row has a width, too.
+  ends = (loads[0]['step'], max(loads[-1]['step'], loads[0]['step'] + 1))
   for plot in axes.flat[len(picked) :]:
     plot.set_axis_off()
   for layer, plot in zip(picked, axes.flat, strict=False):

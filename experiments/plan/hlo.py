@@ -42,8 +42,7 @@ def collectives(
   times = _times(bodies, entry, unknown)
   rows = collections.defaultdict(lambda: [0, 0.0])
   for name, lines in bodies.items():
-    scattered = any(name in s for s in ('all-reduce-scatter',))
-    scattered = scattered or 'all-reduce-scatter' in name
+    scattered = 'all-reduce-scatter' in name
     for line in lines:
       match = _OPERATION.search(line)
       if not match or not times[name]:
@@ -115,12 +114,9 @@ def _times(bodies, entry: str, unknown: int) -> dict[str, int]:
 
 def _group(line: str, devices: int) -> list[int]:
   """The first group of devices that talk to each other."""
-  pairs = re.search(r'source_target_pairs=\{\{(\d+),(\d+)\}(.*?)\}\}', line)
+  pairs = re.search(r'source_target_pairs=\{\{(\d+),(\d+)\}', line)
   if pairs:
-    return [int(pairs[1]), int(pairs[2])] if pairs[1] != pairs[2] else [0]
-  pairs = re.search(r'source_target_pairs=\{\{(\d+),(\d+)\}\}', line)
-  if pairs:
-    return [int(pairs[1]), int(pairs[2])]
+    return sorted({int(pairs[1]), int(pairs[2])})
   listed = re.search(r'replica_groups=\{\{([\d,]*)\}', line)
   if listed:
     return [int(n) for n in listed[1].split(',')]

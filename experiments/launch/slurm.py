@@ -7,8 +7,6 @@ saves and ends, and the job goes back into the queue unless it has finished.
 
 from __future__ import annotations
 
-import shlex
-
 from experiments.launch.job import Command, Job, command, train_line
 from mla_moe.config import ConfigError
 
@@ -101,9 +99,3 @@ def resume(job: Job) -> list[Command]:
 def delete(job: Job) -> list[Command]:
   """Takes the job out of the queue; its folder stays."""
   return [command('scancel', f'--name={job.name}', may_fail=True)]
-
-
-def remote_words(job: Job) -> list[str]:
-  """The words that the script's training line is read as (for tests)."""
-  (line,) = [s for s in script(job).splitlines() if s.startswith('srun ')]
-  return shlex.split(line.removeprefix('srun ').removesuffix(' &'))

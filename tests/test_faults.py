@@ -148,6 +148,7 @@ def test_row23_a_nan_in_the_first_step_changes_nothing():
   chex.assert_trees_all_equal(state.replace(step=first.step), first)
 
 
+@pytest.mark.slow
 def test_row25_a_spike_is_skipped_and_is_no_measure_of_later_ones():
   state, skipped = taken(GUARDED, *4 * [RATES])
   losses = np.array(state.guard['losses'])
@@ -204,6 +205,7 @@ def test_a_fault_strikes_once_and_only_where_it_says(fault):
 # --------------------------------------------------------------------- the run
 
 
+@pytest.mark.slow
 def test_row11_and_14_stopped_by_sigterm_and_resumed_bit_for_bit(
   root, fault, capsys
 ):
@@ -222,6 +224,7 @@ def test_row11_and_14_stopped_by_sigterm_and_resumed_bit_for_bit(
   )
 
 
+@pytest.mark.slow
 def test_row13_a_second_signal_ends_at_once_and_hurts_nothing(root):
   """It comes while the save that the first asked for is being written."""
   child = program(

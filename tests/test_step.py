@@ -44,9 +44,8 @@ def start():
   return step.init_state(jax.random.key(0), SMOKE)
 
 
-@pytest.mark.parametrize(
-  'packing', ['joined', pytest.param('separate', marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('packing', ['joined', 'separate'])
 def test_micro_batches_change_nothing(packing):
   """Even where their numbers of targets differ."""
   whole, parts = with_data(packing=packing), None

@@ -36,6 +36,7 @@ _COMMIT = 'commit_success.txt'
 # of a version that had none.
 _MARK = 'to_be_sealed'
 _REFUSED = 'refused'
+_REMOVED = '.removed'
 _FACTS = ocp.args.JsonRestore()
 
 
@@ -298,10 +299,13 @@ def set_aside(folder: os.PathLike | str, step: int) -> pathlib.Path:
 
 
 def remove(folder: os.PathLike | str, step: int) -> None:
-  """Deletes a step; killed half-way, what is left is no step any more."""
+  """Deletes a step; killed half-way, what is left is known as a leftover."""
   path = pathlib.Path(folder) / str(step)
-  (path / _COMMIT).unlink(missing_ok=True)
-  shutil.rmtree(path)
+  gone = path.with_suffix(_REMOVED)
+  if gone.exists():
+    shutil.rmtree(gone)
+  os.rename(path, gone)
+  shutil.rmtree(gone)
 
 
 def checkpointer() -> ocp.AsyncCheckpointer:
@@ -337,10 +341,15 @@ def _is_step(name: str) -> bool:
 
 
 def _clean(folder: pathlib.Path):
-  """Deletes what a killed save left: steps of Orbax without a commit file."""
+  """Deletes what a kill left: steps without a commit file, half-deleted ones.
+
+  A folder of somebody else's stays, whatever its name.
+  """
   for path in folder.iterdir():
+    step = path.name.removesuffix(_REMOVED)
     ours = (path / '_CHECKPOINT_METADATA').exists()
-    if _is_step(path.name) and ours and not (path / _COMMIT).exists():
+    half = ours and not (path / _COMMIT).exists()
+    if _is_step(step) and (half or step != path.name):
       shutil.rmtree(path)
 
 

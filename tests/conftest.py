@@ -1,5 +1,6 @@
 """Fake devices, strict jax, and checked annotations, before the first import."""
 
+import gc
 import os
 import pathlib
 
@@ -9,6 +10,7 @@ os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_FLAG}'.strip()
 
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
@@ -19,3 +21,15 @@ _CHECKED = [f'mla_moe.{p.stem}' for p in _PACKAGE.glob('*.py')]
 _CHECKED.remove('mla_moe.config')
 _CHECKED.remove('mla_moe.__init__')
 jaxtyping.install_import_hook(_CHECKED, 'checking.check')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _forget_programs():
+  """Frees each file's compiled programs behind it.
+
+  Each program is a handful of memory mappings; Linux allows a process 65,530
+  of them, and the one that asks for more aborts in the compiler.
+  """
+  yield
+  jax.clear_caches()
+  gc.collect()

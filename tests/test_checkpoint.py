@@ -131,6 +131,25 @@ def test_row01_killed_while_saving_the_last_sealed_step_is_whole(tmp_path):
   assert len(numbers) == len(checkpoint.steps(tmp_path)) == 3
 
 
+def test_row01_killed_while_deleting_nothing_stays(tmp_path, monkeypatch):
+  """Whichever file of the old step is deleted first."""
+  state = {'w': jnp.ones(4)}
+  with checkpoint.Writer(tmp_path, 3) as saved:
+    for step in (1, 2):
+      saved.save(step, state, {})
+
+  def killed(path):
+    (path / '_CHECKPOINT_METADATA').unlink()
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    patched.setattr(checkpoint.shutil, 'rmtree', killed)
+    checkpoint.remove(tmp_path, 1)
+  assert checkpoint.steps(tmp_path) == [2]
+  with checkpoint.Writer(tmp_path, 3):
+    assert [p.name for p in tmp_path.iterdir()] == ['2']
+
+
 @pytest.mark.parametrize('point', ['before_write', 'during_write'])
 def test_row02_killed_around_the_write(tmp_path, point):
   child = saver(tmp_path, 1, 9, fault=f'kill@{point}:3')

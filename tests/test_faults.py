@@ -322,6 +322,7 @@ def with_mtp(config):
   return dataclasses.replace(config, model=model)
 
 
+@pytest.mark.slow
 def test_row25_going_back_is_bounded(root, fault):
   config = with_mtp(micro(40, **SPIKY, max_rollbacks=1))
   fault('spike@step:9-40')
@@ -342,6 +343,7 @@ def test_guard_counts_by_hand():
   assert [one.saw(s, run) for s in (2, 2)][1].startswith('2 spikes in a row')
 
 
+@pytest.mark.slow
 def test_row28_replay_finds_a_bit_that_flipped_between_two_steps(
   root, fault, capsys
 ):
@@ -376,6 +378,7 @@ def test_row29_replicas_that_differ_end_the_run(root, fault):
   assert train.run(config, root / 'replicas')['step'] == 12
 
 
+@pytest.mark.slow
 def test_row15_a_run_goes_on_on_another_mesh(root):
   """The same losses within rounding, from the very same state."""
   train.run(micro(5), root / 'moved')

@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
 
-from mla_moe import fp8
+from mla_moe import fp8, sharding
 from mla_moe.kernels import block_tpu
 
 F8 = jnp.float8_e4m3fn
@@ -84,6 +86,72 @@ def test_training_products_lower_for_their_hardware(impl):
       if 'custom_call' in line and target in line
     ]
     assert len(calls_found) == 3  # y, dx and dw
+
+
+def in_region(kind, impl, **options):
+  """y, dx and dw of tokens split over two devices, in a shard_map."""
+
+  def run(x, w, g, sizes):
+    if options.get('check_vma', True):
+      w = sharding.varying(w)
+    f = functools.partial(fp8.dot, impl=impl)
+    if kind == 'grouped':
+      f = lambda x, w: fp8.ragged_dot(x, w, sizes, impl=impl)
+    y, dx, dw = both(f)(x, w, g)
+    return y, dx, jax.lax.psum(dw, 'data')
+
+  split, whole = P('data'), P()
+  ins, outs = (split, whole, split, split), (split, split, whole)
+  return jax.shard_map(run, in_specs=ins, out_specs=outs, **options)
+
+
+def shared_rows(kind):
+  """x, w, g and the sizes of three groups on each of two devices."""
+  random = np.random.default_rng(0)
+  make = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)
+  w = make(144, 130) if kind == 'dot' else make(3, 144, 130)
+  sizes = jnp.array([30, 0, 50, 60, 35, 0], jnp.int32)
+  return make(200, 144), w, make(200, 130), sizes
+
+
+@pytest.mark.parametrize('kind', ['dot', 'grouped'])
+@pytest.mark.parametrize('impl', ['mgpu', 'tpu'])
+def test_kernels_stay_kernels_in_a_checked_region(impl, kind):
+  """Lowered under a mesh: three of them in shard_map, none outside."""
+  platform, device = CHIPS[impl]
+  mesh = AbstractMesh(
+    (2,), ('data',), axis_types=(AxisType.Auto,), abstract_device=device
+  )
+  target = 'mosaic_gpu' if impl == 'mgpu' else 'tpu_custom_call'
+  with jax.sharding.use_abstract_mesh(mesh), fp8.fallbacks() as lines:
+    traced = jax.jit(in_region(kind, impl)).trace(*shared_rows(kind))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count(f'stablehlo.custom_call @{target}') == 3
+    assert not lines
+    x, w, _, sizes = shared_rows(kind)
+    if kind == 'dot':
+      jax.eval_shape(lambda x, w: fp8.dot(x, w, impl=impl), x, w)
+    else:
+      run = lambda x, w: fp8.ragged_dot(x, w, sizes[:3], impl=impl)
+      jax.eval_shape(run, x, w)
+  assert len(lines) == 1 and 'outside shard_map' in lines[0]
+
+
+@pytest.mark.parametrize('kind', ['dot', 'grouped'])
+def test_a_kernel_in_a_region_equals_the_plain_product(kind, monkeypatch):
+  """Interpreted, on two of the devices, which jax does in unchecked regions."""
+  kernel = functools.partial(pl.pallas_call, interpret=True)
+  mesh = jax.make_mesh(
+    (2,), ('data',), axis_types=(AxisType.Auto,), devices=jax.devices()[:2]
+  )
+  args = shared_rows(kind)
+  with jax.set_mesh(mesh), fp8.fallbacks() as lines:
+    expected = jax.jit(in_region(kind, 'dequant'))(*args)
+    monkeypatch.setattr(block_tpu.pl, 'pallas_call', kernel)
+    got = jax.jit(in_region(kind, 'tpu', check_vma=False))(*args)
+  assert not lines
+  for a, b in zip(got, expected, strict=True):
+    assert float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) < 1e-6
 
 
 AHEAD = """

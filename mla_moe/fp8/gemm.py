@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from mla_moe import config as config_lib
 from mla_moe.fp8 import quantize as q8
 from mla_moe.fp8.quantize import TILE, Quantized
-from mla_moe.types import Array
+from mla_moe.types import Array, PyTree
 
 PRECISIONS = ('bf16', 'fp8_tensor', 'fp8_channel', 'fp8_block')
 IMPLS = ('auto', 'dequant', 'native', 'mgpu', 'tpu', 'mxfp8')
@@ -142,9 +142,9 @@ def falls_back(impl: str) -> bool:
   """Whether this call cannot be the kernel's; noted if so."""
   why = ''
   mesh = jax.sharding.get_abstract_mesh()
-  # Nor in shard_map, whose checks a Pallas call does not pass by itself.
-  if not mesh.empty and mesh.size > 1:
-    why = f'a mesh of {mesh.size} devices'
+  # GSPMD cannot split a kernel; in shard_map nothing is left to split.
+  if not mesh.empty and mesh.size > 1 and not mesh.are_all_axes_manual:
+    why = f'a mesh of {mesh.size} devices outside shard_map'
   if why and _seen.get() is not None:
     _seen.get().append(f'fp8 impl={impl} has no kernel for {why}: dequant')
   return bool(why)
@@ -182,18 +182,33 @@ def _blocked(a, b, over, impl, dtype):
   if impl == 'mxfp8':
     y = _mxfp8(left, right, dtype)
   else:
-    y = kernel(impl).matmul(*per_row(left), *right, dtype=dtype)
+    y = run_kernel(impl, 'matmul', *per_row(left), *right, dtype=dtype)
   y = unpadded(y, 0, a, over[0])
   return unpadded(y, y.ndim - 1, b, over[1])
 
 
-def kernel(impl: str):
-  """The module of kernels; Pallas is imported only where it runs."""
+def run_kernel(impl: str, name: str, *args: Array, **options) -> Array:
+  """The result of a kernel of `impl`; Pallas is imported only where it runs.
+
+  In a checked shard_map, a Pallas call has to say along which axes of the mesh
+  its result differs. That is wherever any operand does; all are marked so
+  before (a weight may be the same on every device), and the kernels' results
+  are of their first operand's type.
+  """
   if impl == 'mgpu':
-    from mla_moe.kernels import block_gpu as kernel
+    from mla_moe.kernels import block_gpu as kernels
   else:
-    from mla_moe.kernels import block_tpu as kernel
-  return kernel
+    from mla_moe.kernels import block_tpu as kernels
+  same = [marked(x, *args) for x in args]
+  return marked(getattr(kernels, name)(*same, **options), *same)
+
+
+def marked(x: Array, *likes: PyTree) -> Array:
+  """`x`, marked in shard_map as differing by device where any of `likes` is."""
+  differs = lambda x: jax.typeof(x).manual_axis_type.varying
+  axes = frozenset().union(*map(differs, jax.tree.leaves(likes)))
+  new = tuple(sorted(axes - differs(x)))
+  return jax.lax.pcast(x, new, to='varying') if new else x
 
 
 def matrix(q: Quantized, over: tuple[int, ...], lead: int = 0):

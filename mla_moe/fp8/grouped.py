@@ -103,7 +103,7 @@ def grouped(
   if impl in gemm.BY_EXPERT:
     left, right = gemm.matrix(a, over[0]), gemm.matrix(b, over[1], lead=1)
     args = (*gemm.per_row(left), *right, at.expert, at.live)
-    y = gemm.kernel(impl).grouped(*args, dtype=dtype)
+    y = gemm.run_kernel(impl, 'grouped', *args, dtype=dtype)
     return gemm.unpadded(y, 1, b, over[1], lead=1)
   inner = tuple(d - 1 for d in over[1])
   kept = [b.shape[d] for d in gemm.kept(b, over[1], 1)]
@@ -116,7 +116,7 @@ def grouped(
       )
       return jax.lax.dynamic_update_slice_in_dim(y, part, i * TILE, 0)
 
-    start = jnp.zeros((a.shape[0], *kept), dtype)
+    start = gemm.marked(jnp.zeros((a.shape[0], *kept), dtype), a, b, at)
     return jax.lax.fori_loop(0, at.live, body, start)
 
   if impl != 'dequant':
@@ -144,7 +144,7 @@ def grouped_weights(a: Quantized, b: Quantized, at: Layout, impl: str) -> Array:
   if impl in gemm.BY_EXPERT:
     left, right = gemm.matrix(a, (0,)), gemm.matrix(b, (0,))
     args = (*left, *right, at.expert, at.first, at.count)
-    y = gemm.kernel(impl).grouped_weights(*args)
+    y = gemm.run_kernel(impl, 'grouped_weights', *args)
     y = gemm.unpadded(gemm.unpadded(y, 1, a, (0,)), a.ndim, b, (0,))
     return jnp.where(at.count.reshape(-1, *(1,) * (y.ndim - 1)) > 0, y, 0)
   shape = (at.first.size, *a.shape[1:], *b.shape[1:])
@@ -154,7 +154,8 @@ def grouped_weights(a: Quantized, b: Quantized, at: Layout, impl: str) -> Array:
       part = gemm.multiply(_block(a, i), _block(b, i), ((0,), (0,)), impl)
       return sums.at[at.expert[i]].add(part)
 
-    return jax.lax.fori_loop(0, at.live, body, jnp.zeros(shape, jnp.float32))
+    start = gemm.marked(jnp.zeros(shape, jnp.float32), a, b, at)
+    return jax.lax.fori_loop(0, at.live, body, start)
 
   if impl != 'dequant':
     return loop(a, b)

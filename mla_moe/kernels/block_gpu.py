@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mla_moe.kernels.block_tpu import reference
+from mla_moe.kernels.block_tpu import reference, result
 from mla_moe.types import Array, Float, Int
 
 __all__ = ['grouped', 'grouped_weights', 'matmul', 'reference']
@@ -50,7 +50,7 @@ def matmul(
     i, j = jax.lax.axis_index('i'), jax.lax.axis_index('j')
     _product(a, sa, i, b, sb, j, out, i, (0, k // _TILE))
 
-  return _call(kernel, ('i', 'j'), (m // _TILE, n // _TILE), (m, n), dtype)(
+  return _call(kernel, ('i', 'j'), (m // _TILE, n // _TILE), (m, n), dtype, a)(
     a, sa.T, b, sb.T
   )
 
@@ -80,7 +80,7 @@ def grouped(
       steps = (0, k // _TILE)
       _product(a, sa, i, b.at[e], sb.at[e], j, out, i, steps)
 
-  return _call(kernel, ('i', 'j'), (p // _TILE, n // _TILE), (p, n), dtype)(
+  return _call(kernel, ('i', 'j'), (p // _TILE, n // _TILE), (p, n), dtype, a)(
     expert, live.reshape(1), a, sa.T, b, sb.swapaxes(1, 2)
   )
 
@@ -109,15 +109,15 @@ def grouped_weights(
     _product(a, sa, i, b, sb, j, out.at[e], i, (first[e], count[e]))
 
   shape = (experts, k // _TILE, n // _TILE)
-  return _call(kernel, ('e', 'i', 'j'), shape, (experts, k, n), jnp.float32)(
+  return _call(kernel, ('e', 'i', 'j'), shape, (experts, k, n), jnp.float32, a)(
     first, count, a, sa.T, b, sb.T
   )
 
 
-def _call(kernel, names, grid, shape, dtype):
+def _call(kernel, names, grid, shape, dtype, like):
   return plgpu.kernel(
     kernel,
-    out_type=jax.ShapeDtypeStruct(shape, dtype),
+    out_type=result(shape, dtype, like),
     grid=grid,
     grid_names=names,
     num_threads=_GROUPS + 1,

@@ -37,6 +37,12 @@ def reference(
   return jnp.matmul(wide(a, sa), wide(b, sb).T, precision=highest)
 
 
+def result(shape: tuple, dtype, like: Array) -> jax.ShapeDtypeStruct:
+  """What a kernel gives; in shard_map it differs by device as `like` does."""
+  differs = jax.typeof(like).manual_axis_type
+  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=differs)
+
+
 def _fit(n: int) -> int:
   """Rows or columns of the result that one program makes."""
   return next(size for size in (256, 128) if n % size == 0)
@@ -109,7 +115,7 @@ def matmul(
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'parallel', 'arbitrary')
     ),
-    out_shape=jax.ShapeDtypeStruct((m, n), dtype),
+    out_shape=result((m, n), dtype, a),
   )(a, _scales(sa, m), b, _scales(sb, n))
 
 
@@ -167,7 +173,7 @@ def grouped(
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'parallel', 'arbitrary')
     ),
-    out_shape=jax.ShapeDtypeStruct((p, n), dtype),
+    out_shape=result((p, n), dtype, a),
   )(expert, live.reshape(1), a, _scales(sa, p), b, _scales(sb, n))
 
 
@@ -226,5 +232,5 @@ def grouped_weights(
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'parallel', 'arbitrary')
     ),
-    out_shape=jax.ShapeDtypeStruct((experts, k, n), jnp.float32),
+    out_shape=result((experts, k, n), jnp.float32, a),
   )(expert, live, a, _scales(sa, k), b, _scales(sb, n))

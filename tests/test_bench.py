@@ -110,9 +110,15 @@ def test_the_gap_between_losses_is_relative_and_smoothed():
   other = {'step': reference['step'], 'loss': worse}
   found = precision.gap(reference, other)
   chex.assert_trees_all_close(found, [0.01] * 100, rtol=1e-9)
-  assert precision.summary(reference['step'], same)['over'] == 0
-  summary = precision.summary(reference['step'], found)
+  assert precision.summary(reference['step'], [same])['over'] == 0
+  summary = precision.summary(reference['step'], [found])
   assert summary['over'] == summary['points'] == 90
+  # Seeds that part to either side say nothing against a recipe.
+  both = [found, [-x for x in found]]
+  summary = precision.summary(reference['step'], both)
+  assert summary['over'] == 0 and summary['worst'] < 1e-12
+  chex.assert_trees_all_close(summary['worst_seed'], 0.01, rtol=1e-9)
+  chex.assert_trees_all_close(summary['late'], [0.01, -0.01], rtol=1e-9)
   jump = precision.smooth([0.0, 1.0, 1.0])
   chex.assert_trees_all_close(jump.tolist(), [0.0, 0.1, 0.19], rtol=1e-12)
   with pytest.raises(ConfigError, match='different steps'):
@@ -127,10 +133,12 @@ def test_precisions_are_trained_side_by_side(tmp_path):
   command = [sys.executable, '-m', 'experiments.bench', 'precision']
   subprocess.run([*command, *words, f'--out={tmp_path}'], check=True, cwd=ROOT)
   found = json.loads((tmp_path / 'precision.json').read_text())
-  assert found['loss']['bf16']['step'] == [1, 2, 3, 4]
-  # The first loss is of the same weights: quantisation is all that differs.
-  gaps = found['gap']['fp8_tensor']
-  assert 0 < abs(gaps[0]) < 0.01
+  (run,) = found['loss']['bf16']
+  assert run['step'] == [1, 2, 3, 4]
+  # The first loss is of the same weights: rounding is all that differs.
+  for name in ('control', 'fp8_tensor'):
+    (gaps,) = found['gap'][name]
+    assert 0 < abs(gaps[0]) < 0.01
 
 
 def test_a_decoding_step_reads_what_its_rows_need():

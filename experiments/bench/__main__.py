@@ -3,12 +3,13 @@
   python -m experiments.bench train [--only=speed,products,...]
   python -m experiments.bench decode [--only=speed,cache,layer,context]
   python -m experiments.bench checkpoint
-  python -m experiments.bench precision [--config=FILE --steps=N --only=fp8_block]
+  python -m experiments.bench precision [--config=FILE --steps=N --seeds=2 --only=X]
 
 Prints a table and writes OUT/NAME.json and OUT/NAME.html. The peer of `train`
 and `decode` runs where `--peer_python` (this Python by default) has torch and
 transformers; each takes about ten minutes on two cores: leave the machine alone
-meanwhile. `precision` trains a config in bf16 and in each FP8 recipe.
+meanwhile. `precision` trains a config in bf16, in each FP8 recipe, and once more
+in bf16 with another rounding: how far two runs part without FP8.
 """
 
 from __future__ import annotations
@@ -40,10 +41,13 @@ def main() -> None:
   parser.add_argument('--only', default='', help='parts, joined by commas')
   parser.add_argument('--config', default='configs/tiny.py', help='precision')
   parser.add_argument('--steps', type=int, default=0, help='precision; 0: all')
+  parser.add_argument('--seeds', type=int, default=1, help='precision')
   args = parser.parse_args()
   try:
     if args.rounds < 1:
       raise ConfigError(f'--rounds={args.rounds}: must be at least 1')
+    if args.seeds < 1:
+      raise ConfigError(f'--seeds={args.seeds}: must be at least 1')
     if args.steps < 0:
       raise ConfigError(f'--steps={args.steps}: must not be negative')
     args.out.mkdir(parents=True, exist_ok=True)

@@ -2,9 +2,18 @@
 
 As DeepSeek-V3's report compares them (appendix B.1): each loss is smoothed by
 an exponential average of 0.9, and what counts is the relative gap to bf16's.
-Each precision is a run of its own in OUT/precision/NAME, as experiments.train
-makes it, with its report and FP8's health; a benchmark that was stopped goes on
-where its runs stopped. The bound is the report's: 0.25 % after the first tenth.
+The bound is the report's: 0.25 % after the first tenth.
+
+Two runs part by themselves once any rounding differs, the sooner the higher the
+learning rate. So a control runs beside the recipes: bf16 once more, with the
+activations in float32 where the config has bfloat16 and the reverse. A gap no
+larger than the control's says nothing against FP8. Each seed (of the weights;
+the data stay) is a pair for every recipe; gaps are also averaged over seeds,
+which keeps what the recipe does and wears off what chance does.
+
+Each is a run of its own in OUT/precision/NAME-SEED, as experiments.train makes
+it, with its report and FP8's health; a benchmark that was stopped goes on where
+its runs stopped.
 """
 
 from __future__ import annotations
@@ -23,6 +32,7 @@ from mla_moe import config as config_lib
 from mla_moe.config import ConfigError
 
 BOUND = 0.0025
+_REFERENCE, CONTROL = 'bf16', 'control'
 _RECIPES = ('fp8_block', 'fp8_channel', 'fp8_tensor')
 
 
@@ -35,29 +45,46 @@ def run(out: pathlib.Path, args) -> None:
     if name not in _RECIPES:
       raise ConfigError(f'--only={name}: there is only {", ".join(_RECIPES)}')
   config = shortened(_config(args.config), args.steps)
-  for name in ('bf16', *chosen):
-    model = dataclasses.replace(config.model, precision=name)
-    print(f'--- {name}', flush=True)
-    folder = out / 'precision' / name
-    done = train.run(dataclasses.replace(config, model=model), folder)
-    if done['step'] < config.run.steps:  # by a signal, and saved
-      print('The same command goes on from here.')
-      return
+  names = (_REFERENCE, CONTROL, *chosen)
+  first = config.run.seed
+  seeds = list(range(first, first + args.seeds))
+  where = lambda name, seed: out / 'precision' / f'{name}-{seed}'
+  for seed in seeds:
+    for name in names:
+      print(f'--- {name}, seed {seed}', flush=True)
+      done = train.run(_of(config, name, seed), where(name, seed))
+      if done['step'] < config.run.steps:  # by a signal, and saved
+        print('The same command goes on from here.')
+        return
   losses = {
-    name: _losses(out / 'precision' / name) for name in ('bf16', *chosen)
+    name: [_losses(where(name, seed)) for seed in seeds] for name in names
   }
+  pairs = lambda name: zip(losses[_REFERENCE], losses[name], strict=True)
   found = {
     'machine': speed.machine(),
     'config': args.config,
     'steps': config.run.steps,
+    'seeds': seeds,
+    'control': _of(config, CONTROL, first).model.dtype,
     'loss': losses,
-    'gap': {name: gap(losses['bf16'], losses[name]) for name in chosen},
+    'gap': {name: [gap(*pair) for pair in pairs(name)] for name in names[1:]},
   }
   (out / 'precision.json').write_text(json.dumps(found, indent=1))
   _print(found)
   with contextlib.suppress(ImportError):
     (out / 'precision.html').write_text(_page(found))
     print(f'Results: {out / "precision.html"} and precision.json.')
+
+
+def _of(config: config_lib.Config, name: str, seed: int) -> config_lib.Config:
+  """`config` as the run `name` computes it."""
+  changes = {'precision': name}
+  if name == CONTROL:
+    wide = config.model.dtype == 'float32'
+    changes = {'precision': 'bf16', 'dtype': 'bfloat16' if wide else 'float32'}
+  model = dataclasses.replace(config.model, **changes)
+  run = dataclasses.replace(config.run, seed=seed)
+  return dataclasses.replace(config, model=model, run=run)
 
 
 def _config(name: str) -> config_lib.Config:
@@ -114,42 +141,57 @@ def gap(reference: dict, other: dict) -> list[float]:
   return ((smooth(other['loss']) - base) / base).tolist()
 
 
-def summary(steps: list[int], gaps: list[float]) -> dict[str, float]:
-  """After the first tenth: the worst gap, the last, points over the bound."""
-  late = np.abs(
-    [g for s, g in zip(steps, gaps, strict=True) if s > steps[-1] / 10]
-  )
+def summary(steps: list[int], gaps: list[list[float]]) -> dict:
+  """Of each seed's gaps: their mean's worst and points over the bound.
+
+  Both are after the first tenth. `late` are the seeds' own means over the last
+  half, `worst_seed` the worst point of any.
+  """
+  steps, gaps = np.array(steps), np.array(gaps)
+  after = gaps[:, steps > steps[-1] / 10]
+  mean = np.abs(after.mean(0))
   return {
-    'worst': float(late.max()),
-    'last': float(gaps[-1]),
-    'points': len(late),
-    'over': int((late > BOUND).sum()),
+    'worst': float(mean.max()),
+    'worst_seed': float(np.abs(after).max()),
+    'late': gaps[:, steps > steps[-1] / 2].mean(1).tolist(),
+    'points': len(mean),
+    'over': int((mean > BOUND).sum()),
   }
+
+
+_HEAD = (
+  'precision', 'last loss', 'worst gap', 'of one seed',
+  'last half by seed', f'over {BOUND:.2%}',
+)  # fmt: skip
 
 
 def _rows(found: dict) -> list[tuple[str, ...]]:
   rows = []
   for name, gaps in found['gap'].items():
-    s = summary(found['loss'][name]['step'], gaps)
+    runs = found['loss'][name]
+    s = summary(runs[0]['step'], gaps)
     rows.append(
       (
-        name,
-        f'{found["loss"][name]["loss"][-1]:.4f}',
+        f'{name} ({found["control"]})' if name == CONTROL else name,
+        f'{np.mean([run["loss"][-1] for run in runs]):.4f}',
         f'{s["worst"]:.3%}',
-        f'{s["last"]:+.3%}',
+        f'{s["worst_seed"]:.3%}',
+        ', '.join(f'{late:+.3%}' for late in s['late']),
         f'{s["over"]} of {s["points"]}',
       )
     )
   return rows
 
 
-_HEAD = ('precision', 'last loss', 'worst gap', 'last gap', f'over {BOUND:.2%}')
+def _title(found: dict) -> str:
+  seeds = len(found['seeds'])
+  return f'{found["config"]}, {found["steps"]} steps, {seeds} seeds'
 
 
 def _print(found: dict) -> None:
   from rich import console, table
 
-  title = f'Loss beside bf16, {found["config"]}, {found["steps"]} steps'
+  title = f'Loss beside bf16: {_title(found)}'
   shown = table.Table(*_HEAD, title=title)
   for row in _rows(found):
     shown.add_row(*row)
@@ -162,13 +204,15 @@ def _page(found: dict) -> str:
   matplotlib.use('Agg')
   figure, axes = page.figure(2, height=3.4)
   losses, gaps = axes[0]
-  for (name, one), colour in zip(
+  for (name, runs), colour in zip(
     found['loss'].items(), page.COLOURS, strict=False
   ):
-    losses.plot(one['step'], smooth(one['loss']), color=colour, label=name)
-    if name in found['gap']:
-      percent = 100 * np.array(found['gap'][name])
-      gaps.plot(one['step'], percent, color=colour, label=name)
+    for i, one in enumerate(runs):
+      style = {'color': colour, 'label': '' if i else name}
+      losses.plot(one['step'], smooth(one['loss']), **style)
+      if name in found['gap']:
+        percent = 100 * np.array(found['gap'][name][i])
+        gaps.plot(one['step'], percent, **style)
   for sign in (-1, 1):
     gaps.axhline(sign * 100 * BOUND, color='grey', ls=':')
   losses.set(title='Loss, smoothed', xlabel='step', ylabel='nats per token')
@@ -179,6 +223,6 @@ def _page(found: dict) -> str:
   rows = (_HEAD, *_rows(found))
   body = ''.join(f'<tr>{cells(row)}</tr>' for row in rows)
   machine = ', '.join(f'{k} {v}' for k, v in found['machine'].items())
-  title = f'FP8 beside bf16: {found["config"]}, {found["steps"]} steps'
+  title = f'FP8 beside bf16: {_title(found)}'
   parts = [page.svg(figure), f'<table>{body}</table>', f'<p>{machine}</p>']
   return page.page(title, parts)

@@ -57,6 +57,7 @@ setup(
       *DATA,
       *SERVE,
       *VIZ,
+      'openai>=2',
     ],
   },
 )

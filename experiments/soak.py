@@ -134,13 +134,18 @@ def _disaster(
 ) -> tuple[str, str, float]:
   """(name, rule of MLA_MOE_FAULT, seconds until SIGKILL or 0) of a start.
 
-  Damage to files is done here; it needs a step to fall back to.
+  Damage to files is done here; it needs a sealed step to fall back to.
   """
-  from mla_moe import checkpoint
+  from mla_moe import checkpoint, seal
 
   saved = checkpoint.steps(path / 'checkpoints')
+  sealed = [
+    step
+    for step in saved
+    if (path / 'checkpoints' / str(step) / seal.NAME).exists()
+  ]
   kinds = ['kill', 'kill at a point', 'term', 'full disk']
-  if len(saved) > 1:
+  if len(sealed) > 1:
     kinds += ['flip', 'cut']
   what = 'none' if late else dice.choice(kinds)
   # What strikes at a step strikes soon: a run should suffer several times.
@@ -150,7 +155,7 @@ def _disaster(
   if what == 'kill':
     return what, '', dice.uniform(1, min(alone, 20.0))
   if what in ('flip', 'cut'):
-    _damage(dice, what, path / 'checkpoints' / str(saved[-1]))
+    _damage(dice, what, path / 'checkpoints' / str(sealed[-1]))
     # Stopped soon after: the step that was taken instead is gone over again.
     return what, f'term@step:{step}', 0.0
   rules = {

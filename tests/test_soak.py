@@ -72,3 +72,17 @@ def test_disasters_need_something_to_strike(tmp_path):
     assert what not in ('flip', 'cut', 'none') and bool(rule) != bool(delay)
   found = soak._disaster(random.Random(0), 60, tmp_path, late=True, alone=9.0)
   assert found == ('none', '', 0.0)
+
+
+def test_files_are_damaged_only_where_a_sealed_step_remains(tmp_path):
+  """A full disk leaves steps without a seal: none to fall back to."""
+  folder = tmp_path / 'checkpoints'
+  with checkpoint.Writer(folder, 3) as saved:
+    for step in (5, 9):
+      saved.save(step, {'w': jnp.arange(4.0)}, {})
+  kinds = lambda: {
+    soak._disaster(random.Random(seed), 60, tmp_path, False, 9.0)[0]
+    for seed in range(20)
+  }
+  (folder / '5' / 'seal.json').unlink()
+  assert kinds() == {'kill', 'kill at a point', 'term', 'full disk'}

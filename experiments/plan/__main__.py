@@ -43,7 +43,7 @@ def _main() -> None:
   from experiments.plan import bill, report, search
 
   if values.mesh:
-    mesh = search.mesh_of(values.mesh)
+    mesh = search.mesh_of(values.mesh, config.mesh.states)
     try:
       config = dataclasses.replace(config, mesh=mesh)
     except ConfigError as error:

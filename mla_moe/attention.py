@@ -299,7 +299,7 @@ def _splash(q, k, v, segments, scale):
     mask=mask,
     block_sizes=sizes,
     residual_checkpoint_name=SAVED[0],
-    interpret=jax.default_backend() == 'cpu',
+    interpret=sharding.platform() == 'cpu',
   )
   heads_first = lambda x: x.swapaxes(1, 2)
   args = heads_first(q * scale), heads_first(k), heads_first(v)

@@ -56,27 +56,6 @@ def split(shape: tuple, names: tuple) -> Split:
   return Split(rows, length, sharding.automatic())
 
 
-# ------------------------------------------------------------------- weights
-
-
-def gathered(ws: tuple, names: tuple, over: tuple[str, ...]) -> tuple:
-  """In a region: weights whole along `embed`, which was split `over` axes.
-
-  The gradient is scattered as it is summed: no device holds all of it. In FP8
-  nobody reads the master's values, so that nothing but its gradient moves.
-  """
-
-  def one(w, axes):
-    if _is_eight(w):
-      return fp8.Weight(one(w.master, axes), w.copies)
-    if not over:
-      return w
-    at = axes.index('embed')
-    return jax.lax.all_gather(w, over, axis=at, tiled=True)
-
-  return tuple(one(w, axes) for w, axes in zip(ws, names, strict=True))
-
-
 # ------------------------------------------------------------------ exchange
 
 

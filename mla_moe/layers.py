@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,10 +78,10 @@ def weight(
   if not isinstance(w, fp8.Weight):
     w = quantised(w, axes, recipe)
   names = _flat(axes, axes)
-  gathered = tuple(None if a == 'embed' else a for a in names)
+  whole = _whole(names)
 
   def gather(q):
-    bits = sharding.constrain(sharding.constrain(q.values, *names), *gathered)
+    bits = sharding.constrain(sharding.constrain(q.values, *names), *whole)
     return dataclasses.replace(
       q,
       values=jax.lax.bitcast_convert_type(bits, fp8.quantize.E4M3),
@@ -114,14 +115,65 @@ def quantised(w: Array, axes: tuple, recipe: fp8.Recipe) -> fp8.Weight:
 def partition(w: Array | fp8.Weight, axes: tuple) -> PartitionSpec | fp8.Weight:
   """Its layout in a region by its logical axes, and that of its copies.
 
-  Copies have been gathered along `embed` (`weight`), masters not.
+  Copies have been gathered from their shards (`weight`), masters not.
   """
   if not isinstance(w, fp8.Weight):
     return sharding.partition(axes, w)
-  flat = tuple(None if a == 'embed' else a for a in _flat(axes, axes))
+  flat = _whole(_flat(axes, axes))
   lay = lambda leaf: sharding.partition(flat, leaf)
   master = sharding.partition(axes, w.master)
   return fp8.Weight(master, jax.tree.map(lay, w.copies))
+
+
+def _whole(axes: tuple) -> tuple:
+  return tuple(None if a in sharding.FSDP else a for a in axes)
+
+
+class Shards(NamedTuple):
+  """How FSDP splits a weight: along which of its axes, over which of a mesh."""
+
+  at: int
+  over: tuple[str, ...]
+
+
+def shards(w: Array | fp8.Weight, axes: tuple) -> Shards:
+  """Outside a region: where a weight with these logical axes is split."""
+  (at,) = (i for i, a in enumerate(axes) if a in sharding.FSDP)
+  return Shards(at, sharding.laid(axes, w.shape)[at])
+
+
+def gathered(
+  w: Array | fp8.Weight, shards: Shards, dtype: jnp.dtype
+) -> Array | fp8.Weight:
+  """In a region: a weight whole, in the activations' dtype, as it travels.
+
+  The gradient is summed in float32 and scattered as it is summed: no device
+  holds all of it. In FP8 nobody reads the master's values, so that nothing but
+  its gradient moves.
+  """
+  if isinstance(w, fp8.Weight):
+    return fp8.Weight(gathered(w.master, shards, w.master.dtype), w.copies)
+  w = sharding.varying(w)  # before it is narrow: its gradient is summed here
+  return _gather(w, shards, dtype) if shards.over else w.astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(w, shards, dtype):
+  return jax.lax.all_gather(
+    w.astype(dtype), shards.over, axis=shards.at, tiled=True
+  )
+
+
+def _scatter(shards, dtype, _, g):
+  g = g.astype(jnp.float32)
+  return (
+    jax.lax.psum_scatter(
+      g, shards.over, scatter_dimension=shards.at, tiled=True
+    ),
+  )
+
+
+_gather.defvjp(lambda w, *how: (_gather(w, *how), None), _scatter)
 
 
 def _flat(axes: tuple, values: tuple) -> tuple:

@@ -233,11 +233,12 @@ def bubble(stages: int, micro_batches: int) -> float:
 def traffic(config: config_lib.Config) -> dict[str, float]:
   """Bytes that one device receives in a step, over each axis of the mesh.
 
-  fsdp: weights forward and again backward, gradients scattered in float32;
-  data: their sum over replicas; expert: each token's rows out and back,
-  forward and backward, by the cheaper of an all-to-all of its K copies and an
-  all-gather with a reduce-scatter; tensor: the stream's sums after attention
-  and FFN. Every micro-batch pays all of it.
+  fsdp: weights forward and again backward, gradients scattered, those of
+  experts in float32, others as wide as activations; data: their sum over
+  replicas; expert: each token's rows out and back, forward and backward, and
+  out once more under `remat`, by the cheaper of an all-to-all of its K copies
+  and an all-gather with a reduce-scatter; tensor: the stream's sums after
+  attention and FFN. Every micro-batch pays all of it.
   """
   model, mesh, data = config.model, config.mesh, config.data
   wide = _WIDTH[model.dtype]
@@ -254,19 +255,19 @@ def traffic(config: config_lib.Config) -> dict[str, float]:
   rest = rest / mesh.tensor
   others = lambda n: (n - 1) / n
   twice = 1 if model.remat == 'none' else 2
-  gather = (twice * weights + 4) * (routed + rest) * others(mesh.fsdp)
-  held = (routed + rest) / mesh.fsdp
+  grads = 4 * routed + wide * rest
+  gather = twice * weights * (routed + rest) + grads
   # The experts' replicas are the data axis; the rest's also the expert axis.
-  summed = 2 * 4 * held * others(mesh.data)
-  also = 2 * 4 * rest / mesh.fsdp * others(mesh.expert)
+  summed = 2 * grads / mesh.fsdp * others(mesh.data)
+  also = 2 * wide * rest / mesh.fsdp * others(mesh.expert)
   copies = min(model.moe.top_k, mesh.expert)
   crossing = tokens * model.dim * wide * copies * others(mesh.expert)
-  passes = 3 if model.remat == 'none' else 4
+  passes = 4 if model.remat == 'none' else 5
   exchange = routed_layers * crossing * passes + also
   blocks = model.layers + depth
   sums = 2 * tokens * model.dim * wide * others(mesh.tensor)
   return {
-    'fsdp': times * gather,
+    'fsdp': times * gather * others(mesh.fsdp),
     'data': times * summed,
     'expert': times * exchange if mesh.expert > 1 else 0.0,
     'tensor': times * blocks * 2 * (1 + twice) * sums,

@@ -48,7 +48,7 @@ class Attention(nn.Module):
         axes = ('embed', 'latent')
         w_q = w('w_q_down', (dim, mla.query_rank), axes)
         shape = (mla.query_rank, heads, query_dim)
-        w_q_up = w('w_q_up', shape, ('latent', 'heads', 'head_dim'))
+        w_q_up = w('w_q_up', shape, ('rank', 'heads', 'head_dim'))
       else:
         axes = ('embed', 'heads', 'head_dim')
         w_q = w('w_q', (dim, heads, query_dim), axes)
@@ -74,7 +74,7 @@ class Attention(nn.Module):
       q = jnp.concatenate([q_nope, rope.rotate(q_rope, cos, sin)], axis=-1)
       q = sharding.constrain(q, 'batch', 'part', 'heads', 'head_dim')
 
-    up = ('latent', 'heads', 'head_dim')
+    up = ('rank', 'heads', 'head_dim')
     ws = (
       w('w_k_up', (rank, heads, mla.nope_dim), up),
       w('w_v_up', (rank, heads, mla.value_dim), up),
@@ -109,6 +109,8 @@ def attend_latents(
     latent = checkpoint_name(latent, 'kv_latent')
 
   def local(q, latent, k_rope, ws, segments):
+    pairs = zip(ws, shards, strict=True)
+    ws = tuple(layers.gathered(w, s, q.dtype) for w, s in pairs)
     q, latent, k_rope, ws = sharding.varying((q, latent, k_rope, ws))
     keys = segments
     if parts > 1:
@@ -142,7 +144,8 @@ def attend_latents(
   heads = ('batch', 'part', 'heads', 'head_dim')
   laid = sum(sharding.laid(heads, q.shape), ())
   same = tuple(a for a in sharding.automatic() if a not in laid)
-  up = ('latent', 'heads', 'head_dim')
+  up = ('rank', 'heads', 'head_dim')
+  shards = tuple(layers.shards(w, up) for w in ws)
   specs = (
     lay(heads, q),
     lay(('batch', 'part', 'latent'), latent),
@@ -150,5 +153,5 @@ def attend_latents(
     tuple(layers.partition(w, up) for w in ws),
     lay(('batch', 'part'), segments),
   )
-  run = sharding.local(local, specs, specs[0])
+  run = sharding.local(local, specs, specs[0], checked=False)
   return run(q, latent, k_rope, ws, segments)

@@ -100,7 +100,7 @@ def routed(
   """
   names = ('batch', 'length', 'stream')
   split = expert_parallel.split(x.shape, names)
-  (over,) = sharding.laid(('embed',), x.shape[-1:])
+  shards = tuple(map(layers.shards, ws, (_GATE_UP, _DOWN)))
   compute = functools.partial(experts, impl=moe.impl, recipe=recipe)
 
   def local(x, mask, w_router, bias, ws):
@@ -110,7 +110,8 @@ def routed(
       flat_mask = mask.reshape(-1)
     with jax.named_scope('route'):
       routing = router.route(flat, w_router, bias, moe)
-    ws = expert_parallel.gathered(ws, (_GATE_UP, _DOWN), over)
+    pairs = zip(ws, shards, strict=True)
+    ws = tuple(layers.gathered(w, s, x.dtype) for w, s in pairs)
     with jax.named_scope('experts'):
       out, overflow = expert_parallel.exchange(
         flat, routing.weights, routing.chosen, ws, compute, split, moe, recipe

@@ -38,6 +38,7 @@ RULES = (
   # parameters
   ('vocab', 'tensor'),
   ('embed', 'fsdp'),
+  ('rank', 'fsdp'),  # of a latent, where weights expand it
   ('heads', 'tensor'),
   ('experts', 'expert'),
   ('mlp', 'tensor'),
@@ -52,8 +53,11 @@ RULES = (
 # The optimizer's state under `config.mesh.states = 'zero1'` (Rajbhandari et
 # al. 2020): parameters are whole on every `data` replica, moments are not.
 ZERO1 = tuple(
-  (name, ('fsdp', 'data') if name == 'embed' else axes) for name, axes in RULES
+  (name, ('fsdp', 'data') if axes == 'fsdp' else axes) for name, axes in RULES
 )
+
+# What FSDP splits, and gathers before use: one axis of each matrix.
+FSDP = tuple(name for name, axes in RULES if axes == 'fsdp')
 
 
 def make_mesh(
@@ -129,13 +133,17 @@ def check(config: config_lib.Config):
   """
   mesh, model, data = config.mesh, config.model, config.data
   wanted = [
-    ('fsdp', mesh.fsdp, 'model.dim', model.dim),
     ('tensor', mesh.tensor, 'model.vocab', model.vocab),
     ('tensor', mesh.tensor, 'model.dense_width', model.dense_width),
   ]
+  axes, size = 'fsdp', mesh.fsdp
   if mesh.states == 'zero1':
-    both = mesh.data * mesh.fsdp
-    wanted.append(('data * fsdp', both, 'model.dim', model.dim))
+    axes, size = 'data * fsdp', mesh.data * mesh.fsdp
+  wanted += [
+    (axes, size, 'model.dim', model.dim),
+    (axes, size, 'model.mla.kv_rank', model.mla.kv_rank),
+    (axes, size, 'model.mla.query_rank', model.mla.query_rank),
+  ]
   if model.moe_layers:
     width = model.moe.width
     wanted.append(('tensor', mesh.tensor, 'model.moe.width', width))
@@ -237,10 +245,15 @@ def automatic() -> tuple[str, ...]:
   return tuple(a for a in mesh.axis_names if a not in mesh.manual_axes)
 
 
-def local(f: Callable, in_specs: tuple, out_specs: PyTree) -> Callable:
+def local(
+  f: Callable, in_specs: tuple, out_specs: PyTree, *, checked: bool = True
+) -> Callable:
   """`f` of each device's parts; just `f` where there is no mesh to split.
 
-  Every axis is manual inside, those of size one, too.
+  Every axis is manual inside, those of size one, too. `checked` regions prove
+  that what they hand out as equal on several devices is; a library's kernel
+  (jax's for TPUs) that does not say over which axes its result varies cannot
+  be called in one.
   """
   axes = automatic()
   if not axes:
@@ -253,7 +266,7 @@ def local(f: Callable, in_specs: tuple, out_specs: PyTree) -> Callable:
     in_specs=in_specs,
     out_specs=out_specs,
     axis_names=set(axes),
-    check_vma=not nested,
+    check_vma=checked and not nested,
   )
 
 

@@ -117,6 +117,28 @@ def test_the_bill_of_v3_on_its_own_cluster():
   assert bill.tokens_of(V3) == pytest.approx(14.8e12, rel=1e-3)
 
 
+def test_zero1_splits_the_moments_alone():
+  mesh = dict(data=4, fsdp=2)
+  layout = step.layout(SMOKE)
+  whole = memory.footprint(on_mesh(SMOKE, **mesh), layout)
+  split = memory.footprint(on_mesh(SMOKE, **mesh, states='zero1'), layout)
+  assert split.parameters == whole.parameters
+  assert split.optimizer < 0.3 * whole.optimizer
+  # A mesh that is searched for, or asked for by a flag, keeps the table.
+  config = on_mesh(SMOKE, states='zero1')
+  found = search.smallest_on(config, chips.parse('v5e:2x2'), layout)
+  assert found.config.mesh.states == 'zero1'
+  assert search.mesh_of('data=4', 'zero1').states == 'zero1'
+
+
+def test_no_matrix_of_v3_is_whole_under_fsdp():
+  layout = step.layout(V3)
+  one, eight = (
+    memory.state_bytes(layout, config_lib.MeshConfig(fsdp=n)) for n in (1, 8)
+  )
+  assert eight < 1.001 * one / 8  # norms and the router's second axis
+
+
 def test_sharding_more_never_holds_more():
   layout = step.layout(LITE)
   sizes = [
@@ -134,10 +156,11 @@ def test_traffic_follows_the_mesh():
   for axis in ('data', 'fsdp', 'expert', 'tensor'):
     sent = memory.traffic(on_mesh(LITE, **{axis: 4}))
     assert {a for a, size in sent.items() if size} == {axis}
-  matrices = cost.parameters(LITE).total
+  counts = cost.parameters(LITE)
   sent = memory.traffic(on_mesh(LITE, data=2))['data']
   steps = LITE.data.batch_size / 2
-  assert sent == pytest.approx(4 * matrices * steps)  # half out, half in
+  wide = 4 * counts.routed + 2 * (counts.total - counts.routed)
+  assert sent == pytest.approx(wide * steps)  # half out, half in
 
 
 def test_the_smallest_slice_is_the_smallest():

@@ -40,10 +40,15 @@ def _main() -> None:
   config = cli.config()
   on = chips.parse(values.topology) if values.topology else None
   _check(values, on)
+  import jax
+
+  # Shapes need no accelerator, and libtpu serves one process at a time: the
+  # one that compiles.
+  jax.config.update('jax_platforms', 'cpu')
   from experiments.plan import bill, report, search
 
   if values.mesh:
-    mesh = search.mesh_of(values.mesh)
+    mesh = search.mesh_of(values.mesh, config.mesh.states)
     try:
       config = dataclasses.replace(config, mesh=mesh)
     except ConfigError as error:

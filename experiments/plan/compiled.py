@@ -90,7 +90,7 @@ def lower(config: config_lib.Config, devices: list):
   state = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     nn.unbox(boxed),
-    sharding.shardings(boxed, mesh),
+    step.placement(config, mesh),
   )
   rows = config.data.micro_batch or config.data.batch_size
   shape = (config.data.batch_size // rows, rows, config.data.seq_len)

@@ -40,7 +40,7 @@ def collectives(
   """
   bodies, entry = _bodies(text)
   times = _times(bodies, entry, unknown)
-  rows = collections.defaultdict(lambda: [0, 0.0])
+  found = {}
   for name, lines in bodies.items():
     scattered = 'all-reduce-scatter' in name
     for line in lines:
@@ -54,9 +54,16 @@ def collectives(
       size = _received(kind, shape, bool(started), len(group), scattered)
       if kind == 'all-reduce' and scattered:
         kind = 'reduce-scatter'
-      row = rows[_axis(group, axes, sizes), kind]
-      row[0] += times[name]
-      row[1] += times[name] * size
+      # A TPU's asynchronous collective is several fusions, in each of which it
+      # is written again: where it starts, what runs meanwhile, where it ends.
+      chain = re.search(r'channel_id=(\d+).*?chain_id="(\d+)"', line)
+      key = chain.groups() if chain else (name, line)
+      one = (times[name], times[name] * size, _axis(group, axes, sizes), kind)
+      found[key] = max(found.get(key, one), one)
+  rows = collections.defaultdict(lambda: [0, 0.0])
+  for turns, size, axis, kind in found.values():
+    rows[axis, kind][0] += turns
+    rows[axis, kind][1] += size
   return [
     {'axis': axis, 'kind': kind, 'count': count, 'bytes': size}
     for (axis, kind), (count, size) in sorted(rows.items())
@@ -72,7 +79,7 @@ def _bodies(text: str) -> tuple[dict[str, list[str]], str]:
         name = match[2]
         bodies[name] = []
         entry = name if match[1] else entry
-    elif line.startswith('}'):
+    elif line.rstrip() == '}':  # a kernel's own text has lines of '}}, ...'
       name = None
     else:
       bodies[name].append(line)
@@ -86,8 +93,7 @@ def _times(bodies, entry: str, unknown: int) -> dict[str, int]:
     for line in lines:
       turns = 1
       if ' while(' in line:
-        known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line)
-        turns = int(known[1]) if known else unknown
+        turns = _turns(line, bodies) or unknown
       called = _CALLED.findall(line)
       for branches in _BRANCHES.findall(line):
         called += re.findall(r'%?([\w.\-]+)', branches)
@@ -110,6 +116,25 @@ def _times(bodies, entry: str, unknown: int) -> dict[str, int]:
     for other, turns in calls[name]:
       times[other] += turns * times[name]
   return times
+
+
+def _turns(line: str, bodies) -> int:
+  """How often a loop turns, if the text says so; 0 if it does not.
+
+  A TPU's program has no such note, but the comparison that ends the loop.
+  """
+  known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line)
+  if known:
+    return int(known[1])
+  condition = re.search(r'condition=%?([\w.\-]+)', line)
+  text = '\n'.join(bodies.get(condition[1], ())) if condition else ''
+  less = re.search(
+    r'ROOT .* compare\([^,]*, %?([\w.\-]+)\), direction=LT', text
+  )
+  bound = less and re.search(
+    rf'%?{re.escape(less[1])} = s32\[\]\S* constant\((\d+)\)', text
+  )
+  return int(bound[1]) if bound else 0
 
 
 def _group(line: str, devices: int) -> list[int]:

@@ -32,7 +32,7 @@ class Plan:
     return self.footprint.total <= self.slice.chip.usable
 
 
-def mesh_of(text: str) -> config_lib.MeshConfig:
+def mesh_of(text: str, states: str = 'fsdp') -> config_lib.MeshConfig:
   """The mesh of 'fsdp=8,expert=8'; axes that are not named are 1.
 
   Raises:
@@ -47,7 +47,7 @@ def mesh_of(text: str) -> config_lib.MeshConfig:
         f'{", ".join(AXES)}'
       )
     sizes[axis] = int(size)
-  return config_lib.MeshConfig(**sizes)
+  return config_lib.MeshConfig(**sizes, states=states)
 
 
 def plan(config: config_lib.Config, on: chips.Slice, layout) -> Plan:
@@ -143,7 +143,11 @@ def _meshes(config, devices: int) -> Iterator[config_lib.MeshConfig]:
       left = devices // (expert * tensor)
       for fsdp in _powers(left):
         yield config_lib.MeshConfig(
-          data=left // fsdp, fsdp=fsdp, expert=expert, tensor=tensor
+          data=left // fsdp,
+          fsdp=fsdp,
+          expert=expert,
+          tensor=tensor,
+          states=config.mesh.states,
         )
 
 

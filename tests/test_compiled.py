@@ -1,0 +1,129 @@
+"""What the compiled step sends: what the arithmetic says, and no experts."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import pytest
+
+from configs import small
+from experiments.plan import compiled, hlo
+from mla_moe import config as config_lib
+from mla_moe import memory
+
+NEEDS = 'needs libtpu: pip install jax[tpu]'
+MESHES = {
+  'expert': config_lib.MeshConfig(expert=8),
+  'both': config_lib.MeshConfig(fsdp=2, expert=4),
+}
+
+
+def step_of(mesh, dtype, dim, width, length):
+  """A dense and two MoE layers; a width that no other length is equal to."""
+  config = config_lib.freeze(small.get_config())
+  moe = dataclasses.replace(
+    config.model.moe, experts=16, top_k=8, groups=1, top_groups=1, width=width
+  )
+  model = dataclasses.replace(
+    config.model,
+    dim=dim,
+    layers=3,
+    vocab=2048,
+    remat='full',
+    dtype=dtype,
+    mtp=config_lib.MTPConfig(0),
+    moe=moe,
+  )
+  data = dataclasses.replace(
+    config.data, seq_len=length, batch_size=16, micro_batch=0
+  )
+  return dataclasses.replace(config, model=model, data=data, mesh=MESHES[mesh])
+
+
+def program(config, devices):
+  lowered, mesh = compiled.lower(config, devices)
+  text = lowered.compile().as_text()
+  return text, mesh.axis_names, mesh.devices.shape
+
+
+def gathered_over(axis, text, axes, sizes):
+  """The shapes that are gathered along an axis of the mesh."""
+  for line in text.splitlines():
+    found = re.search(r'= (.*?) all-gather(-start)?\(', line)
+    if found and axis in hlo._axis(hlo._group(line, 8), axes, sizes):
+      for _, shape in hlo._SHAPE.findall(found[1]):
+        yield [int(n) for n in shape.split(',') if n]
+
+
+def no_experts_are_gathered(config, *found):
+  dim, width = config.model.dim, config.model.moe.width
+  shapes = list(gathered_over('expert', *found))
+  assert any(dim in shape for shape in shapes)  # tokens are
+  for shape in shapes:
+    assert not {dim, width} <= set(shape), shape
+
+
+def received(*found):
+  """Bytes by axis; what goes over several axes at once counts as the first's."""
+  sums = dict.fromkeys(MESHES['both'].__dict__, 0.0)
+  for row in hlo.collectives(*found):
+    sums[row['axis'].split('+')[0]] += row['bytes']
+  return sums
+
+
+@pytest.mark.parametrize(
+  'mesh', [pytest.param('expert', marks=pytest.mark.slow), 'both']
+)
+def test_tokens_travel_and_experts_do_not(mesh):
+  config = step_of(mesh, 'float32', 256, 96, 128)
+  found = program(config, jax.devices())
+  no_experts_are_gathered(config, *found)
+
+
+@functools.cache
+def tpu(mesh):
+  from jax.experimental import topologies
+
+  described = topologies.get_topology_desc('v5e:2x4', platform='tpu')
+  config = step_of(mesh, 'bfloat16', 1024, 512, 1024)
+  return config, program(config, described.devices)
+
+
+@pytest.fixture
+def libtpu(monkeypatch):
+  pytest.importorskip('libtpu', reason=NEEDS)
+  monkeypatch.setenv('TPU_SKIP_MDS_QUERY', '1')
+  monkeypatch.setenv('TPU_WORKER_HOSTNAMES', 'localhost')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('mesh', MESHES)
+def test_a_tpu_receives_what_the_arithmetic_says(mesh, libtpu):
+  config, found = tpu(mesh)
+  no_experts_are_gathered(config, *found)
+  sums, expected = received(*found), memory.traffic(config)
+  total = sum(expected.values())
+  assert sum(sums.values()) == pytest.approx(total, rel=0.1)
+  for axis in expected:
+    assert sums[axis] == pytest.approx(expected[axis], rel=0.1), axis
+
+
+@pytest.mark.slow
+def test_a_tpu_computes_the_shared_expert_while_tokens_travel(libtpu):
+  """Tokens' gather is cut into fusions: its start, products, its end."""
+  config, (text, _, _) = tpu('both')
+  bodies, _ = hlo._bodies(text)
+  rows = 8 // 2 * 16 // 8 * config.data.seq_len  # of an expert group
+  moved = [
+    name
+    for name, lines in bodies.items()
+    for line in lines
+    if re.search(rf'= bf16\[{rows},1024\]\S* all-gather\(', line)
+    and 'experts/all_gather' in line
+  ]
+  between = [name for name in moved if name.startswith('async_collective')]
+  assert between
+  # In the same fusion runs a product of the shared expert.
+  work = [line for name in between for line in bodies[name]]
+  assert any(' convolution(' in w and 'ffn/shared' in w for w in work)

@@ -75,10 +75,16 @@ def text(path: pathlib.Path):
 
 def main() -> None:
   """Builds the notebooks named on the command line, or all."""
+  names = [word for word in sys.argv[1:] if word != '--text']
+  there = [path.stem for path in sources()]
+  for name in names:
+    if name not in there:
+      print(__doc__)
+      print(f'{name!r}: is none of {", ".join(there)}', file=sys.stderr)
+      sys.exit(2)
   import nbformat
 
   for path in sources():
-    names = [word for word in sys.argv[1:] if word != '--text']
     if names and path.stem not in names:
       continue
     began = time.perf_counter()

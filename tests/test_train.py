@@ -132,6 +132,10 @@ def program(*args):
   'args, words',
   [
     (['--config.model.layres=3'], 'layers'),
+    (
+      ['--config.model.moe.topk=3'],
+      'error: config: there is no such key: \'topk\'; did you mean "top_k"?\n',
+    ),
     (['--config.model.layers=three'], 'layers'),
     (['--config.model.moe.top_k=99'], 'config.model.moe.top_k=99'),
     (['--config=configs/nowhere.py'], 'nowhere.py'),

@@ -12,6 +12,9 @@ import pathlib
 import sys
 import time
 
+# Where the notebooks are opened and cloned from: their badges and first cells
+# name it, and a fork has another.
+REPOSITORY = 'mla-moe/mla_moe'
 FOLDER = pathlib.Path(__file__).parent
 
 

@@ -114,9 +114,11 @@ def test_a_trace_names_the_operations(tmp_path, capsys):
   x = jnp.ones((300, 300))
   y = product(x)
   with profile.steps(tmp_path, 2, 3) as at:
+    took = []
     for step in range(1, 6):
-      at(step, y)
+      took.append(at(step, y))
       y = product(x)
+  assert [seconds > 0 for seconds in took] == [False, True, False, True, False]
   shown = capsys.readouterr().out
   assert 'operation' in shown and 'steps 2 to 3' in shown
   found = profile.operations(tmp_path)

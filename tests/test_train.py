@@ -1,5 +1,6 @@
 """The program: exact resume, signals, the workdir, errors, the report."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -66,6 +67,21 @@ def test_resumed_equals_uninterrupted_bit_for_bit(runs):
   ]
   assert rows[0] == rows[1]
   assert [r['step'] for r in rows[0] if 'loss' in r] == list(range(1, 21))
+
+
+@pytest.mark.slow
+def test_writing_a_trace_is_no_time_of_a_step(tmp_path, monkeypatch):
+  def slow(step, state):
+    time.sleep(3.0 if step == 5 else 0.0)
+    return 3.0 if step == 5 else 0.0
+
+  trace = lambda *_: contextlib.nullcontext(slow)
+  monkeypatch.setattr(train.profile, 'steps', trace)
+  train.run(shorter(8), tmp_path / 'run')
+  rows = workdir.rows(tmp_path / 'run' / 'metrics.jsonl')
+  tokens = SMOKE.data.batch_size * SMOKE.data.seq_len
+  rates = [r['tokens_per_s'] for r in rows if 'tokens_per_s' in r]
+  assert len(rates) >= 2 and min(rates) > tokens / 3.0
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 
@@ -77,10 +78,17 @@ def _parse(define: Callable[[], None]) -> None:
     text = last if wrapped else ' '.join(text.split())
     text = text.removeprefix('mla_moe.config.ConfigError: ')
     if isinstance(error, (AttributeError, KeyError)):
-      text = f'config: there is no such key: {text}'
+      text = f'config: there is no such key: {_unwrapped(text)}'
     raise config_lib.ConfigError(text) from None
   if rest:
     raise config_lib.ConfigError(f'{rest[0]!r}: not a flag; flags have --')
+
+
+def _unwrapped(text: str) -> str:
+  """'topk'; did you mean "top_k"? of what ml_collections says, once or twice."""
+  text = text.replace("\\'", "'").replace("''", "'")
+  hint = r';? Did you mean (".*?") instead of ".*?"\?\'?'
+  return re.sub(hint, r'; did you mean \1?', text).strip('"')
 
 
 def _refuse(error: config_lib.ConfigError) -> None:

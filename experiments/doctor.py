@@ -35,13 +35,14 @@ _PACKAGES = (
   'transformers',
   'torch',
 )
-_FLAGS = ('JAX_', 'XLA_', 'LIBTPU_', 'TPU_', 'NCCL_', 'CUDA_VISIBLE', 'TF_')
+_FLAGS = ('JAX_', 'XLA_', 'LIBTPU_', 'TPU_', 'NCCL_', 'CUDA_VISIBLE', 'TF_CPP')
 _DEVICES = """
 import jax
 for d in jax.devices():
   stats = d.memory_stats() or {}
   size = stats.get('bytes_limit', 0) / 2**30
-  print(d.platform, d.device_kind, f'{size:.1f} GiB' if size else '', sep='; ')
+  kind = [] if d.device_kind == d.platform else [d.device_kind]
+  print(d.platform, *kind, *([f'{size:.1f} GiB'] if size else []), sep='; ')
 """
 
 

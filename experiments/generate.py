@@ -11,6 +11,7 @@ last line says (on standard error, like the share of accepted drafts).
 
 from __future__ import annotations
 
+import os
 import pathlib
 import secrets
 import sys
@@ -104,6 +105,11 @@ def open_checkpoint() -> Loaded:
   folder = pathlib.Path(FLAGS.checkpoint).expanduser()
   config, variables, name = load(folder, FLAGS.dtype)
   name = FLAGS.tokenizer or name
+  if not FLAGS.tokenizer and name != 'byte' and not os.path.exists(name):
+    raise ConfigError(
+      f"{name!r}: is not there; name the model's by --tokenizer=FILE, or "
+      '--tokenizer=byte where it was trained on bytes'
+    )
   if name == 'byte':  # whatever the model calls its bos
     words = tokenizer.ByteTokenizer()
   else:

@@ -16,6 +16,7 @@ import contextlib
 import pathlib
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -46,11 +47,12 @@ def window(text: str) -> tuple[int, int]:
 @contextlib.contextmanager
 def steps(
   folder: pathlib.Path, first: int, last: int
-) -> Iterator[Callable[[int, Any], None]]:
+) -> Iterator[Callable[[int, Any], float]]:
   """Yields at(step, values), to be called before each step.
 
   `values` are the step's before, which are waited for where the trace begins
-  and ends. The table is printed as soon as the trace is written.
+  and ends. The table is printed as soon as the trace is written. at returns the
+  seconds that the trace itself took, which are none of the steps'.
   """
   import jax
 
@@ -63,15 +65,20 @@ def steps(
     print(table(operations(folder)))
     print(f'Trace of steps {first} to {last}: xprof --logdir {folder}')
 
-  def at(step: int, values: Any) -> None:
+  def at(step: int, values: Any) -> float:
     nonlocal running
     if not running and step == first:
       jax.block_until_ready(values)
+      began = time.perf_counter()
       jax.profiler.start_trace(str(folder))
       running = True
     elif running and step == last + 1:
       jax.block_until_ready(values)
+      began = time.perf_counter()
       end()
+    else:
+      return 0.0
+    return time.perf_counter() - began
 
   try:
     yield at

@@ -28,7 +28,7 @@ class Recorder:
     self._incidents = workdir.Rows(ready.path / 'incidents.jsonl')
     self._logs = self._prints = None
     self.final = {'step': start}
-    self.before = lambda number, state: None  # of each step: a profile
+    self.before = lambda number, state: 0.0  # of each step: a profile
     self.trackers = []  # who get the rows of metrics.jsonl as well
     self.measured: dict[int, float] = {}  # held-out bits per byte, by step
     self.eight = config.model.precision != 'bf16'

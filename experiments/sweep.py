@@ -113,12 +113,14 @@ def show(rows: list[dict]) -> None:
   for key in rows[0]:
     table.add_column(key.rpartition('.')[2], justify='right')
   for row in sorted(rows, key=order):
-    cells = (
-      '-' if v is None else f'{v:,.4g}' if isinstance(v, float) else str(v)
-      for v in row.values()
-    )
-    table.add_row(*cells)
+    table.add_row(*map(_cell, row.values()))
   Console(highlight=False).print(table)
+
+
+def _cell(value) -> str:
+  if not isinstance(value, float):
+    return '-' if value is None else str(value)
+  return f'{value:,.0f}' if abs(value) >= 1000 else f'{value:.4g}'
 
 
 def main() -> None:

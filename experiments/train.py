@@ -222,8 +222,9 @@ def _steps(ready, course, saved, written, stop, dog, tell) -> Ended:
     rates = optim.rates(config.optim, number - 1, seen * config.data.seq_len)
     given, state = faults.disturb(number, rates, state)
     asked = stop.share()
-    written.before(number, state)
+    traced = written.before(number, state)
     if clock:  # the first step compiles: it is not watched
+      clock.pause(traced)
       dog.arm(f'step {number}')
     with fp8.fallbacks() as fell:  # products without their kernel: traced
       state, values = ready.train(

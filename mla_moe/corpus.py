@@ -6,6 +6,10 @@ The folder's name is a fingerprint of all that the tokens depend on, so a
 changed file or option makes a new one. A checksum for every MiB is compared
 when the folder is opened, because a memmap by itself reads a flipped bit
 without a word.
+
+Which documents are held out is decided by their keys (`documents`). Of a text so
+small that no key falls to that side, the document of the lowest key is, or, where
+there is but one, its end: a book in a file of its own can be trained on.
 """
 
 from __future__ import annotations
@@ -73,15 +77,19 @@ def check(corpus: Corpus, config: config_lib.Config):
   """
   data = config.data
   need = data.batch_size * data.seq_len + 1
-  for name, stream, least in (
-    ('training', corpus.train, need),
-    ('held-out', corpus.heldout, data.seq_len + 1),
+  for name, stream, least, less in (
+    ('training', corpus.train, need, 'lower data.batch_size or data.seq_len'),
+    (
+      'held-out',
+      corpus.heldout,
+      data.seq_len + 1,
+      f'raise data.heldout={data.heldout:g}, or lower data.seq_len',
+    ),
   ):
     if len(stream) < least:
       raise ConfigError(
         f'data.source={data.source!r}: {len(stream)} {name} tokens, but a '
-        f'batch needs {least}; give more text, or lower data.batch_size or '
-        'data.seq_len'
+        f'batch needs {least}; give more text, or {less}'
       )
     top = int(stream.max())
     if top >= config.model.vocab:
@@ -125,12 +133,12 @@ def _write(folder, files, data, tokenizer, say):
       open(paths['train'], 'wb') as train,
       open(paths['heldout'], 'wb') as heldout,
     ):
-      for group in _groups(files, say):
+      for group in _some_held_out(_groups(files, say), data.heldout):
         ids = tokenizer.encode_batch([document.text for document in group])
         for document, tokens in zip(group, ids, strict=True):
           tally.documents += 1
           tally.replaced += document.replaced
-          held = document.key < data.heldout * 2**64
+          held = _held_out(document, data.heldout)
           if held:
             text = document.text.encode('utf-8', 'replace')
             tally.heldout_bytes += len(text)
@@ -177,6 +185,38 @@ def _groups(files, say) -> Iterator[list[documents.Document]]:
       told = done
       say(f'  {10 * done} % of {len(files)} files')
   yield group
+
+
+def _held_out(document: documents.Document, share: float) -> bool:
+  return document.key < share * 2**64
+
+
+def _some_held_out(
+  groups: Iterator[list[documents.Document]], share: float
+) -> Iterator[list[documents.Document]]:
+  """The groups; where there is only one, something in it is held out."""
+  first, second = next(groups), next(groups, None)
+  if second:
+    yield first
+    yield second
+    yield from groups
+    return
+  if first and not any(_held_out(document, share) for document in first):
+    lowest = min(document.key for document in first)
+    if all(document.key == lowest for document in first):
+      text = first[0].text  # equal ones would be on both sides: one is enough
+      cut = round(len(text) * (1 - share))
+      cut = text.rfind('\n', 0, cut) + 1 or cut
+      first = [
+        first[0]._replace(text=text[:cut]),
+        first[0]._replace(text=text[cut:], key=0, replaced=0),
+      ]
+    else:
+      first = [
+        document._replace(key=0) if document.key == lowest else document
+        for document in first
+      ]
+  yield first
 
 
 def _fim(tokens, key, data, tokenizer):

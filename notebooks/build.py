@@ -12,6 +12,9 @@ import pathlib
 import sys
 import time
 
+# Where the notebooks are opened and cloned from: their badges and first cells
+# name it, and a fork has another.
+REPOSITORY = 'mla-moe/mla_moe'
 FOLDER = pathlib.Path(__file__).parent
 
 
@@ -75,10 +78,16 @@ def text(path: pathlib.Path):
 
 def main() -> None:
   """Builds the notebooks named on the command line, or all."""
+  names = [word for word in sys.argv[1:] if word != '--text']
+  there = [path.stem for path in sources()]
+  for name in names:
+    if name not in there:
+      print(__doc__)
+      print(f'{name!r}: is none of {", ".join(there)}', file=sys.stderr)
+      sys.exit(2)
   import nbformat
 
   for path in sources():
-    names = [word for word in sys.argv[1:] if word != '--text']
     if names and path.stem not in names:
       continue
     began = time.perf_counter()

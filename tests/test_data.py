@@ -66,6 +66,24 @@ def test_every_file_is_one_document_on_one_side(folder, text):
   assert len(split(text.heldout)) > 1
 
 
+@pytest.mark.parametrize('count', [1, 2, 30])
+def test_of_a_small_text_some_is_held_out(tmp_path, count):
+  """A share of a millionth is nobody's; the text is all there all the same."""
+  lines = [f'line {i} of a small book\n' for i in range(30)]
+  where = tmp_path / 'text'
+  where.mkdir()
+  for i in range(count):
+    (where / f'{i}.txt').write_text(''.join(lines[i::count]))
+  config = small(source=str(where), heldout=1e-6 if count > 1 else 0.1)
+  made = corpus.prepare(config, BYTE, tmp_path / 'cache', lambda line: None)
+  assert len(split(made.heldout)) == 1 and len(made.train)
+  content = lambda d: bytes(d[1:-1]).decode()
+  held = content(split(made.heldout)[0])
+  assert made.heldout_bytes == len(held) and made.prompt == held
+  every = held + ''.join(content(d) for d in split(made.train))
+  assert sorted(every.splitlines(True)) == sorted(lines)
+
+
 def test_a_file_keeps_its_side_when_others_come(folder, tmp_path, text):
   more = os.path.join(folder, 'more.txt')
   with open(more, 'w', encoding='utf-8') as file:
@@ -590,6 +608,9 @@ def test_too_little_text_and_too_small_a_vocabulary_are_said(folder, text):
     corpus.check(text, Config(model=model, data=large))
   assert f'{tokens} training tokens' in str(caught.value)
   assert f'needs {512 * 8 + 1}' in str(caught.value)
+  long = small(source=folder, seq_len=len(text.heldout), batch_size=1)
+  with pytest.raises(ConfigError, match='raise data.heldout=0.2, or lower'):
+    corpus.check(text, Config(model=model, data=long))
   corpus.check(text, Config(model=model, data=small(source=folder)))
   with pytest.raises(ConfigError, match='model.vocab=200.*257'):
     less = dataclasses.replace(model, vocab=200)

@@ -88,4 +88,4 @@ def test_program_generates_from_a_release():
   out = run(folder, '--prompt=hi', '--tokenizer=byte', '--speculative')
   assert out.returncode == 2 and 'MTP' in out.stderr
   out = run(folder, '--prompt=hi')
-  assert out.returncode == 2 and 'tokenizer.json' in out.stderr
+  assert out.returncode == 2 and '--tokenizer=byte' in out.stderr

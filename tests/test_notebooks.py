@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -38,8 +40,18 @@ def test_it_was_run_whole_and_shows_pictures(path):
   outputs = [o for cell in code for o in cell['outputs']]
   assert not any(o['output_type'] == 'error' for o in outputs)
   assert sum('image/png' in o.get('data', {}) for o in outputs) >= 2
-  badge = 'colab.research.google.com/github/mla-moe/mla_moe/blob/main/'
+  badge = f'colab.research.google.com/github/{build.REPOSITORY}/blob/main/'
   assert f'{badge}notebooks/{path.stem}.ipynb' in ''.join(cells[0]['source'])
+  clone = f"'https://github.com/{build.REPOSITORY}', 'src'"
+  assert clone in ''.join(code[0]['source'])
+
+
+def test_only_notebooks_that_are_there_are_built():
+  command = [sys.executable, '-m', 'notebooks.build', '6_nothing']
+  done = subprocess.run(
+    command, cwd=build.FOLDER.parent, capture_output=True, text=True
+  )
+  assert done.returncode == 2 and '5_cost' in done.stderr
 
 
 @needs('jupytext', 'nbclient', 'ipykernel')

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import pathlib
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from flax import linen as nn
 
 from configs import deepseek_v2_lite, deepseek_v3, small
 from experiments import chips
-from experiments.plan import bill, search
+from experiments.plan import bill, report, search
 from mla_moe import config as config_lib
 from mla_moe import cost, memory, model, sharding, step
 from mla_moe.config import ConfigError
@@ -216,12 +217,37 @@ def test_bad_plans_are_one_line(args, said):
   assert re.search(said, done.stderr) and done.stderr.count('\n') == 1
 
 
+def test_the_page_says_what_the_plan_says():
+  text = (pathlib.Path(__file__).parent.parent / 'docs/plan.md').read_text()
+  row = r'\| (\S+:\S+).*? \| ([a-z]+=[^|]*) \| ([\d.]+) \| ([\d.]+) \|'
+  rows = re.findall(row, text)
+  assert len(rows) == 7
+  layouts = {config: search.layout_of(config) for config in (V3, LITE)}
+  for i, (name, mesh, needs, has) in enumerate(rows):
+    config, on = V3 if i < 4 else LITE, chips.parse(name)
+    sizes = {k: int(v) for k, v in re.findall(r'(\w+)=(\d+)', mesh)}
+    found = search.plan(on_mesh(config, **sizes), on, layouts[config])
+    assert f'{found.footprint.total / 2**30:.1f}' == needs, name
+    assert f'{on.chip.usable / 2**30:.1f}' == has, name
+
+
+def test_no_figure_is_cut_off(capsys, monkeypatch):
+  monkeypatch.setenv('COLUMNS', '80')
+  config = on_mesh(LITE, fsdp=16, expert=8, tensor=2)
+  plan = search.plan(config, chips.parse('v6e:16x16'), search.layout_of(LITE))
+  paid = bill.bill(plan, 1e9, 0.4, 0.0)
+  report.show_choice(LITE, [(plan, paid)], 0.4)
+  shown = capsys.readouterr().out
+  assert '…' not in shown and str(plan.slice) in shown
+
+
 def test_a_plan_that_fits_writes_a_table_and_a_page(tmp_path):
   page = tmp_path / 'plan.html'
   done = plan(
     '--config=configs/small.py', '--topology=v5e:2x2', f'--out={page}'
   )
   assert done.returncode == 0, done.stderr
+  assert '…' not in done.stdout
   for word in ('parameters', 'optimizer', 'there is', 'chip hours'):
     assert word in done.stdout
   assert page.read_text().count('<svg') == 2

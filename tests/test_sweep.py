@@ -38,12 +38,15 @@ def test_the_table_puts_the_best_run_first(tmp_path, capsys):
   for values, bits in zip(runs[:2], (2.5, 2.1), strict=True):
     folder = tmp_path / sweep.name_of(values)
     folder.mkdir()
-    lines = [{'step': 1, 'main_loss': 3.0, 'loss': 3.1, 'tokens_per_s': 9.0}]
+    lines = [
+      {'step': 1, 'main_loss': 3.0, 'loss': 3.1, 'tokens_per_s': 12345.6}
+    ]
     lines += [{'step': 2, 'bits_per_byte': bits, 'gzip_bits_per_byte': 3.0}]
     text = ''.join(json.dumps(line) + '\n' for line in lines)
     (folder / 'metrics.jsonl').write_text(text)
   sweep.show(sweep.results(tmp_path, runs))
   shown = capsys.readouterr().out
+  assert '12,346' in shown
   assert shown.index('2.1') < shown.index('2.5') < shown.index('-  ')
 
 
@@ -111,9 +114,11 @@ def test_a_trace_names_the_operations(tmp_path, capsys):
   x = jnp.ones((300, 300))
   y = product(x)
   with profile.steps(tmp_path, 2, 3) as at:
+    took = []
     for step in range(1, 6):
-      at(step, y)
+      took.append(at(step, y))
       y = product(x)
+  assert [seconds > 0 for seconds in took] == [False, True, False, True, False]
   shown = capsys.readouterr().out
   assert 'operation' in shown and 'steps 2 to 3' in shown
   found = profile.operations(tmp_path)

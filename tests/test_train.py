@@ -1,5 +1,6 @@
 """The program: exact resume, signals, the workdir, errors, the report."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -70,6 +71,21 @@ def test_resumed_equals_uninterrupted_bit_for_bit(runs):
 
 
 @pytest.mark.slow
+def test_writing_a_trace_is_no_time_of_a_step(tmp_path, monkeypatch):
+  def slow(step, state):
+    time.sleep(3.0 if step == 5 else 0.0)
+    return 3.0 if step == 5 else 0.0
+
+  trace = lambda *_: contextlib.nullcontext(slow)
+  monkeypatch.setattr(train.profile, 'steps', trace)
+  train.run(shorter(8), tmp_path / 'run')
+  rows = workdir.rows(tmp_path / 'run' / 'metrics.jsonl')
+  tokens = SMOKE.data.batch_size * SMOKE.data.seq_len
+  rates = [r['tokens_per_s'] for r in rows if 'tokens_per_s' in r]
+  assert len(rates) >= 2 and min(rates) > tokens / 3.0
+
+
+@pytest.mark.slow
 def test_a_run_leaves_what_it_promises(runs):
   root, whole, _ = runs
   folder = root / 'whole'
@@ -133,6 +149,10 @@ def program(*args):
   'args, words',
   [
     (['--config.model.layres=3'], 'layers'),
+    (
+      ['--config.model.moe.topk=3'],
+      'error: config: there is no such key: \'topk\'; did you mean "top_k"?\n',
+    ),
     (['--config.model.layers=three'], 'layers'),
     (['--config.model.moe.top_k=99'], 'config.model.moe.top_k=99'),
     (['--config=configs/nowhere.py'], 'nowhere.py'),

@@ -23,9 +23,14 @@ _MEANS = {
 }
 
 
+def wide() -> Console:
+  """A console that cuts no figure off, in a narrow terminal or in a pipe."""
+  return Console(highlight=False, width=max(Console().width, 110))
+
+
 def show(plan, bill, utilisation: float) -> None:
   """One config on one slice."""
-  console = Console(highlight=False)
+  console = wide()
   console.print(_headline(plan.config))
   chip, total = plan.slice.chip, plan.footprint.total
   table = _table(
@@ -49,7 +54,7 @@ def show(plan, bill, utilisation: float) -> None:
 
 def show_choice(config, pairs, utilisation: float) -> None:
   """The smallest slice of every chip."""
-  console = Console(highlight=False)
+  console = wide()
   console.print(_headline(config))
   columns = ('slice', 'mesh', 'GiB', 'of', 'days', 'chip hours', 'dollars')
   table = _table('The smallest slice that holds it', columns)
@@ -72,7 +77,7 @@ def show_choice(config, pairs, utilisation: float) -> None:
 
 def show_compiled(plan, found) -> None:
   """What libtpu compiled, beside the arithmetic."""
-  console = Console(highlight=False)
+  console = wide()
   table = _table('Compiled by libtpu, one device', ('', 'GiB', 'arithmetic'))
   ours = plan.footprint
   state = ours.parameters + ours.optimizer

@@ -46,13 +46,17 @@ def window(text: str) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def steps(
-  folder: pathlib.Path, first: int, last: int
+  folder: pathlib.Path,
+  first: int,
+  last: int,
+  rest: Callable[[], None] = lambda: None,
 ) -> Iterator[Callable[[int, Any], float]]:
   """Yields at(step, values), to be called before each step.
 
   `values` are the step's before, which are waited for where the trace begins
   and ends. The table is printed as soon as the trace is written. at returns the
-  seconds that the trace itself took, which are none of the steps'.
+  seconds that the trace itself took, which are none of the steps'; `rest` is
+  called before them (a watchdog's).
   """
   import jax
 
@@ -69,11 +73,13 @@ def steps(
     nonlocal running
     if not running and step == first:
       jax.block_until_ready(values)
+      rest()
       began = time.perf_counter()
       jax.profiler.start_trace(str(folder))
       running = True
     elif running and step == last + 1:
       jax.block_until_ready(values)
+      rest()
       began = time.perf_counter()
       end()
     else:

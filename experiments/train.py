@@ -131,7 +131,7 @@ def _run(
     written = recorder.Recorder(ready._replace(path=records), course.number)
     stack.callback(written.close)
     written.before = stack.enter_context(
-      profile.steps(path / 'profile', *window)
+      profile.steps(path / 'profile', *window, dog.rest)
     )
     if tell_also:
       stack.callback(tell_also.close)

@@ -113,12 +113,13 @@ def test_a_trace_names_the_operations(tmp_path, capsys):
   product = jax.jit(lambda x: jnp.sin(x @ x).sum())
   x = jnp.ones((300, 300))
   y = product(x)
-  with profile.steps(tmp_path, 2, 3) as at:
-    took = []
+  rests, took = [], []
+  with profile.steps(tmp_path, 2, 3, lambda: rests.append(len(took))) as at:
     for step in range(1, 6):
       took.append(at(step, y))
       y = product(x)
   assert [seconds > 0 for seconds in took] == [False, True, False, True, False]
+  assert rests == [1, 3]  # no watchdog counts what a trace takes
   shown = capsys.readouterr().out
   assert 'operation' in shown and 'steps 2 to 3' in shown
   found = profile.operations(tmp_path)

@@ -169,8 +169,11 @@ def test_a_mesh_that_is_not_here_proposes_one(sizes, words):
   [
     (dict(mesh=c.MeshConfig(fsdp=8), model=dict(dim=36)), 'model.dim=36'),
     (
-      dict(mesh=c.MeshConfig(data=4, fsdp=8, states='zero1')),
-      r'data \* fsdp=32: must divide model.mla.kv_rank=16',
+      dict(
+        mesh=c.MeshConfig(data=2, fsdp=4, states='zero1'),
+        model=dict(mla=dataclasses.replace(TINY.model.mla, kv_rank=12)),
+      ),
+      r'data \* fsdp=8: must divide model.mla.kv_rank=12',
     ),
     (dict(mesh=c.MeshConfig(tensor=4), model=dict(vocab=270)), 'vocab=270'),
     (

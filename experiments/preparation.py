@@ -98,6 +98,17 @@ def _jitted(config: config_lib.Config) -> tuple[Callable, ...]:
   )
 
 
+def fresh(ready: Prepared) -> step.State:
+  """The state before any step, committed to its device as a restored one is.
+
+  jit compiles for committed and for other arrays apart: a run would compile its
+  step once more when it is resumed.
+  """
+  key = jax.random.key(ready.config.run.seed)
+  state = step.init_state(key, ready.config, ready.mesh)
+  return state if ready.mesh else jax.device_put(state, jax.devices()[0])
+
+
 def place(ready: Prepared, tree: Any) -> Any:
   """A batch (or rates) on the device, or split over the mesh's batch axes."""
   if ready.mesh is None:

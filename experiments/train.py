@@ -101,7 +101,7 @@ def _run(
   import jax
 
   from experiments import logs, preparation, recorder, report
-  from mla_moe import checkpoint, step
+  from mla_moe import checkpoint
 
   window = profile.window(also.profile)
   track = also.track if distributed.first() else ''
@@ -115,10 +115,7 @@ def _run(
     saved = checkpoint.Writer(path / 'checkpoints', every.keep, **kept)
     stack.enter_context(saved)
     dog = stack.enter_context(watchdog.Watchdog(every.step_timeout))
-    init = lambda: step.init_state(
-      jax.random.key(every.seed), config, ready.mesh
-    )
-    state = init()
+    state = preparation.fresh(ready)
     like = jax.tree.map(shape, state)
     course = Course(0, state, guard.Guard())
     if checkpoint.steps(path / 'checkpoints'):
@@ -127,7 +124,7 @@ def _run(
       if course:
         print(f'Resuming {path} at step {course.number}.')
       else:  # killed in its very first save
-        course = Course(0, init(), guard.Guard())
+        course = Course(0, preparation.fresh(ready), guard.Guard())
     written = recorder.Recorder(ready._replace(path=records), course.number)
     stack.callback(written.close)
     written.before = stack.enter_context(

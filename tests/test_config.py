@@ -121,7 +121,7 @@ BAD = [
 
 
 @pytest.mark.parametrize('key, value, words', BAD)
-def test_a_mistake_is_one_line_with_key_and_rule(key, value, words):
+def test_row31_a_mistake_is_one_line_with_key_and_rule(key, value, words):
   values = dataclasses.asdict(Config())
   *groups, name = key.split('.')
   at = values

@@ -189,7 +189,7 @@ def test_what_changes_the_tokens_changes_the_fingerprint(
 
 
 @pytest.mark.parametrize('part', ['train', 'heldout'])
-def test_a_flipped_bit_is_found_and_named(part, folder, tmp_path, text):
+def test_row20_a_flipped_bit_is_found_and_named(part, folder, tmp_path, text):
   path = tmp_path / 'cache' / text.fingerprint / f'{part}.bin'
   content = bytearray(path.read_bytes())
   content[len(content) // 2] ^= 4
@@ -422,7 +422,7 @@ def test_a_batch_may_reach_into_the_next_epoch(text):
 
 @pytest.mark.parametrize('packing', ['joined', 'separate'])
 @pytest.mark.parametrize('hosts', [2, 3, 6])
-def test_hosts_share_the_batch_of_one(hosts, packing, text):
+def test_row19_hosts_share_the_batch_of_one(hosts, packing, text):
   config = small(batch_size=12, micro_batch=6, packing=packing)
   for step in (0, 3, 11):
     whole = data.batch_at(text.train, config, step, BOS)
@@ -600,7 +600,9 @@ def test_invalid_utf8_is_replaced_counted_and_said_once(folder, tmp_path):
   assert every.count([BOS, *whole, EOS]) == 2
 
 
-def test_too_little_text_and_too_small_a_vocabulary_are_said(folder, text):
+def test_row21_too_little_text_and_too_small_a_vocabulary_are_said(
+  folder, text
+):
   tokens = len(text.train)
   model = ModelConfig(vocab=264)
   large = small(source=folder, seq_len=512, batch_size=8)

@@ -27,7 +27,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 MICRO = config_lib.freeze(tiny.get_config('micro'))
 RATES = optim.Rates(1e-2, 0.01, 0.3)
 NAN = RATES._replace(mtp_loss=float('nan'))
-SPIKE = RATES._replace(mtp_loss=1e4)
+MESH = config_lib.MeshConfig(data=2, fsdp=4)
 
 # Third-party code that the loop calls: none of it is ours to mend.
 pytestmark = pytest.mark.filterwarnings('default')
@@ -45,16 +45,38 @@ def micro(steps=20, **changes):
   return config_lib.Config(**groups)
 
 
-@pytest.fixture(scope='module')
-def root(tmp_path_factory):
-  """Runs beside each other share their text and their compiled programs."""
+@pytest.fixture(scope='module', autouse=True)
+def folder(tmp_path_factory):
+  """Of this file's texts and compiled programs, which child processes share.
+
+  They are compiled without optimizations: a row would spend its time on those.
+  """
   global MICRO
   folder = tmp_path_factory.mktemp('faults')
   text = dataclasses.replace(
     MICRO.data, source=str(soak.texts(folder / 'texts'))
   )
   MICRO = dataclasses.replace(MICRO, data=text)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('JAX_COMPILATION_CACHE_DIR', str(folder / '.jax_cache'))
+    patch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+    jax.config.update('jax_disable_most_optimizations', True)
+    yield folder
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
+@pytest.fixture(scope='module')
+def root(folder):
+  """Where runs are; the programs that most of them need are compiled once."""
+  train.run(micro(1), folder / 'first')
   return folder
+
+
+@pytest.fixture(scope='module')
+def spread(root):
+  """The same, with the programs of a mesh."""
+  train.run(dataclasses.replace(micro(1), mesh=MESH), root / 'spread')
+  return root
 
 
 @pytest.fixture
@@ -64,8 +86,7 @@ def fault(monkeypatch):
 
 
 def program(root, name, *args, fault=''):
-  environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
-  environment |= {faults.VARIABLE: fault, 'PYTHONPATH': str(ROOT)}
+  environment = {faults.VARIABLE: fault, 'PYTHONPATH': str(ROOT)}
   return subprocess.Popen(
     [
       *(sys.executable, '-m', 'experiments.train', f'--workdir={root}/{name}'),
@@ -73,7 +94,7 @@ def program(root, name, *args, fault=''):
       *args,
     ],
     cwd=ROOT,
-    env=environment,
+    env=os.environ | environment,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
@@ -126,8 +147,15 @@ def taken(config, *rates, state=None):
   return state, skipped
 
 
+@pytest.fixture(scope='module')
+def steps(folder):
+  """Both steps, compiled."""
+  for config in (MICRO, GUARDED):
+    taken(config, RATES)
+
+
 @pytest.mark.parametrize('config', [MICRO, GUARDED], ids=['plain', 'guarded'])
-def test_row22_a_nan_changes_nothing_and_the_next_step_trains(config):
+def test_row22_a_nan_changes_nothing_and_the_next_step_trains(steps, config):
   before, _ = taken(config, RATES)
   after, skipped = taken(config, NAN, state=before)
   assert skipped == [1] and int(after.step) == 2
@@ -140,7 +168,7 @@ def test_row22_a_nan_changes_nothing_and_the_next_step_trains(config):
   chex.assert_trees_all_equal(healed.replace(step=healthy.step), healthy)
 
 
-def test_row23_a_nan_in_the_first_step_changes_nothing():
+def test_row23_a_nan_in_the_first_step_changes_nothing(steps):
   fresh, _ = taken(GUARDED)
   state, skipped = taken(GUARDED, NAN, NAN, RATES)
   assert skipped == [1, 1, 0]
@@ -148,8 +176,7 @@ def test_row23_a_nan_in_the_first_step_changes_nothing():
   chex.assert_trees_all_equal(state.replace(step=first.step), first)
 
 
-@pytest.mark.slow
-def test_row25_a_spike_is_skipped_and_is_no_measure_of_later_ones():
+def test_row25_a_spike_is_skipped_and_is_no_measure_of_later_ones(steps):
   state, skipped = taken(GUARDED, *4 * [RATES])
   losses = np.array(state.guard['losses'])
   assert skipped == 4 * [0] and (losses > 0).all()
@@ -162,7 +189,7 @@ def test_row25_a_spike_is_skipped_and_is_no_measure_of_later_ones():
   assert skipped == 6 * [0]
 
 
-def test_row27_all_tokens_to_one_expert_is_finite_and_shows():
+def test_row27_all_tokens_to_one_expert_is_finite_and_shows(steps):
   state = step.init_state(jax.random.key(0), MICRO)
   forced = jax.tree.map(lambda b: b.at[..., :2].set(100.0), state.router)
   after, values = compiled(MICRO)(
@@ -205,7 +232,6 @@ def test_a_fault_strikes_once_and_only_where_it_says(fault):
 # --------------------------------------------------------------------- the run
 
 
-@pytest.mark.slow
 def test_row11_and_14_stopped_by_sigterm_and_resumed_bit_for_bit(
   root, fault, capsys
 ):
@@ -224,7 +250,6 @@ def test_row11_and_14_stopped_by_sigterm_and_resumed_bit_for_bit(
   )
 
 
-@pytest.mark.slow
 def test_row13_a_second_signal_ends_at_once_and_hurts_nothing(root):
   """It comes while the save that the first asked for is being written."""
   child = program(
@@ -290,16 +315,16 @@ def test_row24_bad_steps_in_a_row_stop_the_run_with_its_last_good_state(
   assert (root / 'bad/report.html').exists()
 
 
-SPIKY = dict(
-  *(), spike_sigma=4.0, spike_window=4, spike_patience=2, spike_jump=5
-)
+def spiky(steps, **changes):
+  """As little as has an MTP loss: a spike is made of its weight."""
+  model = dict(layers=1, dense_layers=1, mtp=config_lib.MTPConfig(1))
+  watch = dict(spike_sigma=4.0, spike_window=4, spike_patience=2, spike_jump=5)
+  return micro(steps, **model, **watch, **changes)
 
 
-@pytest.mark.slow
 def test_row25_after_spikes_the_run_goes_back_and_jumps_the_text(root, fault):
-  config = micro(16, **SPIKY, mtp=MICRO.model.mtp)
   fault('spike@step:9-10')
-  spiked = train.run(with_mtp(config), root / 'spiked')
+  spiked = train.run(spiky(16), root / 'spiked')
   assert spiked['step'] == 16
   said = incidents(root / 'spiked')
   assert (
@@ -316,18 +341,10 @@ def test_row25_after_spikes_the_run_goes_back_and_jumps_the_text(root, fault):
   assert counts['passed'] % 8 == 0 and counts['passed'] >= (10 - 5 + 5) * 8
 
 
-def with_mtp(config):
-  """A spike is made of the MTP loss's weight."""
-  model = dataclasses.replace(config.model, mtp=config_lib.MTPConfig(1))
-  return dataclasses.replace(config, model=model)
-
-
-@pytest.mark.slow
 def test_row25_going_back_is_bounded(root, fault):
-  config = with_mtp(micro(40, **SPIKY, max_rollbacks=1))
   fault('spike@step:9-40')
   with pytest.raises(cli.Stopped, match='after 1 returns'):
-    train.run(config, root / 'bounded')
+    train.run(spiky(40, max_rollbacks=1), root / 'bounded')
   assert incidents(root / 'bounded').count('went back') == 1
 
 
@@ -343,7 +360,6 @@ def test_guard_counts_by_hand():
   assert [one.saw(s, run) for s in (2, 2)][1].startswith('2 spikes in a row')
 
 
-@pytest.mark.slow
 def test_row28_replay_finds_a_bit_that_flipped_between_two_steps(
   root, fault, capsys
 ):
@@ -363,29 +379,23 @@ def test_row28_replay_finds_a_bit_that_flipped_between_two_steps(
     again(8)
 
 
-# Compiled once for both tests.
-MESH = config_lib.MeshConfig(data=2, fsdp=4)
-
-
-@pytest.mark.slow
-def test_row29_replicas_that_differ_end_the_run(root, fault):
+def test_row29_replicas_that_differ_end_the_run(spread, fault):
   config = dataclasses.replace(micro(12), mesh=MESH)
   fault('flip@step:8')
   with pytest.raises(cli.Stopped, match='devices hold different copies'):
-    train.run(config, root / 'replicas')
-  assert checkpoint.steps(root / 'replicas/checkpoints')[-1] == 5
+    train.run(config, spread / 'replicas')
+  assert checkpoint.steps(spread / 'replicas/checkpoints')[-1] == 5
   fault('')
-  assert train.run(config, root / 'replicas')['step'] == 12
+  assert train.run(config, spread / 'replicas')['step'] == 12
 
 
-@pytest.mark.slow
-def test_row15_a_run_goes_on_on_another_mesh(root):
+def test_row15_a_run_goes_on_on_another_mesh(spread):
   """The same losses within rounding, from the very same state."""
-  train.run(micro(5), root / 'moved')
-  train.run(dataclasses.replace(micro(9), mesh=MESH), root / 'moved')
-  train.run(micro(9), root / 'stayed')
+  train.run(micro(5), spread / 'moved')
+  train.run(dataclasses.replace(micro(9), mesh=MESH), spread / 'moved')
+  train.run(micro(9), spread / 'stayed')
   found, expected = (
-    [row['loss'] for row in rows(root / name)] for name in ('moved', 'stayed')
+    [row['loss'] for row in rows(spread / name)] for name in ('moved', 'stayed')
   )
   assert found[:5] == expected[:5]
   np.testing.assert_allclose(found, expected, rtol=2e-5)

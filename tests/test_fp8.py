@@ -270,14 +270,14 @@ def test_blocks_survive_token_outliers_that_a_tensor_does_not():
   assert p99('fp8_tensor') > 0.3
 
 
-def test_what_is_not_finite_stays_in_its_row_and_shows():
+def test_row26_what_is_not_finite_stays_in_its_row_and_shows():
   x, w = normal(12, 4, 300), normal(13, 300, 40)
   x = x.at[1, 7].set(jnp.nan).at[2, 200].set(jnp.inf)
   bad = ~np.isfinite(np.asarray(jax.jit(fp8.dot)(x, w)))
   assert bad[1:3].all() and not bad[[0, 3]].any()
 
 
-def test_zeros_and_faint_gradients_survive():
+def test_row26_zeros_and_faint_gradients_survive():
   x, w = normal(14, 130, 200), normal(15, 200, 40)
   x = x.at[:, :128].set(0)
   g = normal(16, 130, 40, scale=1e-28)

@@ -398,7 +398,7 @@ def test_truncated_file_is_refused(copy):
 @pytest.mark.parametrize(
   'place', ['../x.safetensors', '/x.safetensors', 'x.bin']
 )
-def test_index_that_leaves_the_folder_is_refused(copy, place):
+def test_row39_index_that_leaves_the_folder_is_refused(copy, place):
   folder = copy('v3_release')
   index = folder / 'model.safetensors.index.json'
   values = json.loads(index.read_text())
@@ -419,7 +419,7 @@ def test_index_that_leaves_the_folder_is_refused(copy, place):
     ('rope_parameters', {'rope_type': 'linear', 'factor': 2.0}),
   ],
 )
-def test_config_that_is_not_computed_is_refused(copy, key, value):
+def test_row38_config_that_is_not_computed_is_refused(copy, key, value):
   folder = copy('v3_yarn')
   path = folder / 'config.json'
   values = json.loads(path.read_text()) | {key: value}
@@ -523,7 +523,7 @@ def test_target_is_only_replaced_by_force(tmp_path):
 
 @hypothesis.settings(deadline=None, max_examples=300)
 @hypothesis.given(st.data())
-def test_reader_survives_any_bytes(tmp_path_factory, small_file, data):
+def test_row37_reader_survives_any_bytes(tmp_path_factory, small_file, data):
   """Damaged files are a ConfigError or read within their own bytes."""
   whole = small_file
   kind = data.draw(st.sampled_from(['bytes', 'cut', 'header', 'random']))

@@ -118,7 +118,7 @@ def remote_line(case):
 
 
 @pytest.mark.parametrize('case', ['tpu', 'gke', 'slurm', 'vm'])
-def test_odd_arguments_arrive_whole(case, tmp_path):
+def test_row43_odd_arguments_arrive_whole(case, tmp_path):
   line, stub = remote_line(case)
   path = tmp_path / stub
   path.parent.mkdir(parents=True)

@@ -121,7 +121,7 @@ def test_another_dtype_in_a_checkpoint_is_refused(runs):
     checkpoint.restore(root / 'whole/checkpoints', like.replace(params=half))
 
 
-def test_the_workdir_is_one_writers(tmp_path):
+def test_row32_the_workdir_is_one_writers(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(config_lib.ConfigError, match='is a file'):
     train.run(SMOKE, tmp_path / 'file')
@@ -166,7 +166,7 @@ def program(*args):
     ),
   ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, args, words):
+def test_row31_bad_input_is_one_line_and_exit_code_2(tmp_path, args, words):
   ran = program(f'--workdir={tmp_path}/run', *args)
   out, err = ran.communicate(timeout=60)
   assert ran.returncode == 2, err

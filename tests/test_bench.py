@@ -17,6 +17,7 @@ from experiments.bench import (
   products,
   train,
 )
+from experiments.bench import __main__ as program
 from experiments.bench import shape as shapes
 from mla_moe import cost
 from mla_moe.config import ConfigError
@@ -89,15 +90,17 @@ def test_the_price_of_a_seal_is_measured(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(checkpoint, '_PAUSE_MIB', 4)
   monkeypatch.setattr(checkpoint, '_SEAL_MIB', 8)
   monkeypatch.setattr(checkpoint.runtime, 'keep_memory', lambda: None)
-  args = argparse.Namespace(rounds=1)
-  checkpoint.run(tmp_path, args)
-  found = json.loads((tmp_path / 'checkpoint.json').read_text())
+  monkeypatch.chdir(tmp_path)
+  words = ['bench', 'checkpoint', '--rounds=1', '--out=found']
+  monkeypatch.setattr(sys, 'argv', words)
+  program.main()
+  found = json.loads((tmp_path / 'found/checkpoint.json').read_text())
   seal, pause = found['seal'], found['pause']
   assert 0 < seal['share'] == pytest.approx(seal['processor'] / 100)
   for one in pause.values():
     assert 0 < one['pause'] < one['safe']
   assert 'Orbax alone' in capsys.readouterr().out
-  assert [p.name for p in tmp_path.iterdir()] == ['checkpoint.json']
+  assert [p.name for p in (tmp_path / 'found').iterdir()] == ['checkpoint.json']
 
 
 def test_the_gap_between_losses_is_relative_and_smoothed():

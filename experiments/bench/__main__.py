@@ -51,7 +51,7 @@ def main() -> None:
     if args.steps < 0:
       raise ConfigError(f'--steps={args.steps}: must not be negative')
     args.out.mkdir(parents=True, exist_ok=True)
-    _BENCHMARKS[args.which](args.out, args)
+    _BENCHMARKS[args.which](args.out.resolve(), args)  # Orbax insists
   except (ConfigError, OSError) as error:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(2)

@@ -1,6 +1,5 @@
 """The benchmark's own arithmetic, and how it drives those it compares."""
 
-import argparse
 import json
 import pathlib
 import subprocess
@@ -9,6 +8,7 @@ import sys
 import chex
 import pytest
 
+from experiments.bench import __main__ as program
 from experiments.bench import (
   checkpoint,
   contender,
@@ -17,7 +17,6 @@ from experiments.bench import (
   products,
   train,
 )
-from experiments.bench import __main__ as program
 from experiments.bench import shape as shapes
 from mla_moe import cost
 from mla_moe.config import ConfigError

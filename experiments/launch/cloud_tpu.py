@@ -10,7 +10,15 @@ from __future__ import annotations
 
 import shlex
 
-from experiments.launch.job import Command, Job, command, train_line
+from experiments.launch.job import (
+  Command,
+  Job,
+  background,
+  command,
+  pack,
+  tpu_type,
+  unpack,
+)
 from mla_moe.config import ConfigError
 
 _RUNTIME = {
@@ -18,6 +26,7 @@ _RUNTIME = {
   'v5p': 'v2-alpha-tpuv5',
   'v6e': 'v2-alpha-tpuv6e',
 }
+_LOG = 'log."$(hostname)".txt'  # one a machine
 _DEAD = ('FAILED', 'SUSPEND')
 
 
@@ -39,14 +48,6 @@ def check(job: Job) -> None:
     )
 
 
-def accelerator(job: Job) -> str:
-  """The accelerator type: v5p's name counts cores, two a chip."""
-  on = job.slice
-  if on.kind == 'v5p':
-    return f'v5p-{2 * on.chips}'
-  return f'{"v5litepod" if on.kind == "v5e" else on.kind}-{on.chips}'
-
-
 def create(job: Job) -> list[Command]:
   """Asks for the slices and waits until they are there."""
   many = job.slices > 1
@@ -58,7 +59,7 @@ def create(job: Job) -> list[Command]:
   return [
     command(
       *_queue('create', job),
-      f'--accelerator-type={accelerator(job)}',
+      f'--accelerator-type={tpu_type(job.slice)}',
       f'--runtime-version={_RUNTIME[job.slice.kind]}',
       *nodes,
       '--spot' if job.spot else '',
@@ -75,42 +76,32 @@ def create(job: Job) -> list[Command]:
 
 def install(job: Job) -> list[Command]:
   """Copies this commit to every machine, mounts the bucket, makes .venv."""
-  archive = f'{job.name}.tar.gz'
   bucket, _, folder = job.storage.removeprefix('gs://').partition('/')
   only = f'--only-dir={shlex.quote(folder.rstrip("/"))} ' if folder else ''
-  lines = [
-    'mkdir -p mla_moe storage',
-    f'tar -xzf {archive} -C mla_moe',
+  mount = (
     'mountpoint -q storage || gcsfuse --implicit-dirs --rename-dir-limit=1000 '
-    f'{only}{bucket} storage',
-    'cd mla_moe',
-    'python3 -m venv .venv',
-    ".venv/bin/pip install --quiet -e '.[tpu,hf,data,viz]'",
-  ]
-  commands = [command('git', 'archive', f'--output={archive}', 'HEAD')]
+    f'{only}{bucket} storage'
+  )
+  line = unpack(job, 'tpu', 'storage', mount)
+  commands = [pack(job)]
   for node in nodes(job):
-    to = f'{node}:{archive}'
-    commands.append(
-      command(*_vm('scp', job), '--worker=all', archive, to),
-    )
-    commands.append(_ssh(job, node, ' && '.join(lines)))
+    to = f'{node}:{job.archive}'
+    commands += [
+      command(*_vm('scp', job), '--worker=all', job.archive, to),
+      _ssh(job, node, line),
+    ]
   return commands
 
 
 def start(job: Job) -> list[Command]:
   """Starts every process in the background; the run's folder has its log."""
-  workdir = f'../storage/{job.name}'
-  line = train_line(job, workdir, 'tpu', '.venv/bin/python')
-  inner = (
-    f'cd mla_moe && mkdir -p {workdir} && '
-    f'nohup {line} >> {workdir}/log."$(hostname)".txt 2>&1 < /dev/null &'
-  )
-  return [_ssh(job, node, inner) for node in nodes(job)]
+  line = background(job, 'tpu', 'storage', _LOG)
+  return [_ssh(job, node, line) for node in nodes(job)]
 
 
 def logs(job: Job) -> list[Command]:
   """Follows the first process's log."""
-  line = f'tail -n 100 -F storage/{job.name}/log."$(hostname)".txt'
+  line = f'tail -n 100 -F storage/{job.name}/{_LOG}'
   return [_ssh(job, nodes(job)[0], line, worker='0')]
 
 
@@ -133,12 +124,12 @@ def nodes(job: Job) -> list[str]:
 
 def _queue(verb: str, job: Job) -> tuple[str, ...]:
   words = ('gcloud', 'compute', 'tpus', 'queued-resources', verb, job.name)
-  return (*words, f'--project={job.project}', f'--zone={job.zone}')
+  return (*words, *job.where)
 
 
 def _vm(verb: str, job: Job) -> tuple[str, ...]:
   words = ('gcloud', 'compute', 'tpus', 'tpu-vm', verb)
-  return (*words, f'--project={job.project}', f'--zone={job.zone}')
+  return (*words, *job.where)
 
 
 def _ssh(job: Job, node: str, line: str, worker: str = 'all') -> Command:

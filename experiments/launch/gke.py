@@ -7,7 +7,14 @@ resumes from the storage that the image mounts.
 
 from __future__ import annotations
 
-from experiments.launch.job import Command, Job, command, train_line
+from experiments.launch.job import (
+  Command,
+  Job,
+  command,
+  extras,
+  tpu_type,
+  train_line,
+)
 from mla_moe.config import ConfigError
 
 RESTARTS = 1000
@@ -30,9 +37,7 @@ def device(job: Job) -> str:
   on = job.slice
   if on.kind == 'tpu7x':
     return f'tpu7x-{"x".join(map(str, on.shape))}'
-  if on.kind == 'v5p':
-    return f'v5p-{2 * on.chips}'
-  return f'{"v5litepod" if on.kind == "v5e" else on.kind}-{on.chips}'
+  return tpu_type(on)
 
 
 def create(job: Job) -> list[Command]:
@@ -55,7 +60,7 @@ def install(job: Job) -> list[Command]:
       'docker',
       'build',
       '--file=experiments/launch/Dockerfile',
-      '--build-arg=EXTRAS=tpu,hf,data,viz',
+      f'--build-arg=EXTRAS={extras("tpu")}',
       f'--tag={job.image}',
       '.',
     ),
@@ -65,7 +70,6 @@ def install(job: Job) -> list[Command]:
 
 def start(job: Job) -> list[Command]:
   """The workload, which restarts by itself."""
-  workdir = f'{job.storage.rstrip("/")}/{job.name}'
   return [
     command(
       *_xpk('workload', 'create', job),
@@ -74,7 +78,7 @@ def start(job: Job) -> list[Command]:
       f'--num-slices={job.slices}',
       f'--docker-image={job.image}',
       f'--max-restarts={RESTARTS}',
-      f'--command={train_line(job, workdir, "tpu", "python")}',
+      f'--command={train_line(job, job.folder, "tpu", "python")}',
     )
   ]
 
@@ -106,11 +110,4 @@ def _stop(job: Job) -> list[Command]:
 
 
 def _xpk(what: str, verb: str, job: Job) -> tuple[str, ...]:
-  return (
-    'xpk',
-    what,
-    verb,
-    f'--project={job.project}',
-    f'--zone={job.zone}',
-    f'--cluster={job.cluster}',
-  )
+  return 'xpk', what, verb, *job.where, f'--cluster={job.cluster}'

@@ -65,6 +65,28 @@ class Job:
   def slice(self) -> chips.Slice:
     return chips.parse(self.topology)
 
+  @property
+  def folder(self) -> str:
+    """The run's, where storage is a folder."""
+    return f'{self.storage.rstrip("/")}/{self.name}'
+
+  @property
+  def where(self) -> tuple[str, str]:
+    """Google's project and zone, as options."""
+    return f'--project={self.project}', f'--zone={self.zone}'
+
+  @property
+  def archive(self) -> str:
+    """The file in which this commit travels."""
+    return f'{self.name}.tar.gz'
+
+
+def tpu_type(on: chips.Slice) -> str:
+  """Google's name of a slice by its size; v5p's counts cores, two a chip."""
+  if on.kind == 'v5p':
+    return f'v5p-{2 * on.chips}'
+  return f'{"v5litepod" if on.kind == "v5e" else on.kind}-{on.chips}'
+
 
 @dataclasses.dataclass(frozen=True)
 class Command:
@@ -94,6 +116,39 @@ class Command:
 def command(*words: str, **more) -> Command:
   """A Command of the words that are not empty."""
   return Command(tuple(word for word in words if word), **more)
+
+
+def extras(platform: str) -> str:
+  """The package's extras that a training machine has."""
+  return f'{"cuda" if platform == "gpu" else platform},hf,data,viz'
+
+
+def pack(job: Job) -> Command:
+  """Writes this commit into the job's archive."""
+  return command('git', 'archive', f'--output={job.archive}', 'HEAD')
+
+
+def unpack(job: Job, platform: str, storage: str, *mount: str) -> str:
+  """A shell line that makes mla_moe/.venv of the archive beside it."""
+  lines = [
+    f'mkdir -p mla_moe {storage}',
+    f'tar -xzf {job.archive} -C mla_moe',
+    *mount,
+    'cd mla_moe',
+    'python3 -m venv .venv',
+    f".venv/bin/pip install --quiet -e '.[{extras(platform)}]'",
+  ]
+  return ' && '.join(lines)
+
+
+def background(job: Job, platform: str, storage: str, log: str) -> str:
+  """A shell line that trains on after the shell that starts it has gone."""
+  workdir = f'../{storage}/{job.name}'
+  line = train_line(job, workdir, platform, '.venv/bin/python')
+  return (
+    f'cd mla_moe && mkdir -p {workdir} && '
+    f'nohup {line} >> {workdir}/{log} 2>&1 < /dev/null &'
+  )
 
 
 def train_words(job: Job, workdir: str, python: str) -> list[str]:

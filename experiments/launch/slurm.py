@@ -7,7 +7,7 @@ saves and ends, and the job goes back into the queue unless it has finished.
 
 from __future__ import annotations
 
-from experiments.launch.job import Command, Job, command, train_line
+from experiments.launch.job import Command, Job, command, extras, train_line
 from mla_moe.config import ConfigError
 
 PER_NODE = 8
@@ -31,7 +31,6 @@ def script(job: Job) -> str:
   """The batch script."""
   on = job.slice
   gpus = min(on.chips, PER_NODE)
-  folder = f'{job.storage.rstrip("/")}/{job.name}'
   minutes = round(60 * job.hours)
   options = [
     f'--job-name={job.name}',
@@ -39,7 +38,7 @@ def script(job: Job) -> str:
     f'--ntasks-per-node={gpus}',
     f'--gpus-per-node={gpus}',
     f'--time={minutes}',
-    f'--output={folder}/log.txt',
+    f'--output={job.folder}/log.txt',
     '--open-mode=append',
     '--requeue',
     '--signal=B:TERM@120',
@@ -47,7 +46,7 @@ def script(job: Job) -> str:
     f'--account={job.account}' if job.account else '',
     f'--reservation={job.reservation}' if job.reservation else '',
   ]
-  line = train_line(job, folder, 'gpu', '.venv/bin/python')
+  line = train_line(job, job.folder, 'gpu', '.venv/bin/python')
   body = [
     '#!/usr/bin/env bash',
     *(f'#SBATCH {option}' for option in options if option),
@@ -69,14 +68,14 @@ def script(job: Job) -> str:
 
 def create(job: Job) -> list[Command]:
   """The run's folder; machines are Slurm's business."""
-  return [command('mkdir', '-p', f'{job.storage.rstrip("/")}/{job.name}')]
+  return [command('mkdir', '-p', job.folder)]
 
 
 def install(job: Job) -> list[Command]:
   """An environment in this clone."""
   return [
     command('python3', '-m', 'venv', '.venv'),
-    command('.venv/bin/pip', 'install', '--quiet', '-e', '.[cuda,hf,data,viz]'),
+    command('.venv/bin/pip', 'install', '--quiet', '-e', f'.[{extras("gpu")}]'),
   ]
 
 
@@ -87,8 +86,7 @@ def start(job: Job) -> list[Command]:
 
 def logs(job: Job) -> list[Command]:
   """Follows the log of all processes."""
-  path = f'{job.storage.rstrip("/")}/{job.name}/log.txt'
-  return [command('tail', '-n', '100', '-F', path)]
+  return [command('tail', '-n', '100', '-F', f'{job.folder}/log.txt')]
 
 
 def resume(job: Job) -> list[Command]:

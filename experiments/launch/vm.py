@@ -6,7 +6,14 @@ starts it again, and training goes on from the last checkpoint.
 
 from __future__ import annotations
 
-from experiments.launch.job import Command, Job, command, train_line
+from experiments.launch.job import (
+  Command,
+  Job,
+  background,
+  command,
+  pack,
+  unpack,
+)
 
 
 def check(job: Job) -> None:
@@ -33,31 +40,17 @@ def create(job: Job) -> list[Command]:
 
 def install(job: Job) -> list[Command]:
   """Copies this commit and makes .venv."""
-  archive = f'{job.name}.tar.gz'
-  lines = [
-    'mkdir -p mla_moe runs',
-    f'tar -xzf {archive} -C mla_moe',
-    'cd mla_moe',
-    'python3 -m venv .venv',
-    ".venv/bin/pip install --quiet -e '.[cuda,hf,data,viz]'",
-  ]
-  scp = ('gcloud', 'compute', 'scp', *_where(job))
+  scp = ('gcloud', 'compute', 'scp', *job.where)
   return [
-    command('git', 'archive', f'--output={archive}', 'HEAD'),
-    command(*scp, archive, f'{job.name}:{archive}'),
-    _ssh(job, ' && '.join(lines)),
+    pack(job),
+    command(*scp, job.archive, f'{job.name}:{job.archive}'),
+    _ssh(job, unpack(job, 'gpu', 'runs')),
   ]
 
 
 def start(job: Job) -> list[Command]:
   """Starts training in the background."""
-  workdir = f'../runs/{job.name}'
-  line = train_line(job, workdir, 'gpu', '.venv/bin/python')
-  inner = (
-    f'cd mla_moe && mkdir -p {workdir} && '
-    f'nohup {line} >> {workdir}/log.txt 2>&1 < /dev/null &'
-  )
-  return [_ssh(job, inner)]
+  return [_ssh(job, background(job, 'gpu', 'runs', 'log.txt'))]
 
 
 def logs(job: Job) -> list[Command]:
@@ -84,15 +77,11 @@ def _up(job: Job) -> Command:
   )
 
 
-def _where(job: Job) -> tuple[str, ...]:
-  return (f'--project={job.project}', f'--zone={job.zone}')
-
-
 def _instances(verb: str, job: Job) -> tuple[str, ...]:
   words = ('gcloud', 'compute', 'instances', verb, job.name)
-  return (*words, *_where(job))
+  return (*words, *job.where)
 
 
 def _ssh(job: Job, line: str) -> Command:
-  words = ('gcloud', 'compute', 'ssh', job.name, *_where(job))
+  words = ('gcloud', 'compute', 'ssh', job.name, *job.where)
   return command(*words, f'--command={line}')

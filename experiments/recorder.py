@@ -11,6 +11,8 @@ from experiments import logs, sample, workdir
 from experiments.preparation import Prepared, matmul_peak, place
 from mla_moe import cost, data, fingerprint
 
+_FINAL = ('step', 'loss', 'main_loss', 'bits_per_byte')
+
 
 class Recorder:
   """The files of a run, opened at a step, and `final`, its last numbers.
@@ -27,7 +29,6 @@ class Recorder:
     self._peak = matmul_peak(config)
     self._incidents = workdir.Rows(ready.path / 'incidents.jsonl')
     self._logs = self._prints = None
-    self.final = {'step': start}
     self.before = lambda number, state: 0.0  # of each step: a profile
     self.trackers = []  # who get the rows of metrics.jsonl as well
     self.measured: dict[int, float] = {}  # held-out bits per byte, by step
@@ -36,11 +37,14 @@ class Recorder:
     self.open(start)
 
   def open(self, step: int) -> None:
-    """Goes back to `step`: rows after it are dropped."""
+    """Goes back to `step`: rows after it are dropped, `final` is the others'."""
     if self._logs:
       self._logs.close()
       self._prints.close()
     self._logs = logs.Logs(self._ready.path, step)
+    self.final = {'step': step}
+    for row in workdir.rows(self._ready.path / 'metrics.jsonl'):
+      self.final |= {name: row[name] for name in _FINAL if name in row}
     path = self._ready.path / 'fingerprints.jsonl'
     workdir.rewind(path, step)
     self._prints = workdir.Rows(path)
@@ -96,7 +100,7 @@ class Recorder:
         if name in values:
           row[name] = np.round(values[name].astype(float), 5).tolist()
     self._write(row)
-    self.final |= {k: row[k] for k in ('step', 'loss', 'main_loss')}
+    self.final |= {name: row[name] for name in _FINAL if name in row}
     vio = f'  MaxVio {row["max_vio"]:.2f}' if 'max_vio' in row else ''
     return f'loss {row["main_loss"]:.3f}{vio}{speed}'
 

@@ -9,22 +9,9 @@
 # %%
 """FP8: tile scales against outliers, and paired loss curves."""
 
-import pathlib
-import subprocess
-import sys
-
-if 'google.colab' in sys.modules and not pathlib.Path('mla_moe').exists():
-  # Colab's own jax stays; only what is missing is installed.
-  subprocess.run(
-    ['git', 'clone', 'https://github.com/mla-moe/mla_moe', 'src'], check=True
-  )
-  subprocess.run(
-    [sys.executable, '-m', 'pip', 'install', '-q', '-e', 'src'], check=True
-  )
-  sys.path.insert(0, 'src')
-
 import dataclasses
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -35,17 +22,9 @@ from matplotlib import pyplot
 from experiments.page import COLOURS
 from mla_moe import config as c
 from mla_moe import corpus, data, fp8, optim, step, tokenizer
+from notebooks import look
 
-pyplot.rcParams.update(
-  {
-    'figure.dpi': 110,
-    'font.size': 11,
-    'axes.spines.top': False,
-    'axes.spines.right': False,
-    'axes.prop_cycle': pyplot.cycler(color=COLOURS),
-    'figure.constrained_layout.use': True,
-  }
-)
+look.use()
 
 # %% [markdown]
 # ## The numbers there are

@@ -9,22 +9,9 @@
 # %%
 """A first run: training, sampling, drafts by the MTP module."""
 
-import pathlib
-import subprocess
-import sys
-
-if 'google.colab' in sys.modules and not pathlib.Path('mla_moe').exists():
-  # Colab's own jax stays; only what is missing is installed.
-  subprocess.run(
-    ['git', 'clone', 'https://github.com/mla-moe/mla_moe', 'src'], check=True
-  )
-  subprocess.run(
-    [sys.executable, '-m', 'pip', 'install', '-q', '-e', 'src'], check=True
-  )
-  sys.path.insert(0, 'src')
-
 import dataclasses
 import json
+import pathlib
 
 import numpy as np
 from matplotlib import pyplot
@@ -34,17 +21,9 @@ from experiments import convert, train
 from experiments.page import COLOURS
 from mla_moe import config as c
 from mla_moe import generation, rollout, tokenizer
+from notebooks import look
 
-pyplot.rcParams.update(
-  {
-    'figure.dpi': 110,
-    'font.size': 11,
-    'axes.spines.top': False,
-    'axes.spines.right': False,
-    'axes.prop_cycle': pyplot.cycler(color=COLOURS),
-    'figure.constrained_layout.use': True,
-  }
-)
+look.use()
 
 # %% [markdown]
 # ## Train

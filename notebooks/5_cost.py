@@ -10,19 +10,7 @@
 # %%
 """Cost: the training bill, serving, and what falling prices do to the total."""
 
-import pathlib
-import subprocess
 import sys
-
-if 'google.colab' in sys.modules and not pathlib.Path('mla_moe').exists():
-  # Colab's own jax stays; only what is missing is installed.
-  subprocess.run(
-    ['git', 'clone', 'https://github.com/mla-moe/mla_moe', 'src'], check=True
-  )
-  subprocess.run(
-    [sys.executable, '-m', 'pip', 'install', '-q', '-e', 'src'], check=True
-  )
-  sys.path.insert(0, 'src')
 
 import numpy as np
 from matplotlib import pyplot
@@ -30,17 +18,9 @@ from matplotlib import pyplot
 from experiments import chips
 from experiments.page import COLOURS
 from mla_moe import Config, cost
+from notebooks import look
 
-pyplot.rcParams.update(
-  {
-    'figure.dpi': 110,
-    'font.size': 11,
-    'axes.spines.top': False,
-    'axes.spines.right': False,
-    'axes.prop_cycle': pyplot.cycler(color=COLOURS),
-    'figure.constrained_layout.use': True,
-  }
-)
+look.use()
 V3 = Config().model
 H800 = chips.CHIPS['h800']
 

@@ -16,6 +16,20 @@ import time
 # name it, and a fork has another.
 REPOSITORY = 'mla-moe/mla_moe'
 FOLDER = pathlib.Path(__file__).parent
+# The first cell of code of each: a source has none of it, nor needs it.
+COLAB = f"""\
+# On Colab, what is missing there: its own jax stays. Elsewhere: nothing.
+import pathlib
+import subprocess
+import sys
+
+if 'google.colab' in sys.modules:
+  if not pathlib.Path('src').exists():
+    where = 'https://github.com/{REPOSITORY}'
+    subprocess.run(['git', 'clone', '-q', where, 'src'], check=True)
+    pip = [sys.executable, '-m', 'pip', 'install', '-q', '-e', 'src']
+    subprocess.run(pip, check=True)
+  sys.path.insert(0, 'src')"""
 
 
 def sources() -> list[pathlib.Path]:
@@ -26,8 +40,12 @@ def sources() -> list[pathlib.Path]:
 def read(path: pathlib.Path):
   """The notebook of a source, without outputs, ids counted."""
   import jupytext
+  import nbformat
 
   notebook = jupytext.read(path)
+  imports = notebook.cells[1]
+  imports.source = imports.source.split('"""\n\n', 1)[1]  # the title says it
+  notebook.cells.insert(1, nbformat.v4.new_code_cell(COLAB))
   for i, cell in enumerate(notebook.cells):
     cell['id'] = f'cell-{i}'
   kernel = {'display_name': 'Python 3', 'language': 'python', 'name': 'python3'}

@@ -250,6 +250,13 @@ def test_row11_and_14_stopped_by_sigterm_and_resumed_bit_for_bit(
   )
 
 
+def test_a_finished_run_tells_its_numbers_again(root):
+  (row,) = rows(root / 'first')
+  told = train.run(micro(1), root / 'first')
+  assert told == {name: row[name] for name in ('step', 'loss', 'main_loss')}
+  assert rows(root / 'first') == [row]
+
+
 def test_row13_a_second_signal_ends_at_once_and_hurts_nothing(root):
   """It comes while the save that the first asked for is being written."""
   child = program(

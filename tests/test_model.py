@@ -133,6 +133,39 @@ def test_tied_embeddings_have_no_head():
   assert out.logits.shape == (1, 8, config.vocab)
 
 
+def test_tied_embeddings_are_the_head():
+  """As the model whose head is their transpose; both uses send a gradient."""
+  config, _, _ = golden('v3_release')
+  config = dataclasses.replace(
+    config, layers=1, dense_layers=1, mtp=config_lib.MTPConfig(1)
+  )
+  tied = model.Transformer(dataclasses.replace(config, tie_embeddings=True))
+  apart = model.Transformer(config)
+  tokens = jnp.arange(10, dtype=jnp.int32).reshape(2, 5) % 7
+  both = nn.unbox(jax.jit(tied.init)(jax.random.key(0), tokens))['params']
+  two = both | {'w_head': both['embedding'].T}
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def run(module, params):
+    def loss(params):
+      out = module.apply({'params': params}, tokens)
+      logits = (out.logits, out.mtp_logits)
+      likely = jax.tree.map(lambda x: jax.nn.log_softmax(x)[..., 3], logits)
+      return sum(x.sum() for x in jax.tree.leaves(likely)), logits
+
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+  (value, logits), grads = run(tied, both)
+  (expected, others), parts = run(apart, two)
+  chex.assert_trees_all_close(logits, others, atol=1e-5)
+  chex.assert_trees_all_close(value, expected, rtol=1e-6)
+  head = parts.pop('w_head').T
+  for part in (head, parts['embedding']):
+    assert jnp.abs(part).max() > 1e-3  # neither is the whole
+  parts['embedding'] += head
+  chex.assert_trees_all_close(grads, parts, rtol=1e-5, atol=1e-6)
+
+
 def leaves(tree):
   return sum(x.size for x in jax.tree.leaves(tree))
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import runpy
 import subprocess
 import sys
 
@@ -42,8 +43,27 @@ def test_it_was_run_whole_and_shows_pictures(path):
   assert sum('image/png' in o.get('data', {}) for o in outputs) >= 2
   badge = f'colab.research.google.com/github/{build.REPOSITORY}/blob/main/'
   assert f'{badge}notebooks/{path.stem}.ipynb' in ''.join(cells[0]['source'])
-  clone = f"'https://github.com/{build.REPOSITORY}', 'src'"
-  assert clone in ''.join(code[0]['source'])
+  assert ''.join(code[0]['source']) == build.COLAB
+
+
+def test_the_first_cell_fetches_only_on_colab_and_only_once(
+  tmp_path, monkeypatch
+):
+  ran = []
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, 'path', list(sys.path))
+  monkeypatch.setattr(subprocess, 'run', lambda words, check: ran.append(words))
+  (tmp_path / 'cell.py').write_text(build.COLAB)
+  runpy.run_path('cell.py')
+  assert not ran and 'src' not in sys.path
+  monkeypatch.setitem(sys.modules, 'google.colab', sys)
+  runpy.run_path('cell.py')
+  clone, install = ran
+  assert clone[-2:] == [f'https://github.com/{build.REPOSITORY}', 'src']
+  assert install[-2:] == ['-e', 'src'] and sys.path[0] == 'src'
+  (tmp_path / 'src').mkdir()
+  runpy.run_path('cell.py')
+  assert len(ran) == 2
 
 
 def test_only_notebooks_that_are_there_are_built():

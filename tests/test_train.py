@@ -42,6 +42,7 @@ def runs(tmp_path_factory):
   with open(root / 'halves' / 'metrics.jsonl', 'a') as file:
     file.write('{"step": 11, "loss": 1.0}\n{"step": 12, "lo')  # torn
   resumed = train.run(SMOKE, root / 'halves')
+  assert train.run(SMOKE, root / 'halves') == resumed  # finished: nothing to do
   return root, whole, resumed
 
 

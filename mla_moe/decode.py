@@ -130,9 +130,13 @@ def extend(
   valid: Int[Array, ' B'] | None = None,
 ) -> tuple[Float[Array, 'B T D'], cache.Cache]:
   """`hidden` in the form that is cheaper for so many new tokens."""
-  few = tokens.shape[1] <= absorbed.ABSORBED
-  form = 'absorbed' if few else 'decompressed'
-  return hidden(weights, held, tokens, config, valid=valid, form=form)
+  how = form(tokens.shape[1])
+  return hidden(weights, held, tokens, config, valid=valid, form=how)
+
+
+def form(tokens: int) -> str:
+  """Of `absorbed.attend`, for so many new tokens of a row that holds some."""
+  return 'absorbed' if tokens <= absorbed.ABSORBED else 'decompressed'
 
 
 def prefill(

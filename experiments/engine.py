@@ -29,7 +29,12 @@ class Engine:
   @property
   def rows(self) -> dict:
     """What /healthz tells of it."""
-    return {'free_pages': self._work.free_pages, 'open': len(self._queues)}
+    return {
+      'free_pages': self._work.free_pages,
+      'open': len(self._queues),
+      'passes': self._work.passes,
+      'accepted_drafts': self._work.accepted,
+    }
 
   async def submit(self, ids, new: int, **more) -> tuple[list, asyncio.Queue]:
     """Tickets of the samples, and where (sample's index, Event) come; a None

@@ -7,8 +7,10 @@ last, half-filled one. All pages that a row may come to need are its own before
 it starts, so no row ever waits or is put off, and only one prompt holds pages
 without a row: whatever comes, the rows that run end, and make room.
 
-A row's tokens do not depend on the rows beside it. Speculation is not here: see
-`generation`.
+A row's tokens do not depend on the rows beside it. With `speculative` the MTP
+module drafts: a step then gives a row one token or two. What the module keeps of
+a prompt's last token depends on the token after it, so that samples share the
+pages before that one only.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import passes
 from mla_moe import cache as cache_lib
 from mla_moe import config as config_lib
 from mla_moe import decode, sampling
@@ -57,6 +60,7 @@ class _Group:
   pages: list = dataclasses.field(default_factory=list)
   filled: int = 0
   logits: object = None
+  hidden: object = None
 
 
 @dataclasses.dataclass
@@ -79,6 +83,13 @@ class Scheduler:
     pages: of the pool; 0 is what all rows need at full length.
     chunk: prompt tokens of one step.
     waiting: requests that may wait; more are refused with `Full`.
+    speculative: draft with the MTP module.
+
+  `passes` counts the steps of rows after their first token, and `accepted` the
+  drafts that stood.
+
+  Raises:
+    ConfigError: `speculative`, and the model has no MTP module.
   """
 
   def __init__(
@@ -92,7 +103,13 @@ class Scheduler:
     pages: int = 0,
     chunk: int = 256,
     waiting: int = 64,
+    speculative: bool = False,
   ):
+    if speculative and not config.mtp.depth:
+      raise ConfigError(
+        'speculative=True: the model has no MTP module (depth 0)'
+      )
+    self.passes = self.accepted = 0
     self.config, self._chunk, self._room = config, chunk, waiting
     self._page, self._impl = cache.page, cache_lib.kernel(cache)
     self.length = min(length, config.max_positions)
@@ -104,14 +121,17 @@ class Scheduler:
     self._spoilt = set()
     self._table = np.zeros((rows, each), np.int32)
     self._lengths = np.zeros(rows, np.int32)
-    self._newest = np.zeros(rows, np.int32)
+    self._recent = np.zeros((rows, 2), np.int32)
+    self._taken = np.zeros(rows, np.int32)
     self._rows: list[_Row | None] = [None] * rows
     self._knobs = jax.tree.map(np.array, sampling.knobs(rows))
     self._queue = collections.deque()
     self._tickets = itertools.count()
     make = functools.partial(cache_lib.pools, config, self._total, cache)
-    self._pools = jax.jit(make)()[: config.layers]
+    self._drafts = int(speculative)
+    self._pools = jax.jit(make)()[: config.layers + self._drafts]
     self._seen = jnp.zeros((rows, config.vocab), bool)
+    self._hidden = jnp.zeros((rows, 2, config.dim), config.dtype)
     if 'layers' not in variables:
       unstack = jax.jit(functools.partial(decode.unstack, config))
       variables = unstack(variables)
@@ -187,7 +207,7 @@ class Scheduler:
           self._queue.remove(group)
 
   def step(self) -> list[Event]:
-    """A chunk of a prompt, and a token of every row."""
+    """A chunk of a prompt, and a token or two of every row."""
     events = []
     self._fill()
     while self._queue and self._queue[0].logits is not None:
@@ -217,7 +237,7 @@ class Scheduler:
         continue
       if page in self._spoilt:  # zero times NaN would spoil the next row
         self._spoilt.remove(page)
-        self._pools = _copy(self._pools, np.int32(0), np.int32(page))
+        self._pools = passes.copy(self._pools, np.int32(0), np.int32(page))
       self._free.append(page)
 
   def _fill(self) -> None:
@@ -232,27 +252,30 @@ class Scheduler:
         return
       group.pages = self._take(self._needs(len(group.ids)))
     part = group.ids[group.filled : group.filled + self._chunk]
-    tokens = np.zeros((1, self._chunk), np.int32)
-    tokens[0, : len(part)] = part
+    after = group.ids[group.filled + 1 :][: self._chunk]
+    tokens, nexts = np.zeros((2, 1, self._chunk), np.int32)
+    tokens[0, : len(part)], nexts[0, : len(after)] = part, after
     table = np.zeros((1, self._table.shape[1]), np.int32)
     table[0, : len(group.pages)] = group.pages
-    logits, self._pools = _prompt(
+    logits, hidden, self._pools = passes.prompt(
       self._weights,
       self._pools,
       table,
       np.array([group.filled], np.int32),
       tokens,
+      nexts,
       np.array([len(part)], np.int32),
+      np.array([len(after)], np.int32),
       config=self.config,
       impl=self._impl,
     )
     group.filled += len(part)
     if group.filled == len(group.ids):
-      group.logits = logits
+      group.logits, group.hidden = logits, hidden
 
   def _admit(self, group: _Group, at: int, events: list) -> bool:
     """Gives the group's next sample a row, and its first token."""
-    shared, rest = divmod(len(group.ids), self._page)
+    shared = (len(group.ids) - self._drafts) // self._page
     need = self._needs(len(group.ids) + group.new)
     last = len(group.tickets) == 1
     own = need - (len(group.pages) if last else shared)
@@ -264,9 +287,9 @@ class Scheduler:
       pages = pages + group.pages[shared:]
       self._shared[group.pages[shared:]] += 1
     pages = pages + self._take(own)
-    if rest and not last:
+    if shared < len(group.pages) and not last:
       source, target = group.pages[shared], pages[shared]
-      self._pools = _copy(self._pools, np.int32(source), np.int32(target))
+      self._pools = passes.copy(self._pools, np.int32(source), np.int32(target))
     ticket = group.tickets.popleft()
     one = sampling.knobs(1, seed=[group.seeds[ticket]], **group.knobs)
     for whole, part in zip(
@@ -276,39 +299,55 @@ class Scheduler:
     prompt = np.full(self.length, self.config.vocab, np.int32)
     prompt[: len(group.ids)] = group.ids
     length = np.array([len(group.ids)], np.int32)
-    token, log_prob, fine, self._seen = _first(
-      group.logits, self._seen, np.int32(at), prompt, length, one
+    token, log_prob, fine, self._seen, self._hidden = passes.first(
+      group.logits,
+      group.hidden,
+      self._seen,
+      self._hidden,
+      np.int32(at),
+      prompt,
+      length,
+      one,
     )
     self._rows[at] = _Row(ticket, pages, group.new, group.stops)
     self._table[at] = 0
     self._table[at, : len(pages)] = pages
-    self._lengths[at] = length[0]
+    self._lengths[at], self._taken[at] = length[0], 1
+    self._recent[at] = token
     self._tell(events, at, token, log_prob, fine)
     return True
 
   def _decode(self, events: list) -> None:
-    alive = np.array([row is not None for row in self._rows])
-    tokens, log_probs, fine, self._pools, self._seen = _tokens(
+    alive = np.flatnonzero(self._taken)
+    found, self._pools, self._seen, self._hidden = passes.tokens(
       self._weights,
       self._pools,
       self._table.copy(),
       self._lengths.copy(),
-      self._newest.copy(),
-      alive.astype(np.int32),
+      self._recent.copy(),
+      self._taken.copy(),
       self._seen,
+      self._hidden,
       jax.tree.map(np.array, self._knobs),
       config=self.config,
       impl=self._impl,
     )
-    tokens, log_probs, fine = jax.device_get((tokens, log_probs, fine))
-    for at in np.flatnonzero(alive):
-      self._lengths[at] += 1
-      self._tell(events, at, tokens[at], log_probs[at], fine[at])
+    found = jax.device_get(found)
+    self.passes += len(alive)
+    self.accepted += int((found.counts[alive] - 1).sum())
+    for at in alive:
+      count = found.counts[at]
+      self._lengths[at] += count
+      self._taken[at] = count
+      self._recent[at, : found.tokens.shape[1]] = found.tokens[at]
+      for i in range(count):
+        if self._rows[at]:
+          one = found.tokens[at, i], found.log_probs[at, i], found.fine[at, i]
+          self._tell(events, at, *one)
 
   def _tell(self, events, at, token, log_prob, fine) -> None:
     row, token = self._rows[at], int(token)
     row.left -= 1
-    self._newest[at] = token
     reason = 'length' if row.left == 0 else ''
     reason = 'stop' if token in row.stops else reason
     if not fine:
@@ -322,52 +361,5 @@ class Scheduler:
     self._release(self._rows[at].pages)
     self._rows[at] = None
     self._table[at] = 0
-    self._lengths[at] = 0
+    self._lengths[at] = self._taken[at] = 0
     self._knobs.temperature[at] = 0.0
-
-
-@functools.partial(
-  jax.jit, static_argnames=('config', 'impl'), donate_argnums=1
-)
-def _prompt(weights, pools, table, lengths, tokens, valid, *, config, impl):
-  """Logits after a chunk of one row's prompt, and the pools with it."""
-  held = cache_lib.Cache(pools, table, lengths, impl)
-  x, held = decode.extend(weights, held, tokens, config, valid=valid)
-  return decode.logits(weights, decode.last(x, valid)), held.layers
-
-
-@functools.partial(
-  jax.jit,
-  static_argnames=('config', 'impl'),
-  donate_argnames=('pools', 'seen'),
-)
-def _tokens(
-  weights, pools, table, lengths, newest, alive, seen, knobs, *, config, impl
-):
-  """The next token of every row."""
-  held = cache_lib.Cache(pools, table, lengths, impl)
-  logits, held = decode.decode_step(weights, held, newest, config, valid=alive)
-  rows = jnp.arange(len(newest))
-  seen = seen.at[rows, newest].max(alive > 0)
-  drawn_from = sampling.distribution(logits, seen, knobs)
-  tokens = sampling.draw(drawn_from, knobs, lengths + 1)
-  fine = jnp.isfinite(logits).all(-1)
-  log_probs = sampling.log_prob(logits, tokens)
-  return tokens, log_probs, fine, held.layers, seen
-
-
-@functools.partial(jax.jit, donate_argnums=1)
-def _first(logits, seen, row, prompt, length, knobs):
-  """The first token after a prompt, and `seen` with the prompt in its row."""
-  marks = jnp.zeros(seen.shape[1], bool).at[prompt].set(True, mode='drop')
-  drawn_from = sampling.distribution(logits, marks[None], knobs)
-  token = sampling.draw(drawn_from, knobs, length)
-  log_prob = sampling.log_prob(logits, token)
-  fine = jnp.isfinite(logits).all()
-  return token[0], log_prob[0], fine, seen.at[row].set(marks)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _copy(pools, source, target):
-  """The pools with one page written over another."""
-  return jax.tree.map(lambda x: x.at[target].set(x[source]), pools)

@@ -4,7 +4,8 @@
 
 It answers /v1/models, /v1/completions, /v1/chat/completions (streamed, too) and
 /healthz, and only on this machine unless --host says otherwise: it has no keys
-and no encryption. For production, export the model (`experiments.convert`) and
+and no encryption. With --speculative the MTP module drafts, which changes only
+the speed; /healthz counts the drafts that stood. For production, export the model (`experiments.convert`) and
 serve it with an engine made for that: vllm serve DIR, or python -m
 sglang.launch_server --model-path DIR.
 """
@@ -30,6 +31,7 @@ def define() -> None:
   flags.DEFINE_integer('length', 2048, 'Of prompt and answer together.', 2)
   flags.DEFINE_integer('waiting', 64, 'Requests that may wait.', 1)
   flags.DEFINE_integer('body_limit', 1 << 20, 'Bytes of a request.', 1)
+  flags.DEFINE_bool('speculative', False, 'Draft with the MTP module.')
 
 
 def main() -> None:
@@ -54,6 +56,7 @@ def main() -> None:
     length=FLAGS.length,
     cache=CacheConfig(dtype=FLAGS.cache),
     waiting=FLAGS.waiting,
+    speculative=FLAGS.speculative,
   )
   name = pathlib.Path(FLAGS.checkpoint).expanduser().resolve().name
   app = endpoint.app(Engine(work), loaded, name, FLAGS.body_limit)

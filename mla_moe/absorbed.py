@@ -33,25 +33,25 @@ _MASKED = -0.7 * float(np.finfo(np.float32).max)
 def weights(params: PyTree, dtype: str) -> PyTree:
   """One layer's attention parameters as decoding multiplies by them.
 
-  What reads one input is one matrix, and a head's up-projections are
-  contiguous: the layouts in which a single row is fast on every backend.
+  What reads one input is one matrix, and matrices lie as `layers.turned` reads
+  them; a head's up-projections are contiguous.
   """
   wide = lambda name: params[name].astype(dtype)
-  flat = lambda w: w.reshape(w.shape[0], -1)
-  down = [wide('w_kv_down'), wide('w_k_rope')]
+  turn = lambda w: w.reshape(w.shape[0], -1).T
+  down = [turn(wide('w_kv_down')), turn(wide('w_k_rope'))]
   found = {
     'kv_norm': params['kv_norm']['scale'],
     'w_k_up': wide('w_k_up').transpose(1, 2, 0),
     'w_v_up': wide('w_v_up').transpose(1, 0, 2),
-    'w_out': wide('w_out').reshape(-1, params['w_out'].shape[-1]),
+    'w_out': wide('w_out').reshape(-1, params['w_out'].shape[-1]).T,
   }
   if 'w_q' in params:
-    found['w_q'] = flat(wide('w_q'))
+    found['w_q'] = turn(wide('w_q'))
   else:
-    down.insert(0, wide('w_q_down'))
+    down.insert(0, turn(wide('w_q_down')))
     found['q_norm'] = params['q_norm']['scale']
-    found['w_q'] = flat(wide('w_q_up'))
-  return found | {'w_down': jnp.concatenate(down, axis=-1)}
+    found['w_q'] = turn(wide('w_q_up'))
+  return found | {'w_down': jnp.concatenate(down)}
 
 
 def attend(
@@ -75,14 +75,14 @@ def attend(
       whose new tokens attend among themselves.
   """
   b, t, _ = x.shape
-  down = x @ w['w_down']
+  down = layers.turned(x, w['w_down'])
   q, rest = down[..., : -(mla.kv_rank + mla.rope_dim)], mla.kv_rank
   latent, k_rope = jnp.split(down[..., q.shape[-1] :], [rest], axis=-1)
   if mla.query_rank:
     q = layers.normalize(q, w['q_norm'], mla.norm_eps)
   else:
     q = x
-  q = (q @ w['w_q']).reshape(b, t, mla.heads, -1)
+  q = layers.turned(q, w['w_q']).reshape(b, t, mla.heads, -1)
   q = sharding.constrain(q, 'batch', None, 'heads', None)
   q_nope, q_rope = jnp.split(q, [mla.nope_dim], axis=-1)
   q_rope = rope.rotate(q_rope, *turn)
@@ -99,7 +99,7 @@ def attend(
     q_nope, q_rope, latent, k_rope, (w['w_k_up'], w['w_v_up']), pages,
     held.table, held.lengths, valid,
   )  # fmt: skip
-  return out.reshape(b, t, -1) @ w['w_out'], pages
+  return layers.turned(out.reshape(b, t, -1), w['w_out']), pages
 
 
 def _core(
@@ -162,28 +162,35 @@ def _absorbed(
   q_nope, q_rope, new, up, pages, table, lengths, valid, scale, *, impl
 ):
   k_up, v_up = up
-  rank, rope_dim = k_up.shape[-1], q_rope.shape[-1]
-  q = jnp.einsum('btnh,nhc->bntc', q_nope, k_up)
-  q = jnp.concatenate([q, q_rope.swapaxes(1, 2)], axis=-1) * scale
-  wide = cache.width(pages, rope_dim)
+  b, t, heads, rope_dim = q_rope.shape
+  rank, wide = k_up.shape[-1], cache.width(pages, rope_dim)
+  # Heads first: XLA's CPU backend wants the axis that both operands have there.
+  q = jnp.einsum('btnh,nhc->nbtc', q_nope, k_up)
+  q = jnp.concatenate([q, q_rope.transpose(2, 0, 1, 3)], axis=-1) * scale
   q = jnp.pad(q, [(0, 0)] * 3 + [(0, wide - q.shape[-1])])
-  if impl != 'xla' and q.shape[1] * q.shape[2] <= _KERNEL_ROWS:
+  if impl != 'xla' and heads * t <= _KERNEL_ROWS:
+    q = q.transpose(1, 0, 2, 3)
     out = _by_kernel(q, pages.values, table, lengths, rank, impl)
     return jnp.einsum('bntc,ncu->btnu', out, v_up)
 
   def block(found):
-    # Keys first: then it is the few queries that are transposed.
-    logits = layers.dot('bsw,bntw->bsnt', found, q)
-    logits = logits.transpose(0, 2, 3, 1)
+    # Keys first: the cache is the long operand, and nothing is turned.
+    logits = layers.dot('bsw,bwq->bsq', found, q)
     # All of the width, though only the latent is wanted: slicing would copy.
-    add = lambda probs: layers.dot('bnts,bsw->bntw', probs, found)
+    add = lambda probs: layers.dot('bsq,bsw->bqw', probs.astype(q.dtype), found)
     return logits, add
 
+  q = q.transpose(1, 3, 0, 2).reshape(b, wide, heads * t)
+  q = jax.lax.optimization_barrier(q)  # else it is turned again in every block
+  query = jnp.tile(_places(lengths, t), heads)
   read = functools.partial(
     cache.read, pages, dtype=q.dtype.name, rope_dim=rope_dim
   )
-  out = _sweep(block, read, table, pages.size, lengths, valid, q, wide)
-  return jnp.einsum('bntc,ncu->btnu', out[..., :rank].astype(q.dtype), v_up)
+  longest = jnp.max(lengths + valid)
+  out = _sweep(block, read, table, pages.size, query, longest, wide, axis=1)
+  out = out.reshape(b, heads, t, wide)[..., :rank].astype(q_nope.dtype)
+  out = jnp.einsum('bntc,ncu->nbtu', out, v_up)
+  return out.transpose(1, 2, 0, 3)
 
 
 def _by_kernel(q, pages, table, lengths, rank, impl):
@@ -207,49 +214,61 @@ def _decompressed(q_nope, q_rope, new, up, pages, table, lengths, valid, scale):
     k = jnp.concatenate([k_nope, shared], axis=-1)
     logits = layers.dot('bnth,bnsh->bnts', q, heads_first(k))
     v = heads_first(v)
-    return logits, lambda probs: layers.dot('bnts,bnsu->bntu', probs, v)
+    add = lambda probs: layers.dot('bnts,bnsu->bntu', probs.astype(q.dtype), v)
+    return logits, add
 
   read = functools.partial(
     cache.read, pages, dtype=q.dtype.name, rope_dim=rope_dim
   )
-  width = up[1].shape[-1]
-  out = _sweep(block, read, table, pages.size, lengths, valid, q, width)
+  query = _places(lengths, q.shape[2])[:, None]
+  query = jnp.broadcast_to(query, q.shape[:3])
+  width, longest = up[1].shape[-1], jnp.max(lengths + valid)
+  out = _sweep(block, read, table, pages.size, query, longest, width, axis=3)
   return heads_first(out).astype(q.dtype)
 
 
+def _places(lengths, t):
+  """[B, T]: where new tokens stand."""
+  return lengths[:, None] + jnp.arange(t)[None]
+
+
 def _block(wide: int) -> int:
-  """Cached tokens that a turn of the loop reads (measured on x86)."""
+  """Cached tokens of a row that a turn of the loop reads (measured on x86)."""
   return 128 if wide <= 256 else 512
 
 
-def _sweep(block, read, table, size, lengths, valid, q, width):
+def _sweep(block, read, table, size, query, longest, width, *, axis):
   """Softmax over the rows' pages, block by block (Milakov, Gimelshein 2018).
 
-  `block` gives the logits [B, N, T, S] of some cached tokens and how to add up
-  their values. It stops after the longest row's last token.
+  `block` gives the logits of some cached tokens, with keys at `axis`, and how
+  to add up their values; `query` are the places of the queries, in the shape of
+  the logits of one key. It stops after the `longest` row's last token.
   """
-  b, heads, t, wide = q.shape
-  count = min(max(_block(wide) // size, 1), table.shape[1])
+  pages = table.shape[1]
+  count = min(max(_block(width) // size, 1), pages)
   span = count * size
-  query = lengths[:, None, None, None] + jnp.arange(t)[None, None, :, None]
 
   def turn(j, carry):
     total, peak, out = carry
-    at = jnp.minimum(j * count + jnp.arange(count), table.shape[1] - 1)
+    at = jnp.minimum(j * count + jnp.arange(count), pages - 1)
     logits, add = block(read(table=table[:, at]))
-    key = (j * span + jnp.arange(span))[None, None, None]
-    logits = jnp.where(key <= query, logits, _MASKED)
-    new = jnp.maximum(peak, logits.max(-1))
-    probs = jnp.exp(logits - new[..., None])
+    key = (j * span + jnp.arange(span)).reshape(
+      [-1 if i == axis else 1 for i in range(logits.ndim)]
+    )
+    seen = key <= jnp.expand_dims(query, axis)
+    logits = jnp.where(seen, logits, _MASKED)
+    new = jnp.maximum(peak, logits.max(axis))
+    probs = jnp.exp(logits - jnp.expand_dims(new, axis))
     shrink = jnp.exp(peak - new)
-    out = out * shrink[..., None] + add(probs.astype(q.dtype))
-    return total * shrink + probs.sum(-1), new, out
+    out = out * shrink[..., None] + add(probs)
+    return total * shrink + probs.sum(axis), new, out
 
-  zero = jnp.zeros((b, heads, t), jnp.float32)
-  carry = zero, zero + _MASKED, jnp.zeros((b, heads, t, width), jnp.float32)
-  if count == table.shape[1]:
+  zero = jnp.zeros(query.shape, jnp.float32)
+  out = jnp.zeros((*query.shape, width), jnp.float32)
+  carry = zero, zero + _MASKED, out
+  if count == pages:
     total, _, out = turn(0, carry)
   else:
-    turns = -(-jnp.max(lengths + valid) // span)
+    turns = -(-longest // span)
     total, _, out = jax.lax.fori_loop(0, turns, turn, carry)
   return out / total[..., None]

@@ -163,11 +163,13 @@ def read(
   pages: Pages, table: Int[Array, 'B n'], dtype: str, rope_dim: int
 ) -> Float[Array, 'B S W']:
   """The tokens of some pages of each row: latent, shared key, zeros."""
+  # Every id in a table is a page's: unchecked, they are read sooner.
+  pick = lambda x: x.at[table].get(mode='promise_in_bounds')
   if pages.scales is None:
-    found = pages.values[table].astype(dtype)
+    found = pick(pages.values).astype(dtype)
   else:
-    wide = dequantise(pages.values[table], pages.scales[table])
-    rope = pages.rope[table][..., :rope_dim]
+    wide = dequantise(pick(pages.values), pick(pages.scales))
+    rope = pick(pages.rope)[..., :rope_dim]
     found = jnp.concatenate([wide.astype(dtype), rope.astype(dtype)], -1)
   b, n, size, width = found.shape
   return found.reshape(b, n * size, width)

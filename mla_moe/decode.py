@@ -18,14 +18,16 @@ from mla_moe import absorbed, cache, layers, moe, rope, router, sharding
 from mla_moe import config as config_lib
 from mla_moe.types import Array, Float, Int, PyTree
 
+_FFN = ('w_gate_up', 'w_down')
 _FEW = 8  # rows that share every expert's weights (measured on x86)
 
 
 def unstack(config: config_lib.ModelConfig, variables: PyTree) -> PyTree:
   """{'params', 'router'} as decoding reads them: a layer at a time.
 
-  Matrices in the activations' dtype; norms and router in float32. Needs the
-  stacked parameters no longer.
+  Matrices in the activations' dtype, as `layers.turned` reads them except for
+  the routed experts'; norms and router in float32. Needs the stacked parameters
+  no longer.
   """
   params, biases = variables['params'], variables.get('router', {})
   found = {
@@ -33,7 +35,7 @@ def unstack(config: config_lib.ModelConfig, variables: PyTree) -> PyTree:
     'final_norm': params['final_norm']['scale'],
     'layers': [],
   }
-  head = params['embedding'].T if config.tie_embeddings else params['w_head']
+  head = params['embedding'] if config.tie_embeddings else params['w_head'].T
   found['head'] = head.astype(config.dtype)
   counts = {'dense': config.dense_layers, 'moe': config.moe_layers}
   for name, count in counts.items():
@@ -46,7 +48,7 @@ def unstack(config: config_lib.ModelConfig, variables: PyTree) -> PyTree:
     bias = biases.get('mtp_0', {}).get('block', {})
     names = ('embed_norm', 'hidden_norm', 'final_norm')
     found['mtp'] = {
-      'w_join': module['w_join'].astype(config.dtype),
+      'w_join': module['w_join'].T.astype(config.dtype),
       'block': _layer(module['block'], bias, config.dtype),
       **{name: module[name]['scale'] for name in names},
     }
@@ -54,21 +56,23 @@ def unstack(config: config_lib.ModelConfig, variables: PyTree) -> PyTree:
 
 
 def _layer(params, bias, dtype):
-  def ffn(part):
-    names = ('w_gate_up', 'w_down')
-    return {name: part[name].astype(dtype) for name in names}
+  def turned(part):
+    turn = lambda w: jnp.moveaxis(w, 0, -1)
+    return {name: turn(part[name]).astype(dtype) for name in _FFN}
 
   found = {
     'attention_norm': params['attention_norm']['scale'],
     'ffn_norm': params['ffn_norm']['scale'],
     'attention': absorbed.weights(params['attention'], dtype),
-    'ffn': ffn(params['ffn']),
   }
-  if 'w_router' in params['ffn']:
+  if 'w_router' not in params['ffn']:
+    found['ffn'] = turned(params['ffn'])
+  else:
+    found['ffn'] = {name: params['ffn'][name].astype(dtype) for name in _FFN}
     found['w_router'] = params['ffn']['w_router']
     found['bias'] = bias.get('ffn', {}).get('bias')
     if 'shared' in params['ffn']:
-      found['shared'] = ffn(params['ffn']['shared'])
+      found['shared'] = turned(params['ffn']['shared'])
   return found
 
 
@@ -101,7 +105,7 @@ def hidden(
 
 def logits(weights: PyTree, x: Float[Array, '*b D']) -> Float[Array, '*b V']:
   """The head's, float32."""
-  return layers.dot('...d,dv->...v', x, weights['head'])
+  return layers.turned(x, weights['head'], layers.dot)
 
 
 def decode_step(
@@ -126,9 +130,13 @@ def extend(
   valid: Int[Array, ' B'] | None = None,
 ) -> tuple[Float[Array, 'B T D'], cache.Cache]:
   """`hidden` in the form that is cheaper for so many new tokens."""
-  few = tokens.shape[1] <= absorbed.ABSORBED
-  form = 'absorbed' if few else 'decompressed'
-  return hidden(weights, held, tokens, config, valid=valid, form=form)
+  how = form(tokens.shape[1])
+  return hidden(weights, held, tokens, config, valid=valid, form=how)
+
+
+def form(tokens: int) -> str:
+  """Of `absorbed.attend`, for so many new tokens of a row that holds some."""
+  return 'absorbed' if tokens <= absorbed.ABSORBED else 'decompressed'
 
 
 def prefill(
@@ -181,7 +189,7 @@ def draft(
     layers.normalize(weights['embedding'][tokens], w['embed_norm'], eps),
     layers.normalize(before, w['hidden_norm'], eps),
   ]
-  x = jnp.concatenate(both, axis=-1) @ w['w_join']
+  x = layers.turned(jnp.concatenate(both, axis=-1), w['w_join'])
   turn = _turn(held, tokens, config)
   x, pool = _block(
     w['block'], x, turn, held.layers[0], held, valid, config, form
@@ -223,7 +231,11 @@ def _block(w, x, turn, pages, held, valid, config, form):
 
 
 def _dense(w, x):
-  return layers.swiglu(x, w['w_gate_up'], w['w_down'])
+  """`layers.swiglu` of weights that lie the other way."""
+  both = layers.turned(x, w['w_gate_up'])
+  if x.ndim == 3:
+    both = sharding.constrain(both, 'batch', 'part', 'gate_up', 'mlp')
+  return layers.turned(layers.gated(both), w['w_down'])
 
 
 def _experts(w, x, config):

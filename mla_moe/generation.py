@@ -113,7 +113,7 @@ def rollout(
   state = _whole(*job.arrays, config=config, kept=cache, **job.static)
   state = jax.device_get(
     dataclasses.replace(
-      state, cache=None, mtp_cache=None, draft=None, seen=None
+      state, cache=None, mtp_cache=None, recent=None, seen=None
     )
   )
   _check(state.broken)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -36,6 +37,7 @@ PRODUCTS = (
   'w_down',
 )
 HIGH = fp8.Recipe('bf16')
+_NARROW = 16  # rows of which `turned` makes columns (measured on x86)
 PRODUCT = 'fp8_product'  # the name of an FP8 product's result
 
 
@@ -253,6 +255,24 @@ def dot(equation: str, a: Array, b: Array) -> Array:
     a.astype(jnp.float32), b.astype(jnp.float32)
   )
   return jax.lax.platform_dependent(a, b, cpu=widened, default=accumulate)
+
+
+def turned(
+  x: Float[Array, '*b D'],
+  w: Float[Array, '*out D'],
+  multiply: Callable = jnp.einsum,
+) -> Float[Array, ...]:
+  """x w^T, [*b, *out], for weights that lie the other way, as decoding's do.
+
+  A few rows are the narrow operand: on a CPU, w x^T reads the weights line by
+  line and takes half as long. XLA would turn it back, but for the barrier.
+  """
+  out = 'xyz'[: w.ndim - 1]
+  rows = x.reshape(-1, x.shape[-1])
+  if len(rows) > _NARROW or sharding.platform() != 'cpu':
+    return multiply(f'...d,{out}d->...{out}', x, w)
+  y = jax.lax.optimization_barrier(multiply('...d,md->...m', w, rows))
+  return jnp.moveaxis(y, -1, 0).reshape(*x.shape[:-1], *w.shape[:-1])
 
 
 class RMSNorm(nn.Module):

@@ -1,13 +1,14 @@
 """What generation repeats: one pass over every row, and what it emits.
 
 A state holds a row's newest token, which is emitted but not yet in the cache,
-and, where the MTP module drafts, the draft after it. `start` prefills and emits
-the first token of each row; `advance` emits one more, or up to two.
+and, where the MTP module drafts, what the module reads next. `start` prefills
+and emits the first token of each row; `advance` emits one more, or up to two.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,29 @@ from flax import struct
 from mla_moe import cache as cache_lib
 from mla_moe import config as config_lib
 from mla_moe import decode, sampling, speculative
-from mla_moe.types import Array, Int, PyTree
+from mla_moe.types import Array, Bool, Int, PyTree
+
+
+@struct.dataclass
+class Recent:
+  """What the MTP module has not read of each row: the hidden states [B, 2, D]
+  of the last pass, the tokens [B, 2] after them, and how many [B] stand."""
+
+  hidden: PyTree
+  tokens: PyTree
+  taken: PyTree
+
+
+class Attempt(NamedTuple):
+  """One pass with drafts: the verdict, the main model's logits [B, 2, V] and
+  hidden states [B, 2, D], its cache and the module's. The main one's lengths
+  are still without the pass's tokens: who calls knows how many are wanted."""
+
+  verdict: speculative.Verdict
+  logits: Array
+  hidden: Array
+  main: cache_lib.Cache
+  mtp: cache_lib.Cache
 
 
 @struct.dataclass
@@ -26,7 +49,7 @@ class State:
   cache: PyTree
   mtp_cache: PyTree
   newest: PyTree
-  draft: PyTree  # (tokens [B], log-probabilities [B, V]) or None
+  recent: PyTree  # or None: no drafts
   seen: PyTree
   tokens: PyTree
   log_probs: PyTree
@@ -81,7 +104,7 @@ def start(
     cache=cache,
     mtp_cache=None,
     newest=newest,
-    draft=None,
+    recent=None,
     seen=seen,
     tokens=jnp.zeros((batch, room), jnp.int32),
     log_probs=jnp.zeros((batch, room), jnp.float32),
@@ -97,13 +120,60 @@ def start(
   state = dataclasses.replace(state, broken=_broken(logits, emit, 0))
   if not speculative:
     return state
-  # The module reads, at each position, the token after it.
+  # The module reads, at each position, the token after it; the last one's is
+  # read with the first draft.
   after = jnp.roll(tokens, -1, axis=1)
-  after = after.at[jnp.arange(batch), valid - 1].set(newest)
-  y, mtp_cache = decode.draft(
-    weights, mtp_cache, x, after, config, valid=valid, form='fresh'
+  _, mtp_cache = decode.draft(
+    weights, mtp_cache, x, after, config, valid=valid - 1, form='fresh'
   )
-  return _with_draft(weights, state, mtp_cache, y, valid, how)
+  last = decode.last(x, valid)
+  recent = Recent(
+    hidden=jnp.stack([last, last], axis=1),
+    tokens=jnp.stack([newest, newest], axis=1),
+    taken=jnp.ones(batch, jnp.int32),
+  )
+  return dataclasses.replace(state, mtp_cache=mtp_cache, recent=recent)
+
+
+def attempt(
+  weights: PyTree,
+  main: cache_lib.Cache,
+  mtp: cache_lib.Cache,
+  recent: Recent,
+  seen: Bool[Array, 'B V'],
+  how: sampling.Knobs,
+  alive: Bool[Array, ' B'],
+  config: config_lib.ModelConfig,
+) -> Attempt:
+  """Drafts a token of each row that is alive, and checks it in one pass.
+
+  Args:
+    weights: of `decode.unstack`.
+    main: the cache of the main model, without the rows' newest tokens.
+    mtp: the module's, without what is `recent`.
+    recent: at least one token of each row that is alive.
+    seen: tokens of the row so far.
+    how: of the sampler.
+    alive: rows that are to go on; nothing is written of others.
+    config: the model's.
+  """
+  taken = jnp.where(alive, recent.taken, 0)
+  y, mtp = decode.draft(
+    weights, mtp, recent.hidden, recent.tokens, config, valid=taken
+  )
+  guess = decode.logits(weights, decode.last(y, taken))
+  start = main.lengths
+  drafts, drawn_from = speculative.propose(guess, seen, how, start + 1)
+  at = jnp.maximum(taken - 1, 0)[:, None]
+  newest = jnp.take_along_axis(recent.tokens, at, axis=1)[:, 0]
+  both = jnp.stack([newest, drafts], axis=1)
+  x, main = decode.hidden(
+    weights, main, both, config, valid=2 * alive.astype(jnp.int32)
+  )
+  logits = decode.logits(weights, x)
+  verdict = speculative.verify(logits, drafts, drawn_from, seen, how, start + 1)
+  main = dataclasses.replace(main, lengths=start)
+  return Attempt(verdict, logits, x, main, mtp)
 
 
 def advance(
@@ -115,7 +185,7 @@ def advance(
   config: config_lib.ModelConfig,
 ) -> State:
   """One pass of the main model over each row that is not done."""
-  if state.draft is None:
+  if state.recent is None:
     run = _plain_round
   else:
     run = _speculative_round
@@ -141,42 +211,31 @@ def _plain_round(weights, state, limit, stops, how, config):
 
 def _speculative_round(weights, state, limit, stops, how, config):
   alive = ~state.done
-  drafts, drawn_from = state.draft
-  start = state.cache.lengths
-  both = jnp.stack([state.newest, drafts], axis=1)
-  x, cache = decode.hidden(
-    weights, state.cache, both, config, valid=2 * alive.astype(jnp.int32)
-  )
-  logits = decode.logits(weights, x)
-  verdict = speculative.verify(
-    logits, drafts, drawn_from, state.seen, how, start + 1
-  )
-  before = state.done
+  found = attempt(
+    weights, state.cache, state.mtp_cache, state.recent, state.seen, how,
+    alive, config,
+  )  # fmt: skip
+  tokens, accepted = found.verdict
   state = dataclasses.replace(
     state,
-    broken=_broken(logits, alive[:, None], state.round + 1),
+    mtp_cache=found.mtp,
+    broken=_broken(found.logits, alive[:, None], state.round + 1),
     round=state.round + 1,
     passes=state.passes + alive.sum(),
-    accepted=state.accepted + (alive & verdict.accepted).sum(),
+    accepted=state.accepted + (alive & accepted).sum(),
   )
-  first, second = verdict.tokens[:, 0], verdict.tokens[:, 1]
-  state = _emit(state, first, logits[:, 0], alive, limit, stops)
-  more = ~state.done & verdict.accepted
-  state = _emit(state, second, logits[:, 1], more, limit, stops)
+  logits = found.logits
+  state = _emit(state, tokens[:, 0], logits[:, 0], alive, limit, stops)
+  more = ~state.done & accepted
+  state = _emit(state, tokens[:, 1], logits[:, 1], more, limit, stops)
   # What was checked and not accepted is forgotten: it will be overwritten.
-  taken = jnp.where(before, 0, 1 + more)
-  cache = dataclasses.replace(cache, lengths=start + taken)
-  state = dataclasses.replace(state, cache=cache)
-  y, mtp_cache = decode.draft(
-    weights, state.mtp_cache, x, verdict.tokens, config, valid=taken
+  taken = jnp.where(alive, 1 + more, 0)
+  lengths = found.main.lengths + taken
+  return dataclasses.replace(
+    state,
+    cache=dataclasses.replace(found.main, lengths=lengths),
+    recent=Recent(found.hidden, tokens, taken),
   )
-  return _with_draft(weights, state, mtp_cache, y, taken, how)
-
-
-def _with_draft(weights, state, mtp_cache, y, valid, how):
-  logits = decode.logits(weights, decode.last(y, valid))
-  draft = speculative.propose(logits, state.seen, how, mtp_cache.lengths + 1)
-  return dataclasses.replace(state, mtp_cache=mtp_cache, draft=draft)
 
 
 def _broken(logits, rows, step):

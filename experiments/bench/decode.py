@@ -206,6 +206,7 @@ def _layer(rounds: int) -> dict:
     },
     'float32',
   )
+  of_heads = w | {'w_v_up': w['w_v_up'].swapaxes(1, 2)}
   found = {}
   for batch in _BATCHES:
     x = make(batch, 1, dim)
@@ -216,8 +217,8 @@ def _layer(rounds: int) -> dict:
     state = {
       'latent': held.layers[0],
       'heads': (
-        jnp.zeros((batch, 16, context, 192)),
-        jnp.zeros((batch, 16, context, 128)),
+        jnp.zeros((batch * 16, context, 192)),
+        jnp.zeros((batch * 16, context, 128)),
       ),
     }
     latent = jax.jit(
@@ -230,14 +231,14 @@ def _layer(rounds: int) -> dict:
       functools.partial(_per_head, mla=mla, at=context - 1), donate_argnums=3
     )
 
-    def step(name, run, x=x, turn=turn, state=state):
+    def step(name, run, w, x=x, turn=turn, state=state):
       y, state[name] = run(w, x, turn, state[name])
       y.block_until_ready()
 
     seconds = _turns(
       {
-        'latent': functools.partial(step, 'latent', latent),
-        'heads': functools.partial(step, 'heads', heads),
+        'latent': functools.partial(step, 'latent', latent, w),
+        'heads': functools.partial(step, 'heads', heads, of_heads),
       },
       rounds,
       10,
@@ -250,28 +251,33 @@ def _layer(rounds: int) -> dict:
 
 
 def _per_head(w, x, turn, cache, *, mla, at):
-  """The same layer over keys and values of every head, [B, N, S, width]."""
+  """The same layer over keys and values of every head, [B N, S, width]."""
   import jax
   import jax.numpy as jnp
 
   from mla_moe import layers, rope
 
   b = x.shape[0]
-  latent, k_rope = jnp.split(x @ w['w_down'], [mla.kv_rank], axis=-1)
+  down = layers.turned(x, w['w_down'])
+  latent, k_rope = jnp.split(down, [mla.kv_rank], axis=-1)
   latent = layers.normalize(latent, w['kv_norm'], mla.norm_eps)
-  q = (x @ w['w_q']).reshape(b, 1, mla.heads, -1)
+  q = layers.turned(x, w['w_q']).reshape(b, 1, mla.heads, -1)
   q_nope, q_rope = jnp.split(q, [mla.nope_dim], axis=-1)
   q = jnp.concatenate([q_nope, rope.rotate(q_rope, *turn)], -1)[:, 0]
-  k_nope = jnp.einsum('bsc,nhc->bnsh', latent, w['w_k_up'])
-  shared = rope.rotate(k_rope, *turn)[:, None]
-  shared = jnp.broadcast_to(shared, (*k_nope.shape[:3], mla.rope_dim))
+  k_nope = layers.turned(latent[:, 0], w['w_k_up'])
+  shared = rope.rotate(k_rope, *turn)
+  shared = jnp.broadcast_to(shared, (*k_nope.shape[:2], mla.rope_dim))
   k = jnp.concatenate([k_nope, shared], axis=-1)
-  v = jnp.einsum('bsc,ncu->bnsu', latent, w['w_v_up'])
-  put = jax.lax.dynamic_update_slice
-  cache = put(cache[0], k, (0, 0, at, 0)), put(cache[1], v, (0, 0, at, 0))
-  logits = jnp.einsum('bnh,bnsh->bns', q, cache[0]) * rope.softmax_scale(mla)
-  out = jnp.einsum('bns,bnsu->bnu', jax.nn.softmax(logits), cache[1])
-  return out.reshape(b, 1, -1) @ w['w_out'], cache
+  v = layers.turned(latent[:, 0], w['w_v_up'])
+  put = lambda cache, new: jax.lax.dynamic_update_slice(
+    cache, new.reshape(-1, 1, new.shape[-1]), (0, at, 0)
+  )
+  # Rows and heads are one axis: of one row XLA would make copies.
+  keys, values = put(cache[0], k), put(cache[1], v)
+  q = q.reshape(-1, q.shape[-1])
+  logits = jnp.einsum('nh,nsh->ns', q, keys) * rope.softmax_scale(mla)
+  out = jnp.einsum('ns,nsu->nu', jax.nn.softmax(logits), values)
+  return layers.turned(out.reshape(b, 1, -1), w['w_out']), (keys, values)
 
 
 def _by_context(rounds: int) -> dict:

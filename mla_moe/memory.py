@@ -251,7 +251,8 @@ def traffic(config: config_lib.Config) -> dict[str, float]:
   """Bytes that one device receives in a step, over each axis of the mesh.
 
   fsdp: weights forward and again backward, gradients scattered, and the
-  embedding's rows; data: gradients summed over replicas; expert: each token's
+  embedding's rows; data: gradients summed over replicas (those of more than this
+  axis, too); expert: each token's
   rows out and back, forward and backward, and out once more under `remat`, by
   the cheaper of an all-to-all of its K copies and an all-gather with a
   reduce-scatter; tensor: the stream's sums after embedding, attention and FFN.
@@ -284,18 +285,27 @@ def traffic(config: config_lib.Config) -> dict[str, float]:
   once = 4 * (up + table) + wide * rest  # gradients that experts are not in
   gather = twice * weights * (routed + up + rest) + wide * table
   gather += 4 * routed + once + rows
-  # The experts' replicas are the data axis; the rest's also the expert axis.
+  # The experts' replicas are the data axis; the rest's also the expert axis, and
+  # both are one sum.
   once += 4 * table  # the embedding's: summed, but never scattered
-  summed = 2 * (4 * routed + once) / mesh.fsdp * others(mesh.data)
-  also = 2 * once / mesh.fsdp * others(mesh.expert)
-  copies = min(model.moe.top_k, mesh.expert)
-  crossing = stream * copies * others(mesh.expert)
-  passes = 4 if model.remat == 'none' else 5
-  exchange = routed_layers * crossing * passes + also
+  summed = 2 * 4 * routed / mesh.fsdp * others(mesh.data)
+  also = 2 * once / mesh.fsdp * others(mesh.data * mesh.expert)
+  if mesh.data > 1:
+    summed, also = summed + also, 0.0
+  # Tokens that are split over tensor, too, are gathered over both axes at once.
+  passes = routed_layers * (4 if model.remat == 'none' else 5)
+  few = mesh.expert <= model.moe.top_k
+  share = mesh.expert - 1 / mesh.tensor
+  share = share if few else model.moe.top_k * others(mesh.expert)
+  exchange = passes * stream * share
+  aside = 0.0 if few else passes * stream * others(mesh.tensor)
+  if mesh.expert == 1:
+    exchange, aside = 0.0, exchange
   sums = 2 * stream * others(mesh.tensor)
+  sums *= blocks * 2 * (1 + twice) + 1 + depth
   return {
     'fsdp': times * gather * others(mesh.fsdp),
     'data': times * summed,
-    'expert': times * exchange if mesh.expert > 1 else 0.0,
-    'tensor': times * (blocks * 2 * (1 + twice) + 1 + depth) * sums,
+    'expert': times * (exchange + also),
+    'tensor': times * (sums + aside),
   }

@@ -27,6 +27,9 @@ class Chip:
   bf16 and fp8 are peak FLOP/s (fp8 equals bf16 where there is no FP8 unit),
   usable is bytes of memory that a program gets, bandwidth and link bytes a
   second (link: to the neighbours together), dollars an hour of the whole chip.
+  margin is the share of `usable` that a plan leaves free: for libtpu's programs
+  need up to 1.3 % more than the arithmetic says (docs/plan.md), and NCCL and
+  cuBLAS have their own.
   """
 
   bf16: float
@@ -37,6 +40,12 @@ class Chip:
   dollars: float
   dimensions: int
   cores: int = 1
+  margin: float = 0.04
+
+  @property
+  def planned(self) -> float:
+    """Bytes that a plan may fill."""
+    return self.usable * (1 - self.margin)
 
 
 GIB = 2.0**30

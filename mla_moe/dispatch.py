@@ -54,9 +54,9 @@ def spread(
 
 def _spread_backward(residuals, g):
   places, held, m = residuals
-  # Select, never multiply: rows that nobody reads may hold anything.
-  g = jnp.where(held[:, None], g[places], 0).reshape(m, -1, g.shape[-1])
-  return g.astype(jnp.float32).sum(1).astype(g.dtype), None, None, None
+  ways = zip(*_by_choice(places, held, m), strict=True)
+  total = sum(_picked(g, *way) for way in ways)
+  return total.astype(g.dtype), None, None, None
 
 
 spread.defvjp(
@@ -81,22 +81,31 @@ def combine(
 
   `valid` says which of the rows are anybody's.
   """
-  return jnp.einsum(
-    'mkd,mk->md', _by_token(rows, weights, places, held), weights
-  )
+  ways = zip(*_by_choice(places, held, len(weights)), weights.T, strict=True)
+  return sum(_picked(rows, *way) * share[:, None] for *way, share in ways)
 
 
-def _by_token(rows, weights, places, held):
-  rows = jnp.where(held[:, None], rows[places], 0).astype(jnp.float32)
-  return rows.reshape(*weights.shape, -1)
+def _by_choice(places, held, tokens):
+  """Places and whether they are held, of all tokens' k-th choices: [K, M].
+
+  Summed choice by choice, tokens never have K rows each at the same time:
+  those would be the largest array of a training step.
+  """
+  return places.reshape(tokens, -1).T, held.reshape(tokens, -1).T
+
+
+def _picked(rows, places, held):
+  # Select, never multiply: rows that nobody reads may hold anything.
+  return jnp.where(held[:, None], rows[places], 0).astype(jnp.float32)
 
 
 def _combine_backward(residuals, g):
   rows, weights, slots, valid, places, held = residuals
   share = jnp.where(valid, weights.reshape(-1)[slots], 0)
   drows = (g[slots // weights.shape[1]] * share[:, None]).astype(rows.dtype)
-  picked = _by_token(rows, weights, places, held)
-  return drows, jnp.einsum('mkd,md->mk', picked, g), None, None, None, None
+  ways = zip(*_by_choice(places, held, len(weights)), strict=True)
+  dshare = [(_picked(rows, *way) * g).sum(-1) for way in ways]
+  return drows, jnp.stack(dshare, axis=1), None, None, None, None
 
 
 combine.defvjp(lambda *args: (combine(*args), args), _combine_backward)

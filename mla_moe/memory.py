@@ -29,8 +29,9 @@ _WIDTH = {'float32': 4, 'bfloat16': 2}
 class Footprint:
   """Bytes on one device; `total` is their sum.
 
-  parameters, gradients and optimizer are float32. saved: what all layers keep
-  for the backward pass; working: the largest layer, going backward; gathered:
+  parameters, gradients and optimizer are float32. copies: the parameters as
+  narrow as the products read them, which XLA makes of all layers at once, before
+  their loop. saved: what all layers keep for the backward pass; working: the largest layer, going backward; gathered:
   weights brought together from the other shards, and their gradient before it
   is scattered; logits: the loss's blocks.
   """
@@ -38,6 +39,7 @@ class Footprint:
   parameters: int
   gradients: int
   optimizer: int
+  copies: int
   saved: int
   working: int
   gathered: int
@@ -71,6 +73,7 @@ def footprint(
     parameters=parameters,
     gradients=sums * parameters,
     optimizer=optimizer,
+    copies=copies_bytes(config, parameters),
     saved=saved_bytes(config),
     working=working_bytes(config),
     gathered=gathered_bytes(config),
@@ -95,6 +98,15 @@ def state_bytes(
       sizes[i] = -(-sizes[i] // math.prod(getattr(mesh, a) for a in axes))
     total += math.prod(sizes) * np.dtype(value.dtype).itemsize
   return total
+
+
+def copies_bytes(config: config_lib.Config, parameters: int) -> int:
+  """Of a device's float32 `parameters`, as the products read them.
+
+  In FP8 these are the eight-bit values for the products forward and backward.
+  """
+  wide = _WIDTH[config.model.dtype]
+  return parameters * wide // 4 if wide < 4 else 0
 
 
 def tokens_per_device(config: config_lib.Config) -> int:
@@ -171,8 +183,9 @@ def saved_bytes(config: config_lib.Config) -> int:
 def working_bytes(config: config_lib.Config) -> int:
   """The largest layer made again, and its gradients, on one device.
 
-  Experts hold their rows twice as wide as activations: the backward pass has
-  values and gradients, and the sum over a token's experts is float32.
+  Experts hold their rows twice: the backward pass has values and gradients.
+  Where tokens are gathered, those of the whole group are here, too, and what
+  this device's experts have to say to each, float32.
   """
   model = config.model
   dense, routed = _everything(config)
@@ -180,7 +193,11 @@ def working_bytes(config: config_lib.Config) -> int:
   if not model.moe_layers:
     most = dense
   wide = _WIDTH[model.dtype]
-  return int(2 * most * tokens_per_device(config) * wide)
+  tokens, group = tokens_per_device(config), config.mesh.expert
+  gathered = 0
+  if model.moe_layers and 1 < group <= model.moe.top_k:
+    gathered = group * tokens * model.dim * (wide + 4)
+  return int(2 * most * tokens * wide + gathered)
 
 
 def gathered_bytes(config: config_lib.Config) -> int:
@@ -233,12 +250,15 @@ def bubble(stages: int, micro_batches: int) -> float:
 def traffic(config: config_lib.Config) -> dict[str, float]:
   """Bytes that one device receives in a step, over each axis of the mesh.
 
-  fsdp: weights forward and again backward, gradients scattered, those of
-  experts in float32, others as wide as activations; data: their sum over
-  replicas; expert: each token's rows out and back, forward and backward, and
-  out once more under `remat`, by the cheaper of an all-to-all of its K copies
-  and an all-gather with a reduce-scatter; tensor: the stream's sums after
-  attention and FFN. Every micro-batch pays all of it.
+  fsdp: weights forward and again backward, gradients scattered, and the
+  embedding's rows; data: gradients summed over replicas (those of more than this
+  axis, too); expert: each token's
+  rows out and back, forward and backward, and out once more under `remat`, by
+  the cheaper of an all-to-all of its K copies and an all-gather with a
+  reduce-scatter; tensor: the stream's sums after embedding, attention and FFN.
+  Weights that are gathered inside a region (experts, the latents' expansions,
+  the head) have float32 gradients, those left to GSPMD gradients as wide as
+  activations. Every micro-batch pays all of it.
   """
   model, mesh, data = config.model, config.mesh, config.data
   wide = _WIDTH[model.dtype]
@@ -251,24 +271,41 @@ def traffic(config: config_lib.Config) -> dict[str, float]:
   routed_layers = model.moe_layers + depth * (model.moe_layers > 0)
   expert = 3 * model.dim * model.moe.width * model.moe.experts
   routed = routed_layers * expert / (mesh.expert * mesh.tensor)
-  rest = counts.total + counts.mtp - routed_layers * expert
-  rest = rest / mesh.tensor
+  blocks = model.layers + depth
+  mla = model.mla
+  up = blocks * mla.kv_rank * mla.heads * (mla.nope_dim + mla.value_dim)
+  table = model.vocab * model.dim
+  rest = counts.total + counts.mtp - routed_layers * expert - up
+  rest -= counts.embedding + counts.head
+  up, table, rest = (n / mesh.tensor for n in (up, table, rest))
   others = lambda n: (n - 1) / n
   twice = 1 if model.remat == 'none' else 2
-  grads = 4 * routed + wide * rest
-  gather = twice * weights * (routed + rest) + grads
-  # The experts' replicas are the data axis; the rest's also the expert axis.
-  summed = 2 * grads / mesh.fsdp * others(mesh.data)
-  also = 2 * wide * rest / mesh.fsdp * others(mesh.expert)
-  copies = min(model.moe.top_k, mesh.expert)
-  crossing = tokens * model.dim * wide * copies * others(mesh.expert)
-  passes = 4 if model.remat == 'none' else 5
-  exchange = routed_layers * crossing * passes + also
-  blocks = model.layers + depth
-  sums = 2 * tokens * model.dim * wide * others(mesh.tensor)
+  stream = tokens * model.dim * wide
+  rows = 2 * (1 + depth) * stream  # of the embedding, and their gradient
+  once = 4 * (up + table) + wide * rest  # gradients that experts are not in
+  gather = twice * weights * (routed + up + rest) + wide * table
+  gather += 4 * routed + once + rows
+  # The experts' replicas are the data axis; the rest's also the expert axis, and
+  # both are one sum.
+  once += 4 * table  # the embedding's: summed, but never scattered
+  summed = 2 * 4 * routed / mesh.fsdp * others(mesh.data)
+  also = 2 * once / mesh.fsdp * others(mesh.data * mesh.expert)
+  if mesh.data > 1:
+    summed, also = summed + also, 0.0
+  # Tokens that are split over tensor, too, are gathered over both axes at once.
+  passes = routed_layers * (4 if model.remat == 'none' else 5)
+  few = mesh.expert <= model.moe.top_k
+  share = mesh.expert - 1 / mesh.tensor
+  share = share if few else model.moe.top_k * others(mesh.expert)
+  exchange = passes * stream * share
+  aside = 0.0 if few else passes * stream * others(mesh.tensor)
+  if mesh.expert == 1:
+    exchange, aside = 0.0, exchange
+  sums = 2 * stream * others(mesh.tensor)
+  sums *= blocks * 2 * (1 + twice) + 1 + depth
   return {
     'fsdp': times * gather * others(mesh.fsdp),
     'data': times * summed,
-    'expert': times * exchange if mesh.expert > 1 else 0.0,
-    'tensor': times * blocks * 2 * (1 + twice) * sums,
+    'expert': times * (exchange + also),
+    'tensor': times * (sums + aside),
   }

@@ -12,7 +12,17 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from mla_moe import block, fp8, layers, mtp, pipeline, rope, sequence, sharding
+from mla_moe import (
+  block,
+  embedding,
+  fp8,
+  layers,
+  mtp,
+  pipeline,
+  rope,
+  sequence,
+  sharding,
+)
 from mla_moe import config as config_lib
 from mla_moe.types import Array, Float, Int, PyTree
 
@@ -100,13 +110,9 @@ class Transformer(nn.Module):
     place = lambda x: None if x is None else sequence.arrange(x)
     segments = place(segments)
     cos, sin = rope.angles(place(positions), c.mla.rope_dim, c.mla.rope)
-    table = self.embedding.astype(c.dtype)
-
-    def embed(tokens):
-      return sharding.constrain(
-        table[place(tokens)], 'batch', 'length', 'stream'
-      )
-
+    embed = lambda tokens: embedding.lookup(
+      self.embedding, place(tokens), c.dtype
+    )
     embedded = embed(tokens)
     x, stats = embedded, None
     if c.dense_layers:

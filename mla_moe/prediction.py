@@ -34,11 +34,12 @@ def token_nll(
   vocab = head.shape[1]
 
   def local(hidden, head, targets):
+    head = sharding.varying(head)  # so that its gradient's shards are summed
     if across:
       hidden = jax.lax.all_gather(hidden, 'tensor', axis=1, tiled=True)
     if over:
       head = jax.lax.all_gather(head, over, axis=0, tiled=True)
-    hidden, head = sharding.varying((hidden, head))
+    hidden = sharding.varying(hidden)
     flat, at = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     first = 0
     if columns:

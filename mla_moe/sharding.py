@@ -81,14 +81,18 @@ def make_mesh(
   sizes = [getattr(mesh, axis) for axis in AXES]
   kinds = (AxisType.Auto,) * len(AXES)
   slices = len({getattr(d, 'slice_index', 0) for d in devices})
-  if slices == 1:
-    return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
   from jax.experimental import mesh_utils
 
-  across = outermost(mesh, slices)
-  outer = [slices if a == across else 1 for a in AXES]
-  inner = [n // o for n, o in zip(sizes, outer, strict=True)]
-  laid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
+  # Not jax.make_mesh: but on v5e, it refuses an axis that is no product of a
+  # torus' own axes, such as 16 of 4x8x8.
+  split = {'allow_split_physical_axes': True}
+  if slices == 1:
+    laid = mesh_utils.create_device_mesh(sizes, devices, **split)
+  else:
+    across = outermost(mesh, slices)
+    outer = [slices if a == across else 1 for a in AXES]
+    inner = [n // o for n, o in zip(sizes, outer, strict=True)]
+    laid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, **split)
   return jax.sharding.Mesh(laid, AXES, axis_types=kinds)
 
 

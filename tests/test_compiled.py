@@ -16,6 +16,16 @@ NEEDS = 'needs libtpu: pip install jax[tpu]'
 MESHES = {
   'expert': config_lib.MeshConfig(expert=8),
   'both': config_lib.MeshConfig(fsdp=2, expert=4),
+  'data': config_lib.MeshConfig(data=2, expert=4),
+  'tensor': config_lib.MeshConfig(tensor=2, expert=4),
+}
+# Width of the stream and of an expert. The arithmetic was written with the
+# first two programs at hand; of the others it was a prediction.
+WIDTHS = {
+  'expert': (1024, 512),
+  'both': (1024, 512),
+  'data': (768, 640),
+  'tensor': (1280, 384),
 }
 
 
@@ -86,7 +96,7 @@ def tpu(mesh):
   from jax.experimental import topologies
 
   described = topologies.get_topology_desc('v5e:2x4', platform='tpu')
-  config = step_of(mesh, 'bfloat16', 1024, 512, 1024)
+  config = step_of(mesh, 'bfloat16', *WIDTHS[mesh], 1024)
   return config, program(config, described.devices)
 
 

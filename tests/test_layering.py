@@ -17,7 +17,7 @@ LAYERS = (
   'data',
   'sharding sampling',
   'losses optim metrics sequence speculative',
-  'layers prediction',
+  'layers prediction embedding',
   'attention cache rope router dispatch',
   'expert_parallel',
   'absorbed mla moe',

@@ -160,7 +160,10 @@ def test_traffic_follows_the_mesh():
   counts = cost.parameters(LITE)
   sent = memory.traffic(on_mesh(LITE, data=2))['data']
   steps = LITE.data.batch_size / 2
-  wide = 4 * counts.routed + 2 * (counts.total - counts.routed)
+  a = LITE.model.mla
+  up = 27 * a.kv_rank * a.heads * (a.nope_dim + a.value_dim)
+  regions = counts.routed + counts.embedding + counts.head + up
+  wide = 4 * regions + 2 * (counts.total - regions)
   assert sent == pytest.approx(wide * steps)  # half out, half in
 
 

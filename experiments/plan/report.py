@@ -16,6 +16,7 @@ _MEANS = {
   'parameters': 'float32 master weights',
   'gradients': 'float32, sums over micro-batches',
   'optimizer': 'its moments, float32',
+  'copies': 'the parameters as the products read them',
   'saved': 'what layers keep for the backward pass',
   'working': 'the largest layer, going backward',
   'gathered': "FSDP's copy of a layer, and its gradient",
@@ -43,7 +44,8 @@ def show(plan, bill, utilisation: float) -> None:
     table.add_row(name, _gib(size), f'{share:.1%}', f'{mark} {_MEANS[name]}')
   table.add_section()
   table.add_row('all', _gib(total), f'{total / chip.usable:.1%}', '')
-  table.add_row('there is', _gib(chip.usable), '', '')
+  free = f'of which a plan leaves {chip.margin:.0%} free'
+  table.add_row('there is', _gib(chip.usable), '', free)
   console.print(table)
   table = _table('A step', ('', ''))
   for name, value in _step_rows(plan, bill):
@@ -133,7 +135,7 @@ def draw_memory(plans):
   plot = axes[0, 0]
   at = range(len(plans))
   left = [0.0] * len(plans)
-  colours = (*page.COLOURS, '#999999')
+  colours = (*page.COLOURS, '#999999', '#332288')
   for (name, meaning), colour in zip(_MEANS.items(), colours, strict=True):
     sizes = [getattr(plan.footprint, name) / 2**30 for plan in plans]
     plot.barh(at, sizes, left=left, color=colour, label=f'{name}: {meaning}')

@@ -29,7 +29,7 @@ class Plan:
 
   @property
   def fits(self) -> bool:
-    return self.footprint.total <= self.slice.chip.usable
+    return self.footprint.total <= self.slice.chip.planned
 
 
 def mesh_of(text: str, states: str = 'fsdp') -> config_lib.MeshConfig:
@@ -107,7 +107,8 @@ def refuse_if_too_large(plan: Plan, layout) -> None:
   raise ConfigError(
     f'--topology={plan.slice} --mesh={mesh_text(plan.config.mesh)}: a device '
     f'needs {gib(plan.footprint.total)} ({most}) and has '
-    f'{gib(plan.slice.chip.usable)}; {hint}'
+    f'{gib(plan.slice.chip.usable)}, {plan.slice.chip.margin:.0%} of it kept '
+    f'free; {hint}'
   )
 
 

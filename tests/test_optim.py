@@ -7,6 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 
@@ -271,11 +272,43 @@ def test_adamw_works_in_place():
   chex.assert_trees_all_equal_shapes_and_dtypes(opt[0].mu, params)
   chex.assert_trees_all_equal_shapes_and_dtypes(opt[0].nu, params)
   # Donated buffers are matched in order: state goes out as it came in.
-  f = lambda p, opt, g: apply(tx, g, opt, p, 1e-3, 1.0)
-  compiled = jax.jit(f, donate_argnums=(0, 1)).lower(params, opt, params)
+  f = lambda p, opt, g, accept: optim.apply(tx, g, opt, p, 1e-3, accept)
+  run = jax.jit(f, donate_argnums=(0, 1))
+  compiled = run.lower(params, opt, params, jnp.bool_(True))
   memory = compiled.compile().memory_analysis()
   assert memory.alias_size_in_bytes >= 3 * 4 * 512 * 513
   assert memory.temp_size_in_bytes < 4 * 512 * 16
+
+
+@pytest.mark.parametrize('name', ['adamw', 'muon'])
+def test_an_update_that_is_not_accepted_changes_nothing(name):
+  tx, params = optim.optimizer(config_lib.OptimConfig(optimizer=name)), tree(0)
+  opt = tx.init(params)
+  grads = jax.tree.map(lambda p: jnp.full(p.shape, jnp.nan), params)
+  kept = optim.apply(tx, grads, opt, params, 0.1, jnp.bool_(False))
+  chex.assert_trees_all_equal(kept, (params, opt))
+
+
+@pytest.mark.parametrize('decay', [0.0, 0.1])
+def test_adam_from_stored_moments_is_optaxs(decay):
+  config = config_lib.OptimConfig(weight_decay=decay)
+  ours, params = optim.optimizer(config), tree(0)
+  theirs = optax.adamw(
+    1.0,
+    config.beta1,
+    config.beta2,
+    config.eps,
+    weight_decay=decay,
+    mask=optim.decayed,
+    mu_dtype=jnp.float32,
+  )
+  one, other = ours.init(params), theirs.init(params)
+  chex.assert_trees_all_equal_shapes_and_dtypes(one, other)
+  for seed in range(3):
+    grads = tree(seed + 1)
+    updates, one = ours.update(grads, one, params, accept=True)
+    expected, other = theirs.update(grads, other, params)
+    chex.assert_trees_all_close((updates, one), (expected, other), rtol=1e-6)
 
 
 @pytest.mark.slow

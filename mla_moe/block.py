@@ -52,8 +52,15 @@ class Block(nn.Module):
     return x + sharding.constrain(y, *_STREAM), stats
 
 
-def rematerialised(config: config_lib.ModelConfig) -> type[nn.Module]:
-  """Block, with what `config.remat` says computed again going backward."""
+def rematerialised(
+  config: config_lib.ModelConfig, length: int = 1
+) -> type[nn.Module]:
+  """Block, with what `config.remat` says computed again going backward.
+
+  `length` is that of the scan whose body it is. XLA takes a loop of one turn
+  for no loop, and would find what is computed again to be what has been
+  computed already, and keep it.
+  """
   if config.remat == 'none':
     return Block
   policies = jax.checkpoint_policies
@@ -65,7 +72,7 @@ def rematerialised(config: config_lib.ModelConfig) -> type[nn.Module]:
     eight = policies.save_only_these_names(layers.PRODUCT)
     for also in (products, eight):
       policy = policies.save_from_both_policies(also, policy)
-  return nn.remat(Block, prevent_cse=False, policy=policy)
+  return nn.remat(Block, prevent_cse=length == 1, policy=policy)
 
 
 def stack(
@@ -73,7 +80,7 @@ def stack(
 ) -> nn.Module:
   """`length` blocks as one scan; stats get a leading layer axis."""
   return nn.scan(
-    rematerialised(config),
+    rematerialised(config, length),
     length=length,
     variable_axes={'params': 0, 'router': 0},
     split_rngs={'params': True},

@@ -8,6 +8,7 @@ known in both directions: no scatter-add, which accelerators are slow at.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -19,6 +20,14 @@ from mla_moe.types import Array, Float, Int
 # Kept for the backward pass under every policy: sorting again costs more than
 # a few numbers a token.
 SAVED = ('dispatch',)
+
+
+def room(expected: int, multiple: int) -> int:
+  """Places for as many rows and half as many again, a whole multiple.
+
+  What finds none takes a slower way; nothing is dropped.
+  """
+  return -(-3 * expected // (2 * multiple)) * multiple
 
 
 class Order(NamedTuple):
@@ -66,6 +75,37 @@ spread.defvjp(
   ),
   _spread_backward,
 )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def collect(
+  rows: Float[Array, 'R D'],
+  slots: Int[Array, ' R'],
+  valid: Array,
+  places: Int[Array, ' A'],
+  held: Array,
+  k: int,
+) -> Float[Array, 'M D']:
+  """Each token's K rows summed, float32, where `held`: `spread` turned round.
+
+  `valid` says which of the rows are anybody's.
+  """
+  rows = jnp.where(held[:, None], rows[places], 0).astype(jnp.float32)
+  return rows.reshape(-1, k, rows.shape[-1]).sum(1)
+
+
+def _collect_forward(rows, slots, valid, places, held, k):
+  like = jnp.zeros((0,), rows.dtype)
+  return collect(rows, slots, valid, places, held, k), (slots, valid, like)
+
+
+def _collect_backward(k, residuals, g):
+  slots, valid, like = residuals
+  drows = jnp.where(valid[:, None], g[slots // k], 0).astype(like.dtype)
+  return drows, None, None, None, None
+
+
+collect.defvjp(_collect_forward, _collect_backward)
 
 
 @jax.custom_vjp

@@ -9,8 +9,8 @@ exchanges give the same numbers:
   what its own experts have to say; outputs are added and scattered. Up to K
   devices it moves no more than sending each token to K experts would, and has
   no counts to exchange and no buffer to overflow.
-* padded: an all-to-all with room for twice the balanced number of rows between
-  each two devices. Rows that find no room go in further rounds of the same
+* padded: an all-to-all with room for half as many rows again as are balanced
+  between each two devices. Rows that find no room go in further rounds of the same
   buffers, of which a balanced step has none: memory is bounded, none is lost.
 * ragged: the same buffers, but only real rows travel (TPU and GPU; a CPU has
   no such collective and emulates it).
@@ -33,9 +33,6 @@ from mla_moe import config as config_lib
 from mla_moe import dispatch, fp8, sharding
 from mla_moe.fp8 import quantize as q8
 from mla_moe.types import Array, Float, Int, PyTree
-
-# Room between two devices, as a multiple of the balanced number of rows.
-_ROOM = 2
 
 
 class Split(NamedTuple):
@@ -96,10 +93,8 @@ def exchange(
     expected = max(chosen.size // shape['expert'], 1)
     out = compute(x, weights, mine(chosen), *ws, expected=expected)
   else:
-    run = lambda rows, ids, ws: compute(
-      rows, sharding.varying(jnp.ones(ids.shape)), mine(ids), *ws
-    )
-    out, extra = _rounds(x, weights, chosen, ws, run, kind, shape, moe, recipe)
+    args = x, weights, chosen, ws
+    out, extra = _rounds(*args, compute, mine, kind, shape, moe, recipe)
     # Along these axes all devices have counted the same rows.
     alike = lambda axis: axis == 'tensor' or axis not in split.tokens
     same = tuple(filter(alike, split.every))
@@ -128,28 +123,28 @@ def _mine(chosen: Array, count: int) -> Array:
   return jnp.where((local >= 0) & (local < count), local, count)
 
 
-def _rounds(x, weights, chosen, ws, run, kind, shape, moe, recipe):
-  """Rows to their experts' devices and back, [M, D] in x's dtype.
-
-  The first round is plain code, so that other work can overlap its
-  collectives; those after it are a loop, with a gradient of its own because
-  nobody knows how many there are.
-  """
+def _rounds(x, weights, chosen, ws, compute, mine, kind, shape, moe, recipe):
+  """Rows to their experts' devices and back, [M, D] in x's dtype."""
   n, total = shape['expert'], chosen.size
-  room = min(-(-_ROOM * total // n // 8) * 8 or 8, total)
+  room = min(dispatch.room(-(-total // n), 8), total)
   order = dispatch.sort(chosen, moe.experts)
   sizes = order.sizes.reshape(n, -1).sum(-1)
   route = _Route(kind, ('expert',), n, room)
   plan = _Plan(order.slots, order.places, sizes, jnp.cumsum(sizes) - sizes)
   one = functools.partial(
-    _round, run=run, route=route, recipe=recipe, each=moe.experts // n
+    _round,
+    compute=compute,
+    mine=mine,
+    route=route,
+    recipe=recipe,
+    each=moe.experts // n,
   )
-  out = one(0, x, weights, chosen, ws, plan)
-  # Every device takes part in every round.
-  most = jax.lax.pmax(sizes.max(), tuple(shape))
-  rounds = sharding.varying(-(-most // room))
+  rounds = None
   if room < total:
-    out = out + _more(one, rounds, x, weights, chosen, ws, plan)
+    # Every device takes part in every round.
+    most = jax.lax.pmax(sizes.max(), tuple(shape))
+    rounds = sharding.varying(-(-most // room))
+  out = _over_rounds(one, rounds, x, weights, chosen, ws, plan)
   return out, jnp.maximum(sizes - room, 0).sum()
 
 
@@ -162,8 +157,14 @@ class _Plan(NamedTuple):
   starts: Array
 
 
-def _round(i, x, weights, chosen, ws, plan, *, run, route, recipe, each):
-  """What the i-th `room` rows for each device bring back: [M, D]."""
+def _round(
+  i, x, weights, chosen, ws, plan, *, compute, mine, route, recipe, each
+):
+  """What the i-th `room` rows for each device bring back: [M, D] float32.
+
+  A row's weight travels with it, so that nothing that comes back has to be
+  kept, or made and sent again, for the weights' gradient.
+  """
   room = route.room
   at = jnp.arange(room, dtype=jnp.int32)[None] + i * room
   valid = at < plan.sizes[:, None]
@@ -174,47 +175,62 @@ def _round(i, x, weights, chosen, ws, plan, *, run, route, recipe, each):
   held = (rank >= 0) & (rank < room)
   places = jnp.where(held, device * room + rank, 0)
   slots, valid = slots.reshape(-1), valid.reshape(-1)
-  rows = dispatch.spread(x, slots, places, held)
+  send = functools.partial(
+    jax.lax.all_to_all,
+    axis_name='expert',
+    split_axis=0,
+    concat_axis=0,
+    tiled=True,
+  )
   sizes = jnp.clip(plan.sizes - i * room, 0, room)
-  theirs = jax.lax.all_to_all(sizes, 'expert', 0, 0, tiled=True)
-  ids = jnp.where(valid, flat[slots], -1)
-  ids = jax.lax.all_to_all(ids, 'expert', 0, 0, tiled=True)
+  theirs = send(sizes)
+  ids = send(jnp.where(valid, flat[slots], -1))
+  shares = send(dispatch.spread(weights.reshape(-1, 1), slots, places, held))
+  rows = dispatch.spread(x, slots, places, held)
   rows = _sent(rows, (sizes, theirs), route, recipe)
-  back = run(rows, ids[:, None], ws)
+  back = compute(rows, shares, mine(ids)[:, None], *ws)
   back = _move(back, (theirs, sizes), route)
-  out = dispatch.combine(back, weights, slots, valid, places, held)
-  return out.astype(x.dtype)
+  return dispatch.collect(back, slots, valid, places, held, chosen.shape[1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _more(one, rounds, x, weights, chosen, ws, plan):
-  """The sum of rounds 1 to `rounds` - 1."""
-  start = sharding.varying(jnp.zeros(x.shape, jnp.float32))
-  add = lambda i, out: out + one(i, x, weights, chosen, ws, plan)
-  return jax.lax.fori_loop(1, rounds, add, start).astype(x.dtype)
+def _over_rounds(one, rounds, x, weights, chosen, ws, plan):
+  """The sum of all rounds; of the first alone where `rounds` is None.
+
+  The first is plain code, so that other work can overlap its collectives. How
+  many more there are nobody knows, hence a loop with a gradient of its own;
+  that makes each round again, so that no two rounds' rows are held at once.
+  """
+  args = x, weights, chosen, ws, plan
+  out = one(0, *args)
+  if rounds is not None:
+    add = lambda i, out: out + one(i, *args)
+    out = jax.lax.fori_loop(1, rounds, add, out)
+  return out.astype(x.dtype)
 
 
-def _more_forward(one, rounds, x, weights, chosen, ws, plan):
-  out = _more(one, rounds, x, weights, chosen, ws, plan)
+def _over_rounds_forward(one, rounds, x, weights, chosen, ws, plan):
+  out = _over_rounds(one, rounds, x, weights, chosen, ws, plan)
   return out, (rounds, x, weights, chosen, ws, plan)
 
 
-def _more_backward(one, residuals, g):
+def _over_rounds_backward(one, residuals, g):
   rounds, x, weights, chosen, ws, plan = residuals
+  primals = x, weights, tuple(w.master if _is_eight(w) else w for w in ws)
+  g = g.astype(jnp.float32)
 
-  masters = tuple(w.master if _is_eight(w) else w for w in ws)
-
-  def add(i, sums):
+  def grads_of(i):
     def f(x, weights, masters):
       both = zip(ws, masters, strict=True)
       return one(i, x, weights, chosen, tuple(map(_with_master, both)), plan)
 
-    grads = jax.vjp(f, x, weights, masters)[1](g)
-    return jax.tree.map(jnp.add, sums, grads)
+    return jax.vjp(f, *primals)[1](g)
 
-  primals = x, weights, masters
-  zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), primals)
-  grads = jax.lax.fori_loop(1, rounds, add, sharding.varying(zeros))
+  grads = grads_of(0)
+  if rounds is not None:
+    wide = lambda grad: grad.astype(jnp.float32)
+    add = lambda i, sums: jax.tree.map(jnp.add, sums, grads_of(i))
+    grads = jax.lax.fori_loop(1, rounds, add, jax.tree.map(wide, grads))
   like = lambda grad, primal: grad.astype(primal.dtype)
   dx, dweights, dws = jax.tree.map(like, grads, primals)
   dws = tuple(
@@ -224,7 +240,7 @@ def _more_backward(one, residuals, g):
   return None, dx, dweights, None, dws, None
 
 
-_more.defvjp(_more_forward, _more_backward)
+_over_rounds.defvjp(_over_rounds_forward, _over_rounds_backward)
 
 
 def _is_eight(w) -> bool:

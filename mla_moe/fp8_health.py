@@ -45,14 +45,13 @@ def measure(
     )
     if count
   }
-  kind = block.rematerialised(model)
 
   def loss(noise):
     """The mean loss when `noise` is added to the outputs, and the inputs."""
     x = params['embedding'].astype(model.dtype)[tokens]
     inputs = {}
-    for name in stacks:
-      network = kind(model, name == 'moe')
+    for name, count in stacks.items():
+      network = block.rematerialised(model, count)(model, name == 'moe')
 
       def layer(x, one, network=network):
         variables, more = one

@@ -361,13 +361,13 @@ def _ragged(x, weights, chosen, w_gate_up, w_down, expected, recipe):
   """Sort, two grouped products, combine.
 
   Where only some rows are expected to be of these experts, room is made for
-  twice as many; what is beyond goes through the loop.
+  half as many again; what is beyond goes through the loop.
   """
   e, total = w_down.shape[0], chosen.size
   order = dispatch.sort(chosen, e)
-  room = (
-    min(total, -(-2 * expected // 128) * 128) if expected < total else total
-  )
+  room = total
+  if expected < total:
+    room = min(total, dispatch.room(expected, 128))
   fit = lambda at: jnp.minimum(at, room)
   sizes = fit(order.starts + order.sizes) - fit(order.starts)
   slots, places = order.slots[:room], order.places
@@ -395,7 +395,7 @@ def _padded(x, weights, chosen, w_gate_up, w_down, expected):
   `room` is half again the mean load: balanced, the loop has no iterations.
   """
   e, dim = w_gate_up.shape[:2]
-  room = min(chosen.size, -(-(3 * expected) // (2 * e) // 8) * 8 + 8)
+  room = min(chosen.size, dispatch.room(expected, 8 * e) // e + 8)
   order = dispatch.sort(chosen, e)
   at = jnp.arange(room, dtype=jnp.int32)[None]
   valid = at < order.sizes[:, None]

@@ -88,18 +88,17 @@ def share(phases: tuple, tokens: float) -> float:
 def optimizer(optim: config_lib.OptimConfig) -> optax.GradientTransformation:
   """Maps clipped gradients to the update at learning rate 1.
 
+  Its update takes `accept`: where it is false the state stays as it was.
   Every moment is float32 and shaped like its parameter. Norms and biases do
   not decay under 'adamw'; under 'muon' they do, which Moonlight found that its
   stability needs (section 2.2).
   """
-  adamw = optax.adamw(
-    1.0,
-    b1=optim.beta1,
-    b2=optim.beta2,
-    eps=optim.eps,
-    weight_decay=optim.weight_decay,
-    mask=decayed if optim.optimizer == 'adamw' else None,
-    mu_dtype=jnp.float32,
+  adamw = optax.chain(
+    _adam(optim),
+    optax.add_decayed_weights(
+      optim.weight_decay, decayed if optim.optimizer == 'adamw' else None
+    ),
+    optax.scale_by_learning_rate(1.0),
   )
   if optim.optimizer == 'adamw':
     return adamw
@@ -112,7 +111,7 @@ def optimizer(optim: config_lib.OptimConfig) -> optax.GradientTransformation:
   )
   label = lambda path, _: 'muon' if _name(path) in _MATRICES else 'adamw'
   return optax.partition(
-    {'muon': muon, 'adamw': adamw},
+    {'muon': _held_back(muon), 'adamw': adamw},
     lambda params: jax.tree_util.tree_map_with_path(label, params),
   )
 
@@ -127,25 +126,62 @@ def decayed(params: PyTree) -> PyTree:
   )
 
 
-def apply(
-  tx: optax.GradientTransformation,
-  grads: PyTree,
-  opt: PyTree,
-  params: PyTree,
-  learning_rate: Array | float,
-  clip: float,
-) -> tuple[PyTree, PyTree, Array]:
-  """One update: new parameters and state, and the gradients' norm unclipped.
+def clipped(grads: PyTree, clip: float) -> tuple[PyTree, Array]:
+  """Gradients of at most this global norm, and the norm that they had.
 
-  `grads` of any float dtype are widened to float32 before anything is summed.
+  Those of any float dtype are widened to float32 before anything is summed.
   """
   grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
   norm = optax.tree.norm(grads)
   factor = jnp.minimum(1.0, clip / (norm + 1e-12))
-  grads = jax.tree.map(lambda g: g * factor, grads)
-  updates, opt = tx.update(grads, opt, params)
-  step = lambda p, u: p + learning_rate * u
-  return jax.tree.map(step, params, updates), opt, norm
+  return jax.tree.map(lambda g: g * factor, grads), norm
+
+
+def apply(
+  tx: optax.GradientTransformationExtraArgs,
+  grads: PyTree,
+  opt: PyTree,
+  params: PyTree,
+  learning_rate: Array | float,
+  accept: Array | bool = True,
+) -> tuple[PyTree, PyTree]:
+  """New parameters and state, or the same ones where not `accept`."""
+  updates, opt = tx.update(grads, opt, params, accept=accept)
+  step = lambda p, u: jnp.where(accept, p + learning_rate * u, p)
+  return jax.tree.map(step, params, updates), opt
+
+
+def _adam(optim: config_lib.OptimConfig):
+  """optax's Adam, whose direction is computed from the moments as stored.
+
+  As optax writes it, XLA computes the new moments twice, for the state and for
+  the direction, and so cannot write over the old ones: it copied both whole,
+  8 bytes a parameter. The barrier leaves the old moments one reader.
+  """
+  tx = optax.scale_by_adam(
+    optim.beta1, optim.beta2, optim.eps, mu_dtype=jnp.float32
+  )
+
+  def update(grads, state, params=None, *, accept, **_):
+    _, new = _held_back(tx).update(grads, state, params, accept=accept)
+    new = jax.tree.map(jax.lax.optimization_barrier, new)
+    mu = optax.tree.bias_correction(new.mu, optim.beta1, new.count)
+    nu = optax.tree.bias_correction(new.nu, optim.beta2, new.count)
+    direction = lambda m, v: m / (jnp.sqrt(v) + optim.eps)
+    return jax.tree.map(direction, mu, nu), new
+
+  return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def _held_back(tx: optax.GradientTransformation):
+  """`tx`, whose state stays as it was where an update is not accepted."""
+
+  def update(grads, state, params=None, *, accept, **_):
+    updates, new = tx.update(grads, state, params)
+    choose = lambda new, old: jnp.where(accept, new, old)
+    return updates, jax.tree.map(choose, new, state)
+
+  return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 def _name(path: tuple) -> str:

@@ -57,7 +57,8 @@ def run(
       f'config.mesh.pipeline={micro} micro-batches of {shards} shards: must '
       f'divide the {x.shape[0]} rows of a batch'
     )
-  layer = block.rematerialised(config)(config, True, parent=None)
+  length = jax.tree.leaves(variables)[0].shape[0] // count
+  layer = block.rematerialised(config, length)(config, True, parent=None)
 
   def local(variables, *rows):
     me = jax.lax.axis_index('stage')

@@ -7,8 +7,8 @@ run without a new compilation. The router's biases move outside the gradient,
 by the load of the whole step (V3 section 2.1.2).
 
 A step that must not be taken (its loss or gradient is not finite, or its loss
-is a spike) is computed all the same and then not chosen: one `where` over what
-the update writes anyway. optax.apply_if_finite applies the last NaN in the end.
+is a spike) is computed all the same and then not chosen: a `where` over what the
+update writes anyway. optax.apply_if_finite applies the last NaN in the end.
 """
 
 from __future__ import annotations
@@ -155,20 +155,22 @@ def train_step(
     return loss, {'loss': loss, **scaled}
 
   grads, metrics = _accumulate(objective, state.params, batch)
-  params, opt, norm = optim.apply(
+  grads, norm = optim.clipped(grads, config.optim.clip)
+  skipped, guard = _judge(state.guard, metrics['loss'], norm, config.optim)
+  accept = skipped == 0
+  params, opt = optim.apply(
     optim.optimizer(config.optim),
     grads,
     state.opt,
     state.params,
     rates.learning_rate,
-    config.optim.clip,
+    accept,
   )
   biases = _rebalance(state.router, metrics['load'], rates.bias_rate, config)
-  skipped, guard = _judge(state.guard, metrics['loss'], norm, config.optim)
-  params, biases, opt, guard = jax.tree.map(
-    lambda new, old: jnp.where(skipped == 0, new, old),
-    (params, biases, opt, guard),
-    (state.params, state.router, state.opt, state.guard),
+  biases, guard = jax.tree.map(
+    lambda new, old: jnp.where(accept, new, old),
+    (biases, guard),
+    (state.router, state.guard),
   )
   norms = [jnp.linalg.norm(b, axis=-1).reshape(-1) for b in _leaves(biases)]
   metrics.pop('z_loss')

@@ -85,8 +85,8 @@ def test_every_exchange_equals_the_dense_oracle(mesh, kind):
     close((y, stats.balance), (expected, wanted.balance))
     close(stats.entropy, wanted.entropy)
     close(grads, oracles, atol=2e-4)
-    if forced:  # all go to one device, which has room for twice its share
-      late = {'expert': 8 * (32 - 8), 'tensor': 4 * (64 - 32)}
+    if forced:  # all go to one device, which has room for half as much again
+      late = {'expert': 8 * (32 - 8), 'tensor': 4 * (64 - 24)}
       assert stats.overflow == (0 if kind == 'gather' else late[mesh])
       assert not np.asarray(grads[2][0])[2:].any()
 
@@ -112,10 +112,8 @@ def test_rows_travel_in_fp8_without_being_rounded_twice(kind):
   (y, _), grads = compiled(mesh, config, recipe)(args, mask, bias, g)
   (expected, _), wanted = compiled(None, SIZES, recipe)(args, mask, bias, g)
   chex.assert_trees_all_close(y, expected, atol=1e-5, rtol=1e-5)
-  # Where rows come back before they are weighed, the gradient is weighed before
-  # it is rounded: as good, but not the same numbers.
   error = np.linalg.norm(grads[0] - wanted[0]) / np.linalg.norm(wanted[0])
-  assert error < (1e-5 if kind == 'gather' else 0.05)
+  assert error < 1e-5
 
 
 def test_the_emulated_collective_follows_the_senders_offsets():

@@ -13,7 +13,7 @@ import pytest
 from flax import linen as nn
 
 from mla_moe import config as config_lib
-from mla_moe import cost, load_huggingface, model
+from mla_moe import block, cost, load_huggingface, model, rope
 
 CASES = ('v2_lite', 'v3_yarn', 'v3_release')
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
@@ -109,6 +109,31 @@ def test_remat_changes_no_gradient():
     chex.assert_trees_all_close(
       grad(variables['params'], other), plain, rtol=1e-4, atol=1e-6
     )
+
+
+@pytest.mark.parametrize('layers', [1, 2])
+def test_layers_are_made_again_a_single_one_too(layers):
+  """XLA takes a loop of one turn for none, and would keep what it made."""
+  config = config_lib.smoke(config_lib.Config()).model
+  config = dataclasses.replace(config, layers=layers, dense_layers=layers)
+
+  def scratch(remat):
+    run = block.stack(
+      dataclasses.replace(config, remat=remat), False, layers, 'dense'
+    )
+    x = jnp.zeros((1, 64, config.dim))
+    angles = rope.angles(
+      jnp.arange(64)[None], config.mla.rope_dim, config.mla.rope
+    )
+    variables = run.init(jax.random.key(0), x, *angles, None, None)
+
+    def loss(variables):
+      return run.apply(variables, x, *angles, None, None)[0].sum()
+
+    compiled = jax.jit(jax.grad(loss)).lower(variables).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  assert scratch('full') < scratch('none')
 
 
 def test_bfloat16_is_near_float32():

@@ -7,6 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 
@@ -14,6 +15,11 @@ from mla_moe import config as config_lib
 from mla_moe import model, optim, sharding, step
 
 V3 = config_lib.OptimConfig()
+
+
+def apply(tx, grads, opt, params, learning_rate, clip):
+  grads, norm = optim.clipped(grads, clip)
+  return *optim.apply(tx, grads, opt, params, learning_rate), norm
 
 
 def rate(config, tokens):
@@ -88,7 +94,7 @@ def test_adamw_equals_numpy():
   v = jax.tree.map(np.zeros_like, slow)
   for t in range(1, 5):
     grads = tree(t)
-    params, opt, norm = optim.apply(tx, grads, opt, params, 0.01, config.clip)
+    params, opt, norm = apply(tx, grads, opt, params, 0.01, config.clip)
     g = jax.tree.map(lambda x: np.asarray(x, np.float64), grads)
     size = np.sqrt(sum((x**2).sum() for x in jax.tree.leaves(g)))
     assert float(norm) == pytest.approx(size, rel=1e-5)
@@ -110,7 +116,7 @@ def test_muon_orthogonalises_each_matrix_of_a_stack():
   config = config_lib.OptimConfig(optimizer='muon', weight_decay=0.0)
   tx = optim.optimizer(config)
   params, grads = tree(0), tree(1)
-  new, _, _ = optim.apply(tx, grads, tx.init(params), params, 1.0, 1e9)
+  new, _, _ = apply(tx, grads, tx.init(params), params, 1.0, 1e9)
   moved = np.asarray(params['moe']['w_down'] - new['moe']['w_down'])
   for one in moved.reshape(6, 6, 4):
     # Five Newton-Schulz steps bring singular values near 1, times the scale.
@@ -133,7 +139,7 @@ def test_state_is_float32_and_nothing_moves_without_gradient(name):
   kinds = {str(x.dtype) for x in jax.tree.leaves(opt) if x.ndim}
   assert kinds == {'float32'}
   zeros = jax.tree.map(jnp.zeros_like, params)
-  new, _, norm = optim.apply(tx, zeros, opt, params, 0.1, 1.0)
+  new, _, norm = apply(tx, zeros, opt, params, 0.1, 1.0)
   assert norm == 0
   chex.assert_trees_all_close(new, params, atol=1e-6)
 
@@ -209,7 +215,7 @@ def test_muon_of_a_stack_is_muon_of_each_layer():
   def run(params, grads):
     opt = tx.init(params)
     for g in grads:
-      params, opt, _ = optim.apply(tx, g, opt, params, 0.1, 1e9)
+      params, opt, _ = apply(tx, g, opt, params, 0.1, 1e9)
     return params
 
   params, grads = draw(), [draw(), draw()]
@@ -224,7 +230,7 @@ def test_muon_of_a_stack_is_muon_of_each_layer():
 def test_norms_decay_under_muon_only(name, decays):
   tx, params = optim.optimizer(config_lib.OptimConfig(optimizer=name)), tree(0)
   zeros = jax.tree.map(jnp.zeros_like, params)
-  new, _, _ = optim.apply(tx, zeros, tx.init(params), params, 0.1, 1.0)
+  new, _, _ = apply(tx, zeros, tx.init(params), params, 0.1, 1.0)
   shrunk = jax.tree.map(lambda p: p * (1 - 0.1 * 0.1), params)
   expected = (
     shrunk
@@ -249,7 +255,7 @@ def test_a_quadratic_falls_and_all_stays_float32(name, dtype):
   @jax.jit
   def step(params, opt):
     grads = jax.tree.map(lambda g: g.astype(dtype), jax.grad(loss)(params))
-    return optim.apply(tx, grads, opt, params, 0.1, 1.0)
+    return apply(tx, grads, opt, params, 0.1, 1.0)
 
   for _ in range(40):
     params, opt, norm = step(params, opt)
@@ -266,11 +272,43 @@ def test_adamw_works_in_place():
   chex.assert_trees_all_equal_shapes_and_dtypes(opt[0].mu, params)
   chex.assert_trees_all_equal_shapes_and_dtypes(opt[0].nu, params)
   # Donated buffers are matched in order: state goes out as it came in.
-  f = lambda p, opt, g: optim.apply(tx, g, opt, p, 1e-3, 1.0)
-  compiled = jax.jit(f, donate_argnums=(0, 1)).lower(params, opt, params)
+  f = lambda p, opt, g, accept: optim.apply(tx, g, opt, p, 1e-3, accept)
+  run = jax.jit(f, donate_argnums=(0, 1))
+  compiled = run.lower(params, opt, params, jnp.bool_(True))
   memory = compiled.compile().memory_analysis()
   assert memory.alias_size_in_bytes >= 3 * 4 * 512 * 513
   assert memory.temp_size_in_bytes < 4 * 512 * 16
+
+
+@pytest.mark.parametrize('name', ['adamw', 'muon'])
+def test_an_update_that_is_not_accepted_changes_nothing(name):
+  tx, params = optim.optimizer(config_lib.OptimConfig(optimizer=name)), tree(0)
+  opt = tx.init(params)
+  grads = jax.tree.map(lambda p: jnp.full(p.shape, jnp.nan), params)
+  kept = optim.apply(tx, grads, opt, params, 0.1, jnp.bool_(False))
+  chex.assert_trees_all_equal(kept, (params, opt))
+
+
+@pytest.mark.parametrize('decay', [0.0, 0.1])
+def test_adam_from_stored_moments_is_optaxs(decay):
+  config = config_lib.OptimConfig(weight_decay=decay)
+  ours, params = optim.optimizer(config), tree(0)
+  theirs = optax.adamw(
+    1.0,
+    config.beta1,
+    config.beta2,
+    config.eps,
+    weight_decay=decay,
+    mask=optim.decayed,
+    mu_dtype=jnp.float32,
+  )
+  one, other = ours.init(params), theirs.init(params)
+  chex.assert_trees_all_equal_shapes_and_dtypes(one, other)
+  for seed in range(3):
+    grads = tree(seed + 1)
+    updates, one = ours.update(grads, one, params, accept=True)
+    expected, other = theirs.update(grads, other, params)
+    chex.assert_trees_all_close((updates, one), (expected, other), rtol=1e-6)
 
 
 @pytest.mark.slow

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from mla_moe import config as config_lib
 from mla_moe import block, cost, load_huggingface, model, rope
+from mla_moe import config as config_lib
 
 CASES = ('v2_lite', 'v3_yarn', 'v3_release')
 GOLDEN = pathlib.Path(__file__).parent / 'golden'

@@ -111,15 +111,14 @@ def test_remat_changes_no_gradient():
     )
 
 
-@pytest.mark.parametrize('layers', [1, 2])
-def test_layers_are_made_again_a_single_one_too(layers):
+def test_a_single_layer_is_made_again_too():
   """XLA takes a loop of one turn for none, and would keep what it made."""
   config = config_lib.smoke(config_lib.Config()).model
-  config = dataclasses.replace(config, layers=layers, dense_layers=layers)
+  config = dataclasses.replace(config, layers=1, dense_layers=1)
 
-  def scratch(remat):
+  def work(remat):
     run = block.stack(
-      dataclasses.replace(config, remat=remat), False, layers, 'dense'
+      dataclasses.replace(config, remat=remat), False, 1, 'dense'
     )
     x = jnp.zeros((1, 64, config.dim))
     angles = rope.angles(
@@ -130,10 +129,10 @@ def test_layers_are_made_again_a_single_one_too(layers):
     def loss(variables):
       return run.apply(variables, x, *angles, None, None)[0].sum()
 
-    compiled = jax.jit(jax.grad(loss)).lower(variables).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(variables).compile()
+    return compiled.cost_analysis()['flops']
 
-  assert scratch('full') < scratch('none')
+  assert work('full') > 1.2 * work('none')
 
 
 def test_bfloat16_is_near_float32():
@@ -188,7 +187,7 @@ def test_tied_embeddings_are_the_head():
   for part in (head, parts['embedding']):
     assert jnp.abs(part).max() > 1e-3  # neither is the whole
   parts['embedding'] += head
-  chex.assert_trees_all_close(grads, parts, rtol=1e-5, atol=1e-6)
+  chex.assert_trees_all_close(grads, parts, rtol=1e-5, atol=5e-6)
 
 
 def leaves(tree):

@@ -262,7 +262,7 @@ def turned(
   w: Float[Array, '*out D'],
   multiply: Callable = jnp.einsum,
 ) -> Float[Array, ...]:
-  """x w^T, [*b, *out], for weights that lie the other way, as decoding's do.
+  """x w^T, `[*b, *out]`, for weights that lie the other way, as decoding's do.
 
   A few rows are the narrow operand: on a CPU, w x^T reads the weights line by
   line and takes half as long. XLA would turn it back, but for the barrier.

@@ -63,9 +63,7 @@ def spread(
 
 def _spread_backward(residuals, g):
   places, held, m = residuals
-  ways = zip(*_by_choice(places, held, m), strict=True)
-  total = sum(_picked(g, *way) for way in ways)
-  return total.astype(g.dtype), None, None, None
+  return _total(g, places, held, m).astype(g.dtype), None, None, None
 
 
 spread.defvjp(
@@ -90,8 +88,7 @@ def collect(
 
   `valid` says which of the rows are anybody's.
   """
-  rows = jnp.where(held[:, None], rows[places], 0).astype(jnp.float32)
-  return rows.reshape(-1, k, rows.shape[-1]).sum(1)
+  return _total(rows, places, held, places.size // k)
 
 
 def _collect_forward(rows, slots, valid, places, held, k):
@@ -132,6 +129,11 @@ def _by_choice(places, held, tokens):
   those would be the largest array of a training step.
   """
   return places.reshape(tokens, -1).T, held.reshape(tokens, -1).T
+
+
+def _total(rows, places, held, tokens):
+  ways = zip(*_by_choice(places, held, tokens), strict=True)
+  return sum(_picked(rows, *way) for way in ways)
 
 
 def _picked(rows, places, held):

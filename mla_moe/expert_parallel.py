@@ -10,7 +10,7 @@ exchanges give the same numbers:
   devices it moves no more than sending each token to K experts would, and has
   no counts to exchange and no buffer to overflow.
 * padded: an all-to-all with room for half as many rows again as are balanced
-  between each two devices. Rows that find no room go in further rounds of the same
+  between each two devices. Rows that find none go in further rounds of the same
   buffers, of which a balanced step has none: memory is bounded, none is lost.
 * ragged: the same buffers, but only real rows travel (TPU and GPU; a CPU has
   no such collective and emulates it).
@@ -175,13 +175,7 @@ def _round(
   held = (rank >= 0) & (rank < room)
   places = jnp.where(held, device * room + rank, 0)
   slots, valid = slots.reshape(-1), valid.reshape(-1)
-  send = functools.partial(
-    jax.lax.all_to_all,
-    axis_name='expert',
-    split_axis=0,
-    concat_axis=0,
-    tiled=True,
-  )
+  send = lambda rows: jax.lax.all_to_all(rows, 'expert', 0, 0, tiled=True)
   sizes = jnp.clip(plan.sizes - i * room, 0, room)
   theirs = send(sizes)
   ids = send(jnp.where(valid, flat[slots], -1))

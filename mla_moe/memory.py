@@ -31,7 +31,8 @@ class Footprint:
 
   parameters, gradients and optimizer are float32. copies: the parameters as
   narrow as the products read them, which XLA makes of all layers at once, before
-  their loop. saved: what all layers keep for the backward pass; working: the largest layer, going backward; gathered:
+  their loop. saved: what all layers keep for the backward pass; working: the
+  largest layer, going backward; gathered:
   weights brought together from the other shards, and their gradient before it
   is scattered; logits: the loss's blocks.
   """

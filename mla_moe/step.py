@@ -7,8 +7,8 @@ run without a new compilation. The router's biases move outside the gradient,
 by the load of the whole step (V3 section 2.1.2).
 
 A step that must not be taken (its loss or gradient is not finite, or its loss
-is a spike) is computed all the same and then not chosen: a `where` over what the
-update writes anyway. optax.apply_if_finite applies the last NaN in the end.
+is a spike) is computed all the same and then not chosen: a `where` over what
+the update writes anyway. optax.apply_if_finite applies the last NaN in the end.
 """
 
 from __future__ import annotations

@@ -40,14 +40,16 @@ cached = {
 }
 assert cached['MLA: 512 + 64'] * layers * 2 == cost.cache_bytes_per_token(V3)
 
+# MHA, GQA and MLA have one colour each, here and below.
+HUES = [*COLOURS[:2], COLOURS[3], COLOURS[2]]
 figure, plot = pyplot.subplots(figsize=(9, 4.2))
 left = 0.0
-for (name, numbers), colour in zip(cached.items(), COLOURS, strict=False):
+for (name, numbers), colour in zip(cached.items(), HUES, strict=True):
   side = np.sqrt(numbers)
   plot.add_patch(pyplot.Rectangle((left, 0), side, side, color=colour))
   size = numbers * layers * 2
   plot.text(left, -8, f'{name}\n{size:,} bytes', va='top', color=colour)
-  left += max(side, 62) + 14
+  left += max(side, 66) + 16
 plot.set(xlim=(-2, left), ylim=(-42, 186), aspect='equal')
 plot.set_axis_off()
 plot.set_title('The cache of one token, all 61 layers, bfloat16 (area = bytes)')
@@ -192,13 +194,17 @@ intensity = {
   'GQA, 8 groups': 2 * n * (h + u) / (2 * 8 * h * 2),
   'MLA, absorbed': 2 * n * (2 * c + r) / ((c + r) * 2),
 }
-figure, plot = pyplot.subplots(figsize=(9, 2.6))
+figure, plot = pyplot.subplots(figsize=(9, 2.9))
 bars = plot.barh(list(intensity), list(intensity.values()), color=COLOURS[:3])
 plot.bar_label(bars, [f'{x:,.0f}' for x in intensity.values()], padding=4)
 plot.axvline(989e12 / 3350e9, color='grey', ls=':')
 plot.text(989e12 / 3350e9 - 4, 0, 'an H100 can do this many', ha='right')
 plot.invert_yaxis()
-plot.set(title='FLOPs for each byte of cache, decoding', xlim=(0, 330))
+plot.set(
+  title='FLOPs for each byte of cache, decoding',
+  xlabel='FLOPs a byte',
+  xlim=(0, 330),
+)
 pyplot.show()
 
 # %% [markdown]

@@ -39,12 +39,22 @@ numbers = np.sort(bits.astype(np.float32))
 numbers = numbers[np.isfinite(numbers) & (numbers > 0)]
 figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 2.8))
 left.plot(numbers, np.zeros_like(numbers), '|', ms=26)
-left.set(title=f'All {len(numbers)} positive numbers of E4M3', xscale='log')
-left.set_yticks([])
+left.set(
+  title=f'All {len(numbers)} positive numbers of E4M3',
+  xlabel='x',
+  xscale='log',
+  yticks=[],
+)
+left.spines.left.set_visible(False)
 x = np.logspace(-4, 2.65, 2000)
 rounded = x.astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
 right.loglog(x, np.abs(rounded - x) / x + 1e-9)
-right.set(title='Relative error of rounding', xlabel='x', ylim=(1e-4, 2))
+right.set(
+  title='Rounding x to the nearest of them',
+  xlabel='x',
+  ylabel='relative error',
+  ylim=(1e-4, 2),
+)
 pyplot.show()
 
 # %% [markdown]
@@ -175,8 +185,9 @@ left.plot(curves['fp8_block'], '--', label='fp8_block')
 left.set(title='Training loss', xlabel='step', ylabel='nats a byte')
 left.legend(frameon=False)
 right.plot(100 * gap, color=COLOURS[2])
-right.axhspan(-0.25, 0.25, color='grey', alpha=0.2)
+right.axhspan(-0.25, 0.25, color='grey', alpha=0.2, label='± 0.25 %')
 right.set(title='Difference of the two', xlabel='step', ylabel='%')
+right.legend(frameon=False)
 pyplot.show()
 print(
   f'mean difference {100 * gap.mean():+.2f} %, largest {100 * np.abs(gap).max():.2f} %'

@@ -88,12 +88,16 @@ figure, (left, right) = pyplot.subplots(
 bars = left.barh(list(share), [v / 1e9 for v in share.values()], color=COLOURS)
 left.bar_label(bars, [f'{v / 1e9:.0f}' for v in share.values()], padding=4)
 left.invert_yaxis()
-left.set(title=f'GFLOP a token: {sum(share.values()) / 1e9:.0f}', xlim=(0, 150))
+left.set(
+  title=f'Training a token of V3: {sum(share.values()) / 1e9:.0f} GFLOP',
+  xlabel='GFLOP',
+  xlim=(0, 150),
+)
 dense = 6 * counts.total / 1e9
 bars = right.barh(['V3', 'dense 671B'], [flops / 1e9, dense], color=COLOURS[:2])
 right.bar_label(bars, [f'{flops / 1e9:.0f}', f'{dense:,.0f}'], padding=4)
 right.invert_yaxis()
-right.set(title='The same size without experts', xlim=(0, 4900))
+right.set(title='The same size without experts', xlabel='GFLOP', xlim=(0, 4900))
 pyplot.show()
 
 # %% [markdown]
@@ -127,7 +131,7 @@ for plot, i, title in (
   plot.bar_label(bars, [f'{s:.2f}' for s in sizes], padding=4)
   plot.invert_yaxis()
   plot.margins(x=0.15)
-  plot.set(title=f'Pre-training, {title}')
+  plot.set(title=f'Pre-training, {title}', xlabel=title)
 pyplot.show()
 
 # %% [markdown]
@@ -175,14 +179,16 @@ for context, colour in zip((1024, 5000, 32768, 131072), COLOURS, strict=False):
   speed = [0.5 / max(step_seconds(b, context, 128)) for b in fits]
   right.loglog(fits, speed, color=colour)
 left.axhline(2.19, color='grey', ls=':')
-left.text(1.2, 2.4, "R1's price, February 2025: $2.19")
+left.text(2e4, 2.35, "R1's price, February 2025: $2.19", ha='right', fontsize=9)
 left.set(
-  title='128 H800: dollars for a million output tokens',
+  title='128 H800: a million output tokens',
+  ylabel='dollars',
   xlabel='sequences at a time (lines end where memory does)',
 )
 left.legend(frameon=False, title='context')
 right.set(
-  title='What one user sees: tokens a second',
+  title='What one user sees',
+  ylabel='tokens a second',
   xlabel='sequences at a time',
 )
 pyplot.show()

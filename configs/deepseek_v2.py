@@ -17,7 +17,7 @@ YARN = c.RopeConfig(
 
 
 def get_config(arg=''):
-  """Softmax scores, best 3 of 8 groups by their best expert, no bias, no MTP."""
+  """Softmax, the best 3 of 8 groups by their best expert, no bias, no MTP."""
   model = c.ModelConfig(
     vocab=102400,
     dim=5120,

@@ -6,8 +6,8 @@
 default: pre-training on 14.8T tokens, no YaRN), 32k and 128k (the context
 extensions, YaRN on, 1000 steps each, continued from the one before), smoke.
 The report says that the batch rises gradually over 469B tokens; the linear
-shape is ours. So are Adam's epsilon and which leaves do not decay. Linear layers
-multiply in FP8 by tiles and blocks (section 3.3).
+shape is ours. So are Adam's epsilon and which leaves do not decay. Linear
+layers multiply in FP8 by tiles and blocks (section 3.3).
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from mla_moe import config as c
 
 
 def get_config(arg=''):
-  """The defaults of mla_moe.config, in FP8, and the batch that they do not fix."""
+  """mla_moe.config's defaults in FP8, and the batch that they do not fix."""
   data = c.DataConfig(
     seq_len=4096,
     batch_size=15360,

@@ -1,4 +1,4 @@
-"""Sphinx: MyST pages beside this file, the API from the package's docstrings."""
+"""Sphinx: the MyST pages here, the API from the package's docstrings."""
 
 import pathlib
 import sys

@@ -1,4 +1,4 @@
-"""What a client asks, checked field by field: OpenAI's requests are untrusted."""
+"""What a client asks, checked field by field: nothing in it is trusted."""
 
 from __future__ import annotations
 

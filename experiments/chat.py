@@ -2,9 +2,9 @@
 
 The template is that of the folder's tokenizer_config.json (or
 chat_template.jinja), run by jinja2 in its sandbox, or else the one of DeepSeek
-V3 and R1: bos, the system's text, <｜User｜> text, <｜Assistant｜>. What a person
-writes never becomes a special token: the template is given a mark in its place,
-and only the template's own text is searched for them.
+V3 and R1: bos, the system's text, <｜User｜> text, <｜Assistant｜>. What a
+person writes never becomes a special token: the template is given a mark in its
+place, and only the template's own text is searched for them.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def _parse(define: Callable[[], None]) -> None:
 
 
 def _unwrapped(text: str) -> str:
-  """'topk'; did you mean "top_k"? of what ml_collections says, once or twice."""
+  """'topk'; did you mean "top_k"? of ml_collections' words, once or twice."""
   text = text.replace("\\'", "'").replace("''", "'")
   hint = r';? Did you mean (".*?") instead of ".*?"\?\'?'
   return re.sub(hint, r'; did you mean \1?', text).strip('"')

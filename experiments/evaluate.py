@@ -4,8 +4,8 @@
 
 DIR is a Hugging Face folder or a run. Likelihoods come from one forward pass of
 a batch of sequences, continuations from the decode engine (`rollout`).
-Tasks by name are downloaded; --include=FOLDER adds task files of your own, which
-may read local data and then need no network.
+Tasks by name are downloaded; --include=FOLDER adds task files of your own,
+which may read local data and then need no network.
 """
 
 from __future__ import annotations

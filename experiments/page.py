@@ -26,8 +26,8 @@ border-radius:10px;padding:12px 18px}
 figure{margin:0 0 18px;background:#fff;border:1px solid var(--line);
 border-radius:10px;padding:8px;overflow:hidden}
 figure svg{width:100%;height:auto;display:block}
-table{border-collapse:collapse;width:100%}td{padding:4px 12px;border-bottom:1px solid
-var(--line);vertical-align:top}
+table{border-collapse:collapse;width:100%}
+td{padding:4px 12px;border-bottom:1px solid var(--line);vertical-align:top}
 pre{background:var(--card);border:1px solid var(--line);border-radius:10px;
 padding:14px;white-space:pre-wrap;overflow-wrap:anywhere;font-size:13px}
 """

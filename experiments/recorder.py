@@ -37,7 +37,7 @@ class Recorder:
     self.open(start)
 
   def open(self, step: int) -> None:
-    """Goes back to `step`: rows after it are dropped, `final` is the others'."""
+    """Goes back to `step`: later rows are dropped, `final` is the others'."""
     if self._logs:
       self._logs.close()
       self._prints.close()

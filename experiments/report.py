@@ -61,9 +61,9 @@ def write(folder: pathlib.Path) -> pathlib.Path | None:
   if looked:
     parts += [
       '<h2>FP8</h2>',
-      '<p>Of each layer&#39;s attention input (x), a weight (w) and the gradient '
-      'at its output (g), on a few tokens: the relative error of two products '
-      'against float32, values that became zero, values at the largest number, '
+      '<p>Of each layer&#39;s attention input (x), a weight (w) and the '
+      'gradient at its output (g), on a few tokens: the relative error of two '
+      'products against float32, values that became zero, values at the largest number, '
       'and the worst tile&#39;s range in powers of two. Thick: the worst '
       'layer.</p>',
       _eight(looked),

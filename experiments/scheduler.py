@@ -8,9 +8,9 @@ it starts, so no row ever waits or is put off, and only one prompt holds pages
 without a row: whatever comes, the rows that run end, and make room.
 
 A row's tokens do not depend on the rows beside it. With `speculative` the MTP
-module drafts: a step then gives a row one token or two. What the module keeps of
-a prompt's last token depends on the token after it, so that samples share the
-pages before that one only.
+module drafts: a step then gives a row one token or two. What the module keeps
+of a prompt's last token depends on the token after it, so that samples share
+the pages before that one only.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@
 It answers /v1/models, /v1/completions, /v1/chat/completions (streamed, too) and
 /healthz, and only on this machine unless --host says otherwise: it has no keys
 and no encryption. With --speculative the MTP module drafts, which changes only
-the speed; /healthz counts the drafts that stood. For production, export the model (`experiments.convert`) and
-serve it with an engine made for that: vllm serve DIR, or python -m
-sglang.launch_server --model-path DIR.
+the speed; /healthz counts the drafts that stood. For production, export the
+model (`experiments.convert`) and serve it with an engine made for that: vllm
+serve DIR, or python -m sglang.launch_server --model-path DIR.
 """
 
 from __future__ import annotations

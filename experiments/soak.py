@@ -101,8 +101,9 @@ def soak(folder: pathlib.Path, seconds: float, steps: int, seed: int) -> bool:
       shutil.rmtree(path)
   told = ', '.join(f'{n} x {what}' for what, n in sorted(struck.items()))
   print(
-    f'{sum(struck.values())} starts ({told}); {ended} runs reached step {steps}, each equal '
-    'to the undisturbed one in every bit of its state and every logged number.'
+    f'{sum(struck.values())} starts ({told}); {ended} runs reached step '
+    f'{steps}, each equal to the undisturbed one in every bit of its state and '
+    'every logged number.'
   )
   return True
 

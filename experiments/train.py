@@ -296,7 +296,7 @@ def _due(number: int, period: int, every) -> bool:
 
 
 def _checked(number: int, every) -> bool:
-  """Fingerprints are due; also behind a saved step, which makes replay cheap."""
+  """Fingerprints are due; behind a saved step, too: replay is cheap there."""
   behind = every.save_every and number % every.save_every == 1
   return bool(every.check_every) and (
     _due(number, every.check_every, every) or bool(behind)
@@ -430,8 +430,9 @@ def _out_of_memory(config, error) -> str:
   data, mesh = config.data, config.mesh
   return (
     f'out of memory ({str(error).splitlines()[0][:200]}); parameters, '
-    f'gradients and optimizer take {state:,.2f} GiB of each device, activations '
-    f'the rest: lower config.data.micro_batch={data.micro_batch} (0 is all '
+    f'gradients and optimizer take {state:,.2f} GiB of each device, '
+    'activations the rest: lower '
+    f'config.data.micro_batch={data.micro_batch} (0 is all '
     f"{data.batch_size}), keep less by config.model.remat='full', or split the "
     f'state over more devices by config.mesh.fsdp={mesh.fsdp}'
   )

@@ -18,7 +18,7 @@ _BACKSTOP = 10
 
 
 class Watchdog:
-  """Counts `seconds` (0: for ever) from each `arm`; use it in a `with` block."""
+  """Counts `seconds` (0: for ever) from each `arm`; for a `with` block."""
 
   def __init__(self, seconds: float):
     self._seconds = seconds

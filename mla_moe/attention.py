@@ -92,7 +92,8 @@ def _flash(q, k, v, segments, index, scale, count):
 
   So no product contracts the leading axes of both its operands, a form that
   XLA's CPU backend has no fast code for. Nor does it share one batched product
-  of small matrices among cores: there rows and heads are cut into lots, whose products in one tile are independent and so run side by side.
+  of small matrices among cores: there rows and heads are cut into lots, whose
+  products in one tile are independent and so run side by side.
   """
   return _flash_forward(q, k, v, segments, index, scale, count)[0]
 

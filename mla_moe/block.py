@@ -17,7 +17,7 @@ _STREAM = ('batch', 'length', 'stream')
 
 
 class Block(nn.Module):
-  """Pre-norm attention and feed-forward; `routed` says which kind of the latter.
+  """Pre-norm attention and feed-forward; `routed` says which of the latter.
 
   Returns the stream and, when routed, the layer's `moe.Stats`.
   """

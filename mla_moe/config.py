@@ -212,7 +212,7 @@ class MoEConfig(_Checked):
 
 @dataclasses.dataclass(frozen=True)
 class MTPConfig(_Checked):
-  """Multi-token prediction: `depth` modules, each a block of its own (V3 2.2)."""
+  """Multi-token prediction: `depth` modules, each a block (V3 2.2)."""
 
   depth: int = 1
 
@@ -274,7 +274,8 @@ class ModelConfig(_Checked):
     self._require(
       'precision',
       self.precision == 'bf16' or self.moe.impl in ('auto', 'loop', 'ragged'),
-      f'FP8 experts are not moe.impl={self.moe.impl!r} but auto, loop or ragged',
+      f'FP8 experts are not moe.impl={self.moe.impl!r} but auto, loop or '
+      'ragged',
     )
     self._one_of('remat', 'none', 'products', 'latents', 'full')
     self._require(

@@ -7,9 +7,9 @@ changed file or option makes a new one. A checksum for every MiB is compared
 when the folder is opened, because a memmap by itself reads a flipped bit
 without a word.
 
-Which documents are held out is decided by their keys (`documents`). Of a text so
-small that no key falls to that side, the document of the lowest key is, or, where
-there is but one, its end: a book in a file of its own can be trained on.
+Which documents are held out is decided by their keys (`documents`). Of a text
+so small that no key falls to that side, the document of the lowest key is, or,
+where there is but one, its end: a book in a file of its own can be trained on.
 """
 
 from __future__ import annotations

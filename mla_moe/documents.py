@@ -1,4 +1,4 @@
-"""Where text comes from: a source is a list of files, a file a run of documents.
+"""Where text comes from: a source lists files, a file is a run of documents.
 
 A document is a file of a folder, a row of .jsonl or .parquet, or, of a text
 file that is alone or large, a piece of a few KB cut at blank lines. Each has a

@@ -36,7 +36,7 @@ from mla_moe.types import Array, Float, Int, PyTree
 
 
 class Split(NamedTuple):
-  """Over which mesh axes the tokens of a region are split, and all there are."""
+  """Over which mesh axes a region's tokens are split, and all there are."""
 
   rows: tuple[str, ...]
   length: tuple[str, ...]

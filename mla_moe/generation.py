@@ -31,8 +31,8 @@ class Rollout(NamedTuple):
 
   tokens [B, new] int32, of which `counts` [B] are real and the last of those
   may be a stop id (eos_id after them); log_probs [B, new] float32, the model's
-  own, 0 after them. passes counts the main model's passes over a row without the
-  prompts', accepted the drafts that stood, of one a pass.
+  own, 0 after them. passes counts the main model's passes over a row without
+  the prompts', accepted the drafts that stood, of one a pass.
   """
 
   tokens: np.ndarray

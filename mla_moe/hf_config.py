@@ -313,8 +313,8 @@ def _released_kind(config: config_lib.ModelConfig) -> str:
     )
   if config.mla.norm_eps != 1e-6:
     raise ConfigError(
-      f'mla.norm_eps={config.mla.norm_eps!r}: released models have 1e-06, which '
-      'config.json cannot change'
+      f'mla.norm_eps={config.mla.norm_eps!r}: released models have 1e-06, '
+      'which config.json cannot change'
     )
   return kinds[0] if kinds else 'deepseek_v3'
 

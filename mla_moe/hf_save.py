@@ -127,7 +127,7 @@ def _check_target(target: pathlib.Path, force: bool) -> None:
 
 
 def _take_place(scratch: pathlib.Path, target: pathlib.Path) -> None:
-  """Renames onto the target; an old one goes aside first, and only then goes."""
+  """Renames onto the target; an old one goes aside first, then for good."""
   if not target.exists():
     os.replace(scratch, target)
   else:
@@ -215,7 +215,7 @@ class _Outgoing:
     return self._only_powers
 
   def shards(self, limit: int) -> list[list[str]]:
-    """Names by file, layer after layer; a weight and its scale stay together."""
+    """Names by file, layer by layer; a weight and its scale stay together."""
     files: list[list[str]] = [[]]
     size = 0
     for name in sorted(self.sources, key=_by_layer):
@@ -286,7 +286,8 @@ def _checked_leaves(rows: dict, variables: Any) -> dict[tuple[str, ...], Any]:
   if missing or extra:
     raise ConfigError(
       'the variables are not those of the config; '
-      f'missing: {names(missing) or "none"}; left over: {names(extra) or "none"}'
+      f'missing: {names(missing) or "none"}; '
+      f'left over: {names(extra) or "none"}'
     )
   for keys, leaf in given.items():
     if tuple(leaf.shape) != rows[keys].shape:

@@ -210,8 +210,9 @@ def _open(
     present = sorted(p.name for p in folder.glob('*.safetensors'))
     if len(present) != 1:
       raise ConfigError(
-        f'{folder}: has {len(present)} .safetensors files and no {hf_config.INDEX}; '
-        'one file, or an index that names its shards, is needed'
+        f'{folder}: has {len(present)} .safetensors files and no '
+        f'{hf_config.INDEX}; one file, or an index that names its shards, is '
+        'needed'
       )
     file = stack.enter_context(safetensors.File(folder / present[0]))
     return {name: file for name in file.entries}
@@ -245,7 +246,7 @@ def _open(
 def _with_present_mtp(
   config: config_lib.ModelConfig, files: dict
 ) -> config_lib.ModelConfig:
-  """transformers drops the MTP modules, and keeps their number in the config."""
+  """transformers drops the MTP modules, and keeps their number in config."""
   prefix = f'model.layers.{config.layers}.'
   if any(name.startswith(prefix) for name in files):
     return config

@@ -30,11 +30,11 @@ class Footprint:
   """Bytes on one device; `total` is their sum.
 
   parameters, gradients and optimizer are float32. copies: the parameters as
-  narrow as the products read them, which XLA makes of all layers at once, before
-  their loop. saved: what all layers keep for the backward pass; working: the
-  largest layer, going backward; gathered:
-  weights brought together from the other shards, and their gradient before it
-  is scattered; logits: the loss's blocks.
+  narrow as the products read them, which XLA makes of all layers at once,
+  before their loop. saved: what all layers keep for the backward pass; working:
+  the largest layer, going backward; gathered: weights brought together from the
+  other shards, and their gradient before it is scattered; logits: the loss's
+  blocks.
   """
 
   parameters: int
@@ -252,8 +252,8 @@ def traffic(config: config_lib.Config) -> dict[str, float]:
   """Bytes that one device receives in a step, over each axis of the mesh.
 
   fsdp: weights forward and again backward, gradients scattered, and the
-  embedding's rows; data: gradients summed over replicas (those of more than this
-  axis, too); expert: each token's
+  embedding's rows; data: gradients summed over replicas (those of more than
+  this axis, too); expert: each token's
   rows out and back, forward and backward, and out once more under `remat`, by
   the cheaper of an all-to-all of its K copies and an all-gather with a
   reduce-scatter; tensor: the stream's sums after embedding, attention and FFN.
@@ -286,8 +286,8 @@ def traffic(config: config_lib.Config) -> dict[str, float]:
   once = 4 * (up + table) + wide * rest  # gradients that experts are not in
   gather = twice * weights * (routed + up + rest) + wide * table
   gather += 4 * routed + once + rows
-  # The experts' replicas are the data axis; the rest's also the expert axis, and
-  # both are one sum.
+  # The experts' replicas are the data axis; the rest's also the expert axis,
+  # and both are one sum.
   once += 4 * table  # the embedding's: summed, but never scattered
   summed = 2 * 4 * routed / mesh.fsdp * others(mesh.data)
   also = 2 * once / mesh.fsdp * others(mesh.data * mesh.expert)

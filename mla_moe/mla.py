@@ -96,7 +96,7 @@ def attend_latents(
   mla: config_lib.MLAConfig,
   recipe: fp8.Recipe,
 ) -> Float[Array, 'B T N U']:
-  """Attention over the latents, expanded by `ws` to each head's keys and values.
+  """Attention over latents, expanded by `ws` to each head's keys and values.
 
   On a mesh, each device has its heads and its part of the sequence, for whose
   queries it gathers all latents: C + R numbers a token, where the keys and

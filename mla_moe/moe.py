@@ -201,7 +201,7 @@ class _Blocks(NamedTuple):
 
 
 def _cut(chosen, order: dispatch.Order, block: int, skip) -> _Blocks:
-  """The blocks of every expert's rows after its first `skip` (of all or [E])."""
+  """Blocks of every expert's rows after its first `skip` (of all or [E])."""
   total, count = order.slots.size, order.sizes.size
   sizes = jnp.maximum(order.sizes - skip, 0)
   starts = order.starts + jnp.minimum(order.sizes, skip)

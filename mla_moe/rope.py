@@ -59,7 +59,7 @@ def _ramp(dim: int, rope: config_lib.RopeConfig) -> tuple[float, float]:
 def angles(
   positions: Int[Array, 'B T'], dim: int, rope: config_lib.RopeConfig
 ) -> tuple[Float[Array, 'B T half'], Float[Array, 'B T half']]:
-  """Cosine and sine of every pair's angle, float32; once a step, for all layers.
+  """Cosine and sine of every pair's angle, float32; once a step for all layers.
 
   An elementwise product on purpose: as a matmul it would run in bfloat16 on a
   TPU, which ruins long positions.

@@ -3,10 +3,11 @@
 One letter means one thing everywhere: in einsum strings (lower case), in
 signatures (`Float[Array, 'B T D']`) and in the comments.
 
-  B batch        T query tokens    S key tokens      V vocabulary    L layers
-  D model width  F expert hidden   N heads           E experts       K experts per token
-  Q query rank   C latent kv rank  H nope head dim   R rope head dim U value head dim
-  M tokens flattened (B*T)         A assignments (M*K)               G expert groups
+  B batch        T query tokens    S key tokens     M tokens flattened (B*T)
+  D model width  V vocabulary      L layers         F expert hidden
+  E experts      G expert groups   K experts/token  A assignments (M*K)
+  N heads        Q query rank      C latent kv rank
+  H nope head dim                  R rope head dim  U value head dim
 
 Annotations are strings (every module has `from __future__ import annotations`)
 and nobody evaluates them in production: only pytest does, through jaxtyping's

@@ -1,4 +1,4 @@
-"""Fake devices, strict jax, and checked annotations, before the first import."""
+"""Fake devices, strict jax, checked annotations, before the first import."""
 
 import gc
 import os

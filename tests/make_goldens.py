@@ -1,6 +1,7 @@
 """Makes golden cases with transformers: a random model and what it computes.
 
-  python tests/make_goldens.py --folder=DIR --kind=v3 --seed=1 n_group=1 topk_group=1
+  python tests/make_goldens.py --folder=DIR --kind=v3 --seed=1 n_group=1 \
+    topk_group=1
   python tests/make_goldens.py --folder=DIR --kind=v3 --release hidden_size=192
 
 Writes a `save_pretrained` folder and expected.npz: tokens [2, 96], the logits

@@ -75,7 +75,7 @@ def no_experts_are_gathered(config, *found):
 
 
 def received(*found):
-  """Bytes by axis; what goes over several axes at once counts as the first's."""
+  """Bytes by axis; what goes over several at once counts as the first's."""
   sums = dict.fromkeys(MESHES['both'].__dict__, 0.0)
   for row in hlo.collectives(*found):
     sums[row['axis'].split('+')[0]] += row['bytes']

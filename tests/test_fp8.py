@@ -1,4 +1,4 @@
-"""FP8: the quantiser bit by bit, products in float64, and what errs by how much.
+"""FP8: the quantiser bit by bit, products in float64, and what errs how far.
 
 The oracles know nothing of the package's arrays: loops over tiles in numpy,
 with ml_dtypes' rounding, and float64 products of the quantised operands.
@@ -231,7 +231,7 @@ def test_grouped_products_equal_float64_by_expert(precision, impl):
 
 
 def test_pow2_products_do_not_depend_on_the_dtype_they_are_widened_to():
-  """bfloat16 holds a dequantised number exactly; float32 scales' it does not."""
+  """bfloat16 holds a dequantised number exactly; not float32 scales'."""
   x = hard((40, 300))[4:]
   for kind, same in (('pow2', True), ('float32', False)):
     q = fp8.quantize.quantize(x, (128,), kind)

@@ -210,7 +210,8 @@ def plan(*args):
     (['--compile'], r'needs a --topology'),
     (
       ['--config=configs/deepseek_v3.py', '--topology=v5p:4x4x4'],
-      r'needs [\d.]+ GiB .* the smallest that fits is --topology=v5p:\S+ --mesh',
+      r'needs [\d.]+ GiB .* the smallest that fits is --topology=v5p:\S+ '
+      r'--mesh',
     ),
   ],
 )

@@ -1,4 +1,4 @@
-"""Every text comes back, every token has its bytes, no text forges a special."""
+"""Every text comes back, tokens have their bytes, no text forges a special."""
 
 import json
 import pathlib

@@ -3,13 +3,13 @@
   python -m experiments.bench train [--only=speed,products,...]
   python -m experiments.bench decode [--only=speed,cache,layer,context]
   python -m experiments.bench checkpoint
-  python -m experiments.bench precision [--config=FILE --steps=N --seeds=2 --only=X]
+  python -m experiments.bench precision [--config=FILE --steps=N --seeds=2 ...]
 
 Prints a table and writes OUT/NAME.json and OUT/NAME.html. The peer of `train`
 and `decode` runs where `--peer_python` (this Python by default) has torch and
-transformers; each takes about ten minutes on two cores: leave the machine alone
-meanwhile. `precision` trains a config in bf16, in each FP8 recipe, and once more
-in bf16 with another rounding: how far two runs part without FP8.
+transformers; each takes about ten minutes on two cores: leave the machine
+alone meanwhile. `precision` trains a config in bf16, in each FP8 recipe, and
+once more in bf16 with another rounding: how far two runs part without FP8.
 """
 
 from __future__ import annotations

@@ -62,8 +62,8 @@ def run(config: config_lib.Config, on) -> dict:
   full = full or re.search(r'Used ([\d.]+\w) of ([\d.]+\w) hbm', text)
   if full:
     raise ConfigError(
-      f'--compile: libtpu says that the step needs {full[1]} of memory on {on}, '
-      f'where there is {full[2]}; shard more or lower micro_batch'
+      f'--compile: libtpu says that the step needs {full[1]} of memory on '
+      f'{on}, where there is {full[2]}; shard more or lower micro_batch'
     )
   if 'lockfile' in text or 'already in use' in text:
     raise ConfigError('--compile: another process is using libtpu; wait for it')

@@ -31,8 +31,11 @@ def reference(
   heads: int,
   rank: int,
 ) -> Float[Array, 'B G C']:
-  """The same in plain JAX, float32. Row g of `q` (its scale included) is head
-  g % heads of new token g // heads, which sees keys up to start + g // heads."""
+  """The same in plain JAX, float32.
+
+  Row g of `q` (its scale included) is head g % heads of new token g // heads,
+  which sees keys up to start + g // heads.
+  """
   keys = pages[table].reshape(len(q), -1, pages.shape[-1]).astype(jnp.float32)
   highest = jax.lax.Precision.HIGHEST
   wide = q.astype(jnp.float32)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
+import os
+import pathlib
 import re
+import runpy
 import sys
+import traceback
 from collections.abc import Callable
 
 from absl import flags
@@ -12,6 +17,12 @@ from ml_collections import config_flags
 from mla_moe import config as config_lib
 
 FLAGS = flags.FLAGS
+
+# What Python's int and float say of a text that is none.
+_NUMBER = re.compile(
+  r'flag --(.*?): (?:invalid literal for|could not convert string to) '
+  r'(int|float).*'
+)
 
 
 class Stopped(RuntimeError):
@@ -66,6 +77,8 @@ def _parse(define: Callable[[], None]) -> None:
       print(sys.modules['__main__'].__doc__)
       print(FLAGS.get_help())
       sys.exit(0)
+    if 'config' in FLAGS:
+      _try_file(sys.argv[1:])
     rest = FLAGS(sys.argv)[1:]
     if 'config' in FLAGS:
       FLAGS.config.keys()  # a file that failed to load says so here
@@ -78,17 +91,80 @@ def _parse(define: Callable[[], None]) -> None:
     text = last if wrapped else ' '.join(text.split())
     text = text.removeprefix('mla_moe.config.ConfigError: ')
     if isinstance(error, (AttributeError, KeyError)):
-      text = f'config: there is no such key: {_unwrapped(text)}'
+      text = _no_key(sys.argv[1:]) or f'config: {text}'
+    text = _NUMBER.sub(r'\1: must be a \2', text).replace('a int', 'an int')
     raise config_lib.ConfigError(text) from None
   if rest:
     raise config_lib.ConfigError(f'{rest[0]!r}: not a flag; flags have --')
 
 
-def _unwrapped(text: str) -> str:
-  """'topk'; did you mean "top_k"? of ml_collections' words, once or twice."""
-  text = text.replace("\\'", "'").replace("''", "'")
-  hint = r';? Did you mean (".*?") instead of ".*?"\?\'?'
-  return re.sub(hint, r'; did you mean \1?', text).strip('"')
+def _try_file(words: list[str]) -> None:
+  """Runs the config file that is named once, to say what is wrong with it.
+
+  Raises:
+    ConfigError: it is not there, it raises (says in which of its lines), or
+      returns no config.
+  """
+  found = re.search(r'(?:^|\0)--?config[=\0]([^\0]*)', '\0'.join(words))
+  if not found:
+    return
+  name, colon, arg = found[1].partition(':')
+  path = pathlib.Path(name)
+  if not path.is_file():
+    there = {path.stem: path for path in pathlib.Path('configs').glob('*.py')}
+    near = difflib.get_close_matches(path.stem, there, 1)
+    hint = f'; did you mean {there[near[0]]}?' if near else ''
+    raise config_lib.ConfigError(
+      f'--config={name}: no such file in {os.getcwd()}{hint}'
+    )
+  try:
+    made = runpy.run_path(name)['get_config'](*[arg][: len(colon)])
+  except config_lib.ConfigError:
+    raise
+  except Exception as error:
+    lines = [
+      frame.lineno
+      for frame in traceback.extract_tb(error.__traceback__)
+      if frame.filename == name
+    ]
+    lines += [error.lineno] if isinstance(error, SyntaxError) else []
+    at = f', line {lines[-1]}' if lines else ''
+    said = f'{type(error).__name__}: {getattr(error, "msg", error)}'
+    if isinstance(error, KeyError) and not lines:
+      said = 'it has no function get_config'
+    raise config_lib.ConfigError(f'--config={name}{at}: {said}') from None
+  if not hasattr(made, 'keys'):
+    raise config_lib.ConfigError(
+      f'--config={name}: get_config gives {made!r}; it must return a config, '
+      'as that of configs/tiny.py does'
+    )
+
+
+def _alike(word: str, name: str) -> bool:
+  """topk or tk for top_k."""
+  parts = name.split('_')
+  short = ''.join(part[0] for part in parts)
+  return word.replace('_', '') in (''.join(parts), short if parts[1:] else '')
+
+
+def _no_key(words: list[str]) -> str:
+  """The first --config.KEY that no config has, and the nearest that is there.
+
+  A key of another group counts before a similar name: the group is what one
+  forgets.
+  """
+  keys = list(config_lib.keys())
+  groups = {key.rpartition('.')[0] for key in keys}
+  for word in words:
+    asked = re.match(r'--?(config\.[\w.]+)', word)
+    if not asked or asked[1] in keys or asked[1] in groups:
+      continue
+    word = asked[1].rpartition('.')[2]
+    same = [key for key in keys if _alike(word, key.rpartition('.')[2])]
+    near = same or difflib.get_close_matches(asked[1], keys, 1, 0.8)
+    hint = f'did you mean {near[0]}?' if near else '--help lists them'
+    return f'{asked[1]}: there is no such key; {hint}'
+  return ''
 
 
 def _refuse(error: config_lib.ConfigError) -> None:

@@ -88,6 +88,11 @@ def load(folder: pathlib.Path, dtype: str):
     return config.model, variables, config.data.tokenizer
   from mla_moe import load_huggingface
 
+  if not list(folder.glob('*.safetensors*')):
+    raise ConfigError(
+      f'--checkpoint={str(folder)!r}: holds neither a run with a checkpoint '
+      'nor a model in .safetensors'
+    )
   config, variables = load_huggingface(folder, dtype)
   return config, variables, str(folder / 'tokenizer.json')
 

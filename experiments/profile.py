@@ -141,6 +141,9 @@ def table(found: dict[str, tuple[int, float]], most: int = 15) -> str:
 
 def main() -> None:
   """The table of the newest trace below a folder."""
+  if sys.argv[1:] in (['--help'], ['-h']):
+    print(__doc__)
+    return
   if len(sys.argv) != 2 or sys.argv[1].startswith('-'):
     print('usage: python -m experiments.profile DIR', file=sys.stderr)
     sys.exit(2)

@@ -63,9 +63,9 @@ def write(folder: pathlib.Path) -> pathlib.Path | None:
       '<h2>FP8</h2>',
       '<p>Of each layer&#39;s attention input (x), a weight (w) and the '
       'gradient at its output (g), on a few tokens: the relative error of two '
-      'products against float32, values that became zero, values at the largest number, '
-      'and the worst tile&#39;s range in powers of two. Thick: the worst '
-      'layer.</p>',
+      'products against float32, values that became zero, values at the '
+      'largest number, and the worst tile&#39;s range in powers of two. '
+      'Thick: the worst layer.</p>',
       _eight(looked),
     ]
   if samples.exists():
@@ -220,6 +220,9 @@ def _heat(loads, main: int) -> str:
 
 def main() -> None:
   """The report of the folder named on the command line."""
+  if sys.argv[1:] in (['--help'], ['-h']):
+    print(__doc__)
+    return
   if len(sys.argv) != 2 or sys.argv[1].startswith('-'):
     print('usage: python -m experiments.report DIR', file=sys.stderr)
     sys.exit(2)

@@ -69,7 +69,8 @@ def run_here(path: pathlib.Path, runs, words: list[str], dry: bool) -> None:
     folder = path / name_of(values)
     command = [sys.executable, '-m', 'experiments.train', *words]
     command += [*overrides(values), f'--workdir={folder}']
-    print(f'[{i}/{len(runs)}] {shlex.join(command[1:])}', flush=True)
+    said = shlex.join(['python', *command[1:]])
+    print(f'[{i}/{len(runs)}] {said}', flush=True)
     if not dry and subprocess.run(command).returncode:
       raise ConfigError(f'{folder}: the run failed; the sweep ends here')
 

@@ -49,6 +49,8 @@ def claim(folder: os.PathLike | str, config: config_lib.Config):
       'saved; give it to the service by its environment variable'
     )
   path = pathlib.Path(folder)
+  if not os.fspath(folder):
+    raise ConfigError("workdir='': name the run's folder, such as runs/mine")
   with lock(path):
     _bind(path, config, text)
     yield path
@@ -134,7 +136,7 @@ def write(path: pathlib.Path, text: str) -> None:
 
 
 def _bind(path: pathlib.Path, config: config_lib.Config, text: str):
-  if (path / 'config.json').exists():
+  if (path / 'config.json').exists() and _begun(path):
     before = read_config(path)
     lines = config_lib.differences(config, before)
     seed = 'config.run.seed'
@@ -150,6 +152,13 @@ def _bind(path: pathlib.Path, config: config_lib.Config, text: str):
     write(path / 'config.json', text)
   except OSError as error:
     raise ConfigError(trouble(path, error)) from None
+
+
+def _begun(path: pathlib.Path) -> bool:
+  """A step was taken or saved: until then a folder may change its config."""
+  saved = path / 'checkpoints'
+  steps = saved.is_dir() and any(saved.iterdir())
+  return steps or bool(rows(path / 'metrics.jsonl'))
 
 
 def rows(path: pathlib.Path) -> list[dict]:

@@ -18,6 +18,7 @@ import dataclasses
 import difflib
 import math
 import typing
+from collections.abc import Iterator
 from typing import Any
 
 import ml_collections
@@ -579,6 +580,16 @@ def freeze(values: Any, cls: type = Config, path: str = 'config') -> Any:
     return cls(**kwargs)
   except ConfigError as error:
     raise ConfigError(f'{path}.{error}') from None
+
+
+def keys(cls: type = Config, path: str = 'config') -> Iterator[str]:
+  """Every key's whole path, as the command line has it after its dashes."""
+  for name, hint in typing.get_type_hints(cls).items():
+    here = f'{path}.{name}'
+    if dataclasses.is_dataclass(hint):
+      yield from keys(hint, here)
+    else:
+      yield here
 
 
 def differences(ours: Any, theirs: Any, path: str = 'config') -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from experiments import report, train, workdir
+from experiments import cli, report, train, workdir
 from mla_moe import checkpoint, fp8, metrics, step
 from mla_moe import config as config_lib
 from mla_moe.kernels import block_tpu
@@ -152,11 +152,12 @@ def program(*args):
     (['--config.model.layres=3'], 'layers'),
     (
       ['--config.model.moe.topk=3'],
-      'error: config: there is no such key: \'topk\'; did you mean "top_k"?\n',
+      'error: config.model.moe.topk: there is no such key; did you mean '
+      'config.model.moe.top_k?\n',
     ),
-    (['--config.model.layers=three'], 'layers'),
+    (['--config.model.layers=three'], 'config.model.layers=three: must be an'),
     (['--config.model.moe.top_k=99'], 'config.model.moe.top_k=99'),
-    (['--config=configs/nowhere.py'], 'nowhere.py'),
+    (['--config', 'configs/tinny.py:smoke'], 'did you mean configs/tiny.py?'),
     (['--config=configs/tiny.py:huge'], "variant 'huge'"),
     (['--confg=x'], 'confg'),
     (['--config.mesh.data=2'], 'devices'),
@@ -172,6 +173,56 @@ def test_row31_bad_input_is_one_line_and_exit_code_2(tmp_path, args, words):
   out, err = ran.communicate(timeout=60)
   assert ran.returncode == 2, err
   assert words in err and len(err.strip().splitlines()) == 1, err
+
+
+@pytest.mark.parametrize(
+  'text, said',
+  [
+    ('from configs import tinny\n', 'line 1: ImportError'),
+    ("def get_config(arg='')\n  return 3\n", 'line 1: SyntaxError: expected'),
+    ('x = 1\n', 'has no function get_config'),
+    ("def get_config(arg=''):\n  return 3\n", 'gives 3; it must return'),
+    ("def get_config(arg=''):\n  return {}['x']\n", "line 2: KeyError: 'x'"),
+  ],
+)
+def test_what_is_wrong_with_a_config_file_is_said_with_its_line(
+  tmp_path, text, said
+):
+  (tmp_path / 'mine.py').write_text(text)
+  with pytest.raises(config_lib.ConfigError, match=said) as error:
+    cli._try_file(['--workdir=x', f'--config={tmp_path}/mine.py'])
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  'asked, said',
+  [
+    ('config.optim.lr', 'did you mean config.optim.learning_rate?'),
+    ('config.top_k', 'did you mean config.model.moe.top_k?'),
+    ('config.model.dimm', 'did you mean config.model.dim?'),
+    ('config.colour', '--help lists them'),
+  ],
+)
+def test_a_key_is_looked_for_in_every_group(asked, said):
+  text = cli._no_key(['--config.run.steps=3', f'--{asked}=3'])
+  assert text == f'{asked}: there is no such key; {said}'
+  assert not cli._no_key(['--config.model.moe.top_k=3', '--workdir=config.x'])
+
+
+def test_a_run_that_never_began_binds_its_folder_to_nothing(tmp_path):
+  other = dataclasses.replace(
+    SMOKE, optim=dataclasses.replace(SMOKE.optim, learning_rate=1.0)
+  )
+  for config in (SMOKE, other):
+    with workdir.claim(tmp_path, config):
+      pass
+  (tmp_path / 'metrics.jsonl').write_text('{"step": 1}\n')
+  with pytest.raises(config_lib.ConfigError, match='1.0'):
+    with workdir.claim(tmp_path, SMOKE):
+      pass
+  with pytest.raises(config_lib.ConfigError, match='such as runs/mine'):
+    with workdir.claim('', SMOKE):
+      pass
 
 
 def test_fp8_without_its_hardware_says_so_in_one_line(tmp_path):

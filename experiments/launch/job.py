@@ -59,7 +59,7 @@ class Job:
     """Raises ConfigError for the first of the fields that is empty."""
     for name in names:
       if not getattr(self, name):
-        raise ConfigError(f'--{name}: is needed here')
+        raise ConfigError(f'--{name}: is needed here; --help says what it is')
 
   @property
   def slice(self) -> chips.Slice:

@@ -6,7 +6,6 @@ import difflib
 import os
 import pathlib
 import re
-import runpy
 import sys
 import traceback
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from mla_moe import config as config_lib
 
 FLAGS = flags.FLAGS
 
+_OURS = 'mla_moe.config.ConfigError: '
 # What Python's int and float say of a text that is none.
 _NUMBER = re.compile(
   r'flag --(.*?): (?:invalid literal for|could not convert string to) '
@@ -71,6 +71,7 @@ def _parse(define: Callable[[], None]) -> None:
   Raises:
     ConfigError: whatever is wrong with them.
   """
+  name = ''
   try:
     define()
     if '--help' in sys.argv[1:]:
@@ -78,66 +79,62 @@ def _parse(define: Callable[[], None]) -> None:
       print(FLAGS.get_help())
       sys.exit(0)
     if 'config' in FLAGS:
-      _try_file(sys.argv[1:])
+      name = _file(sys.argv[1:])
     rest = FLAGS(sys.argv)[1:]
-    if 'config' in FLAGS:
-      FLAGS.config.keys()  # a file that failed to load says so here
-  except (flags.Error, AttributeError, KeyError, OSError, TypeError) as error:
-    # ml_collections wraps what a config file raised in its text: the last
-    # line is the error itself.
-    text = str(error).replace(r'\n', '; ').strip()
-    last = text.splitlines()[-1].strip()
-    wrapped = 'Traceback' in text or isinstance(error, OSError)
-    text = last if wrapped else ' '.join(text.split())
-    text = text.removeprefix('mla_moe.config.ConfigError: ')
-    if isinstance(error, (AttributeError, KeyError)):
-      text = _no_key(sys.argv[1:]) or f'config: {text}'
-    text = _NUMBER.sub(r'\1: must be a \2', text).replace('a int', 'an int')
-    raise config_lib.ConfigError(text) from None
-  if rest:
-    raise config_lib.ConfigError(f'{rest[0]!r}: not a flag; flags have --')
-
-
-def _try_file(words: list[str]) -> None:
-  """Runs the config file that is named once, to say what is wrong with it.
-
-  Raises:
-    ConfigError: it is not there, it raises (says in which of its lines), or
-      returns no config.
-  """
-  found = re.search(r'(?:^|\0)--?config[=\0]([^\0]*)', '\0'.join(words))
-  if not found:
-    return
-  name, colon, arg = found[1].partition(':')
-  path = pathlib.Path(name)
-  if not path.is_file():
-    there = {path.stem: path for path in pathlib.Path('configs').glob('*.py')}
-    near = difflib.get_close_matches(path.stem, there, 1)
-    hint = f'; did you mean {there[near[0]]}?' if near else ''
-    raise config_lib.ConfigError(
-      f'--config={name}: no such file in {os.getcwd()}{hint}'
-    )
-  try:
-    made = runpy.run_path(name)['get_config'](*[arg][: len(colon)])
+    made = FLAGS.config if 'config' in FLAGS else FLAGS
   except config_lib.ConfigError:
     raise
-  except Exception as error:
-    lines = [
-      frame.lineno
-      for frame in traceback.extract_tb(error.__traceback__)
-      if frame.filename == name
-    ]
-    lines += [error.lineno] if isinstance(error, SyntaxError) else []
-    at = f', line {lines[-1]}' if lines else ''
-    said = f'{type(error).__name__}: {getattr(error, "msg", error)}'
-    if isinstance(error, KeyError) and not lines:
-      said = 'it has no function get_config'
-    raise config_lib.ConfigError(f'--config={name}{at}: {said}') from None
-  if not hasattr(made, 'keys'):
+  except Exception as error:  # a config file may raise anything
+    raise config_lib.ConfigError(_said(error, name)) from None
+  if not hasattr(made, 'keys') and made is not FLAGS:
     raise config_lib.ConfigError(
       f'--config={name}: get_config gives {made!r}; it must return a config, '
       'as that of configs/tiny.py does'
     )
+  if rest:
+    raise config_lib.ConfigError(f'{rest[0]!r}: not a flag; flags have --')
+
+
+def _file(words: list[str]) -> str:
+  """The config file that the command line names, or ''.
+
+  Raises:
+    ConfigError: it is not there; says which may be meant.
+  """
+  found = re.search(r'(?:^|\0)--?config[=\0]([^:\0]*)', '\0'.join(words))
+  name = found[1] if found else ''
+  if found and not pathlib.Path(name).is_file():
+    there = {path.stem: path for path in pathlib.Path('configs').glob('*.py')}
+    near = difflib.get_close_matches(pathlib.Path(name).stem, there, 1)
+    hint = f'; did you mean {there[near[0]]}?' if near else ''
+    raise config_lib.ConfigError(
+      f'--config={name}: no such file in {os.getcwd()}{hint}'
+    )
+  return name
+
+
+def _said(error: Exception, name: str) -> str:
+  """An error of the flags or of config file `name`, with its line, in one."""
+  text = str(error).replace(r'\n', '; ').strip()
+  # ml_collections wraps some of what a config file raises in its text: the
+  # last line is the error itself.
+  wrapped = 'Traceback' in text
+  last = text.splitlines()[-1].strip() if text else ''
+  if last.startswith(_OURS) and wrapped:
+    return last.removeprefix(_OURS)
+  whole = ''.join(traceback.format_exception(error))
+  lines = re.findall(rf'File "{re.escape(name)}", line (\d+)', whole)
+  if "no attribute 'get_config'" in text:
+    return f'--config={name}: has no function get_config'
+  if wrapped or lines:
+    kind = type(error).__name__
+    last = last if wrapped else f'{kind}: {getattr(error, "msg", last)}'
+    at = f', line {lines[-1]}' if lines else ''
+    return f'--config={name}{at}: {last}'
+  if isinstance(error, (AttributeError, KeyError)):
+    return _no_key(sys.argv[1:]) or f'config: {text}'
+  text = ' '.join(text.split())
+  return _NUMBER.sub(r'\1: must be a \2', text).replace('a int', 'an int')
 
 
 def _alike(word: str, name: str) -> bool:

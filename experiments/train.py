@@ -147,9 +147,8 @@ def _run(
       if distributed.first():
         report.write(path)
   if distributed.first():
-    print(
-      f'Results: {path / "report.html"}, metrics.jsonl and samples.txt there.'
-    )
+    there = [n for n in ('metrics.jsonl', 'samples.txt') if (path / n).exists()]
+    print(f'Results: {path / "report.html"}, {" and ".join(there)} there.')
   return written.final
 
 

@@ -13,6 +13,8 @@ import time
 import jax
 import numpy as np
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from configs import tiny
 from experiments import cli, report, train, workdir
@@ -175,23 +177,31 @@ def test_row31_bad_input_is_one_line_and_exit_code_2(tmp_path, args, words):
   assert words in err and len(err.strip().splitlines()) == 1, err
 
 
+@pytest.mark.filterwarnings('ignore:the load_module')  # ml_collections'
 @pytest.mark.parametrize(
   'text, said',
   [
     ('from configs import tinny\n', 'line 1: ImportError'),
     ("def get_config(arg='')\n  return 3\n", 'line 1: SyntaxError: expected'),
-    ('x = 1\n', 'has no function get_config'),
+    ('x = 1\n', 'mine.py: has no function get_config'),
     ("def get_config(arg=''):\n  return 3\n", 'gives 3; it must return'),
     ("def get_config(arg=''):\n  return {}['x']\n", "line 2: KeyError: 'x'"),
+    ("def get_config(arg=''):\n  return 1 + 'x'\n", 'line 2: TypeError: uns'),
   ],
 )
 def test_what_is_wrong_with_a_config_file_is_said_with_its_line(
-  tmp_path, text, said
+  tmp_path, monkeypatch, text, said
 ):
   (tmp_path / 'mine.py').write_text(text)
-  with pytest.raises(config_lib.ConfigError, match=said) as error:
-    cli._try_file(['--workdir=x', f'--config={tmp_path}/mine.py'])
-  assert '\n' not in str(error.value)
+  monkeypatch.setattr(cli, 'FLAGS', flags.FlagValues())
+  monkeypatch.setattr(sys, 'argv', ['train', f'--config={tmp_path}/mine.py'])
+
+  def define():
+    config_flags.DEFINE_config_file('config', '', '', flag_values=cli.FLAGS)
+
+  with pytest.raises(config_lib.ConfigError) as error:
+    cli._parse(define)
+  assert said in str(error.value) and '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize(

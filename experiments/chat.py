@@ -58,7 +58,7 @@ def talk(
       if token not in special:
         raise ConfigError(
           f'--chat: the tokenizer has no token {token!r}, which the template '
-          'of V3 and R1 needs'
+          'of V3 and R1 needs; continue texts with it, without --chat'
         )
     around = {
       'system': '{}',

@@ -99,6 +99,8 @@ class Recorder:
       for name in ('entropy', 'bias_norm'):
         if name in values:
           row[name] = np.round(values[name].astype(float), 5).tolist()
+      if config.mesh.expert > 1:
+        row['overflow'] = int(values['overflow'].sum())
     self._write(row)
     self.final |= {name: row[name] for name in _FINAL if name in row}
     vio = f'  MaxVio {row["max_vio"]:.2f}' if 'max_vio' in row else ''

@@ -122,7 +122,7 @@ def train_step(
   Metrics: float32 scalars loss (all of it), main_loss and mtp_loss (nats per
   token), balance_loss (mean over MoE layers; 1 is balanced), grad_norm, skipped
   (0; 1: not finite; 2: a spike); per MoE layer, MTP modules last: load [L, E]
-  int32, entropy [L] and bias_norm [L].
+  int32, entropy [L], bias_norm [L] and overflow [L] int32 (`moe.Stats`).
   """
   used = jnp.arange(batch.tokens.shape[0]) < batch.count
   targets = batch.targets >= 0

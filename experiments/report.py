@@ -54,7 +54,7 @@ def write(folder: pathlib.Path) -> pathlib.Path | None:
       '<p>MaxVio is how far the busiest expert is above the mean load: 0 is '
       'perfect balance. The maps show each expert&#39;s share of the mean over '
       'the run, one map a layer (MTP modules last).</p>',
-      _balance(steps),
+      _balance(steps, _main_layers(config)),
       _heat(loads, _main_layers(config)),
     ]
   looked = [row for row in rows if 'fp8_layers' in row]
@@ -135,10 +135,17 @@ def _learning(steps, evals) -> str:
     plot.plot(at, [row[name] for row in steps])
     plot.set(title=unit.capitalize(), xlabel='step', ylabel=unit)
   axes[1, 1].set_yscale('log')
+  return _whole(figure, axes)
+
+
+def _whole(figure, axes) -> str:
+  """The figure, whose abscissas are steps: there is no half of one."""
+  for plot in axes.flat:
+    plot.xaxis.get_major_locator().set_params(integer=True)
   return page.svg(figure)
 
 
-def _balance(steps) -> str:
+def _balance(steps, main: int) -> str:
   figure, axes = page.figure(3)
   at = [row['step'] for row in steps]
   plot = axes[0, 0]
@@ -147,7 +154,9 @@ def _balance(steps) -> str:
   for layer in range(batch.shape[1]):
     colour = page.COLOURS[layer % len(page.COLOURS)]
     plot.plot(at, batch[:, layer], color=colour, alpha=0.25, lw=0.8)
-    plot.plot(at, smooth[:, layer], color=colour)
+    plot.plot(at, smooth[:, layer], color=colour, label=_layer(layer, main))
+  if batch.shape[1] <= len(page.COLOURS):  # more would be told by no colour
+    plot.legend(frameon=False)
   plot.set(title='MaxVio by layer (thin: one batch)', xlabel='step')
   plot.set_ylim(0, None)
   names = (('entropy', 'Router entropy, nats'), ('bias_norm', 'Bias norm'))
@@ -155,7 +164,7 @@ def _balance(steps) -> str:
     if name in steps[-1]:
       plot.plot(at, [row[name] for row in steps])
     plot.set(title=f'{title}, by layer', xlabel='step')
-  return page.svg(figure)
+  return _whole(figure, axes)
 
 
 def _eight(looked) -> str:
@@ -188,6 +197,12 @@ def _main_layers(config: str) -> int:
   return model['layers'] - model['dense_layers']
 
 
+def _layer(layer: int, main: int) -> str:
+  """Its name among `main` MoE layers and the MTP modules behind them."""
+  ahead = layer - main + 1
+  return f'MTP module {ahead}' if ahead > 0 else f'MoE layer {layer + 1}'
+
+
 def _heat(loads, main: int) -> str:
   load = np.array([row['load'] for row in loads], float)  # [steps, L, E]
   load = load / np.maximum(load.mean(-1, keepdims=True), 1e-9)
@@ -210,9 +225,7 @@ def _heat(loads, main: int) -> str:
       extent=extent,
       interpolation='nearest',
     )
-    ahead = layer - main + 1
-    title = f'MTP module {ahead}' if ahead > 0 else f'MoE layer {layer + 1}'
-    plot.set(title=title, xlabel='step', ylabel='expert')
+    plot.set(title=_layer(layer, main), xlabel='step', ylabel='expert')
   bar = figure.colorbar(image, ax=list(axes.flat), shrink=0.8)
   bar.set_label('load / mean')
   return page.svg(figure)

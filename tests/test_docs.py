@@ -76,6 +76,28 @@ def test_quick_commands_run(tmp_path):
     assert done.returncode == 0, f'{line}\n{done.stderr}'
 
 
+@pytest.mark.slow
+def test_what_is_launched_fits_where_it_is_launched():
+  """By the plan: neither too large for the slice nor of another mesh."""
+  launched = [c for c in commands() if '.launch' in c and '--topology' in c]
+  assert len(launched) >= 4
+  for line in launched:
+    words = shlex.split(line)
+    kept = ('--config', '--topology')
+    words = [w for w in words if w.startswith(kept) and 'source' not in w]
+    done = subprocess.run(
+      [sys.executable, '-m', 'experiments.plan', *words],
+      cwd=ROOT,
+      capture_output=True,
+      text=True,
+    )
+    assert done.returncode == 0, f'{line}\n{done.stderr}'
+    said = done.stdout.splitlines()[-1]
+    assert said.startswith('To train it so: '), said
+    flags = set(said.removeprefix('To train it so: ').split())
+    assert flags <= set(words), f'{line}\n{said}'
+
+
 @pytest.mark.skipif(
   any(
     importlib.util.find_spec(n) is None

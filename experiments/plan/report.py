@@ -52,6 +52,9 @@ def show(plan, bill, utilisation: float) -> None:
     table.add_row(name, value)
   console.print(table)
   console.print(_money(plan, bill, utilisation))
+  console.print(
+    f'To train it so: {search.training_flags(plan.config)}', soft_wrap=True
+  )
 
 
 def show_choice(config, pairs, utilisation: float) -> None:

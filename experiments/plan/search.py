@@ -127,6 +127,14 @@ def mesh_text(mesh: config_lib.MeshConfig) -> str:
   return ','.join(shown) or 'data=1'
 
 
+def training_flags(config: config_lib.Config) -> str:
+  """What `experiments.train` must be told, to train as it was planned."""
+  sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
+  words = [f'--config.mesh.{a}={n}' for a, n in sizes.items() if n > 1]
+  rows = config.data.micro_batch
+  return ' '.join([*words, f'--config.data.micro_batch={rows}'])
+
+
 def gib(size: float) -> str:
   """Bytes as GiB, for people."""
   return f'{size / 2**30:.1f} GiB'

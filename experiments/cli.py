@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from absl import flags
 from ml_collections import config_flags
@@ -55,14 +56,33 @@ def run(main: Callable[[], None], define: Callable[[], None] = define) -> None:
   0: finished. 2: bad flags, config or input, said in one line. 1: a run that
   could not go on, in one line; anything else, with its traceback.
   """
-  try:
+  with edge():
     _parse(define)
     main()
-  except Stopped as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(1)
+
+
+@contextlib.contextmanager
+def edge() -> Iterator[None]:
+  """Ends the process by `run`'s exit codes; needs no flags of its own."""
+  code, text = 2, ''
+  try:
+    try:
+      yield
+    finally:
+      sys.stdout.flush()  # here, and not when Python has half ended
+    return
   except config_lib.ConfigError as error:
-    _refuse(error)
+    text = f'error: {error}'
+  except Stopped as error:
+    code, text = 1, f'error: {error}'
+  except KeyboardInterrupt:
+    code, text = 1, 'Interrupted.'
+  except BrokenPipeError:
+    # Whoever reads has seen enough; what Python would still flush goes nowhere.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    code, text = 1, 'Ended: nobody reads the output any more.'
+  print(text, file=sys.stderr)
+  sys.exit(code)
 
 
 def _parse(define: Callable[[], None]) -> None:
@@ -82,7 +102,7 @@ def _parse(define: Callable[[], None]) -> None:
       name = _file(sys.argv[1:])
     rest = FLAGS(sys.argv)[1:]
     made = FLAGS.config if 'config' in FLAGS else FLAGS
-  except config_lib.ConfigError:
+  except (config_lib.ConfigError, BrokenPipeError):
     raise
   except Exception as error:  # a config file may raise anything
     raise config_lib.ConfigError(_said(error, name)) from None
@@ -162,8 +182,3 @@ def _no_key(words: list[str]) -> str:
     hint = f'did you mean {near[0]}?' if near else '--help lists them'
     return f'{asked[1]}: there is no such key; {hint}'
   return ''
-
-
-def _refuse(error: config_lib.ConfigError) -> None:
-  print(f'error: {error}', file=sys.stderr)
-  sys.exit(2)

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from experiments import cli
 from mla_moe.config import ConfigError
 
 # An accelerator's operations; its other lines (steps, modules) contain them.
@@ -147,11 +148,8 @@ def main() -> None:
   if len(sys.argv) != 2 or sys.argv[1].startswith('-'):
     print('usage: python -m experiments.profile DIR', file=sys.stderr)
     sys.exit(2)
-  try:
+  with cli.edge():
     print(table(operations(pathlib.Path(sys.argv[1]))))
-  except ConfigError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == '__main__':

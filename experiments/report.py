@@ -16,7 +16,7 @@ import sys
 
 import numpy as np
 
-from experiments import page, workdir
+from experiments import cli, page, workdir
 from mla_moe.config import ConfigError
 
 
@@ -239,13 +239,10 @@ def main() -> None:
   if len(sys.argv) != 2 or sys.argv[1].startswith('-'):
     print('usage: python -m experiments.report DIR', file=sys.stderr)
     sys.exit(2)
-  try:
+  with cli.edge():
     path = write(pathlib.Path(sys.argv[1]))
-  except ConfigError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
-  if path:
-    print(path)
+    if path:
+      print(path)
 
 
 if __name__ == '__main__':

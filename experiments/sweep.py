@@ -26,7 +26,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiments import workdir
+from experiments import cli, workdir
 from experiments.launch import __main__ as launch
 from mla_moe.config import ConfigError
 
@@ -143,7 +143,7 @@ def main() -> None:
   parser.add_argument('--dry-run', action='store_true')
   parser.add_argument('--table', action='store_true')
   asked = parser.parse_args(words if there is None else words[:there])
-  try:
+  with cli.edge():
     runs = combinations(asked.vary)
     if far and not asked.table:
       run_there(runs, far, train, asked.dry_run)
@@ -152,9 +152,6 @@ def main() -> None:
       run_here(asked.workdir, runs, train, asked.dry_run)
     if not asked.dry_run:
       show(results(asked.workdir, runs))
-  except ConfigError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == '__main__':

@@ -26,9 +26,9 @@ V3 = Config().model
 # ## What a token leaves behind
 #
 # Every layer of a decoder keeps something of every token it has seen. Ordinary
-# attention keeps a key and a value for each head; grouped-query attention shares
-# them among some heads; MLA keeps one latent from which all are made, and one
-# rotated key. The areas below are to scale.
+# attention keeps a key and a value for each head; grouped-query attention
+# shares them among some heads; MLA keeps one latent from which all are made,
+# and one rotated key. The areas below are to scale.
 
 # %%
 mla, layers = V3.mla, V3.layers
@@ -68,15 +68,15 @@ for name, numbers in cached.items():
 # %% [markdown]
 # ## Absorption
 #
-# A head's key is $k_n = [c W^{uk}_n;\, k^{rope}]$, made from the latent $c$. Its
-# logit with the query $q_n = [q^{nope}_n;\, q^{rope}_n]$ is
+# A head's key is $k_n = [c W^{uk}_n;\, k^{rope}]$, made from the latent $c$.
+# Its logit with the query $q_n = [q^{nope}_n;\, q^{rope}_n]$ is
 #
 # $$ q^{nope}_n \cdot (c W^{uk}_n) + q^{rope}_n \cdot k^{rope}
 #    = (W^{uk}_n q^{nope}_n) \cdot c + q^{rope}_n \cdot k^{rope}. $$
 #
-# The right-hand side never makes a key: the up-projection has moved into the query,
-# once a step and not once a cached token. The values' goes behind the weighted
-# sum in the same way. Both forms, in a few lines:
+# The right-hand side never makes a key: the up-projection has moved into the
+# query, once a step and not once a cached token. The values' goes behind the
+# weighted sum in the same way. Both forms, in a few lines:
 
 
 # %%
@@ -126,15 +126,15 @@ assert difference < 1e-4
 # %% [markdown]
 # ## Which is less work?
 #
-# For $T$ new tokens that attend to $S$ cached ones, per layer (a multiply and an
-# add are two FLOPs):
+# For $T$ new tokens that attend to $S$ cached ones, per layer (a multiply and
+# an add are two FLOPs):
 #
 # * expanded: $2 S N C (H + U)$ to make keys and values, then
 #   $2 T S N (H + R + U)$;
 # * absorbed: $2 T N C (H + U)$ to fold, then $2 T S N (2C + R)$.
 #
-# Decoding has $T = 1$, training $T = S$. Setting both equal for one long sequence
-# of new tokens:
+# Decoding has $T = 1$, training $T = S$. Setting both equal for one long
+# sequence of new tokens:
 
 # %%
 n, c = mla.heads, mla.kv_rank
@@ -185,8 +185,9 @@ pyplot.show()
 
 # %% [markdown]
 # So training and long prompts expand, decoding absorbs. Each dot product of the
-# absorbed form is longer, but no key is ever made again, and a step reads 57 times
-# fewer bytes than MHA's would. An accelerator that decodes waits for bytes:
+# absorbed form is longer, but no key is ever made again, and a step reads 57
+# times fewer bytes than MHA's would. An accelerator that decodes waits for
+# bytes:
 
 # %%
 intensity = {
@@ -208,9 +209,9 @@ plot.set(
 pyplot.show()
 
 # %% [markdown]
-# MLA turns decoding from a problem of memory into one that fills the chip: nearly
-# as many FLOPs a byte as an H100 has. That is also why it decodes large batches
-# well, and why a model like V2-Lite, with 16 heads, gains less:
+# MLA turns decoding from a problem of memory into one that fills the chip:
+# nearly as many FLOPs a byte as an H100 has. That is also why it decodes large
+# batches well, and why a model like V2-Lite, with 16 heads, gains less:
 
 # %%
 lite = dataclasses.replace(mla, heads=16)

@@ -3,9 +3,10 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/mla-moe/mla_moe/blob/main/notebooks/2_routing.ipynb)
 #
-# What does the balancing bias do, and what does it cost? Small models are trained
-# from the same weights on the same text: with nothing that balances them, with a
-# loss, and with DeepSeek-V3's bias; three times over, from other weights.
+# What does the balancing bias do, and what does it cost? Small models are
+# trained from the same weights on the same text: with nothing that balances
+# them, with a loss, and with DeepSeek-V3's bias; three times over, from other
+# weights.
 
 # %%
 """Routing: three ways to balance experts, and what group limiting does."""
@@ -29,10 +30,11 @@ look.use()
 # %% [markdown]
 # ## The models
 #
-# 16 experts, 4 for each token, two MoE layers, on the source files of Python's own
-# standard library. They differ in two numbers of the config: the weight of the
-# balance loss and the bias's rate. Both are larger than in the paper, because 150
-# steps are few; a fourth model has the bias at the paper's own rate, 0.001.
+# 16 experts, 4 for each token, two MoE layers, on the source files of Python's
+# own standard library. They differ in two numbers of the config: the weight of
+# the balance loss and the bias's rate. Both are larger than in the paper,
+# because 150 steps are few; a fourth model has the bias at the paper's own
+# rate, 0.001.
 
 # %%
 model = c.ModelConfig(
@@ -141,8 +143,8 @@ figure.colorbar(image, ax=plots, label='load / mean', pad=0.01)
 pyplot.show()
 
 # %% [markdown]
-# $\mathrm{MaxVio} = \max_i load_i / \overline{load} - 1$ says how far the busiest
-# expert, and so the slowest device, is above the mean.
+# $\mathrm{MaxVio} = \max_i load_i / \overline{load} - 1$ says how far the
+# busiest expert, and so the slowest device, is above the mean.
 
 # %%
 figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 3.8))
@@ -159,10 +161,10 @@ right.legend(frameon=False)
 pyplot.show()
 
 # %% [markdown]
-# Over the second half of the runs, the mean of the seeds and half the range between
-# them, beside the table of the paper that proposed the bias (arXiv 2408.15664, 1B
-# parameters, 100B tokens). The last column is what the perplexity is above that of
-# the model with a loss, of the same seed:
+# Over the second half of the runs, the mean of the seeds and half the range
+# between them, beside the table of the paper that proposed the bias (arXiv
+# 2408.15664, 1B parameters, 100B tokens). The last column is what the
+# perplexity is above that of the model with a loss, of the same seed:
 
 
 # %%
@@ -196,17 +198,18 @@ vio = [np.mean(measured[name]) for name in ('the bias', 'a loss', 'nothing')]
 assert vio == sorted(vio)
 
 # %% [markdown]
-# The order of MaxVio is the paper's, by the same mechanism. The perplexity's order
-# cannot be told at this size: the seeds move the difference between the bias and
-# the loss by more than a percent to either side, and what the paper found after
-# 100B tokens is 0.6 %. Nor can the bias at the paper's own rate be judged: it costs
-# nothing that shows, but in 150 steps it hardly balances anything.
+# The order of MaxVio is the paper's, by the same mechanism. The perplexity's
+# order cannot be told at this size: the seeds move the difference between the
+# bias and the loss by more than a percent to either side, and what the paper
+# found after 100B tokens is 0.6 %. Nor can the bias at the paper's own rate be
+# judged: it costs nothing that shows, but in 150 steps it hardly balances
+# anything.
 #
 # ## What group limiting does
 #
-# V3 lays its 256 experts on machines in 8 groups, and lets a token use 4 of them:
-# a bound on how many machines it must be sent to. Here the scores are random, which
-# is the worst case for the unlimited choice.
+# V3 lays its 256 experts on machines in 8 groups, and lets a token use 4 of
+# them: a bound on how many machines it must be sent to. Here the scores are
+# random, which is the worst case for the unlimited choice.
 
 # %%
 shape = c.MoEConfig(experts=256, top_k=8, groups=8, top_groups=4)

@@ -3,8 +3,8 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/mla-moe/mla_moe/blob/main/notebooks/3_fp8.ipynb)
 #
-# A number of eight bits has a fraction of three. Whether a model can be trained with
-# it is decided by how many numbers share a scale.
+# A number of eight bits has a fraction of three. Whether a model can be trained
+# with it is decided by how many numbers share a scale.
 
 # %%
 """FP8: tile scales against outliers, and paired loss curves."""
@@ -29,9 +29,9 @@ look.use()
 # %% [markdown]
 # ## The numbers there are
 #
-# E4M3 has four bits of exponent and three of fraction: 8 steps between two powers of
-# two, up to 448. So it is precise to about 6 % wherever it is, but only over 18 powers
-# of two. Everything below its smallest number becomes zero.
+# E4M3 has four bits of exponent and three of fraction: 8 steps between two
+# powers of two, up to 448. So it is precise to about 6 % wherever it is, but
+# only over 18 powers of two. Everything below its smallest number becomes zero.
 
 # %%
 bits = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
@@ -60,11 +60,12 @@ pyplot.show()
 # %% [markdown]
 # ## Outliers
 #
-# Some features of a language model's activations are hundreds of times larger than
-# the others, and gradients span more. Divided by the scale that fits the largest, the
-# rest sinks towards where E4M3 has no numbers left, if it shares that scale. Its range
-# forgives a thousand times; then the small ones go. Below: the error of a product
-# $x W$, for the elements that no outlier should touch, as one feature grows.
+# Some features of a language model's activations are hundreds of times larger
+# than the others, and gradients span more. Divided by the scale that fits the
+# largest, the rest sinks towards where E4M3 has no numbers left, if it shares
+# that scale. Its range forgives a thousand times; then the small ones go.
+# Below: the error of a product $x W$, for the elements that no outlier should
+# touch, as one feature grows.
 
 # %%
 keys = jax.random.split(jax.random.key(0), 2)
@@ -100,9 +101,9 @@ pyplot.show()
 assert errors['fp8_block'][-1] < errors['fp8_tensor'][-1] / 2
 
 # %% [markdown]
-# With a scale for 128 numbers an outlier hurts its own 128, an eighth of this sum,
-# and the error stops there. With one scale for the row or for the whole array it
-# drags everything down.
+# With a scale for 128 numbers an outlier hurts its own 128, an eighth of this
+# sum, and the error stops there. With one scale for the row or for the whole
+# array it drags everything down.
 
 # %%
 magnitudes = jnp.abs(x.at[:, 5].multiply(3e4))[:16, :512]
@@ -127,8 +128,8 @@ pyplot.show()
 # %% [markdown]
 # ## Does it train?
 #
-# The same small model, the same text, the same weights to begin with: products in
-# float32, and in FP8 blocks, all three of every linear layer.
+# The same small model, the same text, the same weights to begin with: products
+# in float32, and in FP8 blocks, all three of every linear layer.
 
 # %%
 model = c.ModelConfig(
@@ -190,13 +191,15 @@ right.set(title='Difference of the two', xlabel='step', ylabel='%')
 right.legend(frameon=False)
 pyplot.show()
 print(
-  f'mean difference {100 * gap.mean():+.2f} %, largest {100 * np.abs(gap).max():.2f} %'
+  f'mean difference {100 * gap.mean():+.2f} %, '
+  f'largest {100 * np.abs(gap).max():.2f} %'
 )
 assert abs(gap[-20:].mean()) < 0.02
 
 # %% [markdown]
-# The grey band is the 0.25 % within which the DeepSeek-V3 report saw its relative
-# loss error (section 3.3), at 16B and 230B parameters over a trillion tokens, smoothed.
-# Single steps of a toy go apart by a few percent in both directions, as they do for
-# any rounding; on average there is no difference that one could see here. (The
-# precision named `bf16` computes in the model's dtype, which is float32 here.)
+# The grey band is the 0.25 % within which the DeepSeek-V3 report saw its
+# relative loss error (section 3.3), at 16B and 230B parameters over a trillion
+# tokens, smoothed. Single steps of a toy go apart by a few percent in both
+# directions, as they do for any rounding; on average there is no difference
+# that one could see here. (The precision named `bf16` computes in the model's
+# dtype, which is float32 here.)

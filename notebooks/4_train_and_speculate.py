@@ -3,8 +3,8 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/mla-moe/mla_moe/blob/main/notebooks/4_train_and_speculate.ipynb)
 #
-# The first run, in a notebook: a V3 in miniature learns some Python, continues a
-# prompt, and drafts its own tokens with the module that V3 was trained with.
+# The first run, in a notebook: a V3 in miniature learns some Python, continues
+# a prompt, and drafts its own tokens with the module that V3 was trained with.
 
 # %%
 """A first run: training, sampling, drafts by the MTP module."""
@@ -28,10 +28,10 @@ look.use()
 # %% [markdown]
 # ## Train
 #
-# `configs/tiny.py:smoke` is DeepSeek-V3's architecture at toy size: latent attention,
-# 16 experts in 4 groups with a balancing bias, one shared expert, one MTP module. Its
-# text is the source of Python's own standard library, so nothing is downloaded. In a
-# terminal this is
+# `configs/tiny.py:smoke` is DeepSeek-V3's architecture at toy size: latent
+# attention, 16 experts in 4 groups with a balancing bias, one shared expert,
+# one MTP module. Its text is the source of Python's own standard library, so
+# nothing is downloaded. In a terminal this is
 #
 # ```text
 # python -m experiments.train --config=configs/tiny.py:smoke \
@@ -55,10 +55,10 @@ FOLDER = pathlib.Path('runs/notebook')
 final = train.run(config, FOLDER)
 
 # %% [markdown]
-# The folder holds what every run leaves: checkpoints, `metrics.jsonl`, a page with
-# all pictures (`report.html`). Running the cell again changes nothing: the run is
-# finished. Here are two curves of it: the loss of the next token, and that of the
-# token after it, which the MTP module predicts.
+# The folder holds what every run leaves: checkpoints, `metrics.jsonl`, a page
+# with all pictures (`report.html`). Running the cell again changes nothing: the
+# run is finished. Here are two curves of it: the loss of the next token, and
+# that of the token after it, which the MTP module predicts.
 
 # %%
 rows = [json.loads(row) for row in open(FOLDER / 'metrics.jsonl')]
@@ -86,14 +86,14 @@ greedy = rollout(config.model, variables, prompt, 48)
 print(PROMPT + words.decode(greedy.tokens[0]))
 
 # %% [markdown]
-# After 160 steps it knows what Python looks like, not what it means. `make train`
-# takes four minutes and gets further.
+# After 160 steps it knows what Python looks like, not what it means. `make
+# train` takes four minutes and gets further.
 #
 # ## Speculate
 #
-# While the model verifies a token, its MTP module has already drafted the next. If the
-# model agrees, two tokens come out of one pass. The text is the same, whatever
-# is drafted: only the number of passes changes.
+# While the model verifies a token, its MTP module has already drafted the next.
+# If the model agrees, two tokens come out of one pass. The text is the same,
+# whatever is drafted: only the number of passes changes.
 
 # %%
 drafted = rollout(config.model, variables, prompt, 48, speculative=True)
@@ -138,6 +138,7 @@ right.set(title='Accepted drafts', xlim=(0, 1))
 pyplot.show()
 
 # %% [markdown]
-# V3's second token is accepted 85 to 90 % of the time (report, section 5.4.3), which
-# is 1.8 times the tokens a second. The miniature's module is as young as the model, and
-# repetitive text is easy to draft: its share says little but that the machinery works.
+# V3's second token is accepted 85 to 90 % of the time (report, section 5.4.3),
+# which is 1.8 times the tokens a second. The miniature's module is as young as
+# the model, and repetitive text is easy to draft: its share says little but
+# that the machinery works.

@@ -3,9 +3,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/mla-moe/mla_moe/blob/main/notebooks/5_cost.ipynb)
 #
-# DeepSeek-V3's training bill from first principles, beside the published one; what a
-# million tokens cost to serve; and what happens to the total when the price falls
-# and use grows.
+# DeepSeek-V3's training bill from first principles, beside the published one;
+# what a million tokens cost to serve; and what happens to the total when the
+# price falls and use grows.
 
 # %%
 """Cost: the training bill, serving, and what falling prices do to the total."""
@@ -64,9 +64,9 @@ print(f'at $2 an hour: ${2 * ours:.3f}M, published $5.576M')
 assert abs(2 * ours / 5.576 - 1) < 0.01
 
 # %% [markdown]
-# The published total, from one line of arithmetic and one measured number, to within
-# 1 %. It pays for one run. It does not pay for the runs before it that found the
-# recipe, nor for people, data or the machines that stood idle.
+# The published total, from one line of arithmetic and one measured number, to
+# within 1 %. It pays for one run. It does not pay for the runs before it that
+# found the recipe, nor for people, data or the machines that stood idle.
 #
 # Where do the FLOPs go, and what would a dense model of the same size cost?
 
@@ -104,8 +104,8 @@ pyplot.show()
 # ## On other hardware
 #
 # The same share of the peak, list prices with their sources in
-# `experiments/chips.py`. Whether a slice can hold it at all is `experiments.plan`'s
-# question.
+# `experiments/chips.py`. Whether a slice can hold it at all is
+# `experiments.plan`'s question.
 
 # %%
 names = ['h800', 'v5p', 'v6e', 'tpu7x', 'h100', 'b200']
@@ -137,8 +137,8 @@ pyplot.show()
 # %% [markdown]
 # ## Serving
 #
-# A decoding step must read every weight that its tokens touch, and the cache of every
-# sequence. With a batch of $B$ sequences on $n$ chips, what is read is
+# A decoding step must read every weight that its tokens touch, and the cache of
+# every sequence. With a batch of $B$ sequences on $n$ chips, what is read is
 # shared; what each sequence owns is not:
 #
 # $$ t = \max\Big(\frac{W(B) + B\, S\, c}{n \cdot bandwidth},\
@@ -194,8 +194,8 @@ right.set(
 pyplot.show()
 
 # %% [markdown]
-# Published for a day of February 2025: 226.75 nodes of 8 H800, 168B output and 608B
-# input tokens. The bound above, beside it:
+# Published for a day of February 2025: 226.75 nodes of 8 H800, 168B output and
+# 608B input tokens. The bound above, beside it:
 
 # %%
 gpu_hours = 226.75 * 8 * 24
@@ -212,16 +212,17 @@ print(
 print('published for decoding nodes: 14,800')
 
 # %% [markdown]
-# The bound is what memory and arithmetic allow if nothing else took time. It leaves
-# out the network, which the authors name as the limit: all-to-all at 50 GB/s holds
-# a token to 14.8 ms.
+# The bound is what memory and arithmetic allow if nothing else took time. It
+# leaves out the network, which the authors name as the limit: all-to-all at 50
+# GB/s holds a token to 14.8 ms.
 #
 # ## When the price falls and use grows
 #
-# If use grows by more than the price falls, the total rises: with a price elasticity
-# $e$, tokens $\propto price^{-e}$ and spending $\propto price^{1-e}$. Above 1,
-# cheaper tokens cost more in all (Jevons' coal). The elasticity is not known; the
-# sliders are where an argument about it can be had.
+# If use grows by more than the price falls, the total rises: with a price
+# elasticity $e$, tokens $\propto price^{-e}$ and spending $\propto
+# price^{1-e}$. Above 1, cheaper tokens cost more in all (Jevons' coal). The
+# elasticity is not known; the sliders are where an argument about it can be
+# had.
 
 
 # %%

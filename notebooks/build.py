@@ -3,7 +3,8 @@
   python -m notebooks.build [--text] [NAME ...]
 
 --text runs nothing: outputs of code cells that have not changed are kept, and
-of the others there are none. Cells are compared with their source by tests/test_notebooks.py.
+of the others there are none. Cells are compared with their source by
+tests/test_notebooks.py.
 """
 
 from __future__ import annotations

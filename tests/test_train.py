@@ -177,7 +177,6 @@ def test_row31_bad_input_is_one_line_and_exit_code_2(tmp_path, args, words):
   assert words in err and len(err.strip().splitlines()) == 1, err
 
 
-@pytest.mark.filterwarnings('ignore:the load_module')  # ml_collections'
 @pytest.mark.parametrize(
   'text, said',
   [
@@ -217,6 +216,29 @@ def test_a_key_is_looked_for_in_every_group(asked, said):
   text = cli._no_key(['--config.run.steps=3', f'--{asked}=3'])
   assert text == f'{asked}: there is no such key; {said}'
   assert not cli._no_key(['--config.model.moe.top_k=3', '--workdir=config.x'])
+
+
+@pytest.mark.parametrize(
+  'raised, code, said',
+  [
+    (KeyboardInterrupt(), 1, 'Interrupted.'),
+    (cli.Stopped('why'), 1, 'error: why'),
+    (config_lib.ConfigError('x=1: must be 2'), 2, 'error: x=1: must be 2'),
+  ],
+)
+def test_the_edge_says_one_line(capsys, raised, code, said):
+  with pytest.raises(SystemExit) as ended, cli.edge():
+    raise raised
+  assert ended.value.code == code
+  assert capsys.readouterr().err == f'{said}\n'
+
+
+def test_a_reader_that_goes_away_is_no_traceback():
+  with program('--help') as ran:
+    ran.stdout.close()
+    said = ran.stderr.read()
+  assert ran.returncode == 1
+  assert said == 'Ended: nobody reads the output any more.\n'
 
 
 def test_a_run_that_never_began_binds_its_folder_to_nothing(tmp_path):

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 
+from experiments import cli
 from experiments.launch import cloud_tpu, gke, job, presets, slurm, vm
 from mla_moe.config import ConfigError
 
@@ -122,16 +123,13 @@ def execute(command: job.Command) -> None:
 
 def main() -> None:
   """Prints or runs the commands that the command line asks for."""
-  try:
+  with cli.edge():
     backend, action, asked, dry = parse(sys.argv[1:])
     for one in commands(backend, action, asked):
       if dry:
         print(one.shown())
       else:
         execute(one)
-  except ConfigError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == '__main__':

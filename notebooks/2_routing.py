@@ -139,7 +139,7 @@ for plot, (name, (_, loads, _)) in zip(plots, runs.items(), strict=True):
   )
   plot.set(title=f'with {name}', xlabel='step')
 plots[0].set_ylabel('expert')
-figure.colorbar(image, ax=plots, label='load / mean', pad=0.01)
+figure.colorbar(image, ax=plots, label='load / mean')
 pyplot.show()
 
 # %% [markdown]
@@ -227,17 +227,13 @@ for name, moe in {'free choice': free, '4 of 8 groups': shape}.items():
   kept[name] = np.asarray(scores)
   print(f'{name}: {np.mean(machines):.2f} machines a token')
   assert moe is free or max(machines) <= 4
-left.set(
-  title='Machines that a token is sent to',
-  xlabel='machines',
-  ylabel='tokens',
-)
+left.set(title='Machines that a token is sent to', xlabel='machines', yticks=[])
 left.legend(frameon=False)
 loss = 1 - kept['4 of 8 groups'] / kept['free choice']
 right.hist(100 * loss, bins=40, color=COLOURS[2])
 right.set(
   title='What the limit costs',
   xlabel='% of the chosen scores that are lost',
-  ylabel='tokens',
+  yticks=[],
 )
 pyplot.show()

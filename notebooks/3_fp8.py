@@ -129,7 +129,8 @@ pyplot.show()
 # ## Does it train?
 #
 # The same small model, the same text, the same weights to begin with: products
-# in float32, and in FP8 blocks, all three of every linear layer.
+# in float32, and in FP8 blocks, all three of every linear layer. And a control:
+# bfloat16, another rounding that has nothing to do with FP8.
 
 # %%
 model = c.ModelConfig(
@@ -164,9 +165,9 @@ words = tokenizer.load('byte', 256, 257)
 text = corpus.prepare(config.data, words, pathlib.Path('runs/.corpus'))
 
 
-def losses(precision):
-  """The loss of every step."""
-  network = dataclasses.replace(model, precision=precision)
+def losses(**change):
+  """The loss of every step, with another field of the model's config."""
+  network = dataclasses.replace(model, **change)
   some = dataclasses.replace(config, model=network)
   run = jax.jit(functools.partial(step.train_step, config=some))
   state = step.init_state(jax.random.key(0), some)
@@ -178,28 +179,34 @@ def losses(precision):
   return np.array(found)
 
 
-curves = {p: losses(p) for p in ('bf16', 'fp8_block')}
-gap = curves['fp8_block'] / curves['bf16'] - 1
+curves = {
+  'float32': losses(),
+  'fp8_block': losses(precision='fp8_block'),
+  'bfloat16': losses(dtype='bfloat16'),
+}
 figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 3.6))
-left.plot(curves['bf16'], label='float32')
-left.plot(curves['fp8_block'], '--', label='fp8_block')
-left.set(title='Training loss', xlabel='step', ylabel='nats a byte')
-left.legend(frameon=False)
-right.plot(100 * gap, color=COLOURS[2])
+gaps = {}
+for (name, curve), colour in zip(curves.items(), COLOURS, strict=False):
+  left.plot(curve, '-' if name == 'float32' else '--', label=name)
+  if name != 'float32':
+    gaps[name] = gap = 100 * (curve / curves['float32'] - 1)
+    right.plot(gap, color=colour, label=name)
+    print(
+      f'{name:9} mean difference {gap.mean():+.2f} %, '
+      f'largest {np.abs(gap).max():.2f} %'
+    )
 right.axhspan(-0.25, 0.25, color='grey', alpha=0.2, label='± 0.25 %')
-right.set(title='Difference of the two', xlabel='step', ylabel='%')
+left.set(title='Training loss', xlabel='step', ylabel='nats a byte')
+right.set(title='Beside float32', xlabel='step', ylabel='%')
+left.legend(frameon=False)
 right.legend(frameon=False)
 pyplot.show()
-print(
-  f'mean difference {100 * gap.mean():+.2f} %, '
-  f'largest {100 * np.abs(gap).max():.2f} %'
-)
-assert abs(gap[-20:].mean()) < 0.02
+assert abs(gaps['fp8_block'][-20:].mean()) < 2
 
 # %% [markdown]
 # The grey band is the 0.25 % within which the DeepSeek-V3 report saw its
 # relative loss error (section 3.3), at 16B and 230B parameters over a trillion
-# tokens, smoothed. Single steps of a toy go apart by a few percent in both
-# directions, as they do for any rounding; on average there is no difference
-# that one could see here. (The precision named `bf16` computes in the model's
-# dtype, which is float32 here.)
+# tokens, smoothed. Single steps of a toy go apart by a few percent, as they do
+# for any rounding: look at bfloat16's. A difference that is no larger than the
+# control's says nothing against FP8, and one seed cannot say more;
+# `docs/fp8.md` has two. (The precision `bf16` computes in the model's dtype.)

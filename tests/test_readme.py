@@ -1,5 +1,6 @@
 """The README's commands run, in a smoke variant, and its targets exist."""
 
+import importlib
 import pathlib
 import re
 import shlex
@@ -7,6 +8,8 @@ import subprocess
 import sys
 
 import pytest
+
+from mla_moe.config import ConfigError
 
 ROOT = pathlib.Path(__file__).parent.parent
 TEXT = (ROOT / 'README.md').read_text()
@@ -34,3 +37,12 @@ def test_targets_and_configs_exist():
     assert (ROOT / path).exists()
   listed = set(re.findall(r'\| `configs/(\w+)\.py`', TEXT))
   assert listed == {p.stem for p in (ROOT / 'configs').glob('[a-z]*.py')}
+
+
+def test_the_variants_are_those_of_the_configs():
+  rows = re.findall(r'\| `configs/(\w+)\.py` \|[^|]*\| ([^|]*) \|', TEXT)
+  for name, variants in rows:
+    made = importlib.import_module(f'configs.{name}').get_config
+    with pytest.raises(ConfigError) as refused:
+      made('nothing')
+    assert str(refused.value).endswith(f'there is only {variants}'), name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import operator
 import os
 import pathlib
 import re
@@ -97,6 +98,8 @@ def _parse(define: Callable[[], None]) -> None:
     if '--help' in sys.argv[1:]:
       print(sys.modules['__main__'].__doc__)
       print(FLAGS.get_help())
+      if 'config' in FLAGS:
+        print(_keys())
       sys.exit(0)
     if 'config' in FLAGS:
       name = _file(sys.argv[1:])
@@ -113,6 +116,17 @@ def _parse(define: Callable[[], None]) -> None:
     )
   if rest:
     raise config_lib.ConfigError(f'{rest[0]!r}: not a flag; flags have --')
+
+
+def _keys() -> str:
+  """Every key of a config, as the command line has it."""
+  lines = [
+    "The keys of a config (mla_moe/config.py), with DeepSeek-V3's values:"
+  ]
+  for key in config_lib.keys():
+    value = operator.attrgetter(key.partition('.')[2])(config_lib.Config())
+    lines.append(f'  --{key}={value}')
+  return '\n'.join(lines)
 
 
 def _file(words: list[str]) -> str:

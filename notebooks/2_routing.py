@@ -203,7 +203,8 @@ assert vio == sorted(vio)
 # bias and the loss by more than a percent to either side, and what the paper
 # found after 100B tokens is 0.6 %. Nor can the bias at the paper's own rate be
 # judged: it costs nothing that shows, but in 150 steps it hardly balances
-# anything.
+# anything. `benchmarks/balance.py` tunes both and compares them pair by pair,
+# with as many seeds as one has half minutes for.
 #
 # ## What group limiting does
 #

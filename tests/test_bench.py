@@ -1,11 +1,13 @@
 """The benchmark's own arithmetic, and how it drives those it compares."""
 
+import importlib.util
 import json
 import pathlib
 import subprocess
 import sys
 
 import chex
+import numpy as np
 import pytest
 
 from experiments.bench import __main__ as program
@@ -175,3 +177,24 @@ def test_the_decoding_page_has_every_measurement():
   for words in ('900 tokens/s', '(MLA): 1,152', 'head: 81,920', '3.0x'):
     assert words in text
   assert decode._page(found).count('<svg') == 1
+
+
+def test_models_of_one_seed_are_compared_pair_by_pair():
+  """What all models of a seed share is in no difference, nor in its error."""
+  spec = importlib.util.spec_from_file_location(
+    'balance', pathlib.Path(__file__).parent.parent / 'benchmarks/balance.py'
+  )
+  balance = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(balance)
+  gains = {'loss 0.003': 0.01, 'bias 0.01': 0.03}
+  rows = [
+    {'name': name, 'seed': s, 'nll': 2 + s - gains.get(name, 0), 'maxvio': 1.0}
+    for s in range(5)
+    for name in balance.VARIANTS
+  ]
+  assert balance.best(rows, balance.LOSSES, range(2)) == 'loss 0.003'
+  mean, error, count = balance.compared(rows, 'bias 0.01', 'nothing', range(5))
+  np.testing.assert_allclose(mean, 100 * np.expm1(-0.03))
+  assert error < 1e-9 and count == 5
+  shown = balance.table(rows, tuning=2)
+  assert 'bias 0.01 beside loss 0.003, 3 seeds' in shown and '-1.98' in shown

@@ -7,7 +7,12 @@ import shlex
 import subprocess
 import sys
 
+import jax
 import pytest
+
+from configs import tiny
+from mla_moe import config as config_lib
+from mla_moe import sharding
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / 'docs'
@@ -167,6 +172,18 @@ def test_troubles_are_those_that_are_printed():
   ):
     assert said in text, said
     assert said in source or said == 'RESOURCE_EXHAUSTED', said
+
+
+@pytest.mark.parametrize(
+  'keys', [{'model.moe.top_k': 30}, {'mesh.data': 3}, {'mesh.fsdp': 2}], ids=str
+)
+def test_errors_of_a_config_are_quoted_to_the_letter(keys):
+  values = tiny.get_config('')
+  values.update_from_flattened_dict(keys)
+  with pytest.raises(config_lib.ConfigError) as refused:
+    sharding.make_mesh(config_lib.freeze(values).mesh, jax.devices()[:1])
+  text = (DOCS / 'troubleshooting.md').read_text()
+  assert f'`error: {refused.value}`' in text
 
 
 def test_the_picture_is_the_one_that_is_drawn():

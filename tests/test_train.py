@@ -203,6 +203,20 @@ def test_what_is_wrong_with_a_config_file_is_said_with_its_line(
   assert said in str(error.value) and '\n' not in str(error.value)
 
 
+def test_help_lists_every_key(monkeypatch, capsys):
+  monkeypatch.setattr(cli, 'FLAGS', flags.FlagValues())
+  monkeypatch.setattr(sys, 'argv', ['train', '--help'])
+
+  def define():
+    config_flags.DEFINE_config_file('config', '', '', flag_values=cli.FLAGS)
+
+  with pytest.raises(SystemExit) as ended:
+    cli._parse(define)
+  shown = capsys.readouterr().out.split()
+  assert ended.value.code == 0 and '--config.model.moe.top_k=8' in shown
+  assert all(f'--{key}=' in ' '.join(shown) for key in config_lib.keys())
+
+
 @pytest.mark.parametrize(
   'asked, said',
   [

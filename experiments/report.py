@@ -20,6 +20,11 @@ from experiments import cli, page, workdir
 from mla_moe.config import ConfigError
 
 
+def logged(rows: list[dict]) -> list[dict]:
+  """The rows of steps: without one there is nothing to draw."""
+  return [row for row in rows if 'loss' in row]
+
+
 def write(folder: pathlib.Path) -> pathlib.Path | None:
   """Writes `folder`/report.html and returns it; None without matplotlib.
 
@@ -27,8 +32,11 @@ def write(folder: pathlib.Path) -> pathlib.Path | None:
     ConfigError: the folder holds no run.
   """
   rows = workdir.rows(folder / 'metrics.jsonl')
-  if not rows:
-    raise ConfigError(f'{str(folder)!r}: holds no metrics.jsonl of a run')
+  steps = logged(rows)
+  if not steps:
+    raise ConfigError(
+      f'{str(folder)!r}: holds no metrics.jsonl of a run with a logged step'
+    )
   try:
     import matplotlib
   except ImportError:
@@ -38,7 +46,6 @@ def write(folder: pathlib.Path) -> pathlib.Path | None:
     return None
   if 'MPLBACKEND' not in os.environ:  # a notebook has a screen of its own
     matplotlib.use('Agg')
-  steps = [row for row in rows if 'loss' in row]
   evals = [row for row in rows if 'bits_per_byte' in row]
   loads = workdir.rows(folder / 'load.jsonl')
   samples = folder / 'samples.txt'

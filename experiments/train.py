@@ -104,6 +104,7 @@ def _run(
   from mla_moe import checkpoint
 
   window = profile.window(also.profile)
+  metrics = path / 'metrics.jsonl'
   track = also.track if distributed.first() else ''
   tell_also = tracking.of(track, path, dataclasses.asdict(config))
   ready = preparation.prepare(config, path)
@@ -144,11 +145,11 @@ def _run(
     try:
       _end(ready, saved, written, ended)
     finally:
-      if distributed.first():
-        report.write(path)
-  if distributed.first():
-    there = [n for n in ('metrics.jsonl', 'samples.txt') if (path / n).exists()]
-    print(f'Results: {path / "report.html"}, {" and ".join(there)} there.')
+      # A run that is stopped at once has logged nothing to draw.
+      if distributed.first() and report.logged(workdir.rows(metrics)):
+        files = report.write(path), metrics, path / 'samples.txt'
+        there = [file.name for file in files if file and file.exists()]
+        print(f'Results in {path}: {", ".join(there)}.')
   return written.final
 
 

@@ -396,6 +396,17 @@ def test_row29_replicas_that_differ_end_the_run(spread, fault):
   assert train.run(config, spread / 'replicas')['step'] == 12
 
 
+def test_row11_a_run_that_is_stopped_at_once_is_no_failure(root, fault, capsys):
+  """It has logged nothing: there is nothing to draw, and nothing wrong."""
+  fault('term@step:2')
+  train.run(micro(9, log_every=9, eval_every=0), root / 'at_once')
+  assert 'Stopped by SIGTERM at step' in capsys.readouterr().out
+  assert checkpoint.steps(root / 'at_once/checkpoints')
+  assert not (root / 'at_once/report.html').exists()
+  train.run(micro(9, log_every=9, eval_every=0), root / 'at_once')
+  assert (root / 'at_once/report.html').exists()
+
+
 def test_row15_a_run_goes_on_on_another_mesh(spread):
   """The same losses within rounding, from the very same state."""
   train.run(micro(5), spread / 'moved')

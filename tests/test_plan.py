@@ -254,4 +254,9 @@ def test_a_plan_that_fits_writes_a_table_and_a_page(tmp_path):
   assert '…' not in done.stdout
   for word in ('parameters', 'optimizer', 'there is', 'chip hours'):
     assert word in done.stdout
+  assert re.search(
+    r'^To train it so: --config.mesh.\w+=.* --config.data.micro_batch=\d+$',
+    done.stdout,
+    re.M,
+  )
   assert page.read_text().count('<svg') == 2

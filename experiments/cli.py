@@ -102,7 +102,7 @@ def _parse(define: Callable[[], None]) -> None:
         print(_keys())
       sys.exit(0)
     if 'config' in FLAGS:
-      name = _file(sys.argv[1:])
+      name = config_file(sys.argv[1:])
     rest = FLAGS(sys.argv)[1:]
     made = FLAGS.config if 'config' in FLAGS else FLAGS
   except (config_lib.ConfigError, BrokenPipeError):
@@ -129,7 +129,7 @@ def _keys() -> str:
   return '\n'.join(lines)
 
 
-def _file(words: list[str]) -> str:
+def config_file(words: list[str]) -> str:
   """The config file that the command line names, or ''.
 
   Raises:

@@ -237,6 +237,19 @@ def test_bad_requests_are_one_line(words, said):
   assert '\n' not in str(caught.value)
 
 
+def test_no_machine_is_asked_for_with_a_config_that_is_not_there(
+  monkeypatch, capsys
+):
+  words = ['tpu', 'up', '--name=a', '--topology=v5e:4x4', '--storage=gs://b']
+  words += [*WHERE, '--dry-run', '--', '--config=configs/tinny.py:smoke']
+  monkeypatch.setattr(sys, 'argv', ['launch', *words])
+  with pytest.raises(SystemExit) as ended:
+    launch.main()
+  said = capsys.readouterr()
+  assert ended.value.code == 2 and not said.out
+  assert 'did you mean configs/tiny.py?' in said.err
+
+
 def test_a_missing_program_is_named():
   from experiments.launch import job
 

@@ -125,6 +125,7 @@ def main() -> None:
   """Prints or runs the commands that the command line asks for."""
   with cli.edge():
     backend, action, asked, dry = parse(sys.argv[1:])
+    cli.config_file(list(asked.arguments))  # before a machine is paid for
     for one in commands(backend, action, asked):
       if dry:
         print(one.shown())

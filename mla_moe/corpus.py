@@ -64,7 +64,8 @@ def prepare(
   mark = _fingerprint(files, data, tokenizer)
   folder = pathlib.Path(cache) / mark
   if not (folder / 'corpus.json').exists():
-    say(f'Tokenising {len(files)} files of {data.source!r} (once) ...')
+    many = f'{len(files)} files' if len(files) > 1 else 'the file'
+    say(f'Tokenising {many} of {data.source!r} (once) ...')
     _write(folder, files, data, tokenizer, say)
   return _open(folder, tokenizer, mark)
 

@@ -115,7 +115,11 @@ def exchange(
 
 @jax.custom_vjp
 def _after(done: PyTree, x: PyTree) -> PyTree:
-  """`x`, for use once `done` is computed."""
+  """`x`, for use once `done` is computed.
+
+  A TPU's compiler gives independent work to the last transfer that it could
+  hide; one before it, with nothing left beside it, stays synchronous.
+  """
   return jax.lax.optimization_barrier((x, sharding.varying(done)))[0]
 
 

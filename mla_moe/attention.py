@@ -49,7 +49,7 @@ def attend(
   'tokamax' that library's. 'auto' is splash on TPU, cudnn on a GPU that has it,
   and xla elsewhere and for a part of a sequence, which the others cannot do.
   """
-  impl = _automatic(q, segments, part) if impl == 'auto' else impl
+  impl = chosen(impl, q, segments, part.count)
   if impl in ('reference', 'xla'):
     core = {'reference': _reference, 'xla': _flash}[impl]
     return core(q, k, v, segments, part.index, scale, part.count)
@@ -59,9 +59,14 @@ def attend(
   return core(q, k, v, None if segments is None else segments[0], scale)
 
 
-def _automatic(q: Array, segments: tuple | None, part: Part) -> str:
+def chosen(
+  impl: str, q: Array, segments: tuple | Array | None, parts: int
+) -> str:
+  """The core that `attend` takes: `impl`, or what 'auto' stands for here."""
+  if impl != 'auto':
+    return impl
   platform = sharding.platform()
-  if part.count > 1:
+  if parts > 1:
     return 'xla'
   if platform == 'tpu' and q.shape[1] % 128 == 0:
     return 'splash'

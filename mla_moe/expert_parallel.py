@@ -65,12 +65,14 @@ def exchange(
   split: Split,
   moe: config_lib.MoEConfig,
   recipe: fp8.Recipe,
+  meanwhile: Float[Array, ...] | None = None,
 ) -> tuple[Float[Array, 'M D'], Int[Array, '']]:
   """The weighted sum of each token's experts, wherever they are.
 
   `compute(x, weights, chosen, *ws, expected=)` is `moe.experts` of the experts
-  that are here, whose ids count from 0. Returns also how many rows, of all
-  devices, found no room in the first round.
+  that are here, whose ids count from 0. `meanwhile` is what else there is to
+  compute while tokens are gathered. Returns also how many rows, of all devices,
+  found no room in the first round.
   """
   if not split.every:
     return compute(x, weights, chosen, *ws), jnp.zeros((), jnp.int32)
@@ -84,8 +86,12 @@ def exchange(
     gather = functools.partial(
       jax.lax.all_gather, axis_name=over, axis=0, tiled=True
     )
+    routing = gather(weights), gather(chosen)
+    x = x if meanwhile is None else _after(routing, x)
     x = _sent(x, None, _Route('gather', over), recipe)
-    weights, chosen = gather(weights), gather(chosen)
+    both = x, routing
+    x, routing = both if meanwhile is None else _after(meanwhile, both)
+    weights, chosen = routing
   e = moe.experts // shape['expert']
   mine = functools.partial(_mine, count=e)
   overflow = jnp.zeros((), jnp.int32)
@@ -105,6 +111,19 @@ def exchange(
   # On axes that nothing is split over, all have computed the same.
   same = tuple(a for a in split.every if a not in split.tokens + others)
   return (jax.lax.pmean(out, same) if same else out), overflow
+
+
+@jax.custom_vjp
+def _after(done: PyTree, x: PyTree) -> PyTree:
+  """`x`, for use once `done` is computed.
+
+  A TPU's compiler gives independent work to the last transfer that it could
+  hide; one before it, with nothing left beside it, stays synchronous.
+  """
+  return jax.lax.optimization_barrier((x, sharding.varying(done)))[0]
+
+
+_after.defvjp(lambda done, x: (_after(done, x), None), lambda _, g: (None, g))
 
 
 def _kind(moe, experts: int, tokens_are_split: bool) -> str:

@@ -103,6 +103,7 @@ def attend_latents(
   values of all heads would be N * (H + R + U).
   """
   parts = sequence.count(q.shape[1])
+  core = attention.chosen(mla.impl, q, segments, parts)
   # What is kept for the backward pass is this device's part alone.
   name = 'kv_latent' if parts == 1 else fp8.SAVED
   if recipe.precision == 'bf16' or parts > 1:
@@ -136,7 +137,7 @@ def attend_latents(
         scale=rope.softmax_scale(mla),
         segments=None if segments is None else (segments, keys),
         part=part,
-        impl=mla.impl,
+        impl=core,
       )
     return jax.lax.pmean(out, same) if same else out
 
@@ -153,5 +154,7 @@ def attend_latents(
     tuple(layers.partition(w, up) for w in ws),
     lay(('batch', 'part'), segments),
   )
-  run = sharding.local(local, specs, specs[0], checked=False)
+  # A library's kernel does not say over which axes its result varies.
+  checked = core in ('xla', 'reference')
+  run = sharding.local(local, specs, specs[0], checked=checked)
   return run(q, latent, k_rope, ws, segments)

@@ -75,9 +75,8 @@ class MoE(nn.Module):
     shared = None
     if moe.shared:
       shared = layers.FeedForward(moe.shared * width, *how, name='shared')(x)
-    out, stats = routed(
-      x, mask, w_router, bias, (w_gate_up, w_down), moe, how[1]
-    )
+    ws = w_gate_up, w_down
+    out, stats = routed(x, mask, w_router, bias, ws, moe, how[1], shared)
     return out if shared is None else out + shared, stats
 
 
@@ -93,17 +92,19 @@ def routed(
   ws: tuple,
   moe: config_lib.MoEConfig,
   recipe: fp8.Recipe,
+  meanwhile: Float[Array, 'B T D'] | None = None,
 ) -> tuple[Float[Array, 'B T D'], Stats]:
   """The routed experts' sum; on a mesh, each device routes its own tokens.
 
-  `ws` are the experts' weights, gate and up [E, D, 2, F] and down [E, F, D].
+  `ws` are the experts' weights, gate and up [E, D, 2, F] and down [E, F, D];
+  `meanwhile` is a result that can be computed while tokens travel.
   """
   names = ('batch', 'length', 'stream')
   split = expert_parallel.split(x.shape, names)
   shards = tuple(map(layers.shards, ws, (_GATE_UP, _DOWN)))
   compute = functools.partial(experts, impl=moe.impl, recipe=recipe)
 
-  def local(x, mask, w_router, bias, ws):
+  def local(x, mask, w_router, bias, ws, meanwhile):
     b, t, dim = x.shape
     flat, flat_mask = x.reshape(b * t, dim), None
     if mask is not None:
@@ -113,8 +114,9 @@ def routed(
     pairs = zip(ws, shards, strict=True)
     ws = tuple(layers.gathered(w, s, x.dtype) for w, s in pairs)
     with jax.named_scope('experts'):
+      args = flat, routing.weights, routing.chosen, ws, compute
       out, overflow = expert_parallel.exchange(
-        flat, routing.weights, routing.chosen, ws, compute, split, moe, recipe
+        *args, split, moe, recipe, meanwhile
       )
     scores = routing.scores.reshape(b, t, -1)
     balance = losses.balance(scores, moe.top_k, mask, split.length)
@@ -134,9 +136,10 @@ def routed(
     one((None, None), w_router),
     one((None,), bias),
     (layers.partition(ws[0], _GATE_UP), layers.partition(ws[1], _DOWN)),
+    one(names, meanwhile),
   )
   run = sharding.local(local, specs, (specs[0], sharding.PartitionSpec()))
-  return run(x, mask, w_router, bias, ws)
+  return run(x, mask, w_router, bias, ws, meanwhile)
 
 
 def experts(

@@ -120,11 +120,13 @@ def test_a_tpu_receives_what_the_arithmetic_says(mesh, libtpu):
 
 
 @pytest.mark.slow
-def test_a_tpu_computes_the_shared_expert_while_tokens_travel(libtpu):
+@pytest.mark.parametrize('mesh', ['both', 'expert'])
+def test_a_tpu_computes_the_shared_expert_while_tokens_travel(mesh, libtpu):
   """Tokens' gather is cut into fusions: its start, products, its end."""
-  config, (text, _, _) = tpu('both')
+  config, (text, _, _) = tpu(mesh)
   bodies, _ = hlo._bodies(text)
-  rows = 8 // 2 * 16 // 8 * config.data.seq_len  # of an expert group
+  each = config.data.batch_size // config.mesh.devices * config.data.seq_len
+  rows = config.mesh.expert * each  # of an expert group
   moved = [
     name
     for name, lines in bodies.items()

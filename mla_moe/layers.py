@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -201,11 +202,14 @@ def products(
 
   In FP8, `x` is quantised once and kept for the backward pass under `name`.
   """
-  if recipe.precision == 'bf16':
-    each = zip(equations, ws, strict=True)
-    return tuple(jnp.einsum(e, x, w.astype(x.dtype)) for e, w in each)
   left, right = equations[0].split('->')
   summed = [c for c in left.split(',')[0] if c not in right]
+  if recipe.precision == 'bf16':
+    ws = tuple(w.astype(x.dtype) for w in ws)
+    if not sharding.automatic():
+      return _together(x, ws, len(summed))
+    each = zip(equations, ws, strict=True)
+    return tuple(jnp.einsum(e, x, w) for e, w in each)
   lead = x.shape[: x.ndim - len(summed)]
   flat = [fp8.Weight(w.master.reshape(w.copies[0].shape), w.copies) for w in ws]
   ys = fp8.dots(
@@ -218,6 +222,21 @@ def products(
   # Policies cannot know a product that is a kernel, or chosen by platform.
   ys = [checkpoint_name(y, PRODUCT) for y in ys]
   ends = [w.shape[len(summed) :] for w in ws]
+  return tuple(y.reshape(*lead, *e) for y, e in zip(ys, ends, strict=True))
+
+
+def _together(x: Array, ws: tuple, summed: int) -> tuple[Array, ...]:
+  """`products` as one of matrices, for weights that lie on this device alone.
+
+  Of matrices, because XLA's CPU backend turns gradients with two leading axes
+  around before it multiplies them; one, because wide ones are faster. Axes that
+  a mesh splits could be neither joined nor laid side by side.
+  """
+  lead, rows = x.shape[: x.ndim - summed], math.prod(x.shape[-summed:])
+  flat = [w.reshape(rows, -1) for w in ws]
+  y = x.reshape(-1, rows) @ jnp.concatenate(flat, axis=1)
+  ys = jax.lax.split(y, [w.shape[1] for w in flat], axis=1)
+  ends = [w.shape[summed:] for w in ws]
   return tuple(y.reshape(*lead, *e) for y, e in zip(ys, ends, strict=True))
 
 

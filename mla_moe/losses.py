@@ -15,11 +15,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mla_moe import sharding
 from mla_moe.types import Array, Float, Int
 
 BLOCK = 8192
+SAVED = ('balance_counts',)
 
 
 def token_nll(
@@ -175,6 +177,7 @@ def balance(
     jnp.zeros(experts).at[chosen].add(jnp.broadcast_to(mask, chosen.shape))
   )
   counts = total(jax.vmap(add)(chosen, mask[:, :, None]))
+  counts = checkpoint_name(counts, SAVED[0])
   frequency = counts * (experts / top_k) / tokens[:, None]
   share = scores / (scores.sum(-1, keepdims=True) + 1e-20)
   mean = total((share * mask[:, :, None]).sum(1)) / tokens[:, None]

@@ -135,7 +135,7 @@ def saved_numbers(config: config_lib.Config) -> dict[str, float]:
   lse = heads * 4 / wide
   latents = mla.query_rank + mla.kv_rank + mla.rope_dim
   latents += heads * mla.value_dim + lse
-  order = 2 * moe.top_k * 4 / wide  # slots and places, int32
+  order = 3 * moe.top_k * 4 / wide  # experts, slots, places: int32
   attention = mla.query_rank + mla.kv_rank + model.dim
   attention += heads * (query + mla.nope_dim + mla.value_dim)
   shared = moe.shared * moe.width

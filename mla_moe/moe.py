@@ -31,7 +31,7 @@ from mla_moe import (
 )
 from mla_moe.types import Array, Float, Int
 
-SAVED = dispatch.SAVED
+SAVED = (*router.SAVED, *losses.SAVED, *dispatch.SAVED)
 
 
 class Stats(NamedTuple):

@@ -13,10 +13,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mla_moe import config as config_lib
 from mla_moe import sharding
 from mla_moe.types import Array, Float, Int
+
+SAVED = ('chosen',)  # a few numbers a token, which take long to find again
 
 
 class Routing(NamedTuple):
@@ -46,6 +49,7 @@ def route(
   sigmoid = moe.scoring == 'sigmoid'
   scores = jax.nn.sigmoid(logits) if sigmoid else jax.nn.softmax(logits, -1)
   chosen = select(jax.lax.stop_gradient(scores), bias, moe)
+  chosen = checkpoint_name(chosen, SAVED[0])
   weights = jnp.take_along_axis(scores, chosen, axis=-1)
   if moe.normalize:
     weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)

@@ -26,6 +26,10 @@ from mla_moe.types import Array, Float, PyTree
 
 ABSORBED = 128  # new tokens a row up to which the absorbed form is cheaper
 
+# What a turn of the loop reads of a row (measured on x86): what is dead in the
+# last block costs, and so does every turn.
+_SMALL = 128  # tokens
+_LARGE = 5 * 2**16  # latents' and logits' numbers, 1.25 MiB
 _KERNEL_ROWS = 512  # queries of a row, heads times tokens, in on-chip memory
 _MASKED = -0.7 * float(np.finfo(np.float32).max)
 
@@ -175,13 +179,12 @@ def _absorbed(
 
   def block(found):
     # Keys first: the cache is the long operand, and nothing is turned.
-    logits = layers.dot('bsw,bwq->bsq', found, q)
+    logits = layers.dot('bsw,bqw->bsq', found, q)
     # All of the width, though only the latent is wanted: slicing would copy.
     add = lambda probs: layers.dot('bsq,bsw->bqw', probs.astype(q.dtype), found)
     return logits, add
 
-  q = q.transpose(1, 3, 0, 2).reshape(b, wide, heads * t)
-  q = jax.lax.optimization_barrier(q)  # else it is turned again in every block
+  q = q.transpose(1, 0, 2, 3).reshape(b, heads * t, wide)
   query = jnp.tile(_places(lengths, t), heads)
   read = functools.partial(
     cache.read, pages, dtype=q.dtype.name, rope_dim=rope_dim
@@ -232,27 +235,22 @@ def _places(lengths, t):
   return lengths[:, None] + jnp.arange(t)[None]
 
 
-def _block(wide: int) -> int:
-  """Cached tokens of a row that a turn of the loop reads (measured on x86)."""
-  return 128 if wide <= 256 else 512
-
-
 def _sweep(block, read, table, size, query, longest, width, *, axis):
   """Softmax over the rows' pages, block by block (Milakov, Gimelshein 2018).
 
   `block` gives the logits of some cached tokens, with keys at `axis`, and how
   to add up their values; `query` are the places of the queries, in the shape of
-  the logits of one key. It stops after the `longest` row's last token.
+  the logits of one key. Large blocks take what fills them, small ones the rest,
+  up to the `longest` row's last token.
   """
   pages = table.shape[1]
-  count = min(max(_block(width) // size, 1), pages)
-  span = count * size
+  few, many = _blocks(size, width + query[0].size)
 
-  def turn(j, carry):
+  def turn(j, carry, count):
     total, peak, out = carry
     at = jnp.minimum(j * count + jnp.arange(count), pages - 1)
     logits, add = block(read(table=table[:, at]))
-    key = (j * span + jnp.arange(span)).reshape(
+    key = (j * count * size + jnp.arange(count * size)).reshape(
       [-1 if i == axis else 1 for i in range(logits.ndim)]
     )
     seen = key <= jnp.expand_dims(query, axis)
@@ -263,12 +261,22 @@ def _sweep(block, read, table, size, query, longest, width, *, axis):
     out = out * shrink[..., None] + add(probs)
     return total * shrink + probs.sum(axis), new, out
 
+  def turns(start, stop, count, carry):
+    one = functools.partial(turn, count=count)
+    return jax.lax.fori_loop(start, stop, one, carry)
+
   zero = jnp.zeros(query.shape, jnp.float32)
   out = jnp.zeros((*query.shape, width), jnp.float32)
-  carry = zero, zero + _MASKED, out
-  if count == pages:
-    total, _, out = turn(0, carry)
-  else:
-    turns = -(-longest // span)
-    total, _, out = jax.lax.fori_loop(0, turns, turn, carry)
+  carry, begun = (zero, zero + _MASKED, out), 0
+  if few < many <= pages:
+    full = longest // (many * size)
+    carry, begun = turns(0, full, many, carry), full * (many // few)
+  total, _, out = turns(begun, -(-longest // (few * size)), few, carry)
   return out / total[..., None]
+
+
+def _blocks(size: int, numbers: int) -> tuple[int, int]:
+  """Pages in a small and in a large block, of `numbers` a token and row."""
+  few = max(_SMALL // size, 1)
+  fit = _LARGE // (numbers * few * size)
+  return few, few * 2 ** max(fit.bit_length() - 1, 0)

@@ -82,13 +82,14 @@ def test_absorbed_equals_decompressed_over_a_prefix_and_in_chunks(case):
   chex.assert_trees_all_close(x, found['absorbed'], atol=2e-5)
 
 
-def test_long_rows_are_read_in_blocks(monkeypatch):
+@pytest.mark.parametrize('form', ['absorbed', 'decompressed'])
+def test_long_rows_are_read_in_blocks_large_and_small(form, monkeypatch):
   from mla_moe import absorbed
 
-  monkeypatch.setattr(absorbed, '_block', lambda wide: 32)
+  monkeypatch.setattr(absorbed, '_blocks', lambda size, numbers: (1, 4))
   config, _, weights, expected = golden('v3_yarn')
   cache, _ = decode.split(scrambled(empty(config, length=112)), config)
-  run = jax.jit(functools.partial(decode.extend, config=config))
+  run = jax.jit(functools.partial(decode.hidden, config=config, form=form))
   x, _ = run(weights, cache, expected['tokens'])
   found = decode.logits(weights, x)
   chex.assert_trees_all_close(found, expected['logits'], atol=2e-4)

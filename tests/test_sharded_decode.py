@@ -67,7 +67,7 @@ def test_data_sharding_moves_no_cache():
   with jax.set_mesh(mesh):
     variables = laid_out(boxed, mesh)
     weights = jax.jit(functools.partial(decode.unstack, config))(variables)
-    held = cache_lib.empty(config, 8, 4096, CacheConfig(page=PAGE))
+    held = cache_lib.empty(config, 8, 8192, CacheConfig(page=PAGE))
     held, _ = decode.split(held, config)
     held = jax.device_put(held, cache_lib.shardings(held, mesh))
     step = functools.partial(decode.decode_step, config=config)

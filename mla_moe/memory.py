@@ -138,6 +138,8 @@ def saved_numbers(config: config_lib.Config) -> dict[str, float]:
   order = 3 * moe.top_k * 4 / wide  # experts, slots, places: int32
   attention = mla.query_rank + mla.kv_rank + model.dim
   attention += heads * (query + mla.nope_dim + mla.value_dim)
+  if mesh.devices == 1:
+    attention += mla.rope_dim  # all down-projections are one product there
   shared = moe.shared * moe.width
   kept = {
     'full': (0.0, 0.0),

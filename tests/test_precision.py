@@ -73,10 +73,36 @@ def test_bf16_has_no_trace_of_fp8():
   text = lowered(SMOKE).as_text()
   assert 'f8E' not in text
   x, w = jnp.ones((2, 3, 4), jnp.bfloat16), jnp.ones((4, 2, 5))
+  program = r'(?s)attributes.*'  # after its name
   ours = lambda x, w: layers.product('...d,dgf->...gf', x, w)
   plain = lambda x, w: jnp.einsum('...d,dgf->...gf', x, w.astype(x.dtype))
-  name = lambda f: jax.jit(f).lower(x, w).as_text().replace('<lambda>', '')
-  assert name(ours) == name(plain)
+
+  def alone(x, w):
+    w = w.astype(x.dtype).reshape(4, 10)
+    (y,) = jax.lax.split(x.reshape(6, 4) @ w, (10,), axis=1)
+    return y.reshape(2, 3, 2, 5)
+
+  text = lambda f: re.search(program, jax.jit(f).lower(x, w).as_text())[0]
+  assert text(ours) == text(alone)
+  with jax.set_mesh(sharding.make_mesh(config_lib.MeshConfig(data=8))):
+    assert text(ours) == text(plain)
+
+
+def test_products_alone_are_those_of_a_mesh():
+  """One of matrices side by side, or each by its einsum; gradients, too."""
+  equations = 'btnu,nud->btd', 'btnu,nudf->btdf'
+  draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)
+  x, ws = draw(0, 2, 3, 4, 5), (draw(1, 4, 5, 6), draw(2, 4, 5, 2, 3))
+
+  def run(x, ws):
+    ys = layers.products(equations, x, ws)
+    return sum(jnp.sin(y).sum() for y in ys), ys
+
+  both = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)
+  alone = jax.jit(both)(x, ws)
+  with jax.set_mesh(sharding.make_mesh(config_lib.MeshConfig(data=8))):
+    split = jax.jit(both)(x, ws)
+  chex.assert_trees_all_close(alone, split, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -165,7 +191,7 @@ def test_a_sharded_step_equals_one_devices():
 def saved(precision, remat):
   """Bytes that one block's backward pass finds of the activations."""
   config = with_model(
-    precision=precision, remat=remat, dtype='bfloat16', dense_width=512, dim=256
+    precision=precision, remat=remat, dtype='bfloat16', dense_width=384, dim=256
   ).model
   one = block.rematerialised(config)(config, False)
   x = jnp.zeros((2, 256, 256), jnp.bfloat16)
@@ -174,7 +200,8 @@ def saved(precision, remat):
   params = nn.unbox(jax.eval_shape(lambda: one.init(jax.random.key(0), *args)))
   run = lambda params, x: one.apply(params, x, *args[1:])[0]
   pull = jax.eval_shape(lambda p, x: jax.vjp(run, p, x)[1], params, x)
-  leaves = [a for a in jax.tree.leaves(pull) if a.shape[:2] == x.shape[:2]]
+  of_tokens = lambda a: a.shape[:2] == (2, 256) or a.shape[0] == 512
+  leaves = [a for a in jax.tree.leaves(pull) if a.ndim and of_tokens(a)]
   return sum(a.size * a.dtype.itemsize for a in leaves)
 
 

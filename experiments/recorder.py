@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import resource
-
 import jax
 import numpy as np
 
-from experiments import logs, sample, workdir
+from experiments import logs, runtime, sample, workdir
 from experiments.preparation import Prepared, matmul_peak, place
 from mla_moe import cost, data, fingerprint
 
@@ -154,5 +152,4 @@ def _memory_mib() -> float:
   stats = jax.local_devices()[0].memory_stats()
   if stats:
     return round(stats['peak_bytes_in_use'] / 2**20, 1)
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  return round(peak / 1024, 1)
+  return round(runtime.peak_memory() / 2**20, 1)

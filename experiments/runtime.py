@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import pathlib
+import resource
 import sys
 
 from mla_moe.config import ConfigError
@@ -54,3 +55,18 @@ def keep_memory() -> None:
   if mallopt:
     mallopt(-4, 0)  # M_MMAP_MAX: no piece gets a mapping of its own
     mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is handed back
+
+
+def peak_memory() -> int:
+  """Bytes of memory that this process has held at most.
+
+  On Linux not what `ru_maxrss` says, which begins with what the process held
+  that started this one.
+  """
+  status = pathlib.Path('/proc/self/status')
+  if status.exists():
+    for line in status.read_text().splitlines():
+      if line.startswith('VmHWM:'):
+        return int(line.split()[1]) * 2**10
+  unit = 1 if sys.platform == 'darwin' else 2**10
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

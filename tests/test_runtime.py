@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from experiments import runtime
+
 _PROGRAM = """
 import resource
 from experiments import runtime
@@ -26,3 +28,13 @@ def test_a_step_does_not_fault_its_scratch_memory_in_again():
     [sys.executable, '-c', _PROGRAM], capture_output=True, text=True, check=True
   )
   assert int(done.stdout) < 16384
+
+
+def test_peak_memory_is_this_process_alone():
+  """Also where a large one started it, as a benchmark starts its contenders."""
+  large = bytearray(2**29)
+  large[:: 2**12] = b'x' * len(large[:: 2**12])
+  ask = 'from experiments import runtime; print(runtime.peak_memory())'
+  found = subprocess.run([sys.executable, '-c', ask], stdout=subprocess.PIPE)
+  assert 2**22 < int(found.stdout) < 2**28
+  assert runtime.peak_memory() > len(large)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import functools
 import json
-import resource
 import sys
 import time
 
 import numpy as np
 
+from experiments import runtime
 from experiments.bench import shape as shapes
 
 
@@ -52,7 +52,6 @@ def main() -> None:
   import jax
   import jax.numpy as jnp
 
-  from experiments import runtime
   from mla_moe import cache as cache_lib
   from mla_moe import decode
 
@@ -89,7 +88,7 @@ def main() -> None:
 
   for _ in range(2):
     once()
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+  peak = runtime.peak_memory() / 2**20
   about = f'jax {jax.__version__}, {peak:.0f} MiB resident at most'
   print(json.dumps(about), flush=True)
   for _ in sys.stdin:

@@ -136,17 +136,17 @@ def write(path: pathlib.Path, text: str) -> None:
 
 
 def _bind(path: pathlib.Path, config: config_lib.Config, text: str):
-  if (path / 'config.json').exists() and _begun(path):
+  if (path / 'config.json').exists():
     before = read_config(path)
     lines = config_lib.differences(config, before)
     seed = 'config.run.seed'
     wrong = [x for x in lines if not x.startswith(_HARMLESS) or seed in x]
-    if wrong:
+    if wrong and _begun(path):
       raise ConfigError(
         f'workdir={str(path)!r}: holds a run of another config '
         f'({"; ".join(wrong)}); name another folder'
       )
-    if config.mesh != before.mesh:
+    if config.mesh != before.mesh and not wrong:
       print('Another mesh: the same losses but for their last digits.')
   try:
     write(path / 'config.json', text)

@@ -282,7 +282,7 @@ def test_row16_and_18_another_model_or_data_is_refused(
   tmp_path, changes, words
 ):
   with workdir.claim(tmp_path, MICRO):
-    pass
+    (tmp_path / 'metrics.jsonl').write_text('{"step": 1}\n')
   with pytest.raises(ConfigError) as error:
     with workdir.claim(tmp_path, micro(**changes)):
       pass

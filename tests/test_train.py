@@ -266,6 +266,13 @@ def test_a_run_that_never_began_binds_its_folder_to_nothing(tmp_path):
   with pytest.raises(config_lib.ConfigError, match='1.0'):
     with workdir.claim(tmp_path, SMOKE):
       pass
+  foreign = tmp_path / 'release'
+  foreign.mkdir()
+  (foreign / 'config.json').write_text('{"model_type": "deepseek_v3"}')
+  with pytest.raises(config_lib.ConfigError):
+    with workdir.claim(foreign, SMOKE):
+      pass
+  assert 'deepseek_v3' in (foreign / 'config.json').read_text()
   with pytest.raises(config_lib.ConfigError, match='such as runs/mine'):
     with workdir.claim('', SMOKE):
       pass

@@ -206,7 +206,7 @@ def products(
   summed = [c for c in left.split(',')[0] if c not in right]
   if recipe.precision == 'bf16':
     ws = tuple(w.astype(x.dtype) for w in ws)
-    if not sharding.automatic():
+    if sharding.platform() == 'cpu' and not sharding.automatic():
       return _together(x, ws, len(summed))
     each = zip(equations, ws, strict=True)
     return tuple(jnp.einsum(e, x, w) for e, w in each)
@@ -226,11 +226,12 @@ def products(
 
 
 def _together(x: Array, ws: tuple, summed: int) -> tuple[Array, ...]:
-  """`products` as one of matrices, for weights that lie on this device alone.
+  """`products` as one of matrices, on a CPU, for weights that lie here alone.
 
   Of matrices, because XLA's CPU backend turns gradients with two leading axes
-  around before it multiplies them; one, because wide ones are faster. Axes that
-  a mesh splits could be neither joined nor laid side by side.
+  around before it multiplies them; one, because wide ones are faster there: an
+  accelerator would pay more for the weights' copy. Axes that a mesh splits
+  could be neither joined nor laid side by side.
   """
   lead, rows = x.shape[: x.ndim - summed], math.prod(x.shape[-summed:])
   flat = [w.reshape(rows, -1) for w in ws]

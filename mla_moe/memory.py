@@ -139,7 +139,7 @@ def saved_numbers(config: config_lib.Config) -> dict[str, float]:
   attention = mla.query_rank + mla.kv_rank + model.dim
   attention += heads * (query + mla.nope_dim + mla.value_dim)
   if mesh.devices == 1:
-    attention += mla.rope_dim  # all down-projections are one product there
+    attention += mla.rope_dim  # a CPU's down-projections are one
   shared = moe.shared * moe.width
   kept = {
     'full': (0.0, 0.0),

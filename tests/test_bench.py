@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -198,3 +199,14 @@ def test_models_of_one_seed_are_compared_pair_by_pair():
   assert error < 1e-9 and count == 5
   shown = balance.table(rows, tuning=2)
   assert 'bias 0.01 beside loss 0.003, 3 seeds' in shown and '-1.98' in shown
+
+
+def test_the_balance_benchmark_has_the_notebooks_model():
+  """A notebook stands alone, so that the model is written down twice."""
+  root = pathlib.Path(__file__).parent.parent
+  names = 'benchmarks/balance.py', 'notebooks/2_routing.py'
+  ours, theirs = [
+    re.search(r'(?s)c\.ModelConfig\(\n.*?\n\)', (root / name).read_text())
+    for name in names
+  ]
+  assert ours[0] == theirs[0]

@@ -200,6 +200,7 @@ def saved(precision, remat):
   params = nn.unbox(jax.eval_shape(lambda: one.init(jax.random.key(0), *args)))
   run = lambda params, x: one.apply(params, x, *args[1:])[0]
   pull = jax.eval_shape(lambda p, x: jax.vjp(run, p, x)[1], params, x)
+  # No weight has 512 rows, or it would count as so many tokens.
   of_tokens = lambda a: a.shape[:2] == (2, 256) or a.shape[0] == 512
   leaves = [a for a in jax.tree.leaves(pull) if a.ndim and of_tokens(a)]
   return sum(a.size * a.dtype.itemsize for a in leaves)

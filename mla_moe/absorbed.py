@@ -21,7 +21,6 @@ from jax.sharding import PartitionSpec
 
 from mla_moe import attention, cache, layers, rope, sharding
 from mla_moe import config as config_lib
-from mla_moe.kernels import latent_gpu, latent_tpu
 from mla_moe.types import Array, Float, PyTree
 
 ABSORBED = 128  # new tokens a row up to which the absorbed form is cheaper
@@ -197,11 +196,17 @@ def _absorbed(
 
 
 def _by_kernel(q, pages, table, lengths, rank, impl):
-  """[B, N, T, C] of a Pallas kernel; tokens first, as `heads` divides rows."""
+  """[B, N, T, C] of a Pallas kernel; tokens first, as `heads` divides rows.
+
+  Pallas is imported only where it runs: it is half of this package's import.
+  """
+  if impl == 'gpu':
+    from mla_moe.kernels import latent_gpu as kernels
+  else:
+    from mla_moe.kernels import latent_tpu as kernels
   b, heads, t, width = q.shape
   rows = q.swapaxes(1, 2).reshape(b, t * heads, width).astype(pages.dtype)
-  run = {'tpu': latent_tpu.attend, 'gpu': latent_gpu.attend}[impl]
-  out = run(rows, pages, table, lengths, heads=heads, rank=rank)
+  out = kernels.attend(rows, pages, table, lengths, heads=heads, rank=rank)
   return out.reshape(b, t, heads, rank).swapaxes(1, 2).astype(q.dtype)
 
 

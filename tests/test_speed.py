@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -40,16 +39,18 @@ def test_help_imports_nothing_heavy(module):
   assert done.stdout.splitlines()[-1] == '[]'
 
 
-@pytest.mark.slow
-def test_import_takes_less_than_one_and_a_half_times_jax_and_flax():
-  def seconds(code):
-    began = time.perf_counter()
-    subprocess.run([sys.executable, '-c', code], check=True)
-    return time.perf_counter() - began
-
-  pairs = [
-    (seconds('import mla_moe'), seconds('import jax, flax.linen'))
-    for _ in range(4)
-  ]
-  ours, theirs = map(min, zip(*pairs, strict=True))
-  assert ours < 1.5 * theirs
+def test_import_loads_little_beside_jax_and_flax():
+  # Modules are counted, not seconds, which another process would change:
+  # 1.14 times jax and flax was measured for 45 modules after 876; the goal is
+  # 1.5 times. Pallas alone would be 64 modules more, and half of the time.
+  code = (
+    'import sys, jax, flax.linen; before = len(sys.modules); import mla_moe; '
+    'print(before, len(sys.modules), '
+    '[n for n in sys.modules if n.startswith("jax.experimental.pallas.")])'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, check=True
+  )
+  before, after, pallas = done.stdout.split(maxsplit=2)
+  assert pallas.strip() == '[]'
+  assert int(after) < 1.1 * int(before)

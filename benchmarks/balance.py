@@ -52,8 +52,8 @@ MODEL = c.ModelConfig(
 DATA = c.DataConfig(seq_len=128, batch_size=8)
 HELDOUT = 48  # batches
 # Name: the loss's weight and the bias's rate.
-LOSSES = {f'loss {w}': (w, 0.0) for w in (0.001, 0.003, 0.01)}
-BIASES = {f'bias {r}': (0.0, r) for r in (0.001, 0.003, 0.01)}
+LOSSES = {f'loss {w}': (w, 0.0) for w in (0.001, 0.003, 0.01, 0.03, 0.1)}
+BIASES = {f'bias {r}': (0.0, r) for r in (0.0003, 0.001, 0.003, 0.01, 0.03)}
 VARIANTS = {'nothing': (0.0, 0.0), **LOSSES, **BIASES}
 
 

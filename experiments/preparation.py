@@ -92,7 +92,12 @@ def _jitted(config: config_lib.Config) -> tuple[Callable, ...]:
   evaluate = functools.partial(step.eval_step, config=config)
   examine = functools.partial(fp8_health.measure, config=config)
   return (
-    jax.jit(train, donate_argnums=0, out_shardings=placed),
+    jax.jit(
+      train,
+      donate_argnums=0,
+      out_shardings=placed,
+      compiler_options=runtime.step_options(),
+    ),
     jax.jit(evaluate, out_shardings=whole),
     jax.jit(examine, out_shardings=whole),
   )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import pathlib
 import resource
@@ -55,6 +56,28 @@ def keep_memory() -> None:
   if mallopt:
     mallopt(-4, 0)  # M_MMAP_MAX: no piece gets a mapping of its own
     mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is handed back
+
+
+# Whether a copy is needed is read off the whole program, as on other backends:
+# fewer of what a loop carries is copied.
+_STEP = {'xla_cpu_copy_insertion_use_region_analysis': True}
+
+
+@functools.cache
+def step_options() -> dict[str, bool]:
+  """What a training step is compiled with: `compiler_options` of `jax.jit`.
+
+  Nothing but on a CPU, and nothing where XLA does not know the option.
+  """
+  import jax
+
+  if jax.default_backend() != 'cpu':
+    return {}
+  try:
+    jax.jit(lambda x: x, compiler_options=_STEP)(0)
+  except jax.errors.JaxRuntimeError:
+    return {}
+  return _STEP
 
 
 def peak_memory() -> int:

@@ -229,7 +229,7 @@ def _speculative_round(weights, state, limit, stops, how, config):
   more = ~state.done & accepted
   state = _emit(state, tokens[:, 1], logits[:, 1], more, limit, stops)
   # What was checked and not accepted is forgotten: it will be overwritten.
-  taken = jnp.where(alive, 1 + more, 0)
+  taken = jnp.where(alive, 1 + more, 0).astype(jnp.int32)
   lengths = found.main.lengths + taken
   return dataclasses.replace(
     state,

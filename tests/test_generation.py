@@ -56,6 +56,19 @@ def test_drafts_change_no_greedy_token():
   assert 0 <= found.accepted <= found.passes
 
 
+def test_a_stream_with_drafts_compiles_its_round_once():
+  """A round's result must be of the types that the round takes."""
+  config, _, expected = golden('v3_release')
+  prompt = expected['greedy'][:, :24]
+  before = generation._next._cache_size()
+  rounds = generation.stream(
+    config, weights('v3_release'), prompt, 8, speculative=True
+  )
+  streamed = np.concatenate([now.tokens for now in rounds], axis=-1)
+  np.testing.assert_array_equal(streamed, expected['greedy'][:, 24:32])
+  assert generation._next._cache_size() == before + 1
+
+
 def test_ragged_rows_equal_single_ones_and_streamed_ones():
   config, _, expected = golden('v2_lite')
   prompt, lengths = expected['tokens'][:, :24], np.array([24, 9], np.int32)

@@ -30,6 +30,14 @@ def test_a_step_does_not_fault_its_scratch_memory_in_again():
   assert int(done.stdout) < 16384
 
 
+def test_an_option_that_xla_does_not_know_is_left_out(monkeypatch):
+  """An unknown one would stop every training step."""
+  fresh = runtime.step_options.__wrapped__
+  assert set(fresh()) <= set(runtime._STEP)
+  monkeypatch.setattr(runtime, '_STEP', {'xla_cpu_no_such_option': True})
+  assert fresh() == {}
+
+
 def test_peak_memory_is_this_process_alone():
   """Also where a large one started it, as a benchmark starts its contenders."""
   large = bytearray(2**29)

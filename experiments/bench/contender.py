@@ -106,10 +106,12 @@ def step_function(config):
   """The jitted training step, as the training loop builds it."""
   import jax
 
+  from experiments import runtime
   from mla_moe import step
 
   run = functools.partial(step.train_step, config=config)
-  return jax.jit(run, donate_argnums=0)
+  options = runtime.step_options()
+  return jax.jit(run, donate_argnums=0, compiler_options=options)
 
 
 def main() -> None:

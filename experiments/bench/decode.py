@@ -18,7 +18,7 @@ import time
 
 import numpy as np
 
-from experiments import page
+from experiments import page, runtime
 from experiments.bench import contender, decoder, train
 from experiments.bench import shape as shapes
 from mla_moe import cost
@@ -59,6 +59,7 @@ def run(out: pathlib.Path, args) -> None:
   for name in chosen:
     if name not in measures:
       raise ConfigError(f'--only={name}: there is only {", ".join(measures)}')
+  runtime.keep_memory()
   kept = out / 'decode.json'
   found = json.loads(kept.read_text()) if kept.exists() else {}
   for name in chosen:

@@ -66,6 +66,7 @@ def run(path: pathlib.Path, seconds: int = 600):
 
 def clean(notebook):
   """Without what differs from run to run: timings, warnings of the machine."""
+  notebook.metadata.pop('language_info', None)  # the version of Python
   for cell in notebook.cells:
     cell.metadata = {}
     if cell.cell_type == 'code':

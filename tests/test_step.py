@@ -33,6 +33,10 @@ def with_data(**changes):
   )
 
 
+# Most tests share its program.
+PARTS = with_data(micro_batch=2)
+
+
 @functools.cache
 def compiled(config):
   train = functools.partial(step.train_step, config=config)
@@ -74,9 +78,8 @@ def test_the_ramp_counts_only_real_micro_batches():
 
 
 def test_the_bias_follows_the_load_of_the_whole_step():
-  config = with_data(micro_batch=2)
-  batch = make(config)
-  state, metrics = compiled(config)(start(), batch, RATES)
+  batch = make(PARTS)
+  state, metrics = compiled(PARTS)(start(), batch, RATES)
   load = np.asarray(metrics['load'])
   # Two MoE layers and an MTP module, whose last position is left out.
   rows = batch.tokens.size * 4
@@ -93,17 +96,17 @@ def test_evaluation_counts_nats_and_moves_nothing():
   run = jax.jit(functools.partial(step.eval_step, config=SMOKE))
   out = run(start(), batch)
   assert out['tokens'] == (batch.targets >= 0).sum()
-  _, metrics = compiled(SMOKE)(start(), batch, RATES)
+  _, metrics = compiled(PARTS)(start(), make(PARTS), RATES)
   got = float(out['nll']) / int(out['tokens'])
   assert got == pytest.approx(float(metrics['main_loss']), rel=1e-5)
   assert set(out) == {'nll', 'tokens'}
 
 
 def test_the_loss_falls_on_one_batch():
-  state, batch = start(), make(SMOKE)
+  state, batch = start(), make(PARTS)
   losses = []
   for _ in range(12):
-    state, metrics = compiled(SMOKE)(state, batch, RATES)
+    state, metrics = compiled(PARTS)(state, batch, RATES)
     losses.append(float(metrics['main_loss']))
   assert losses[-1] < losses[0] - 0.5
   assert int(state.step) == 12

@@ -229,6 +229,7 @@ def _speculative_round(weights, state, limit, stops, how, config):
   more = ~state.done & accepted
   state = _emit(state, tokens[:, 1], logits[:, 1], more, limit, stops)
   # What was checked and not accepted is forgotten: it will be overwritten.
+  # Of the type that it had: a weak one would compile the next round again.
   taken = jnp.where(alive, 1 + more, 0).astype(jnp.int32)
   lengths = found.main.lengths + taken
   return dataclasses.replace(

@@ -18,6 +18,7 @@ import time
 
 import numpy as np
 
+from experiments import runtime
 from experiments.bench import shape as shapes
 
 
@@ -106,7 +107,6 @@ def step_function(config):
   """The jitted training step, as the training loop builds it."""
   import jax
 
-  from experiments import runtime
   from mla_moe import step
 
   run = functools.partial(step.train_step, config=config)
@@ -118,7 +118,6 @@ def main() -> None:
   """The program of `ours`."""
   import jax
 
-  from experiments import runtime
   from mla_moe import optim, step
 
   job = json.loads(sys.stdin.readline())

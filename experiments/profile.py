@@ -110,15 +110,16 @@ def operations(folder: pathlib.Path) -> dict[str, tuple[int, float]]:
   found = collections.defaultdict(lambda: [0, 0.0])
   planes = list(ProfileData.from_file(str(files[-1])).planes)
   devices = [p for p in planes if p.name.startswith('/device:')]
+  # A CPU marks the end of each operation with an event of its own, which may be
+  # another thread's.
+  lines = [line for plane in planes for line in plane.lines]
+  names = {event.name for line in lines for event in line.events}
+  ended = {n.removeprefix('end: ') for n in names if n.startswith('end: ')}
   for plane in devices or planes:
     for line in plane.lines:
       if devices and not any(name in line.name for name in _LINES):
         continue
-      events = list(line.events)
-      # A CPU marks the end of each operation with an event of its own.
-      ends = [e.name for e in events if e.name.startswith('end: ')]
-      ended = {name.removeprefix('end: ') for name in ends}
-      for event in events:
+      for event in line.events:
         if not devices and event.name not in ended:
           continue
         name = event.name.partition(' = ')[0].lstrip('%')

@@ -128,6 +128,21 @@ def test_a_trace_names_the_operations(tmp_path, capsys):
   assert not any(name.startswith('end') for name in found)
 
 
+def test_an_operation_may_end_on_another_thread(tmp_path, monkeypatch):
+  """As one in two hundred of a CPU's does: it counts all the same."""
+  space = types.SimpleNamespace
+  event = lambda name: space(name=name, duration_ns=1e6)
+  lines = [
+    space(name='0', events=[event('sine.1'), event('wait'), event('dot')]),
+    space(name='1', events=[event('end: sine.1'), event('end: dot')]),
+  ]
+  trace = space(planes=[space(name='/host:CPU', lines=lines)])
+  file = space(from_file=lambda _: trace)
+  monkeypatch.setattr(jax.profiler, 'ProfileData', file)
+  (tmp_path / 'host.xplane.pb').touch()
+  assert profile.operations(tmp_path) == {'sine': (1, 1e-3), 'dot': (1, 1e-3)}
+
+
 @pytest.mark.parametrize('name', ['wandb', 'trackio'])
 def test_trackers_get_the_numbers_of_a_row(name, tmp_path, monkeypatch):
   calls = []

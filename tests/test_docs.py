@@ -70,17 +70,6 @@ def test_every_documented_command_runs(tmp_path):
     assert done.returncode == 0, f'{page}: {line}\n{done.stderr[-2000:]}'
 
 
-def test_quick_commands_run(tmp_path):
-  """Those that compile nothing are also in the fast suite."""
-  quick = [c for c in commands() if '.plan' in c or '.launch' in c]
-  assert len(quick) >= 6
-  for line in quick:
-    done = subprocess.run(
-      smoke(line, tmp_path), cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, f'{line}\n{done.stderr}'
-
-
 @pytest.mark.slow
 def test_what_is_launched_fits_where_it_is_launched():
   """By the plan: neither too large for the slice nor of another mesh."""

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from absl import flags
 
-from experiments import cli, runtime, workdir
+from experiments import cli, workdir
 from mla_moe.config import ConfigError
 
 FLAGS = flags.FLAGS
@@ -107,7 +107,6 @@ def open_checkpoint() -> Loaded:
 
   if not FLAGS.checkpoint:
     raise ConfigError('--checkpoint: name a Hugging Face folder or a run')
-  runtime.keep_memory()
   folder = pathlib.Path(FLAGS.checkpoint).expanduser()
   config, variables, name = load(folder, FLAGS.dtype)
   name = FLAGS.tokenizer or name

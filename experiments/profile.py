@@ -112,7 +112,8 @@ def operations(folder: pathlib.Path) -> dict[str, tuple[int, float]]:
   devices = [p for p in planes if p.name.startswith('/device:')]
   # A CPU marks the end of each operation with an event of its own, which may be
   # another thread's.
-  lines = [line for plane in planes for line in plane.lines]
+  hosts = [] if devices else planes
+  lines = [line for plane in hosts for line in plane.lines]
   names = {event.name for line in lines for event in line.events}
   ended = {n.removeprefix('end: ') for n in names if n.startswith('end: ')}
   for plane in devices or planes:

@@ -129,7 +129,7 @@ def test_a_trace_names_the_operations(tmp_path, capsys):
 
 
 def test_an_operation_may_end_on_another_thread(tmp_path, monkeypatch):
-  """As one in two hundred of a CPU's does: it counts all the same."""
+  """As one of a CPU's sometimes does: it counts all the same."""
   space = types.SimpleNamespace
   event = lambda name: space(name=name, duration_ns=1e6)
   lines = [

@@ -1,33 +1,27 @@
 """What balancing costs in perplexity: a bias, a loss and nothing, paired.
 
-  python benchmarks/balance.py OUT.jsonl [--steps=200] [--tuning=12]
+  python -m benchmarks.balance OUT.jsonl [--steps=200] [--tuning=12]
     [--seeds=96]
-  python benchmarks/balance.py OUT.jsonl --table
+  python -m benchmarks.balance OUT.jsonl --table
 
-Two models of one seed begin with the same weights, read the same text in the
-same order and are judged on the same held-out text: only what balances their
-experts differs, and the difference of their losses is one measurement. The
-loss's weight and the bias's rate, five values of each, are chosen by the
-held-out loss of the first `--tuning` seeds; the comparison is made on the
-`--seeds` after them, which chose nothing. Each model is one row of OUT.jsonl,
-and a run that is stopped goes on with the next: 6 seconds for each on one core.
-What it found stands in balance.md.
+Only what balances the experts differs between the models of one seed (see
+paired.py). The loss's weight and the bias's rate, five values of each, are
+chosen by the held-out loss of the first `--tuning` seeds; the comparison is
+made on the `--seeds` after them, which chose nothing. A model takes 6 seconds
+on one core. What it found stands in balance.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
-import json
 import pathlib
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import paired
 from mla_moe import config as c
-from mla_moe import corpus, data, optim, step, tokenizer
 
 # The model of notebooks/2_routing.py.
 MODEL = c.ModelConfig(
@@ -50,8 +44,6 @@ MODEL = c.ModelConfig(
   ),
   mtp=c.MTPConfig(0),
 )
-DATA = c.DataConfig(seq_len=128, batch_size=8)
-HELDOUT = 48  # batches
 # Name: the loss's weight and the bias's rate.
 LOSSES = {f'loss {w}': (w, 0.0) for w in (0.001, 0.003, 0.01, 0.03, 0.1)}
 BIASES = {f'bias {r}': (0.0, r) for r in (0.0003, 0.001, 0.003, 0.01, 0.03)}
@@ -59,16 +51,9 @@ VARIANTS = {'nothing': (0.0, 0.0), **LOSSES, **BIASES}
 
 
 @functools.cache
-def text():
-  """The training tokens' and the held-out ones', and the id between texts."""
-  words = tokenizer.load('byte', 256, 257)
-  return corpus.prepare(DATA, words, pathlib.Path('runs/.corpus'))
-
-
-@functools.cache
-def programs(steps: int, weight: float):
-  """Config, first state, step and evaluation at this weight of the loss."""
-  tokens = steps * DATA.batch_size * DATA.seq_len
+def config(steps: int, weight: float) -> c.Config:
+  """AdamW for `steps`, at this weight of the loss; the rate is the caller's."""
+  tokens = steps * paired.DATA.batch_size * paired.DATA.seq_len
   recipe = c.OptimConfig(
     learning_rate=6e-3,
     warmup_steps=20,
@@ -76,35 +61,23 @@ def programs(steps: int, weight: float):
     bias_tokens=1e12,
     balance_loss=weight,
   )
-  config = c.Config(model=MODEL, optim=recipe, data=DATA)
-  jit = lambda f, **k: jax.jit(functools.partial(f, config=config), **k)
-  train = jit(step.train_step, donate_argnums=0)
-  return config, jit(step.init_state), train, jit(step.eval_step)
+  run = c.RunConfig(steps=steps)
+  return c.Config(model=MODEL, optim=recipe, data=paired.DATA, run=run)
 
 
-def measure(steps: int, name: str, seed: int) -> dict:
-  """Trains one model: its held-out loss in nats a byte, and its MaxVio.
+def measure(name: str, seed: int, steps: int) -> dict:
+  """One model: its held-out loss in nats a byte, and its MaxVio.
 
   MaxVio is that of the whole load of the last third of the steps, the mean of
   the layers: with so many tokens it is the paper's MaxVio_global.
   """
   weight, rate = VARIANTS[name]
-  config, init, train, evaluate = programs(steps, weight)
-  state = init(jax.random.key(seed))
-  load = 0.0
-  order = dataclasses.replace(DATA, seed=seed)
-  stream = data.batches(text().train, order, text().bos_id, 0, steps)
-  for number, batch in enumerate(stream):
-    tokens = number * DATA.batch_size * DATA.seq_len
-    rates = optim.rates(config.optim, number, tokens)
-    rates = rates._replace(bias_rate=jnp.float32(rate))
-    state, values = train(state, batch, rates)
-    load = load + np.asarray(values['load']) * (3 * number >= 2 * steps)
-  heldout = data.eval_batches(text().heldout, DATA, text().bos_id, HELDOUT)
-  sums = [evaluate(state, batch) for batch in heldout]
-  nll = sum(float(s['nll']) for s in sums) / sum(int(s['tokens']) for s in sums)
+  biased = lambda rates: rates._replace(bias_rate=jnp.float32(rate))
+  nll, told = paired.trained(config(steps, weight), seed, biased)
+  late = [t['load'] for n, t in enumerate(told) if 3 * n >= 2 * steps]
+  load = np.sum(late, 0, dtype=np.float64)
   violation = float((load.max(-1) / load.mean(-1) - 1).mean())
-  return {'name': name, 'seed': seed, 'nll': nll, 'maxvio': violation}
+  return {'nll': nll, 'maxvio': violation}
 
 
 def best(rows: list[dict], names, seeds) -> str:
@@ -118,8 +91,7 @@ def compared(rows: list[dict], name: str, other: str, seeds) -> tuple:
   nll = {(r['name'], r['seed']): r['nll'] for r in rows}
   both = [s for s in seeds if (name, s) in nll and (other, s) in nll]
   above = [100 * np.expm1(nll[name, s] - nll[other, s]) for s in both]
-  error = np.std(above, ddof=1) / np.sqrt(len(above)) if len(above) > 1 else 0
-  return float(np.mean(above)), float(error), len(above)
+  return *paired.mean(above), len(above)
 
 
 def table(rows: list[dict], tuning: int) -> str:
@@ -160,27 +132,15 @@ def main() -> None:
   parser.add_argument('--seeds', type=int, default=96)
   parser.add_argument('--table', action='store_true', help='train nothing')
   flags = parser.parse_args()
-  rows = []
-  if flags.out.exists():
-    rows = [json.loads(line) for line in flags.out.read_text().splitlines()]
-
-  def add(name, seed):
-    if any(r['name'] == name and r['seed'] == seed for r in rows):
-      return
-    rows.append(measure(flags.steps, name, seed))
-    with flags.out.open('a') as file:
-      file.write(json.dumps(rows[-1]) + '\n')
-
+  done = functools.partial(measure, steps=flags.steps)
+  first = range(flags.tuning)
   if not flags.table:
-    for seed in range(flags.tuning):
-      for name in VARIANTS:
-        add(name, seed)
-    first = range(flags.tuning)
+    paired.add(flags.out, VARIANTS, first, done)
+    rows = paired.rows(flags.out)
     chosen = best(rows, LOSSES, first), best(rows, BIASES, first)
-    for seed in range(flags.tuning, flags.tuning + flags.seeds):
-      for name in ('nothing', *chosen):
-        add(name, seed)
-  print(table(rows, flags.tuning))
+    later = range(flags.tuning, flags.tuning + flags.seeds)
+    paired.add(flags.out, ('nothing', *chosen), later, done)
+  print(table(paired.rows(flags.out), flags.tuning))
 
 
 if __name__ == '__main__':

@@ -1,6 +1,5 @@
 """The benchmark's own arithmetic, and how it drives those it compares."""
 
-import importlib.util
 import json
 import pathlib
 import re
@@ -11,6 +10,8 @@ import chex
 import numpy as np
 import pytest
 
+from benchmarks import balance, paired
+from benchmarks import precision as pairs
 from experiments.bench import __main__ as program
 from experiments.bench import (
   checkpoint,
@@ -182,11 +183,6 @@ def test_the_decoding_page_has_every_measurement():
 
 def test_models_of_one_seed_are_compared_pair_by_pair():
   """What all models of a seed share is in no difference, nor in its error."""
-  spec = importlib.util.spec_from_file_location(
-    'balance', pathlib.Path(__file__).parent.parent / 'benchmarks/balance.py'
-  )
-  balance = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(balance)
   gains = {'loss 0.003': 0.01, 'bias 0.01': 0.03}
   rows = [
     {'name': name, 'seed': s, 'nll': 2 + s - gains.get(name, 0), 'maxvio': 1.0}
@@ -199,6 +195,25 @@ def test_models_of_one_seed_are_compared_pair_by_pair():
   assert error < 1e-9 and count == 5
   shown = balance.table(rows, tuning=2)
   assert 'bias 0.01 beside loss 0.003, 3 seeds' in shown and '-1.98' in shown
+
+
+def test_pairs_tell_a_precision_by_the_mean_of_many(tmp_path):
+  """Chance of either sign wears off, what is common stays; and rows resume."""
+  file = tmp_path / 'rows.jsonl'
+  asked = []
+
+  def measure(name, seed):
+    asked.append((name, seed))
+    loss = 2 + seed / 100  # the seed's own; then 1 % of chance, 0.1 % of FP8
+    gap = {'fp8_block': 0.001 + (-1) ** seed / 100}.get(name, 0)
+    return {'nll': loss * (1 + gap), 'loss': [loss * (1 + gap)] * 20}
+
+  paired.add(file, pairs.VARIANTS, range(2), measure)
+  paired.add(file, pairs.VARIANTS, range(4), measure)
+  assert len(asked) == len(set(asked)) == 4 * len(pairs.VARIANTS)
+  shown = pairs.table(paired.rows(file)).splitlines()
+  assert '| +0.10 ± 0.58 % | +0.10 ± 0.58 % | 0 of 18 | 1.10% |' in shown[-1]
+  assert '| +0.00 ± 0.00 % | +0.00 ± 0.00 % | 0 of 18 | 0.00% |' in shown[-2]
 
 
 def test_the_balance_benchmark_has_the_notebooks_model():

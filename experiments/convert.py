@@ -286,9 +286,9 @@ def _outputs(config, variables, tokens) -> list:
       x, _ = layer(one, x, cos, sin, None, None)
       found.append(x)
   network = Transformer(config)
-  features = network.apply(variables, tokens, method='features')
-  found[-1] = features.hidden
-  found.append(network.apply(variables, tokens).logits)
+  run = jax.jit(network.apply, static_argnames='method')
+  found[-1] = run(variables, tokens, method='features').hidden
+  found.append(run(variables, tokens).logits)
   return [np.asarray(x) for x in found]
 
 

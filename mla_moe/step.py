@@ -13,6 +13,8 @@ the update writes anyway. optax.apply_if_finite applies the last NaN in the end.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -53,10 +55,15 @@ def init_state(
   key: Array, config: config_lib.Config, mesh: jax.sharding.Mesh | None = None
 ) -> State:
   """A fresh state; on a `mesh`, every leaf is made where it will live."""
+  return _maker(config, mesh)(key)
+
+
+@functools.lru_cache(8)
+def _maker(config, mesh):
+  """`init_state`'s program, so that a second state is not compiled again."""
   make = lambda key: nn.unbox(_boxed_state(key, config))
-  if mesh is None:
-    return jax.jit(make)(key)
-  return jax.jit(make, out_shardings=placement(config, mesh))(key)
+  where = {} if mesh is None else {'out_shardings': placement(config, mesh)}
+  return jax.jit(make, **where)
 
 
 def placement(config: config_lib.Config, mesh: jax.sharding.Mesh) -> State:

@@ -97,7 +97,7 @@ def test_training_goes_on_from_a_release(imported, tmp_path):
   text = corpus.prepare(config.data, words, pathlib.Path(tmp_path / 'corpus'))
   first = next(data.batches(text.train, config.data, text.bos_id, 0, 1))
   tokens, targets = first.tokens[0], np.asarray(first.targets[0])
-  logits = Transformer(model).apply(variables, tokens).logits
+  logits = jax.jit(Transformer(model).apply)(variables, tokens).logits
   chosen = np.take_along_axis(
     np.asarray(jax.nn.log_softmax(logits)),
     np.maximum(targets, 0)[..., None],

@@ -182,16 +182,18 @@ def test_quantised_tiles_keep_their_scale():
 def test_the_mtp_module_over_its_cache_equals_training():
   config, variables, weights, expected = golden('v3_release')
   tokens = expected['tokens']
-  features = model.Transformer(config).apply(
-    variables, tokens, method='features'
-  )
+  features = jax.jit(
+    functools.partial(model.Transformer(config).apply, method='features')
+  )(variables, tokens)
   _, cache = decode.split(empty(config), config)
   found = []
-  for part in (slice(0, 60), slice(60, 95)):
+  for part in (slice(0, 47), slice(47, 94)):
     after = tokens[:, part.start + 1 : part.stop + 1]
     x, cache = jitted('draft', config)(
       weights, cache, features.hidden[:, part], after
     )
     found.append(decode.logits(weights, x))
   found = np.concatenate(found, axis=1)
-  chex.assert_trees_all_close(found, expected['mtp_logits'], atol=2e-4)
+  chex.assert_trees_all_close(
+    found, expected['mtp_logits'][..., :94, :], atol=2e-4
+  )

@@ -53,6 +53,7 @@ def folder(tmp_path_factory):
   """
   global MICRO
   folder = tmp_path_factory.mktemp('faults')
+  before = jax.config.jax_disable_most_optimizations
   text = dataclasses.replace(
     MICRO.data, source=str(soak.texts(folder / 'texts'))
   )
@@ -62,7 +63,7 @@ def folder(tmp_path_factory):
     patch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
     jax.config.update('jax_disable_most_optimizations', True)
     yield folder
-  jax.config.update('jax_disable_most_optimizations', False)
+  jax.config.update('jax_disable_most_optimizations', before)
 
 
 @pytest.fixture(scope='module')

@@ -104,7 +104,8 @@ def test_log_probs_are_those_of_the_training_forward():
     config, weights('v2_lite'), prompt, 20, temperature=1.3, seed=3
   )
   whole = np.concatenate([prompt, found.tokens], axis=1)
-  logits = model.Transformer(config).apply(variables, whole).logits
+  forward = jax.jit(model.Transformer(config).apply)
+  logits = forward(variables, whole).logits
   wanted = jax.nn.log_softmax(logits[:, 23:-1])
   wanted = jnp.take_along_axis(wanted, found.tokens[..., None], -1)[..., 0]
   np.testing.assert_allclose(found.log_probs, wanted, atol=1e-4)

@@ -86,26 +86,30 @@ def test_packed_segments_equal_documents_alone():
   positions = np.tile(positions.astype(np.int32), (2, 1))
   segments = np.tile(np.repeat([0, 1], [40, 56]).astype(np.int32), (2, 1))
   packed = forward(config)(variables, tokens, positions, segments).logits
-  parts = [
-    model.Transformer(config).apply(variables, part).logits
-    for part in (tokens[:, :40], tokens[:, 40:])
-  ]
-  chex.assert_trees_all_close(packed, np.concatenate(parts, 1), atol=2e-5)
+  # What follows a document changes nothing of it, as the test above shows.
+  second = np.roll(tokens, -40, axis=1)
+  first, second = (
+    forward(config)(variables, x).logits for x in (tokens, second)
+  )
+  parts = np.concatenate([first[:, :40], second[:, :56]], 1)
+  chex.assert_trees_all_close(packed, parts, atol=2e-5)
 
 
 @functools.cache
 def gradients(remat):
   config, variables, expected = golden('v3_release')
   tokens = expected['tokens'][:1, :32]
+  config = dataclasses.replace(config, remat=remat, mtp=config_lib.MTPConfig(0))
 
-  def loss(params, config):
+  @jax.jit
+  @jax.grad
+  def grad(params):
     out = model.Transformer(config).apply(
       {**variables, 'params': params}, tokens
     )
-    return (out.logits**2).mean() + (out.mtp_logits**2).mean()
+    return (out.logits**2).mean()
 
-  grad = jax.jit(jax.grad(loss), static_argnums=1)
-  return grad(variables['params'], dataclasses.replace(config, remat=remat))
+  return grad({k: v for k, v in variables['params'].items() if k[:4] != 'mtp_'})
 
 
 @pytest.mark.parametrize(
@@ -126,16 +130,18 @@ def test_a_single_layer_is_made_again_too():
     run = block.stack(
       dataclasses.replace(config, remat=remat), False, 1, 'dense'
     )
-    x = jnp.zeros((1, 64, config.dim))
+    x = jax.ShapeDtypeStruct((1, 64, config.dim), jnp.float32)
     angles = rope.angles(
       jnp.arange(64)[None], config.mla.rope_dim, config.mla.rope
     )
-    variables = run.init(jax.random.key(0), x, *angles, None, None)
+    init = lambda x: run.init(jax.random.key(0), x, *angles, None, None)
+    variables = jax.eval_shape(init, x)
 
-    def loss(variables):
+    def loss(variables, x):
       return run.apply(variables, x, *angles, None, None)[0].sum()
 
-    compiled = jax.jit(jax.value_and_grad(loss)).lower(variables).compile()
+    step = jax.jit(jax.value_and_grad(loss))
+    compiled = step.lower(variables, x).compile()
     return compiled.cost_analysis()['flops']
 
   assert work('full') > 1.2 * work('none')

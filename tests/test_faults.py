@@ -53,7 +53,7 @@ def folder(tmp_path_factory):
   """
   global MICRO
   folder = tmp_path_factory.mktemp('faults')
-  before = jax.config.jax_disable_most_optimizations
+  before = jax.config.read('jax_disable_most_optimizations')
   text = dataclasses.replace(
     MICRO.data, source=str(soak.texts(folder / 'texts'))
   )

@@ -239,19 +239,18 @@ def _dense(w, x):
 
 
 def _experts(w, x, config):
-  flat = x.reshape(-1, x.shape[-1])
-  routing = router.route(flat, w['w_router'], w['bias'], config.moe)
-  up, down = w['ffn']['w_gate_up'], w['ffn']['w_down']
-  alone = jax.sharding.get_abstract_mesh().empty
-  if alone and len(flat) <= _FEW and sharding.platform() != 'tpu':
-    out = few_rows(flat, routing, up, down)
-  else:
-    out = moe.experts(
-      flat, routing.weights, routing.chosen, up, down, impl=config.moe.impl
-    )
+  ws, shared = (w['ffn']['w_gate_up'], w['ffn']['w_down']), None
   if 'shared' in w:
-    out = out + _dense(w['shared'], flat)
-  return out.reshape(x.shape)
+    shared = _dense(w['shared'], x)
+  alone = not sharding.automatic()
+  flat = x.reshape(-1, x.shape[-1])
+  if alone and len(flat) <= _FEW and sharding.platform() != 'tpu':
+    routing = router.route(flat, w['w_router'], w['bias'], config.moe)
+    out = few_rows(flat, routing, *ws).reshape(x.shape)
+  else:
+    how = config.moe, layers.HIGH, shared
+    out, _ = moe.routed(x, None, w['w_router'], w['bias'], ws, *how)
+  return out if shared is None else out + shared
 
 
 def few_rows(

@@ -61,35 +61,53 @@ def test_a_mesh_continues_as_one_device_does(speculative):
   np.testing.assert_array_equal(few.tokens, alone.tokens[:3])
 
 
-def test_data_sharding_moves_no_cache():
+def step_on(mesh, rows=8, length=8192):
+  """A compiled step of `rows`, and the shapes that its devices send."""
   config, boxed = made()
-  mesh = sharding.make_mesh(config_lib.MeshConfig(data=8))
+  mesh = sharding.make_mesh(mesh)
   with jax.set_mesh(mesh):
     variables = laid_out(boxed, mesh)
     weights = jax.jit(functools.partial(decode.unstack, config))(variables)
-    held = cache_lib.empty(config, 8, 8192, CacheConfig(page=PAGE))
+    held = cache_lib.empty(config, rows, length, CacheConfig(page=PAGE))
     held, _ = decode.split(held, config)
     held = jax.device_put(held, cache_lib.shardings(held, mesh))
     step = functools.partial(decode.decode_step, config=config)
     tokens = jax.device_put(
-      np.zeros(8, np.int32),
+      np.zeros(rows, np.int32),
       jax.NamedSharding(mesh, sharding.spec(('batch',))),
     )
     lowered = jax.jit(step, donate_argnums=1).lower(weights, held, tokens)
     compiled = lowered.compile()
-  program = compiled.as_text()
   moved = re.findall(
-    r'= (\S+) (?:all-gather|all-reduce|all-to-all|collective-permute|'
+    r'= (.*?) (?:all-gather|all-reduce|all-to-all|collective-permute|'
     r'reduce-scatter)',
-    program,
+    compiled.as_text(),
   )
+  arrays = [x for one in moved for x in re.findall(r'\[([\d,]*)\]', one)]
+  shapes = [[int(n) for n in x.split(',') if n] for x in arrays]
+  return compiled, shapes, held
+
+
+def test_data_sharding_moves_no_cache():
+  config, _ = made()
+  compiled, moved, held = step_on(config_lib.MeshConfig(data=8))
   width = cache_lib.width(held.layers[0], 0)
   rank = config.mla.kv_rank
-  for shape in moved:
-    sizes = [int(n) for n in re.findall(r'\d+', shape.split('[')[1])]
-    assert width not in sizes and rank not in sizes, shape
-    assert np.prod(sizes) < 8 * 8 * config.vocab, shape
+  for sizes in moved:
+    assert width not in sizes and rank not in sizes, sizes
+    assert np.prod(sizes) < 8 * 8 * config.vocab, sizes
   found = compiled.memory_analysis()
   each = held.layers[0].values.nbytes // 8
   assert found.temp_size_in_bytes < each / 2
   assert found.alias_size_in_bytes >= each * config.layers
+
+
+def test_rows_travel_to_the_experts_and_not_the_experts_to_them():
+  config, _ = made()
+  mesh = config_lib.MeshConfig(data=2, expert=2, tensor=2)
+  _, moved, _ = step_on(mesh, length=64)
+  rows = 8 * config.dim
+  assert any(config.dim in sizes for sizes in moved)  # rows do
+  assert rows < config.dim * config.moe.width // 2  # a device's share of one
+  for sizes in moved:
+    assert np.prod(sizes) <= rows, sizes

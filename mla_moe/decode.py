@@ -68,7 +68,8 @@ def _layer(params, bias, dtype):
   if 'w_router' not in params['ffn']:
     found['ffn'] = turned(params['ffn'])
   else:
-    found['ffn'] = {name: params['ffn'][name].astype(dtype) for name in _FFN}
+    gate_up, down = (params['ffn'][name].astype(dtype) for name in _FFN)
+    found['ffn'] = {'w_gate_up': moe.packed(gate_up), 'w_down': down}
     found['w_router'] = params['ffn']['w_router']
     found['bias'] = bias.get('ffn', {}).get('bias')
     if 'shared' in params['ffn']:
@@ -256,13 +257,13 @@ def _experts(w, x, config):
 def few_rows(
   x: Float[Array, 'M D'],
   routing: router.Routing,
-  w_gate_up: Float[Array, 'E D two F'],
+  w_gate_up: Float[Array, 'E D GF'],
   w_down: Float[Array, 'E F D'],
 ) -> Float[Array, 'M D']:
-  """`moe.experts` of a few rows: every row through each expert that any chose.
+  """`moe.experts` of a few rows: each row through every expert that one chose.
 
   It is the experts' weights that take the time, and a product of eight rows
-  reads them no longer than a product of one.
+  reads them no longer than a product of one. Gate and up are `moe.packed`.
   """
   experts = w_down.shape[0]
   order = jnp.sort(routing.chosen.reshape(-1))
@@ -273,7 +274,8 @@ def few_rows(
 
   def one(i, out):
     e = each[i]
-    return out + share[:, e, None] * layers.swiglu(x, w_gate_up[e], w_down[e])
+    gate_up = w_gate_up[e].reshape(x.shape[1], 2, -1)
+    return out + share[:, e, None] * layers.swiglu(x, gate_up, w_down[e])
 
   start = jnp.zeros(x.shape, jnp.float32)
   live = each.size - again.sum()

@@ -81,7 +81,23 @@ class MoE(nn.Module):
 
 
 _GATE_UP = ('experts', 'embed', 'gate_up', 'mlp')
+_PACKED = ('experts', 'embed', 'mlp')
 _DOWN = ('experts', 'mlp', 'embed')
+
+
+def packed(w: Float[Array, 'E D two F']) -> Float[Array, 'E D GF']:
+  """Gate and up in one axis: on each device, what it has of both.
+
+  A grouped product wants them so. A TPU lays out the last two axes in tiles:
+  weights that end in [2, F] are copied for it, all experts' in every step.
+  """
+  apart = sharding.partition(_GATE_UP, w)
+  joined = sharding.partition(_PACKED, w[:, :, 0])
+  return sharding.local(_flat, (apart,), joined)(w)
+
+
+def _flat(w):
+  return w.reshape(*w.shape[:2], -1)
 
 
 def routed(
@@ -96,12 +112,13 @@ def routed(
 ) -> tuple[Float[Array, 'B T D'], Stats]:
   """The routed experts' sum; on a mesh, each device routes its own tokens.
 
-  `ws` are the experts' weights, gate and up [E, D, 2, F] and down [E, F, D];
-  `meanwhile` is a result that can be computed while tokens travel.
+  `ws` are the experts' weights, gate and up [E, D, 2, F] (or `packed`) and down
+  [E, F, D]; `meanwhile` is a result that can be computed while tokens travel.
   """
   names = ('batch', 'length', 'stream')
   split = expert_parallel.split(x.shape, names)
-  shards = tuple(map(layers.shards, ws, (_GATE_UP, _DOWN)))
+  axes = (_GATE_UP if ws[0].ndim == 4 else _PACKED), _DOWN
+  shards = tuple(map(layers.shards, ws, axes))
   compute = functools.partial(experts, impl=moe.impl, recipe=recipe)
 
   def local(x, mask, w_router, bias, ws, meanwhile):
@@ -135,7 +152,7 @@ def routed(
     one(names[:2], mask),
     one((None, None), w_router),
     one((None,), bias),
-    (layers.partition(ws[0], _GATE_UP), layers.partition(ws[1], _DOWN)),
+    tuple(map(layers.partition, ws, axes)),
     one(names, meanwhile),
   )
   run = sharding.local(local, specs, (specs[0], sharding.PartitionSpec()))
@@ -146,7 +163,7 @@ def experts(
   x: Float[Array, 'M D'],
   weights: Float[Array, 'M K'],
   chosen: Int[Array, 'M K'],
-  w_gate_up: Float[Array, 'E D two F'] | fp8.Weight,
+  w_gate_up: Float[Array, 'E D *two_F'] | fp8.Weight,
   w_down: Float[Array, 'E F D'] | fp8.Weight,
   *,
   impl: str = 'auto',
@@ -155,6 +172,7 @@ def experts(
 ) -> Float[Array, 'M D']:
   """The weighted sum of each token's chosen experts, in x's dtype.
 
+  Gate and up are [E, D, 2, F], or `packed` where they are not FP8.
   `impl` 'auto' is ragged on TPU, padded on GPU, loop on CPU; all are exact.
   FP8 experts are ragged on GPU, too, and cannot be padded or dense. The id E
   stands for an expert that is not here, which adds nothing; `expected` says
@@ -182,11 +200,16 @@ def _dense(x, weights, chosen, w_gate_up, w_down):
   """Every expert on every token: the oracle."""
   picked = chosen[:, :, None] == jnp.arange(len(w_down))[None, None]
   share = jnp.einsum('mke,mk->me', picked.astype(weights.dtype), weights)
-  both = layers.dot('md,edgf->megf', x, w_gate_up)
-  hidden = layers.gated(both).astype(x.dtype)
+  both = layers.dot('md,edf->mef', x, _flat(w_gate_up))
+  hidden = _gated(both).astype(x.dtype)
   return jnp.einsum(
     'med,me->md', layers.dot('mef,efd->med', hidden, w_down), share
   )
+
+
+def _gated(both):
+  """`layers.gated` of gate and up side by side."""
+  return layers.gated(both.reshape(*both.shape[:-1], 2, -1))
 
 
 # ---------------------------------------------------------------- loop (CPU)
@@ -248,10 +271,10 @@ def _row_weights(weights, cut):
   return jnp.where(cut.valid, weights.reshape(-1)[cut.slots], 0)
 
 
-def _up(rows, w_gate_up):  # [R, D] x [D, 2, F] -> [R, 2, F]
-  dim, two, width = w_gate_up.shape
-  both = layers.dot('rd,df->rf', rows, w_gate_up.reshape(dim, two * width))
-  return both.astype(rows.dtype).reshape(-1, two, width)
+def _up(rows, w_gate_up):  # [R, D] x [D, 2 F] -> [R, 2, F]
+  w_gate_up = w_gate_up.reshape(rows.shape[1], -1)
+  both = layers.dot('rd,df->rf', rows, w_gate_up)
+  return both.astype(rows.dtype).reshape(len(rows), 2, -1)
 
 
 def _together(block: int) -> int:
@@ -312,7 +335,6 @@ def _blocks_backward(how, residuals, g):
   x, weights, w_gate_up, w_down, copies, cut = residuals
   share = _row_weights(weights, cut)
   k = weights.shape[1]
-  dim, two, width = w_gate_up.shape[1:]
   g = g.astype(x.dtype)
   for_up, for_down = copies or (None, None)
   up, up_back = _operands(w_gate_up, for_up, x.dtype)
@@ -332,10 +354,10 @@ def _blocks_backward(how, residuals, g):
     (dboth,) = pull((dhidden * weight).astype(hidden.dtype))
     weighted = how.columns((hidden * weight).astype(hidden.dtype))
     d_down = d_down.at[e].add(layers.dot('rf,rd->fd', weighted, grads))
-    flat = lambda dboth: dboth.reshape(-1, two * width)
+    flat = lambda dboth: dboth.reshape(len(dboth), -1)
     d_up = layers.dot('rd,rf->df', rows, flat(how.columns(dboth, 2)))
-    d_gate_up = d_gate_up.at[e].add(d_up.reshape(dim, two, width))
-    both = up_back[e].reshape(dim, two * width)
+    d_gate_up = d_gate_up.at[e].add(d_up.reshape(w_gate_up.shape[1:]))
+    both = up_back[e].reshape(x.shape[1], -1)
     drows = layers.dot('rf,df->rd', flat(how.rows(dboth, 2)), both)
     return dx.at[tokens].add(drows), dshare, d_gate_up, d_down
 
@@ -384,7 +406,8 @@ def _ragged(x, weights, chosen, w_gate_up, w_down, expected, recipe):
     precision=recipe.precision,
     impl=recipe.impl,
   )
-  out = multiply(layers.gated(multiply(rows, w_gate_up)), w_down)
+  both = multiply(rows, w_gate_up).reshape(room, 2, -1)
+  out = multiply(layers.gated(both), w_down)
   out = dispatch.combine(out, weights, slots, valid, places, held)
   if room == total:
     return out
@@ -409,8 +432,8 @@ def _padded(x, weights, chosen, w_gate_up, w_down, expected):
   held = (rank < room) & (flat < e)
   places = jnp.where(held, flat * room + rank, 0)
   rows = dispatch.spread(x, slots, places, held).reshape(e, room, dim)
-  both = jnp.einsum('erd,edgf->ergf', rows, w_gate_up)
-  out = jnp.einsum('erf,efd->erd', layers.gated(both), w_down).reshape(-1, dim)
+  both = jnp.einsum('erd,edf->erf', rows, _flat(w_gate_up))
+  out = jnp.einsum('erf,efd->erd', _gated(both), w_down).reshape(-1, dim)
   out = dispatch.combine(out, weights, slots, valid.reshape(-1), places, held)
   rest = _cut(chosen, order, 128, room)
   return out + _over_rows(x, weights, w_gate_up, w_down, rest, layers.HIGH)

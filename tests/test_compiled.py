@@ -5,12 +5,14 @@ import functools
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
+from flax import linen as nn
 
 from configs import small
 from experiments.plan import compiled, hlo
+from mla_moe import cache, decode, memory, model, sharding
 from mla_moe import config as config_lib
-from mla_moe import memory
 
 NEEDS = 'needs libtpu: pip install jax[tpu]'
 MESHES = {
@@ -139,3 +141,38 @@ def test_a_tpu_computes_the_shared_expert_while_tokens_travel(mesh, libtpu):
   # In the same fusion runs a product of the shared expert.
   work = [line for name in between for line in bodies[name]]
   assert any(' convolution(' in w and 'ffn/shared' in w for w in work)
+
+
+@pytest.mark.slow
+def test_a_tpu_decodes_without_moving_or_copying_experts(libtpu):
+  from jax.experimental import topologies
+
+  described = topologies.get_topology_desc('v5e:2x4', platform='tpu')
+  mesh = sharding.make_mesh(MESHES['expert'], described.devices)
+  config = step_of('expert', 'bfloat16', 1024, 4096, 1024).model
+  shaped = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+  with jax.set_mesh(mesh):
+    boxed = jax.eval_shape(
+      lambda: model.Transformer(config).init(
+        jax.random.key(0), jnp.zeros((1, 8), jnp.int32)
+      )
+    )
+    trained = jax.tree.map(
+      shaped, nn.unbox(boxed), sharding.shardings(boxed, mesh)
+    )
+    unstack = jax.jit(functools.partial(decode.unstack, config))
+    where = unstack.lower(trained).compile().output_shardings
+    weights = jax.tree.map(shaped, jax.eval_shape(unstack, trained), where)
+    how = config_lib.CacheConfig(page=128, impl='xla')
+    held = jax.eval_shape(lambda: cache.empty(config, 64, 1024, how))
+    held = jax.tree.map(shaped, held, cache.shardings(held, mesh))
+    rows = jax.NamedSharding(mesh, sharding.spec(('batch',)))
+    tokens = jax.ShapeDtypeStruct((64,), jnp.int32, sharding=rows)
+    step = functools.partial(decode.decode_step, config=config)
+    lowered = jax.jit(step, donate_argnums=1).lower(weights, held, tokens)
+    step = lowered.compile()
+  found = step.as_text(), mesh.axis_names, mesh.devices.shape
+  experts = weights['layers'][-1]['ffn']['w_down']
+  each = experts.size * experts.dtype.itemsize / 8
+  assert sum(received(*found).values()) < each / 2  # both MoE layers'
+  assert step.memory_analysis().temp_size_in_bytes < each

@@ -1,6 +1,7 @@
 """Routing against a slow numpy version; experts against the dense oracle."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -121,6 +122,18 @@ def expert_inputs(m=48, e=16, k=4, d=12, f=8, skew=0.0):
   weights = jnp.asarray(random.uniform(size=(m, k)), jnp.float32)
   x, w_gate_up, w_down = normal(m, d), normal(e, d, 2, f), normal(e, f, d)
   return (x, weights, w_gate_up, w_down), chosen, normal(m, d)
+
+
+@pytest.mark.parametrize('impl', ['loop', 'ragged', 'padded', 'dense'])
+def test_packed_experts_are_the_same(impl):
+  (x, weights, gate_up, down), chosen, _ = expert_inputs()
+  run = functools.partial(moe.experts, x, weights, chosen, impl=impl)
+  run = jax.jit(functools.partial(run, expected=8))  # most go through the loop
+  joined = moe.packed(gate_up)
+  assert joined.shape == (16, 12, 16)
+  chex.assert_trees_all_close(
+    run(joined, down), run(gate_up, down), rtol=1e-6, atol=1e-6
+  )
 
 
 @pytest.mark.parametrize('impl', ['loop', 'ragged', 'padded'])

@@ -3,8 +3,9 @@
 Peaks and bandwidths are the makers' (cloud.google.com/tpu/docs: v5e, v5p, v6e,
 tpu7x; NVIDIA's data sheets; read 2026-11-24). The memory that a program can
 have of a TPU is what libtpu 0.0.50 says when it refuses one that is too large;
-of a GPU 92 % is assumed, as with
-XLA_PYTHON_CLIENT_MEM_FRACTION=0.92. Prices are those of an on-demand chip's
+of a GPU `SHARE` of
+what its driver reports is assumed, as with XLA_PYTHON_CLIENT_MEM_FRACTION=0.92.
+Prices are those of an on-demand chip's
 hour in the US, as secondary sources of 2026 quote them (Google's price page
 was not at hand; Ironwood has no public list price; GPUs' are rounded market
 prices); the H800's $2 is the assumption of the DeepSeek-V3 report's Table 1.
@@ -14,6 +15,7 @@ They change: give yours with --dollars.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 
@@ -27,9 +29,9 @@ class Chip:
   bf16 and fp8 are peak FLOP/s (fp8 equals bf16 where there is no FP8 unit),
   usable is bytes of memory that a program gets, bandwidth and link bytes a
   second (link: to the neighbours together), dollars an hour of the whole chip.
-  margin is the share of `usable` that a plan leaves free: for libtpu's programs
-  need up to 1.3 % more than the arithmetic says (docs/plan.md), and NCCL and
-  cuBLAS have their own.
+  margin is the share of `usable` that a plan leaves free: compiled programs
+  need up to 1.3 % more on TPUs than the arithmetic says, up to 11 % more on
+  GPUs (docs/plan.md), where NCCL and cuBLAS have their own.
   """
 
   bf16: float
@@ -49,6 +51,8 @@ class Chip:
 
 
 GIB = 2.0**30
+SHARE = 0.92
+_gpu = functools.partial(Chip, dimensions=1, margin=0.1)
 CHIPS = {
   'v5e': Chip(197e12, 197e12, 15.75 * GIB, 819e9, 200e9, 1.20, 2),
   'v6e': Chip(918e12, 918e12, 31.24 * GIB, 1640e9, 400e9, 2.70, 2),
@@ -56,10 +60,10 @@ CHIPS = {
   'tpu7x': Chip(
     1153.5e12, 2307e12, 94.74 * GIB, 3690e9, 600e9, 12.0, 3, cores=2
   ),
-  'h800': Chip(989e12, 1979e12, 0.92 * 80e9, 3350e9, 200e9, 2.0, 1),
-  'h100': Chip(989e12, 1979e12, 0.92 * 80e9, 3350e9, 450e9, 3.0, 1),
-  'h200': Chip(989e12, 1979e12, 0.92 * 141e9, 4800e9, 450e9, 4.0, 1),
-  'b200': Chip(2250e12, 4500e12, 0.92 * 180e9, 8000e9, 900e9, 6.0, 1),
+  'h800': _gpu(989e12, 1979e12, SHARE * 84978434048, 3350e9, 200e9, 2.0),
+  'h100': _gpu(989e12, 1979e12, SHARE * 84978434048, 3350e9, 450e9, 3.0),
+  'h200': _gpu(989e12, 1979e12, SHARE * 139 * GIB, 4800e9, 450e9, 4.0),
+  'b200': _gpu(2250e12, 4500e12, SHARE * 191514673152, 8000e9, 900e9, 6.0),
 }
 
 _SLICES = {
@@ -103,6 +107,10 @@ class Slice:
   @property
   def devices(self) -> int:
     return self.chips * self.chip.cores
+
+  @property
+  def gpu(self) -> bool:
+    return self.chip.dimensions == 1
 
   def __str__(self):
     more = f'*{self.count}' if self.count > 1 else ''

@@ -34,6 +34,9 @@ from mla_moe import dispatch, fp8, sharding
 from mla_moe.fp8 import quantize as q8
 from mla_moe.types import Array, Float, Int, PyTree
 
+# The loops' name in a compiled program. A balanced step never enters them.
+FURTHER = 'further_rounds'
+
 
 class Split(NamedTuple):
   """Over which mesh axes a region's tokens are split, and all there are."""
@@ -218,7 +221,8 @@ def _over_rounds(one, rounds, x, weights, chosen, ws, plan):
   out = one(0, *args)
   if rounds is not None:
     add = lambda i, out: out + one(i, *args)
-    out = jax.lax.fori_loop(1, rounds, add, out)
+    with jax.named_scope(FURTHER):
+      out = jax.lax.fori_loop(1, rounds, add, out)
   return out.astype(x.dtype)
 
 
@@ -243,7 +247,8 @@ def _over_rounds_backward(one, residuals, g):
   if rounds is not None:
     wide = lambda grad: grad.astype(jnp.float32)
     add = lambda i, sums: jax.tree.map(jnp.add, sums, grads_of(i))
-    grads = jax.lax.fori_loop(1, rounds, add, jax.tree.map(wide, grads))
+    with jax.named_scope(FURTHER):
+      grads = jax.lax.fori_loop(1, rounds, add, jax.tree.map(wide, grads))
   like = lambda grad, primal: grad.astype(primal.dtype)
   dx, dweights, dws = jax.tree.map(like, grads, primals)
   dws = tuple(

@@ -238,7 +238,7 @@ def logits_bytes(config: config_lib.Config) -> int:
   device until the shards of it are taken.
   """
   model = config.model
-  tokens = tokens_per_device(config)
+  tokens = tokens_per_device(config) * (1 + model.mtp.depth)
   block = min(model.vocab, losses.BLOCK)
   wide = _WIDTH[model.dtype]
   head = model.vocab * model.dim * 4 // config.mesh.tensor

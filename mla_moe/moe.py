@@ -255,16 +255,23 @@ def _loop(x, weights, chosen, w_gate_up, w_down, expected, recipe=layers.HIGH):
   mean = max(expected // w_down.shape[0], 1)
   block = min(max(1 << (mean - 1).bit_length(), 8), 128)
   cut = _cut(chosen, order, block, 0)
-  return _over_rows(x, weights, w_gate_up, w_down, cut, recipe)
+  return _over_rows(x, weights, w_gate_up, w_down, cut, recipe)[0]
 
 
 def _over_rows(x, weights, w_gate_up, w_down, cut, recipe):
+  """The sum over the blocks of `cut`, and the weights for all other rows.
+
+  Those are the same weights, but whoever multiplies by them hands the blocks
+  a gradient to add to: two of all experts, and a third to sum them, would be
+  a layer's largest arrays.
+  """
   copies = None
   if recipe.precision != 'bf16':
     copies = w_gate_up.copies, w_down.copies
     w_gate_up, w_down = w_gate_up.master, w_down.master
-  how = fp8.Rounding(recipe)
-  return _run_blocks(x, weights, w_gate_up, w_down, copies, cut, how)
+  args = x, weights, w_gate_up, w_down, copies, cut
+  out, *ws = _run_blocks(*args, fp8.Rounding(recipe))
+  return out, *(ws if copies is None else map(fp8.Weight, ws, copies))
 
 
 def _row_weights(weights, cut):
@@ -327,12 +334,17 @@ def _blocks_forward(x, weights, w_gate_up, w_down, copies, cut, how):
 
   start = sharding.varying(jnp.zeros(x.shape, jnp.float32))
   out = _over_blocks(one, start, cut)
-  return out, (x, weights, w_gate_up, w_down, copies, cut)
+  residuals = x, weights, w_gate_up, w_down, copies, cut
+  return (out, w_gate_up, w_down), residuals
 
 
-def _blocks_backward(how, residuals, g):
-  """Makes gate and up again: cheaper than keeping them (A rows of 2 F)."""
+def _blocks_backward(how, residuals, cotangents):
+  """Makes gate and up again: cheaper than keeping them (A rows of 2 F).
+
+  The weights' gradients begin with what other rows have given them.
+  """
   x, weights, w_gate_up, w_down, copies, cut = residuals
+  g, *others = cotangents
   share = _row_weights(weights, cut)
   k = weights.shape[1]
   g = g.astype(x.dtype)
@@ -361,9 +373,9 @@ def _blocks_backward(how, residuals, g):
     drows = layers.dot('rf,df->rd', flat(how.rows(dboth, 2)), both)
     return dx.at[tokens].add(drows), dshare, d_gate_up, d_down
 
-  zeros = lambda like: jnp.zeros(like.shape, jnp.float32)
-  start = (zeros(x), zeros(cut.slots), zeros(w_gate_up), zeros(w_down))
-  start = sharding.varying(start)
+  zeros = [jnp.zeros(a.shape, jnp.float32) for a in (x, cut.slots)]
+  others = (d.astype(jnp.float32) for d in others)
+  start = *sharding.varying(zeros), *others
   dx, dshare, d_gate_up, d_down = _over_blocks(one, start, cut)
   dweights = jnp.where(cut.taken, dshare.reshape(-1)[cut.place], 0)
   return (
@@ -399,6 +411,11 @@ def _ragged(x, weights, chosen, w_gate_up, w_down, expected, recipe):
   held = (chosen.reshape(-1) < e) & (places < room)
   valid = jnp.arange(room) < sizes.sum()
   places = jnp.where(held, places, 0)
+  rest = 0
+  if room < total:
+    cut = _cut(chosen, order, 128, sizes)
+    args = x, weights, w_gate_up, w_down, cut, recipe
+    rest, w_gate_up, w_down = _over_rows(*args)
   rows = dispatch.spread(x, slots, places, held)
   multiply = functools.partial(
     fp8.ragged_dot,
@@ -408,11 +425,7 @@ def _ragged(x, weights, chosen, w_gate_up, w_down, expected, recipe):
   )
   both = multiply(rows, w_gate_up).reshape(room, 2, -1)
   out = multiply(layers.gated(both), w_down)
-  out = dispatch.combine(out, weights, slots, valid, places, held)
-  if room == total:
-    return out
-  rest = _cut(chosen, order, 128, sizes)
-  return out + _over_rows(x, weights, w_gate_up, w_down, rest, recipe)
+  return dispatch.combine(out, weights, slots, valid, places, held) + rest
 
 
 def _padded(x, weights, chosen, w_gate_up, w_down, expected):
@@ -432,8 +445,10 @@ def _padded(x, weights, chosen, w_gate_up, w_down, expected):
   held = (rank < room) & (flat < e)
   places = jnp.where(held, flat * room + rank, 0)
   rows = dispatch.spread(x, slots, places, held).reshape(e, room, dim)
+  cut = _cut(chosen, order, 128, room)
+  args = x, weights, w_gate_up, w_down, cut, layers.HIGH
+  rest, w_gate_up, w_down = _over_rows(*args)
   both = jnp.einsum('erd,edf->erf', rows, _flat(w_gate_up))
   out = jnp.einsum('erf,efd->erd', _gated(both), w_down).reshape(-1, dim)
-  out = dispatch.combine(out, weights, slots, valid.reshape(-1), places, held)
-  rest = _cut(chosen, order, 128, room)
-  return out + _over_rows(x, weights, w_gate_up, w_down, rest, layers.HIGH)
+  valid = valid.reshape(-1)
+  return dispatch.combine(out, weights, slots, valid, places, held) + rest

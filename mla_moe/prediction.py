@@ -15,20 +15,20 @@ from mla_moe.types import Array, Float, Int
 
 
 def token_nll(
-  hidden: Float[Array, 'B T D'],
+  hidden: Float[Array, 'S B T D'],
   head: Float[Array, 'D V'],
-  targets: Int[Array, 'B T'],
-) -> tuple[Float[Array, 'B T'], Float[Array, 'B T']]:
+  targets: Int[Array, 'S B T'],
+) -> tuple[Float[Array, 'S B T'], Float[Array, 'S B T']]:
   """-log p(target) and the logits' logsumexp, as in `losses.token_nll`."""
   every = sharding.automatic()
   if not every:
     flat = hidden.reshape(-1, hidden.shape[-1]), head, targets.reshape(-1)
     nll, lse = losses.token_nll(*flat)
     return nll.reshape(targets.shape), lse.reshape(targets.shape)
-  stream = sharding.partition(('batch', 'length', 'stream'), hidden)
-  part = sharding.partition(('batch', 'part'), targets)
-  rows, length = sharding.laid(('batch', 'part'), targets.shape)
-  across = 'tensor' in sharding.laid(('length',), hidden.shape[1:2])[0]
+  stream = sharding.partition((None, 'batch', 'length', 'stream'), hidden)
+  part = sharding.partition((None, 'batch', 'part'), targets)
+  rows, length = sharding.laid(('batch', 'part'), targets.shape[1:])
+  across = 'tensor' in sharding.laid(('length',), hidden.shape[2:3])[0]
   over, columns = sharding.laid(('embed', 'vocab'), head.shape)
   same = tuple(a for a in every if a not in rows + length + ('tensor',))
   vocab = head.shape[1]
@@ -36,7 +36,7 @@ def token_nll(
   def local(hidden, head, targets):
     head = sharding.varying(head)  # so that its gradient's shards are summed
     if across:
-      hidden = jax.lax.all_gather(hidden, 'tensor', axis=1, tiled=True)
+      hidden = jax.lax.all_gather(hidden, 'tensor', axis=2, tiled=True)
     if over:
       head = jax.lax.all_gather(head, over, axis=0, tiled=True)
     hidden = sharding.varying(hidden)

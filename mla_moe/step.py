@@ -13,6 +13,7 @@ the update writes anyway. optax.apply_if_finite applies the last NaN in the end.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -194,6 +195,10 @@ def eval_step(
 ) -> dict[str, Array]:
   """Sums over a batch: 'nll' in nats, 'tokens' predicted. Moves nothing."""
 
+  # All hidden states go through the head at once: without the modules'.
+  main = dataclasses.replace(config.model, mtp=config_lib.MTPConfig(depth=0))
+  config = dataclasses.replace(config, model=main)
+
   def one(micro):
     terms = _terms(state.params, state.router, micro, config)
     return terms['main'], jnp.sum(micro.targets >= 0)
@@ -257,18 +262,17 @@ def _terms(params, biases, micro: data.Batch, config) -> dict[str, Array]:
     method='features',
   )
   head = network.apply(variables, method='head')
-  place = sequence.arrange
-  targets = place(micro.targets)
-  nll, lse = prediction.token_nll(out.hidden, head, targets)
-  mtp = jnp.zeros((), jnp.float32)
-  for k, hidden in enumerate(out.mtp_hidden, start=1):
-    ahead = place(_ahead(micro.targets, micro.segments, k))
-    mtp += prediction.token_nll(hidden, head, ahead)[0].sum()
+  targets = [micro.targets]
+  for k in range(1, 1 + len(out.mtp_hidden)):
+    targets.append(_ahead(micro.targets, micro.segments, k))
+  hidden = jnp.stack([out.hidden, *out.mtp_hidden])
+  targets = jnp.stack([sequence.arrange(t) for t in targets])
+  nll, lse = prediction.token_nll(hidden, head, targets)
   stats = _joined_stats(out)
   return {
-    'main': nll.sum(),
-    'mtp': mtp / max(len(out.mtp_hidden), 1),
-    'z': jnp.where(targets >= 0, jnp.square(lse), 0).sum(),
+    'main': nll[0].sum(),
+    'mtp': nll[1:].sum() / max(len(out.mtp_hidden), 1),
+    'z': jnp.where(targets[0] >= 0, jnp.square(lse[0]), 0).sum(),
     'balance': stats.balance,
     'entropy': stats.entropy,
     'load': stats.load,

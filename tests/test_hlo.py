@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from experiments.plan import hlo
+from mla_moe import expert_parallel
 
 AXES, SIZES = ('data', 'fsdp'), (2, 4)
 
@@ -71,3 +72,32 @@ def test_groups_in_both_notations():
   assert hlo._group(line, 8) == [0, 4]
   line = 'all-reduce(x), replica_groups={{0,1,2,3},{4,5,6,7}}, use'
   assert hlo._axis(hlo._group(line, 8), AXES, SIZES) == 'fsdp'
+
+
+def test_further_rounds_count_for_nothing():
+  """They turn as often as the load is unbalanced; the rest of a step does."""
+
+  def f(x):
+    more = lambda _, x: jax.lax.psum(x, 'fsdp')[:64]
+    with jax.named_scope(expert_parallel.FURTHER):
+      y = jax.lax.fori_loop(0, x[0].astype(jnp.int32), more, x)
+    return jax.lax.psum(y, 'data')
+
+  (row,) = hlo.collectives(compiled_everywhere(f), AXES, SIZES, unknown=7)
+  assert row['axis'] == 'data' and row['count'] == 1
+
+
+def test_what_is_started_is_counted_by_its_results():
+  """As XLA writes it for GPUs (operands nested), TPUs, and in one piece."""
+  wide, part = 'bf16[8,64]{1,0}', 'bf16[2,64]{1,0}'
+  size = 2 * 2 * 64
+  for kind, shape, received in (
+    ('reduce-scatter', f'(({wide}), {part})', 3 * size),
+    ('all-gather', f'({part}, {wide})', 3 * size),
+    ('all-gather', f'(({part}, {part}), ({wide}, {wide}))', 6 * size),
+    ('all-to-all', f'((s32[8]{{0}}, {part}), {part})', 3 / 4 * size),
+    ('all-reduce', part, 3 / 2 * size),
+    ('collective-permute', f'({part}, {part}, u32[], u32[])', size),
+  ):
+    assert hlo._received(kind, shape, True, 4, False) == received, kind
+  assert hlo._received('all-to-all', part, False, 4, False) == 3 / 4 * size

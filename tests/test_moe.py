@@ -156,6 +156,19 @@ def test_experts_equal_the_dense_oracle(impl, m, skew):
     assert not np.asarray(got[1][3])[4:].any()
 
 
+@pytest.mark.parametrize('impl', ['ragged', 'padded'])
+def test_overflow_adds_to_the_gradient_that_there_is(impl):
+  """Two gradients of all experts and their sum are a layer's largest arrays."""
+  args, chosen, _ = expert_inputs(skew=9.0)
+  f = functools.partial(moe.experts, chosen=chosen, impl=impl, expected=8)
+  loss = lambda *a: jnp.square(f(a[0], a[1], w_gate_up=a[2], w_down=a[3])).sum()
+  text = str(jax.make_jaxpr(jax.grad(loss, (2, 3)))(*args))
+  assert 'add_any' in text  # x has several
+  for w in args[2:]:
+    shape = ','.join(map(str, w.shape))
+    assert f'f32[{shape}] = add_any' not in text
+
+
 def test_experts_in_bfloat16():
   args, chosen, _ = expert_inputs()
   half = [jnp.asarray(a, jnp.bfloat16) for a in args]

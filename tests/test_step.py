@@ -91,6 +91,16 @@ def test_the_bias_follows_the_load_of_the_whole_step():
   np.testing.assert_allclose(mtp, moved[2], atol=1e-7)
 
 
+def test_the_head_has_one_gradient():
+  """Not one for each prediction and their sum: it is a step's largest array."""
+  train = functools.partial(step.train_step, config=SMOKE)
+  text = str(jax.make_jaxpr(train)(start(), make(SMOKE), RATES))
+  model = SMOKE.model
+  assert model.mtp.depth and not model.tie_embeddings
+  assert f'f32[{model.dim},{model.vocab}]' in text
+  assert f'f32[{model.dim},{model.vocab}] = add_any' not in text
+
+
 def test_evaluation_counts_nats_and_moves_nothing():
   batch = make(SMOKE)
   run = jax.jit(functools.partial(step.eval_step, config=SMOKE))

@@ -7,8 +7,8 @@
     --topology=v5e:4x4 --mesh=fsdp=16 --compile
 
 Without --topology: the smallest slice of every chip. What cannot fit is
-refused with the smallest that does (exit code 2). --compile lets libtpu
-compile the training step for the topology on this CPU (extra [tpu]).
+refused with the smallest that does (exit code 2). --compile has the training
+step compiled for the topology on this CPU (extra [tpu], or [cuda] for GPUs).
 """
 
 from __future__ import annotations
@@ -101,8 +101,6 @@ def _check(values, on) -> None:
     raise ConfigError(f'--utilisation={values.utilisation}: is a share of 1')
   if values.compile and on is None:
     raise ConfigError('--compile: needs a --topology, such as v5e:4x4')
-  if values.compile and on.chip.dimensions == 1:
-    raise ConfigError(f'--compile: libtpu compiles for TPUs, not for {on.kind}')
 
 
 if __name__ == '__main__':

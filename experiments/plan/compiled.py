@@ -1,8 +1,11 @@
-"""The training step compiled by libtpu for a slice that is not here.
+"""The training step compiled for machines that are not here.
 
-A process of its own, because the TPU's compiler and this one's devices do not
-share one: it reads a config as JSON, compiles, and writes what it found. The
-program is the real one: its memory and its collectives are what a run has.
+libtpu compiles for TPUs and XLA's CUDA plugin for NVIDIA's GPUs, on any CPU, in
+a process of its own: neither shares one with this one's devices. It reads a
+config as JSON, compiles, and writes what it found. The program is the real one,
+its memory and its collectives are what a run has, but for two things on GPUs:
+XLA cannot measure which form of a product is fastest, and jax asks a card
+before it takes cuDNN's attention, so that the portable one stands in its place.
 """
 
 from __future__ import annotations
@@ -18,22 +21,31 @@ import subprocess
 import sys
 import time
 
+from experiments import chips
+from experiments.plan import gpus
 from mla_moe import config as config_lib
 from mla_moe.config import ConfigError
 
-_NAMES = {'v5e': 'v5e', 'v5p': 'v5p', 'v6e': 'v6e', 'tpu7x': 'tpu7x'}
+_CUDA = 'jax-cuda13-plugin'
 
 
-def run(config: config_lib.Config, on) -> dict:
+def compiler(on: chips.Slice) -> str:
+  """The package that compiles for `on`."""
+  return _CUDA if on.gpu else 'libtpu'
+
+
+def run(config: config_lib.Config, on: chips.Slice) -> dict:
   """Bytes of arguments and scratch, collectives, versions, seconds.
 
   Raises:
-    ConfigError: libtpu is not installed or too old for the chip, or it says
-      that the program does not fit (with its numbers).
+    ConfigError: the compiler is not installed or too old for the chip, or the
+      program does not fit (with its numbers).
   """
-  if importlib.util.find_spec('libtpu') is None:
+  package = compiler(on)
+  if importlib.util.find_spec(package.replace('-', '_')) is None:
+    extra = 'cuda' if on.gpu else 'tpu'
     raise ConfigError(
-      '--compile: libtpu is missing; pip install "mla_moe[tpu]"'
+      f'--compile: {package} is missing; pip install "mla_moe[{extra}]"'
     )
   environment = {
     **os.environ,
@@ -41,11 +53,7 @@ def run(config: config_lib.Config, on) -> dict:
     'TPU_SKIP_MDS_QUERY': '1',
     'TPU_WORKER_HOSTNAMES': 'localhost',
   }
-  asked = {
-    'config': dataclasses.asdict(config),
-    'topology': _name(on),
-    'slices': on.count,
-  }
+  asked = {'config': dataclasses.asdict(config), 'topology': str(on)}
   done = subprocess.run(
     [sys.executable, '-m', 'experiments.plan.compiled'],
     input=json.dumps(asked),
@@ -53,26 +61,49 @@ def run(config: config_lib.Config, on) -> dict:
     text=True,
     env=environment,
   )
-  if done.returncode == 0:
-    return json.loads(done.stdout.splitlines()[-1])
-  text = done.stderr
+  if done.returncode:
+    raise ConfigError(_why(done.stderr, on))
+  found = json.loads(done.stdout.splitlines()[-1])
+  needs = found['arguments'] + found['temporary']
+  if on.gpu and needs > on.chip.usable:  # libtpu refuses by itself
+    raise ConfigError(_too_large(on, needs, on.chip.usable))
+  return found
+
+
+def _too_large(on: chips.Slice, needs: float, has: float) -> str:
+  return _refusal(on, f'{needs / chips.GIB:.2f}G', f'{has / chips.GIB:.2f}G')
+
+
+def _refusal(on: chips.Slice, needs: str, has: str) -> str:
+  return (
+    f'--compile: {compiler(on)} says that the step needs {needs} of memory on '
+    f'{on}, where there is {has}; shard more or lower micro_batch'
+  )
+
+
+def _why(text: str, on: chips.Slice) -> str:
+  """The compiler's complaint in one line."""
   full = re.search(
     r'total memory required .*?\(([\d.]+\w)\).*?\(([\d.]+\w)\)', text
   )
   full = full or re.search(r'Used ([\d.]+\w) of ([\d.]+\w) hbm', text)
   if full:
-    raise ConfigError(
-      f'--compile: libtpu says that the step needs {full[1]} of memory on '
-      f'{on}, where there is {full[2]}; shard more or lower micro_batch'
-    )
+    return _refusal(on, full[1], full[2])
   if 'lockfile' in text or 'already in use' in text:
-    raise ConfigError('--compile: another process is using libtpu; wait for it')
+    return '--compile: another process is using libtpu; wait for it'
   last = [line for line in text.splitlines() if 'Error' in line] or ['?']
-  raise ConfigError(f'--compile: libtpu failed for {on}: {last[-1].strip()}')
+  return f'--compile: {compiler(on)} failed for {on}: {last[-1].strip()}'
 
 
-def _name(on) -> str:
-  return f'{_NAMES[on.kind]}:{"x".join(map(str, on.shape))}'
+def describe(on: chips.Slice):
+  """The slice's devices, for a mesh: `jax.experimental.topologies`."""
+  from jax.experimental import topologies
+
+  if on.gpu:
+    return topologies.get_topology_desc(platform='cuda', **gpus.topology(on))
+  name = f'{on.kind}:{"x".join(map(str, on.shape))}'
+  several = {'num_slices': on.count} if on.count > 1 else {}
+  return topologies.get_topology_desc(name, platform='tpu', **several)
 
 
 def lower(config: config_lib.Config, devices: list):
@@ -82,8 +113,14 @@ def lower(config: config_lib.Config, devices: list):
   from flax import linen as nn
   from jax.sharding import NamedSharding, PartitionSpec
 
-  from mla_moe import data, optim, sharding, step
+  from mla_moe import data, fp8, optim, sharding, step
 
+  # What 'auto' stands for there, and not on the device that is here.
+  model = config.model
+  if model.precision != 'bf16':
+    impl, _ = fp8.choose(model.precision, model.fp8_impl, device=devices[0])
+    model = dataclasses.replace(model, fp8_impl=impl)
+    config = dataclasses.replace(config, model=model)
   mesh = sharding.make_mesh(config.mesh, devices)
   everywhere = NamedSharding(mesh, PartitionSpec())
   boxed = step.layout(config)
@@ -108,21 +145,18 @@ def main() -> None:
   """Compiles what stdin asks for; the last line of stdout is the answer."""
   asked = json.loads(sys.stdin.read())
   config = config_lib.freeze(asked['config'])
+  on = chips.parse(asked['topology'])
   import jax
-  from jax.experimental import topologies
 
   from experiments.plan import hlo
 
-  several = {'num_slices': asked['slices']} if asked['slices'] > 1 else {}
-  described = topologies.get_topology_desc(
-    asked['topology'], platform='tpu', **several
-  )
   began = time.perf_counter()
-  lowered, mesh = lower(config, described.devices)
+  lowered, mesh = lower(config, describe(on).devices)
   program = lowered.compile()
   seconds = time.perf_counter() - began
   memory = program.memory_analysis()
   rows = config.data.micro_batch or config.data.batch_size
+  package = compiler(on)
   answer = {
     'arguments': memory.argument_size_in_bytes,
     'temporary': memory.temp_size_in_bytes,
@@ -134,7 +168,7 @@ def main() -> None:
     ),
     'seconds': seconds,
     'jax': jax.__version__,
-    'libtpu': importlib.metadata.version('libtpu'),
+    'compiler': f'{package} {importlib.metadata.version(package)}',
   }
   print(json.dumps(answer))
 

@@ -15,6 +15,8 @@ import re
 
 import numpy as np
 
+from mla_moe import expert_parallel
+
 _BITS = {'pred': 8, 'bf16': 16, 'f16': 16, 'f32': 32, 'f64': 64}
 _KINDS = (
   'all-gather|all-reduce|reduce-scatter|ragged-all-to-all|all-to-all|'
@@ -93,7 +95,8 @@ def _times(bodies, entry: str, unknown: int) -> dict[str, int]:
     for line in lines:
       turns = 1
       if ' while(' in line:
-        turns = _turns(line, bodies) or unknown
+        often = 0 if f'/{expert_parallel.FURTHER}/' in line else unknown
+        turns = _turns(line, bodies) or often
       called = _CALLED.findall(line)
       for branches in _BRANCHES.findall(line):
         called += re.findall(r'%?([\w.\-]+)', branches)
@@ -175,10 +178,15 @@ def _received(
   kind: str, shape: str, started: bool, devices: int, scattered: bool
 ) -> float:
   """Bytes that one device receives in one operation of a result `shape`."""
+  nested = started and re.match(r'\(\(.*?\), (.*)\)$', shape)
+  if nested:  # ((operands), results)
+    shape = nested[1]
   sizes = [_bytes(*found) for found in _SHAPE.findall(shape)]
   sizes = [size for size in sizes if size]
-  if started and kind in ('all-gather', 'collective-permute'):
-    sizes = sizes[len(sizes) // 2 :] if kind == 'all-gather' else sizes[:1]
+  if started and not nested and kind == 'all-gather':
+    sizes = sizes[len(sizes) // 2 :]
+  if started and kind == 'collective-permute':
+    sizes = sizes[:1]
   size = sum(sizes)
   share = (devices - 1) / devices
   if kind == 'collective-permute':

@@ -81,9 +81,9 @@ def show_choice(config, pairs, utilisation: float) -> None:
 
 
 def show_compiled(plan, found) -> None:
-  """What libtpu compiled, beside the arithmetic."""
+  """What the compiler made of it, beside the arithmetic."""
   console = wide()
-  table = _table('Compiled by libtpu, one device', ('', 'GiB', 'arithmetic'))
+  table = _table('Compiled, one device', ('', 'GiB', 'arithmetic'))
   ours = plan.footprint
   state = ours.parameters + ours.optimizer
   scratch = ours.total - state
@@ -101,7 +101,7 @@ def show_compiled(plan, found) -> None:
       table.add_row(axis, 'arithmetic', '', _gib(size))
   console.print(table)
   console.print(
-    f'jax {found["jax"]}, libtpu {found["libtpu"]}; compiled in '
+    f'jax {found["jax"]}, {found["compiler"]}; compiled in '
     f'{found["seconds"]:.0f} s.'
   )
 

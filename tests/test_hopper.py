@@ -1,0 +1,120 @@
+"""Really compiled for H100s that are not here, kernels down to machine code.
+
+XLA's CUDA plugin needs no GPU for that: `pip install --no-deps
+jax-cuda13-plugin jax-cuda13-pjrt`, and ptxas on the path. Each program runs in
+a process of its own, for the plugin is read from the environment.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+HERE = importlib.util.find_spec('jax_cuda13_plugin') and shutil.which('ptxas')
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.skipif(
+    not HERE, reason='compiling for a GPU needs the extra [cuda] and ptxas'
+  ),
+]
+
+START = """
+import functools, re
+import jax
+import jax.numpy as jnp
+from experiments import chips
+from experiments.plan import compiled
+
+devices = compiled.describe(chips.parse('h100:8')).devices
+where = jax.sharding.SingleDeviceSharding(devices[0])
+shape = lambda s, d: jax.ShapeDtypeStruct(s, d, sharding=where)
+calls = lambda program, name: len(re.findall(name, program.as_text()))
+"""
+
+PRODUCTS = """
+from mla_moe import fp8
+
+def both(f):
+  def run(x, w, g, sizes):
+    y, pull = jax.vjp(lambda x, w: f(x, w, sizes), x, w)
+    return y, *pull(g)
+  return run
+
+x, g = shape((1024, 512), jnp.bfloat16), shape((1024, 384), jnp.bfloat16)
+sizes = shape((4,), jnp.int32)
+dense = lambda x, w, sizes: fp8.dot(x, w, impl='mgpu')
+grouped = lambda x, w, sizes: fp8.ragged_dot(x, w, sizes, impl='mgpu')
+for run, w in ((dense, (512, 384)), (grouped, (4, 512, 384))):
+  lowered = jax.jit(both(run)).lower(x, shape(w, jnp.float32), g, sizes)
+  assert calls(lowered.compile(), 'custom_call_target="mosaic_gpu') == 3
+"""
+
+LATENT = """
+from mla_moe.kernels import latent_gpu
+
+run = functools.partial(latent_gpu.attend, heads=128, rank=512)
+for tokens in (1, 2):
+  program = jax.jit(run).lower(
+    shape((8, 128 * tokens, 576), jnp.bfloat16),
+    shape((4096, 64, 576), jnp.bfloat16),
+    shape((8, 64), jnp.int32),
+    shape((8,), jnp.int32),
+  ).compile()
+  assert calls(program, 'custom_call_target="__gpu.xla.gpu.triton"')
+  # Nothing of the pool is copied on its way into the kernel.
+  pool = 4096 * 64 * 576 * 2
+  assert program.memory_analysis().temp_size_in_bytes < pool / 8
+"""
+
+STEP = """
+import dataclasses
+from configs import small
+from mla_moe import config as c, memory
+from experiments.plan import hlo
+
+config = small.get_config()
+config.mesh.update(fsdp=2, expert=4)
+config.model.update(layers=3, precision='fp8_block')
+config.data.update(seq_len=256)
+config = c.freeze(config)
+lowered, mesh = compiled.lower(config, devices)
+program = lowered.compile()
+assert calls(program, 'custom_call_target="mosaic_gpu')
+args = program.as_text(), mesh.axis_names, mesh.devices.shape, 4
+found = dict.fromkeys(mesh.axis_names, 0.0)
+for row in hlo.collectives(*args):
+  found[row['axis'].split('+')[0]] += row['bytes']
+for axis, size in memory.traffic(config).items():
+  if size:
+    assert 0.7 < found[axis] / size < 1.5, (axis, found[axis] / size)
+"""
+
+
+def compile_all(program, **more):
+  env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '', **more}
+  command = [sys.executable, '-c', START + program]
+  done = subprocess.run(command, env=env, capture_output=True, text=True)
+  assert not done.returncode, done.stderr[-2000:]
+
+
+def test_fp8_products_compile_and_spill_nothing(tmp_path):
+  wanted = {'MOSAIC_GPU_DUMP_TO': str(tmp_path), 'MOSAIC_GPU_DUMP_PTXAS': '1'}
+  compile_all(PRODUCTS, **wanted)
+  found = [path.read_text() for path in tmp_path.glob('*.ptxas')]
+  assert len(found) == 6
+  for text in found:
+    assert "'sm_90a'" in text
+    spilled = re.findall(r'(\d+) bytes (stack frame|spill \w+)', text)
+    assert len(spilled) == 3 and {n for n, _ in spilled} == {'0'}, text
+
+
+def test_absorbed_decoding_compiles_and_copies_no_pool():
+  compile_all(LATENT)
+
+
+def test_a_training_step_compiles_with_the_kernels_in_it():
+  compile_all(STEP)

@@ -29,9 +29,9 @@ class Chip:
   bf16 and fp8 are peak FLOP/s (fp8 equals bf16 where there is no FP8 unit),
   usable is bytes of memory that a program gets, bandwidth and link bytes a
   second (link: to the neighbours together), dollars an hour of the whole chip.
-  margin is the share of `usable` that a plan leaves free: compiled programs
-  need up to 1.3 % more on TPUs than the arithmetic says, up to 11 % more on
-  GPUs (docs/plan.md), where NCCL and cuBLAS have their own.
+  margin is the share of `usable` that a plan leaves free: programs compiled for
+  GPUs need up to 11 % more than the arithmetic says (docs/plan.md), and NCCL
+  and cuBLAS have their own; none for TPUs does.
   """
 
   bf16: float

@@ -156,7 +156,7 @@ def test_troubles_are_those_that_are_printed():
     'is writing to it; wait, or name another folder',
     'the text has changed since',
     'RESOURCE_EXHAUSTED',
-    'libtpu is missing; pip install "mla_moe[tpu]"',
+    'is missing; pip install "mla_moe[',
     'No TensorBoard events: pip install "mla_moe[viz]" to have them.',
   ):
     assert said in text, said

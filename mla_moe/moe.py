@@ -411,7 +411,7 @@ def _ragged(x, weights, chosen, w_gate_up, w_down, expected, recipe):
   held = (chosen.reshape(-1) < e) & (places < room)
   valid = jnp.arange(room) < sizes.sum()
   places = jnp.where(held, places, 0)
-  rest = 0
+  rest = None
   if room < total:
     cut = _cut(chosen, order, 128, sizes)
     args = x, weights, w_gate_up, w_down, cut, recipe
@@ -425,7 +425,8 @@ def _ragged(x, weights, chosen, w_gate_up, w_down, expected, recipe):
   )
   both = multiply(rows, w_gate_up).reshape(room, 2, -1)
   out = multiply(layers.gated(both), w_down)
-  return dispatch.combine(out, weights, slots, valid, places, held) + rest
+  out = dispatch.combine(out, weights, slots, valid, places, held)
+  return out if rest is None else out + rest
 
 
 def _padded(x, weights, chosen, w_gate_up, w_down, expected):

@@ -3,9 +3,8 @@
 Peaks and bandwidths are the makers' (cloud.google.com/tpu/docs: v5e, v5p, v6e,
 tpu7x; NVIDIA's data sheets; read 2026-11-24). The memory that a program can
 have of a TPU is what libtpu 0.0.50 says when it refuses one that is too large;
-of a GPU `SHARE` of
-what its driver reports is assumed, as with XLA_PYTHON_CLIENT_MEM_FRACTION=0.92.
-Prices are those of an on-demand chip's
+of a GPU `SHARE` of what its driver reports is assumed, as with
+XLA_PYTHON_CLIENT_MEM_FRACTION=0.92. Prices are those of an on-demand chip's
 hour in the US, as secondary sources of 2026 quote them (Google's price page
 was not at hand; Ironwood has no public list price; GPUs' are rounded market
 prices); the H800's $2 is the assumption of the DeepSeek-V3 report's Table 1.

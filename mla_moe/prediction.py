@@ -3,6 +3,10 @@
 Without a mesh this is `losses.token_nll`. On one, each device computes its own
 tokens' logits of its own columns of the head; what is left to exchange are two
 numbers a token, the target's logit and the logsumexp (Shoeybi et al. 2019).
+
+The main model's states and the MTP modules' come in one pass (S of them): they
+share the head, whose gradient is the largest array of a step and would else be
+there once for each, and once more for their sum.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import subprocess
 import sys
 
 import pytest
+from products import PRODUCTS
 
 HERE = importlib.util.find_spec('jax_cuda13_plugin') and shutil.which('ptxas')
 pytestmark = [
@@ -37,22 +38,8 @@ shape = lambda s, d: jax.ShapeDtypeStruct(s, d, sharding=where)
 calls = lambda program, name: len(re.findall(name, program.as_text()))
 """
 
-PRODUCTS = """
-from mla_moe import fp8
-
-def both(f):
-  def run(x, w, g, sizes):
-    y, pull = jax.vjp(lambda x, w: f(x, w, sizes), x, w)
-    return y, *pull(g)
-  return run
-
-x, g = shape((1024, 512), jnp.bfloat16), shape((1024, 384), jnp.bfloat16)
-sizes = shape((4,), jnp.int32)
-dense = lambda x, w, sizes: fp8.dot(x, w, impl='mgpu')
-grouped = lambda x, w, sizes: fp8.ragged_dot(x, w, sizes, impl='mgpu')
-for run, w in ((dense, (512, 384)), (grouped, (4, 512, 384))):
-  lowered = jax.jit(both(run)).lower(x, shape(w, jnp.float32), g, sizes)
-  assert calls(lowered.compile(), 'custom_call_target="mosaic_gpu') == 3
+MGPU = """
+impl, target = 'mgpu', 'mosaic_gpu'
 """
 
 LATENT = """
@@ -75,7 +62,6 @@ for tokens in (1, 2):
 """
 
 STEP = """
-import dataclasses
 from configs import small
 from mla_moe import config as c, memory
 from experiments.plan import hlo
@@ -107,7 +93,7 @@ def compile_all(program, **more):
 
 def test_fp8_products_compile_and_spill_nothing(tmp_path):
   wanted = {'MOSAIC_GPU_DUMP_TO': str(tmp_path), 'MOSAIC_GPU_DUMP_PTXAS': '1'}
-  compile_all(PRODUCTS, **wanted)
+  compile_all(MGPU + PRODUCTS, **wanted)
   found = [path.read_text() for path in tmp_path.glob('*.ptxas')]
   assert len(found) == 6
   for text in found:

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
+from products import PRODUCTS
 
 from mla_moe import fp8, sharding
 from mla_moe.kernels import block_tpu
@@ -158,30 +159,13 @@ def test_a_kernel_in_a_region_equals_the_plain_product(kind, monkeypatch):
 
 
 AHEAD = """
-import os
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
-from mla_moe import fp8
 
 chips = topologies.get_topology_desc('tpu7x:2x2x1', platform='tpu')
 where = jax.sharding.SingleDeviceSharding(chips.devices[0])
 shape = lambda s, d: jax.ShapeDtypeStruct(s, d, sharding=where)
-
-def both(f):
-  def run(x, w, g, sizes):
-    y, pull = jax.vjp(lambda x, w: f(x, w, sizes), x, w)
-    return y, *pull(g)
-  return run
-
-x, g = shape((1024, 512), jnp.bfloat16), shape((1024, 384), jnp.bfloat16)
-sizes = shape((4,), jnp.int32)
-dense = lambda x, w, sizes: fp8.dot(x, w, impl='tpu')
-grouped = lambda x, w, sizes: fp8.ragged_dot(x, w, sizes, impl='tpu')
-for run, w in ((dense, (512, 384)), (grouped, (4, 512, 384))):
-  traced = jax.jit(both(run)).trace(x, shape(w, jnp.float32), g, sizes)
-  program = traced.lower(lowering_platforms=('tpu',)).compile()
-  assert program.as_text().count('custom_call_target="tpu_custom_call"') == 3
+impl, target = 'tpu', 'tpu_custom_call'
 """
 
 
@@ -198,4 +182,4 @@ def test_the_tpu_kernels_compile_for_v7():
     'TPU_WORKER_HOSTNAMES': 'localhost',
     'JAX_PLATFORMS': 'cpu',
   }
-  subprocess.run([sys.executable, '-c', AHEAD], check=True, env=env)
+  subprocess.run([sys.executable, '-c', AHEAD + PRODUCTS], check=True, env=env)

@@ -1,6 +1,7 @@
 """Plans: memory by arithmetic against the model's own shapes; the CLI."""
 
 import dataclasses
+import json
 import math
 import pathlib
 import re
@@ -15,7 +16,7 @@ from flax import linen as nn
 
 from configs import deepseek_v2_lite, deepseek_v3, small
 from experiments import chips
-from experiments.plan import bill, report, search
+from experiments.plan import bill, compiled, report, search
 from mla_moe import config as config_lib
 from mla_moe import cost, memory, model, sharding, step
 from mla_moe.config import ConfigError
@@ -219,6 +220,27 @@ def test_bad_plans_are_one_line(args, said):
   done = plan(*args)
   assert done.returncode == 2
   assert re.search(said, done.stderr) and done.stderr.count('\n') == 1
+
+
+@pytest.mark.parametrize(
+  'topology, package', [('v5e:2x2', 'libtpu'), ('h100:8', 'jax-cuda13-plugin')]
+)
+def test_a_missing_compiler_is_named(topology, package, monkeypatch):
+  monkeypatch.setattr(compiled.importlib.util, 'find_spec', lambda name: None)
+  extra = 'tpu' if package == 'libtpu' else 'cuda'
+  said = f'{package} is missing; pip install "mla_moe[{extra}]"'
+  with pytest.raises(ConfigError, match=re.escape(said)):
+    compiled.run(LITE, chips.parse(topology))
+
+
+def test_a_program_too_large_for_a_gpu_is_refused(monkeypatch):
+  found = {'arguments': 60 * 2**30, 'temporary': 20 * 2**30}
+  done = subprocess.CompletedProcess([], 0, json.dumps(found), '')
+  monkeypatch.setattr(compiled.subprocess, 'run', lambda *_, **__: done)
+  monkeypatch.setattr(compiled.importlib.util, 'find_spec', lambda name: name)
+  said = 'needs 80.00G of memory on h100:8, where there is 72.81G'
+  with pytest.raises(ConfigError, match=said):
+    compiled.run(LITE, chips.parse('h100:8'))
 
 
 def test_the_page_says_what_the_plan_says():

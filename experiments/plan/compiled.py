@@ -66,12 +66,9 @@ def run(config: config_lib.Config, on: chips.Slice) -> dict:
   found = json.loads(done.stdout.splitlines()[-1])
   needs = found['arguments'] + found['temporary']
   if on.gpu and needs > on.chip.usable:  # libtpu refuses by itself
-    raise ConfigError(_too_large(on, needs, on.chip.usable))
+    gib = lambda size: f'{size / chips.GIB:.2f}G'
+    raise ConfigError(_refusal(on, gib(needs), gib(on.chip.usable)))
   return found
-
-
-def _too_large(on: chips.Slice, needs: float, has: float) -> str:
-  return _refusal(on, f'{needs / chips.GIB:.2f}G', f'{has / chips.GIB:.2f}G')
 
 
 def _refusal(on: chips.Slice, needs: str, has: str) -> str:

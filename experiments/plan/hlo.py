@@ -2,9 +2,10 @@
 
 XLA prints a computation once, also when a loop runs it often: every operation
 counts as often as the loops around it turn. Trip counts are in the text where
-XLA knows them; the others are the micro-batches, whose number is a value.
-Bytes are those that one device receives, with the usual rings: an all-gather
-brings (n-1)/n of its result, an all-reduce twice that.
+XLA knows them; the others are the micro-batches, whose number is a value, and
+an exchange's further rounds, of which a balanced step has none. Bytes are
+those that one device receives, with the usual rings: an all-gather brings
+(n-1)/n of its result, an all-reduce twice that.
 """
 
 from __future__ import annotations

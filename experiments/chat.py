@@ -14,8 +14,9 @@ import re
 
 import numpy as np
 
-from mla_moe import hf_config, tokenizer
 from mla_moe.config import ConfigError
+from mla_moe.data import tokenizer
+from mla_moe.hf import config_json
 
 USER, ASSISTANT = '<｜User｜>', '<｜Assistant｜>'
 _MARK = re.compile('\ue000([0-9]+)\ue001')
@@ -73,7 +74,7 @@ def talk(
 def _settings(folder: pathlib.Path) -> dict:
   """The template ('' if there is none) and the texts of bos and eos."""
   path = folder / 'tokenizer_config.json'
-  values = hf_config.read_json(path) if path.exists() else {}
+  values = config_json.read_json(path) if path.exists() else {}
   template = values.get('chat_template') or ''
   if isinstance(template, list):  # several, by name
     named = {x.get('name'): x.get('template') for x in template}

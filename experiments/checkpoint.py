@@ -61,7 +61,7 @@ def find(folder: pathlib.Path) -> pathlib.Path:
 
 def ls(folder: pathlib.Path, steps: list[int]) -> None:
   """A line for each step: seal, size, age, held-out score, versions."""
-  from mla_moe import checkpoint, seal
+  from mla_moe.checkpoint import seal, store
 
   if not steps:
     print(f'{folder}: no checkpoints')
@@ -71,7 +71,7 @@ def ls(folder: pathlib.Path, steps: list[int]) -> None:
     line = f'{step:>10}  {size / 2**20:>10,.1f} MiB'
     try:
       sealed = seal.read(path)
-    except checkpoint.Damaged as error:
+    except store.Damaged as error:
       print(f'{line}  DAMAGED: {error}')
       continue
     if sealed is None:
@@ -93,13 +93,13 @@ def ls(folder: pathlib.Path, steps: list[int]) -> None:
 
 def verify(folder: pathlib.Path, steps: list[int]) -> bool:
   """Whether every one is as it was sealed; says so of each."""
-  from mla_moe import checkpoint
+  from mla_moe.checkpoint import store
 
   good = bool(steps)
   for step in steps:
     try:
-      sealed = checkpoint.check(folder, step)
-    except checkpoint.Damaged as error:
+      sealed = store.check(folder, step)
+    except store.Damaged as error:
       print(f'{step}: DAMAGED. {error}')
       good = False
       continue
@@ -122,7 +122,7 @@ def rm(
     ConfigError: nothing to delete, a run that writes to the folder, or no
       whole step would be left.
   """
-  from mla_moe import checkpoint
+  from mla_moe.checkpoint import store
 
   if not steps and not refused:
     raise ConfigError('rm: name the steps to delete, or --refused')
@@ -131,14 +131,14 @@ def rm(
     workdir.lock(run) if (run / 'lock').exists() else contextlib.nullcontext()
   )
   with busy:
-    there = checkpoint.steps(folder)
+    there = store.steps(folder)
     left = [step for step in there if step not in steps]
     if steps and not force and not any(_whole(folder, step) for step in left):
       raise ConfigError(
         'rm: no whole step would be left; --force deletes all the same'
       )
     for step in steps:
-      checkpoint.remove(folder, step)
+      store.remove(folder, step)
       print(f'{step}: deleted')
     place = folder / 'refused'
     if refused and place.is_dir():
@@ -147,9 +147,9 @@ def rm(
 
 
 def _chosen(folder, named) -> list[int]:
-  from mla_moe import checkpoint
+  from mla_moe.checkpoint import store
 
-  there = checkpoint.steps(folder)
+  there = store.steps(folder)
   for step in named:
     if step not in there:
       raise ConfigError(f'{folder}: has no step {step}, only {there}')
@@ -157,11 +157,11 @@ def _chosen(folder, named) -> list[int]:
 
 
 def _whole(folder, step) -> bool:
-  from mla_moe import checkpoint
+  from mla_moe.checkpoint import store
 
   try:
-    return checkpoint.check(folder, step) is not None
-  except checkpoint.Damaged:
+    return store.check(folder, step) is not None
+  except store.Damaged:
     return False
 
 

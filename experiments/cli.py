@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from absl import flags
 from ml_collections import config_flags
 
-from mla_moe import config as config_lib
+from mla_moe.config import Config, ConfigError, freeze
+from mla_moe.config import keys as config_keys
 
 FLAGS = flags.FLAGS
 
@@ -46,9 +47,9 @@ def define() -> None:
   flags.DEFINE_string('workdir', 'runs/tiny', 'Folder of the run.')
 
 
-def config() -> config_lib.Config:
+def config() -> Config:
   """The checked config of the flags."""
-  return config_lib.freeze(FLAGS.config)
+  return freeze(FLAGS.config)
 
 
 def run(main: Callable[[], None], define: Callable[[], None] = define) -> None:
@@ -72,7 +73,7 @@ def edge() -> Iterator[None]:
     finally:
       sys.stdout.flush()  # here, and not when Python has half ended
     return
-  except config_lib.ConfigError as error:
+  except ConfigError as error:
     text = f'error: {error}'
   except Stopped as error:
     code, text = 1, f'error: {error}'
@@ -105,17 +106,17 @@ def _parse(define: Callable[[], None]) -> None:
       name = config_file(sys.argv[1:])
     rest = FLAGS(sys.argv)[1:]
     made = FLAGS.config if 'config' in FLAGS else FLAGS
-  except (config_lib.ConfigError, BrokenPipeError):
+  except (ConfigError, BrokenPipeError):
     raise
   except Exception as error:  # a config file may raise anything
-    raise config_lib.ConfigError(_said(error, name)) from None
+    raise ConfigError(_said(error, name)) from None
   if not hasattr(made, 'keys') and made is not FLAGS:
-    raise config_lib.ConfigError(
+    raise ConfigError(
       f'--config={name}: get_config gives {made!r}; it must return a config, '
       'as that of configs/tiny.py does'
     )
   if rest:
-    raise config_lib.ConfigError(f'{rest[0]!r}: not a flag; flags have --')
+    raise ConfigError(f'{rest[0]!r}: not a flag; flags have --')
 
 
 def _keys() -> str:
@@ -123,8 +124,8 @@ def _keys() -> str:
   lines = [
     "The keys of a config (mla_moe/config.py), with DeepSeek-V3's values:"
   ]
-  for key in config_lib.keys():
-    value = operator.attrgetter(key.partition('.')[2])(config_lib.Config())
+  for key in config_keys():
+    value = operator.attrgetter(key.partition('.')[2])(Config())
     lines.append(f'  --{key}={value}')
   return '\n'.join(lines)
 
@@ -141,9 +142,7 @@ def config_file(words: list[str]) -> str:
     there = {path.stem: path for path in pathlib.Path('configs').glob('*.py')}
     near = difflib.get_close_matches(pathlib.Path(name).stem, there, 1)
     hint = f'; did you mean {there[near[0]]}?' if near else ''
-    raise config_lib.ConfigError(
-      f'--config={name}: no such file in {os.getcwd()}{hint}'
-    )
+    raise ConfigError(f'--config={name}: no such file in {os.getcwd()}{hint}')
   return name
 
 
@@ -184,7 +183,7 @@ def _no_key(words: list[str]) -> str:
   A key of another group counts before a similar name: the group is what one
   forgets.
   """
-  keys = list(config_lib.keys())
+  keys = list(config_keys())
   groups = {key.rpartition('.')[0] for key in keys}
   for word in words:
     asked = re.match(r'--?(config\.[\w.]+)', word)

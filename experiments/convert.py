@@ -27,8 +27,7 @@ import tempfile
 from absl import flags
 
 from experiments import cli, workdir
-from mla_moe import config as config_lib
-from mla_moe.config import ConfigError
+from mla_moe.config import Config, ConfigError
 
 FLAGS = flags.FLAGS
 TOLERANCE = 2e-4
@@ -77,7 +76,7 @@ def is_run(folder: pathlib.Path) -> bool:
 def to_run(
   source: pathlib.Path,
   target: pathlib.Path,
-  recipe: config_lib.Config,
+  recipe: Config,
   force: bool = False,
 ) -> None:
   """A run at step 0 from a Hugging Face folder, whole or not at all.
@@ -88,14 +87,10 @@ def to_run(
   import jax
   import jax.numpy as jnp
 
-  from mla_moe import (
-    checkpoint,
-    hf_save,
-    load_huggingface,
-    optim,
-    sharding,
-    step,
-  )
+  from mla_moe import load_huggingface, sharding
+  from mla_moe.checkpoint import store
+  from mla_moe.hf import save
+  from mla_moe.train import optim, step
 
   if target.exists() and (not target.is_dir() or any(target.iterdir())):
     if not force:
@@ -137,9 +132,9 @@ def to_run(
   try:
     with workdir.claim(scratch, config) as path:
       (path / 'huggingface').mkdir()
-      hf_save.copy_extras(source, path / 'huggingface')
+      save.copy_extras(source, path / 'huggingface')
       (path / 'config.py').write_text(_CONFIG.format(target))
-      with checkpoint.Writer(path / 'checkpoints', config.run.keep) as saved:
+      with store.Writer(path / 'checkpoints', config.run.keep) as saved:
         # No text has been trained on: any may be.
         facts = {'corpus': '', 'config': workdir.digest(config)}
         saved.save(0, state, facts)
@@ -152,7 +147,7 @@ def to_run(
 
 
 def last_variables(
-  folder: pathlib.Path, config: config_lib.Config, unsealed: bool = False
+  folder: pathlib.Path, config: Config, unsealed: bool = False
 ):
   """{'params', 'router'} of a run's last checkpoint that is whole.
 
@@ -163,7 +158,8 @@ def last_variables(
 
   import jax
 
-  from mla_moe import checkpoint, step
+  from mla_moe.checkpoint import store
+  from mla_moe.train import step
 
   make = functools.partial(step.init_state, config=config)
   like = jax.eval_shape(make, jax.random.key(0))
@@ -172,7 +168,7 @@ def last_variables(
   like = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), like
   )
-  restored = checkpoint.restore(folder / 'checkpoints', like, unsealed=unsealed)
+  restored = store.restore(folder / 'checkpoints', like, unsealed=unsealed)
   if restored is None:
     raise ConfigError(f'{folder}: has no checkpoint yet')
   state = restored.state
@@ -228,10 +224,11 @@ def check(folder: pathlib.Path) -> float:
     ) from None
   import numpy as np
 
-  from mla_moe import hf_config, load_huggingface, save_huggingface
+  from mla_moe import load_huggingface, save_huggingface
+  from mla_moe.hf import config_json
 
   config, variables = load_huggingface(folder)
-  values = hf_config.read_json(folder / 'config.json')
+  values = config_json.read_json(folder / 'config.json')
   native = values.get('model_type') in ('deepseek_v2', 'deepseek_v3')
   tokens = np.random.default_rng(0).integers(0, config.vocab, (1, 64))
   with tempfile.TemporaryDirectory() as scratch:
@@ -265,7 +262,8 @@ def _outputs(config, variables, tokens) -> list:
   import jax.numpy as jnp
   import numpy as np
 
-  from mla_moe import Transformer, block, rope
+  from mla_moe import Transformer
+  from mla_moe.model import block, rope
 
   params, router = variables['params'], variables['router']
   tokens = jnp.asarray(tokens, jnp.int32)

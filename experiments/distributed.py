@@ -28,8 +28,7 @@ from typing import Any
 import numpy as np
 
 from experiments import roll_call, workdir
-from mla_moe import config as config_lib
-from mla_moe.config import ConfigError
+from mla_moe.config import Config, ConfigError
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 _ROOT = pathlib.Path(__file__).parent.parent
@@ -118,7 +117,7 @@ def first() -> bool:
   return processes() == 1 or jax.process_index() == 0
 
 
-def agree(config: config_lib.Config) -> None:
+def agree(config: Config) -> None:
   """Compares config, code and packages of all processes.
 
   Raises:
@@ -145,7 +144,7 @@ def agree(config: config_lib.Config) -> None:
     )
 
 
-def fingerprints(config: config_lib.Config) -> dict[str, bytes]:
+def fingerprints(config: Config) -> dict[str, bytes]:
   """SHA-256 of the config, of our sources, and of versions that matter."""
   digest = lambda text: hashlib.sha256(text.encode()).digest()
   files = [
@@ -165,7 +164,7 @@ def fingerprints(config: config_lib.Config) -> dict[str, bytes]:
 
 
 @contextlib.contextmanager
-def claim(folder: os.PathLike | str, config: config_lib.Config):
+def claim(folder: os.PathLike | str, config: Config):
   """`workdir.claim` by process 0; yields the folder, and where to write.
 
   The second is the folder itself on process 0, and scratch on the others,

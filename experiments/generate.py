@@ -103,7 +103,8 @@ def open_checkpoint() -> Loaded:
   Raises:
     ConfigError: no model, or one that cannot be loaded.
   """
-  from mla_moe import hf_config, tokenizer
+  from mla_moe.data import tokenizer
+  from mla_moe.hf import config_json
 
   if not FLAGS.checkpoint:
     raise ConfigError('--checkpoint: name a Hugging Face folder or a run')
@@ -124,7 +125,7 @@ def open_checkpoint() -> Loaded:
   ends = {config.eos_id}
   path = beside / 'generation_config.json'
   if path.exists():
-    given = hf_config.read_json(path).get('eos_token_id')
+    given = config_json.read_json(path).get('eos_token_id')
     given = given if isinstance(given, list) else [given]
     ends |= {i for i in given if isinstance(i, int) and 0 <= i < config.vocab}
   return Loaded(config, variables, words, beside, tuple(sorted(ends)))
@@ -142,7 +143,8 @@ def run(loaded: Loaded, text: str) -> None:
   """Prints the continuation of `text` (the answer to it, with --chat)."""
   from experiments import chat
   from experiments import text as texts
-  from mla_moe import CacheConfig, generation
+  from mla_moe import CacheConfig
+  from mla_moe.decode import generation
 
   if FLAGS.chat:
     ids = chat.prompt(loaded.folder, loaded.words, text, FLAGS.system)

@@ -39,13 +39,13 @@ def main() -> None:
   try:
     import uvicorn
 
-    from experiments import endpoint
+    from experiments.serving import endpoint
   except ImportError:
     raise ConfigError(
       'serving needs starlette and uvicorn: pip install "mla_moe[serve]"'
     ) from None
-  from experiments import scheduler
-  from experiments.engine import Engine
+  from experiments.serving import scheduler
+  from experiments.serving.engine import Engine
   from mla_moe import CacheConfig
 
   loaded = generate.open_checkpoint()

@@ -26,7 +26,7 @@ import tempfile
 import time
 
 from experiments import workdir
-from mla_moe import faults
+from mla_moe.checkpoint import faults
 from mla_moe.config import ConfigError
 
 _STRIKES = 6  # disasters of one run, before it is left to finish
@@ -114,10 +114,10 @@ def outcome(folder: pathlib.Path) -> dict:
   Raises:
     ConfigError: the last checkpoint is not whole.
   """
-  from mla_moe import checkpoint
+  from mla_moe.checkpoint import store
 
-  last = checkpoint.steps(folder / 'checkpoints')[-1]
-  sealed = checkpoint.check(folder / 'checkpoints', last)
+  last = store.steps(folder / 'checkpoints')[-1]
+  sealed = store.check(folder / 'checkpoints', last)
   if sealed is None:
     raise ConfigError(f'{folder}: the last checkpoint has no seal')
   rows = {
@@ -137,9 +137,9 @@ def _disaster(
 
   Damage to files is done here; it needs a sealed step to fall back to.
   """
-  from mla_moe import checkpoint, seal
+  from mla_moe.checkpoint import seal, store
 
-  saved = checkpoint.steps(path / 'checkpoints')
+  saved = store.steps(path / 'checkpoints')
   sealed = [
     step
     for step in saved
@@ -188,10 +188,10 @@ def _allowed(what: str) -> tuple[int, ...]:
 
 def _at_end(folder: pathlib.Path, steps: int) -> bool:
   """Whether the last step is there, sealed, and the run was closed after it."""
-  from mla_moe import checkpoint, seal
+  from mla_moe.checkpoint import seal, store
 
   path = folder / 'checkpoints'
-  if checkpoint.steps(path)[-1:] != [steps]:
+  if store.steps(path)[-1:] != [steps]:
     return False
   done = (folder / 'report.html').exists()
   return done and (path / str(steps) / seal.NAME).exists()

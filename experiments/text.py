@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mla_moe import tokenizer
+from mla_moe.data import tokenizer
 
 _BROKEN = '\ufffd'  # what decoding makes of half a character
 

@@ -19,17 +19,10 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from experiments import (
-  cli,
-  distributed,
-  guard,
-  profile,
-  signals,
-  tracking,
-  watchdog,
-  workdir,
-)
-from mla_moe import config as config_lib
+from experiments import cli, distributed, profile, workdir
+from experiments.training import signals, skips, tracking, watchdog
+from experiments.training.course import Course, resume, shape
+from mla_moe.config import Config
 
 
 class Also(NamedTuple):
@@ -40,7 +33,7 @@ class Also(NamedTuple):
 
 
 def run(
-  config: config_lib.Config,
+  config: Config,
   folder: os.PathLike | str,
   *,
   unsealed: bool = False,
@@ -68,14 +61,6 @@ def run(
       raise cli.Stopped(workdir.trouble(path, error)) from error
 
 
-class Course(NamedTuple):
-  """Where a run is: its state after `number` steps, and its guard's counts."""
-
-  number: int
-  state: Any
-  guard: guard.Guard
-
-
 class Look(NamedTuple):
   """A dispatched step, to be looked at once the next one runs."""
 
@@ -100,8 +85,9 @@ def _run(
 ) -> dict:
   import jax
 
-  from experiments import logs, preparation, recorder, report
-  from mla_moe import checkpoint
+  from experiments import report
+  from experiments.training import logs, preparation, recorder
+  from mla_moe.checkpoint import store
 
   window = profile.window(also.profile)
   metrics = path / 'metrics.jsonl'
@@ -113,19 +99,19 @@ def _run(
     if ready.mesh:
       stack.enter_context(jax.set_mesh(ready.mesh))
     kept = dict(keep_every=every.keep_every, keep_best=every.keep_best)
-    saved = checkpoint.Writer(path / 'checkpoints', every.keep, **kept)
+    saved = store.Writer(path / 'checkpoints', every.keep, **kept)
     stack.enter_context(saved)
     dog = stack.enter_context(watchdog.Watchdog(every.step_timeout))
     state = preparation.fresh(ready)
     like = jax.tree.map(shape, state)
-    course = Course(0, state, guard.Guard())
-    if checkpoint.steps(path / 'checkpoints'):
+    course = Course(0, state, skips.Guard())
+    if store.steps(path / 'checkpoints'):
       del state, course  # their memory is the restored one's
       course = resume(ready, like, unsealed=unsealed, aside=True)
       if course:
         print(f'Resuming {path} at step {course.number}.')
       else:  # killed in its very first save
-        course = Course(0, preparation.fresh(ready), guard.Guard())
+        course = Course(0, preparation.fresh(ready), skips.Guard())
     written = recorder.Recorder(ready._replace(path=records), course.number)
     stack.callback(written.close)
     written.before = stack.enter_context(
@@ -153,58 +139,21 @@ def _run(
   return written.final
 
 
-def resume(
-  ready,
-  like,
-  *,
-  before: int | None = None,
-  unsealed: bool = False,
-  aside: bool = False,
-) -> Course | None:
-  """The course at the last checkpoint that is whole, or None.
-
-  Raises:
-    ConfigError: it is of another text, or of another config.
-  """
-  from mla_moe import checkpoint
-
-  restored = checkpoint.restore(
-    ready.path / 'checkpoints',
-    like,
-    before=before,
-    unsealed=unsealed,
-    aside=aside,
-  )
-  if restored is None:
-    return None
-  number, state, facts = restored
-  # '' is a released checkpoint, which has seen no text of ours.
-  if facts['corpus'] not in ('', ready.text.fingerprint):
-    raise config_lib.ConfigError(
-      f'data.source={ready.config.data.source!r}: the text has changed since '
-      f'step {number}; restore it, or start in another workdir'
-    )
-  ours = workdir.digest(ready.config)
-  if facts.get('config', ours) != ours:
-    raise config_lib.ConfigError(
-      f'{ready.path}/checkpoints/{number}: was saved by a run of another '
-      'config than config.json says; put back the one that belongs to it'
-    )
-  return Course(number, state, guard.Guard(**facts.get('guard', {})))
-
-
 def _steps(ready, course, saved, written, stop, dog, tell) -> Ended:
   """Steps until something ends them; each is looked at behind the next one."""
   import jax
 
-  from experiments.preparation import place
-  from mla_moe import data, faults, fingerprint, fp8, optim
+  from experiments.training.preparation import place
+  from mla_moe import fp8
+  from mla_moe.checkpoint import faults, fingerprint
+  from mla_moe.data import batches
+  from mla_moe.train import optim
 
   config, every = ready.config, ready.config.run
   start, state, counts = course
   del course
   number = start
-  stream = data.batches(
+  stream = batches.batches(
     ready.text.train,
     config.data,
     ready.text.bos_id,
@@ -215,7 +164,7 @@ def _steps(ready, course, saved, written, stop, dog, tell) -> Ended:
   )
   look, clock = None, None
   for number, batch in enumerate(stream, start + 1):
-    seen, size = data.span(config.data, number - 1)
+    seen, size = batches.span(config.data, number - 1)
     rates = optim.rates(config.optim, number - 1, seen * config.data.seq_len)
     given, state = faults.disturb(number, rates, state)
     asked = stop.share()
@@ -326,7 +275,7 @@ def _look(look: Look, counts, every, written, tell) -> Ended | None:
   number = look.number
   skipped = int(look.values['skipped'])
   if skipped:
-    written.incident(number, f'skipped: {guard.REASONS[skipped]}')
+    written.incident(number, f'skipped: {skips.REASONS[skipped]}')
   logged = look.spent or skipped
   text = ''
   if logged:
@@ -353,7 +302,7 @@ def _look(look: Look, counts, every, written, tell) -> Ended | None:
 
 def _store(ready, course, saved, written) -> bool:
   """Saves; a save that fails is an incident, and training goes on."""
-  from mla_moe import checkpoint
+  from mla_moe.checkpoint import store
 
   bits = written.measured.get(course.number)
   facts = {
@@ -369,7 +318,7 @@ def _store(ready, course, saved, written) -> bool:
   ):
     try:
       attempt()
-    except checkpoint.NotSaved as error:
+    except store.NotSaved as error:
       written.incident(course.number, str(error))
       good = False
   return good
@@ -377,7 +326,7 @@ def _store(ready, course, saved, written) -> bool:
 
 def _back(ready, saved, written, like, ended: Ended) -> Course:
   """The course from before a spike, with the text around it left out."""
-  from mla_moe import data
+  from mla_moe.data import batches
 
   config = ready.config
   now, counts = ended.course.number, ended.course.guard
@@ -389,7 +338,8 @@ def _back(ready, saved, written, like, ended: Ended) -> Course:
       'before; lower config.optim.learning_rate or config.run.save_every'
     )
   ahead = (
-    data.span(config.data, now)[0] - data.span(config.data, course.number)[0]
+    batches.span(config.data, now)[0]
+    - batches.span(config.data, course.number)[0]
   )
   more = config.run.spike_jump * config.data.batch_size
   counts = counts.went_back(counts.passed + ahead + more)
@@ -404,14 +354,14 @@ def _back(ready, saved, written, like, ended: Ended) -> Course:
 
 def _end(ready, saved, written, ended: Ended) -> None:
   """The last words of a run, once its last checkpoint is sealed."""
-  from mla_moe import checkpoint
+  from mla_moe.checkpoint import store
 
   number = ended.course.number
   try:
     if ended.how == 'halted':
       _store(ready, ended.course, saved, written)
     saved.wait()
-  except checkpoint.NotSaved as error:
+  except store.NotSaved as error:
     raise cli.Stopped(f'{error}; sealed steps are as they were') from None
   if ended.how == 'halted':
     written.incident(number, ended.text)
@@ -438,13 +388,6 @@ def _out_of_memory(config, error) -> str:
   )
 
 
-def shape(x):
-  """What stands for an array where its memory is not wanted."""
-  import jax
-
-  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-
-
 def define() -> None:
   """This program's flags, beside those of a config."""
   cli.define()
@@ -464,7 +407,7 @@ def main() -> None:
   """Runs the flags' config in the flags' folder."""
   unsealed = flags.FLAGS.allow_unsealed
   if flags.FLAGS.replay:
-    from experiments import replay
+    from experiments.training import replay
 
     path = pathlib.Path(flags.FLAGS.workdir)
     replay.replay(path, flags.FLAGS.replay, unsealed=unsealed)

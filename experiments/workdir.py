@@ -13,8 +13,7 @@ import pathlib
 import re
 import shutil
 
-from mla_moe import config as config_lib
-from mla_moe.config import ConfigError
+from mla_moe.config import Config, ConfigError, differences, freeze
 
 # What may change between the starts of one run: nothing that the numbers of a
 # step depend on; a mesh changes their last bits alone.
@@ -33,7 +32,7 @@ _SECRETS = re.compile(
 
 
 @contextlib.contextmanager
-def claim(folder: os.PathLike | str, config: config_lib.Config):
+def claim(folder: os.PathLike | str, config: Config):
   """Makes the folder if need be, holds its lock, and writes config.json.
 
   Raises:
@@ -97,7 +96,7 @@ def redacted(text: str) -> str:
   return _SECRETS.sub('[redacted]', text)
 
 
-def digest(config: config_lib.Config) -> str:
+def digest(config: Config) -> str:
   """A hash of all that the numbers of a step depend on."""
   values = dataclasses.asdict(config)
   for name in ('run', 'mesh'):
@@ -117,10 +116,10 @@ def trouble(path: os.PathLike | str, error: OSError) -> str:
   return f'{path}: {error.strerror or error} ({name}; {free})'
 
 
-def read_config(path: pathlib.Path) -> config_lib.Config:
+def read_config(path: pathlib.Path) -> Config:
   """The config that a run's folder was made with."""
   try:
-    return config_lib.freeze(json.loads((path / 'config.json').read_text()))
+    return freeze(json.loads((path / 'config.json').read_text()))
   except (OSError, json.JSONDecodeError) as error:
     raise ConfigError(f'{path}/config.json: cannot be read ({error})') from None
 
@@ -135,10 +134,10 @@ def write(path: pathlib.Path, text: str) -> None:
   os.replace(scratch, path)
 
 
-def _bind(path: pathlib.Path, config: config_lib.Config, text: str):
+def _bind(path: pathlib.Path, config: Config, text: str):
   if (path / 'config.json').exists():
     before = read_config(path)
-    lines = config_lib.differences(config, before)
+    lines = differences(config, before)
     seed = 'config.run.seed'
     wrong = [x for x in lines if not x.startswith(_HARMLESS) or seed in x]
     if wrong and _begun(path):

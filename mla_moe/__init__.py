@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from mla_moe import cost
 from mla_moe.config import CacheConfig, Config, ConfigError, ModelConfig
-from mla_moe.generation import generate, rollout
-from mla_moe.hf_save import save_huggingface
-from mla_moe.huggingface import load_huggingface
-from mla_moe.model import Output, Transformer
+from mla_moe.decode.generation import generate, rollout
+from mla_moe.hf.load import load_huggingface
+from mla_moe.hf.save import save_huggingface
+from mla_moe.model.transformer import Output, Transformer
 
 __all__ = [
   'CacheConfig',

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from mla_moe import config as config_lib
+from mla_moe.config import Config, ModelConfig
 
 _BYTES = {'float32': 4, 'bfloat16': 2, 'float16': 2, 'int8': 1, 'float8': 1}
 
@@ -37,11 +37,11 @@ class Parameters:
   mtp_active: int
 
 
-def _model(config) -> config_lib.ModelConfig:
+def _model(config) -> ModelConfig:
   return getattr(config, 'model', config)
 
 
-def _attention(model: config_lib.ModelConfig) -> tuple[int, int]:
+def _attention(model: ModelConfig) -> tuple[int, int]:
   """Matrix and norm parameters of one attention layer."""
   a, d = model.mla, model.dim
   head = a.nope_dim + a.rope_dim
@@ -120,7 +120,7 @@ def cache_bytes_per_token(config, dtype: str = 'bfloat16') -> int:
   return per_layer * model.layers * _BYTES[str(dtype)]
 
 
-def training_bytes_per_device(config: config_lib.Config) -> dict[str, int]:
+def training_bytes_per_device(config: Config) -> dict[str, int]:
   """Bytes of state on each device: parameters, gradients, Adam's two moments.
 
   float32 all; experts are laid over expert, fsdp and tensor, the rest over

@@ -23,7 +23,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from mla_moe import config as config_lib
+from mla_moe.config import Config, ConfigError, MeshConfig
 from mla_moe.types import Array, PyTree
 
 # Slowest links first: collectives over the last axes are the most frequent.
@@ -61,7 +61,7 @@ FSDP = tuple(name for name, axes in RULES if axes == 'fsdp')
 
 
 def make_mesh(
-  mesh: config_lib.MeshConfig, devices: list | None = None
+  mesh: MeshConfig, devices: list | None = None
 ) -> jax.sharding.Mesh:
   """The mesh of all devices (or of `devices`) with the sizes of `mesh`.
 
@@ -74,7 +74,7 @@ def make_mesh(
   """
   devices = jax.devices() if devices is None else devices
   if mesh.devices != len(devices):
-    raise config_lib.ConfigError(
+    raise ConfigError(
       f'config.mesh={_shown(mesh)} is of {mesh.devices} devices, but '
       f'{len(devices)} are here; {_proposal(mesh, len(devices))} fits'
     )
@@ -96,7 +96,7 @@ def make_mesh(
   return jax.sharding.Mesh(laid, AXES, axis_types=kinds)
 
 
-def outermost(mesh: config_lib.MeshConfig, slices: int) -> str:
+def outermost(mesh: MeshConfig, slices: int) -> str:
   """The axis that goes across slices: `data`, `stage` or `fsdp`.
 
   Raises:
@@ -105,29 +105,29 @@ def outermost(mesh: config_lib.MeshConfig, slices: int) -> str:
   for axis in AXES[:3]:
     if getattr(mesh, axis) % slices == 0:
       return axis
-  raise config_lib.ConfigError(
+  raise ConfigError(
     f'config.mesh={_shown(mesh)}: {slices} slices are connected by the slow '
     f'network; make data, stage or fsdp a multiple of {slices}'
   )
 
 
-def _shown(mesh: config_lib.MeshConfig) -> str:
+def _shown(mesh: MeshConfig) -> str:
   sizes = {axis: getattr(mesh, axis) for axis in AXES}
   some = [f'{axis}:{n}' for axis, n in sizes.items() if n > 1]
   return ','.join(some) or 'data:1'
 
 
-def _proposal(mesh: config_lib.MeshConfig, have: int) -> str:
+def _proposal(mesh: MeshConfig, have: int) -> str:
   """As much of `mesh` as divides `have`; what is left goes to fsdp or data."""
   sizes = {}
   left = have
   for axis in ('tensor', 'context', 'expert', 'stage', 'fsdp'):
     sizes[axis] = math.gcd(getattr(mesh, axis), left)
     left //= sizes[axis]
-  return _shown(config_lib.MeshConfig(data=left, **sizes))
+  return _shown(MeshConfig(data=left, **sizes))
 
 
-def check(config: config_lib.Config):
+def check(config: Config):
   """Refuses, before any compilation, a mesh that the model cannot be laid on.
 
   Raises:
@@ -158,11 +158,11 @@ def check(config: config_lib.Config):
   for axes, size, name, length in wanted:
     if length % size:
       also = ' (two pieces each)' if size == pieces > 1 else ''
-      raise config_lib.ConfigError(
+      raise ConfigError(
         f'config.mesh.{axes}={size}{also}: must divide {name}={length}'
       )
   if mesh.context > 1 and model.mla.impl not in ('auto', 'xla', 'reference'):
-    raise config_lib.ConfigError(
+    raise ConfigError(
       f'model.mla.impl={model.mla.impl!r}: does not attend from a part of a '
       f'sequence (config.mesh.context={mesh.context}); use auto or xla'
     )

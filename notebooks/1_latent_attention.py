@@ -16,7 +16,8 @@ import numpy as np
 from matplotlib import pyplot
 
 from experiments.page import COLOURS
-from mla_moe import Config, attention, cost
+from mla_moe import Config, cost
+from mla_moe.model import attention
 from notebooks import look
 
 look.use()

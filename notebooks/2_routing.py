@@ -22,7 +22,9 @@ from matplotlib import pyplot
 
 from experiments.page import COLOURS
 from mla_moe import config as c
-from mla_moe import corpus, data, optim, router, step, tokenizer
+from mla_moe.data import batches, corpus, tokenizer
+from mla_moe.model import router
+from mla_moe.train import optim, step
 from notebooks import look
 
 look.use()
@@ -75,7 +77,7 @@ SEEDS = 3
 
 words = tokenizer.load('byte', 256, 257)
 text = corpus.prepare(text_config, words, pathlib.Path('runs/.corpus'))
-heldout = data.eval_batches(text.heldout, text_config, text.bos_id, 8)
+heldout = batches.eval_batches(text.heldout, text_config, text.bos_id, 8)
 
 
 plain = c.Config(model=model, optim=recipe, data=text_config)
@@ -101,7 +103,7 @@ def train(seed, balance_loss, bias_rate):
   state = init(jax.random.key(seed))
   losses, loads = [], []
   order = dataclasses.replace(config.data, seed=seed)
-  stream = data.batches(text.train, order, text.bos_id, 0, STEPS)
+  stream = batches.batches(text.train, order, text.bos_id, 0, STEPS)
   for number, batch in enumerate(stream):
     rates = optim.rates(config.optim, number, 0.0)
     rates = rates._replace(bias_rate=jnp.float32(bias_rate))
@@ -201,9 +203,9 @@ assert vio == sorted(vio)
 # The order of MaxVio is the paper's, by the same mechanism. The perplexity's
 # order cannot be told from three seeds, which move the difference between the
 # bias and the loss by more than a percent to either side; what the paper found
-# after 100B tokens is 0.6 %. `benchmarks/balance.py` tunes both and compares
+# after 100B tokens is 0.6 %. `bench/balance.py` tunes both and compares
 # them on 96 seeds: the bias is 0.12 ± 0.16 % below the loss, so that at this
-# size neither costs anything that shows (`benchmarks/balance.md`). Nor can the
+# size neither costs anything that shows (`bench/balance.md`). Nor can the
 # bias at the paper's own rate be judged: in 150 steps it hardly balances
 # anything.
 #

@@ -21,7 +21,9 @@ from matplotlib import pyplot
 
 from experiments.page import COLOURS
 from mla_moe import config as c
-from mla_moe import corpus, data, fp8, optim, step, tokenizer
+from mla_moe import fp8
+from mla_moe.data import batches, corpus, tokenizer
+from mla_moe.train import optim, step
 from notebooks import look
 
 look.use()
@@ -172,7 +174,7 @@ def losses(**change):
   run = jax.jit(functools.partial(step.train_step, config=some))
   state = step.init_state(jax.random.key(0), some)
   found = []
-  stream = data.batches(text.train, some.data, text.bos_id, 0, STEPS)
+  stream = batches.batches(text.train, some.data, text.bos_id, 0, STEPS)
   for number, batch in enumerate(stream):
     state, values = run(state, batch, optim.rates(some.optim, number, 0.0))
     found.append(float(values['main_loss']))

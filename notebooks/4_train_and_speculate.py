@@ -20,7 +20,9 @@ from configs import tiny
 from experiments import convert, train
 from experiments.page import COLOURS
 from mla_moe import config as c
-from mla_moe import generation, rollout, tokenizer
+from mla_moe import rollout
+from mla_moe.data import tokenizer
+from mla_moe.decode import generation
 from notebooks import look
 
 look.use()

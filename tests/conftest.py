@@ -15,11 +15,13 @@ import pytest  # noqa: E402
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 # Every module but config, whose classes check their own types and say so in
-# a line for people.
+# a line for people. A folder's name stands for all that it holds.
 _PACKAGE = pathlib.Path(__file__).parent.parent / 'mla_moe'
-_CHECKED = [f'mla_moe.{p.stem}' for p in _PACKAGE.glob('*.py')]
-_CHECKED.remove('mla_moe.config')
-_CHECKED.remove('mla_moe.__init__')
+_CHECKED = [
+  f'mla_moe.{path.stem}'
+  for path in _PACKAGE.iterdir()
+  if path.stem not in ('__init__', '__pycache__', 'config')
+]
 jaxtyping.install_import_hook(_CHECKED, 'checking.check')
 
 

@@ -9,7 +9,7 @@ import pathlib
 import pytest
 
 from mla_moe import Config
-from mla_moe import config as config_lib
+from mla_moe.config import ConfigError, differences, freeze
 
 ROOT = pathlib.Path(__file__).parent.parent
 NAMES = sorted(p.stem for p in (ROOT / 'configs').glob('[a-z]*.py'))
@@ -17,7 +17,7 @@ NAMES = sorted(p.stem for p in (ROOT / 'configs').glob('[a-z]*.py'))
 
 def load(name, arg=''):
   module = importlib.import_module(f'configs.{name}')
-  return config_lib.freeze(module.get_config(arg))
+  return freeze(module.get_config(arg))
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -25,11 +25,11 @@ def test_every_config_loads_smokes_and_survives_json(name):
   for arg in ('', 'smoke'):
     config = load(name, arg)
     text = json.dumps(dataclasses.asdict(config))
-    assert config_lib.freeze(json.loads(text)) == config
+    assert freeze(json.loads(text)) == config
   small = load(name, 'smoke')
   assert small.run.steps == 20 and small.run.log_every == 1
   assert small.model.moe.method == load(name).model.moe.method
-  with pytest.raises(config_lib.ConfigError, match='smoke'):
+  with pytest.raises(ConfigError, match='smoke'):
     load(name, 'nonsense')
 
 
@@ -128,8 +128,8 @@ def test_row31_a_mistake_is_one_line_with_key_and_rule(key, value, words):
   for group in groups:
     at = at.setdefault(group, {})
   at[name] = value
-  with pytest.raises(config_lib.ConfigError) as caught:
-    config_lib.freeze(values)
+  with pytest.raises(ConfigError) as caught:
+    freeze(values)
   message = str(caught.value)
   assert words in message and '\n' not in message
   assert groups[0] in message
@@ -165,4 +165,4 @@ def test_no_field_is_dead():
 def test_differences_name_the_fields():
   a = Config()
   b = dataclasses.replace(a, run=dataclasses.replace(a.run, steps=7))
-  assert config_lib.differences(a, b) == ['config.run.steps: 243425 != 7']
+  assert differences(a, b) == ['config.run.steps: 243425 != 7']

@@ -4,13 +4,14 @@ import importlib
 
 import pytest
 
-from mla_moe import Config, cost, data
-from mla_moe import config as config_lib
+from mla_moe import Config, cost
+from mla_moe.config import freeze
+from mla_moe.data import batches
 
 
 def load(name):
   module = importlib.import_module(f'configs.{name}')
-  return config_lib.freeze(module.get_config())
+  return freeze(module.get_config())
 
 
 PUBLISHED = {  # total parameters, train GFLOP a token at 4096, cache bytes
@@ -51,7 +52,9 @@ TOKENS = {
 @pytest.mark.parametrize('name', TOKENS)
 def test_the_steps_use_up_the_published_tokens(name):
   config = load(name)
-  after = lambda steps: data.span(config.data, steps)[0] * config.data.seq_len
+  after = lambda steps: (
+    batches.span(config.data, steps)[0] * config.data.seq_len
+  )
   assert after(config.run.steps - 1) < TOKENS[name] <= after(config.run.steps)
 
 

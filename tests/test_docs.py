@@ -11,8 +11,8 @@ import jax
 import pytest
 
 from configs import tiny
-from mla_moe import config as config_lib
 from mla_moe import sharding
+from mla_moe.config import ConfigError, freeze
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / 'docs'
@@ -169,8 +169,8 @@ def test_troubles_are_those_that_are_printed():
 def test_errors_of_a_config_are_quoted_to_the_letter(keys):
   values = tiny.get_config('')
   values.update_from_flattened_dict(keys)
-  with pytest.raises(config_lib.ConfigError) as refused:
-    sharding.make_mesh(config_lib.freeze(values).mesh, jax.devices()[:1])
+  with pytest.raises(ConfigError) as refused:
+    sharding.make_mesh(freeze(values).mesh, jax.devices()[:1])
   text = (DOCS / 'troubleshooting.md').read_text()
   assert f'`error: {refused.value}`' in text
 

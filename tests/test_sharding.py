@@ -8,12 +8,23 @@ import jax
 import numpy as np
 import pytest
 
-from mla_moe import config as c
-from mla_moe import data, optim, pipeline, sequence, sharding, step
+from mla_moe import sharding
+from mla_moe.config import (
+  Config,
+  ConfigError,
+  DataConfig,
+  MeshConfig,
+  MLAConfig,
+  ModelConfig,
+  MoEConfig,
+)
+from mla_moe.data import batches
+from mla_moe.model import pipeline, sequence
+from mla_moe.train import optim, step
 
 # The smallest model that has all parts: dense and MoE layers, MTP, groups of
 # experts, segments.
-MODEL = c.ModelConfig(
+MODEL = ModelConfig(
   vocab=264,
   dim=32,
   layers=3,
@@ -24,14 +35,14 @@ MODEL = c.ModelConfig(
   bos_id=256,
   eos_id=257,
   dtype='float32',
-  mla=c.MLAConfig(
+  mla=MLAConfig(
     heads=4, query_rank=16, kv_rank=16, nope_dim=8, rope_dim=8, value_dim=8
   ),
-  moe=c.MoEConfig(experts=8, top_k=2, width=16, groups=2, top_groups=1),
+  moe=MoEConfig(experts=8, top_k=2, width=16, groups=2, top_groups=1),
 )
-TINY = c.Config(
+TINY = Config(
   model=MODEL,
-  data=c.DataConfig(seq_len=32, batch_size=8, packing='separate'),
+  data=DataConfig(seq_len=32, batch_size=8, packing='separate'),
 )
 RATES = optim.Rates(1e-3, 0.01, 0.3)
 
@@ -41,7 +52,7 @@ def batch():
   random = np.random.default_rng(0)
   stream = random.integers(0, 256, 4000).astype(np.uint16)
   stream[::11] = 256
-  return data.batch_at(stream, TINY.data, 0, 256)
+  return batches.batch_at(stream, TINY.data, 0, 256)
 
 
 @functools.cache
@@ -68,7 +79,7 @@ def on_mesh(config, state):
 
 
 def mixed(*, states='fsdp', exchange='auto', **sizes):
-  mesh = c.MeshConfig(states=states, **sizes)
+  mesh = MeshConfig(states=states, **sizes)
   moe = dataclasses.replace(MODEL.moe, exchange=exchange)
   model = dataclasses.replace(MODEL, moe=moe)
   config = dataclasses.replace(TINY, model=model, mesh=mesh)
@@ -133,14 +144,14 @@ def test_another_mesh_continues():
   _, after, _ = single()
   train = jax.jit(functools.partial(step.train_step, config=TINY))
   _, m = train(after, batch(), RATES)
-  sizes = c.MeshConfig(fsdp=2, context=2, tensor=2)
+  sizes = MeshConfig(fsdp=2, context=2, tensor=2)
   (_, n), _ = on_mesh(dataclasses.replace(TINY, mesh=sizes), after)
   assert float(n['loss']) == pytest.approx(float(m['loss']), rel=1e-5)
 
 
 def test_arranging_is_undone_and_parts_see_equally_much():
   x = np.arange(48, dtype=np.int32).reshape(2, 24)
-  config = c.MeshConfig(context=2, tensor=4)
+  config = MeshConfig(context=2, tensor=4)
   with jax.set_mesh(sharding.make_mesh(config)):
     there = jax.jit(sequence.arrange)(x)
     back = jax.jit(sequence.restore)(there)
@@ -159,25 +170,25 @@ BAD = [
 
 @pytest.mark.parametrize('sizes, words', BAD)
 def test_a_mesh_that_is_not_here_proposes_one(sizes, words):
-  with pytest.raises(c.ConfigError, match='devices') as error:
-    sharding.make_mesh(c.MeshConfig(**sizes))
+  with pytest.raises(ConfigError, match='devices') as error:
+    sharding.make_mesh(MeshConfig(**sizes))
   assert words in str(error.value) and '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize(
   'changes, words',
   [
-    (dict(mesh=c.MeshConfig(fsdp=8), model=dict(dim=36)), 'model.dim=36'),
+    (dict(mesh=MeshConfig(fsdp=8), model=dict(dim=36)), 'model.dim=36'),
     (
       dict(
-        mesh=c.MeshConfig(data=2, fsdp=4, states='zero1'),
+        mesh=MeshConfig(data=2, fsdp=4, states='zero1'),
         model=dict(mla=dataclasses.replace(TINY.model.mla, kv_rank=12)),
       ),
       r'data \* fsdp=8: must divide model.mla.kv_rank=12',
     ),
-    (dict(mesh=c.MeshConfig(tensor=4), model=dict(vocab=270)), 'vocab=270'),
+    (dict(mesh=MeshConfig(tensor=4), model=dict(vocab=270)), 'vocab=270'),
     (
-      dict(mesh=c.MeshConfig(context=4), data=dict(seq_len=28)),
+      dict(mesh=MeshConfig(context=4), data=dict(seq_len=28)),
       r'context \* tensor=8 \(two pieces each\): must divide data.seq_len=28',
     ),
   ],
@@ -187,15 +198,15 @@ def test_what_does_not_divide_is_refused(changes, words):
   for name in ('model', 'data'):
     part = dataclasses.replace(getattr(config, name), **changes.get(name, {}))
     config = dataclasses.replace(config, **{name: part})
-  with pytest.raises(c.ConfigError, match=words):
+  with pytest.raises(ConfigError, match=words):
     sharding.check(config)
 
 
 def test_the_outermost_axis_goes_across_slices():
-  assert sharding.outermost(c.MeshConfig(data=4, fsdp=8), 2) == 'data'
-  assert sharding.outermost(c.MeshConfig(fsdp=8, stage=2), 2) == 'stage'
-  with pytest.raises(c.ConfigError, match='slow network'):
-    sharding.outermost(c.MeshConfig(expert=8), 2)
+  assert sharding.outermost(MeshConfig(data=4, fsdp=8), 2) == 'data'
+  assert sharding.outermost(MeshConfig(fsdp=8, stage=2), 2) == 'stage'
+  with pytest.raises(ConfigError, match='slow network'):
+    sharding.outermost(MeshConfig(expert=8), 2)
 
 
 def test_the_bubble():

@@ -52,15 +52,15 @@ def pauses(folder: pathlib.Path, rounds: int) -> dict:
   """Medians of seconds that a save blocks, and until it is on the disk."""
   import orbax.checkpoint as ocp
 
-  from mla_moe import checkpoint
+  from mla_moe.checkpoint import store
 
   state = _arrays(_PAUSE_MIB)
   items = ocp.args.Composite(
     state=ocp.args.StandardSave(state), facts=ocp.args.JsonSave({})
   )
   times = {name: {'pause': [], 'safe': []} for name in ('ours', 'orbax')}
-  alone = checkpoint.checkpointer()
-  with checkpoint.Writer(folder / 'ours', 1) as saved:
+  alone = store.checkpointer()
+  with store.Writer(folder / 'ours', 1) as saved:
     for i in range(1, rounds + 2):
       kinds = {
         'orbax': (
@@ -88,9 +88,9 @@ def pauses(folder: pathlib.Path, rounds: int) -> dict:
 
 def seals(folder: pathlib.Path, rounds: int) -> dict:
   """Medians of the seal's seconds and processor seconds."""
-  from mla_moe import checkpoint, seal
+  from mla_moe.checkpoint import seal, store
 
-  with checkpoint.Writer(folder / 'large', 1) as saved:
+  with store.Writer(folder / 'large', 1) as saved:
     saved.save(1, _arrays(_SEAL_MIB), {})
   seconds, processor = [], []
   for _ in range(rounds):

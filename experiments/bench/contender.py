@@ -85,7 +85,7 @@ def batch(config, seed: int = 0):
   """A device batch of random tokens, one micro-batch."""
   import jax
 
-  from mla_moe import data
+  from mla_moe.data import batches
 
   draw = np.random.default_rng(seed)
   size = (1, config.data.batch_size, config.data.seq_len + 1)
@@ -93,7 +93,7 @@ def batch(config, seed: int = 0):
   places = np.arange(config.data.seq_len, dtype=np.int32)
   inputs, targets = tokens[..., :-1], tokens[..., 1:]
   return jax.device_put(
-    data.Batch(
+    batches.Batch(
       tokens=inputs,
       targets=targets,
       segments=np.zeros_like(inputs),
@@ -107,7 +107,7 @@ def step_function(config):
   """The jitted training step, as the training loop builds it."""
   import jax
 
-  from mla_moe import step
+  from mla_moe.train import step
 
   run = functools.partial(step.train_step, config=config)
   options = runtime.step_options()
@@ -118,7 +118,7 @@ def main() -> None:
   """The program of `ours`."""
   import jax
 
-  from mla_moe import optim, step
+  from mla_moe.train import optim, step
 
   job = json.loads(sys.stdin.readline())
   config = shapes.config(shapes.Shape(**job['shape']), job['mode'])

@@ -189,8 +189,9 @@ def _layer(rounds: int) -> dict:
   import jax
   import jax.numpy as jnp
 
-  from mla_moe import absorbed, rope
-  from mla_moe import cache as cache_lib
+  from mla_moe.decode import cache as cache_lib
+  from mla_moe.decode import latent_attention
+  from mla_moe.model import rope
 
   mla, dim, context = MLAConfig(heads=16, query_rank=0), 2048, 2048
   config = dataclasses.replace(
@@ -198,7 +199,7 @@ def _layer(rounds: int) -> dict:
   )
   keys = iter(jax.random.split(jax.random.key(0), 9))
   make = lambda *size: 0.02 * jax.random.normal(next(keys), size)
-  w = absorbed.weights(
+  w = latent_attention.weights(
     {
       'w_q': make(dim, 16, 192),
       'w_kv_down': make(dim, 512),
@@ -227,7 +228,7 @@ def _layer(rounds: int) -> dict:
     }
     latent = jax.jit(
       functools.partial(
-        absorbed.attend, valid=None, mla=mla, form='absorbed', held=held
+        latent_attention.attend, valid=None, mla=mla, form='absorbed', held=held
       ),
       donate_argnums=3,
     )
@@ -259,7 +260,7 @@ def _per_head(w, x, turn, cache, *, mla, at):
   import jax
   import jax.numpy as jnp
 
-  from mla_moe import layers, rope
+  from mla_moe.model import layers, rope
 
   b = x.shape[0]
   down = layers.turned(x, w['w_down'])
@@ -288,7 +289,7 @@ def _by_context(rounds: int) -> dict:
   """Milliseconds of a step, batch 1, by the tokens before it."""
   import jax.numpy as jnp
 
-  from mla_moe import cache as cache_lib
+  from mla_moe.decode import cache as cache_lib
 
   shape = shapes.Shape()
   config = shapes.config(shape).model

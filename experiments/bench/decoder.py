@@ -23,12 +23,13 @@ def weights(config, seed: int = 0):
   import jax.numpy as jnp
   from flax import linen as nn
 
-  from mla_moe import decode, model
+  from mla_moe.decode import forward
+  from mla_moe.model import transformer
 
   def make(key):
     tokens = jnp.zeros((1, 8), jnp.int32)
-    variables = model.Transformer(config).init(key, tokens)
-    return decode.unstack(config, nn.unbox(variables))
+    variables = transformer.Transformer(config).init(key, tokens)
+    return forward.unstack(config, nn.unbox(variables))
 
   return jax.jit(make)(jax.random.key(seed))
 
@@ -38,10 +39,10 @@ def step_function(config):
   import jax
   import jax.numpy as jnp
 
-  from mla_moe import decode
+  from mla_moe.decode import forward
 
   def step(weights, cache, tokens):
-    logits, cache = decode.decode_step(weights, cache, tokens, config)
+    logits, cache = forward.decode_step(weights, cache, tokens, config)
     return logits.argmax(-1).astype(jnp.int32), cache
 
   return jax.jit(step, donate_argnums=1)
@@ -52,8 +53,8 @@ def main() -> None:
   import jax
   import jax.numpy as jnp
 
-  from mla_moe import cache as cache_lib
-  from mla_moe import decode
+  from mla_moe.decode import cache as cache_lib
+  from mla_moe.decode import forward
 
   job = json.loads(sys.stdin.readline())
   new = job['shape'].pop('new')
@@ -69,8 +70,8 @@ def main() -> None:
   @functools.partial(jax.jit, donate_argnums=1)
   def begin(params, cache, prompt, valid):
     cache = cache.replace(lengths=jnp.zeros_like(cache.lengths))
-    x, cache = decode.prefill(params, cache, prompt, valid, config)
-    logits = decode.logits(params, decode.last(x, valid))
+    x, cache = forward.prefill(params, cache, prompt, valid, config)
+    logits = forward.logits(params, forward.last(x, valid))
     return logits.argmax(-1).astype(jnp.int32), cache
 
   step = step_function(config)

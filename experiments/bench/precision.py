@@ -28,8 +28,7 @@ import numpy as np
 
 from experiments import page, workdir
 from experiments.bench import train as speed
-from mla_moe import config as config_lib
-from mla_moe.config import ConfigError
+from mla_moe.config import Config, ConfigError, freeze
 
 BOUND = 0.0025
 _REFERENCE, CONTROL = 'bf16', 'control'
@@ -76,7 +75,7 @@ def run(out: pathlib.Path, args) -> None:
     print(f'Results: {out / "precision.html"} and precision.json.')
 
 
-def _of(config: config_lib.Config, name: str, seed: int) -> config_lib.Config:
+def _of(config: Config, name: str, seed: int) -> Config:
   """`config` as the run `name` computes it."""
   changes = {'precision': name}
   if name == CONTROL:
@@ -87,7 +86,7 @@ def _of(config: config_lib.Config, name: str, seed: int) -> config_lib.Config:
   return dataclasses.replace(config, model=model, run=run)
 
 
-def _config(name: str) -> config_lib.Config:
+def _config(name: str) -> Config:
   """The config of FILE or FILE:variant."""
   path, _, arg = name.partition(':')
   if not pathlib.Path(path).is_file():
@@ -95,10 +94,10 @@ def _config(name: str) -> config_lib.Config:
   spec = importlib.util.spec_from_file_location('config_of_bench', path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  return config_lib.freeze(module.get_config(arg))
+  return freeze(module.get_config(arg))
 
 
-def shortened(config: config_lib.Config, steps: int) -> config_lib.Config:
+def shortened(config: Config, steps: int) -> Config:
   """`steps` of it (0: all), logged about 300 times; nothing else is shown."""
   steps = steps or config.run.steps
   run = dataclasses.replace(

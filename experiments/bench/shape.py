@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
-from mla_moe import config as c
+from mla_moe.config import (
+  Config,
+  DataConfig,
+  MLAConfig,
+  ModelConfig,
+  MoEConfig,
+  MTPConfig,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,22 +39,22 @@ class Shape:
   length: int = 512
 
 
-def config(shape: Shape, dtype: str = 'float32') -> c.Config:
+def config(shape: Shape, dtype: str = 'float32') -> Config:
   """Our config of a shape; what it leaves out are V3's defaults."""
   names = lambda cls: {
     f.name: getattr(shape, f.name)
     for f in dataclasses.fields(cls)
     if hasattr(shape, f.name)
   }
-  model = c.ModelConfig(
-    **names(c.ModelConfig),
+  model = ModelConfig(
+    **names(ModelConfig),
     max_positions=max(shape.length, 4096),
     init_std=0.02,
     dtype=dtype,
     remat='products',
-    mla=c.MLAConfig(**names(c.MLAConfig)),
-    moe=c.MoEConfig(**names(c.MoEConfig)),
-    mtp=c.MTPConfig(depth=0),
+    mla=MLAConfig(**names(MLAConfig)),
+    moe=MoEConfig(**names(MoEConfig)),
+    mtp=MTPConfig(depth=0),
   )
-  data = c.DataConfig(seq_len=shape.length, batch_size=shape.batch)
-  return c.Config(model=model, data=data)
+  data = DataConfig(seq_len=shape.length, batch_size=shape.batch)
+  return Config(model=model, data=data)

@@ -145,7 +145,7 @@ def _compiled(shape: shapes.Shape):
   """The compiled step at a shape, and the seconds that took."""
   import jax
 
-  from mla_moe import optim, step
+  from mla_moe.train import optim, step
 
   config = shapes.config(shape)
   state = jax.eval_shape(lambda: step.init_state(jax.random.key(0), config))

@@ -86,9 +86,9 @@ def _main() -> None:
 
 def _laid_flat(config, on):
   """Everything on fsdp: the mesh to refuse when no mesh fits."""
-  from mla_moe import config as config_lib
+  from mla_moe.config import MeshConfig
 
-  mesh = config_lib.MeshConfig(fsdp=on.devices)
+  mesh = MeshConfig(fsdp=on.devices)
   data = dataclasses.replace(config.data, micro_batch=on.devices)
   return dataclasses.replace(config, mesh=mesh, data=data)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from experiments.plan import search
-from mla_moe import cost, data, memory
+from experiments.plan import memory, search
+from mla_moe import cost
+from mla_moe.data import batches
 
 # What DeepSeek-V3's pre-training reached of the H800's bf16 peak, counting
 # causal attention ("Insights into DeepSeek-V3", Table 4).
@@ -57,5 +58,5 @@ def bill(
 
 def tokens_of(config) -> float:
   """The tokens of the config's whole run, its batch ramp included."""
-  before, _ = data.span(config.data, config.run.steps)
+  before, _ = batches.span(config.data, config.run.steps)
   return float(before * config.data.seq_len)

@@ -23,8 +23,7 @@ import time
 
 from experiments import chips
 from experiments.plan import gpus
-from mla_moe import config as config_lib
-from mla_moe.config import ConfigError
+from mla_moe.config import Config, ConfigError, freeze
 
 _CUDA = 'jax-cuda13-plugin'
 
@@ -34,7 +33,7 @@ def compiler(on: chips.Slice) -> str:
   return _CUDA if on.gpu else 'libtpu'
 
 
-def run(config: config_lib.Config, on: chips.Slice) -> dict:
+def run(config: Config, on: chips.Slice) -> dict:
   """Bytes of arguments and scratch, collectives, versions, seconds.
 
   Raises:
@@ -103,14 +102,16 @@ def describe(on: chips.Slice):
   return topologies.get_topology_desc(name, platform='tpu', **several)
 
 
-def lower(config: config_lib.Config, devices: list):
+def lower(config: Config, devices: list):
   """The step's lowering on a mesh of `devices`, and the mesh."""
   import jax
   import jax.numpy as jnp
   from flax import linen as nn
   from jax.sharding import NamedSharding, PartitionSpec
 
-  from mla_moe import data, fp8, optim, sharding, step
+  from mla_moe import fp8, sharding
+  from mla_moe.data import batches
+  from mla_moe.train import optim, step
 
   # What 'auto' stands for there, and not on the device that is here.
   model = config.model
@@ -131,7 +132,7 @@ def lower(config: config_lib.Config, devices: list):
   by_row = NamedSharding(mesh, sharding.spec((None, 'batch', None)))
   array = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=by_row)
   number = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=everywhere)
-  batch = data.Batch(array, array, array, array, number(jnp.int32))
+  batch = batches.Batch(array, array, array, array, number(jnp.int32))
   rates = optim.Rates(*(number(jnp.float32),) * len(optim.Rates._fields))
   train = functools.partial(step.train_step, config=config)
   with jax.set_mesh(mesh):
@@ -141,7 +142,7 @@ def lower(config: config_lib.Config, devices: list):
 def main() -> None:
   """Compiles what stdin asks for; the last line of stdout is the answer."""
   asked = json.loads(sys.stdin.read())
-  config = config_lib.freeze(asked['config'])
+  config = freeze(asked['config'])
   on = chips.parse(asked['topology'])
   import jax
 

@@ -16,7 +16,7 @@ import re
 
 import numpy as np
 
-from mla_moe import expert_parallel
+from mla_moe.model import exchange
 
 _BITS = {'pred': 8, 'bf16': 16, 'f16': 16, 'f32': 32, 'f64': 64}
 _KINDS = (
@@ -96,7 +96,7 @@ def _times(bodies, entry: str, unknown: int) -> dict[str, int]:
     for line in lines:
       turns = 1
       if ' while(' in line:
-        often = 0 if f'/{expert_parallel.FURTHER}/' in line else unknown
+        often = 0 if f'/{exchange.FURTHER}/' in line else unknown
         turns = _turns(line, bodies) or often
       called = _CALLED.findall(line)
       for branches in _BRANCHES.findall(line):

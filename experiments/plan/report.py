@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import page
-from experiments.plan import search
-from mla_moe import cost, memory
+from experiments.plan import memory, search
+from mla_moe import cost
 
 _MEANS = {
   'parameters': 'float32 master weights',

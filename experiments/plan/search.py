@@ -12,9 +12,10 @@ import dataclasses
 from collections.abc import Iterator
 
 from experiments import chips
-from mla_moe import config as config_lib
-from mla_moe import memory, sharding, step
-from mla_moe.config import ConfigError
+from experiments.plan import memory
+from mla_moe import sharding
+from mla_moe.config import Config, ConfigError, MeshConfig
+from mla_moe.train import step
 
 AXES = sharding.AXES
 
@@ -23,7 +24,7 @@ AXES = sharding.AXES
 class Plan:
   """A config on a slice, and what one device holds."""
 
-  config: config_lib.Config
+  config: Config
   slice: chips.Slice
   footprint: memory.Footprint
 
@@ -32,7 +33,7 @@ class Plan:
     return self.footprint.total <= self.slice.chip.planned
 
 
-def mesh_of(text: str, states: str = 'fsdp') -> config_lib.MeshConfig:
+def mesh_of(text: str, states: str = 'fsdp') -> MeshConfig:
   """The mesh of 'fsdp=8,expert=8'; axes that are not named are 1.
 
   Raises:
@@ -47,10 +48,10 @@ def mesh_of(text: str, states: str = 'fsdp') -> config_lib.MeshConfig:
         f'{", ".join(AXES)}'
       )
     sizes[axis] = int(size)
-  return config_lib.MeshConfig(**sizes, states=states)
+  return MeshConfig(**sizes, states=states)
 
 
-def plan(config: config_lib.Config, on: chips.Slice, layout) -> Plan:
+def plan(config: Config, on: chips.Slice, layout) -> Plan:
   """The config with its own mesh on a slice.
 
   Raises:
@@ -120,14 +121,14 @@ def flags(plan: Plan) -> str:
   )
 
 
-def mesh_text(mesh: config_lib.MeshConfig) -> str:
+def mesh_text(mesh: MeshConfig) -> str:
   """'fsdp=8,expert=8' of a mesh."""
   sizes = {axis: getattr(mesh, axis) for axis in AXES}
   shown = [f'{axis}={size}' for axis, size in sizes.items() if size > 1]
   return ','.join(shown) or 'data=1'
 
 
-def training_flags(config: config_lib.Config) -> str:
+def training_flags(config: Config) -> str:
   """What `experiments.train` must be told, to train as it was planned."""
   sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
   words = [f'--config.mesh.{a}={n}' for a, n in sizes.items() if n > 1]
@@ -140,18 +141,18 @@ def gib(size: float) -> str:
   return f'{size / 2**30:.1f} GiB'
 
 
-def layout_of(config: config_lib.Config):
+def layout_of(config: Config):
   """Shapes and axes of the state; the same for every mesh."""
   return step.layout(config)
 
 
-def _meshes(config, devices: int) -> Iterator[config_lib.MeshConfig]:
+def _meshes(config, devices: int) -> Iterator[MeshConfig]:
   experts = config.model.moe.experts if config.model.moe_layers else 1
   for expert in _powers(min(devices, experts, 64)):
     for tensor in _powers(min(devices // expert, 8)):
       left = devices // (expert * tensor)
       for fsdp in _powers(left):
-        yield config_lib.MeshConfig(
+        yield MeshConfig(
           data=left // fsdp,
           fsdp=fsdp,
           expert=expert,
@@ -164,7 +165,7 @@ def _powers(most: int) -> list[int]:
   return [2**i for i in range(most.bit_length()) if 2**i <= most]
 
 
-def _laid(config, mesh, slices: int) -> config_lib.Config | None:
+def _laid(config, mesh, slices: int) -> Config | None:
   """The config on a mesh, a sequence a device at a time; None if it cannot."""
   rows = mesh.data * mesh.fsdp * mesh.expert
   try:

@@ -29,7 +29,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from mla_moe import config as config_lib
+from mla_moe.config import ConfigError
 from mla_moe.fp8 import quantize as q8
 from mla_moe.fp8.quantize import TILE, Quantized
 from mla_moe.types import Array, PyTree
@@ -86,7 +86,7 @@ def choose(
     return 'dequant', line
   if impl != 'dequant' and impl not in fitting:
     can = ', '.join(['dequant', *fitting])
-    raise config_lib.ConfigError(
+    raise ConfigError(
       f'fp8_impl={impl!r}: precision={precision} on {name} can be {can}'
     )
   return impl, ''

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +42,8 @@ class Weight:
   copies: `Weight(master, prepared.copies)`. The copies have no gradient.
   """
 
-  master: Array
-  copies: tuple[Quantized, ...]
+  master: Any  # specs or shapes may take the arrays' place
+  copies: tuple
 
   @property
   def shape(self) -> tuple[int, ...]:

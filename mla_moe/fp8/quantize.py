@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,11 +42,12 @@ class Quantized:
   `tiles` are the tile's lengths along the last axes, 1 along those before, so
   that a scan or an index over leading axes leaves it true. Along axis d there
   are ceil(values.shape[d] / tile) scales; the last tile may be partial. `kind`
-  is 'pow2' or 'float32', what the scales are.
+  is 'pow2' or 'float32', what the scales are. Fields are not checked: a
+  transformation may put specs or shapes in the arrays' place.
   """
 
-  values: Array
-  scales: Array
+  values: Any
+  scales: Any
   tiles: tuple[int, ...] = dataclasses.field(metadata={'static': True})
   kind: str = dataclasses.field(default='pow2', metadata={'static': True})
 

@@ -12,7 +12,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from mla_moe import config as config_lib
+from mla_moe.config import ConfigError
 from mla_moe.fp8 import gemm
 from mla_moe.fp8 import quantize as q8
 from mla_moe.fp8.quantize import TILE, WHOLE, Quantized
@@ -37,21 +37,21 @@ class Recipe:
     }
     for name, known in choices.items():
       if getattr(self, name) not in known:
-        raise config_lib.ConfigError(
+        raise ConfigError(
           f'{name}={getattr(self, name)!r}: must be one of {", ".join(known)}'
         )
     if self.impl == 'mxfp8' and self.scales != 'pow2':
-      raise config_lib.ConfigError(
+      raise ConfigError(
         f"impl='mxfp8' needs scales='pow2', not {self.scales!r}"
       )
     blocks = self.precision == 'fp8_block'
     if self.impl in gemm.BLOCKED and not blocks:
-      raise config_lib.ConfigError(
+      raise ConfigError(
         f"impl={self.impl!r} multiplies tiles: it needs precision='fp8_block', "
         f'not {self.precision!r}'
       )
     if self.impl == 'native' and blocks:
-      raise config_lib.ConfigError(
+      raise ConfigError(
         "impl='native' has one scale along the sum: it needs precision="
         "'fp8_channel' or 'fp8_tensor', not 'fp8_block'"
       )

@@ -1,1 +1,0 @@
-"""Measurements that take long or need a machine; each says what it found."""

@@ -1,0 +1,97 @@
+"""Models of one seed, trained beside each other: the seed is one measurement.
+
+They begin with the same weights, read the same text in the same order and are
+judged on the same held-out text: only what is compared differs between them, so
+that the seed's part falls out of the difference. What remains is chance of its
+own (any rounding sends two runs apart), which the mean of many seeds wears off:
+its standard error says how far.
+
+A model is one row of a .jsonl file; a run that is stopped goes on with the next
+one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from mla_moe import config as c
+from mla_moe.data import batches, corpus, tokenizer
+from mla_moe.train import optim, step
+
+DATA = c.DataConfig(seq_len=128, batch_size=8)
+HELDOUT = 48  # batches
+
+
+@functools.cache
+def text():
+  """The training tokens' and the held-out ones', and the id between texts."""
+  words = tokenizer.load('byte', 256, 257)
+  return corpus.prepare(DATA, words, pathlib.Path('runs/.corpus'))
+
+
+@functools.cache
+def programs(config: c.Config):
+  """The first state, a step and an evaluation of `config`, compiled once."""
+  jit = lambda f, **k: jax.jit(functools.partial(f, config=config), **k)
+  train = jit(step.train_step, donate_argnums=0)
+  return jit(step.init_state), train, jit(step.eval_step)
+
+
+def trained(
+  config: c.Config,
+  seed: int,
+  change: Callable[[optim.Rates], optim.Rates] = lambda rates: rates,
+) -> tuple[float, list[dict]]:
+  """Trains `config` for `config.run.steps` from `seed`.
+
+  Returns:
+    Its held-out loss in nats a byte, and what each step told.
+  """
+  init, train, evaluate = programs(config)
+  state = init(jax.random.key(seed))
+  order = dataclasses.replace(config.data, seed=seed)
+  tokens = order.seq_len * order.batch_size
+  told = []
+  stream = batches.batches(
+    text().train, order, text().bos_id, 0, config.run.steps
+  )
+  for number, batch in enumerate(stream):
+    rates = change(optim.rates(config.optim, number, number * tokens))
+    state, values = train(state, batch, rates)
+    told.append(values)
+  heldout = batches.eval_batches(text().heldout, DATA, text().bos_id, HELDOUT)
+  sums = [evaluate(state, batch) for batch in heldout]
+  nll = sum(float(s['nll']) for s in sums) / sum(int(s['tokens']) for s in sums)
+  return nll, told
+
+
+def rows(file: pathlib.Path) -> list[dict]:
+  """What `file` has: each row has at least a name, a seed and a loss, nll."""
+  if not file.exists():
+    return []
+  return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def add(file: pathlib.Path, names, seeds, measure) -> None:
+  """Appends measure(name, seed) to `file` for every pair that it lacks."""
+  done = {(row['name'], row['seed']) for row in rows(file)}
+  for seed in seeds:
+    for name in names:
+      if (name, seed) not in done:
+        row = {'name': name, 'seed': seed, **measure(name, seed)}
+        with file.open('a') as lines:
+          lines.write(json.dumps(row) + '\n')
+
+
+def mean(values) -> tuple[float, float]:
+  """The mean of independent `values` and its standard error."""
+  values = np.asarray(values, np.float64)
+  error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0
+  return float(values.mean()), float(error)

@@ -1,0 +1,1 @@
+"""The parts of the training program around its loop."""

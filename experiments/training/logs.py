@@ -1,0 +1,119 @@
+"""What a run writes down: metrics.jsonl, load.jsonl, TensorBoard, a bar."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import sys
+import time
+
+import numpy as np
+
+from experiments import workdir
+from mla_moe.train import metrics
+
+
+class Logs:
+  """A run's writers, opened at a step: later rows are dropped first.
+
+  Rows go to metrics.jsonl and their numbers to TensorBoard (when it is
+  installed: extra [viz]); loads go to load.jsonl for the heat map.
+  """
+
+  def __init__(self, folder: pathlib.Path, step: int):
+    workdir.rewind(folder / 'metrics.jsonl', step)
+    self._running = None
+    for row in workdir.rewind(folder / 'load.jsonl', step):
+      load = np.array(row['load'])
+      self._running = metrics.running_load(self._running, load)
+    self._metrics = workdir.Rows(folder / 'metrics.jsonl')
+    self._load = workdir.Rows(folder / 'load.jsonl')
+    self._events = _tensorboard(folder)
+
+  def health(self, step: int, load: np.ndarray) -> dict:
+    """Writes the loads [L, E] of a step and returns its health numbers."""
+    self._running = metrics.running_load(self._running, load)
+    self._load.append({'step': step, 'load': np.asarray(load).tolist()})
+    return metrics.health(load, self._running)
+
+  def write(self, row: dict) -> None:
+    """One row; it must have a 'step'."""
+    self._metrics.append(row)
+    if self._events:
+      from tensorboard.compat.proto import event_pb2, summary_pb2
+
+      values = [
+        summary_pb2.Summary.Value(tag=name, simple_value=value)
+        for name, value in row.items()
+        if name != 'step' and isinstance(value, (int, float))
+      ]
+      summary = summary_pb2.Summary(value=values)
+      event = event_pb2.Event(
+        wall_time=time.time(), step=row['step'], summary=summary
+      )
+      try:
+        self._events.add_event(event)
+      except OSError as error:
+        print(f'WARNING: {error}; no more TensorBoard events.')
+        self._events = None
+
+  def close(self) -> None:
+    """Flushes and closes every file.
+
+    Raises:
+      OSError: rows that cannot be written.
+    """
+    with contextlib.ExitStack() as every:
+      for file in (self._metrics, self._load, self._events):
+        if file:
+          every.callback(file.close)
+
+
+def fp8_health(values: dict[str, np.ndarray]) -> dict:
+  """A row of `fp8_health.measure`: the worst of all layers, and the layers."""
+  worst = lambda end: max(
+    float(v.max()) for name, v in values.items() if name.endswith(end)
+  )
+  rounded = {
+    name: [float(f'{x:.4g}') for x in v.tolist()] for name, v in values.items()
+  }
+  return {
+    'fp8_saturated': worst('saturated'),
+    'fp8_flushed': worst('flushed'),
+    'fp8_range': worst('range'),
+    'fp8_error': worst('error'),
+    'fp8_layers': rounded,
+  }
+
+
+def _tensorboard(folder: pathlib.Path):
+  try:
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+  except ImportError:
+    print('No TensorBoard events: pip install "mla_moe[viz]" to have them.')
+    return None
+  return EventFileWriter(str(folder / 'tensorboard'))
+
+
+@contextlib.contextmanager
+def progress(total: int, done: int):
+  """Yields tell(step, text): a bar with ETA on a terminal, else plain lines."""
+  if not sys.stdout.isatty():
+    yield lambda step, text: text and print(f'step {step}/{total}  {text}')
+    return
+  from rich import progress as bars
+
+  columns = (
+    bars.BarColumn(),
+    bars.MofNCompleteColumn(),
+    bars.TimeRemainingColumn(),
+    bars.TextColumn('{task.description}'),
+  )
+  with bars.Progress(*columns) as bar:
+    task = bar.add_task('compiling', total=total, completed=done)
+
+    def tell(step, text):
+      described = {'description': text} if text else {}
+      bar.update(task, completed=step, **described)
+
+    yield tell

@@ -1,0 +1,1 @@
+"""Checkpoints that notice damage: store, seal, fingerprint."""

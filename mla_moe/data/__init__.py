@@ -1,0 +1,1 @@
+"""Tokens from text: documents, tokenizers, corpora, batches."""

@@ -1,0 +1,1 @@
+"""Text from a model: latent cache, absorbed attention, sampling."""

@@ -1,0 +1,1 @@
+"""Hugging Face folders, read into variables and written from them."""

@@ -1,0 +1,1 @@
+"""The network: attention, experts and the blocks that hold them."""

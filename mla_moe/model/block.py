@@ -1,0 +1,90 @@
+"""One layer: x + MLA(norm(x)), then x + FFN(norm(x)); and stacks of them.
+
+A stack is a scan over layers whose parameters have a leading layer axis, so
+that neither the program nor its compile time grows with depth.
+"""
+
+from __future__ import annotations
+
+import jax
+from flax import linen as nn
+
+from mla_moe import sharding
+from mla_moe.config import ModelConfig
+from mla_moe.model import layers, mla, moe
+from mla_moe.types import Array, Float, Int
+
+_STREAM = ('batch', 'length', 'stream')
+
+
+class Block(nn.Module):
+  """Pre-norm attention and feed-forward; `routed` says which of the latter.
+
+  Returns the stream and, when routed, the layer's `moe.Stats`.
+  """
+
+  config: ModelConfig
+  routed: bool
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, 'B T D'],
+    cos: Float[Array, 'B T half'],
+    sin: Float[Array, 'B T half'],
+    segments: Int[Array, 'B T'] | None,
+    mask: Float[Array, 'B T'] | None,
+  ) -> tuple[Float[Array, 'B T D'], moe.Stats | None]:
+    c = self.config
+    norm = lambda name: layers.RMSNorm(c.norm_eps, name=name)
+    h = sharding.constrain(norm('attention_norm')(x), *_STREAM)
+    with jax.named_scope('attention'):
+      y = mla.Attention(c, name='attention')(h, cos, sin, segments)
+    x = x + sharding.constrain(y, *_STREAM)
+    h = sharding.constrain(norm('ffn_norm')(x), *_STREAM)
+    with jax.named_scope('ffn'):
+      if self.routed:
+        y, stats = moe.MoE(c, name='ffn')(h, mask)
+      else:
+        ffn = layers.FeedForward(
+          c.dense_width, c.init_std, layers.recipe(c), name='ffn'
+        )
+        y, stats = ffn(h), None
+    return x + sharding.constrain(y, *_STREAM), stats
+
+
+def rematerialised(config: ModelConfig, length: int = 1) -> type[nn.Module]:
+  """Block, with what `config.remat` says computed again going backward.
+
+  `length` is that of the scan whose body it is. XLA takes a loop of one turn
+  for no loop, and would find what is computed again to be what has been
+  computed already, and keep it.
+  """
+  if config.remat == 'none':
+    return Block
+  policies = jax.checkpoint_policies
+  policy = None
+  if config.remat in ('latents', 'products'):
+    policy = policies.save_only_these_names(*mla.SAVED, *moe.SAVED)
+  if config.remat == 'products':
+    products = policies.dots_with_no_batch_dims_saveable
+    eight = policies.save_only_these_names(layers.PRODUCT)
+    for also in (products, eight):
+      policy = policies.save_from_both_policies(also, policy)
+  return nn.remat(Block, prevent_cse=length == 1, policy=policy)
+
+
+def stack(
+  config: ModelConfig, routed: bool, length: int, name: str
+) -> nn.Module:
+  """`length` blocks as one scan; stats get a leading layer axis."""
+  return nn.scan(
+    rematerialised(config, length),
+    length=length,
+    variable_axes={'params': 0, 'router': 0},
+    split_rngs={'params': True},
+    in_axes=nn.broadcast,
+    metadata_params={
+      nn.PARTITION_NAME: 'routed_layers' if routed else 'layers'
+    },
+  )(config, routed, name=name)

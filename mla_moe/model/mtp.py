@@ -1,0 +1,45 @@
+"""Multi-token prediction: module k sees token i+k and predicts token i+k+1.
+
+Each module joins the hidden state of the one before with the embedding of the
+token that it has just predicted, and runs a block of its own (V3 section 2.2).
+The released weights put the embedding first in the concatenation, opposite to
+the paper's equation, and the first module takes the main model's hidden state
+after the final norm; between modules the raw block output is handed on.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mla_moe.config import ModelConfig
+from mla_moe.model import block, layers, moe
+from mla_moe.types import Array, Float, Int
+
+
+class MTP(nn.Module):
+  """One prediction module; embedding and head are the main model's."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    hidden: Float[Array, 'B T D'],
+    embedded: Float[Array, 'B T D'],
+    cos: Float[Array, 'B T half'],
+    sin: Float[Array, 'B T half'],
+    segments: Int[Array, 'B T'] | None,
+    mask: Float[Array, 'B T'] | None,
+  ) -> tuple[Float[Array, 'B T D'], Float[Array, 'B T D'], moe.Stats | None]:
+    """Returns the raw output, its norm (what the head reads), and stats."""
+    c = self.config
+    norm = lambda name: layers.RMSNorm(c.norm_eps, name=name)
+    both = [norm('embed_norm')(embedded), norm('hidden_norm')(hidden)]
+    axes = ('embed', None)
+    w_join = layers.param(self, 'w_join', (2 * c.dim, c.dim), axes, c.init_std)
+    x = jnp.concatenate(both, axis=-1)
+    x = jnp.einsum('btd,de->bte', x, w_join.astype(x.dtype))
+    one = block.rematerialised(c)(c, c.moe_layers > 0, name='block')
+    x, stats = one(x, cos, sin, segments, mask)
+    return x, norm('final_norm')(x), stats

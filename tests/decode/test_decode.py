@@ -1,0 +1,201 @@
+"""Decoding over the latent cache equals the training forward, in every form."""
+
+import dataclasses
+import functools
+import pathlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mla_moe import CacheConfig, load_huggingface
+from mla_moe.decode import cache as cache_lib
+from mla_moe.decode import forward
+from mla_moe.model import transformer
+
+GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
+CASES = ('v2_lite', 'v3_yarn', 'v3_release')
+LENGTH = 96
+SMALL = CacheConfig(dtype='float32', page=16)
+
+
+@functools.cache
+def golden(case):
+  config, variables = load_huggingface(GOLDEN / case)
+  expected = np.load(GOLDEN / case / 'expected.npz')
+  weights = jax.jit(functools.partial(forward.unstack, config))(variables)
+  return config, variables, weights, expected
+
+
+@functools.cache
+def jitted(name, config, **more):
+  run = functools.partial(getattr(forward, name), config=config, **more)
+  return jax.jit(run, donate_argnums=1)
+
+
+def empty(config, batch=2, length=LENGTH, how=SMALL):
+  return cache_lib.empty(config, batch, length, how)
+
+
+def scrambled(cache):
+  """The same rows over pages in another order."""
+  pages = cache.layers[0].values.shape[0]
+  order = np.random.default_rng(0).permutation(pages).astype(np.int32)
+  return dataclasses.replace(cache, table=order[np.asarray(cache.table)])
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_prefill_and_decode_equal_forward(case):
+  config, _, weights, expected = golden(case)
+  tokens, whole = expected['tokens'], np.full(2, 40, np.int32)
+  cache, _ = forward.split(scrambled(empty(config)), config)
+  x, cache = jitted('prefill', config)(weights, cache, tokens[:, :40], whole)
+  found = [forward.logits(weights, x)]
+  step = jitted('decode_step', config)
+  for i in range(40, 48):
+    out, cache = step(weights, cache, tokens[:, i])
+    found.append(out[:, None])
+  x, cache = jitted('extend', config)(weights, cache, tokens[:, 48:])
+  found.append(forward.logits(weights, x))
+  found = np.concatenate(found, axis=1)
+  chex.assert_trees_all_close(found, expected['logits'], atol=2e-4)
+  np.testing.assert_array_equal(cache.lengths, [96, 96])
+
+
+@pytest.mark.parametrize('case', ['v2_lite'])
+def test_absorbed_equals_decompressed_over_a_prefix_and_in_chunks(case):
+  config, _, weights, expected = golden(case)
+  tokens, whole = expected['tokens'], np.full(2, 96, np.int32)
+  found = {}
+  for form in ('absorbed', 'decompressed'):
+    cache, _ = forward.split(scrambled(empty(config)), config)
+    run = jitted('hidden', config, form=form)
+    x = []
+    for part in (tokens[:, :48], tokens[:, 48:]):
+      y, cache = run(weights, cache, part)
+      x.append(y)
+    found[form] = np.concatenate(x, axis=1)
+  chex.assert_trees_all_close(*found.values(), atol=2e-5)
+  cache, _ = forward.split(empty(config), config)
+  run = jitted('prefill', config, chunk=48)
+  x, _ = run(weights, cache, tokens, whole)
+  chex.assert_trees_all_close(x, found['absorbed'], atol=2e-5)
+
+
+@pytest.mark.parametrize('form', ['absorbed', 'decompressed'])
+def test_long_rows_are_read_in_blocks_large_and_small(form, monkeypatch):
+  from mla_moe.decode import latent_attention
+
+  monkeypatch.setattr(latent_attention, '_blocks', lambda size, numbers: (1, 4))
+  config, _, weights, expected = golden('v3_yarn')
+  cache, _ = forward.split(scrambled(empty(config, length=112)), config)
+  run = jax.jit(functools.partial(forward.hidden, config=config, form=form))
+  x, _ = run(weights, cache, expected['tokens'])
+  found = forward.logits(weights, x)
+  chex.assert_trees_all_close(found, expected['logits'], atol=2e-4)
+
+
+def test_ragged_rows_equal_single_ones():
+  config, _, weights, expected = golden('v3_release')
+  tokens, valid = expected['tokens'][:, :40], np.array([40, 23], np.int32)
+  prefill = jitted('prefill', config)
+  step = jitted('decode_step', config)
+  together, _ = forward.split(empty(config), config)
+  x, together = prefill(weights, together, tokens, valid)
+  ends = forward.last(x, valid)
+  nexts = expected['tokens'][:, 50:53]
+  for row in range(2):
+    alone, _ = forward.split(empty(config, batch=1), config)
+    n = valid[row]
+    x, alone = prefill(weights, alone, tokens[row : row + 1, :n], valid[[row]])
+    chex.assert_trees_all_close(ends[row], x[0, -1], atol=2e-5)
+    for token in nexts[row]:
+      single, alone = step(weights, alone, np.array([token]))
+    if row == 0:
+      for i in range(3):
+        both, together = step(weights, together, nexts[:, i])
+    chex.assert_trees_all_close(both[row], single[0], atol=5e-5)
+  np.testing.assert_array_equal(together.lengths, valid + 3)
+
+
+def test_a_full_row_drops_what_comes_and_hurts_no_other():
+  config, _, weights, expected = golden('v3_yarn')
+  cache, _ = forward.split(empty(config, length=48), config)
+  tokens = expected['tokens'][:, :48]
+  valid = np.array([48, 20], np.int32)
+  _, cache = jitted('prefill', config)(weights, cache, tokens, valid)
+  before = jax.tree.map(np.array, cache)
+  _, cache = jitted('decode_step', config)(weights, cache, tokens[:, 0])
+  for old, new in zip(before.layers, cache.layers, strict=True):
+    changed = (old.values != np.asarray(new.values)).any((1, 2))
+    np.testing.assert_array_equal(changed, [False] * 4 + [True] + [False])
+
+
+def test_no_step_copies_the_cache():
+  config, _, weights, _ = golden('v3_release')
+  cache, _ = forward.split(empty(config, 4, 16384), config)
+  size = sum(x.nbytes for x in jax.tree.leaves(cache))
+  tokens = jnp.zeros((4, 2), jnp.int32)
+  for name, new in (('decode_step', tokens[:, 0]), ('extend', tokens)):
+    lowered = jitted(name, config).lower(weights, cache, new)
+    found = lowered.compile().memory_analysis()
+    assert found.alias_size_in_bytes >= size
+    largest = max(x.nbytes for x in jax.tree.leaves(cache))
+    assert found.temp_size_in_bytes < largest / 4, name
+
+
+@pytest.mark.parametrize(
+  'dtype, bound', [('bfloat16', 0.01), ('int8', 0.015), ('float8', 0.06)]
+)
+def test_narrow_caches_move_logits_little(dtype, bound):
+  config, _, weights, expected = golden('v3_yarn')
+  how = CacheConfig(dtype=dtype, page=16)
+  cache, _ = forward.split(empty(config, how=how), config)
+  extend = jitted('extend', config)
+  _, cache = extend(weights, cache, expected['tokens'][:, :48])
+  x, _ = extend(weights, cache, expected['tokens'][:, 48:])
+  found = forward.logits(weights, x)
+  wanted = expected['logits'][:, 48:]
+  norm = lambda x: np.linalg.norm(x, axis=-1)
+  # By token: rounding sends a few to other experts, which is no small error.
+  error = np.median(norm(found - wanted) / norm(wanted))
+  assert bound / 20 < error < bound, error
+  rank, rope = config.mla.kv_rank, config.mla.rope_dim
+  per = cache_lib.bytes_per_token(cache.layers[0])
+  assert per == (
+    2 * (rank + rope) if dtype == 'bfloat16' else rank + 4 + 2 * rope
+  )
+
+
+def test_quantised_tiles_keep_their_scale():
+  x = np.random.default_rng(0).normal(size=(3, 256)).astype(np.float32)
+  x[:, 128:] *= 1e3
+  for kind, bound in ((jnp.int8, 0.005), (jnp.float8_e4m3fn, 0.04)):
+    values, scales = cache_lib.quantise(x, kind)
+    back = cache_lib.dequantise(values, scales)
+    assert scales.shape == (3, 2) and values.dtype == kind
+    for half in (slice(0, 128), slice(128, 256)):
+      error = np.linalg.norm((back - x)[:, half]) / np.linalg.norm(x[:, half])
+      assert error < 3 * bound
+
+
+def test_the_mtp_module_over_its_cache_equals_training():
+  config, variables, weights, expected = golden('v3_release')
+  tokens = expected['tokens']
+  features = jax.jit(
+    functools.partial(transformer.Transformer(config).apply, method='features')
+  )(variables, tokens)
+  _, cache = forward.split(empty(config), config)
+  found = []
+  for part in (slice(0, 47), slice(47, 94)):
+    after = tokens[:, part.start + 1 : part.stop + 1]
+    x, cache = jitted('draft', config)(
+      weights, cache, features.hidden[:, part], after
+    )
+    found.append(forward.logits(weights, x))
+  found = np.concatenate(found, axis=1)
+  chex.assert_trees_all_close(
+    found, expected['mtp_logits'][..., :94, :], atol=2e-4
+  )

@@ -1,0 +1,283 @@
+"""Generation: transformers' continuations, ragged rows, samplers, drafts."""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mla_moe import (
+  CacheConfig,
+  ConfigError,
+  generate,
+  load_huggingface,
+  rollout,
+)
+from mla_moe.decode import forward, generation, sampling, speculative
+from mla_moe.model import transformer
+
+GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
+
+
+@functools.cache
+def golden(case):
+  config, variables = load_huggingface(GOLDEN / case)
+  expected = np.load(GOLDEN / case / 'expected.npz')
+  return config, variables, expected
+
+
+@functools.cache
+def weights(case):
+  config, variables, _ = golden(case)
+  return jax.jit(functools.partial(forward.unstack, config))(variables)
+
+
+@pytest.mark.parametrize('case', ['v2_lite', 'v3_yarn'])
+def test_greedy_equals_transformers(case):
+  config, variables, expected = golden(case)
+  greedy = expected['greedy']
+  laid_out = case == 'v2_lite'  # either form will do
+  given = weights(case) if laid_out else variables
+  found = generate(config, given, greedy[:, :24], greedy.shape[1] - 24)
+  np.testing.assert_array_equal(found, greedy)
+
+
+def test_drafts_change_no_greedy_token():
+  config, _, expected = golden('v3_release')
+  prompt, new = expected['greedy'][:, :24], expected['greedy'].shape[1] - 24
+  found = rollout(config, weights('v3_release'), prompt, new, speculative=True)
+  np.testing.assert_array_equal(found.tokens, expected['greedy'][:, 24:])
+  assert found.passes + found.accepted >= 2 * (new - 1)
+  assert 0 <= found.accepted <= found.passes
+
+
+def test_a_stream_with_drafts_compiles_its_round_once():
+  """A round's result must be of the types that the round takes."""
+  config, _, expected = golden('v3_release')
+  prompt = expected['greedy'][:, :24]
+  before = generation._next._cache_size()
+  rounds = generation.stream(
+    config, weights('v3_release'), prompt, 8, speculative=True
+  )
+  streamed = np.concatenate([now.tokens for now in rounds], axis=-1)
+  np.testing.assert_array_equal(streamed, expected['greedy'][:, 24:32])
+  assert generation._next._cache_size() == before + 1
+
+
+def test_ragged_rows_equal_single_ones_and_streamed_ones():
+  config, _, expected = golden('v2_lite')
+  prompt, lengths = expected['tokens'][:, :24], np.array([24, 9], np.int32)
+  how = dict(temperature=[0.7, 0.0], top_p=0.9, seed=[5, 6])
+  ragged = rollout(
+    config, weights('v2_lite'), prompt, 20, lengths=lengths, **how
+  )
+  streamed = [[], []]
+  for new in generation.stream(
+    config, weights('v2_lite'), prompt, 20, lengths=lengths, **how
+  ):
+    for row, tokens in zip(streamed, new.tokens, strict=True):
+      row.extend(tokens)
+  np.testing.assert_array_equal(ragged.tokens, streamed)
+  # The same row beside another one, where it stands second.
+  turned = rollout(
+    config,
+    weights('v2_lite'),
+    prompt[::-1],
+    20,
+    lengths=lengths[::-1],
+    temperature=[0.0, 0.7],
+    top_p=0.9,
+    seed=[6, 5],
+  )
+  np.testing.assert_array_equal(turned.tokens[::-1], ragged.tokens)
+
+
+def test_log_probs_are_those_of_the_training_forward():
+  config, variables, expected = golden('v2_lite')
+  prompt = expected['tokens'][:, :24]
+  found = rollout(
+    config, weights('v2_lite'), prompt, 20, temperature=1.3, seed=3
+  )
+  whole = np.concatenate([prompt, found.tokens], axis=1)
+  whole_forward = jax.jit(transformer.Transformer(config).apply)
+  logits = whole_forward(variables, whole).logits
+  wanted = jax.nn.log_softmax(logits[:, 23:-1])
+  wanted = jnp.take_along_axis(wanted, found.tokens[..., None], -1)[..., 0]
+  np.testing.assert_allclose(found.log_probs, wanted, atol=1e-4)
+
+
+def test_stop_ids_end_rows_and_the_loop():
+  config, _, expected = golden('v2_lite')
+  greedy = expected['greedy'][:, 24:]
+  stop = int(greedy[0, 5])
+  at = [
+    int(np.flatnonzero(row == stop)[0]) if stop in row else 19 for row in greedy
+  ]
+  found = rollout(
+    config, weights('v2_lite'), expected['greedy'][:, :24], 20, stop_ids=[stop]
+  )
+  np.testing.assert_array_equal(found.counts, [min(i, 19) + 1 for i in at])
+  assert (found.tokens[0, 6:] == config.eos_id).all()
+  assert (found.log_probs[0, found.counts[0] :] == 0).all()
+  assert found.passes == (found.counts - 1).sum()
+
+
+def test_logits_that_are_not_finite_are_named_by_step():
+  config, _, expected = golden('v2_lite')
+  bad = jax.tree.map(lambda x: x, weights('v2_lite'))
+  token = int(expected['greedy'][0, 26])  # the third: emitted in step 2
+  bad['embedding'] = bad['embedding'].at[token].set(jnp.nan)
+  prompt = expected['greedy'][[0, 0], :24]
+  assert token not in prompt
+  with pytest.raises(FloatingPointError, match='step 3 '):
+    rollout(config, bad, prompt, 20)
+
+
+@pytest.mark.parametrize(
+  'words, change',
+  [
+    ('empty', dict(prompt=np.zeros((1, 0), np.int32))),
+    ('token ids', dict(prompt=np.zeros((1, 3)))),
+    ('token 259', dict(prompt=np.array([[1, 259]]))),
+    ('token -1', dict(prompt=np.array([[-1, 2]]))),
+    ('max_new_tokens=0', dict(max_new_tokens=0)),
+    ('max_new_tokens=-3', dict(max_new_tokens=-3)),
+    ('positions', dict(max_new_tokens=10**6)),
+    ('temperature=-1', dict(temperature=-1.0)),
+    ('temperature=nan', dict(temperature=float('nan'))),
+    ('top_p=0.0', dict(top_p=0.0)),
+    ('top_p=1.1', dict(top_p=1.1)),
+    ('min_p', dict(min_p=-0.1)),
+    ('top_k', dict(top_k=-1)),
+    ('repetition_penalty', dict(repetition_penalty=0.0)),
+    ('3 values for 1', dict(seed=[1, 2, 3])),
+    ('lengths', dict(lengths=np.array([4]))),
+    ('stop_ids', dict(stop_ids=[300])),
+    ('MTP', dict(speculative=True)),
+  ],
+)
+def test_bad_input_is_one_line(words, change):
+  config, variables, _ = golden('v2_lite')
+  change = {'prompt': np.array([[1, 2, 3]]), **change}
+  with pytest.raises(ConfigError, match=words) as error:
+    rollout(config, variables, **change)
+  assert '\n' not in str(error.value)
+
+
+def test_cache_config_checks_itself():
+  with pytest.raises(ConfigError, match='page'):
+    CacheConfig(page=0)
+  with pytest.raises(ConfigError, match='int8'):
+    CacheConfig(dtype='int4')
+
+
+def probabilities(logits, seen=(), **how):
+  """`distribution` of one row, as probabilities."""
+  logits = jnp.asarray([logits], jnp.float32)
+  marks = np.isin(np.arange(logits.shape[-1]), seen)[None]
+  found = sampling.distribution(logits, marks, sampling.knobs(1, **how))
+  return np.exp(np.asarray(found[0]))
+
+
+def softmax(x):
+  return np.exp(x) / np.exp(x).sum()
+
+
+LOGITS = np.log(np.array([0.4, 0.3, 0.2, 0.06, 0.04]))
+
+
+def test_samplers_follow_their_definitions():
+  check = functools.partial(np.testing.assert_allclose, atol=1e-6)
+  check(probabilities(LOGITS), [1, 0, 0, 0, 0])
+  check(probabilities(LOGITS, temperature=2.0), softmax(LOGITS / 2))
+  check(
+    probabilities(LOGITS, temperature=1.0, top_k=2), [4 / 7, 3 / 7, 0, 0, 0]
+  )
+  # The smallest set whose mass reaches top_p, the token that reaches included.
+  top = [4 / 9, 3 / 9, 2 / 9, 0, 0]
+  check(probabilities(LOGITS, temperature=1.0, top_p=0.71), top)
+  check(probabilities(LOGITS, temperature=1.0, min_p=0.45), top)
+  both = probabilities(LOGITS, temperature=1.0, top_k=4, top_p=1e-6)
+  check(both, [1, 0, 0, 0, 0])
+  logits = np.array([1.0, 0.9, -1.0])
+  wanted = softmax(np.array([0.5, 0.9, -2.0]))
+  found = probabilities(
+    logits, seen=[0, 2], temperature=1.0, repetition_penalty=2.0
+  )
+  check(found, wanted)
+  check(probabilities(logits, seen=[0], repetition_penalty=2.0), [0, 1, 0])
+
+
+def test_draws_depend_on_seed_and_position_alone():
+  logits = jnp.asarray(np.tile(LOGITS, (256, 1)))
+  seed = np.tile([1, 2, 1, 1], 64)
+  how = sampling.knobs(256, temperature=1.0, seed=seed)
+  at = np.repeat(np.arange(64) * 16, 4) + np.tile([7, 7, 7, 8], 64)
+  found = sampling.draw(logits, how, at.astype(np.int32)).reshape(64, 4)
+  np.testing.assert_array_equal(found[:, 0], found[:, 2])
+  assert (found[:, 0] != found[:, 1]).any()
+  assert (found[:, 0] != found[:, 3]).any()
+
+
+def chi_squared(counts, wanted):
+  """p of the counts, by Wilson and Hilferty's normal approximation."""
+  counts, wanted = np.asarray(counts, float), np.asarray(wanted, float)
+  assert (counts[wanted == 0] == 0).all()
+  some = wanted > 0
+  expected = wanted[some] * counts.sum()
+  x = ((counts[some] - expected) ** 2 / expected).sum()
+  k = some.sum() - 1
+  z = ((x / k) ** (1 / 3) - (1 - 2 / (9 * k))) / np.sqrt(2 / (9 * k))
+  return 0.5 * jax.scipy.special.erfc(z / np.sqrt(2))
+
+
+def test_drafts_keep_the_distribution():
+  n, size = 20_000, 6
+  draws = np.random.default_rng(0)
+  q, p, after = draws.normal(size=(3, size)) * 1.5
+  how = sampling.knobs(n, temperature=0.8, top_k=5, seed=0)
+  rows = lambda x: jnp.asarray(np.tile(x, (n, 1)), jnp.float32)
+  seen, at = jnp.zeros((n, size), bool), np.full(n, 3, np.int32)
+  drafts, drawn_from = speculative.propose(rows(q), seen, how, at)
+  both = jnp.stack([rows(p), rows(after)], axis=1)
+  found = speculative.verify(both, drafts, drawn_from, seen, how, at)
+  first, second = np.asarray(found.tokens).T
+  accepted = np.asarray(found.accepted)
+  wanted = probabilities(p, temperature=0.8, top_k=5)
+  assert chi_squared(np.bincount(first, minlength=size), wanted) > 1e-3
+  wanted = probabilities(after, temperature=0.8, top_k=5)
+  counts = np.bincount(second[accepted], minlength=size)
+  assert chi_squared(counts, wanted) > 1e-3
+  # Neither all nor none, and the test would see what is drawn from q instead.
+  assert 0.1 < accepted.mean() < 0.95
+  drawn = np.bincount(np.asarray(drafts), minlength=size)
+  assert chi_squared(drawn, probabilities(p, temperature=0.8, top_k=6)) < 1e-6
+
+
+@pytest.mark.slow
+def test_sampling_with_drafts_keeps_the_model_s_distribution():
+  config, _, expected = golden('v3_release')
+  prompt = np.tile(expected['tokens'][:1, :8], (64, 1))
+  how = dict(temperature=1.0, top_k=3, seed=11)
+  counts = {}
+  for drafts in (False, True):
+    found = [
+      rollout(
+        config, weights('v3_release'), prompt, 3, speculative=drafts,
+        **how | {'seed': 64 * i},
+      ).tokens
+      for i in range(8)
+    ]  # fmt: skip
+    counts[drafts] = np.concatenate(found)
+  for column in range(3):
+    ids, where = np.unique(
+      np.concatenate([counts[d][:, column] for d in counts]),
+      return_inverse=True,
+    )
+    plain = np.bincount(where[:512], minlength=len(ids))
+    drafted = np.bincount(where[512:], minlength=len(ids))
+    # Two samples of 512: a token's counts differ by a few deviations at most.
+    spread = np.sqrt(plain + drafted + 1)
+    assert (np.abs(plain - drafted) < 4.5 * spread).all()

@@ -1,0 +1,108 @@
+"""Releases to runs and back, training on from them, and text from both."""
+
+import json
+import math
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from test_huggingface import GOLDEN, ROOT, same_bytes, tensors
+
+from mla_moe import Transformer, load_huggingface
+from mla_moe.config import freeze
+from mla_moe.data import batches, corpus, tokenizer
+
+# Third-party code that the programs call: none of it is ours to mend.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('default')]
+
+
+def program(name, *words):
+  return subprocess.run(
+    [sys.executable, '-m', f'experiments.{name}', *map(str, words)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+
+
+@pytest.fixture(scope='module')
+def imported(tmp_path_factory):
+  """A release and the run that it became."""
+  root = tmp_path_factory.mktemp('imported')
+  source = root / 'release'
+  shutil.copytree(GOLDEN / 'v3_release', source)
+  values = json.loads((source / 'config.json').read_text())
+  values |= {'bos_token_id': 256, 'eos_token_id': 257}  # the byte tokenizer's
+  (source / 'config.json').write_text(json.dumps(values))
+  settings = '{"eos_token_id": [1], "temperature": 0.6}'
+  (source / 'generation_config.json').write_text(settings)
+  words = ['--config=configs/tiny.py:smoke', '--config.data.fim_rate=0.0']
+  there = [f'--source={source}', f'--target={root}/run', *words]
+  out = program('convert', *there)
+  assert out.returncode == 0, out.stderr
+  again = program('convert', *there)
+  assert again.returncode == 2 and len(again.stderr.splitlines()) == 1
+  return source, root / 'run'
+
+
+def test_release_to_run_and_back_is_exact(imported, tmp_path):
+  source, run = imported
+  out = program(
+    'convert', f'--source={run}', f'--target={tmp_path}/back', '--fp8'
+  )
+  assert out.returncode == 0, out.stderr
+  same_bytes(tensors(source), tensors(tmp_path / 'back'))
+  name = 'generation_config.json'
+  settings = (tmp_path / 'back' / name).read_text()
+  assert settings == (source / name).read_text()
+
+
+def test_release_and_run_say_the_same(imported):
+  texts = []
+  for folder in imported:
+    words = [f'--checkpoint={folder}', '--prompt=hi', '--max_new_tokens=6']
+    out = program('generate', *words, '--tokenizer=byte')
+    assert out.returncode == 0, out.stderr
+    texts.append(out.stdout)
+  assert texts[0] == texts[1] != ''
+
+
+def test_training_goes_on_from_a_release(imported, tmp_path):
+  """The first step's loss is that of the release on the first batch."""
+  source, made = imported
+  run = tmp_path / 'run'
+  shutil.copytree(made, run)
+  text = (run / 'config.py').read_text()
+  assert str(made) in text  # its command
+  words = [f'--config={run}/config.py', f'--workdir={run}']
+  quick = ('steps=3', 'eval_every=0', 'sample_every=0', 'save_every=0')
+  out = program('train', *words, *(f'--config.run.{x}' for x in quick))
+  assert out.returncode == 0, out.stderr
+  assert re.search('Resuming .* at step 0', out.stdout)
+  lines = (run / 'metrics.jsonl').read_text().splitlines()
+  losses = {
+    row['step']: row['main_loss']
+    for row in map(json.loads, lines)
+    if 'main_loss' in row
+  }
+  assert sorted(losses) == [1, 2, 3] and losses[3] < losses[1]
+
+  config = freeze(json.loads((run / 'config.json').read_text()))
+  model, variables = load_huggingface(source, config.model.dtype)
+  words = tokenizer.load('byte', model.bos_id, model.eos_id)
+  text = corpus.prepare(config.data, words, pathlib.Path(tmp_path / 'corpus'))
+  first = next(batches.batches(text.train, config.data, text.bos_id, 0, 1))
+  tokens, targets = first.tokens[0], np.asarray(first.targets[0])
+  logits = jax.jit(Transformer(model).apply)(variables, tokens).logits
+  chosen = np.take_along_axis(
+    np.asarray(jax.nn.log_softmax(logits)),
+    np.maximum(targets, 0)[..., None],
+    axis=-1,
+  )[..., 0]
+  nll = -chosen[targets >= 0].mean()
+  assert math.isclose(nll, losses[1], rel_tol=1e-4)

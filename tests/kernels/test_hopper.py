@@ -1,0 +1,111 @@
+"""Really compiled for H100s that are not here, kernels down to machine code.
+
+XLA's CUDA plugin needs no GPU for that: `pip install --no-deps
+jax-cuda13-plugin jax-cuda13-pjrt`, and ptxas on the path. Each program runs in
+a process of its own, for the plugin is read from the environment.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from products import PRODUCTS
+
+HERE = importlib.util.find_spec('jax_cuda13_plugin') and shutil.which('ptxas')
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.skipif(
+    not HERE, reason='compiling for a GPU needs the extra [cuda] and ptxas'
+  ),
+]
+
+START = """
+import functools, re
+import jax
+import jax.numpy as jnp
+from experiments import chips
+from experiments.plan import compiled
+
+devices = compiled.describe(chips.parse('h100:8')).devices
+auto = jax.sharding.AxisType.Auto
+one = jax.make_mesh((1,), ('x',), (auto,), devices=devices[:1])
+where = jax.sharding.NamedSharding(one, jax.sharding.PartitionSpec())
+shape = lambda s, d: jax.ShapeDtypeStruct(s, d, sharding=where)
+calls = lambda program, name: len(re.findall(name, program.as_text()))
+"""
+
+MGPU = """
+impl, target = 'mgpu', 'mosaic_gpu'
+"""
+
+LATENT = """
+from mla_moe.kernels import latent_gpu
+
+run = functools.partial(latent_gpu.attend, heads=128, rank=512)
+for tokens in (1, 2):
+  args = (
+    shape((8, 128 * tokens, 576), jnp.bfloat16),
+    shape((4096, 64, 576), jnp.bfloat16),
+    shape((8, 64), jnp.int32),
+    shape((8,), jnp.int32),
+  )
+  with jax.set_mesh(one):  # jax 0.12 asks for a device's name
+    program = jax.jit(run).lower(*args).compile()
+  assert calls(program, 'custom_call_target="__gpu.xla.gpu.triton"')
+  # Nothing of the pool is copied on its way into the kernel.
+  pool = 4096 * 64 * 576 * 2
+  assert program.memory_analysis().temp_size_in_bytes < pool / 8
+"""
+
+STEP = """
+from configs import small
+from experiments.plan import memory
+from mla_moe import config as c
+from experiments.plan import hlo
+
+config = small.get_config()
+config.mesh.update(fsdp=2, expert=4)
+config.model.update(layers=3, precision='fp8_block')
+config.data.update(seq_len=256)
+config = c.freeze(config)
+lowered, mesh = compiled.lower(config, devices)
+program = lowered.compile()
+assert calls(program, 'custom_call_target="mosaic_gpu')
+args = program.as_text(), mesh.axis_names, mesh.devices.shape, 4
+found = dict.fromkeys(mesh.axis_names, 0.0)
+for row in hlo.collectives(*args):
+  found[row['axis'].split('+')[0]] += row['bytes']
+for axis, size in memory.traffic(config).items():
+  if size:
+    assert 0.7 < found[axis] / size < 1.5, (axis, found[axis] / size)
+"""
+
+
+def compile_all(program, **more):
+  env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '', **more}
+  command = [sys.executable, '-c', START + program]
+  done = subprocess.run(command, env=env, capture_output=True, text=True)
+  assert not done.returncode, done.stderr[-2000:]
+
+
+def test_fp8_products_compile_and_spill_nothing(tmp_path):
+  wanted = {'MOSAIC_GPU_DUMP_TO': str(tmp_path), 'MOSAIC_GPU_DUMP_PTXAS': '1'}
+  compile_all(MGPU + PRODUCTS, **wanted)
+  found = [path.read_text() for path in tmp_path.glob('*.ptxas')]
+  assert len(found) == 6
+  for text in found:
+    assert "'sm_90a'" in text
+    spilled = re.findall(r'(\d+) bytes (stack frame|spill \w+)', text)
+    assert len(spilled) == 3 and {n for n, _ in spilled} == {'0'}, text
+
+
+def test_absorbed_decoding_compiles_and_copies_no_pool():
+  compile_all(LATENT)
+
+
+def test_a_training_step_compiles_with_the_kernels_in_it():
+  compile_all(STEP)

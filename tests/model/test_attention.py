@@ -1,0 +1,156 @@
+"""Attention cores against the quadratic oracle; rotary golden values."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mla_moe.config import MLAConfig, RopeConfig
+from mla_moe.model import attention, rope, sequence
+
+
+def inputs(t, batch=2, heads=3, dtype=jnp.float32):
+  keys = jax.random.split(jax.random.key(t), 4)
+  make = lambda key, d: jax.random.normal(key, (batch, t, heads, d), dtype)
+  q, k, v, g = (make(*x) for x in zip(keys, (24, 24, 16, 16), strict=True))
+  cuts = np.sort(np.random.default_rng(t).integers(0, t, (batch, 3)), 1)
+  segments = (np.arange(t)[None, :, None] >= cuts[:, None]).sum(-1)
+  return (q, k, v), g, jnp.asarray(segments, jnp.int32)
+
+
+@pytest.mark.parametrize('packed', [False, True])
+@pytest.mark.parametrize('t, heads', [(1, 3), (7, 3), (256, 3), (515, 4)])
+def test_blocks_equal_the_oracle(t, heads, packed):
+  """The last one is padded, and wide enough to be cut into parts."""
+  args, g, segments = inputs(t, heads=heads)
+  assert attention._lots(args[0]) == (4 if heads == 4 else 1)
+  segments = (segments, segments) if packed else None
+  outs = []
+  for impl in ('reference', 'xla'):
+    run = functools.partial(
+      attention.attend, scale=0.2, segments=segments, impl=impl
+    )
+    out, pull = jax.vjp(run, *args)
+    outs.append((out, pull(g)))
+  chex.assert_trees_all_close(*outs, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize('impl', ['reference', 'xla'])
+def test_parts_of_a_sequence_are_rows_of_the_whole(impl):
+  """Their gradients of keys and values add up to the whole's, too."""
+  count, (args, g, segments) = 3, inputs(24)
+  whole, pull = jax.vjp(
+    functools.partial(attention.attend, scale=0.2, segments=(segments,) * 2),
+    *args,
+  )
+  pieces = np.arange(24).reshape(2 * count, -1)
+
+  @jax.jit
+  def one(index, rows, q, k, v, g):
+    part = sequence.Part(index, count)
+    both = segments[:, rows], segments
+    f = functools.partial(
+      attention.attend, scale=0.2, segments=both, part=part, impl=impl
+    )
+    out, pull = jax.vjp(f, q[:, rows], k, v)
+    return out, pull(g[:, rows])
+
+  dq, dk, dv = pull(g)
+  sums = [jnp.zeros_like(dk), jnp.zeros_like(dv)]
+  for i in range(count):
+    rows = pieces[jnp.array([i, 2 * count - 1 - i])].reshape(-1)
+    out, (part, *more) = one(i, rows, *args, g)
+    chex.assert_trees_all_close(out, whole[:, rows], atol=2e-5, rtol=2e-5)
+    chex.assert_trees_all_close(part, dq[:, rows], atol=2e-5, rtol=2e-5)
+    sums = [a + b for a, b in zip(sums, more, strict=True)]
+  chex.assert_trees_all_close(sums, [dk, dv], atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize('packed', [False, True])
+def test_splash_interpreted_equals_the_oracle(packed):
+  args, g, segments = inputs(128, batch=1, heads=2)
+  segments = (segments, segments) if packed else None
+  outs = []
+  for impl in ('reference', 'splash'):
+    run = functools.partial(
+      attention.attend, scale=0.2, segments=segments, impl=impl
+    )
+    out, pull = jax.vjp(run, *args)
+    outs.append((out, pull(g)))
+  chex.assert_trees_all_close(*outs, atol=1e-4, rtol=1e-4)
+
+
+def test_memory_is_linear_in_length():
+  def temporaries(t):
+    args, g, _ = inputs(t, batch=1)
+    run = functools.partial(attention.attend, scale=0.2, impl='xla')
+    grad = jax.jit(lambda args, g: jax.vjp(run, *args)[1](g))
+    compiled = grad.lower(args, g).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  assert temporaries(8192) < 2.5 * temporaries(4096)
+
+
+V3 = RopeConfig(factor=40.0, original_positions=4096)
+K2 = RopeConfig(
+  theta=50000.0,
+  factor=32.0,
+  original_positions=4096,
+  beta_fast=1.0,
+  beta_slow=1.0,
+)
+
+
+def test_yarn_frequencies_are_the_published_ones():
+  got = rope.frequencies(64, V3)
+  expected = {
+    0: 1.0,
+    10: 5.623413e-2,
+    11: 3.900693e-2,
+    16: 5.5e-3,
+    20: 7.905694e-4,
+    22: 1.778279e-4,
+    23: 3.333804e-5,
+    31: 3.333804e-6,
+  }
+  for index, value in expected.items():
+    assert got[index] == pytest.approx(value, rel=2e-6)
+  plain = 50000.0 ** (-np.arange(0, 64, 2) / 64)
+  hard = rope.frequencies(64, K2) / plain
+  np.testing.assert_allclose(
+    hard, np.where(np.arange(32) < 20, 1, 1 / 32), 1e-6
+  )
+
+
+@pytest.mark.parametrize(
+  'yarn, expected',
+  [
+    (RopeConfig(), 0.07216878),
+    (V3, 0.13523378),
+    (K2, 0.13086080),
+    (
+      RopeConfig(
+        factor=40.0, original_positions=4096, mscale=0.707, mscale_all_dim=0.707
+      ),
+      0.11472139,
+    ),
+  ],
+)
+def test_softmax_scale_has_the_square_of_m(yarn, expected):
+  got = rope.softmax_scale(MLAConfig(rope=yarn))
+  assert got == pytest.approx(expected, abs=1e-8)
+
+
+def test_rotated_products_depend_on_distance_alone():
+  x, y = jax.random.normal(jax.random.key(0), (2, 1, 1, 64))
+
+  def product(i, j):
+    at = lambda p: rope.angles(jnp.full((1, 1), p, jnp.int32), 64, V3)
+    turn = lambda v, p: rope.rotate(v[None], *at(p))
+    return (turn(x, i) * turn(y, j)).sum()
+
+  chex.assert_trees_all_close(product(5, 2), product(905, 902), rtol=1e-4)
+  chex.assert_trees_all_close(product(0, 0), (x * y).sum(), rtol=1e-5)

@@ -1,0 +1,180 @@
+"""Routing against a slow numpy version; experts against the dense oracle."""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mla_moe.config import MoEConfig
+from mla_moe.model import moe, router
+
+V3 = MoEConfig(experts=16, top_k=4, width=8, groups=4, top_groups=2, shared=0)
+VARIANTS = {
+  'v3': V3,
+  'v2': dataclasses.replace(
+    V3, scoring='softmax', method='group_limited_greedy', normalize=False
+  ),
+  'lite': dataclasses.replace(
+    V3, scoring='softmax', method='greedy', groups=1, top_groups=1
+  ),
+  'kimi': dataclasses.replace(V3, groups=1, top_groups=1),
+}
+
+
+def slow_route(logits, bias, c):
+  """Token by token, in float64."""
+  every = []
+  for row in logits.astype(np.float64):
+    if c.scoring == 'sigmoid':
+      s = 1 / (1 + np.exp(-row))
+    else:
+      s = np.exp(row - row.max())
+      s /= s.sum()
+    biased = s + (0 if bias is None else bias)
+    allowed = np.arange(c.experts)
+    if c.groups > 1:
+      groups = allowed.reshape(c.groups, -1)
+      best = 2 if c.method == 'noaux_tc' else 1
+      value = [np.sort(biased[g])[::-1][:best].sum() for g in groups]
+      kept = np.argsort(value)[::-1][: c.top_groups]
+      allowed = groups[kept].reshape(-1)
+    chosen = allowed[np.argsort(biased[allowed])[::-1][: c.top_k]]
+    w = s[chosen]
+    if c.normalize:
+      w = w / w.sum()
+    every.append(dict(zip(chosen.tolist(), w * c.scale, strict=True)))
+  return every
+
+
+@pytest.mark.parametrize('name', VARIANTS)
+def test_routing_equals_the_slow_version(name):
+  c = VARIANTS[name]
+  random = np.random.default_rng(0)
+  x = random.normal(size=(64, 12)).astype(np.float32)
+  w = random.normal(size=(12, 16)).astype(np.float32)
+  bias = None
+  if c.method == 'noaux_tc':  # negative ones: a mask of 0 would win
+    bias = (random.normal(size=16) - 1.5).astype(np.float32)
+  got = router.route(x, w, bias, c)
+  for i, expected in enumerate(slow_route(x @ w, bias, c)):
+    assert set(got.chosen[i].tolist()) == set(expected)
+    for expert, weight in zip(got.chosen[i], got.weights[i], strict=True):
+      assert weight == pytest.approx(expected[int(expert)], rel=1e-4)
+
+
+def test_a_bias_moves_the_selection_and_never_a_gate_value():
+  random = np.random.default_rng(1)
+  x = random.normal(size=(32, 12)).astype(np.float32)
+  w = random.normal(size=(12, 16)).astype(np.float32)
+  c = dataclasses.replace(V3, normalize=False)
+  bias = np.zeros(16, np.float32)
+  before = router.route(x, w, bias, c)
+  bias[3] += 10
+  after = router.route(x, w, bias, c)
+  assert (after.chosen == 3).any(1).all()
+  assert not (before.chosen == 3).any(1).all()
+  gate = jnp.take_along_axis(after.scores, after.chosen, 1) * c.scale
+  chex.assert_trees_all_equal(after.weights, gate)
+  grad = jax.grad(lambda b: router.route(x, w, b, c).weights.sum())(bias)
+  assert not grad.any()
+
+
+def test_rebalance_equals_the_slow_version():
+  load = np.array([[5, 1, 3, 3], [0, 0, 12, 0]], np.int32)
+  bias = np.arange(8, dtype=np.float32).reshape(2, 4)
+  expected = bias.copy()
+  for layer in range(2):
+    for e in range(4):
+      expected[layer, e] += 0.5 * np.sign(load[layer].mean() - load[layer, e])
+  chex.assert_trees_all_equal(router.rebalance(bias, load, 0.5), expected)
+
+
+def test_balance_loss_equals_the_slow_version():
+  random = np.random.default_rng(2)
+  scores = random.uniform(size=(3, 10, 8)).astype(np.float32)
+  mask = np.ones((3, 10), np.float32)
+  mask[1, 7:] = 0
+  total = 0.0
+  for b in range(3):
+    rows = scores[b].astype(np.float64)[mask[b] > 0]
+    f, p = np.zeros(8), np.zeros(8)
+    for row in rows:
+      f[np.argsort(row)[::-1][:2]] += 8 / (2 * len(rows))
+      p += row / row.sum() / len(rows)
+    total += (f * p).sum() / 3
+  got = router.balance(scores, 2, mask)
+  assert float(got) == pytest.approx(total, rel=1e-5)
+  flat = router.balance(np.tile(np.eye(8, dtype=np.float32), (1, 4, 1)), 1)
+  assert float(flat) == pytest.approx(1.0)
+
+
+def expert_inputs(m=48, e=16, k=4, d=12, f=8, skew=0.0):
+  random = np.random.default_rng(3)
+  normal = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)
+  logits = normal(m, e) - skew * jnp.arange(e)[None]
+  chosen = jnp.argsort(-logits, axis=1)[:, :k].astype(jnp.int32)
+  weights = jnp.asarray(random.uniform(size=(m, k)), jnp.float32)
+  x, w_gate_up, w_down = normal(m, d), normal(e, d, 2, f), normal(e, f, d)
+  return (x, weights, w_gate_up, w_down), chosen, normal(m, d)
+
+
+@pytest.mark.parametrize('impl', ['loop', 'ragged', 'padded', 'dense'])
+def test_packed_experts_are_the_same(impl):
+  (x, weights, gate_up, down), chosen, _ = expert_inputs()
+  run = functools.partial(moe.experts, x, weights, chosen, impl=impl)
+  run = jax.jit(functools.partial(run, expected=8))  # most go through the loop
+  joined = moe.packed(gate_up)
+  assert joined.shape == (16, 12, 16)
+  chex.assert_trees_all_close(
+    run(joined, down), run(gate_up, down), rtol=1e-6, atol=1e-6
+  )
+
+
+@pytest.mark.parametrize('impl', ['loop', 'ragged', 'padded'])
+@pytest.mark.parametrize(
+  'm, skew', [(48, 0.0), (48, 9.0), (1, 0.0), (530, 0.0), (600, 9.0)]
+)
+def test_experts_equal_the_dense_oracle(impl, m, skew):
+  """With skew, four experts get every token and the others none."""
+  args, chosen, g = expert_inputs(m, skew=skew)
+
+  def run(impl):
+    f = lambda x, w, *rest: moe.experts(x, w, chosen, *rest, impl=impl)
+    out, pull = jax.vjp(f, *args)
+    return out, pull(g)
+
+  got, expected = jax.jit(run, static_argnums=0)(impl), run('dense')
+  chex.assert_trees_all_close(got, expected, rtol=2e-4, atol=2e-4)
+  if skew:  # experts without tokens have gradients of exactly zero
+    assert not np.asarray(got[1][2])[4:].any()
+    assert not np.asarray(got[1][3])[4:].any()
+
+
+@pytest.mark.parametrize('impl', ['ragged', 'padded'])
+def test_overflow_adds_to_the_gradient_that_there_is(impl):
+  """Two gradients of all experts and their sum are a layer's largest arrays."""
+  args, chosen, _ = expert_inputs(skew=9.0)
+  f = functools.partial(moe.experts, chosen=chosen, impl=impl, expected=8)
+  loss = lambda *a: jnp.square(f(a[0], a[1], w_gate_up=a[2], w_down=a[3])).sum()
+  text = str(jax.make_jaxpr(jax.grad(loss, (2, 3)))(*args))
+  assert 'add_any' in text  # x has several
+  for w in args[2:]:
+    shape = ','.join(map(str, w.shape))
+    assert f'f32[{shape}] = add_any' not in text
+
+
+def test_experts_in_bfloat16():
+  args, chosen, _ = expert_inputs()
+  half = [jnp.asarray(a, jnp.bfloat16) for a in args]
+  half[1] = args[1]
+  got = jax.jit(lambda x, w, *r: moe.experts(x, w, chosen, *r, impl='loop'))(
+    *half
+  )
+  assert got.dtype == jnp.bfloat16
+  expected = moe.experts(args[0], args[1], chosen, *args[2:], impl='dense')
+  error = got.astype(jnp.float32) - expected
+  assert jnp.sqrt((error**2).mean() / (expected**2).mean()) < 0.02

@@ -1,0 +1,180 @@
+"""What the compiled step sends: what the arithmetic says, and no experts."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+
+from configs import small
+from experiments.plan import compiled, hlo, memory
+from mla_moe import sharding
+from mla_moe.config import CacheConfig, MeshConfig, MTPConfig, freeze
+from mla_moe.decode import cache, forward
+from mla_moe.model import transformer
+
+NEEDS = 'needs libtpu: pip install jax[tpu]'
+MESHES = {
+  'expert': MeshConfig(expert=8),
+  'both': MeshConfig(fsdp=2, expert=4),
+  'data': MeshConfig(data=2, expert=4),
+  'tensor': MeshConfig(tensor=2, expert=4),
+}
+# Width of the stream and of an expert. The arithmetic was written with the
+# first two programs at hand; of the others it was a prediction.
+WIDTHS = {
+  'expert': (1024, 512),
+  'both': (1024, 512),
+  'data': (768, 640),
+  'tensor': (1280, 384),
+}
+
+
+def step_of(mesh, dtype, dim, width, length):
+  """A dense and two MoE layers; a width that no other length is equal to."""
+  config = freeze(small.get_config())
+  moe = dataclasses.replace(
+    config.model.moe, experts=16, top_k=8, groups=1, top_groups=1, width=width
+  )
+  model = dataclasses.replace(
+    config.model,
+    dim=dim,
+    layers=3,
+    vocab=2048,
+    remat='full',
+    dtype=dtype,
+    mtp=MTPConfig(0),
+    moe=moe,
+  )
+  data = dataclasses.replace(
+    config.data, seq_len=length, batch_size=16, micro_batch=0
+  )
+  return dataclasses.replace(config, model=model, data=data, mesh=MESHES[mesh])
+
+
+def program(config, devices):
+  lowered, mesh = compiled.lower(config, devices)
+  text = lowered.compile().as_text()
+  return text, mesh.axis_names, mesh.devices.shape
+
+
+def gathered_over(axis, text, axes, sizes):
+  """The shapes that are gathered along an axis of the mesh."""
+  for line in text.splitlines():
+    found = re.search(r'= (.*?) all-gather(-start)?\(', line)
+    if found and axis in hlo._axis(hlo._group(line, 8), axes, sizes):
+      for _, shape in hlo._SHAPE.findall(found[1]):
+        yield [int(n) for n in shape.split(',') if n]
+
+
+def no_experts_are_gathered(config, *found):
+  dim, width = config.model.dim, config.model.moe.width
+  shapes = list(gathered_over('expert', *found))
+  assert any(dim in shape for shape in shapes)  # tokens are
+  for shape in shapes:
+    assert not {dim, width} <= set(shape), shape
+
+
+def received(*found):
+  """Bytes by axis; what goes over several at once counts as the first's."""
+  sums = dict.fromkeys(MESHES['both'].__dict__, 0.0)
+  for row in hlo.collectives(*found):
+    sums[row['axis'].split('+')[0]] += row['bytes']
+  return sums
+
+
+@pytest.mark.parametrize(
+  'mesh', [pytest.param('expert', marks=pytest.mark.slow), 'both']
+)
+def test_tokens_travel_and_experts_do_not(mesh):
+  config = step_of(mesh, 'float32', 256, 96, 128)
+  found = program(config, jax.devices())
+  no_experts_are_gathered(config, *found)
+
+
+@functools.cache
+def tpu(mesh):
+  from jax.experimental import topologies
+
+  described = topologies.get_topology_desc('v5e:2x4', platform='tpu')
+  config = step_of(mesh, 'bfloat16', *WIDTHS[mesh], 1024)
+  return config, program(config, described.devices)
+
+
+@pytest.fixture
+def libtpu(monkeypatch):
+  pytest.importorskip('libtpu', reason=NEEDS)
+  monkeypatch.setenv('TPU_SKIP_MDS_QUERY', '1')
+  monkeypatch.setenv('TPU_WORKER_HOSTNAMES', 'localhost')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('mesh', MESHES)
+def test_a_tpu_receives_what_the_arithmetic_says(mesh, libtpu):
+  config, found = tpu(mesh)
+  no_experts_are_gathered(config, *found)
+  sums, expected = received(*found), memory.traffic(config)
+  total = sum(expected.values())
+  assert sum(sums.values()) == pytest.approx(total, rel=0.1)
+  for axis in expected:
+    assert sums[axis] == pytest.approx(expected[axis], rel=0.1), axis
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('mesh', ['both', 'expert'])
+def test_a_tpu_computes_the_shared_expert_while_tokens_travel(mesh, libtpu):
+  """Tokens' gather is cut into fusions: its start, products, its end."""
+  config, (text, _, _) = tpu(mesh)
+  bodies, _ = hlo._bodies(text)
+  each = config.data.batch_size // config.mesh.devices * config.data.seq_len
+  rows = config.mesh.expert * each  # of an expert group
+  moved = [
+    name
+    for name, lines in bodies.items()
+    for line in lines
+    if re.search(rf'= bf16\[{rows},1024\]\S* all-gather\(', line)
+    and 'experts/all_gather' in line
+  ]
+  between = [name for name in moved if name.startswith('async_collective')]
+  assert between
+  # In the same fusion runs a product of the shared expert.
+  work = [line for name in between for line in bodies[name]]
+  assert any(' convolution(' in w and 'ffn/shared' in w for w in work)
+
+
+@pytest.mark.slow
+def test_a_tpu_decodes_without_moving_or_copying_experts(libtpu):
+  from jax.experimental import topologies
+
+  described = topologies.get_topology_desc('v5e:2x4', platform='tpu')
+  mesh = sharding.make_mesh(MESHES['expert'], described.devices)
+  config = step_of('expert', 'bfloat16', 1024, 4096, 1024).model
+  shaped = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+  with jax.set_mesh(mesh):
+    boxed = jax.eval_shape(
+      lambda: transformer.Transformer(config).init(
+        jax.random.key(0), jnp.zeros((1, 8), jnp.int32)
+      )
+    )
+    trained = jax.tree.map(
+      shaped, nn.unbox(boxed), sharding.shardings(boxed, mesh)
+    )
+    unstack = jax.jit(functools.partial(forward.unstack, config))
+    where = unstack.lower(trained).compile().output_shardings
+    weights = jax.tree.map(shaped, jax.eval_shape(unstack, trained), where)
+    how = CacheConfig(page=128, impl='xla')
+    held = jax.eval_shape(lambda: cache.empty(config, 64, 1024, how))
+    held = jax.tree.map(shaped, held, cache.shardings(held, mesh))
+    rows = jax.NamedSharding(mesh, sharding.spec(('batch',)))
+    tokens = jax.ShapeDtypeStruct((64,), jnp.int32, sharding=rows)
+    step = functools.partial(forward.decode_step, config=config)
+    lowered = jax.jit(step, donate_argnums=1).lower(weights, held, tokens)
+    step = lowered.compile()
+  found = step.as_text(), mesh.axis_names, mesh.devices.shape
+  experts = weights['layers'][-1]['ffn']['w_down']
+  each = experts.size * experts.dtype.itemsize / 8
+  assert sum(received(*found).values()) < each / 2  # both MoE layers'
+  assert step.memory_analysis().temp_size_in_bytes < each

@@ -1,0 +1,152 @@
+"""Several processes: who says so, what each reads, and one run of two."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from experiments import distributed
+from mla_moe import sharding
+from mla_moe.config import ConfigError, MeshConfig
+
+ROOT = pathlib.Path(__file__).parents[2]
+ARGUMENTS = (
+  '--config=configs/tiny.py:smoke',
+  '--config.run.steps=3',
+  '--config.run.sample_every=0',
+  '--config.run.save_every=3',
+  '--config.run.eval_every=3',
+  '--config.model.layers=2',
+  '--config.model.mtp.depth=0',
+  '--config.optim.optimizer=adamw',
+  '--config.model.dim=32',
+  '--config.data.seq_len=64',
+  '--config.mesh.data=2',
+  '--config.mesh.fsdp=2',
+  '--config.mesh.expert=2',
+)
+
+
+@pytest.mark.parametrize(
+  'environ, how',
+  [
+    ({}, ''),
+    ({'SLURM_STEP_NUM_TASKS': '1'}, ''),
+    ({'SLURM_STEP_NUM_TASKS': '4'}, 'Slurm'),
+    ({'TPU_WORKER_HOSTNAMES': 'localhost'}, ''),
+    ({'TPU_WORKER_HOSTNAMES': 'a,b'}, 'Cloud TPU'),
+    ({'TPU_WORKER_HOSTNAMES': 'a,b', 'KUBERNETES_SERVICE_HOST': 'x'}, 'GKE'),
+  ],
+)
+def test_who_says_that_there_are_others(environ, how):
+  assert distributed.detect(environ) == (how, {})
+
+
+def test_a_coordinator_needs_numbers():
+  environ = {'JAX_COORDINATOR_ADDRESS': 'a:1', 'JAX_NUM_PROCESSES': '2'}
+  with pytest.raises(ConfigError, match='JAX_PROCESS_ID'):
+    distributed.detect(environ)
+  with pytest.raises(ConfigError, match='must be a number'):
+    distributed.detect({**environ, 'JAX_PROCESS_ID': 'first'})
+  _, arguments = distributed.detect({**environ, 'JAX_PROCESS_ID': '1'})
+  assert arguments == {
+    'coordinator_address': 'a:1',
+    'num_processes': 2,
+    'process_id': 1,
+  }
+
+
+def test_one_process_reads_everything():
+  assert distributed.share(None, 8) == (0, 1)
+  mesh = sharding.make_mesh(MeshConfig(data=2, tensor=4))
+  assert distributed.share(mesh, 8) == (0, 1)
+  assert distributed.alone(lambda: 3) == 3
+  assert distributed.processes() == 1 and distributed.first()
+  assert jax.process_count() == 1
+
+
+@pytest.fixture(autouse=True)
+def no_orphans():
+  """Whatever happens, nobody is left running."""
+  yield
+  while _STARTED:
+    one = _STARTED.pop()
+    with one:  # closes its pipes, and waits
+      one.kill()
+
+
+_STARTED = []
+
+
+def start(folder, index=None, port=0, more=()):
+  """A training run, alone on 8 devices or as one of two on 4 each."""
+  alone = index is None
+  devices = 8 if alone else 4
+  flag = f'--xla_force_host_platform_device_count={devices}'
+  environ = {**os.environ, 'XLA_FLAGS': flag, 'JAX_PLATFORMS': 'cpu'}
+  if not alone:
+    environ |= {
+      'JAX_COORDINATOR_ADDRESS': f'localhost:{port}',
+      'JAX_NUM_PROCESSES': '2',
+      'JAX_PROCESS_ID': str(index),
+    }
+  command = [sys.executable, '-m', 'experiments.train', *ARGUMENTS, *more]
+  one = subprocess.Popen(
+    [*command, f'--workdir={folder}'],
+    cwd=ROOT,
+    env=environ,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  _STARTED.append(one)
+  return one
+
+
+def rows(folder):
+  text = (folder / 'metrics.jsonl').read_text()
+  return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_processes_train_as_one(tmp_path):
+  both = [start(tmp_path / 'two' / 'run', i, 9381) for i in range(2)]
+  texts = [p.communicate(timeout=800) for p in both]
+  assert [p.returncode for p in both] == [0, 0], texts
+  assert '2 processes (found by environment)' in texts[0][0]
+  assert 'step' not in texts[1][0]
+  alone = start(tmp_path / 'one' / 'run')
+  assert alone.communicate(timeout=800) and alone.returncode == 0
+  pairs = zip(
+    rows(tmp_path / 'two' / 'run'), rows(tmp_path / 'one' / 'run'), strict=True
+  )
+  for ours, theirs in pairs:
+    assert ours.keys() == theirs.keys()
+    assert 'overflow' in ours or 'loss' not in ours
+    for name in {'loss', 'main_loss', 'bits_per_byte'} & ours.keys():
+      assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_processes_of_two_minds_both_stop(tmp_path):
+  other = ('--config.optim.learning_rate=0.5',)
+  both = [
+    start(tmp_path / 'run', i, 9382, other if i else ()) for i in range(2)
+  ]
+  texts = [p.communicate(timeout=800)[1] for p in both]
+  assert [p.returncode for p in both] == [2, 2], texts
+  assert all('process 1 has another config' in text for text in texts)
+
+
+@pytest.mark.slow
+def test_a_process_that_never_comes_is_named(tmp_path):
+  one = start(tmp_path / 'run', 0, 9383, ('--distributed_timeout=5',))
+  text = one.communicate(timeout=200)[1]
+  assert 'process 1 did not arrive within 5 s' in text, text
+  assert one.returncode == 2

@@ -1,0 +1,116 @@
+"""The lm-eval adapter: its numbers are the model's; a local task, offline."""
+
+import importlib.util
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import tiny
+from experiments import evaluate, generate
+from mla_moe import Transformer, rollout
+from mla_moe.config import ConfigError, freeze
+from mla_moe.data import tokenizer
+
+
+@pytest.fixture(scope='module')
+def loaded():
+  config = freeze(tiny.get_config('smoke')).model
+  tokens = jnp.zeros((1, 8), jnp.int32)
+  variables = jax.jit(Transformer(config).init)(jax.random.key(0), tokens)
+  from flax import linen as nn
+
+  words = tokenizer.ByteTokenizer()
+  return generate.Loaded(
+    config, nn.unbox(variables), words, None, (config.eos_id,)
+  )
+
+
+def test_likelihoods_are_the_forward_passs(loaded):
+  pairs = [([256, 5, 6], [7, 8, 9]), ([256], [1]), ([256, 3], [4, 4])]
+  found = evaluate.likelihoods(loaded, pairs, 4)
+  rows = np.zeros((4, 64), np.int32)
+  for i, (context, continuation) in enumerate(pairs):
+    rows[i, : len(context) + len(continuation)] = [*context, *continuation]
+  apply = jax.jit(Transformer(loaded.config).apply)
+  log_probs = jax.nn.log_softmax(apply(loaded.variables, rows).logits)
+  log_probs = np.asarray(log_probs)
+  for i, (context, continuation) in enumerate(pairs):
+    at = len(context) - 1 + np.arange(len(continuation))
+    total, greedy = found[i]
+    expected = log_probs[i, at, continuation].sum()
+    assert total == pytest.approx(float(expected), rel=1e-4)
+    assert greedy == bool((log_probs[i, at].argmax(-1) == continuation).all())
+
+
+def test_a_greedy_continuation_is_told_as_greedy(loaded):
+  prompt = [256, 10, 20, 30]
+  new = rollout(loaded.config, loaded.variables, np.array([prompt]), 4).tokens
+  (told,) = evaluate.likelihoods(loaded, [(prompt, new[0].tolist())], 4)
+  assert told[1]
+  (words,) = evaluate.continuations(loaded, [(prompt, {'max_gen_toks': 4})], 1)
+  assert words == loaded.words.decode(new[0])
+  until = {'max_gen_toks': 4, 'until': [words[1]]}
+  (cut,) = evaluate.continuations(loaded, [(prompt, until)], 1)
+  assert cut == words[: words.index(words[1])]
+
+
+def test_without_lm_eval_the_extra_is_named(loaded, monkeypatch):
+  monkeypatch.setitem(__import__('sys').modules, 'lm_eval.api.model', None)
+  with pytest.raises(ConfigError, match=r'pip install "mla_moe\[eval\]"'):
+    evaluate.adapter(loaded, 2)
+
+
+TASK = """
+task: capitals
+dataset_path: json
+dataset_kwargs: {data_files: {test: %s}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+metadata: {version: 1}
+"""
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec('lm_eval') is None, reason='extra [eval]'
+)
+@pytest.mark.filterwarnings('ignore')  # of lm-eval and datasets
+def test_a_local_task_runs_offline(tmp_path, monkeypatch):
+  """All of lm-eval's way; the likelihoods are the sums of the bytes."""
+  words = tokenizer.ByteTokenizer()
+  config = types.SimpleNamespace(bos_id=256, max_positions=99, vocab=264)
+  model = generate.Loaded(config, None, words, None, (257,))
+  seen = []
+
+  def likelihoods(loaded, pairs, batch):
+    seen.extend(pairs)
+    return [(float(sum(continuation)), False) for _, continuation in pairs]
+
+  monkeypatch.setattr(evaluate, 'likelihoods', likelihoods)
+  for name in ('HF_HUB_OFFLINE', 'HF_DATASETS_OFFLINE'):
+    monkeypatch.setenv(name, '1')
+  monkeypatch.setenv('HF_HOME', str(tmp_path / 'hf'))
+  rows = [
+    {'question': f'{i} and', 'choices': ['a', 'bb'], 'answer': i % 2}
+    for i in range(6)
+  ]
+  data = tmp_path / 'capitals.json'
+  data.write_text('\n'.join(map(json.dumps, rows)))
+  (tmp_path / 'capitals.yaml').write_text(TASK % data)
+  asked = types.SimpleNamespace(
+    batch=4, tasks=['capitals'], include=str(tmp_path), limit=0, fewshot=-1
+  )
+  monkeypatch.setattr(evaluate, 'FLAGS', asked)
+  found = evaluate.run(model)['capitals']
+  assert found['acc,none'] == 0.5  # ' bb' has the larger sum, and is right
+  assert len(seen) == 12  # of half the rows
+  context, continuation = seen[0]
+  assert words.decode(context[1:]) == '0 and' and context[0] == 256
+  assert words.decode(continuation) in (' a', ' bb')

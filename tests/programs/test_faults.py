@@ -1,0 +1,598 @@
+"""Faults of a run: numbers, signals, devices, folders (rows 11 to 44).
+
+docs/reliability.md lists every row of the fault matrix and its test.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import tiny
+from experiments import cli, runtime, soak, train, workdir
+from experiments.training import preparation, skips
+from mla_moe import ConfigError
+from mla_moe.checkpoint import faults, store
+from mla_moe.config import Config, MeshConfig, MTPConfig, freeze
+from mla_moe.data import batches
+from mla_moe.train import metrics, optim, step
+
+ROOT = pathlib.Path(__file__).parents[2]
+MICRO = freeze(tiny.get_config('micro'))
+RATES = optim.Rates(1e-2, 0.01, 0.3)
+NAN = RATES._replace(mtp_loss=float('nan'))
+MESH = MeshConfig(data=2, fsdp=4)
+
+# Third-party code that the loop calls: none of it is ours to mend.
+pytestmark = pytest.mark.filterwarnings('default')
+
+
+def micro(steps=20, **changes):
+  """MICRO with fields of whichever group has them."""
+  changes['steps'] = steps
+  groups = {}
+  for group in ('model', 'optim', 'data', 'mesh', 'run'):
+    old = getattr(MICRO, group)
+    names = {f.name for f in dataclasses.fields(old)} & changes.keys()
+    new = {name: changes[name] for name in names}
+    groups[group] = dataclasses.replace(old, **new)
+  return Config(**groups)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def folder(tmp_path_factory):
+  """Of this file's texts and compiled programs, which child processes share.
+
+  They are compiled without optimizations: a row would spend its time on those.
+  """
+  global MICRO
+  folder = tmp_path_factory.mktemp('faults')
+  before = jax.config.read('jax_disable_most_optimizations')
+  text = dataclasses.replace(
+    MICRO.data, source=str(soak.texts(folder / 'texts'))
+  )
+  MICRO = dataclasses.replace(MICRO, data=text)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('JAX_COMPILATION_CACHE_DIR', str(folder / '.jax_cache'))
+    patch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+    jax.config.update('jax_disable_most_optimizations', True)
+    yield folder
+  jax.config.update('jax_disable_most_optimizations', before)
+
+
+@pytest.fixture(scope='module')
+def root(folder):
+  """Where runs are; the programs that most of them need are compiled once."""
+  train.run(micro(1), folder / 'first')
+  return folder
+
+
+@pytest.fixture(scope='module')
+def spread(root):
+  """The same, with the programs of a mesh."""
+  train.run(dataclasses.replace(micro(1), mesh=MESH), root / 'spread')
+  return root
+
+
+@pytest.fixture
+def fault(monkeypatch):
+  faults.struck.clear()
+  return functools.partial(monkeypatch.setenv, faults.VARIABLE)
+
+
+def program(root, name, *args, fault=''):
+  environment = {faults.VARIABLE: fault, 'PYTHONPATH': str(ROOT)}
+  return subprocess.Popen(
+    [
+      *(sys.executable, '-m', 'experiments.train', f'--workdir={root}/{name}'),
+      *('--config=configs/tiny.py:micro', f'--config.data.source={root}/texts'),
+      *args,
+    ],
+    cwd=ROOT,
+    env=os.environ | environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def state_of(folder, number=None):
+  like = step.init_state(jax.random.key(0), MICRO)
+  before = None if number is None else number + 1
+  found = store.restore(folder / 'checkpoints', like, before=before)
+  assert number in (None, found.step)
+  return found.state
+
+
+def rows(folder, name='metrics'):
+  timed = ('tokens_per_s', 'mfu', 'memory_mib')
+  return [
+    {k: v for k, v in row.items() if k not in timed}
+    for row in workdir.rows(folder / f'{name}.jsonl')
+  ]
+
+
+def incidents(folder):
+  return '\n'.join(row['what'] for row in rows(folder, 'incidents'))
+
+
+# ------------------------------------------------------------- the step itself
+
+
+GUARDED = micro(spike_sigma=4.0, spike_window=4)
+
+
+@functools.cache
+def compiled(config):
+  return jax.jit(functools.partial(step.train_step, config=config))
+
+
+def batch(number=0):
+  stream = np.random.default_rng(0).integers(0, 256, 5000).astype(np.uint16)
+  return batches.batch_at(stream, MICRO.data, number, 256)
+
+
+def taken(config, *rates, state=None):
+  """The state after a step with each of the rates, and all `skipped`."""
+  state = state or step.init_state(jax.random.key(0), config)
+  skipped = []
+  for i, rate in enumerate(rates):
+    state, values = compiled(config)(state, batch(i), rate)
+    skipped.append(int(values['skipped']))
+  return state, skipped
+
+
+@pytest.fixture(scope='module')
+def steps(folder):
+  """Both steps, compiled."""
+  for config in (MICRO, GUARDED):
+    taken(config, RATES)
+
+
+@pytest.mark.parametrize('config', [MICRO, GUARDED], ids=['plain', 'guarded'])
+def test_row22_a_nan_changes_nothing_and_the_next_step_trains(steps, config):
+  before, _ = taken(config, RATES)
+  after, skipped = taken(config, NAN, state=before)
+  assert skipped == [1] and int(after.step) == 2
+  chex.assert_trees_all_equal(after.replace(step=before.step), before)
+  # The step after is the one that would have been taken without it.
+  run = compiled(config)
+  healthy, _ = run(before, batch(7), RATES)
+  healed, values = run(after, batch(7), RATES)
+  assert int(values['skipped']) == 0
+  chex.assert_trees_all_equal(healed.replace(step=healthy.step), healthy)
+
+
+def test_row23_a_nan_in_the_first_step_changes_nothing(steps):
+  fresh, _ = taken(GUARDED)
+  state, skipped = taken(GUARDED, NAN, NAN, RATES)
+  assert skipped == [1, 1, 0]
+  first, values = compiled(GUARDED)(fresh, batch(2), RATES)
+  chex.assert_trees_all_equal(state.replace(step=first.step), first)
+
+
+def test_row25_a_spike_is_skipped_and_is_no_measure_of_later_ones(steps):
+  state, skipped = taken(GUARDED, *4 * [RATES])
+  losses = np.array(state.guard['losses'])
+  assert skipped == 4 * [0] and (losses > 0).all()
+  # The spike itself: all of the loss, many standard deviations above.
+  spiked = state.replace(guard=state.guard | {'losses': losses - 3})
+  after, skipped = taken(GUARDED, RATES, NAN, RATES, state=spiked)
+  assert skipped == [2, 1, 2]
+  chex.assert_trees_all_equal(after.replace(step=state.step), spiked)
+  _, skipped = taken(MICRO, *6 * [RATES])
+  assert skipped == 6 * [0]
+
+
+def test_row27_all_tokens_to_one_expert_is_finite_and_shows(steps):
+  state = step.init_state(jax.random.key(0), MICRO)
+  forced = jax.tree.map(lambda b: b.at[..., :2].set(100.0), state.router)
+  after, values = compiled(MICRO)(
+    state.replace(router=forced), batch(), RATES._replace(bias_rate=0.0)
+  )
+  chex.assert_tree_all_finite((after, values))
+  load = np.asarray(values['load'])
+  assert (load[:, 2:] == 0).all() and load.sum() == 8 * 16 * 2
+  health = metrics.health(load, load)
+  assert health['dead_experts'] == 2 and health['max_vio'] == 1.0
+
+
+def test_unset_nothing_of_the_faults_is_in_the_compiled_step(monkeypatch):
+  """Nor set: faults are given to a step, or done between two of them."""
+  state = jax.eval_shape(lambda: step.init_state(jax.random.key(0), MICRO))
+
+  def text():
+    run = functools.partial(step.train_step, config=MICRO)
+    return jax.jit(run).lower(state, batch(), RATES).as_text()
+
+  monkeypatch.delenv(faults.VARIABLE, raising=False)
+  plain = text()
+  monkeypatch.setenv(faults.VARIABLE, 'nan@step,flip@step,hang@step')
+  assert text() == plain
+  assert 'callback' not in plain and 'custom_call' not in plain
+
+
+def test_a_fault_strikes_once_and_only_where_it_says(fault):
+  fault('nan@step:3-4,full@before_seal:7')
+  found = [faults.reach('step', i) for i in (2, 3, 3, 4, 5)]
+  assert found == [set(), {'nan'}, set(), {'nan'}, set()]
+  assert faults.reach('before_write', 7) == set()
+  with pytest.raises(OSError, match='No space left'):
+    faults.reach('before_seal', 7)
+  fault('nonsense@step')
+  with pytest.raises(ValueError, match='nonsense'):
+    faults.reach('step', 1)
+
+
+# --------------------------------------------------------------------- the run
+
+
+def test_row11_and_14_stopped_by_sigterm_and_resumed_bit_for_bit(
+  root, fault, capsys
+):
+  config = micro(12)
+  whole = train.run(config, root / 'whole')
+  fault('term@step:7')
+  assert train.run(config, root / 'stopped')['step'] == 7
+  said = capsys.readouterr().out
+  assert said.count('Stopped by SIGTERM at step 7: saved.') == 1
+  assert store.steps(root / 'stopped/checkpoints')[-1] == 7
+  assert train.run(config, root / 'stopped') == whole
+  for name in ('metrics', 'load'):
+    assert rows(root / 'whole', name) == rows(root / 'stopped', name)
+  chex.assert_trees_all_equal(
+    state_of(root / 'whole'), state_of(root / 'stopped')
+  )
+
+
+def test_a_finished_run_tells_its_numbers_again(root):
+  (row,) = rows(root / 'first')
+  told = train.run(micro(1), root / 'first')
+  assert told == {name: row[name] for name in ('step', 'loss', 'main_loss')}
+  assert rows(root / 'first') == [row]
+
+
+def test_row13_a_second_signal_ends_at_once_and_hurts_nothing(root):
+  """It comes while the save that the first asked for is being written."""
+  child = program(
+    *(root, 'twice', '--config.run.save_every=3'),
+    fault='term@step:5,slow@during_write:5,term@during_write:5',
+  )
+  child.communicate()
+  assert child.returncode == -signal.SIGTERM
+  assert int(state_of(root / 'twice', 3).step) == 3
+
+
+@pytest.mark.parametrize(
+  'changes, words',
+  [
+    (dict(dim=32), 'model.dim: 32 != 16'),
+    (dict(layers=3), 'model.layers: 3 != 2'),
+    (dict(learning_rate=1.0), 'optim.learning_rate: 1.0 != 0.008'),
+    (dict(seed=1), 'data.seed: 1 != 0; config.run.seed: 1 != 0'),
+    (dict(batch_size=16), 'data.batch_size: 16 != 8'),
+  ],
+)
+def test_row16_and_18_another_model_or_data_is_refused(
+  tmp_path, changes, words
+):
+  with workdir.claim(tmp_path, MICRO):
+    (tmp_path / 'metrics.jsonl').write_text('{"step": 1}\n')
+  with pytest.raises(ConfigError) as error:
+    with workdir.claim(tmp_path, micro(**changes)):
+      pass
+  assert words in str(error.value) and '\n' not in str(error.value)
+  with workdir.claim(tmp_path, micro(7, save_every=1, loader='grain')):
+    pass
+
+
+def test_row18_another_text_is_refused(root, tmp_path):
+  source = tmp_path / 'text'
+  source.mkdir()
+  for i in range(40):
+    (source / f'{i}.txt').write_text(f'{i} is the number of this file. ' * 9)
+  config = micro(2, source=str(source), heldout=0.3)
+  train.run(config, root / 'text')
+  (source / '7.txt').write_text('Another text. ' * 9)
+  with pytest.raises(ConfigError, match='the text has changed since step 2'):
+    train.run(config, root / 'text')
+
+
+def test_row24_bad_steps_in_a_row_stop_the_run_with_its_last_good_state(
+  root, fault
+):
+  config = micro(save_every=4, max_skips=3)
+  train.run(micro(6, save_every=6), root / 'good')
+  fault('nan@step:7-20')
+  with pytest.raises(cli.Stopped, match='3 steps in a row') as error:
+    train.run(config, root / 'bad')
+  assert '\n' not in str(error.value)
+  found = rows(root / 'bad')
+  assert [r['skipped'] for r in found][:9] == 6 * [0] + 3 * [1]
+  last = store.steps(root / 'bad/checkpoints')[-1]
+  good, bad = state_of(root / 'good'), state_of(root / 'bad', last)
+  assert last in (9, 10)
+  chex.assert_trees_all_equal(bad.replace(step=good.step), good)
+  assert 'not finite' in incidents(root / 'bad')
+  assert (root / 'bad/report.html').exists()
+
+
+def spiky(steps, **changes):
+  """As little as has an MTP loss: a spike is made of its weight."""
+  model = dict(layers=1, dense_layers=1, mtp=MTPConfig(1))
+  watch = dict(spike_sigma=4.0, spike_window=4, spike_patience=2, spike_jump=5)
+  return micro(steps, **model, **watch, **changes)
+
+
+def test_row25_after_spikes_the_run_goes_back_and_jumps_the_text(root, fault):
+  fault('spike@step:9-10')
+  spiked = train.run(spiky(16), root / 'spiked')
+  assert spiked['step'] == 16
+  said = incidents(root / 'spiked')
+  assert (
+    'went back to step 5, from before the spikes that began at step 9' in said
+  )
+  steps = [row['step'] for row in rows(root / 'spiked')]
+  assert steps == list(range(1, 17))
+  assert not any(row['skipped'] for row in rows(root / 'spiked'))
+  # What follows is what a run does that never saw the text in between.
+  counts = store.facts(root / 'spiked/checkpoints', 15)['guard']
+  assert counts['rollbacks'] == 1
+  late = [r for r in rows(root / 'spiked', 'fingerprints') if r['step'] > 5]
+  assert {row['passed'] for row in late} == {counts['passed']}
+  assert counts['passed'] % 8 == 0 and counts['passed'] >= (10 - 5 + 5) * 8
+
+
+def test_row25_going_back_is_bounded(root, fault):
+  fault('spike@step:9-40')
+  with pytest.raises(cli.Stopped, match='after 1 returns'):
+    train.run(spiky(40, max_rollbacks=1), root / 'bounded')
+  assert incidents(root / 'bounded').count('went back') == 1
+
+
+def test_guard_counts_by_hand():
+  run = micro(max_skips=3, spike_patience=2, max_rollbacks=1).run
+  one = skips.Guard()
+  assert [one.saw(s, run) for s in (1, 0, 2, 0, 1, 1)] == 6 * ['']
+  assert '3 steps in a row' in one.saw(1, run)
+  one = skips.Guard()
+  assert [one.saw(s, run) for s in (2, 1, 2)] == ['', '', 'back']
+  one = one.went_back(40)
+  assert one == skips.Guard(0, 0, 1, 40)
+  assert [one.saw(s, run) for s in (2, 2)][1].startswith('2 spikes in a row')
+
+
+def test_row28_replay_finds_a_bit_that_flipped_between_two_steps(
+  root, fault, capsys
+):
+  from experiments.training import replay
+
+  fault('flip@step:9')
+  train.run(micro(15), root / 'flipped')
+  again = functools.partial(replay.replay, root / 'flipped', unsealed=False)
+  again(6)
+  again(15)
+  assert capsys.readouterr().out.count('arrays are the same') == 2
+  with pytest.raises(
+    cli.Stopped, match='of .* arrays differ from what the run'
+  ):
+    again(10)
+  with pytest.raises(ConfigError, match='no fingerprints .* of 5, 6, 10'):
+    again(8)
+
+
+def test_row29_replicas_that_differ_end_the_run(spread, fault):
+  config = dataclasses.replace(micro(12), mesh=MESH)
+  fault('flip@step:8')
+  with pytest.raises(cli.Stopped, match='devices hold different copies'):
+    train.run(config, spread / 'replicas')
+  assert store.steps(spread / 'replicas/checkpoints')[-1] == 5
+  fault('')
+  assert train.run(config, spread / 'replicas')['step'] == 12
+
+
+def test_row11_a_run_that_is_stopped_at_once_is_no_failure(root, fault, capsys):
+  """It has logged nothing: there is nothing to draw, and nothing wrong."""
+  fault('term@step:2')
+  train.run(micro(9, log_every=9, eval_every=0), root / 'at_once')
+  assert 'Stopped by SIGTERM at step' in capsys.readouterr().out
+  assert store.steps(root / 'at_once/checkpoints')
+  assert not (root / 'at_once/report.html').exists()
+  train.run(micro(9, log_every=9, eval_every=0), root / 'at_once')
+  assert (root / 'at_once/report.html').exists()
+
+
+def test_row15_a_run_goes_on_on_another_mesh(spread):
+  """The same losses within rounding, from the very same state."""
+  train.run(micro(5), spread / 'moved')
+  train.run(dataclasses.replace(micro(9), mesh=MESH), spread / 'moved')
+  train.run(micro(9), spread / 'stayed')
+  found, expected = (
+    [row['loss'] for row in rows(spread / name)] for name in ('moved', 'stayed')
+  )
+  assert found[:5] == expected[:5]
+  np.testing.assert_allclose(found, expected, rtol=2e-5)
+
+
+def test_row30_a_step_that_hangs_is_ended_with_every_stack(root):
+  child = program(
+    *(root, 'hung', '--config.run.step_timeout=2'), fault='hang@step:4'
+  )
+  _, err = child.communicate()
+  assert child.returncode == 1
+  assert 'error: step 3' in err or 'error: step 4' in err
+  assert 'step_timeout=2 s' in err and 'faults.py' in err and 'Thread' in err
+
+
+def test_row09_a_save_that_fails_is_an_incident_and_training_goes_on(
+  root, fault
+):
+  fault('full@during_write:5,full@before_seal:10')
+  assert train.run(micro(15), root / 'full')['step'] == 15
+  said = incidents(root / 'full')
+  assert said.count('could not be saved') == 2 and 'MiB are free' in said
+  assert store.steps(root / 'full/checkpoints')[-1] == 15
+  fault('full@during_write:20')
+  with pytest.raises(cli.Stopped, match='could not be saved'):
+    train.run(micro(20), root / 'full')
+
+
+def test_row09_rows_wait_for_a_full_disk(tmp_path, capsys):
+  file = workdir.Rows(tmp_path / 'rows.jsonl')
+  file.append({'step': 1})
+  real, file._file = file._file, open('/dev/full', 'ab', buffering=0)
+  file.append({'step': 2})
+  file.append({'step': 3})
+  said = capsys.readouterr().out
+  assert said.count('WARNING') == 1 and 'ENOSPC' in said
+  with pytest.raises(OSError, match='No space left'):
+    file.close()
+  file._file = real
+  file.append({'step': 4})
+  file.close()
+  assert [row['step'] for row in workdir.rows(file._path)] == [1, 2, 3, 4]
+
+
+def test_a_torn_last_row_is_dropped_and_the_others_stay(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
+  assert workdir.rewind(path, 9) == [{'step': 1}, {'step': 2}]
+  assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_row33_a_place_that_cannot_be_written_is_one_line(tmp_path):
+  (tmp_path / 'file').write_text('')
+  for place in (tmp_path / 'file/run', '/proc/run', '/dev/null'):
+    with pytest.raises(ConfigError) as error:
+      train.run(MICRO, place)
+    assert str(place) in str(error.value) and '\n' not in str(error.value)
+
+
+def test_row35_out_of_memory_says_what_takes_it_and_what_helps(
+  root, monkeypatch
+):
+  def full(*_):
+    raise jax.errors.JaxRuntimeError(
+      'RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes'
+    )
+
+  monkeypatch.setattr(preparation, '_jitted', lambda _: (full, full, full))
+  with pytest.raises(cli.Stopped) as error:
+    train.run(micro(), root / 'memory')
+  for words in ('GiB', 'micro_batch', 'remat', 'mesh.fsdp', '8589934592'):
+    assert words in str(error.value)
+  assert '\n' not in str(error.value)
+
+
+# ------------------------------------------------------------------- strangers
+
+
+@pytest.mark.parametrize('name', ['model.pt', 'model.pkl', 'model.npy'])
+def test_row36_files_of_other_kinds_are_no_checkpoints(tmp_path, name):
+  from experiments import generate
+
+  # A pickle that makes a folder when it is loaded.
+  content = f'cposix\nmkdir\n(V{tmp_path}/sprung\ntR.'.encode()
+  (tmp_path / name).write_bytes(content)
+  load = 'import pickle, sys; pickle.load(open(sys.argv[1], "rb"))'
+  subprocess.run([sys.executable, '-c', load, tmp_path / name], check=True)
+  (tmp_path / 'sprung').rmdir()  # so the trap does work
+  with pytest.raises(ConfigError):
+    generate.load(tmp_path / name, 'float32')
+  folder = tmp_path / 'checkpoints/3'
+  folder.mkdir(parents=True)
+  for file in (name, 'commit_success.txt', 'seal.json', '_METADATA'):
+    (folder / file).write_bytes(content)
+  with pytest.raises(ConfigError):
+    store.restore(folder.parent, {'w': jnp.zeros(3)}, unsealed=True)
+  assert not (tmp_path / 'sprung').exists()
+
+
+def listening():
+  """Ports on which this process listens."""
+  sockets = set()
+  for link in pathlib.Path('/proc/self/fd').iterdir():
+    try:
+      sockets |= set(re.findall(r'socket:\[(\d+)\]', os.readlink(link)))
+    except OSError:
+      pass
+  lines = []
+  for name in ('tcp', 'tcp6'):
+    path = pathlib.Path('/proc/self/net') / name
+    if path.exists():
+      lines += path.read_text().splitlines()[1:]
+  words = [line.split() for line in lines]
+  return [w[1] for w in words if w[3] == '0A' and w[9] in sockets]
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+def test_row41_a_run_listens_on_no_port(root, monkeypatch):
+  import socket
+
+  monkeypatch.setattr(train, '_end', ending := Recorded(train._end))
+  train.run(micro(1), root / 'ports')
+  assert ending.seen == [[]]
+  with socket.socket() as server:
+    server.bind(('127.0.0.1', 0))
+    server.listen()
+    assert len(listening()) == 1
+
+
+class Recorded:
+  """A function that notes who listens when it is called."""
+
+  def __init__(self, function):
+    self.function, self.seen = function, []
+
+  def __call__(self, *args):
+    self.seen.append(listening())
+    return self.function(*args)
+
+
+SECRETS = {
+  'HF_TOKEN': 'hf_AbCdEfGhIjKlMnOpQrStUvWx',
+  'WANDB_API_KEY': '0123456789abcdef0123456789abcdef01234567',
+}
+
+
+def test_row42_keys_are_in_no_file_and_no_line(root, monkeypatch, fault, capfd):
+  for name, value in SECRETS.items():
+    monkeypatch.setenv(name, value)
+  fault('nan@step:1')
+  train.run(micro(2), root / 'secrets')
+  files = [p for p in (root / 'secrets').rglob('*') if p.is_file()]
+  said = capfd.readouterr()
+  content = [p.read_bytes() for p in files]
+  content += [said.out.encode(), said.err.encode()]
+  for value in SECRETS.values():
+    assert not any(value.encode() in text for text in content)
+    assert value not in workdir.redacted(f'refused: {value}!')
+    with pytest.raises(ConfigError, match='looks like a key') as error:
+      train.run(micro(source=f'/texts/{value}'), root / 'leak')
+    assert value not in str(error.value)
+  assert not (root / 'leak').exists()
+  snapshot = '/hub/snapshots/0123456789abcdef0123456789abcdef01234568/a.json'
+  assert workdir.redacted(snapshot) == snapshot
+
+
+def test_row44_compiled_programs_are_private(root, tmp_path, monkeypatch):
+  monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR', raising=False)
+  train.run(micro(1), root / 'private')
+  for path in (root / '.jax_cache', root / '.corpus', root / 'private'):
+    assert path.stat().st_mode & 0o077 == 0
+    assert path.stat().st_uid == os.getuid()
+  cache = tmp_path / 'cache'
+  cache.mkdir()
+  cache.chmod(0o777)
+  with pytest.raises(ConfigError, match='others can write'):
+    runtime.keep_compilations(cache)

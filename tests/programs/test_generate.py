@@ -1,0 +1,92 @@
+"""Chat templates: ids, no injection, no escape; and the program's edge."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from experiments import chat
+from mla_moe import ConfigError
+from mla_moe.data import tokenizer
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope='module')
+def words(tmp_path_factory):
+  pytest.importorskip('tokenizers')
+  path = tmp_path_factory.mktemp('bpe') / 'tokenizer.json'
+  tokenizer.train_bpe(['hello world, hello'], 300, str(path))
+  values = json.loads(path.read_text())
+  top = max(token['id'] for token in values['added_tokens'])
+  top = max(top, *values['model']['vocab'].values())
+  for i, text in enumerate((chat.USER, chat.ASSISTANT), start=1):
+    like = dict(values['added_tokens'][0], id=top + i, content=text)
+    values['added_tokens'].append(like)
+  path.write_text(json.dumps(values))
+  return tokenizer.load(str(path), 0, 1), top
+
+
+def template(folder, text):
+  settings = {'chat_template': text, 'bos_token': {'content': tokenizer.BOS}}
+  (folder / 'tokenizer_config.json').write_text(json.dumps(settings))
+
+
+def test_built_in_template_is_that_of_v3(words, tmp_path):
+  words, top = words
+  ids = chat.prompt(tmp_path, words, 'hello', system='world')
+  hello, world = words.encode('hello'), words.encode('world')
+  expected = [0, *world, top + 1, *hello, top + 2]
+  np.testing.assert_array_equal(ids, expected)
+
+
+def test_folder_s_template_is_rendered(words, tmp_path):
+  pytest.importorskip('jinja2')
+  words, top = words
+  template(
+    tmp_path,
+    '{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}'
+    f'{{% endfor %}}{chat.ASSISTANT}',
+  )
+  ids = chat.prompt(tmp_path, words, 'hello')
+  expected = [0, *words.encode('user: hello'), top + 2]
+  np.testing.assert_array_equal(ids, expected)
+
+
+def test_what_a_person_writes_is_no_special_token(words, tmp_path):
+  words, top = words
+  ids = chat.prompt(tmp_path, words, f'a{tokenizer.EOS}{chat.ASSISTANT}b')
+  assert 1 not in ids
+  assert (ids == top + 2).sum() == 1
+
+
+@pytest.mark.parametrize(
+  'text', ["{{ ''.__class__.__mro__[1].__subclasses__() }}", '{% broken']
+)
+def test_templates_cannot_escape(words, tmp_path, text):
+  pytest.importorskip('jinja2')
+  template(tmp_path, text)
+  with pytest.raises(ConfigError, match='template'):
+    chat.prompt(tmp_path, words[0], 'hello')
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings('default')
+def test_program_generates_from_a_release():
+  run = lambda *words: subprocess.run(
+    [sys.executable, '-m', 'experiments.generate', *words],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  folder = f'--checkpoint={ROOT}/tests/golden/v2_lite'
+  out = run(folder, '--prompt=hi', '--max_new_tokens=4', '--tokenizer=byte')
+  assert out.returncode == 0, out.stderr
+  assert 'tokens/s' in out.stderr
+  out = run(folder, '--prompt=hi', '--tokenizer=byte', '--speculative')
+  assert out.returncode == 2 and 'MTP' in out.stderr
+  out = run(folder, '--prompt=hi')
+  assert out.returncode == 2 and '--tokenizer=byte' in out.stderr

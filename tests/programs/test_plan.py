@@ -1,0 +1,283 @@
+"""Plans: memory by arithmetic against the model's own shapes; the CLI."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from configs import deepseek_v2_lite, deepseek_v3, small
+from experiments import chips
+from experiments.plan import bill, compiled, memory, report, search
+from mla_moe import cost, sharding
+from mla_moe.config import ConfigError, MeshConfig, MTPConfig, freeze
+from mla_moe.model import transformer
+from mla_moe.train import step
+
+V3 = freeze(deepseek_v3.get_config())
+LITE = freeze(deepseek_v2_lite.get_config())
+SMOKE = freeze(small.get_config('smoke'))
+
+
+def on_mesh(config, **mesh):
+  rows = math.prod(mesh.get(a, 1) for a in ('data', 'fsdp', 'expert'))
+  return dataclasses.replace(
+    config,
+    mesh=MeshConfig(**mesh),
+    data=dataclasses.replace(config.data, micro_batch=rows),
+  )
+
+
+@pytest.mark.parametrize('config', [V3, LITE], ids=['V3', 'V2-Lite'])
+def test_the_layout_holds_what_the_arithmetic_counts(config):
+  layout = step.layout(config)
+  counts = cost.parameters(config)
+  held = memory.state_bytes((layout.params, layout.router), config.mesh)
+  assert held == 4 * (counts.total + counts.mtp)
+  assert memory.state_bytes(layout.opt, config.mesh) == pytest.approx(2 * held)
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_a_device_holds_what_jax_says_of_its_shards(optimizer):
+  optim = dataclasses.replace(SMOKE.optim, optimizer=optimizer)
+  config = dataclasses.replace(SMOKE, optim=optim)
+  config = on_mesh(config, fsdp=2, expert=2, tensor=2)
+  layout = step.layout(config)
+  mesh = sharding.make_mesh(config.mesh)
+  where = jax.tree.leaves(sharding.shardings(layout, mesh))
+  leaves = jax.tree.leaves(nn.unbox(layout))
+  size = lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
+  expected = sum(size(x, s) for x, s in zip(leaves, where, strict=True))
+  assert memory.state_bytes(layout, config.mesh) == expected
+
+
+def kept_for_the_backward_pass(config, rows, length):
+  """Bytes of the stacked residuals, from jax's own partial evaluation."""
+  network = transformer.Transformer(config)
+  tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  variables = nn.unbox(jax.eval_shape(network.init, key, tokens))
+  zeros = lambda x: jnp.zeros(x.shape, x.dtype)
+  router = jax.tree.map(zeros, variables['router'])
+
+  def residuals(params, tokens):
+    def loss(params):
+      both = {'params': params, 'router': router}
+      return network.apply(both, tokens, method='features').hidden.sum()
+
+    return jax.vjp(loss, params)[1]
+
+  out = jax.eval_shape(residuals, variables['params'], tokens)
+  stacks = (config.dense_layers, config.moe_layers)
+  sizes = (length, rows * length, rows * length * config.moe.top_k)
+  return sum(
+    x.size * np.dtype(x.dtype).itemsize
+    for x in jax.tree.leaves(out)
+    if x.ndim > 1 and x.shape[0] in stacks and any(n in sizes for n in x.shape)
+  )
+
+
+@pytest.mark.parametrize(
+  'remat, within', [('full', 0), ('latents', 0), ('products', 0), ('none', 0.3)]
+)
+def test_saved_bytes_are_those_of_the_residuals(remat, within):
+  moe = dataclasses.replace(SMOKE.model.moe, impl='ragged')
+  mla = dataclasses.replace(SMOKE.model.mla, impl='xla')
+  network = dataclasses.replace(
+    SMOKE.model,
+    dim=40,
+    layers=8,
+    dense_layers=3,
+    remat=remat,
+    mla=mla,
+    moe=moe,
+    mtp=MTPConfig(0),
+  )
+  data = dataclasses.replace(
+    SMOKE.data, seq_len=248, batch_size=2, micro_batch=0
+  )
+  config = dataclasses.replace(SMOKE, model=network, data=data)
+  expected = kept_for_the_backward_pass(network, 2, 248)
+  assert memory.saved_bytes(config) == pytest.approx(expected, rel=within)
+
+
+def test_the_bill_of_v3_on_its_own_cluster():
+  on = chips.parse('h800:2048')
+  config = on_mesh(V3, fsdp=8, expert=64, tensor=4)
+  plan = search.Plan(config, on, memory.footprint(config))
+  bill_ = bill.bill(plan, 14.8e12, bill.UTILISATION, 2.0)
+  assert bill_.hours == pytest.approx(2.664e6, rel=0.01)
+  assert bill_.days == pytest.approx(54.3, rel=0.01)
+  assert bill_.computing == pytest.approx(19.926, rel=0.02)
+  assert bill.tokens_of(V3) == pytest.approx(14.8e12, rel=1e-3)
+
+
+def test_zero1_splits_the_moments_alone():
+  mesh = dict(data=4, fsdp=2)
+  layout = step.layout(SMOKE)
+  whole = memory.footprint(on_mesh(SMOKE, **mesh), layout)
+  split = memory.footprint(on_mesh(SMOKE, **mesh, states='zero1'), layout)
+  assert split.parameters == whole.parameters
+  assert split.optimizer < 0.3 * whole.optimizer
+  # A mesh that is searched for, or asked for by a flag, keeps the table.
+  config = on_mesh(SMOKE, states='zero1')
+  found = search.smallest_on(config, chips.parse('v5e:2x2'), layout)
+  assert found.config.mesh.states == 'zero1'
+  assert search.mesh_of('data=4', 'zero1').states == 'zero1'
+
+
+def test_no_matrix_of_v3_is_whole_under_fsdp():
+  layout = step.layout(V3)
+  one, eight = (memory.state_bytes(layout, MeshConfig(fsdp=n)) for n in (1, 8))
+  assert eight < 1.001 * one / 8  # norms and the router's second axis
+
+
+def test_sharding_more_never_holds_more():
+  layout = step.layout(LITE)
+  sizes = [
+    memory.footprint(on_mesh(LITE, fsdp=n), layout).total for n in (4, 8, 16)
+  ]
+  assert sizes == sorted(sizes, reverse=True)
+  narrow = memory.footprint(on_mesh(LITE, fsdp=4, expert=4), layout)
+  assert (
+    narrow.gathered < memory.footprint(on_mesh(LITE, fsdp=16), layout).gathered
+  )
+
+
+def test_traffic_follows_the_mesh():
+  assert not any(memory.traffic(on_mesh(LITE)).values())
+  for axis in ('data', 'fsdp', 'expert', 'tensor'):
+    sent = memory.traffic(on_mesh(LITE, **{axis: 4}))
+    assert {a for a, size in sent.items() if size} == {axis}
+  counts = cost.parameters(LITE)
+  sent = memory.traffic(on_mesh(LITE, data=2))['data']
+  steps = LITE.data.batch_size / 2
+  a = LITE.model.mla
+  up = 27 * a.kv_rank * a.heads * (a.nope_dim + a.value_dim)
+  regions = counts.routed + counts.embedding + counts.head + up
+  wide = 4 * regions + 2 * (counts.total - regions)
+  assert sent == pytest.approx(wide * steps)  # half out, half in
+
+
+def test_the_smallest_slice_is_the_smallest():
+  layout = step.layout(LITE)
+  found = search.smallest(LITE, 'v5p', layout)
+  assert found.fits and found.config.mesh.devices == found.slice.devices
+  before = chips.slices('v5p').index(found.slice)
+  for on in chips.slices('v5p')[:before]:
+    assert search.smallest_on(LITE, on, layout) is None
+
+
+@pytest.mark.parametrize(
+  'text, devices',
+  [
+    ('v5p:4x4x4', 64),
+    ('v5e-16', 16),
+    ('tpu7x:2x2x1', 8),
+    ('h100:64', 64),
+    ('v6e:16x16*2', 512),
+  ],
+)
+def test_slices_by_name(text, devices):
+  assert chips.parse(text).devices == devices
+
+
+@pytest.mark.parametrize('text', ['v5e:3x5', 'v9:4x4', 'x', '', 'h100:0'])
+def test_slices_that_there_are_not(text):
+  with pytest.raises(ConfigError, match='--topology='):
+    chips.parse(text)
+
+
+def plan(*args):
+  command = [sys.executable, '-m', 'experiments.plan', *args]
+  return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+  'args, said',
+  [
+    (['--topology=v5e:4x4', '--mesh=fsdp=8'], r'is 8 devices, .* has 16'),
+    (['--topology=v5e:9x9'], r'v5e slices are'),
+    (['--mesh=rows=4'], r'is no axis=size'),
+    (['--compile'], r'needs a --topology'),
+    (
+      ['--config=configs/deepseek_v3.py', '--topology=v5p:4x4x4'],
+      r'needs [\d.]+ GiB .* the smallest that fits is --topology=v5p:\S+ '
+      r'--mesh',
+    ),
+  ],
+)
+def test_bad_plans_are_one_line(args, said):
+  done = plan(*args)
+  assert done.returncode == 2
+  assert re.search(said, done.stderr) and done.stderr.count('\n') == 1
+
+
+@pytest.mark.parametrize(
+  'topology, package', [('v5e:2x2', 'libtpu'), ('h100:8', 'jax-cuda13-plugin')]
+)
+def test_a_missing_compiler_is_named(topology, package, monkeypatch):
+  monkeypatch.setattr(compiled.importlib.util, 'find_spec', lambda name: None)
+  extra = 'tpu' if package == 'libtpu' else 'cuda'
+  said = f'{package} is missing; pip install "mla_moe[{extra}]"'
+  with pytest.raises(ConfigError, match=re.escape(said)):
+    compiled.run(LITE, chips.parse(topology))
+
+
+def test_a_program_too_large_for_a_gpu_is_refused(monkeypatch):
+  found = {'arguments': 60 * 2**30, 'temporary': 20 * 2**30}
+  done = subprocess.CompletedProcess([], 0, json.dumps(found), '')
+  monkeypatch.setattr(compiled.subprocess, 'run', lambda *_, **__: done)
+  monkeypatch.setattr(compiled.importlib.util, 'find_spec', lambda name: name)
+  said = 'needs 80.00G of memory on h100:8, where there is 72.81G'
+  with pytest.raises(ConfigError, match=said):
+    compiled.run(LITE, chips.parse('h100:8'))
+
+
+def test_the_page_says_what_the_plan_says():
+  text = (pathlib.Path(__file__).parents[2] / 'docs/plan.md').read_text()
+  row = r'\| (\S+:\S+).*? \| ([a-z]+=[^|]*) \| ([\d.]+) \| ([\d.]+) \|'
+  rows = re.findall(row, text)
+  assert len(rows) == 7
+  layouts = {config: search.layout_of(config) for config in (V3, LITE)}
+  for i, (name, mesh, needs, has) in enumerate(rows):
+    config, on = V3 if i < 4 else LITE, chips.parse(name)
+    sizes = {k: int(v) for k, v in re.findall(r'(\w+)=(\d+)', mesh)}
+    found = search.plan(on_mesh(config, **sizes), on, layouts[config])
+    assert f'{found.footprint.total / 2**30:.1f}' == needs, name
+    assert f'{on.chip.usable / 2**30:.1f}' == has, name
+
+
+def test_no_figure_is_cut_off(capsys, monkeypatch):
+  monkeypatch.setenv('COLUMNS', '80')
+  config = on_mesh(LITE, fsdp=16, expert=8, tensor=2)
+  plan = search.plan(config, chips.parse('v6e:16x16'), search.layout_of(LITE))
+  paid = bill.bill(plan, 1e9, 0.4, 0.0)
+  report.show_choice(LITE, [(plan, paid)], 0.4)
+  shown = capsys.readouterr().out
+  assert '…' not in shown and str(plan.slice) in shown
+
+
+def test_a_plan_that_fits_writes_a_table_and_a_page(tmp_path):
+  page = tmp_path / 'plan.html'
+  done = plan(
+    '--config=configs/small.py', '--topology=v5e:2x2', f'--out={page}'
+  )
+  assert done.returncode == 0, done.stderr
+  assert '…' not in done.stdout
+  for word in ('parameters', 'optimizer', 'there is', 'chip hours'):
+    assert word in done.stdout
+  assert re.search(
+    r'^To train it so: --config.mesh.\w+=.* --config.data.micro_batch=\d+$',
+    done.stdout,
+    re.M,
+  )
+  assert page.read_text().count('<svg') == 2

@@ -1,0 +1,206 @@
+"""Continuous batching: every sample's tokens are those it has alone."""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.serving import programs, scheduler
+from mla_moe import CacheConfig, ConfigError, load_huggingface, rollout
+from mla_moe.decode import forward
+
+GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
+ROWS, PAGES = 3, 20
+
+
+@functools.cache
+def golden(case='v2_lite'):
+  config, variables = load_huggingface(GOLDEN / case)
+  weights = jax.jit(functools.partial(forward.unstack, config))(variables)
+  tokens = np.load(GOLDEN / case / 'expected.npz')['tokens']
+  if config.mtp.depth:
+    # It can say few things, so that what it drafts is often right.
+    weights['head'] = weights['head'].at[4:].set(0.0)
+  return config, weights, tokens
+
+
+def make(weights=None, case='v2_lite', **more):
+  config, good, _ = golden(case)
+  how = dict(
+    rows=ROWS,
+    length=64,
+    pages=PAGES,
+    chunk=16,
+    cache=CacheConfig(dtype='float32', page=8),
+  )
+  return scheduler.Scheduler(config, weights or good, **how | more)
+
+
+def drain(server):
+  """Every sample's tokens and last reason, and how many steps it took."""
+  found, steps = {}, 0
+  while server.busy:
+    for event in server.step():
+      tokens, _ = found.get(event.ticket, ([], ''))
+      found[event.ticket] = (tokens + [event.token], event.reason)
+    steps += 1
+    assert steps < 1000, 'it does not come to an end'
+  return found, steps
+
+
+def alone(ids, new, case='v2_lite', **how):
+  config, weights, _ = golden(case)
+  prompt = np.zeros((1, 64), np.int32)  # one shape for all
+  prompt[0, : len(ids)] = ids
+  found = rollout(config, weights, prompt, new, lengths=[len(ids)], **how)
+  return found.tokens[0, : found.counts[0]].tolist()
+
+
+def test_requests_beside_each_other_equal_those_alone():
+  _, _, tokens = golden()
+  server = make()
+  # More than the rows, and the pages, hold; lengths beside pages and chunks.
+  sizes = [(5, 9), (33, 20), (16, 1), (40, 12), (8, 30), (17, 3), (1, 25)]
+  expected = {}
+  for i, (length, new) in enumerate(sizes):
+    ids = tokens[i % 2, i : i + length]
+    (ticket,) = server.submit(ids, new)
+    expected[ticket] = alone(ids, new)
+  compiled = [f._cache_size() for f in (programs.prompt, programs.tokens)]
+  found, steps = drain(server)
+  after = [f._cache_size() for f in (programs.prompt, programs.tokens)]
+  assert {t: x for t, (x, _) in found.items()} == expected
+  assert {reason for _, reason in found.values()} == {'length'}
+  # One program of each, however the requests came.
+  assert [b - a for a, b in zip(compiled, after, strict=True)] == [1, 1]
+  assert steps < sum(new for _, new in sizes)
+  assert server.free_pages == PAGES
+
+
+def test_samples_of_one_prompt_share_its_pages_and_draw_for_themselves():
+  _, _, tokens = golden()
+  ids = tokens[0, :20]
+  server = make()
+  how = dict(temperature=1.0, top_p=0.9)
+  tickets = server.submit(ids, 12, samples=5, seed=7, **how)
+  early = {}
+  for _ in range(2):  # the prompt's two chunks; its first samples start
+    for event in server.step():
+      early.setdefault(event.ticket, []).append(event.token)
+  # 20 tokens are two whole pages, shared, and four on each sample's third.
+  assert PAGES - server.free_pages <= 2 + ROWS * 2 + 1
+  found = {t: x for t, (x, _) in drain(server)[0].items()}
+  for i, ticket in enumerate(tickets):
+    assert (
+      found[ticket] == alone(ids, 12, seed=7 + i, **how)[-len(found[ticket]) :]
+    )
+  assert server.free_pages == PAGES
+  assert len({tuple(x) for x in found.values()}) > 2
+
+
+def test_drafts_change_no_token_of_any_row():
+  _, _, tokens = golden('v3_release')
+  server = make(case='v3_release', speculative=True)
+  # Prompts that end a page, begin one, are one token, and are cut in chunks.
+  sizes = [(8, 20), (17, 9), (1, 25), (40, 24), (16, 1), (23, 2), (24, 17)]
+  expected = {}
+  for i, (length, new) in enumerate(sizes):
+    ids = tokens[i % 2, i : i + length]
+    (ticket,) = server.submit(ids, new)
+    # Without drafts, one by one.
+    expected[ticket] = alone(ids, new, 'v3_release')
+  found, _ = drain(server)
+  assert {t: x for t, (x, _) in found.items()} == expected
+  after_first = sum(new - 1 for _, new in sizes)
+  # A draft that stands saves a pass, unless the row ends before it.
+  lost = server.passes + server.accepted - after_first
+  assert 0 <= lost <= len(sizes) and 0 < server.accepted < server.passes
+  assert server.free_pages == PAGES
+
+
+def test_drafted_samples_of_one_prompt_draw_as_they_do_alone():
+  _, _, tokens = golden('v3_release')
+  server = make(case='v3_release', speculative=True)
+  how = dict(temperature=0.9, top_k=20)
+  for length in (16, 17):  # the last token ends a page, or begins one
+    ids = tokens[0, :length]
+    tickets = server.submit(ids, 12, samples=4, seed=7, **how)
+    found = {t: x for t, (x, _) in drain(server)[0].items()}
+    for i, ticket in enumerate(tickets):
+      single = alone(ids, 12, 'v3_release', seed=7 + i, speculative=True, **how)
+      assert found[ticket] == single
+    assert len({tuple(x) for x in found.values()}) > 2
+    assert server.free_pages == PAGES
+  config, _, _ = golden()
+  with pytest.raises(ConfigError, match='MTP'):
+    make(speculative=True)
+
+
+def test_stop_ids_and_cancelling_free_the_row():
+  _, _, tokens = golden()
+  ids = tokens[1, :10]
+  whole = alone(ids, 20)
+  server = make()
+  (stopped,) = server.submit(ids, 20, stop_ids=[whole[4]])
+  (gone,) = server.submit(ids, 40)
+  waiting = server.submit(ids, 30, samples=4)
+  found = []
+  for _ in range(4):
+    found += server.step()
+  assert any(event.ticket == gone for event in found)
+  for ticket in (gone, *waiting):
+    server.cancel(ticket)
+  server.cancel(12345)
+  later = []
+  while server.busy:
+    later += server.step()
+  assert {e.ticket for e in later} <= {stopped}
+  found += later
+  mine = [e for e in found if e.ticket == stopped]
+  assert [e.token for e in mine] == whole[: whole.index(whole[4]) + 1]
+  assert mine[-1].reason == 'stop'
+  assert server.free_pages == PAGES
+
+
+def test_a_broken_row_ends_and_spoils_no_other():
+  config, weights, tokens = golden()
+  ids = tokens[0, :10]
+  whole = alone(ids, 12)
+  bad = next(t for t in range(config.vocab) if t not in {*ids, *whole})
+  spoilt = weights | {'embedding': weights['embedding'].at[bad].set(jnp.nan)}
+  server = make(spoilt)
+  (broken,) = server.submit([bad, *ids], 12)
+  (fine,) = server.submit(ids, 12)
+  found, _ = drain(server)
+  assert found[broken][1] == 'broken' and len(found[broken][0]) == 1
+  assert found[fine] == (whole, 'length')
+  # On every page and row, those that the broken one had too.
+  expected = {server.submit(ids, n)[0]: alone(ids, n) for n in (46, 46, 38)}
+  found, free = {ticket: [] for ticket in expected}, []
+  while server.busy:
+    for event in server.step():
+      found[event.ticket].append(event.token)
+    free.append(server.free_pages)
+  assert found == expected and min(free) == 0
+
+
+def test_what_cannot_be_served_is_refused():
+  server = make(waiting=2)
+  for words, args, more in [
+    ('empty', ([], 4), {}),
+    ('token 259', ([259], 4), {}),
+    ('max_new_tokens=0', ([1], 0), {}),
+    ('64 tokens', ([1], 64), {}),
+    ('temperature', ([1], 4), dict(temperature=-1.0)),
+    ('samples', ([1], 4), dict(samples=0)),
+  ]:
+    with pytest.raises(ConfigError, match=words):
+      server.submit(*args, **more)
+  assert not server.busy
+  server.submit([1], 4)
+  server.submit([1], 4)
+  with pytest.raises(scheduler.Full):
+    server.submit([1], 4)

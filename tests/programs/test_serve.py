@@ -1,0 +1,270 @@
+"""The endpoint: OpenAI's protocol, limits, and clients that go away."""
+
+import asyncio
+import http.client
+import json
+import pathlib
+import resource
+import threading
+import time
+
+import numpy as np
+import openai
+import pytest
+import uvicorn
+
+from experiments import generate
+from experiments import text as texts
+from experiments.serving import endpoint, scheduler
+from experiments.serving.engine import Engine
+from mla_moe import CacheConfig, load_huggingface, rollout
+from mla_moe.data import tokenizer
+
+GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
+PAGES, WAITING = 24, 6
+
+
+class Server:
+  """A model behind an endpoint on a port of its own."""
+
+  def __init__(self):
+    config, variables = load_huggingface(GOLDEN / 'v2_lite')
+    words = tokenizer.ByteTokenizer()
+    ends = (config.eos_id,)
+    loaded = generate.Loaded(config, variables, words, GOLDEN, ends)
+    self.loaded = loaded
+    self.work = scheduler.Scheduler(
+      config,
+      variables,
+      rows=3,
+      length=64,
+      pages=PAGES,
+      chunk=16,
+      waiting=WAITING,
+      cache=CacheConfig(page=8),
+    )
+    app = endpoint.app(Engine(self.work), loaded, 'tiny', body_limit=5000)
+    settings = uvicorn.Config(app, port=0, log_level='error', ws='none')
+    self.core = uvicorn.Server(settings)
+    self.thread = threading.Thread(target=self.core.run, daemon=True)
+    self.thread.start()
+    while not self.core.started:
+      time.sleep(0.02)
+    self.port = self.core.servers[0].sockets[0].getsockname()[1]
+
+  def connect(self, timeout=120):
+    return http.client.HTTPConnection('127.0.0.1', self.port, timeout=timeout)
+
+  def ask(self, path, body=None, raw=None):
+    """(status, JSON or text) of one request."""
+    line = self.connect()
+    data = raw if raw is not None else body and json.dumps(body)
+    line.request('POST' if data is not None else 'GET', path, data)
+    answer = line.getresponse()
+    found = answer.read().decode()
+    line.close()
+    isjson = answer.headers['content-type'].startswith('application/json')
+    return answer.status, json.loads(found) if isjson else found
+
+  def idle(self):
+    """Waits until nothing runs."""
+    for _ in range(600):
+      if not self.work.busy and self.work.free_pages == PAGES:
+        return True
+      time.sleep(0.05)
+    return False
+
+
+@pytest.fixture(scope='module')
+def server():
+  found = Server()
+  yield found
+  found.core.should_exit = True
+  found.thread.join()
+
+
+def completion(**more):
+  return {'prompt': 'hi', 'max_tokens': 8, 'temperature': 0, **more}
+
+
+def test_models_and_health(server):
+  status, found = server.ask('/v1/models')
+  assert status == 200 and found['data'][0]['id'] == 'tiny'
+  assert server.ask('/healthz')[1]['status'] == 'ok'
+
+
+def test_completion_equals_the_rollout(server):
+  config, words = server.loaded.config, server.loaded.words
+  ids = [config.bos_id, *words.encode('hi').tolist()]
+  alone = rollout(
+    config,
+    server.loaded.variables,
+    np.array([ids]),
+    8,
+    stop_ids=[config.eos_id],
+  )
+  status, found = server.ask('/v1/completions', completion(logprobs=1))
+  assert status == 200
+  (choice,) = found['choices']
+  assert choice['text'] == words.decode(alone.tokens[0])
+  assert choice['finish_reason'] == 'length'
+  np.testing.assert_allclose(
+    choice['logprobs']['token_logprobs'], alone.log_probs[0], atol=1e-4
+  )
+  assert found['usage'] == {
+    'prompt_tokens': 3,
+    'completion_tokens': 8,
+    'total_tokens': 11,
+  }
+  # By ids, several prompts, several samples.
+  status, found = server.ask(
+    '/v1/completions', completion(prompt=[ids, ids], n=2)
+  )
+  assert [c['text'] for c in found['choices']] == [choice['text']] * 4
+  assert server.idle()
+
+
+def test_streamed_pieces_are_the_whole(server):
+  whole = server.ask('/v1/completions', completion())[1]['choices'][0]
+  ask = completion(stream=True, stream_options={'include_usage': True})
+  status, found = server.ask('/v1/completions', ask)
+  lines = [x[6:] for x in found.split('\n\n') if x]
+  assert status == 200 and lines.pop() == '[DONE]'
+  pieces = [json.loads(line) for line in lines]
+  assert pieces.pop()['usage']['completion_tokens'] == 8
+  choices = [piece['choices'][0] for piece in pieces]
+  assert ''.join(c['text'] for c in choices) == whole['text']
+  assert choices[-1]['finish_reason'] == 'length' and len(choices) > 4
+
+
+def test_stop_texts_end_a_sample(server):
+  whole = server.ask('/v1/completions', completion())[1]['choices'][0]['text']
+  stop = whole[3:5]
+  found = server.ask('/v1/completions', completion(stop=[stop]))[1]
+  (choice,) = found['choices']
+  assert choice['text'] == whole[: whole.index(stop)]
+  assert choice['finish_reason'] == 'stop'
+  assert server.idle()
+
+
+@pytest.mark.parametrize(
+  'status, words, more',
+  [
+    (400, 'temperature', dict(temperature=-1)),
+    (400, 'top_p', dict(top_p=0)),
+    (400, 'max_new_tokens', dict(max_tokens=64)),
+    (400, 'prompt', dict(prompt=[])),
+    (400, 'prompt', dict(prompt=[[1, 259]])),
+    (400, 'samples', dict(n=0)),
+    (400, 'max_tokens', dict(max_tokens='8')),
+    (400, 'echo', dict(echo=True)),
+    (400, 'stop', dict(stop=[3])),
+    (400, 'temperature', dict(temperature=float('inf'))),
+    (400, 'top_k', dict(top_k=1.5)),
+    (413, 'longer', dict(prompt='x' * 6000)),
+  ],
+)
+def test_bad_requests_are_said(server, status, words, more):
+  found = server.ask('/v1/completions', completion(**more))
+  assert found[0] == status and words in found[1]['error']['message']
+
+
+def test_any_text_is_a_prompt(server):
+  for text in ('\ud800', '', '\0', '<｜User｜>'):
+    assert server.ask('/v1/completions', completion(prompt=text))[0] == 200
+
+
+def test_bodies_that_are_no_json(server):
+  for raw in ('{', '[]', '[' * 4000):
+    assert server.ask('/v1/completions', raw=raw)[0] == 400
+  status, found = server.ask(
+    '/v1/chat/completions', {'messages': [{'role': 'user', 'content': 'hi'}]}
+  )  # bytes have no chat tokens
+  assert status == 400 and 'token' in found['error']['message']
+
+
+def test_a_client_that_goes_away_frees_its_row(server):
+  for stream in (True, False):
+    line = server.connect()
+    ask = completion(max_tokens=60, stream=stream, n=8)
+    line.request('POST', '/v1/completions', json.dumps(ask))
+    if stream:
+      line.getresponse().read(10)
+    line.close()
+    assert server.idle()
+
+
+def test_many_requests_at_once_are_answered_or_refused(server):
+  # Client and server are one process here: two files a request.
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4096), hard))
+
+  async def one():
+    reader, writer = await asyncio.open_connection('127.0.0.1', server.port)
+    body = json.dumps(completion(max_tokens=2)).encode()
+    head = (
+      'POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n'
+      f'content-length: {len(body)}\r\n\r\n'
+    )
+    writer.write(head.encode() + body)
+    answer = await reader.read()
+    writer.close()
+    return int(answer.split()[1])
+
+  async def every():
+    return await asyncio.gather(*(one() for _ in range(1000)))
+
+  found = asyncio.run(every())
+  assert set(found) == {200, 429} and len(found) == 1000
+  assert server.idle()
+
+
+def test_openai_s_own_client(server):
+  client = openai.OpenAI(
+    base_url=f'http://127.0.0.1:{server.port}/v1', api_key='none', max_retries=0
+  )
+  with client:
+    assert client.models.list().data[0].id == 'tiny'
+    ask = dict(model='tiny', **completion())
+    whole = client.completions.create(**ask).choices[0].text
+    parts = client.completions.create(**ask, stream=True)
+    assert ''.join(p.choices[0].text for p in parts) == whole
+    with pytest.raises(openai.BadRequestError, match='top_p'):
+      client.completions.create(**ask | dict(top_p=0.0))
+
+
+def test_text_never_shows_half_a_character_or_a_stop():
+  words = tokenizer.ByteTokenizer()
+  growing = texts.Growing(words, stops=['END'])
+  shown = [growing.add([i]) for i in 'aé'.encode()]
+  assert shown == ['a', '', 'é']
+  shown = [growing.add([i]) for i in b'xENyEND']
+  assert shown == ['x', '', '', 'ENy', '', '', ''] and growing.ended
+  growing = texts.Growing(words, stops=['END'])
+  assert growing.add(list(b'EN'), last=True) == 'EN'
+
+
+@pytest.mark.filterwarnings(
+  'ignore::pytest.PytestUnhandledThreadExceptionWarning'
+)
+def test_an_engine_that_fails_tells_everyone():
+  class Broken:
+    length, free_pages, busy = 64, 0, False
+
+    def submit(self, *_, **__):
+      self.busy = True
+      return [1]
+
+    def step(self):
+      raise ValueError('of a bad day')
+
+  async def ask():
+    engine = Engine(Broken())
+    tickets, events = await engine.submit([1], 1)
+    assert tickets == [1] and await asyncio.wait_for(events.get(), 10) is None
+    with pytest.raises(RuntimeError, match='stopped'):
+      await engine.submit([1], 1)
+    return engine
+
+  engine = asyncio.run(ask())
+  assert isinstance(engine.failure, ValueError)

@@ -1,0 +1,169 @@
+"""Sweeps, the doctor, the profile's table: small programs beside training."""
+
+import json
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments import doctor, profile, sweep
+from experiments.training import tracking
+from mla_moe.config import ConfigError
+
+
+def test_combinations_and_their_folders():
+  runs = sweep.combinations(
+    ['config.optim.learning_rate=1e-3,3e-3', 'run.seed=0,1']
+  )
+  assert len(runs) == 4 and runs[1] == {
+    'optim.learning_rate': '1e-3',
+    'run.seed': '1',
+  }
+  assert sweep.name_of(runs[1]) == 'learning_rate=1e-3,seed=1'
+  assert sweep.overrides(runs[1])[1] == '--config.run.seed=1'
+
+
+@pytest.mark.parametrize('bad', ['x', 'x=', '=1', ''])
+def test_what_is_no_list_of_values(bad):
+  with pytest.raises(ConfigError, match='key=value'):
+    sweep.combinations([bad])
+  with pytest.raises(ConfigError, match='is there already'):
+    sweep.combinations(['a=1', 'config.a=2'])
+
+
+def test_the_table_puts_the_best_run_first(tmp_path, capsys):
+  runs = sweep.combinations(['run.seed=0,1,2'])
+  for values, bits in zip(runs[:2], (2.5, 2.1), strict=True):
+    folder = tmp_path / sweep.name_of(values)
+    folder.mkdir()
+    lines = [
+      {'step': 1, 'main_loss': 3.0, 'loss': 3.1, 'tokens_per_s': 12345.6}
+    ]
+    lines += [{'step': 2, 'bits_per_byte': bits, 'gzip_bits_per_byte': 3.0}]
+    text = ''.join(json.dumps(line) + '\n' for line in lines)
+    (folder / 'metrics.jsonl').write_text(text)
+  sweep.show(sweep.results(tmp_path, runs))
+  shown = capsys.readouterr().out
+  assert '12,346' in shown
+  assert shown.index('2.1') < shown.index('2.5') < shown.index('-  ')
+
+
+def sweep_of(*words):
+  command = [sys.executable, '-m', 'experiments.sweep', *words]
+  return subprocess.run(command, capture_output=True, text=True, timeout=250)
+
+
+def test_dry_runs_here_and_there():
+  here = sweep_of('--vary=run.seed=0,1', '--dry-run', '--', '--config=c.py')
+  assert here.returncode == 0 and here.stdout.count('experiments.train') == 2
+  flags = ('slurm', '--name=s', '--topology=h100:8', '--storage=/runs')
+  there = sweep_of(
+    '--vary=run.seed=0,1', '--dry-run', *flags, '--', '--config=c.py'
+  )
+  assert there.returncode == 0, there.stderr
+  assert there.stdout.count('sbatch <<') == 2
+  for i in (0, 1):
+    assert f'--config.run.seed={i} --workdir=/runs/s-{i}' in there.stdout
+
+
+@pytest.mark.slow
+def test_a_sweep_trains_and_shows_its_results(tmp_path):
+  done = sweep_of(
+    '--vary=optim.learning_rate=1e-3,3e-3',
+    f'--workdir={tmp_path}',
+    '--',
+    '--config=configs/tiny.py:smoke',
+  )
+  assert done.returncode == 0, done.stderr
+  table = done.stdout[done.stdout.index('bits_per_byte') :]
+  assert '1e-3' in table and '3e-3' in table and ' 20 ' in table
+
+
+def test_known_trouble_is_named():
+  good = {'jax': '0.10.2', 'jaxlib': '0.10.2', 'flax': '0.12.8'}
+  assert doctor.trouble(good, (3, 11, 7)) == []
+  bad = [
+    ({**good, 'jax': '0.9.0'}, 'too old'),
+    ({**good, 'flax': '0.12.9'}, 'broken'),
+    ({**good, 'jax': '0.12.0.1', 'jaxlib': '0.12.0'}, 'nnx'),
+    ({**good, 'jaxlib': '0.9.1'}, 'do not match'),
+  ]
+  for found, said in bad:
+    assert any(said in line for line in doctor.trouble(found, (3, 12, 1)))
+  assert 'Python' in doctor.trouble(good, (3, 10, 0))[0]
+
+
+def test_the_doctor_reports():
+  command = [sys.executable, '-m', 'experiments.doctor']
+  done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+  for word in ('commit', 'python', 'disk', 'jax ', 'device', 'cpu'):
+    assert word in done.stdout
+
+
+def test_steps_of_a_profile():
+  assert profile.window('5:8') == (5, 8) and profile.window('')[1] < 0
+  for bad in ('5', '8:5', '1:2', 'a:b', '5:'):
+    with pytest.raises(ConfigError, match='must be FIRST:LAST'):
+      profile.window(bad)
+
+
+def test_a_trace_names_the_operations(tmp_path, capsys):
+  product = jax.jit(lambda x: jnp.sin(x @ x).sum())
+  x = jnp.ones((300, 300))
+  y = product(x)
+  rests, took = [], []
+  with profile.steps(tmp_path, 2, 3, lambda: rests.append(len(took))) as at:
+    for step in range(1, 6):
+      took.append(at(step, y))
+      y = product(x)
+  assert [seconds > 0 for seconds in took] == [False, True, False, True, False]
+  assert rests == [1, 3]  # no watchdog counts what a trace takes
+  shown = capsys.readouterr().out
+  assert 'operation' in shown and 'steps 2 to 3' in shown
+  found = profile.operations(tmp_path)
+  assert found, shown
+  assert all(count >= 2 for count, _ in found.values())  # two steps
+  assert not any(name.startswith('end') for name in found)
+
+
+def test_an_operation_may_end_on_another_thread(tmp_path, monkeypatch):
+  """As one of a CPU's sometimes does: it counts all the same."""
+  space = types.SimpleNamespace
+  event = lambda name: space(name=name, duration_ns=1e6)
+  lines = [
+    space(name='0', events=[event('sine.1'), event('wait'), event('dot')]),
+    space(name='1', events=[event('end: sine.1'), event('end: dot')]),
+  ]
+  trace = space(planes=[space(name='/host:CPU', lines=lines)])
+  file = space(from_file=lambda _: trace)
+  monkeypatch.setattr(jax.profiler, 'ProfileData', file)
+  (tmp_path / 'host.xplane.pb').touch()
+  assert profile.operations(tmp_path) == {'sine': (1, 1e-3), 'dot': (1, 1e-3)}
+
+
+@pytest.mark.parametrize('name', ['wandb', 'trackio'])
+def test_trackers_get_the_numbers_of_a_row(name, tmp_path, monkeypatch):
+  calls = []
+  fake = types.SimpleNamespace(
+    init=lambda **k: calls.append(('init', k)),
+    log=lambda row, step: calls.append(('log', row, step)),
+    finish=lambda: calls.append(('finish',)),
+  )
+  monkeypatch.setitem(sys.modules, name, fake)
+  tracker = tracking.Tracker(name, tmp_path, {'seed': 1})
+  tracker.write({'step': 3, 'loss': 2.5, 'max_vio_layers': [1.0]})
+  tracker.close()
+  assert calls[0][1]['config'] == {'seed': 1}
+  assert ('resume' in calls[0][1]) == (name == 'wandb')
+  assert calls[1:] == [('log', {'loss': 2.5}, 3), ('finish',)]
+
+
+def test_a_tracker_that_is_not_there_names_its_extra(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'wandb', None)
+  with pytest.raises(ConfigError, match=r'pip install "mla_moe\[wandb\]"'):
+    tracking.library('wandb')
+  with pytest.raises(ConfigError, match='must be wandb or trackio'):
+    tracking.library('mlflow')

@@ -3,7 +3,7 @@
 from setuptools import find_packages, setup
 
 HF = ['tokenizers>=0.20', 'jinja2>=3.1']
-DATA = ['grain>=0.2.10', 'pyarrow>=15']
+DATA = ['pyarrow>=15']
 SERVE = ['starlette>=0.40', 'uvicorn>=0.30']
 DOCS = ['sphinx>=8.2,<10', 'myst-parser>=4', 'furo>=2024.8']
 VIZ = ['matplotlib>=3.9', 'tensorboard>=2.18']

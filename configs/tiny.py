@@ -28,7 +28,7 @@ def get_config(arg=''):
     bos_id=256,
     eos_id=257,
     dtype='float32',
-    remat='products',
+    compute=c.ComputeConfig(remat='products'),
     mla=c.MLAConfig(
       heads=4,
       query_rank=96,
@@ -70,7 +70,7 @@ def micro(config):
     dim=16,
     layers=2,
     dense_width=32,
-    remat='none',
+    compute=c.ComputeConfig(remat='none'),
     mla=c.MLAConfig(
       heads=2, query_rank=0, kv_rank=8, nope_dim=8, rope_dim=4, value_dim=8
     ),

@@ -27,7 +27,7 @@ import tempfile
 from absl import flags
 
 from experiments import cli, workdir
-from mla_moe.config import Config, ConfigError
+from mla_moe.config import Config, ConfigError, ModelConfig
 
 FLAGS = flags.FLAGS
 TOLERANCE = 2e-4
@@ -73,6 +73,16 @@ def is_run(folder: pathlib.Path) -> bool:
   return (folder / 'checkpoints').is_dir()
 
 
+def combined(released: ModelConfig, recipe: ModelConfig) -> ModelConfig:
+  """The released model, computed and rounded as the recipe says."""
+  return dataclasses.replace(
+    released,
+    dtype=recipe.dtype,
+    precision=recipe.precision,
+    compute=recipe.compute,
+  )
+
+
 def to_run(
   source: pathlib.Path,
   target: pathlib.Path,
@@ -103,14 +113,7 @@ def to_run(
       )
   mesh = sharding.make_mesh(recipe.mesh) if recipe.mesh.devices > 1 else None
   model, variables = load_huggingface(source, jnp.float32, mesh)
-  kept = {name: getattr(recipe.model, name) for name in ('dtype', 'remat')}
-  kept['precision'] = recipe.model.precision
-  model = dataclasses.replace(
-    model,
-    mla=dataclasses.replace(model.mla, impl=recipe.model.mla.impl),
-    moe=dataclasses.replace(model.moe, impl=recipe.model.moe.impl),
-    **kept,
-  )
+  model = combined(model, recipe.model)
   data = recipe.data
   if (source / 'tokenizer.json').exists():
     words = str(target / 'huggingface' / 'tokenizer.json')

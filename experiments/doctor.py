@@ -30,7 +30,6 @@ _PACKAGES = (
   'ml_dtypes',
   'tokenizers',
   'safetensors',
-  'grain',
   'tensorboard',
   'transformers',
   'torch',

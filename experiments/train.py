@@ -383,8 +383,8 @@ def _out_of_memory(config, error) -> str:
     f'gradients and optimizer take {state:,.2f} GiB of each device, '
     'activations the rest: lower '
     f'config.data.micro_batch={data.micro_batch} (0 is all '
-    f"{data.batch_size}), keep less by config.model.remat='full', or split the "
-    f'state over more devices by config.mesh.fsdp={mesh.fsdp}'
+    f"{data.batch_size}), keep less by config.model.compute.remat='full', "
+    f'or split the state over more devices by config.mesh.fsdp={mesh.fsdp}'
   )
 
 

@@ -17,7 +17,10 @@ from mla_moe.config import Config, ConfigError, differences, freeze
 
 # What may change between the starts of one run: nothing that the numbers of a
 # step depend on; a mesh changes their last bits alone.
-_HARMLESS = ('config.run.', 'config.mesh.', 'config.data.loader')
+_HARMLESS = ('config.run.', 'config.mesh.', 'config.model.compute.')
+
+# Starts a digest; another one belongs to another version of `digest`.
+_DIGEST = 'fields:'
 
 # What a disk says when it is full, read-only, failing or gone.
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
@@ -97,13 +100,28 @@ def redacted(text: str) -> str:
 
 
 def digest(config: Config) -> str:
-  """A hash of all that the numbers of a step depend on."""
-  values = dataclasses.asdict(config)
-  for name in ('run', 'mesh'):
-    values[name] = {'seed': config.run.seed} if name == 'run' else {}
-  values['data'].pop('loader')
-  text = json.dumps(values, sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()
+  """A hash of all that a run is: of its fields that differ from the defaults.
+
+  Fields of `_HARMLESS` are left out, as are those at their default, so that a
+  field which a later version adds changes no digest.
+  """
+  lines = [x for x in differences(config, Config()) if not _is_harmless(x)]
+  text = '\n'.join(sorted(lines))
+  return f'{_DIGEST}{hashlib.sha256(text.encode()).hexdigest()}'
+
+
+def of_another(config: Config, digest_of_run: str) -> bool:
+  """Whether a checkpoint's digest says that its run had another config.
+
+  Digests of older versions cannot be computed again and are no sign of it.
+  """
+  comparable = digest_of_run.startswith(_DIGEST)
+  return comparable and digest_of_run != digest(config)
+
+
+def _is_harmless(line: str) -> bool:
+  """Whether a run may go on although this field of its config changed."""
+  return line.startswith(_HARMLESS) and not line.startswith('config.run.seed')
 
 
 def trouble(path: os.PathLike | str, error: OSError) -> str:
@@ -138,15 +156,16 @@ def _bind(path: pathlib.Path, config: Config, text: str):
   if (path / 'config.json').exists():
     before = read_config(path)
     lines = differences(config, before)
-    seed = 'config.run.seed'
-    wrong = [x for x in lines if not x.startswith(_HARMLESS) or seed in x]
+    wrong = [line for line in lines if not _is_harmless(line)]
     if wrong and _begun(path):
       raise ConfigError(
         f'workdir={str(path)!r}: holds a run of another config '
         f'({"; ".join(wrong)}); name another folder'
       )
-    if config.mesh != before.mesh and not wrong:
-      print('Another mesh: the same losses but for their last digits.')
+    computed = config.mesh, config.model.compute
+    if computed != (before.mesh, before.model.compute) and not wrong:
+      what = 'mesh' if config.mesh != before.mesh else 'config.model.compute'
+      print(f'Another {what}: the same losses but for their last digits.')
   try:
     write(path / 'config.json', text)
   except OSError as error:

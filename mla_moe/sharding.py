@@ -161,10 +161,11 @@ def check(config: Config):
       raise ConfigError(
         f'config.mesh.{axes}={size}{also}: must divide {name}={length}'
       )
-  if mesh.context > 1 and model.mla.impl not in ('auto', 'xla', 'reference'):
+  core = model.compute.attention
+  if mesh.context > 1 and core not in ('auto', 'xla', 'reference'):
     raise ConfigError(
-      f'model.mla.impl={model.mla.impl!r}: does not attend from a part of a '
-      f'sequence (config.mesh.context={mesh.context}); use auto or xla'
+      f'model.compute.attention={core!r}: does not attend from a part of '
+      f'a sequence (config.mesh.context={mesh.context}); use auto or xla'
     )
 
 

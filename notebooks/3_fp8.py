@@ -146,7 +146,7 @@ model = c.ModelConfig(
   bos_id=256,
   eos_id=257,
   dtype='float32',
-  remat='none',
+  compute=c.ComputeConfig(remat='none'),
   mla=c.MLAConfig(
     heads=2, query_rank=0, kv_rank=64, nope_dim=32, rope_dim=16, value_dim=32
   ),

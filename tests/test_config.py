@@ -8,8 +8,16 @@ import pathlib
 
 import pytest
 
+from experiments import convert, workdir
 from mla_moe import Config
-from mla_moe.config import ConfigError, differences, freeze
+from mla_moe.config import (
+  ComputeConfig,
+  ConfigError,
+  ModelConfig,
+  differences,
+  freeze,
+  keys,
+)
 
 ROOT = pathlib.Path(__file__).parent.parent
 NAMES = sorted(p.stem for p in (ROOT / 'configs').glob('[a-z]*.py'))
@@ -84,10 +92,10 @@ BAD = [
   ('model.dense_layers', 62, 'layers=61'),
   ('model.moe', 3, 'must be a group of keys'),
   ('model.dtype', 'float16', 'must be one of'),
-  ('model.remat', 'some', 'must be one of'),
+  ('model.compute.remat', 'some', 'must be one of'),
   ('model.eos_id', 129280, 'below vocab'),
   ('model.mla.rope_dim', 63, 'even'),
-  ('model.mla.impl', 'magic', 'must be one of'),
+  ('model.compute.attention', 'magic', 'must be one of'),
   ('model.mla.rope.factor', 40.0, 'YaRN'),
   ('model.mla.rope.factor', 0.5, 'must be 1'),
   ('model.moe.groups', 7, 'must divide experts=256'),
@@ -157,12 +165,79 @@ def test_no_field_is_dead():
         dead.add(field.name)
 
   visit(Config())
-  # max_positions is a limit that Config itself checks; precision has the one
-  # value that there is a branch for.
-  assert dead <= {'max_positions', 'precision'}
+  # A limit that Config itself checks.
+  assert dead <= {'max_positions'}
 
 
 def test_differences_name_the_fields():
   a = Config()
   b = dataclasses.replace(a, run=dataclasses.replace(a.run, steps=7))
   assert differences(a, b) == ['config.run.steps: 243425 != 7']
+
+
+COMPUTE = ComputeConfig('full', 'xla', 'loop', 'padded', 'dequant')
+
+
+def test_a_release_is_computed_as_the_recipe_says():
+  """Every field of `compute`, whatever it is called; all else is released."""
+  recipe = ModelConfig(dtype='float32', precision='fp8_block', compute=COMPUTE)
+  for field in dataclasses.fields(ComputeConfig):
+    assert getattr(COMPUTE, field.name) != field.default
+  released = dataclasses.replace(ModelConfig(), dim=64, layers=5, vocab=300)
+  made = convert.combined(released, recipe)
+  of_recipe = {'dtype', 'precision', 'compute'}
+  for field in dataclasses.fields(ModelConfig):
+    source = recipe if field.name in of_recipe else released
+    assert getattr(made, field.name) == getattr(source, field.name)
+
+
+@pytest.mark.parametrize('key', list(keys(ComputeConfig, 'compute')))
+def test_a_run_goes_on_when_it_is_computed_otherwise(key, tmp_path):
+  name = key.rpartition('.')[2]
+  model = dataclasses.replace(load('tiny').model, precision='fp8_block')
+  before = dataclasses.replace(load('tiny'), model=model)
+  compute = dataclasses.replace(model.compute, **{name: getattr(COMPUTE, name)})
+  after = dataclasses.replace(
+    before, model=dataclasses.replace(model, compute=compute)
+  )
+  assert before != after and workdir.digest(before) == workdir.digest(after)
+  with workdir.claim(tmp_path, before):
+    (tmp_path / 'metrics.jsonl').write_text('{"step": 1}\n')
+  with workdir.claim(tmp_path, after):
+    assert workdir.read_config(tmp_path) == after
+
+
+def test_a_digest_is_of_all_that_changes_a_run():
+  base = load('tiny')
+  seen = {workdir.digest(base)}
+  data = dataclasses.replace(base.data, fim_rate=0.5)
+  seeded = dataclasses.replace(base.run, seed=7)
+  model = dataclasses.replace(base.model, precision='fp8_tensor')
+  for change in ({'data': data}, {'run': seeded}, {'model': model}):
+    seen.add(workdir.digest(dataclasses.replace(base, **change)))
+  assert len(seen) == 4
+  run = dataclasses.replace(base.run, steps=7, keep=9)
+  assert workdir.digest(dataclasses.replace(base, run=run)) in seen
+  assert workdir.of_another(base, 'fields:0')
+  assert not workdir.of_another(base, '')
+  assert not workdir.of_another(base, '0' * 64)  # an older version's
+
+
+def test_configs_of_older_versions_are_read():
+  """Where implementations stood among the architecture's numbers."""
+  values = dataclasses.asdict(Config())
+  model, data = values['model'], values['data']
+  del model['compute']
+  model |= {'remat': 'full', 'fp8_impl': 'auto'}
+  model['mla']['impl'] = 'tokamax'
+  model['moe'] |= {'impl': 'loop', 'exchange': 'padded'}
+  data['loader'] = 'grain'
+  config = freeze(json.loads(json.dumps(values)))
+  assert config.model.compute == ComputeConfig('full', 'auto', 'loop', 'padded')
+  assert (
+    dataclasses.replace(
+      config, model=dataclasses.replace(config.model, compute=ComputeConfig())
+    )
+    == Config()
+  )
+  assert model['remat'] == 'full'  # the caller's dict is as it was

@@ -11,7 +11,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 # Each name of a line may import the lines before it, never its neighbours.
 LAYERS = (
-  'types',
+  'types checked',
+  'variants',
   'config',
   'cost sharding kernels data checkpoint',
   'fp8',

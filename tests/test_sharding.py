@@ -10,6 +10,7 @@ import pytest
 
 from mla_moe import sharding
 from mla_moe.config import (
+  ComputeConfig,
   Config,
   ConfigError,
   DataConfig,
@@ -80,8 +81,8 @@ def on_mesh(config, state):
 
 def mixed(*, states='fsdp', exchange='auto', **sizes):
   mesh = MeshConfig(states=states, **sizes)
-  moe = dataclasses.replace(MODEL.moe, exchange=exchange)
-  model = dataclasses.replace(MODEL, moe=moe)
+  compute = ComputeConfig(exchange=exchange)
+  model = dataclasses.replace(MODEL, compute=compute)
   config = dataclasses.replace(TINY, model=model, mesh=mesh)
   name = '-'.join([*(f'{k}{v}' for k, v in sizes.items()), states, exchange])
   return pytest.param(config, id=name, marks=pytest.mark.slow)

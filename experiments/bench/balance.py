@@ -35,7 +35,7 @@ MODEL = c.ModelConfig(
   bos_id=256,
   eos_id=257,
   dtype='float32',
-  remat='none',
+  compute=c.ComputeConfig(remat='none'),
   mla=c.MLAConfig(
     heads=2, query_rank=0, kv_rank=32, nope_dim=16, rope_dim=8, value_dim=16
   ),

@@ -36,7 +36,7 @@ MODEL = c.ModelConfig(
   max_positions=512,
   init_std=0.02,
   dtype='float32',
-  remat='latents',
+  compute=c.ComputeConfig(remat='latents'),
   mla=c.MLAConfig(
     heads=8, query_rank=96, kv_rank=64, nope_dim=32, rope_dim=16, value_dim=32
   ),

@@ -37,7 +37,7 @@ MODEL = c.ModelConfig(
   bos_id=256,
   eos_id=257,
   dtype='float32',
-  remat='none',
+  compute=c.ComputeConfig(remat='none'),
   mla=c.MLAConfig(
     heads=4, query_rank=0, kv_rank=128, nope_dim=32, rope_dim=16, value_dim=32
   ),

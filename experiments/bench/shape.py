@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from mla_moe.config import (
+  ComputeConfig,
   Config,
   DataConfig,
   MLAConfig,
@@ -51,7 +52,7 @@ def config(shape: Shape, dtype: str = 'float32') -> Config:
     max_positions=max(shape.length, 4096),
     init_std=0.02,
     dtype=dtype,
-    remat='products',
+    compute=ComputeConfig(remat='products'),
     mla=MLAConfig(**names(MLAConfig)),
     moe=MoEConfig(**names(MoEConfig)),
     mtp=MTPConfig(depth=0),

@@ -116,8 +116,9 @@ def lower(config: Config, devices: list):
   # What 'auto' stands for there, and not on the device that is here.
   model = config.model
   if model.precision != 'bf16':
-    impl, _ = fp8.choose(model.precision, model.fp8_impl, device=devices[0])
-    model = dataclasses.replace(model, fp8_impl=impl)
+    impl, _ = fp8.choose(model.precision, model.compute.fp8, device=devices[0])
+    compute = dataclasses.replace(model.compute, fp8=impl)
+    model = dataclasses.replace(model, compute=compute)
     config = dataclasses.replace(config, model=model)
   mesh = sharding.make_mesh(config.mesh, devices)
   everywhere = NamedSharding(mesh, PartitionSpec())

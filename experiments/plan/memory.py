@@ -148,10 +148,10 @@ def saved_numbers(config: Config) -> dict[str, float]:
       latents + order + attention + 2 * shared / t + moe.experts * 4 / wide,
     ),
   }
-  if model.remat == 'none':
+  if model.compute.remat == 'none':
     dense, routed = _everything(config)
   else:
-    dense, routed = kept[model.remat]
+    dense, routed = kept[model.compute.remat]
   return {'dense': stream + dense, 'moe': stream + routed}
 
 
@@ -281,7 +281,7 @@ def traffic(config: Config) -> dict[str, float]:
   rest -= counts.embedding + counts.head
   up, table, rest = (n / mesh.tensor for n in (up, table, rest))
   others = lambda n: (n - 1) / n
-  twice = 1 if model.remat == 'none' else 2
+  twice = 1 if model.compute.remat == 'none' else 2
   stream = tokens * model.dim * wide
   rows = 2 * (1 + depth) * stream  # of the embedding, and their gradient
   once = 4 * (up + table) + wide * rest  # gradients that experts are not in
@@ -295,7 +295,7 @@ def traffic(config: Config) -> dict[str, float]:
   if mesh.data > 1:
     summed, also = summed + also, 0.0
   # Tokens that are split over tensor, too, are gathered over both axes at once.
-  passes = routed_layers * (4 if model.remat == 'none' else 5)
+  passes = routed_layers * (4 if model.compute.remat == 'none' else 5)
   few = mesh.expert <= model.moe.top_k
   share = mesh.expert - 1 / mesh.tensor
   share = share if few else model.moe.top_k * others(mesh.expert)

@@ -48,8 +48,7 @@ def resume(
       f'data.source={ready.config.data.source!r}: the text has changed since '
       f'step {number}; restore it, or start in another workdir'
     )
-  ours = workdir.digest(ready.config)
-  if facts.get('config', ours) != ours:
+  if workdir.of_another(ready.config, facts.get('config', '')):
     raise ConfigError(
       f'{ready.path}/checkpoints/{number}: was saved by a run of another '
       'config than config.json says; put back the one that belongs to it'

@@ -48,7 +48,7 @@ def prepare(config: Config, path: pathlib.Path) -> Prepared:
   runtime.keep_memory()
   runtime.keep_compilations(path.parent / '.jax_cache')
   sharding.check(config)
-  _, slow = fp8.choose(config.model.precision, config.model.fp8_impl)
+  _, slow = fp8.choose(config.model.precision, config.model.compute.fp8)
   if slow:
     print(slow)
   tokenizer = tokenizer_lib.load(

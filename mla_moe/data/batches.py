@@ -109,7 +109,7 @@ def batches(
   hosts: int = 1,
   passed: int = 0,
 ) -> Iterator[Batch]:
-  """Batches of steps start..stop-1; `loader` 'grain' reads ahead in threads."""
+  """Batches of steps start..stop-1, each read when it is asked for."""
   read = functools.partial(
     batch_at,
     stream,
@@ -119,16 +119,7 @@ def batches(
     hosts=hosts,
     passed=passed,
   )
-  if data.loader == 'memmap':
-    return map(read, range(start, stop))
-  try:
-    import grain
-  except ImportError:
-    raise ConfigError(
-      'data.loader=\'grain\': needs grain: pip install "mla_moe[data]"'
-    ) from None
-  steps = grain.MapDataset.range(start, stop).map(read)
-  return iter(steps.to_iter_dataset())
+  return map(read, range(start, stop))
 
 
 def eval_batches(

@@ -251,7 +251,7 @@ def _experts(w, x, config):
     routing = router.route(flat, w['w_router'], w['bias'], config.moe)
     out = few_rows(flat, routing, *ws).reshape(x.shape)
   else:
-    how = config.moe, layers.HIGH, shared
+    how = config, layers.HIGH, shared
     out, _ = moe.routed(x, None, w['w_router'], w['bias'], ws, *how)
   return out if shared is None else out + shared
 

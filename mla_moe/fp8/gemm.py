@@ -25,6 +25,7 @@ import contextlib
 import contextvars
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,7 @@ def choose(
   precision: str,
   impl: str = 'auto',
   scales: str = 'pow2',
-  device: jax.Device | None = None,
+  device: Any = None,
 ) -> tuple[str, str]:
   """The implementation for `device` (the first one), and a line or ''.
 
@@ -87,12 +88,12 @@ def choose(
   if impl != 'dequant' and impl not in fitting:
     can = ', '.join(['dequant', *fitting])
     raise ConfigError(
-      f'fp8_impl={impl!r}: precision={precision} on {name} can be {can}'
+      f'compute.fp8={impl!r}: precision={precision} on {name} can be {can}'
     )
   return impl, ''
 
 
-def _able(device: jax.Device) -> tuple[str, ...]:
+def _able(device: Any) -> tuple[str, ...]:
   if device.platform == 'cpu':
     return ('native',)
   if device.platform == 'tpu':

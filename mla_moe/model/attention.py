@@ -47,7 +47,7 @@ def attend(
 
   `impl`: 'reference' is the quadratic oracle, 'xla' runs anywhere, 'splash' is
   jax's TPU kernel, 'cudnn' NVIDIA's (Hopper or newer, bfloat16, no segments),
-  'tokamax' that library's. 'auto' is splash on TPU, cudnn on a GPU that has it,
+  'auto' is splash on TPU, cudnn on a GPU that has it,
   and xla elsewhere and for a part of a sequence, which the others cannot do.
   """
   impl = chosen(impl, q, segments, part.count)
@@ -56,7 +56,7 @@ def attend(
     return core(q, k, v, segments, part.index, scale, part.count)
   if part.count > 1:
     raise ValueError(f'{impl=} does not attend from a part of a sequence')
-  core = {'splash': _splash, 'cudnn': _cudnn, 'tokamax': _tokamax}[impl]
+  core = {'splash': _splash, 'cudnn': _cudnn}[impl]
   return core(q, k, v, None if segments is None else segments[0], scale)
 
 
@@ -328,18 +328,5 @@ def _cudnn(q, k, v, segments, scale):
   causal = fused.MaskType.CAUSAL
   out = fused.dot_product_attention(
     q, k, v, scale=scale, mask_type=causal, qkv_layout='BTNH'
-  )
-  return checkpoint_name(out, SAVED[0])
-
-
-def _tokamax(q, k, v, segments, scale):
-  """The tokamax library's choice of kernel (`pip install tokamax`)."""
-  import tokamax
-
-  mask = None
-  if segments is not None:
-    mask = segments[:, None, :, None] == segments[:, None, None, :]
-  out = tokamax.dot_product_attention(
-    q, k, v, scale=scale, mask=mask, is_causal=True
   )
   return checkpoint_name(out, SAVED[0])

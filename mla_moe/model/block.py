@@ -54,19 +54,20 @@ class Block(nn.Module):
 
 
 def rematerialised(config: ModelConfig, length: int = 1) -> type[nn.Module]:
-  """Block, with what `config.remat` says computed again going backward.
+  """Block, with what `config.compute.remat` says computed again going backward.
 
   `length` is that of the scan whose body it is. XLA takes a loop of one turn
   for no loop, and would find what is computed again to be what has been
   computed already, and keep it.
   """
-  if config.remat == 'none':
+  remat = config.compute.remat
+  if remat == 'none':
     return Block
   policies = jax.checkpoint_policies
   policy = None
-  if config.remat in ('latents', 'products'):
+  if remat in ('latents', 'products'):
     policy = policies.save_only_these_names(*mla.SAVED, *moe.SAVED)
-  if config.remat == 'products':
+  if remat == 'products':
     products = policies.dots_with_no_batch_dims_saveable
     eight = policies.save_only_these_names(layers.PRODUCT)
     for also in (products, eight):

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from mla_moe import fp8, sharding
-from mla_moe.config import MoEConfig
+from mla_moe.config import ModelConfig
 from mla_moe.fp8 import quantize as q8
 from mla_moe.model import dispatch
 from mla_moe.types import Array, Float, Int, PyTree
@@ -67,7 +67,7 @@ def exchange(
   ws: PyTree,
   compute: Callable,
   split: Split,
-  moe: MoEConfig,
+  config: ModelConfig,
   recipe: fp8.Recipe,
   meanwhile: Float[Array, ...] | None = None,
 ) -> tuple[Float[Array, 'M D'], Int[Array, '']]:
@@ -84,7 +84,8 @@ def exchange(
   x, weights, chosen, ws = sharding.varying((x, weights, chosen, ws))
   here = tuple(a for a in ('expert', 'tensor') if a in split.tokens)
   others = tuple(a for a in ('expert', 'tensor') if a not in split.tokens)
-  kind = _kind(moe, shape['expert'], 'expert' in split.tokens)
+  moe = config.moe
+  kind = _kind(config, shape['expert'], 'expert' in split.tokens)
   over = here if kind == 'gather' else tuple(a for a in here if a == 'tensor')
   if over:
     gather = functools.partial(
@@ -130,12 +131,12 @@ def _after(done: PyTree, x: PyTree) -> PyTree:
 _after.defvjp(lambda done, x: (_after(done, x), None), lambda _, g: (None, g))
 
 
-def _kind(moe, experts: int, tokens_are_split: bool) -> str:
+def _kind(config: ModelConfig, experts: int, tokens_are_split: bool) -> str:
   if not tokens_are_split or experts == 1:
     return 'gather'
-  if moe.exchange != 'auto':
-    return moe.exchange
-  if experts <= moe.top_k:
+  if config.compute.exchange != 'auto':
+    return config.compute.exchange
+  if experts <= config.moe.top_k:
     return 'gather'
   return 'padded' if sharding.platform() == 'cpu' else 'ragged'
 

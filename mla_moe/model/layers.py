@@ -58,7 +58,7 @@ def param(
 
 def recipe(config: ModelConfig) -> fp8.Recipe:
   """How this model computes the products of PRODUCTS."""
-  return fp8.Recipe(config.precision, config.fp8_impl)
+  return fp8.Recipe(config.precision, config.compute.fp8)
 
 
 def weight(

@@ -16,11 +16,11 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from mla_moe import fp8, sharding
-from mla_moe.config import MLAConfig, ModelConfig
+from mla_moe.config import ModelConfig
 from mla_moe.model import attention, layers, rope, sequence
 from mla_moe.types import Array, Float, Int
 
-# What `remat='latents'` keeps for the backward pass; all else is made again.
+# Kept for the backward pass by `compute.remat='latents'`.
 SAVED = ('q_latent', 'kv_latent', 'k_rope', *attention.SAVED)
 
 
@@ -82,7 +82,7 @@ class Attention(nn.Module):
     )
     latent = norm('kv_norm')(latent)
     k_rope = checkpoint_name(rope.rotate(k_rope, cos, sin), 'k_rope')
-    out = attend_latents(q, latent, k_rope, ws, segments, mla, recipe)
+    out = attend_latents(q, latent, k_rope, ws, segments, self.config, recipe)
     shape = (heads, mla.value_dim, dim)
     w_out = w('w_out', shape, ('heads', 'head_dim', 'embed'))
     return layers.product('btnu,nud->btd', out, w_out, recipe)
@@ -94,7 +94,7 @@ def attend_latents(
   k_rope: Float[Array, 'B T R'],
   ws: tuple,
   segments: Int[Array, 'B T'] | None,
-  mla: MLAConfig,
+  config: ModelConfig,
   recipe: fp8.Recipe,
 ) -> Float[Array, 'B T N U']:
   """Attention over latents, expanded by `ws` to each head's keys and values.
@@ -104,7 +104,8 @@ def attend_latents(
   values of all heads would be N * (H + R + U).
   """
   parts = sequence.count(q.shape[1])
-  core = attention.chosen(mla.impl, q, segments, parts)
+  mla = config.mla
+  core = attention.chosen(config.compute.attention, q, segments, parts)
   # What is kept for the backward pass is this device's part alone.
   name = 'kv_latent' if parts == 1 else fp8.SAVED
   if recipe.precision == 'bf16' or parts > 1:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mla_moe import fp8, sharding
-from mla_moe.config import ModelConfig, MoEConfig
+from mla_moe.config import ModelConfig
 from mla_moe.model import dispatch, exchange, layers, router
 from mla_moe.types import Array, Float, Int
 
@@ -69,7 +69,9 @@ class MoE(nn.Module):
     if moe.shared:
       shared = layers.FeedForward(moe.shared * width, *how, name='shared')(x)
     ws = w_gate_up, w_down
-    out, stats = routed(x, mask, w_router, bias, ws, moe, how[1], shared)
+    out, stats = routed(
+      x, mask, w_router, bias, ws, self.config, how[1], shared
+    )
     return out if shared is None else out + shared, stats
 
 
@@ -99,7 +101,7 @@ def routed(
   w_router: Float[Array, 'D E'],
   bias: Float[Array, ' E'] | None,
   ws: tuple,
-  moe: MoEConfig,
+  config: ModelConfig,
   recipe: fp8.Recipe,
   meanwhile: Float[Array, 'B T D'] | None = None,
 ) -> tuple[Float[Array, 'B T D'], Stats]:
@@ -112,7 +114,8 @@ def routed(
   split = exchange.split(x.shape, names)
   axes = (_GATE_UP if ws[0].ndim == 4 else _PACKED), _DOWN
   shards = tuple(map(layers.shards, ws, axes))
-  compute = functools.partial(experts, impl=moe.impl, recipe=recipe)
+  moe, impl = config.moe, config.compute.experts
+  compute = functools.partial(experts, impl=impl, recipe=recipe)
 
   def local(x, mask, w_router, bias, ws, meanwhile):
     b, t, dim = x.shape
@@ -125,7 +128,7 @@ def routed(
     ws = tuple(layers.gathered(w, s, x.dtype) for w, s in pairs)
     with jax.named_scope('experts'):
       args = flat, routing.weights, routing.chosen, ws, compute
-      out, overflow = exchange.exchange(*args, split, moe, recipe, meanwhile)
+      out, overflow = exchange.exchange(*args, split, config, recipe, meanwhile)
     scores = routing.scores.reshape(b, t, -1)
     balance = router.balance(scores, moe.top_k, mask, split.length)
     load = router.count(routing.chosen, moe.experts, flat_mask)

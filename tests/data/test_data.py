@@ -477,21 +477,6 @@ def test_separate_documents_have_their_own_positions_and_no_shared_targets():
   assert not batch.segments.any()
 
 
-@pytest.mark.parametrize('packing', ['joined', 'separate'])
-def test_grain_gives_the_same_batches(packing, text):
-  pytest.importorskip('grain', reason='the extra [data] is not installed')
-  config = small(micro_batch=3, packing=packing)
-  ours = batches.batches(text.train, config, BOS, 4, 9)
-  config = dataclasses.replace(config, loader='grain')
-  theirs = batches.batches(text.train, config, BOS, 4, 9)
-  count = 0
-  for a, b in zip(ours, theirs, strict=True):
-    count += 1
-    for x, y in zip(a, b, strict=True):
-      np.testing.assert_array_equal(x, y)
-  assert count == 5
-
-
 # Evaluation.
 
 

@@ -5,6 +5,7 @@ with ml_dtypes' rounding, and float64 products of the quantised operands.
 """
 
 import functools
+import inspect
 import itertools
 
 import chex
@@ -488,7 +489,7 @@ def test_what_cannot_be_done_is_refused_in_one_line():
     with pytest.raises(ConfigError):
       fp8.dot(x, w, **options)
   with pytest.raises(ValueError, match=r'\(2, 4\).*no product'):
-    fp8.dot(x, x)
+    inspect.unwrap(fp8.dot)(x, x)  # without the tests' own check of shapes
 
 
 def test_calls_without_a_kernel_fall_back_and_are_counted():

@@ -13,7 +13,13 @@ from flax import linen as nn
 
 from configs import tiny
 from mla_moe import fp8, sharding
-from mla_moe.config import ConfigError, MeshConfig, MTPConfig, freeze
+from mla_moe.config import (
+  ComputeConfig,
+  ConfigError,
+  MeshConfig,
+  MTPConfig,
+  freeze,
+)
 from mla_moe.data import batches
 from mla_moe.model import block, layers, rope, transformer
 from mla_moe.train import fp8_health, optim, step
@@ -41,10 +47,8 @@ def lowered(config):
 
 def test_a_training_step_multiplies_in_fp8_what_deepseek_does():
   """All three products of every linear layer; nothing else."""
-  ragged = dataclasses.replace(SMOKE.model.moe, impl='ragged')
-  config = with_model(
-    precision='fp8_channel', fp8_impl='native', moe=ragged, remat='none'
-  )
+  compute = ComputeConfig(fp8='native', experts='ragged', remat='none')
+  config = with_model(precision='fp8_channel', compute=compute)
   found = {True: [], False: []}
   pattern = r'dot_general (.*?): \((tensor<[^)]*)\)'
   for how, operands in re.findall(pattern, lowered(config).as_text()):
@@ -99,7 +103,9 @@ def test_products_alone_are_those_of_a_mesh():
 
 @pytest.mark.slow
 def test_copies_made_once_change_nothing():
-  config = with_model(precision='fp8_block', remat='latents')
+  config = with_model(
+    precision='fp8_block', compute=ComputeConfig(remat='latents')
+  )
   none = MTPConfig(0)
   config = dataclasses.replace(config.model, layers=2, mtp=none)
   tokens = jnp.arange(48, dtype=jnp.int32).reshape(2, 24)
@@ -183,7 +189,11 @@ def test_a_sharded_step_equals_one_devices():
 def saved(precision, remat):
   """Bytes that one block's backward pass finds of the activations."""
   config = with_model(
-    precision=precision, remat=remat, dtype='bfloat16', dense_width=384, dim=256
+    precision=precision,
+    compute=ComputeConfig(remat=remat),
+    dtype='bfloat16',
+    dense_width=384,
+    dim=256,
   ).model
   one = block.rematerialised(config)(config, False)
   x = jnp.zeros((2, 256, 256), jnp.bfloat16)
@@ -237,17 +247,15 @@ def test_health_sees_the_arrays_of_the_model():
 def test_what_fp8_cannot_be_is_refused():
   for changes in (
     {'precision': 'fp8'},
-    {'fp8_impl': 'cuda'},
-    {'fp8_impl': 'mgpu'},
-    {'precision': 'fp8_block', 'fp8_impl': 'native'},
-    {'precision': 'fp8_tensor', 'fp8_impl': 'tpu'},
-    {
-      'precision': 'fp8_block',
-      'moe': dataclasses.replace(SMOKE.model.moe, impl='padded'),
-    },
+    {'fp8': 'cuda'},
+    {'fp8': 'mgpu'},
+    {'precision': 'fp8_block', 'fp8': 'native'},
+    {'precision': 'fp8_tensor', 'fp8': 'tpu'},
+    {'precision': 'fp8_block', 'experts': 'padded'},
   ):
+    precision = changes.pop('precision', 'bf16')
     with pytest.raises(ConfigError) as error:
-      with_model(**changes)
+      with_model(precision=precision, compute=ComputeConfig(**changes))
     assert '\n' not in str(error.value)
 
 

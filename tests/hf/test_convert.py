@@ -21,6 +21,9 @@ from mla_moe.data import batches, corpus, tokenizer
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('default')]
 
 
+COMPUTE = ('remat=full', 'attention=reference', 'exchange=padded')
+
+
 def program(name, *words):
   return subprocess.run(
     [sys.executable, '-m', f'experiments.{name}', *map(str, words)],
@@ -42,11 +45,15 @@ def imported(tmp_path_factory):
   settings = '{"eos_token_id": [1], "temperature": 0.6}'
   (source / 'generation_config.json').write_text(settings)
   words = ['--config=configs/tiny.py:smoke', '--config.data.fim_rate=0.0']
+  words += [f'--config.model.compute.{x}' for x in COMPUTE]
   there = [f'--source={source}', f'--target={root}/run', *words]
   out = program('convert', *there)
   assert out.returncode == 0, out.stderr
   again = program('convert', *there)
   assert again.returncode == 2 and len(again.stderr.splitlines()) == 1
+  config = json.loads((root / 'run/config.json').read_text())
+  compute = config['model']['compute'].items()
+  assert {f'{key}={value}' for key, value in compute} >= set(COMPUTE)
   return source, root / 'run'
 
 

@@ -10,12 +10,18 @@ import numpy as np
 import pytest
 
 from mla_moe import fp8, sharding
-from mla_moe.config import MeshConfig, MoEConfig
+from mla_moe.config import ComputeConfig, MeshConfig, ModelConfig, MoEConfig
 from mla_moe.model import exchange, layers, moe
 
-SIZES = MoEConfig(
-  experts=16, top_k=2, width=8, groups=1, top_groups=1, shared=0
+SIZES = ModelConfig(
+  moe=MoEConfig(experts=16, top_k=2, width=8, groups=1, top_groups=1, shared=0)
 )
+
+
+def computed(**kinds):
+  return dataclasses.replace(SIZES, compute=ComputeConfig(**kinds))
+
+
 B, T, D = 8, 16, 12
 
 
@@ -73,9 +79,9 @@ CASES = [
 @pytest.mark.parametrize('mesh, kind', CASES)
 def test_every_exchange_equals_the_dense_oracle(mesh, kind):
   """Balanced, and with every token on two experts of one device."""
-  config = dataclasses.replace(SIZES, exchange=kind)
+  config = computed(exchange=kind)
   run = compiled(MeshConfig(**MESHES[mesh]), config)
-  oracle = compiled(None, dataclasses.replace(SIZES, impl='dense'))
+  oracle = compiled(None, computed(experts='dense'))
   args, mask, bias, g = inputs()
   for forced in (0, 2):
     bias = jnp.where(jnp.arange(16) < forced, 10.0, bias)
@@ -107,7 +113,7 @@ def test_a_batch_that_nothing_divides_is_computed_whole():
 @pytest.mark.parametrize('kind', ['gather', 'padded'])
 def test_rows_travel_in_fp8_without_being_rounded_twice(kind):
   recipe = fp8.Recipe('fp8_block')
-  config = dataclasses.replace(SIZES, exchange=kind)
+  config = computed(exchange=kind)
   mesh = MeshConfig(expert=4, fsdp=2)
   args, mask, bias, g = inputs(128)
   (y, _), grads = compiled(mesh, config, recipe)(args, mask, bias, g)

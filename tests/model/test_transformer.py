@@ -13,7 +13,7 @@ import pytest
 from flax import linen as nn
 
 from mla_moe import cost, load_huggingface
-from mla_moe.config import Config, MTPConfig, freeze, smoke
+from mla_moe.config import ComputeConfig, Config, MTPConfig, freeze, smoke
 from mla_moe.model import block, rope, transformer
 
 SLOW = pytest.mark.slow
@@ -26,7 +26,7 @@ CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
 def golden(case):
   folder = GOLDEN / case
   config, variables = load_huggingface(folder)
-  config = dataclasses.replace(config, remat='none')
+  config = dataclasses.replace(config, compute=ComputeConfig(remat='none'))
   return config, variables, np.load(folder / 'expected.npz')
 
 
@@ -100,7 +100,8 @@ def test_packed_segments_equal_documents_alone():
 def gradients(remat):
   config, variables, expected = golden('v3_release')
   tokens = expected['tokens'][:1, :32]
-  config = dataclasses.replace(config, remat=remat, mtp=MTPConfig(0))
+  compute = ComputeConfig(remat=remat)
+  config = dataclasses.replace(config, compute=compute, mtp=MTPConfig(0))
 
   @jax.jit
   @jax.grad
@@ -129,7 +130,10 @@ def test_a_single_layer_is_made_again_too():
 
   def work(remat):
     run = block.stack(
-      dataclasses.replace(config, remat=remat), False, 1, 'dense'
+      dataclasses.replace(config, compute=ComputeConfig(remat=remat)),
+      False,
+      1,
+      'dense',
     )
     x = jax.ShapeDtypeStruct((1, 64, config.dim), jnp.float32)
     angles = rope.angles(

@@ -12,7 +12,13 @@ from flax import linen as nn
 from configs import small
 from experiments.plan import compiled, hlo, memory
 from mla_moe import sharding
-from mla_moe.config import CacheConfig, MeshConfig, MTPConfig, freeze
+from mla_moe.config import (
+  CacheConfig,
+  ComputeConfig,
+  MeshConfig,
+  MTPConfig,
+  freeze,
+)
 from mla_moe.decode import cache, forward
 from mla_moe.model import transformer
 
@@ -44,7 +50,7 @@ def step_of(mesh, dtype, dim, width, length):
     dim=dim,
     layers=3,
     vocab=2048,
-    remat='full',
+    compute=ComputeConfig(remat='full'),
     dtype=dtype,
     mtp=MTPConfig(0),
     moe=moe,

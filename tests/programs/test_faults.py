@@ -292,7 +292,7 @@ def test_row16_and_18_another_model_or_data_is_refused(
     with workdir.claim(tmp_path, micro(**changes)):
       pass
   assert words in str(error.value) and '\n' not in str(error.value)
-  with workdir.claim(tmp_path, micro(7, save_every=1, loader='grain')):
+  with workdir.claim(tmp_path, micro(7, save_every=1)):
     pass
 
 

@@ -18,7 +18,13 @@ from configs import deepseek_v2_lite, deepseek_v3, small
 from experiments import chips
 from experiments.plan import bill, compiled, memory, report, search
 from mla_moe import cost, sharding
-from mla_moe.config import ConfigError, MeshConfig, MTPConfig, freeze
+from mla_moe.config import (
+  ComputeConfig,
+  ConfigError,
+  MeshConfig,
+  MTPConfig,
+  freeze,
+)
 from mla_moe.model import transformer
 from mla_moe.train import step
 
@@ -89,16 +95,13 @@ def kept_for_the_backward_pass(config, rows, length):
   'remat, within', [('full', 0), ('latents', 0), ('products', 0), ('none', 0.3)]
 )
 def test_saved_bytes_are_those_of_the_residuals(remat, within):
-  moe = dataclasses.replace(SMOKE.model.moe, impl='ragged')
-  mla = dataclasses.replace(SMOKE.model.mla, impl='xla')
+  compute = ComputeConfig(remat=remat, attention='xla', experts='ragged')
   network = dataclasses.replace(
     SMOKE.model,
     dim=40,
     layers=8,
     dense_layers=3,
-    remat=remat,
-    mla=mla,
-    moe=moe,
+    compute=compute,
     mtp=MTPConfig(0),
   )
   data = dataclasses.replace(

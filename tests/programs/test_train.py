@@ -20,7 +20,14 @@ from configs import tiny
 from experiments import cli, report, train, workdir
 from mla_moe import fp8
 from mla_moe.checkpoint import store
-from mla_moe.config import ConfigError, MeshConfig, MTPConfig, freeze, keys
+from mla_moe.config import (
+  ComputeConfig,
+  ConfigError,
+  MeshConfig,
+  MTPConfig,
+  freeze,
+  keys,
+)
 from mla_moe.kernels import block_tpu
 from mla_moe.train import metrics, step
 
@@ -167,8 +174,8 @@ def program(*args):
     (['--config.mesh.data=2'], 'devices'),
     (['--config.data.source=/nowhere'], 'no such file'),
     (
-      ['--config.model.precision=fp8_block', '--config.model.fp8_impl=mgpu'],
-      "fp8_impl='mgpu': precision=fp8_block on cpu (cpu) can be dequant",
+      ['--config.model.precision=fp8_block', '--config.model.compute.fp8=mgpu'],
+      "compute.fp8='mgpu': precision=fp8_block on cpu (cpu) can be dequant",
     ),
   ],
 )
@@ -304,7 +311,7 @@ def test_products_without_their_kernel_are_counted(
     model=dataclasses.replace(
       SMOKE.model,
       precision='fp8_block',
-      fp8_impl='tpu',
+      compute=ComputeConfig(fp8='tpu'),
       dense_layers=SMOKE.model.layers,
       mtp=MTPConfig(0),
     ),

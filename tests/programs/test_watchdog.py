@@ -10,7 +10,7 @@ from experiments.training import watchdog
 
 _PROGRAM = """
 import os, signal, sys, time
-from experiments import watchdog
+from experiments.training import watchdog
 with watchdog.Watchdog(1.0) as dog:
   dog.rest(); time.sleep(1.5)
   for step in range(5):

@@ -1,0 +1,85 @@
+"""Variants of a config: what follows the colon in `--config=FILE:VARIANT`.
+
+A config here is `mla_moe.config.Config`, which imports this module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from mla_moe.checked import Checked, ConfigError
+
+
+def variant(config: Checked, arg: str, **named: Checked) -> Checked:
+  """The config of `--config=FILE:arg`; parts of `arg` are joined by commas.
+
+  Every file has 'smoke' (toy size, same code); `named` are its others, whole
+  configs. The empty arg is `config`.
+
+  Raises:
+    ConfigError: a part that is not there.
+  """
+  parts = [part for part in arg.split(',') if part]
+  for part in parts:
+    if part != 'smoke' and part not in named:
+      known = ', '.join([*named, 'smoke'])
+      raise ConfigError(f'variant {part!r}: there is only {known}')
+    config = named.get(part, config)
+  return smoke(config) if 'smoke' in parts else config
+
+
+def smoke(config: Checked) -> Checked:
+  """The same code paths at toy size: 20 steps, under a minute on a CPU."""
+  model, moe = config.model, config.model.moe
+  experts = 4 * moe.groups
+  small_moe = dataclasses.replace(
+    moe,
+    experts=max(experts, 8),
+    top_k=min(moe.top_k, 4),
+    width=32,
+  )
+  small_mla = dataclasses.replace(
+    model.mla,
+    heads=4,
+    query_rank=min(model.mla.query_rank, 48),
+    kv_rank=32,
+    nope_dim=16,
+    rope_dim=8,
+    value_dim=16,
+  )
+  small_model = dataclasses.replace(
+    model,
+    vocab=max(264, min(model.vocab, 512)),
+    dim=64,
+    dense_layers=min(model.dense_layers, 1),
+    layers=min(model.dense_layers, 1) + 2,
+    dense_width=128,
+    bos_id=256,
+    eos_id=257,
+    mla=small_mla,
+    moe=small_moe,
+  )
+  data = dataclasses.replace(
+    config.data,
+    seq_len=128,
+    batch_size=8,
+    batch_start=0,
+    ramp_tokens=0.0,
+    micro_batch=4 if config.data.micro_batch else 0,
+    tokenizer='byte',
+  )
+  run = dataclasses.replace(
+    config.run,
+    steps=20,
+    log_every=1,
+    eval_every=10,
+    eval_batches=2,
+    sample_every=10,
+    health_every=0,  # a program of its own to compile
+    save_every=10,
+    check_every=5,
+  )
+  optim = dataclasses.replace(config.optim, warmup_steps=5)
+  return dataclasses.replace(
+    config, model=small_model, data=data, run=run, optim=optim
+  )

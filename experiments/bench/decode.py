@@ -189,8 +189,7 @@ def _layer(rounds: int) -> dict:
   import jax
   import jax.numpy as jnp
 
-  from mla_moe.decode import cache as cache_lib
-  from mla_moe.decode import latent_attention
+  from mla_moe.decode import latent_attention, latent_cache
   from mla_moe.model import rope
 
   mla, dim, context = MLAConfig(heads=16, query_rank=0), 2048, 2048
@@ -217,7 +216,7 @@ def _layer(rounds: int) -> dict:
     x = make(batch, 1, dim)
     lengths = jnp.full(batch, context - 1, jnp.int32)
     turn = rope.angles(lengths[:, None], 64, mla.rope)
-    held = cache_lib.empty(config, batch, context)
+    held = latent_cache.empty(config, batch, context)
     held = held.replace(lengths=lengths)
     state = {
       'latent': held.layers[0],
@@ -228,7 +227,11 @@ def _layer(rounds: int) -> dict:
     }
     latent = jax.jit(
       functools.partial(
-        latent_attention.attend, valid=None, mla=mla, form='absorbed', held=held
+        latent_attention.attend,
+        valid=None,
+        mla=mla,
+        form='absorbed',
+        cache=held,
       ),
       donate_argnums=3,
     )
@@ -289,12 +292,12 @@ def _by_context(rounds: int) -> dict:
   """Milliseconds of a step, batch 1, by the tokens before it."""
   import jax.numpy as jnp
 
-  from mla_moe.decode import cache as cache_lib
+  from mla_moe.decode import latent_cache
 
   shape = shapes.Shape()
   config = shapes.config(shape).model
   params, step = decoder.weights(config), decoder.step_function(config)
-  held = cache_lib.empty(config, 1, max(_CONTEXTS) + 128)
+  held = latent_cache.empty(config, 1, max(_CONTEXTS) + 128)
   state = {'cache': held, 'newest': jnp.zeros(1, jnp.int32)}
 
   def at(context):

@@ -53,8 +53,7 @@ def main() -> None:
   import jax
   import jax.numpy as jnp
 
-  from mla_moe.decode import cache as cache_lib
-  from mla_moe.decode import forward
+  from mla_moe.decode import forward, latent_cache
 
   job = json.loads(sys.stdin.readline())
   new = job['shape'].pop('new')
@@ -75,7 +74,7 @@ def main() -> None:
     return logits.argmax(-1).astype(jnp.int32), cache
 
   step = step_function(config)
-  cache = cache_lib.empty(config, shape.batch, shape.length + new)
+  cache = latent_cache.empty(config, shape.batch, shape.length + new)
 
   def once():
     nonlocal cache

@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mla_moe.config import ModelConfig
-from mla_moe.decode import cache as cache_lib
-from mla_moe.decode import forward, loop, sampling
+from mla_moe.decode import forward, latent_cache, loop, sampling
 from mla_moe.types import Array, PyTree
 
 
@@ -50,7 +49,7 @@ def prompt(
   `after` [1, T] are the tokens after the chunk's, of which `paired` [1] are
   known; the MTP module reads those, where there is a pool for it.
   """
-  held = cache_lib.Cache(pools, table, lengths, impl)
+  held = latent_cache.Cache(pools, table, lengths, impl)
   main, mtp = forward.split(held, config)
   x, main = forward.extend(weights, main, tokens, config, valid=valid)
   if mtp.layers:
@@ -111,7 +110,7 @@ def tokens(
   alive, rows = taken > 0, jnp.arange(len(taken))[:, None]
   new = jnp.arange(2)[None] < taken[:, None]
   seen = seen.at[rows, recent].max(new)
-  held = cache_lib.Cache(pools, table, lengths, impl)
+  held = latent_cache.Cache(pools, table, lengths, impl)
   main, mtp = forward.split(held, config)
   if mtp.layers:
     mtp = mtp.replace(lengths=lengths - taken)

@@ -28,8 +28,7 @@ import numpy as np
 
 from experiments.serving import programs
 from mla_moe.config import CacheConfig, ConfigError, ModelConfig
-from mla_moe.decode import cache as cache_lib
-from mla_moe.decode import forward, sampling
+from mla_moe.decode import forward, latent_cache, sampling
 
 
 class Full(Exception):
@@ -110,7 +109,7 @@ class Scheduler:
       )
     self.passes = self.accepted = 0
     self.config, self._chunk, self._room = config, chunk, waiting
-    self._page, self._impl = cache.page, cache_lib.kernel(cache)
+    self._page, self._impl = cache.page, latent_cache.kernel(cache)
     self.length = min(length, config.max_positions)
     each = -(-self.length // cache.page)
     # Page 0 stays empty: rows without a request read it.
@@ -126,7 +125,7 @@ class Scheduler:
     self._knobs = jax.tree.map(np.array, sampling.knobs(rows))
     self._queue = collections.deque()
     self._tickets = itertools.count()
-    make = functools.partial(cache_lib.pools, config, self._total, cache)
+    make = functools.partial(latent_cache.pools, config, self._total, cache)
     self._drafts = int(speculative)
     self._pools = jax.jit(make)()[: config.layers + self._drafts]
     self._seen = jnp.zeros((rows, config.vocab), bool)

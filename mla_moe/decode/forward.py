@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from mla_moe import sharding
 from mla_moe.config import ModelConfig
-from mla_moe.decode import cache, latent_attention
+from mla_moe.decode import latent_attention, latent_cache
 from mla_moe.model import layers, moe, rope, router
 from mla_moe.types import Array, Float, Int, PyTree
 
@@ -81,13 +81,13 @@ def _layer(params, bias, dtype):
 
 def hidden(
   weights: PyTree,
-  held: cache.Cache,
+  held: latent_cache.Cache,
   tokens: Int[Array, 'B T'],
   config: ModelConfig,
   *,
   valid: Int[Array, ' B'] | None = None,
   form: str = 'absorbed',
-) -> tuple[Float[Array, 'B T D'], cache.Cache]:
+) -> tuple[Float[Array, 'B T D'], latent_cache.Cache]:
   """The normed hidden states of new tokens, and the cache with them in it.
 
   Args:
@@ -113,12 +113,12 @@ def logits(weights: PyTree, x: Float[Array, '*b D']) -> Float[Array, '*b V']:
 
 def decode_step(
   weights: PyTree,
-  held: cache.Cache,
+  held: latent_cache.Cache,
   tokens: Int[Array, ' B'],
   config: ModelConfig,
   *,
   valid: Int[Array, ' B'] | None = None,
-) -> tuple[Float[Array, 'B V'], cache.Cache]:
+) -> tuple[Float[Array, 'B V'], latent_cache.Cache]:
   """Logits after one more token of each row, float32, and the cache."""
   x, held = hidden(weights, held, tokens[:, None], config, valid=valid)
   return logits(weights, x[:, 0]), held
@@ -126,12 +126,12 @@ def decode_step(
 
 def extend(
   weights: PyTree,
-  held: cache.Cache,
+  held: latent_cache.Cache,
   tokens: Int[Array, 'B T'],
   config: ModelConfig,
   *,
   valid: Int[Array, ' B'] | None = None,
-) -> tuple[Float[Array, 'B T D'], cache.Cache]:
+) -> tuple[Float[Array, 'B T D'], latent_cache.Cache]:
   """`hidden` in the form that is cheaper for so many new tokens."""
   how = form(tokens.shape[1])
   return hidden(weights, held, tokens, config, valid=valid, form=how)
@@ -144,13 +144,13 @@ def form(tokens: int) -> str:
 
 def prefill(
   weights: PyTree,
-  held: cache.Cache,
+  held: latent_cache.Cache,
   tokens: Int[Array, 'B T'],
   valid: Int[Array, ' B'],
   config: ModelConfig,
   *,
   chunk: int = 2048,
-) -> tuple[Float[Array, 'B T D'], cache.Cache]:
+) -> tuple[Float[Array, 'B T D'], latent_cache.Cache]:
   """`hidden` of whole prompts, `valid` tokens of each row, in an empty cache.
 
   The first chunk attends within itself; later ones expand the prefix.
@@ -173,14 +173,14 @@ def last(x: Float[Array, 'B T D'], valid: Int[Array, ' B']) -> Array:
 
 def draft(
   weights: PyTree,
-  held: cache.Cache,
+  held: latent_cache.Cache,
   before: Float[Array, 'B T D'],
   tokens: Int[Array, 'B T'],
   config: ModelConfig,
   *,
   valid: Int[Array, ' B'] | None = None,
   form: str = 'absorbed',
-) -> tuple[Float[Array, 'B T D'], cache.Cache]:
+) -> tuple[Float[Array, 'B T D'], latent_cache.Cache]:
   """What the first MTP module hands to the head, over a cache of its own.
 
   Position i joins the main model's hidden state `before` there with the token
@@ -202,8 +202,8 @@ def draft(
 
 
 def split(
-  held: cache.Cache, config: ModelConfig
-) -> tuple[cache.Cache, cache.Cache]:
+  held: latent_cache.Cache, config: ModelConfig
+) -> tuple[latent_cache.Cache, latent_cache.Cache]:
   """The main model's part of a cache, and the MTP module's."""
   main = dataclasses.replace(held, layers=held.layers[: config.layers])
   return main, dataclasses.replace(held, layers=held.layers[config.layers :])

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 
 from mla_moe import sharding
 from mla_moe.config import MLAConfig
-from mla_moe.decode import cache
+from mla_moe.decode import latent_cache
 from mla_moe.model import attention, layers, rope
 from mla_moe.types import Array, Float, PyTree
 
@@ -63,18 +63,18 @@ def attend(
   w: PyTree,
   x: Float[Array, 'B T D'],
   turn: tuple[Array, Array],
-  pages: cache.Pages,
-  held: cache.Cache,
+  pages: latent_cache.Pages,
+  cache: latent_cache.Cache,
   valid: Array | None,
   mla: MLAConfig,
   form: str,
-) -> tuple[Float[Array, 'B T D'], cache.Pages]:
+) -> tuple[Float[Array, 'B T D'], latent_cache.Pages]:
   """Attention of new tokens, and the pool with their latents in it.
 
   Args:
     w: `weights` of the layer.
     turn: cosine and sine of the new tokens' positions.
-    held: table and lengths of the rows, without the new tokens.
+    cache: table and lengths of the rows, without the new tokens.
     valid: [B] how many of the T tokens a row really has; None is all.
     form: 'absorbed', 'decompressed', or 'fresh' for rows that hold nothing,
       whose new tokens attend among themselves.
@@ -94,7 +94,7 @@ def attend(
   latent = layers.normalize(latent, w['kv_norm'], mla.norm_eps)
   k_rope = rope.rotate(k_rope, *turn)
   core = {
-    'absorbed': functools.partial(_absorbed, impl=held.impl),
+    'absorbed': functools.partial(_absorbed, impl=cache.impl),
     'decompressed': _decompressed,
     'fresh': _fresh,
   }[form]
@@ -102,7 +102,7 @@ def attend(
   run = _by_shard(functools.partial(_core, core=core, mla=mla), b)
   out, pages = run(
     q_nope, q_rope, latent, k_rope, (w['w_k_up'], w['w_v_up']), pages,
-    held.table, held.lengths, valid,
+    cache.table, cache.lengths, valid,
   )  # fmt: skip
   return layers.turned(out.reshape(b, t, -1), w['w_out']), pages
 
@@ -113,9 +113,9 @@ def _core(
   """Writes the new latents, then attends; what each device does alone."""
   # A shard's rows own its pages: its ids modulo its pool are local.
   table = table % pages.values.shape[0]
-  held = cache.Cache((pages,), table, lengths)
-  to = cache.places(held, latent.shape[1], valid)
-  pages = cache.write(pages, to, latent, k_rope)
+  held = latent_cache.Cache((pages,), table, lengths)
+  to = latent_cache.places(held, latent.shape[1], valid)
+  pages = latent_cache.write(pages, to, latent, k_rope)
   scale = rope.softmax_scale(mla)
   new = latent, k_rope
   out = core(q_nope, q_rope, new, up, pages, table, lengths, valid, scale)
@@ -168,7 +168,7 @@ def _absorbed(
 ):
   k_up, v_up = up
   b, t, heads, rope_dim = q_rope.shape
-  rank, wide = k_up.shape[-1], cache.width(pages, rope_dim)
+  rank, wide = k_up.shape[-1], latent_cache.width(pages, rope_dim)
   # Heads first: XLA's CPU backend wants the axis that both operands have there.
   q = jnp.einsum('btnh,nhc->nbtc', q_nope, k_up)
   q = jnp.concatenate([q, q_rope.transpose(2, 0, 1, 3)], axis=-1) * scale
@@ -188,7 +188,7 @@ def _absorbed(
   q = q.transpose(1, 0, 2, 3).reshape(b, heads * t, wide)
   query = jnp.tile(_places(lengths, t), heads)
   read = functools.partial(
-    cache.read, pages, dtype=q.dtype.name, rope_dim=rope_dim
+    latent_cache.read, pages, dtype=q.dtype.name, rope_dim=rope_dim
   )
   longest = jnp.max(lengths + valid)
   out = _sweep(block, read, table, pages.size, query, longest, wide, axis=1)
@@ -228,7 +228,7 @@ def _decompressed(q_nope, q_rope, new, up, pages, table, lengths, valid, scale):
     return logits, add
 
   read = functools.partial(
-    cache.read, pages, dtype=q.dtype.name, rope_dim=rope_dim
+    latent_cache.read, pages, dtype=q.dtype.name, rope_dim=rope_dim
   )
   query = _places(lengths, q.shape[2])[:, None]
   query = jnp.broadcast_to(query, q.shape[:3])

@@ -15,8 +15,7 @@ import numpy as np
 from flax import struct
 
 from mla_moe.config import CacheConfig, ModelConfig
-from mla_moe.decode import cache as cache_lib
-from mla_moe.decode import forward, sampling, speculative
+from mla_moe.decode import forward, latent_cache, sampling, speculative
 from mla_moe.types import Array, Bool, Int, PyTree
 
 
@@ -38,8 +37,8 @@ class Attempt(NamedTuple):
   verdict: speculative.Verdict
   logits: Array
   hidden: Array
-  main: cache_lib.Cache
-  mtp: cache_lib.Cache
+  main: latent_cache.Cache
+  mtp: latent_cache.Cache
 
 
 @struct.dataclass
@@ -88,7 +87,7 @@ def start(
   """
   batch, t = tokens.shape
   # Two more, for a draft that is checked but not wanted.
-  whole = cache_lib.empty(config, batch, t + room + 2, kept)
+  whole = latent_cache.empty(config, batch, t + room + 2, kept)
   cache, mtp_cache = forward.split(whole, config)
   x, cache = forward.prefill(weights, cache, tokens, valid, config)
   logits = forward.logits(weights, forward.last(x, valid))
@@ -137,8 +136,8 @@ def start(
 
 def attempt(
   weights: PyTree,
-  main: cache_lib.Cache,
-  mtp: cache_lib.Cache,
+  main: latent_cache.Cache,
+  mtp: latent_cache.Cache,
   recent: Recent,
   seen: Bool[Array, 'B V'],
   how: sampling.Knobs,

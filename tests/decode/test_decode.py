@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from mla_moe import CacheConfig, load_huggingface
-from mla_moe.decode import cache as cache_lib
-from mla_moe.decode import forward
+from mla_moe.decode import forward, latent_cache
 from mla_moe.model import transformer
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
@@ -36,7 +35,7 @@ def jitted(name, config, **more):
 
 
 def empty(config, batch=2, length=LENGTH, how=SMALL):
-  return cache_lib.empty(config, batch, length, how)
+  return latent_cache.empty(config, batch, length, how)
 
 
 def scrambled(cache):
@@ -163,7 +162,7 @@ def test_narrow_caches_move_logits_little(dtype, bound):
   error = np.median(norm(found - wanted) / norm(wanted))
   assert bound / 20 < error < bound, error
   rank, rope = config.mla.kv_rank, config.mla.rope_dim
-  per = cache_lib.bytes_per_token(cache.layers[0])
+  per = latent_cache.bytes_per_token(cache.layers[0])
   assert per == (
     2 * (rank + rope) if dtype == 'bfloat16' else rank + 4 + 2 * rope
   )
@@ -173,8 +172,8 @@ def test_quantised_tiles_keep_their_scale():
   x = np.random.default_rng(0).normal(size=(3, 256)).astype(np.float32)
   x[:, 128:] *= 1e3
   for kind, bound in ((jnp.int8, 0.005), (jnp.float8_e4m3fn, 0.04)):
-    values, scales = cache_lib.quantise(x, kind)
-    back = cache_lib.dequantise(values, scales)
+    values, scales = latent_cache.quantise(x, kind)
+    back = latent_cache.dequantise(values, scales)
     assert scales.shape == (3, 2) and values.dtype == kind
     for half in (slice(0, 128), slice(128, 256)):
       error = np.linalg.norm((back - x)[:, half]) / np.linalg.norm(x[:, half])

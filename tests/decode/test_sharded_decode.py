@@ -13,8 +13,7 @@ from flax import linen as nn
 from configs import tiny
 from mla_moe import CacheConfig, rollout, sharding
 from mla_moe.config import MeshConfig, freeze
-from mla_moe.decode import cache as cache_lib
-from mla_moe.decode import forward
+from mla_moe.decode import forward, latent_cache
 from mla_moe.model import transformer
 
 PAGE = 16
@@ -70,9 +69,9 @@ def step_on(mesh, rows=8, length=8192):
   with jax.set_mesh(mesh):
     variables = laid_out(boxed, mesh)
     weights = jax.jit(functools.partial(forward.unstack, config))(variables)
-    held = cache_lib.empty(config, rows, length, CacheConfig(page=PAGE))
+    held = latent_cache.empty(config, rows, length, CacheConfig(page=PAGE))
     held, _ = forward.split(held, config)
-    held = jax.device_put(held, cache_lib.shardings(held, mesh))
+    held = jax.device_put(held, latent_cache.shardings(held, mesh))
     step = functools.partial(forward.decode_step, config=config)
     tokens = jax.device_put(
       np.zeros(rows, np.int32),
@@ -93,7 +92,7 @@ def step_on(mesh, rows=8, length=8192):
 def test_data_sharding_moves_no_cache():
   config, _ = made()
   compiled, moved, held = step_on(MeshConfig(data=8))
-  width = cache_lib.width(held.layers[0], 0)
+  width = latent_cache.width(held.layers[0], 0)
   rank = config.mla.kv_rank
   for sizes in moved:
     assert width not in sizes and rank not in sizes, sizes

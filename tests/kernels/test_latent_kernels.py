@@ -16,8 +16,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from mla_moe import CacheConfig, ConfigError, ModelConfig
 from mla_moe.config import MLAConfig
-from mla_moe.decode import cache as cache_lib
-from mla_moe.decode import latent_attention
+from mla_moe.decode import latent_attention, latent_cache
 from mla_moe.kernels import latent_gpu, latent_tpu
 from mla_moe.model import rope
 
@@ -79,13 +78,17 @@ def test_a_layer_is_the_same_by_kernel():
   turn = rope.angles(at.astype(np.int32), 16, mla.rope)
   found = {}
   for impl in ('xla', 'tpu'):
-    held = cache_lib.empty(model, 2, 256, CacheConfig(impl=impl))
+    held = latent_cache.empty(model, 2, 256, CacheConfig(impl=impl))
     held = held.replace(lengths=lengths)
     past = jax.random.normal(jax.random.key(7), (4, 128, 80))
-    pages = cache_lib.Pages(held.layers[0].values.at[..., :80].set(past))
+    pages = latent_cache.Pages(held.layers[0].values.at[..., :80].set(past))
     run = jax.jit(
       functools.partial(
-        latent_attention.attend, held=held, valid=None, mla=mla, form='absorbed'
+        latent_attention.attend,
+        cache=held,
+        valid=None,
+        mla=mla,
+        form='absorbed',
       )
     )
     with pltpu.force_tpu_interpret_mode():

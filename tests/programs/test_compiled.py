@@ -19,7 +19,7 @@ from mla_moe.config import (
   MTPConfig,
   freeze,
 )
-from mla_moe.decode import cache, forward
+from mla_moe.decode import forward, latent_cache
 from mla_moe.model import transformer
 
 NEEDS = 'needs libtpu: pip install jax[tpu]'
@@ -172,8 +172,8 @@ def test_a_tpu_decodes_without_moving_or_copying_experts(libtpu):
     where = unstack.lower(trained).compile().output_shardings
     weights = jax.tree.map(shaped, jax.eval_shape(unstack, trained), where)
     how = CacheConfig(page=128, impl='xla')
-    held = jax.eval_shape(lambda: cache.empty(config, 64, 1024, how))
-    held = jax.tree.map(shaped, held, cache.shardings(held, mesh))
+    held = jax.eval_shape(lambda: latent_cache.empty(config, 64, 1024, how))
+    held = jax.tree.map(shaped, held, latent_cache.shardings(held, mesh))
     rows = jax.NamedSharding(mesh, sharding.spec(('batch',)))
     tokens = jax.ShapeDtypeStruct((64,), jnp.int32, sharding=rows)
     step = functools.partial(forward.decode_step, config=config)

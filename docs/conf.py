@@ -1,4 +1,4 @@
-"""Sphinx: the MyST pages here, the API from the package's docstrings."""
+"""Settings of Sphinx: MyST pages, and an API page of every public module."""
 
 import pathlib
 import sys
@@ -25,3 +25,53 @@ autodoc_default_options = {
   'undoc-members': False,
   'exclude-members': 'setup, parent, name',
 }
+# Folders of mla_moe in the order of reading, '' for the modules at its top.
+FOLDERS = ('', 'model', 'train', 'fp8', 'kernels', 'decode', 'data')
+FOLDERS += ('hf', 'checkpoint')
+
+
+def setup(app):
+  """Registers the hooks below; Sphinx calls this function."""
+  app.connect('env-get-outdated', lambda *_: ['api'])  # always read again
+  app.connect('source-read', list_modules)
+  app.connect('autodoc-process-docstring', to_restructured, priority=400)
+
+
+def list_modules(app, page: str, source: list[str]) -> None:
+  """Replaces the line MODULES of api.md by a section for each module."""
+  if page == 'api':
+    sections = [
+      f'{"##" if name.count(".") < 2 else "###"} {name}\n\n'
+      f'```{{eval-rst}}\n.. automodule:: {name}\n```\n'
+      for name in public_modules()
+    ]
+    source[0] = source[0].replace('MODULES', '\n'.join(sections))
+
+
+def public_modules() -> list[str]:
+  """Names of mla_moe's packages and modules without a leading underscore."""
+  names = []
+  for folder in FOLDERS:
+    prefix = f'mla_moe.{folder}'.rstrip('.')
+    names += [prefix] if folder else []
+    for path in sorted((ROOT / 'mla_moe' / folder).glob('[a-z]*.py')):
+      names.append(f'{prefix}.{path.stem}')
+  return names
+
+
+def to_restructured(app, kind, name, obj, options, lines: list[str]) -> None:
+  """Rewrites a docstring's Markdown habits in place as reStructuredText.
+
+  An indented block below a paragraph is a table of plain text or a command,
+  and is shown as it stands. The asterisk in [*lead, K] is no emphasis.
+  """
+  result, indented = [], False
+  for i, line in enumerate(lines):
+    starts = line.startswith(' ') and not indented and i and not lines[i - 1]
+    result += ['::', ''] if starts else []
+    indented = line.startswith(' ') if line else indented
+    parts = line.split('`')
+    if not indented:
+      parts[::2] = [part.replace('[*', r'[\*') for part in parts[::2]]
+    result.append('`'.join(parts))
+  lines[:] = result

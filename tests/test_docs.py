@@ -1,6 +1,7 @@
 """The docs build without a warning; their commands run, their links lead on."""
 
 import importlib.util
+import json
 import pathlib
 import re
 import shlex
@@ -175,10 +176,47 @@ def test_errors_of_a_config_are_quoted_to_the_letter(keys):
   assert f'`error: {refused.value}`' in text
 
 
-def test_the_picture_is_the_one_that_is_drawn():
-  spec = importlib.util.spec_from_file_location(
-    'architecture', DOCS / 'architecture.py'
-  )
+def load(name):
+  """A module of docs/, which is no package."""
+  spec = importlib.util.spec_from_file_location(name, DOCS / f'{name}.py')
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  assert module.draw() == (DOCS / '_static' / 'architecture.svg').read_text()
+  return module
+
+
+def test_the_architecture_picture_is_the_one_that_is_drawn():
+  drawn = load('architecture').draw()
+  assert drawn == (DOCS / '_static' / 'architecture.svg').read_text()
+
+
+def test_the_run_picture_is_drawn_from_a_folder(tmp_path):
+  pytest.importorskip('matplotlib')
+  step = {'loss': 1.0, 'main_loss': 1.0, 'mtp_loss': 1.0, 'tokens': 8}
+  step |= {'max_vio_layers': [1.0, 2.0], 'max_vio_running_layers': [1.0, 2.0]}
+  evaluated = {'step': 6, 'bits_per_byte': 2.0, 'gzip_bits_per_byte': 2.1}
+  metrics = [{'step': i} | step for i in (3, 6)] + [evaluated]
+  loads = [{'step': i, 'load': [[1, 3], [2, 2]]} for i in (3, 6)]
+  for name, rows in (('metrics', metrics), ('load', loads)):
+    text = '\n'.join(json.dumps(row) for row in rows)
+    (tmp_path / f'{name}.jsonl').write_text(text)
+  config = {'model': {'layers': 2, 'dense_layers': 1}}
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  figure = load('run_picture').draw(tmp_path)
+  titles = [plot.get_title(loc='center') for plot in figure.axes]
+  assert titles[2:4] == ['MoE layer 1', 'MTP module']
+  assert (DOCS / '_static' / 'run.png').stat().st_size <= 250_000
+
+
+def test_the_api_page_has_every_public_module():
+  """A page of Sphinx's own hooks: every file and folder of mla_moe is named."""
+  package = ROOT / 'mla_moe'
+  paths = [p for p in package.rglob('*.py') if not p.stem.startswith('_')]
+  paths += [p.parent for p in package.glob('*/__init__.py')]
+  expected = {
+    '.'.join(p.relative_to(ROOT).with_suffix('').parts) for p in paths
+  }
+  source = [(DOCS / 'api.md').read_text()]
+  load('conf').list_modules(None, 'api', source)
+  listed = re.findall(r'^\.\. automodule:: (\S+)$', source[0], re.M)
+  assert len(listed) == len(set(listed))
+  assert set(listed) == expected

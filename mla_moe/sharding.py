@@ -1,16 +1,17 @@
 """Where arrays live: one mesh, one table from logical axes to mesh axes.
 
-Modules name the axes of their parameters and activations by what they are
-(`heads`, `experts`); RULES says on which axes of the mesh each is laid. GSPMD
-does the rest, but for the parts that it does badly, which run in `local`
-regions, where collectives are written out: attention, experts, the loss.
+Modules name the axes of their parameters and activations (`heads`, `experts`):
+these are the logical axes, and RULES maps each to axes of the mesh. GSPMD
+derives the collectives from it. Four places know better than GSPMD and run in a
+region, the body of a `shard_map` that writes its collectives out: embedding,
+attention, experts and loss.
 
-The expert axis is a data axis outside the experts, and so is the stage axis
-outside the pipeline: a batch is split over `data`, `fsdp`, `expert` and `stage`
-alike. The stream between the layers is split along
-its length over `context` and `tensor` (Korthikanti et al. 2022). ZeRO-1 is not
-code but a second table, for the optimizer's state alone. The mesh's axes are
-`Auto`: jax's default, `Explicit`, turns every constraint into an assertion.
+Outside the experts the expert axis is one more data axis, and outside the
+pipeline so is the stage axis: a batch is split over `data`, `fsdp`, `expert`
+and `stage`. The stream between the layers is split along its length over
+`context` and `tensor` (sequence parallelism, Korthikanti et al. 2022). ZeRO-1
+is a second table, for the optimizer's state alone. The mesh's axes are `Auto`:
+with jax's default, `Explicit`, every constraint would be an assertion.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ AXES = ('data', 'stage', 'fsdp', 'expert', 'context', 'tensor')
 RULES = (
   # activations
   ('batch', ('data', 'fsdp', 'expert', 'stage')),
-  ('length', ('context', 'tensor')),  # of the stream
-  ('part', 'context'),  # the length where heads or widths have `tensor`
+  ('length', ('context', 'tensor')),  # between the layers
+  ('part', 'context'),  # inside them, where heads or widths take `tensor`
   ('stream', None),
   # parameters
   ('vocab', 'tensor'),
   ('embed', 'fsdp'),
-  ('rank', 'fsdp'),  # of a latent, where weights expand it
+  ('rank', 'fsdp'),  # the latent's axis of an up-projection
   ('heads', 'tensor'),
   ('experts', 'expert'),
   ('mlp', 'tensor'),
@@ -56,17 +57,17 @@ ZERO1 = tuple(
   (name, ('fsdp', 'data') if axes == 'fsdp' else axes) for name, axes in RULES
 )
 
-# What FSDP splits, and gathers before use: one axis of each matrix.
+# The axes that FSDP splits, and gathers before use: one of each matrix.
 FSDP = tuple(name for name, axes in RULES if axes == 'fsdp')
 
 
 def make_mesh(
   mesh: MeshConfig, devices: list | None = None
 ) -> jax.sharding.Mesh:
-  """The mesh of all devices (or of `devices`) with the sizes of `mesh`.
+  """Returns a mesh with the sizes of `mesh` over `devices` (None: all).
 
-  Where the devices are of several TPU slices, the first axis that their number
-  divides goes across them (the slow network), all others stay inside.
+  On several TPU slices, which a slow network connects, `slice_axis` goes
+  across them and every other axis stays within a slice.
 
   Raises:
     ConfigError: the sizes do not multiply to the number of devices, or no axis
@@ -83,24 +84,26 @@ def make_mesh(
   slices = len({getattr(d, 'slice_index', 0) for d in devices})
   from jax.experimental import mesh_utils
 
-  # Not jax.make_mesh: but on v5e, it refuses an axis that is no product of a
-  # torus' own axes, such as 16 of 4x8x8.
+  # jax.make_mesh refuses (except on v5e) an axis that is not a product of the
+  # torus's own axes, such as 16 of 4x8x8.
   split = {'allow_split_physical_axes': True}
   if slices == 1:
-    laid = mesh_utils.create_device_mesh(sizes, devices, **split)
+    grid = mesh_utils.create_device_mesh(sizes, devices, **split)
   else:
-    across = outermost(mesh, slices)
+    across = slice_axis(mesh, slices)
     outer = [slices if a == across else 1 for a in AXES]
     inner = [n // o for n, o in zip(sizes, outer, strict=True)]
-    laid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, **split)
-  return jax.sharding.Mesh(laid, AXES, axis_types=kinds)
+    grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, **split)
+  return jax.sharding.Mesh(grid, AXES, axis_types=kinds)
 
 
-def outermost(mesh: MeshConfig, slices: int) -> str:
-  """The axis that goes across slices: `data`, `stage` or `fsdp`.
+def slice_axis(mesh: MeshConfig, slices: int) -> str:
+  """Returns the axis that goes across slices: `data`, `stage` or `fsdp`.
+
+  It is the first of them whose size is a multiple of `slices`.
 
   Raises:
-    ConfigError: their number divides none of them.
+    ConfigError: none of them is.
   """
   for axis in AXES[:3]:
     if getattr(mesh, axis) % slices == 0:
@@ -118,48 +121,50 @@ def _shown(mesh: MeshConfig) -> str:
 
 
 def _proposal(mesh: MeshConfig, have: int) -> str:
-  """As much of `mesh` as divides `have`; what is left goes to fsdp or data."""
+  """Returns a mesh like `mesh` for `have` devices; `data` takes the rest."""
   sizes = {}
-  left = have
+  rest = have
   for axis in ('tensor', 'context', 'expert', 'stage', 'fsdp'):
-    sizes[axis] = math.gcd(getattr(mesh, axis), left)
-    left //= sizes[axis]
-  return _shown(MeshConfig(data=left, **sizes))
+    sizes[axis] = math.gcd(getattr(mesh, axis), rest)
+    rest //= sizes[axis]
+  return _shown(MeshConfig(data=rest, **sizes))
 
 
 def check(config: Config):
-  """Refuses, before any compilation, a mesh that the model cannot be laid on.
+  """Refuses, before any compilation, a mesh that cannot hold the model.
+
+  `Config` itself has compared heads, experts, MoE layers and the batch with
+  the mesh.
 
   Raises:
-    ConfigError: a length that its mesh axes do not divide, or a core that
-      cannot work on a part of a sequence. (`Config` has already compared
-      heads, experts, MoE layers and the batch with the mesh.)
+    ConfigError: a length that its mesh axes do not divide, or an attention
+      kernel that cannot work on a part of a sequence.
   """
   mesh, model, data = config.mesh, config.model, config.data
-  wanted = [
+  divided = [
     ('tensor', mesh.tensor, 'model.vocab', model.vocab),
     ('tensor', mesh.tensor, 'model.dense_width', model.dense_width),
   ]
   axes, size = 'fsdp', mesh.fsdp
   if mesh.states == 'zero1':
     axes, size = 'data * fsdp', mesh.data * mesh.fsdp
-  wanted += [
+  divided += [
     (axes, size, 'model.dim', model.dim),
     (axes, size, 'model.mla.kv_rank', model.mla.kv_rank),
     (axes, size, 'model.mla.query_rank', model.mla.query_rank),
   ]
   if model.moe_layers:
     width = model.moe.width
-    wanted.append(('tensor', mesh.tensor, 'model.moe.width', width))
+    divided.append(('tensor', mesh.tensor, 'model.moe.width', width))
   # Each part of a sequence is two pieces, one early and one late.
   pieces = 2 * mesh.context if mesh.context > 1 else 1
   both = math.lcm(mesh.context * mesh.tensor, pieces)
-  wanted.append(('context * tensor', both, 'data.seq_len', data.seq_len))
-  for axes, size, name, length in wanted:
+  divided.append(('context * tensor', both, 'data.seq_len', data.seq_len))
+  for axes, size, name, length in divided:
     if length % size:
-      also = ' (two pieces each)' if size == pieces > 1 else ''
+      twice = ' (two pieces each)' if size == pieces > 1 else ''
       raise ConfigError(
-        f'config.mesh.{axes}={size}{also}: must divide {name}={length}'
+        f'config.mesh.{axes}={size}{twice}: must divide {name}={length}'
       )
   core = model.compute.attention
   if mesh.context > 1 and core not in ('auto', 'xla', 'reference'):
@@ -172,20 +177,24 @@ def check(config: Config):
 # ---------------------------------------------------------- logical axes
 
 
-def laid(axes: tuple, shape: tuple, table: tuple = RULES) -> tuple:
-  """For each logical axis, the mesh axes that it is laid on here.
+def mesh_axes(
+  axes: tuple, shape: tuple, table: tuple = RULES
+) -> tuple[tuple[str, ...], ...]:
+  """Returns, for each logical axis, the mesh axes that split it here.
 
-  Of the axes in the table, those before the first that does not divide the
-  length: a batch of one row is whole everywhere. Axes of size one, or that an
-  enclosing region has taken, are left out.
+  These are the axes in the table up to the first that does not divide the
+  length: a batch of one row is whole on every device. Axes of size one and
+  axes that are manual in the enclosing region are left out.
   """
   mesh = jax.sharding.get_abstract_mesh()
   rules = dict(table)
-  found = []
+  split = []
   for name, length in zip(axes, shape, strict=True):
-    laid = rules[name] if name is not None else None
+    candidates = rules[name] if name is not None else None
+    if isinstance(candidates, str):
+      candidates = (candidates,)
     fitting = []
-    for axis in (laid,) if isinstance(laid, str) else laid or ():
+    for axis in candidates or ():
       size = mesh.shape.get(axis, 1)
       if axis in mesh.manual_axes or size == 1:
         continue
@@ -194,26 +203,33 @@ def laid(axes: tuple, shape: tuple, table: tuple = RULES) -> tuple:
         break
       length //= size
       fitting.append(axis)
-    found.append(tuple(fitting))
-  return tuple(found)
+    split.append(tuple(fitting))
+  return tuple(split)
 
 
-def partition(axes: tuple, x: Array | None) -> PartitionSpec:
-  """`laid` of an array, as a spec; that of nothing for None."""
+def array_spec(axes: tuple, x: Array | None) -> PartitionSpec:
+  """Returns the spec of one array here, by the `mesh_axes` that divide it.
+
+  For None, an absent optional argument, it is the spec that splits nothing.
+  """
   shape = (0,) * len(axes) if x is None else x.shape
-  return PartitionSpec(*(a or None for a in laid(axes, shape)))
+  return PartitionSpec(*(a or None for a in mesh_axes(axes, shape)))
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
-  """`x` laid out by the logical names of its axes; itself without a mesh."""
+  """Returns `x`, laid out by its logical axes where there is a mesh."""
   assert len(axes) == x.ndim, (axes, x.shape)
-  if not automatic():
+  if not auto_axes():
     return x
-  return jax.lax.with_sharding_constraint(x, partition(axes, x))
+  return jax.lax.with_sharding_constraint(x, array_spec(axes, x))
 
 
 def spec(axes: tuple, table: tuple = RULES) -> PartitionSpec:
-  """The mesh axes of logical `axes`; a name without a rule is a KeyError."""
+  """Returns the spec of logical `axes` by the table alone, for any shape.
+
+  Raises:
+    KeyError: a name without a rule.
+  """
   rules = dict(table)
   return PartitionSpec(*(None if a is None else rules[a] for a in axes))
 
@@ -221,7 +237,11 @@ def spec(axes: tuple, table: tuple = RULES) -> PartitionSpec:
 def shardings(
   boxed: PyTree, mesh: jax.sharding.Mesh, table: tuple = RULES
 ) -> PyTree:
-  """NamedSharding of every leaf of a tree with logically boxed parameters."""
+  """Returns the NamedSharding of every leaf, by the axes that it is boxed in.
+
+  `boxed` is a tree of flax's LogicallyPartitioned; other leaves are whole on
+  every device.
+  """
 
   def one(leaf):
     names = leaf.names if isinstance(leaf, nn.LogicallyPartitioned) else ()
@@ -231,79 +251,85 @@ def shardings(
   return jax.tree.map(one, boxed, is_leaf=is_box)
 
 
-def held(tree: PyTree, where: PyTree) -> int:
-  """Bytes of `tree` (shapes) that one device holds, laid out by `where`."""
+def bytes_per_device(tree: PyTree, shardings: PyTree) -> int:
+  """Returns the bytes of `tree` (arrays or shapes) on one device."""
 
   def one(leaf, sharding):
     size = math.prod(sharding.shard_shape(leaf.shape))
     return size * np.dtype(leaf.dtype).itemsize
 
-  return sum(jax.tree.leaves(jax.tree.map(one, tree, where)))
+  return sum(jax.tree.leaves(jax.tree.map(one, tree, shardings)))
 
 
-# ---------------------------------------------------------- local regions
+# ---------------------------------------------------------------- regions
 
 
-def automatic() -> tuple[str, ...]:
-  """The mesh axes that GSPMD takes care of here; none without a mesh."""
+def auto_axes() -> tuple[str, ...]:
+  """Returns the mesh axes that are GSPMD's here; none without a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   return tuple(a for a in mesh.axis_names if a not in mesh.manual_axes)
 
 
-def local(
-  f: Callable, in_specs: tuple, out_specs: PyTree, *, checked: bool = True
+def shard_map(
+  f: Callable,
+  in_specs: tuple,
+  out_specs: PyTree,
+  *,
+  check_vma: bool = True,
 ) -> Callable:
-  """`f` of each device's parts; just `f` where there is no mesh to split.
+  """jax.shard_map over all axes of the mesh; `f` itself where there is none.
 
-  Every axis is manual inside, those of size one, too. `checked` regions prove
-  that what they hand out as equal on several devices is; a library's kernel
-  (jax's for TPUs) that does not say over which axes its result varies cannot
-  be called in one.
+  Axes of size one are manual, too. `check_vma` proves that a result which
+  `out_specs` calls equal on several devices is equal. A library's kernel that
+  does not say over which axes its result varies (splash) needs it off.
   """
-  axes = automatic()
+  axes = auto_axes()
   if not axes:
     return f
-  # In a pipeline, jax (0.10 to 0.12) gives residuals of a checked region the
-  # pipeline's axis, which is not the region's own, and then refuses them.
+  # In a pipeline, jax (0.10 to 0.12) marks residuals of a checked region as
+  # varying over the pipeline's axis, which the region does not have, and then
+  # refuses them.
   nested = bool(jax.sharding.get_abstract_mesh().manual_axes)
   return jax.shard_map(
     f,
     in_specs=in_specs,
     out_specs=out_specs,
     axis_names=set(axes),
-    check_vma=checked and not nested,
+    check_vma=check_vma and not nested,
   )
 
 
-def varying(tree: PyTree) -> PyTree:
-  """Arrays marked as different on every device of the region.
+def pvary(tree: PyTree) -> PyTree:
+  """Returns the arrays, cast to vary over every axis of the region.
 
-  What is the same on some of them, a weight or zeros to start from, must be
-  marked before it meets what is not in a loop or a hand-written gradient; the
-  mark's own gradient is the sum over those devices.
+  In a region, arrays that are equal on several devices (a weight, zeros) must
+  be cast before a loop or a custom_vjp mixes them with arrays that differ. The
+  gradient of the cast is a psum over those devices.
   """
   manual = jax.sharding.get_abstract_mesh().manual_axes
 
   def one(x):
-    new = set(manual) - set(jax.typeof(x).manual_axis_type.varying)
-    return jax.lax.pcast(x, tuple(sorted(new)), to='varying') if new else x
+    equal = set(manual) - set(jax.typeof(x).manual_axis_type.varying)
+    if not equal:
+      return x
+    return jax.lax.pcast(x, tuple(sorted(equal)), to='varying')
 
   return jax.tree.map(one, tree)
 
 
-def total(x: Array, axes: tuple) -> Array:
-  """The sum over the devices along `axes`, the same on all of them."""
+def psum(x: Array, axes: tuple) -> Array:
+  """Returns the sum over the devices along `axes`, which may be none."""
   return jax.lax.psum(x, axes) if axes else x
 
 
-def count(axes: tuple) -> int:
-  """Devices along `axes` of the mesh."""
+def axis_size(axes: tuple) -> int:
+  """Returns the number of devices along `axes` of the mesh."""
   shape = jax.sharding.get_abstract_mesh().shape
   return math.prod(shape[a] for a in axes)
 
 
-def platform() -> str:
-  """Where the program that is being traced will run: cpu, gpu or tpu.
+def target_platform() -> str:
+  """Returns where the program being traced will run: cpu, gpu or tpu.
 
   A mesh may be of devices that are not here (compiling ahead of time).
   """

@@ -135,8 +135,8 @@ def test_a_mesh_gives_the_single_devices_step(config):
     assert np.prod(held(mu)) <= np.prod(held(p))
   if config.mesh.states == 'zero1':
     shapes = jax.tree.map(lambda x: x, got.opt)
-    parameters = sharding.held(got.params, where.params)
-    assert sharding.held(shapes, where.opt) < 0.5 * parameters
+    parameters = sharding.bytes_per_device(got.params, where.params)
+    assert sharding.bytes_per_device(shapes, where.opt) < 0.5 * parameters
 
 
 @pytest.mark.slow
@@ -204,10 +204,10 @@ def test_what_does_not_divide_is_refused(changes, words):
 
 
 def test_the_outermost_axis_goes_across_slices():
-  assert sharding.outermost(MeshConfig(data=4, fsdp=8), 2) == 'data'
-  assert sharding.outermost(MeshConfig(fsdp=8, stage=2), 2) == 'stage'
+  assert sharding.slice_axis(MeshConfig(data=4, fsdp=8), 2) == 'data'
+  assert sharding.slice_axis(MeshConfig(fsdp=8, stage=2), 2) == 'stage'
   with pytest.raises(ConfigError, match='slow network'):
-    sharding.outermost(MeshConfig(expert=8), 2)
+    sharding.slice_axis(MeshConfig(expert=8), 2)
 
 
 def test_the_bubble():

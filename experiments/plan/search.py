@@ -68,7 +68,7 @@ def plan(config: Config, on: chips.Slice, layout) -> Plan:
     )
   sharding.check(config)
   if on.count > 1:
-    sharding.outermost(config.mesh, on.count)
+    sharding.slice_axis(config.mesh, on.count)
   return Plan(config, on, memory.footprint(config, layout))
 
 
@@ -173,7 +173,7 @@ def _laid(config, mesh, slices: int) -> Config | None:
     laid = dataclasses.replace(config, mesh=mesh, data=data)
     sharding.check(laid)
     if slices > 1:
-      sharding.outermost(mesh, slices)
+      sharding.slice_axis(mesh, slices)
   except ConfigError:
     return None
   return laid

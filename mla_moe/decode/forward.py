@@ -245,9 +245,9 @@ def _experts(w, x, config):
   ws, shared = (w['ffn']['w_gate_up'], w['ffn']['w_down']), None
   if 'shared' in w:
     shared = _dense(w['shared'], x)
-  alone = not sharding.automatic()
+  alone = not sharding.auto_axes()
   flat = x.reshape(-1, x.shape[-1])
-  if alone and len(flat) <= _FEW and sharding.platform() != 'tpu':
+  if alone and len(flat) <= _FEW and sharding.target_platform() != 'tpu':
     routing = router.route(flat, w['w_router'], w['bias'], config.moe)
     out = few_rows(flat, routing, *ws).reshape(x.shape)
   else:

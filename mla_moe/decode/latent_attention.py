@@ -131,7 +131,7 @@ def _by_shard(run, batch: int):
   if mesh.empty:
     return run
   rows = sharding.spec(('batch',))[0]
-  rows = None if batch % sharding.count(rows) else rows
+  rows = None if batch % sharding.axis_size(rows) else rows
   heads = sharding.spec(('heads',))[0]
   spec = PartitionSpec
   q, new = spec(rows, None, heads, None), spec(rows)

@@ -92,7 +92,7 @@ def kernel(how: CacheConfig) -> str:
     return how.impl
   plain = how.dtype in ('auto', 'float32', 'bfloat16')
   fits = plain and how.page % 128 == 0
-  return 'tpu' if sharding.platform() == 'tpu' and fits else 'xla'
+  return 'tpu' if sharding.target_platform() == 'tpu' and fits else 'xla'
 
 
 def pools(
@@ -100,7 +100,7 @@ def pools(
 ) -> tuple[Pages, ...]:
   """Empty pools: the layers', and the first MTP module's if there is one."""
   rank, rope_dim = model.mla.kv_rank, model.mla.rope_dim
-  platform = sharding.platform()
+  platform = sharding.target_platform()
   dtype = how.dtype
   if dtype == 'auto':
     dtype = 'float32' if platform == 'cpu' else 'bfloat16'

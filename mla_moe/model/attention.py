@@ -66,7 +66,7 @@ def chosen(
   """The core that `attend` takes: `impl`, or what 'auto' stands for here."""
   if impl != 'auto':
     return impl
-  platform = sharding.platform()
+  platform = sharding.target_platform()
   if parts > 1:
     return 'xla'
   if platform == 'tpu' and q.shape[1] % 128 == 0:
@@ -186,7 +186,7 @@ def _scan_tiles(tile, lots, start, at):
     moved = (tile(p, c, *at) for p, c in zip(lots, carries, strict=True))
     return tuple(moved), None
 
-  return jax.lax.scan(step, sharding.varying(tuple(start)), at)[0]
+  return jax.lax.scan(step, sharding.pvary(tuple(start)), at)[0]
 
 
 def _mask(logits, ids, i, j, diagonal, turned=False):
@@ -306,7 +306,7 @@ def _splash(q, k, v, segments, scale):
     mask=mask,
     block_sizes=sizes,
     residual_checkpoint_name=SAVED[0],
-    interpret=sharding.platform() == 'cpu',
+    interpret=sharding.target_platform() == 'cpu',
   )
   heads_first = lambda x: x.swapaxes(1, 2)
   args = heads_first(q * scale), heads_first(k), heads_first(v)

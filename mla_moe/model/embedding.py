@@ -22,19 +22,19 @@ def lookup(
   table: Float[Array, 'V D'], tokens: Int[Array, 'B T'], dtype: str
 ) -> Float[Array, 'B T D']:
   """Each token's row in `dtype`, laid out as the stream; ids are clipped."""
-  if not sharding.automatic():
+  if not sharding.auto_axes():
     return table[tokens].astype(dtype)
   shape = (*tokens.shape, table.shape[1])
   stream = ('batch', 'length', 'stream')
-  rows, length, _ = sharding.laid(stream, shape)
-  parts, over = sharding.laid(('vocab', 'embed'), table.shape)
+  rows, length, _ = sharding.mesh_axes(stream, shape)
+  parts, over = sharding.mesh_axes(('vocab', 'embed'), table.shape)
   names = ('batch', 'part' if parts else 'length')
-  same = tuple(a for a in sharding.automatic() if a not in rows + length)
+  same = tuple(a for a in sharding.auto_axes() if a not in rows + length)
   together = bool(over) and set(over) <= set(rows)
   vocab = table.shape[0]
 
   def local(table, tokens):
-    table, at = sharding.varying((table, jnp.clip(tokens, 0, vocab - 1)))
+    table, at = sharding.pvary((table, jnp.clip(tokens, 0, vocab - 1)))
     if together:
       at = jax.lax.all_gather(at, over, axis=0, tiled=True)
     if parts:
@@ -55,7 +55,7 @@ def lookup(
     averaged = tuple(a for a in same if a not in parts)
     return jax.lax.pmean(x, averaged) if averaged else x
 
-  lay = sharding.partition
+  lay = sharding.array_spec
   specs = lay(('vocab', 'embed'), table), lay(names, tokens)
   out = PartitionSpec(rows or None, length or None, None)
-  return sharding.local(local, specs, out)(table, tokens)
+  return sharding.shard_map(local, specs, out)(table, tokens)

@@ -53,8 +53,8 @@ class Split(NamedTuple):
 
 def split(shape: tuple, names: tuple) -> Split:
   """Of a [B, T, D] stream with these logical axes."""
-  rows, length, _ = sharding.laid(names, shape)
-  return Split(rows, length, sharding.automatic())
+  rows, length, _ = sharding.mesh_axes(names, shape)
+  return Split(rows, length, sharding.auto_axes())
 
 
 # ------------------------------------------------------------------ exchange
@@ -81,7 +81,7 @@ def exchange(
   if not split.every:
     return compute(x, weights, chosen, *ws), jnp.zeros((), jnp.int32)
   shape = jax.sharding.get_abstract_mesh().shape
-  x, weights, chosen, ws = sharding.varying((x, weights, chosen, ws))
+  x, weights, chosen, ws = sharding.pvary((x, weights, chosen, ws))
   here = tuple(a for a in ('expert', 'tensor') if a in split.tokens)
   others = tuple(a for a in ('expert', 'tensor') if a not in split.tokens)
   moe = config.moe
@@ -109,7 +109,7 @@ def exchange(
     # Along these axes all devices have counted the same rows.
     alike = lambda axis: axis == 'tensor' or axis not in split.tokens
     same = tuple(filter(alike, split.every))
-    overflow = jax.lax.psum(extra, split.every) // sharding.count(same)
+    overflow = jax.lax.psum(extra, split.every) // sharding.axis_size(same)
   if over:
     out = jax.lax.psum_scatter(out, over, scatter_dimension=0, tiled=True)
   out = jax.lax.psum(out, others) if others else out
@@ -125,7 +125,7 @@ def _after(done: PyTree, x: PyTree) -> PyTree:
   A TPU's compiler gives independent work to the last transfer that it could
   hide; one before it, with nothing left beside it, stays synchronous.
   """
-  return jax.lax.optimization_barrier((x, sharding.varying(done)))[0]
+  return jax.lax.optimization_barrier((x, sharding.pvary(done)))[0]
 
 
 _after.defvjp(lambda done, x: (_after(done, x), None), lambda _, g: (None, g))
@@ -138,7 +138,7 @@ def _kind(config: ModelConfig, experts: int, tokens_are_split: bool) -> str:
     return config.compute.exchange
   if experts <= config.moe.top_k:
     return 'gather'
-  return 'padded' if sharding.platform() == 'cpu' else 'ragged'
+  return 'padded' if sharding.target_platform() == 'cpu' else 'ragged'
 
 
 def _mine(chosen: Array, count: int) -> Array:
@@ -167,7 +167,7 @@ def _rounds(x, weights, chosen, ws, compute, mine, kind, shape, moe, recipe):
   if room < total:
     # Every device takes part in every round.
     most = jax.lax.pmax(sizes.max(), tuple(shape))
-    rounds = sharding.varying(-(-most // room))
+    rounds = sharding.pvary(-(-most // room))
   out = _over_rounds(one, rounds, x, weights, chosen, ws, plan)
   return out, jnp.maximum(sizes - room, 0).sum()
 
@@ -293,13 +293,13 @@ def _move(x: Array, sizes: tuple | None, route: _Route) -> Array:
   every = jnp.arange(route.devices, dtype=jnp.int32)
   me = jax.lax.axis_index(route.axes)
   args = (
-    sharding.varying(jnp.zeros_like(x)),
-    sharding.varying(every * route.room),
+    sharding.pvary(jnp.zeros_like(x)),
+    sharding.pvary(every * route.room),
     sizes[0],
-    sharding.varying(jnp.full_like(every, me * route.room)),
+    sharding.pvary(jnp.full_like(every, me * route.room)),
     sizes[1],
   )
-  if sharding.platform() == 'cpu':
+  if sharding.target_platform() == 'cpu':
     return emulated_ragged_all_to_all(x, *args, axis_name=route.axes[0])
   return jax.lax.ragged_all_to_all(x, *args, axis_name=route.axes[0])
 

@@ -121,10 +121,10 @@ def partition(w: Array | fp8.Weight, axes: tuple) -> PartitionSpec | fp8.Weight:
   Copies have been gathered from their shards (`weight`), masters not.
   """
   if not isinstance(w, fp8.Weight):
-    return sharding.partition(axes, w)
+    return sharding.array_spec(axes, w)
   flat = _whole(_flat(axes, axes))
-  lay = lambda leaf: sharding.partition(flat, leaf)
-  master = sharding.partition(axes, w.master)
+  lay = lambda leaf: sharding.array_spec(flat, leaf)
+  master = sharding.array_spec(axes, w.master)
   return fp8.Weight(master, jax.tree.map(lay, w.copies))
 
 
@@ -142,7 +142,7 @@ class Shards(NamedTuple):
 def shards(w: Array | fp8.Weight, axes: tuple) -> Shards:
   """Outside a region: where a weight with these logical axes is split."""
   (at,) = (i for i, a in enumerate(axes) if a in sharding.FSDP)
-  return Shards(at, sharding.laid(axes, w.shape)[at])
+  return Shards(at, sharding.mesh_axes(axes, w.shape)[at])
 
 
 def gathered(
@@ -156,7 +156,7 @@ def gathered(
   """
   if isinstance(w, fp8.Weight):
     return fp8.Weight(gathered(w.master, shards, w.master.dtype), w.copies)
-  w = sharding.varying(w)  # before it is narrow: its gradient is summed here
+  w = sharding.pvary(w)  # before it is narrow: its gradient is summed here
   return _gather(w, shards, dtype) if shards.over else w.astype(dtype)
 
 
@@ -206,7 +206,7 @@ def products(
   summed = [c for c in left.split(',')[0] if c not in right]
   if recipe.precision == 'bf16':
     ws = tuple(w.astype(x.dtype) for w in ws)
-    if sharding.platform() == 'cpu' and not sharding.automatic():
+    if sharding.target_platform() == 'cpu' and not sharding.auto_axes():
       return _together(x, ws, len(summed))
     each = zip(equations, ws, strict=True)
     return tuple(jnp.einsum(e, x, w) for e, w in each)
@@ -289,7 +289,7 @@ def turned(
   """
   out = 'xyz'[: w.ndim - 1]
   rows = x.reshape(-1, x.shape[-1])
-  if len(rows) > _NARROW or sharding.platform() != 'cpu':
+  if len(rows) > _NARROW or sharding.target_platform() != 'cpu':
     return multiply(f'...d,{out}d->...{out}', x, w)
   y = jax.lax.optimization_barrier(multiply('...d,md->...m', w, rows))
   return jnp.moveaxis(y, -1, 0).reshape(*x.shape[:-1], *w.shape[:-1])

@@ -114,7 +114,7 @@ def attend_latents(
   def local(q, latent, k_rope, ws, segments):
     pairs = zip(ws, shards, strict=True)
     ws = tuple(layers.gathered(w, s, q.dtype) for w, s in pairs)
-    q, latent, k_rope, ws = sharding.varying((q, latent, k_rope, ws))
+    q, latent, k_rope, ws = sharding.pvary((q, latent, k_rope, ws))
     keys = segments
     if parts > 1:
       latent = sequence.whole(latent, parts)
@@ -143,10 +143,10 @@ def attend_latents(
       )
     return jax.lax.pmean(out, same) if same else out
 
-  lay = sharding.partition
+  lay = sharding.array_spec
   heads = ('batch', 'part', 'heads', 'head_dim')
-  laid = sum(sharding.laid(heads, q.shape), ())
-  same = tuple(a for a in sharding.automatic() if a not in laid)
+  laid = sum(sharding.mesh_axes(heads, q.shape), ())
+  same = tuple(a for a in sharding.auto_axes() if a not in laid)
   up = ('rank', 'heads', 'head_dim')
   shards = tuple(layers.shards(w, up) for w in ws)
   specs = (
@@ -157,6 +157,6 @@ def attend_latents(
     lay(('batch', 'part'), segments),
   )
   # A library's kernel does not say over which axes its result varies.
-  checked = core in ('xla', 'reference')
-  run = sharding.local(local, specs, specs[0], checked=checked)
+  check_vma = core in ('xla', 'reference')
+  run = sharding.shard_map(local, specs, specs[0], check_vma=check_vma)
   return run(q, latent, k_rope, ws, segments)

@@ -86,9 +86,9 @@ def packed(w: Float[Array, 'E D two F']) -> Float[Array, 'E D GF']:
   A grouped product wants them so. A TPU lays out the last two axes in tiles:
   weights that end in [2, F] are copied for it, all experts' in every step.
   """
-  apart = sharding.partition(_GATE_UP, w)
-  joined = sharding.partition(_PACKED, w[:, :, 0])
-  return sharding.local(_flat, (apart,), joined)(w)
+  apart = sharding.array_spec(_GATE_UP, w)
+  joined = sharding.array_spec(_PACKED, w[:, :, 0])
+  return sharding.shard_map(_flat, (apart,), joined)(w)
 
 
 def _flat(w):
@@ -133,14 +133,15 @@ def routed(
     balance = router.balance(scores, moe.top_k, mask, split.length)
     load = router.count(routing.chosen, moe.experts, flat_mask)
     stats = Stats(
-      load=sharding.total(load, split.tokens),
-      balance=sharding.total(balance, split.rows) / sharding.count(split.rows),
+      load=sharding.psum(load, split.tokens),
+      balance=sharding.psum(balance, split.rows)
+      / sharding.axis_size(split.rows),
       entropy=router.entropy(routing.scores, flat_mask, split.tokens),
       overflow=overflow,
     )
     return out.reshape(b, t, dim), stats
 
-  one = sharding.partition
+  one = sharding.array_spec
   specs = (
     one(names, x),
     one(names[:2], mask),
@@ -149,7 +150,7 @@ def routed(
     tuple(map(layers.partition, ws, axes)),
     one(names, meanwhile),
   )
-  run = sharding.local(local, specs, (specs[0], sharding.PartitionSpec()))
+  run = sharding.shard_map(local, specs, (specs[0], sharding.PartitionSpec()))
   return run(x, mask, w_router, bias, ws, meanwhile)
 
 
@@ -174,7 +175,7 @@ def experts(
   """
   expected = expected or chosen.size
   if impl == 'auto':
-    platform = sharding.platform()
+    platform = sharding.target_platform()
     impl = {'tpu': 'ragged', 'gpu': 'padded'}.get(platform, 'loop')
     if recipe.precision != 'bf16' and impl == 'padded':
       impl = 'ragged'
@@ -326,7 +327,7 @@ def _blocks_forward(x, weights, w_gate_up, w_down, copies, cut, how):
     rows = layers.dot('rf,fd->rd', how.rows(layers.gated(both)), down[e])
     return out.at[tokens].add(rows * share[i][:, None])
 
-  start = sharding.varying(jnp.zeros(x.shape, jnp.float32))
+  start = sharding.pvary(jnp.zeros(x.shape, jnp.float32))
   out = _over_blocks(one, start, cut)
   residuals = x, weights, w_gate_up, w_down, copies, cut
   return (out, w_gate_up, w_down), residuals
@@ -369,7 +370,7 @@ def _blocks_backward(how, residuals, cotangents):
 
   zeros = [jnp.zeros(a.shape, jnp.float32) for a in (x, cut.slots)]
   others = (d.astype(jnp.float32) for d in others)
-  start = *sharding.varying(zeros), *others
+  start = *sharding.pvary(zeros), *others
   dx, dshare, d_gate_up, d_down = _over_blocks(one, start, cut)
   dweights = jnp.where(cut.taken, dshare.reshape(-1)[cut.place], 0)
   return (

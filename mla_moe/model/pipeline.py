@@ -52,7 +52,7 @@ def run(
   """
   count = stages()
   micro = micro or count
-  shards = sharding.count(('data', 'fsdp', 'expert'))
+  shards = sharding.axis_size(('data', 'fsdp', 'expert'))
   if x.shape[0] % (micro * shards):
     raise ConfigError(
       f'config.mesh.pipeline={micro} micro-batches of {shards} shards: must '
@@ -81,7 +81,7 @@ def run(
       return jax.lax.ppermute(x, 'stage', ring), (x, stats)
 
     shape = (x.shape[0] // micro, *x.shape[1:])
-    held = sharding.varying(jnp.zeros(shape, x.dtype))
+    held = sharding.pvary(jnp.zeros(shape, x.dtype))
     turns = jnp.arange(micro + count - 1, dtype=jnp.int32)
     _, (out, stats) = jax.lax.scan(turn, held, turns)
     # The j-th left the last stage count - 1 turns after it had entered.
@@ -97,7 +97,7 @@ def run(
     in_specs=(PartitionSpec('stage'), *(PartitionSpec(),) * 4),
     out_specs=(PartitionSpec(), PartitionSpec('stage')),
     axis_names={'stage'},
-    check_vma=False,  # see `sharding.local`
+    check_vma=False,  # see `sharding.shard_map`
   )
   return run(variables, x, cos, sin, segments)
 

@@ -104,7 +104,7 @@ def entropy(
   share = scores / (scores.sum(-1, keepdims=True) + 1e-20)
   nats = -(share * jnp.log(share + 1e-20)).sum(-1)
   ones = jnp.ones_like(nats) if mask is None else mask
-  sums = (sharding.total(x.sum(), axes) for x in (nats * ones, ones))
+  sums = (sharding.psum(x.sum(), axes) for x in (nats * ones, ones))
   return jnp.divide(*sums)
 
 
@@ -122,7 +122,7 @@ def balance(
   split over the mesh's `axes` are summed over them before the product.
   """
   experts = scores.shape[-1]
-  total = lambda x: sharding.total(x, axes)
+  total = lambda x: sharding.psum(x, axes)
   if mask is None:
     mask = jnp.ones(scores.shape[:2], jnp.float32)
   tokens = jnp.maximum(total(mask.sum(1)), 1.0)

@@ -36,7 +36,7 @@ class Part(NamedTuple):
 
 def count(length: int) -> int:
   """Parts in which sequences of this length are held here."""
-  return sharding.count(sharding.laid(('part',), (length,))[0])
+  return sharding.axis_size(sharding.mesh_axes(('part',), (length,))[0])
 
 
 def arrange(x: Array) -> Array:

@@ -53,32 +53,32 @@ def sharded_token_nll(
   the MTP modules' come in one pass: they share the head, whose gradient is the
   largest array of a step and would else be there once for each of them.
   """
-  every = sharding.automatic()
+  every = sharding.auto_axes()
   if not every:
     flat = hidden.reshape(-1, hidden.shape[-1]), head, targets.reshape(-1)
     nll, lse = token_nll(*flat)
     return nll.reshape(targets.shape), lse.reshape(targets.shape)
-  stream = sharding.partition((None, 'batch', 'length', 'stream'), hidden)
-  part = sharding.partition((None, 'batch', 'part'), targets)
-  rows, length = sharding.laid(('batch', 'part'), targets.shape[1:])
-  across = 'tensor' in sharding.laid(('length',), hidden.shape[2:3])[0]
-  over, columns = sharding.laid(('embed', 'vocab'), head.shape)
+  stream = sharding.array_spec((None, 'batch', 'length', 'stream'), hidden)
+  part = sharding.array_spec((None, 'batch', 'part'), targets)
+  rows, length = sharding.mesh_axes(('batch', 'part'), targets.shape[1:])
+  across = 'tensor' in sharding.mesh_axes(('length',), hidden.shape[2:3])[0]
+  over, columns = sharding.mesh_axes(('embed', 'vocab'), head.shape)
   same = tuple(a for a in every if a not in rows + length + ('tensor',))
   vocab = head.shape[1]
 
   def local(hidden, head, targets):
-    head = sharding.varying(head)  # so that its gradient's shards are summed
+    head = sharding.pvary(head)  # so that its gradient's shards are summed
     if across:
       hidden = jax.lax.all_gather(hidden, 'tensor', axis=2, tiled=True)
     if over:
       head = jax.lax.all_gather(head, over, axis=0, tiled=True)
-    hidden = sharding.varying(hidden)
+    hidden = sharding.pvary(hidden)
     flat, at = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     first = 0
     if columns:
       first = jax.lax.axis_index('tensor') * head.shape[1]
     here = (at >= first) & (at < first + head.shape[1])
-    local_at = sharding.varying(jnp.where(here, at - first, -1))
+    local_at = sharding.pvary(jnp.where(here, at - first, -1))
     picked, lse = picked_and_lse(flat, head, local_at, BLOCK)
     picked = jnp.where(here, picked, 0.0)
     if columns:
@@ -92,8 +92,8 @@ def sharded_token_nll(
     out = nll.reshape(targets.shape), lse.reshape(targets.shape)
     return jax.lax.pmean(out, same) if same else out
 
-  specs = stream, sharding.partition(('embed', 'vocab'), head), part
-  return sharding.local(local, specs, (part, part))(hidden, head, targets)
+  specs = stream, sharding.array_spec(('embed', 'vocab'), head), part
+  return sharding.shard_map(local, specs, (part, part))(hidden, head, targets)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -128,7 +128,7 @@ def _forward(hidden, head, targets, block):
 
   lowest = jnp.full(targets.shape, jnp.finfo(jnp.float32).min)
   unseen = jnp.where(targets < 0, 0.0, jnp.nan)
-  first = sharding.varying((lowest, jnp.zeros(targets.shape), unseen))
+  first = sharding.pvary((lowest, jnp.zeros(targets.shape), unseen))
   (peak, total, picked), _ = jax.lax.scan(step, first, blocks)
   lse = peak + jnp.log(total)
   return (picked, lse), (hidden, head, targets, lse, None)
@@ -164,7 +164,7 @@ def _backward(block, residuals, cotangents):
   # The last block goes first: where it overlaps its neighbour it writes zeros,
   # which the neighbour then overwrites.
   zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (hidden, head))
-  zeros = sharding.varying(zeros)
+  zeros = sharding.pvary(zeros)
   (dhidden, dhead), _ = jax.lax.scan(step, zeros, blocks, reverse=True)
   return dhidden.astype(hidden.dtype), dhead.astype(head.dtype), None
 

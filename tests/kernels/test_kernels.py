@@ -98,7 +98,7 @@ def in_region(kind, impl, **options):
 
   def run(x, w, g, sizes):
     if options.get('check_vma', True):
-      w = sharding.varying(w)
+      w = sharding.pvary(w)
     f = functools.partial(fp8.dot, impl=impl)
     if kind == 'grouped':
       f = lambda x, w: fp8.ragged_dot(x, w, sizes, impl=impl)

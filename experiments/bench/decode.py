@@ -263,20 +263,20 @@ def _per_head(w, x, turn, cache, *, mla, at):
   import jax
   import jax.numpy as jnp
 
-  from mla_moe.model import layers, rope
+  from mla_moe.model import layers, products, rope
 
   b = x.shape[0]
-  down = layers.turned(x, w['w_down'])
+  down = products.matmul_transposed(x, w['w_down'])
   latent, k_rope = jnp.split(down, [mla.kv_rank], axis=-1)
   latent = layers.normalize(latent, w['kv_norm'], mla.norm_eps)
-  q = layers.turned(x, w['w_q']).reshape(b, 1, mla.heads, -1)
+  q = products.matmul_transposed(x, w['w_q']).reshape(b, 1, mla.heads, -1)
   q_nope, q_rope = jnp.split(q, [mla.nope_dim], axis=-1)
   q = jnp.concatenate([q_nope, rope.rotate(q_rope, *turn)], -1)[:, 0]
-  k_nope = layers.turned(latent[:, 0], w['w_k_up'])
+  k_nope = products.matmul_transposed(latent[:, 0], w['w_k_up'])
   shared = rope.rotate(k_rope, *turn)
   shared = jnp.broadcast_to(shared, (*k_nope.shape[:2], mla.rope_dim))
   k = jnp.concatenate([k_nope, shared], axis=-1)
-  v = layers.turned(latent[:, 0], w['w_v_up'])
+  v = products.matmul_transposed(latent[:, 0], w['w_v_up'])
   put = lambda cache, new: jax.lax.dynamic_update_slice(
     cache, new.reshape(-1, 1, new.shape[-1]), (0, at, 0)
   )
@@ -285,7 +285,10 @@ def _per_head(w, x, turn, cache, *, mla, at):
   q = q.reshape(-1, q.shape[-1])
   logits = jnp.einsum('nh,nsh->ns', q, keys) * rope.softmax_scale(mla)
   out = jnp.einsum('ns,nsu->nu', jax.nn.softmax(logits), values)
-  return layers.turned(out.reshape(b, 1, -1), w['w_out']), (keys, values)
+  return products.matmul_transposed(out.reshape(b, 1, -1), w['w_out']), (
+    keys,
+    values,
+  )
 
 
 def _by_context(rounds: int) -> dict:

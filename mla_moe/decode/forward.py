@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from mla_moe import sharding
 from mla_moe.config import ModelConfig
 from mla_moe.decode import latent_attention, latent_cache
-from mla_moe.model import layers, moe, rope, router
+from mla_moe.model import layers, moe, products, rope, router
 from mla_moe.types import Array, Float, Int, PyTree
 
 _FFN = ('w_gate_up', 'w_down')
@@ -27,9 +27,9 @@ _FEW = 8  # rows that share every expert's weights (measured on x86)
 def unstack(config: ModelConfig, variables: PyTree) -> PyTree:
   """{'params', 'router'} as decoding reads them: a layer at a time.
 
-  Matrices in the activations' dtype, as `layers.turned` reads them except for
-  the routed experts'; norms and router in float32. Needs the stacked parameters
-  no longer.
+  Matrices in the activations' dtype, as `products.matmul_transposed` reads
+  them except for the routed experts'; norms and router in float32. Needs the
+  stacked parameters no longer.
   """
   params, biases = variables['params'], variables.get('router', {})
   found = {
@@ -108,7 +108,7 @@ def hidden(
 
 def logits(weights: PyTree, x: Float[Array, '*b D']) -> Float[Array, '*b V']:
   """The head's, float32."""
-  return layers.turned(x, weights['head'], layers.dot)
+  return products.matmul_transposed(x, weights['head'], products.dot)
 
 
 def decode_step(
@@ -192,7 +192,7 @@ def draft(
     layers.normalize(weights['embedding'][tokens], w['embed_norm'], eps),
     layers.normalize(before, w['hidden_norm'], eps),
   ]
-  x = layers.turned(jnp.concatenate(both, axis=-1), w['w_join'])
+  x = products.matmul_transposed(jnp.concatenate(both, axis=-1), w['w_join'])
   turn = _turn(held, tokens, config)
   x, pool = _block(
     w['block'], x, turn, held.layers[0], held, valid, config, form
@@ -235,10 +235,10 @@ def _block(w, x, turn, pages, held, valid, config, form):
 
 def _dense(w, x):
   """`layers.swiglu` of weights that lie the other way."""
-  both = layers.turned(x, w['w_gate_up'])
+  both = products.matmul_transposed(x, w['w_gate_up'])
   if x.ndim == 3:
     both = sharding.constrain(both, 'batch', 'part', 'gate_up', 'mlp')
-  return layers.turned(layers.gated(both), w['w_down'])
+  return products.matmul_transposed(layers.glu(both), w['w_down'])
 
 
 def _experts(w, x, config):
@@ -251,7 +251,7 @@ def _experts(w, x, config):
     routing = router.route(flat, w['w_router'], w['bias'], config.moe)
     out = few_rows(flat, routing, *ws).reshape(x.shape)
   else:
-    how = config, layers.HIGH, shared
+    how = config, products.NO_FP8, shared
     out, _ = moe.routed(x, None, w['w_router'], w['bias'], ws, *how)
   return out if shared is None else out + shared
 

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec
 from mla_moe import sharding
 from mla_moe.config import MLAConfig
 from mla_moe.decode import latent_cache
-from mla_moe.model import attention, layers, rope
+from mla_moe.model import attention, layers, products, rope
 from mla_moe.types import Array, Float, PyTree
 
 ABSORBED = 128  # new tokens a row up to which the absorbed form is cheaper
@@ -38,8 +38,9 @@ _MASKED = -0.7 * float(np.finfo(np.float32).max)
 def weights(params: PyTree, dtype: str) -> PyTree:
   """One layer's attention parameters as decoding multiplies by them.
 
-  What reads one input is one matrix, and matrices lie as `layers.turned` reads
-  them; a head's up-projections are contiguous.
+  What reads one input is one matrix, and matrices lie as
+  `products.matmul_transposed` reads them; a head's up-projections are
+  contiguous.
   """
   wide = lambda name: params[name].astype(dtype)
   turn = lambda w: w.reshape(w.shape[0], -1).T
@@ -80,14 +81,14 @@ def attend(
       whose new tokens attend among themselves.
   """
   b, t, _ = x.shape
-  down = layers.turned(x, w['w_down'])
+  down = products.matmul_transposed(x, w['w_down'])
   q, rest = down[..., : -(mla.kv_rank + mla.rope_dim)], mla.kv_rank
   latent, k_rope = jnp.split(down[..., q.shape[-1] :], [rest], axis=-1)
   if mla.query_rank:
     q = layers.normalize(q, w['q_norm'], mla.norm_eps)
   else:
     q = x
-  q = layers.turned(q, w['w_q']).reshape(b, t, mla.heads, -1)
+  q = products.matmul_transposed(q, w['w_q']).reshape(b, t, mla.heads, -1)
   q = sharding.constrain(q, 'batch', None, 'heads', None)
   q_nope, q_rope = jnp.split(q, [mla.nope_dim], axis=-1)
   q_rope = rope.rotate(q_rope, *turn)
@@ -104,7 +105,7 @@ def attend(
     q_nope, q_rope, latent, k_rope, (w['w_k_up'], w['w_v_up']), pages,
     cache.table, cache.lengths, valid,
   )  # fmt: skip
-  return layers.turned(out.reshape(b, t, -1), w['w_out']), pages
+  return products.matmul_transposed(out.reshape(b, t, -1), w['w_out']), pages
 
 
 def _core(
@@ -180,9 +181,11 @@ def _absorbed(
 
   def block(found):
     # Keys first: the cache is the long operand, and nothing is turned.
-    logits = layers.dot('bsw,bqw->bsq', found, q)
+    logits = products.dot('bsw,bqw->bsq', found, q)
     # All of the width, though only the latent is wanted: slicing would copy.
-    add = lambda probs: layers.dot('bsq,bsw->bqw', probs.astype(q.dtype), found)
+    add = lambda probs: products.dot(
+      'bsq,bsw->bqw', probs.astype(q.dtype), found
+    )
     return logits, add
 
   q = q.transpose(1, 0, 2, 3).reshape(b, heads * t, wide)
@@ -222,9 +225,11 @@ def _decompressed(q_nope, q_rope, new, up, pages, table, lengths, valid, scale):
     shared = found[:, :, None, rank : rank + rope_dim]
     shared = jnp.broadcast_to(shared, (*k_nope.shape[:3], rope_dim))
     k = jnp.concatenate([k_nope, shared], axis=-1)
-    logits = layers.dot('bnth,bnsh->bnts', q, heads_first(k))
+    logits = products.dot('bnth,bnsh->bnts', q, heads_first(k))
     v = heads_first(v)
-    add = lambda probs: layers.dot('bnts,bnsu->bntu', probs.astype(q.dtype), v)
+    add = lambda probs: products.dot(
+      'bnts,bnsu->bntu', probs.astype(q.dtype), v
+    )
     return logits, add
 
   read = functools.partial(

@@ -18,7 +18,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from mla_moe import sharding
-from mla_moe.model import layers
+from mla_moe.model import products
 from mla_moe.model.sequence import Part
 from mla_moe.types import Array, Float
 
@@ -79,7 +79,7 @@ def chosen(
 
 
 def _reference(q, k, v, segments, index, scale, count):
-  logits = layers.dot('btnh,bsnh->bnts', q, k) * scale
+  logits = products.dot('btnh,bsnh->bnts', q, k) * scale
   pieces = Part(index, count).pieces()
   length = q.shape[1] // len(pieces)
   at = jnp.concatenate([p * length + jnp.arange(length) for p in pieces])
@@ -88,7 +88,7 @@ def _reference(q, k, v, segments, index, scale, count):
     ours, theirs = segments
     seen = seen & (ours[:, None, :, None] == theirs[:, None, None, :])
   probs = jax.nn.softmax(jnp.where(seen, logits, _MASKED), axis=-1)
-  out = layers.dot('bnts,bsnu->btnu', probs.astype(v.dtype), v)
+  out = products.dot('bnts,bsnu->btnu', probs.astype(v.dtype), v)
   return checkpoint_name(out.astype(v.dtype), SAVED[0])
 
 
@@ -219,12 +219,12 @@ def _flash_forward(q, k, v, segments, index, scale, count):
   def tile(part, carry, i, j, diagonal):
     queries, keys, values, ids = part
     out, peak, total = carry
-    logits = layers.dot('...th,...sh->...ts', queries[i], keys[j]) * scale
+    logits = products.dot('...th,...sh->...ts', queries[i], keys[j]) * scale
     logits = _mask(logits, ids, i, j, diagonal)
     new = jnp.maximum(peak[i], logits.max(-1))
     probs = jnp.exp(logits - new[..., None])
     shrink = jnp.exp(peak[i] - new)
-    fresh = layers.dot('...ts,...su->...tu', probs.astype(v.dtype), values[j])
+    fresh = products.dot('...ts,...su->...tu', probs.astype(v.dtype), values[j])
     out = out.at[i].set(out[i] * shrink[..., None] + fresh)
     total = total.at[i].set(total[i] * shrink + probs.sum(-1))
     return out, peak.at[i].set(new), total
@@ -258,15 +258,15 @@ def _flash_backward(scale, count, residuals, g):
   def tile(part, carry, i, j, diagonal):
     queries, keys, values, ids, turned, grads, delta, lse = part
     dq, dk, dv = carry
-    logits = layers.dot('...sh,...th->...st', keys[j], queries[i]) * scale
+    logits = products.dot('...sh,...th->...st', keys[j], queries[i]) * scale
     logits = _mask(logits, ids, i, j, diagonal, turned=True)
     probs = jnp.exp(logits - lse[i][..., None, :])
-    dp = layers.dot('...su,...tu->...st', values[j], grads[i])
+    dp = products.dot('...su,...tu->...st', values[j], grads[i])
     ds = (probs * (dp - delta[i].swapaxes(-1, -2))).astype(dtype)
     probs = probs.astype(g.dtype)
-    dv = dv.at[j].add(layers.dot('...st,...tu->...su', probs, grads[i]))
-    dk = dk.at[j].add(layers.dot('...st,...th->...sh', ds, queries[i]))
-    dq = dq.at[i].add(layers.dot('...hs,...st->...ht', turned[j], ds))
+    dv = dv.at[j].add(products.dot('...st,...tu->...su', probs, grads[i]))
+    dk = dk.at[j].add(products.dot('...st,...th->...sh', ds, queries[i]))
+    dq = dq.at[i].add(products.dot('...hs,...st->...ht', turned[j], ds))
     return dq, dk, dv
 
   def start(queries, keys, values, *_):

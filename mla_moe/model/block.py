@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from mla_moe import sharding
 from mla_moe.config import ModelConfig
-from mla_moe.model import layers, mla, moe
+from mla_moe.model import layers, mla, moe, products
 from mla_moe.types import Array, Float, Int
 
 _STREAM = ('batch', 'length', 'stream')
@@ -47,7 +47,7 @@ class Block(nn.Module):
         y, stats = moe.MoE(c, name='ffn')(h, mask)
       else:
         ffn = layers.FeedForward(
-          c.dense_width, c.init_std, layers.recipe(c), name='ffn'
+          c.dense_width, c.init_std, products.recipe(c), name='ffn'
         )
         y, stats = ffn(h), None
     return x + sharding.constrain(y, *_STREAM), stats
@@ -69,7 +69,7 @@ def rematerialised(config: ModelConfig, length: int = 1) -> type[nn.Module]:
     policy = policies.save_only_these_names(*mla.SAVED, *moe.SAVED)
   if remat == 'products':
     products = policies.dots_with_no_batch_dims_saveable
-    eight = policies.save_only_these_names(layers.PRODUCT)
+    eight = policies.save_only_these_names(products.FP8_OUTPUT)
     for also in (products, eight):
       policy = policies.save_from_both_policies(also, policy)
   return nn.remat(Block, prevent_cse=length == 1, policy=policy)

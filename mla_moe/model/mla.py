@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mla_moe import fp8, sharding
 from mla_moe.config import ModelConfig
-from mla_moe.model import attention, layers, rope, sequence
+from mla_moe.model import attention, layers, products, rope, sequence, weights
 from mla_moe.types import Array, Float, Int
 
 # Kept for the backward pass by `compute.remat='latents'`.
@@ -38,8 +38,8 @@ class Attention(nn.Module):
     segments: Int[Array, 'B T'] | None,
   ) -> Float[Array, 'B T D']:
     mla, std = self.config.mla, self.config.init_std
-    recipe = layers.recipe(self.config)
-    w = lambda *args: layers.weight(self, *args, std, recipe)
+    recipe = products.recipe(self.config)
+    w = lambda *args: weights.weight(self, *args, std, recipe)
     norm = lambda name: layers.RMSNorm(mla.norm_eps, name=name)
     dim, heads, rank = x.shape[-1], mla.heads, mla.kv_rank
     query_dim = mla.nope_dim + mla.rope_dim
@@ -56,7 +56,7 @@ class Attention(nn.Module):
       w_kv_down = w('w_kv_down', (dim, rank), ('embed', 'latent'))
       w_k_rope = w('w_k_rope', (dim, mla.rope_dim), ('embed', 'head_dim'))
       to_q = 'btd,dq->btq' if mla.query_rank else 'btd,dnh->btnh'
-      q, latent, k_rope = layers.products(
+      q, latent, k_rope = products.einsums(
         (to_q, 'btd,dc->btc', 'btd,dr->btr'),
         x,
         (w_q, w_kv_down, w_k_rope),
@@ -69,8 +69,8 @@ class Attention(nn.Module):
 
     with jax.named_scope('query'):
       if mla.query_rank:
-        q = layers.named(norm('q_norm')(q), 'q_latent', recipe)
-        q = layers.product('btq,qnh->btnh', q, w_q_up, recipe, 'q_latent')
+        q = products.checkpoint_input(norm('q_norm')(q), 'q_latent', recipe)
+        q = products.einsum('btq,qnh->btnh', q, w_q_up, recipe, 'q_latent')
       q_nope, q_rope = jnp.split(q, [mla.nope_dim], axis=-1)
       q = jnp.concatenate([q_nope, rope.rotate(q_rope, cos, sin)], axis=-1)
       q = sharding.constrain(q, 'batch', 'part', 'heads', 'head_dim')
@@ -85,7 +85,7 @@ class Attention(nn.Module):
     out = attend_latents(q, latent, k_rope, ws, segments, self.config, recipe)
     shape = (heads, mla.value_dim, dim)
     w_out = w('w_out', shape, ('heads', 'head_dim', 'embed'))
-    return layers.product('btnu,nud->btd', out, w_out, recipe)
+    return products.einsum('btnu,nud->btd', out, w_out, recipe)
 
 
 def attend_latents(
@@ -113,7 +113,7 @@ def attend_latents(
 
   def local(q, latent, k_rope, ws, segments):
     pairs = zip(ws, shards, strict=True)
-    ws = tuple(layers.gathered(w, s, q.dtype) for w, s in pairs)
+    ws = tuple(weights.gather(w, s, q.dtype) for w, s in pairs)
     q, latent, k_rope, ws = sharding.pvary((q, latent, k_rope, ws))
     keys = segments
     if parts > 1:
@@ -122,7 +122,7 @@ def attend_latents(
       if segments is not None:
         keys = sequence.whole(segments, parts)
     with jax.named_scope('expand'):
-      k_nope, v = layers.products(
+      k_nope, v = products.einsums(
         ('btc,cnh->btnh', 'btc,cnu->btnu'), latent, ws, recipe, name
       )
       shape = (*k_nope.shape[:3], mla.rope_dim)
@@ -148,12 +148,12 @@ def attend_latents(
   laid = sum(sharding.mesh_axes(heads, q.shape), ())
   same = tuple(a for a in sharding.auto_axes() if a not in laid)
   up = ('rank', 'heads', 'head_dim')
-  shards = tuple(layers.shards(w, up) for w in ws)
+  shards = tuple(weights.fsdp_split(w, up) for w in ws)
   specs = (
     lay(heads, q),
     lay(('batch', 'part', 'latent'), latent),
     lay(('batch', 'part', 'head_dim'), k_rope),
-    tuple(layers.partition(w, up) for w in ws),
+    tuple(weights.specs(w, up) for w in ws),
     lay(('batch', 'part'), segments),
   )
   # A library's kernel does not say over which axes its result varies.

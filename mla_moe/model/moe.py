@@ -21,7 +21,7 @@ from flax import linen as nn
 
 from mla_moe import fp8, sharding
 from mla_moe.config import ModelConfig
-from mla_moe.model import dispatch, exchange, layers, router
+from mla_moe.model import dispatch, exchange, layers, products, router, weights
 from mla_moe.types import Array, Float, Int
 
 SAVED = (*router.SAVED, *dispatch.SAVED)
@@ -52,12 +52,14 @@ class MoE(nn.Module):
     moe, std = self.config.moe, self.config.init_std
     dim, e, width = x.shape[-1], moe.experts, moe.width
     axes = ('embed', None)
-    w_router = layers.param(self, 'w_router', (dim, e), axes, std)
+    w_router = weights.param(self, 'w_router', (dim, e), axes, std)
     axes = _GATE_UP
-    how = (std, layers.recipe(self.config))
-    w_gate_up = layers.weight(self, 'w_gate_up', (e, dim, 2, width), axes, *how)
+    how = (std, products.recipe(self.config))
+    w_gate_up = weights.weight(
+      self, 'w_gate_up', (e, dim, 2, width), axes, *how
+    )
     axes = _DOWN
-    w_down = layers.weight(self, 'w_down', (e, width, dim), axes, *how)
+    w_down = weights.weight(self, 'w_down', (e, width, dim), axes, *how)
     bias = None
     if moe.method == 'noaux_tc':
       zeros = nn.with_logical_partitioning(nn.initializers.zeros, ('norm',))
@@ -113,7 +115,7 @@ def routed(
   names = ('batch', 'length', 'stream')
   split = exchange.split(x.shape, names)
   axes = (_GATE_UP if ws[0].ndim == 4 else _PACKED), _DOWN
-  shards = tuple(map(layers.shards, ws, axes))
+  shards = tuple(map(weights.fsdp_split, ws, axes))
   moe, impl = config.moe, config.compute.experts
   compute = functools.partial(experts, impl=impl, recipe=recipe)
 
@@ -125,7 +127,7 @@ def routed(
     with jax.named_scope('route'):
       routing = router.route(flat, w_router, bias, moe)
     pairs = zip(ws, shards, strict=True)
-    ws = tuple(layers.gathered(w, s, x.dtype) for w, s in pairs)
+    ws = tuple(weights.gather(w, s, x.dtype) for w, s in pairs)
     with jax.named_scope('experts'):
       args = flat, routing.weights, routing.chosen, ws, compute
       out, overflow = exchange.exchange(*args, split, config, recipe, meanwhile)
@@ -147,7 +149,7 @@ def routed(
     one(names[:2], mask),
     one((None, None), w_router),
     one((None,), bias),
-    tuple(map(layers.partition, ws, axes)),
+    tuple(map(weights.specs, ws, axes)),
     one(names, meanwhile),
   )
   run = sharding.shard_map(local, specs, (specs[0], sharding.PartitionSpec()))
@@ -162,7 +164,7 @@ def experts(
   w_down: Float[Array, 'E F D'] | fp8.Weight,
   *,
   impl: str = 'auto',
-  recipe: fp8.Recipe = layers.HIGH,
+  recipe: fp8.Recipe = products.NO_FP8,
   expected: int = 0,
 ) -> Float[Array, 'M D']:
   """The weighted sum of each token's chosen experts, in x's dtype.
@@ -195,16 +197,16 @@ def _dense(x, weights, chosen, w_gate_up, w_down):
   """Every expert on every token: the oracle."""
   picked = chosen[:, :, None] == jnp.arange(len(w_down))[None, None]
   share = jnp.einsum('mke,mk->me', picked.astype(weights.dtype), weights)
-  both = layers.dot('md,edf->mef', x, _flat(w_gate_up))
+  both = products.dot('md,edf->mef', x, _flat(w_gate_up))
   hidden = _gated(both).astype(x.dtype)
   return jnp.einsum(
-    'med,me->md', layers.dot('mef,efd->med', hidden, w_down), share
+    'med,me->md', products.dot('mef,efd->med', hidden, w_down), share
   )
 
 
 def _gated(both):
-  """`layers.gated` of gate and up side by side."""
-  return layers.gated(both.reshape(*both.shape[:-1], 2, -1))
+  """`layers.glu` of gate and up side by side."""
+  return layers.glu(both.reshape(*both.shape[:-1], 2, -1))
 
 
 # ---------------------------------------------------------------- loop (CPU)
@@ -244,7 +246,9 @@ def _cut(chosen, order: dispatch.Order, block: int, skip) -> _Blocks:
   return _Blocks(expert, slots, valid, place, taken, ends[-1])
 
 
-def _loop(x, weights, chosen, w_gate_up, w_down, expected, recipe=layers.HIGH):
+def _loop(
+  x, weights, chosen, w_gate_up, w_down, expected, recipe=products.NO_FP8
+):
   order = dispatch.sort(chosen, w_down.shape[0])
   # Blocks follow the load, or half of each would be padding (decoding).
   mean = max(expected // w_down.shape[0], 1)
@@ -275,7 +279,7 @@ def _row_weights(weights, cut):
 
 def _up(rows, w_gate_up):  # [R, D] x [D, 2 F] -> [R, 2, F]
   w_gate_up = w_gate_up.reshape(rows.shape[1], -1)
-  both = layers.dot('rd,df->rf', rows, w_gate_up)
+  both = products.dot('rd,df->rf', rows, w_gate_up)
   return both.astype(rows.dtype).reshape(len(rows), 2, -1)
 
 
@@ -324,7 +328,7 @@ def _blocks_forward(x, weights, w_gate_up, w_down, copies, cut, how):
   def one(i, out):
     e, tokens = cut.expert[i], cut.slots[i] // k
     both = _up(every[tokens], up[e])
-    rows = layers.dot('rf,fd->rd', how.rows(layers.gated(both)), down[e])
+    rows = products.dot('rf,fd->rd', how.rows(layers.glu(both)), down[e])
     return out.at[tokens].add(rows * share[i][:, None])
 
   start = sharding.pvary(jnp.zeros(x.shape, jnp.float32))
@@ -354,18 +358,18 @@ def _blocks_backward(how, residuals, cotangents):
     weight, valid = share[i][:, None], cut.valid[i]
     rows = how.columns(x[tokens], valid=valid)
     grads = how.columns(g[tokens], valid=valid)
-    hidden, pull = jax.vjp(layers.gated, _up(inputs[tokens], up[e]))
-    dhidden = layers.dot('rd,fd->rf', every[tokens], down[e])
+    hidden, pull = jax.vjp(layers.glu, _up(inputs[tokens], up[e]))
+    dhidden = products.dot('rd,fd->rf', every[tokens], down[e])
     # The gate's gradient from the hidden side: no expert output is kept.
     dshare = dshare.at[i].set((hidden.astype(jnp.float32) * dhidden).sum(-1))
     (dboth,) = pull((dhidden * weight).astype(hidden.dtype))
     weighted = how.columns((hidden * weight).astype(hidden.dtype))
-    d_down = d_down.at[e].add(layers.dot('rf,rd->fd', weighted, grads))
+    d_down = d_down.at[e].add(products.dot('rf,rd->fd', weighted, grads))
     flat = lambda dboth: dboth.reshape(len(dboth), -1)
-    d_up = layers.dot('rd,rf->df', rows, flat(how.columns(dboth, 2)))
+    d_up = products.dot('rd,rf->df', rows, flat(how.columns(dboth, 2)))
     d_gate_up = d_gate_up.at[e].add(d_up.reshape(w_gate_up.shape[1:]))
     both = up_back[e].reshape(x.shape[1], -1)
-    drows = layers.dot('rf,df->rd', flat(how.rows(dboth, 2)), both)
+    drows = products.dot('rf,df->rd', flat(how.rows(dboth, 2)), both)
     return dx.at[tokens].add(drows), dshare, d_gate_up, d_down
 
   zeros = [jnp.zeros(a.shape, jnp.float32) for a in (x, cut.slots)]
@@ -419,7 +423,7 @@ def _ragged(x, weights, chosen, w_gate_up, w_down, expected, recipe):
     impl=recipe.impl,
   )
   both = multiply(rows, w_gate_up).reshape(room, 2, -1)
-  out = multiply(layers.gated(both), w_down)
+  out = multiply(layers.glu(both), w_down)
   out = dispatch.combine(out, weights, slots, valid, places, held)
   return out if rest is None else out + rest
 
@@ -442,7 +446,7 @@ def _padded(x, weights, chosen, w_gate_up, w_down, expected):
   places = jnp.where(held, flat * room + rank, 0)
   rows = dispatch.spread(x, slots, places, held).reshape(e, room, dim)
   cut = _cut(chosen, order, 128, room)
-  args = x, weights, w_gate_up, w_down, cut, layers.HIGH
+  args = x, weights, w_gate_up, w_down, cut, products.NO_FP8
   rest, w_gate_up, w_down = _over_rows(*args)
   both = jnp.einsum('erd,edf->erf', rows, _flat(w_gate_up))
   out = jnp.einsum('erf,efd->erd', _gated(both), w_down).reshape(-1, dim)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mla_moe.config import ModelConfig
-from mla_moe.model import block, layers, moe
+from mla_moe.model import block, layers, moe, weights
 from mla_moe.types import Array, Float, Int
 
 
@@ -37,7 +37,7 @@ class MTP(nn.Module):
     norm = lambda name: layers.RMSNorm(c.norm_eps, name=name)
     both = [norm('embed_norm')(embedded), norm('hidden_norm')(hidden)]
     axes = ('embed', None)
-    w_join = layers.param(self, 'w_join', (2 * c.dim, c.dim), axes, c.init_std)
+    w_join = weights.param(self, 'w_join', (2 * c.dim, c.dim), axes, c.init_std)
     x = jnp.concatenate(both, axis=-1)
     x = jnp.einsum('btd,de->bte', x, w_join.astype(x.dtype))
     one = block.rematerialised(c)(c, c.moe_layers > 0, name='block')

@@ -20,8 +20,10 @@ from mla_moe.model import (
   layers,
   mtp,
   pipeline,
+  products,
   rope,
   sequence,
+  weights,
 )
 from mla_moe.types import Array, Float, Int, PyTree
 
@@ -66,9 +68,9 @@ class Transformer(nn.Module):
     c = self.config
     shape = (c.vocab, c.dim)
     axes = ('vocab', 'embed')
-    self.embedding = layers.param(self, 'embedding', shape, axes, c.init_std)
+    self.embedding = weights.param(self, 'embedding', shape, axes, c.init_std)
     if not c.tie_embeddings:
-      self.w_head = layers.param(
+      self.w_head = weights.param(
         self, 'w_head', shape[::-1], axes[::-1], c.init_std
       )
     if c.dense_layers:
@@ -150,7 +152,7 @@ class Transformer(nn.Module):
     """Logits of whole sequences."""
     out = self.features(tokens, positions, segments)
     w_head = self.head().astype(self.config.dtype)
-    logits = lambda h: layers.dot('btd,dv->btv', sequence.restore(h), w_head)
+    logits = lambda h: products.dot('btd,dv->btv', sequence.restore(h), w_head)
     mtp_logits = None
     if out.mtp_hidden:
       mtp_logits = jnp.stack([logits(h)[:, :-1] for h in out.mtp_hidden])
@@ -167,14 +169,14 @@ def quantised(params: PyTree, config: ModelConfig) -> PyTree:
 
   What `with_copies` takes: made once, they serve many micro-batches.
   """
-  recipe = layers.recipe(config)
+  recipe = products.recipe(config)
   tokens = jnp.zeros((1, config.mtp.depth + 2), jnp.int32)
   boxed = jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens)
 
   def copies(path, box, w):
-    if recipe.precision == 'bf16' or path[-1].key not in layers.PRODUCTS:
+    if recipe.precision == 'bf16' or path[-1].key not in weights.FP8_WEIGHTS:
       return None
-    return layers.quantised(w, box.names, recipe).copies
+    return weights.quantize(w, box.names, recipe).copies
 
   is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
   return jax.tree_util.tree_map_with_path(

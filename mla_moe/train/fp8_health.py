@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from mla_moe import fp8
 from mla_moe.config import Config
 from mla_moe.data import batches
-from mla_moe.model import block, layers, rope, sequence
+from mla_moe.model import block, layers, products, rope, sequence
 from mla_moe.train import losses
 from mla_moe.types import Array, Float, PyTree
 
@@ -74,7 +74,7 @@ def measure(
   shape = (*tokens.shape, model.dim)
   noise = {n: jnp.zeros((k, *shape), model.dtype) for n, k in stacks.items()}
   gradients, inputs = jax.grad(loss, has_aux=True)(noise)
-  recipe = layers.recipe(model).resolved()
+  recipe = products.recipe(model).resolved()
   found = []
   for name in stacks:
     ffn = params[name]['ffn']

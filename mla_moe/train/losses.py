@@ -198,7 +198,7 @@ def _at(logits: Array, ids: Array) -> Array:
 
 
 def _dot(equation: str, a: Array, b: Array) -> Array:
-  """Einsum into float32; a CPU widens first (see `layers.dot`)."""
+  """Einsum into float32; a CPU widens first (see `products.dot`)."""
   run = functools.partial(
     jnp.einsum, equation, preferred_element_type=jnp.float32
   )

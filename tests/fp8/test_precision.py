@@ -21,7 +21,7 @@ from mla_moe.config import (
   freeze,
 )
 from mla_moe.data import batches
-from mla_moe.model import block, layers, rope, transformer
+from mla_moe.model import block, layers, products, rope, transformer, weights
 from mla_moe.train import fp8_health, optim, step
 
 SMOKE = freeze(tiny.get_config('smoke'))
@@ -70,7 +70,7 @@ def test_bf16_has_no_trace_of_fp8():
   assert 'f8E' not in text
   x, w = jnp.ones((2, 3, 4), jnp.bfloat16), jnp.ones((4, 2, 5))
   program = r'(?s)attributes.*'  # after its name
-  ours = lambda x, w: layers.product('...d,dgf->...gf', x, w)
+  ours = lambda x, w: products.einsum('...d,dgf->...gf', x, w)
   plain = lambda x, w: jnp.einsum('...d,dgf->...gf', x, w.astype(x.dtype))
 
   def alone(x, w):
@@ -91,7 +91,7 @@ def test_products_alone_are_those_of_a_mesh():
   x, ws = draw(0, 2, 3, 4, 5), (draw(1, 4, 5, 6), draw(2, 4, 5, 2, 3))
 
   def run(x, ws):
-    ys = layers.products(equations, x, ws)
+    ys = products.einsums(equations, x, ws)
     return sum(jnp.sin(y).sum() for y in ys), ys
 
   both = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)
@@ -118,7 +118,7 @@ def test_copies_made_once_change_nothing():
       copies, is_leaf=lambda x: isinstance(x, tuple)
     )
   }
-  assert names == set(layers.PRODUCTS) - {'w_q'}
+  assert names == set(weights.FP8_WEIGHTS) - {'w_q'}
 
   def loss(params, copies):
     if copies is not None:

@@ -11,7 +11,7 @@ import pytest
 
 from mla_moe import fp8, sharding
 from mla_moe.config import ComputeConfig, MeshConfig, ModelConfig, MoEConfig
-from mla_moe.model import exchange, layers, moe
+from mla_moe.model import exchange, moe, products, weights
 
 SIZES = ModelConfig(
   moe=MoEConfig(experts=16, top_k=2, width=8, groups=1, top_groups=1, shared=0)
@@ -36,7 +36,7 @@ def inputs(dim=D, width=8):
 
 
 @functools.cache
-def compiled(mesh_config, config, recipe=layers.HIGH):
+def compiled(mesh_config, config, recipe=products.NO_FP8):
   """Outputs, and gradients of them and of the balance loss."""
 
   def run(args, mask, bias, g):
@@ -44,7 +44,7 @@ def compiled(mesh_config, config, recipe=layers.HIGH):
       if recipe.precision != 'bf16':
         names = (moe._GATE_UP, moe._DOWN)
         pairs = zip(ws, names, strict=True)
-        ws = tuple(layers.quantised(w, n, recipe) for w, n in pairs)
+        ws = tuple(weights.quantize(w, n, recipe) for w, n in pairs)
       y, stats = moe.routed(x, mask, w_router, bias, ws, config, recipe)
       return (y * g).sum() + stats.balance, (y, stats)
 

@@ -322,6 +322,15 @@ def psum(x: Array, axes: tuple) -> Array:
   return jax.lax.psum(x, axes) if axes else x
 
 
+def pmean(x: PyTree, axes: tuple) -> PyTree:
+  """Returns the mean over the devices along `axes`, which may be none.
+
+  For results that are equal along `axes`: it is how a region proves that, and
+  the gradient of the mean counts such a result once.
+  """
+  return jax.lax.pmean(x, axes) if axes else x
+
+
 def axis_size(axes: tuple) -> int:
   """Returns the number of devices along `axes` of the mesh."""
   shape = jax.sharding.get_abstract_mesh().shape

@@ -16,10 +16,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec
 
-from mla_moe import sharding
+from mla_moe import kernels, sharding
 from mla_moe.config import MLAConfig
 from mla_moe.decode import latent_cache
 from mla_moe.model import attention, layers, products, rope
@@ -32,7 +31,6 @@ ABSORBED = 128  # new tokens a row up to which the absorbed form is cheaper
 _SMALL = 128  # tokens
 _LARGE = 5 * 2**16  # latents' and logits' numbers, 1.25 MiB
 _KERNEL_ROWS = 512  # queries of a row, heads times tokens, in on-chip memory
-_MASKED = -0.7 * float(np.finfo(np.float32).max)
 
 
 def weights(params: PyTree, dtype: str) -> PyTree:
@@ -266,7 +264,7 @@ def _sweep(block, read, table, size, query, longest, width, *, axis):
       [-1 if i == axis else 1 for i in range(logits.ndim)]
     )
     seen = key <= jnp.expand_dims(query, axis)
-    logits = jnp.where(seen, logits, _MASKED)
+    logits = jnp.where(seen, logits, kernels.MASKED)
     new = jnp.maximum(peak, logits.max(axis))
     probs = jnp.exp(logits - jnp.expand_dims(new, axis))
     shrink = jnp.exp(peak - new)
@@ -279,7 +277,7 @@ def _sweep(block, read, table, size, query, longest, width, *, axis):
 
   zero = jnp.zeros(query.shape, jnp.float32)
   out = jnp.zeros((*query.shape, width), jnp.float32)
-  carry, begun = (zero, zero + _MASKED, out), 0
+  carry, begun = (zero, zero + kernels.MASKED, out), 0
   if few < many <= pages:
     full = longest // (many * size)
     carry, begun = turns(0, full, many, carry), full * (many // few)

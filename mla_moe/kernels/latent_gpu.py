@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from mla_moe.kernels import MASKED
 from mla_moe.types import Array, Float, Int
 
-_MASKED = -1e30
 _KEYS = 32  # that are in flight together
 
 
@@ -98,7 +98,7 @@ def _kernel(
     r = triton.load(at(rank, rope.shape[1]))
     logits = _dot(latent, c.T) + _dot(rope, r.T)
     key = share * each * size + i * keys + jnp.arange(keys)
-    logits = jnp.where(key[None] <= last[:, None], logits, _MASKED)
+    logits = jnp.where(key[None] <= last[:, None], logits, MASKED)
     new = jnp.maximum(peak, logits.max(-1))
     probs = jnp.exp2((logits - new[:, None]) * math.log2(math.e))
     shrink = jnp.exp2((peak - new) * math.log2(math.e))
@@ -106,10 +106,10 @@ def _kernel(
     return acc, new, total * shrink + probs.sum(-1)
 
   zero = jnp.zeros((height,), jnp.float32)
-  carry = jnp.zeros((height, rank), jnp.float32), zero + _MASKED, zero
+  carry = jnp.zeros((height, rank), jnp.float32), zero + MASKED, zero
   live = jnp.maximum(stop - share * each, 0) * (size // keys)
   acc, peak, total = jax.lax.fori_loop(0, live, turn, carry)
-  # A share without pages has peak _MASKED, and so no weight.
+  # A share without pages has peak MASKED, and so no weight.
   total = jnp.where(total == 0, 1.0, total)
   out[0, 0] = acc / total[:, None]
   lse[0, 0] = peak + jnp.log(total)

@@ -17,9 +17,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from mla_moe.kernels import MASKED
 from mla_moe.types import Array, Float, Int
-
-_MASKED = -1e30
 
 
 def reference(
@@ -43,7 +42,7 @@ def reference(
   token = jnp.arange(q.shape[1]) // heads
   last = start[:, None, None] + token[None, :, None]
   seen = jnp.arange(keys.shape[1])[None, None] <= last
-  probs = jax.nn.softmax(jnp.where(seen, logits, _MASKED))
+  probs = jax.nn.softmax(jnp.where(seen, logits, MASKED))
   values = keys[..., :rank]
   return jnp.einsum('bgs,bsc->bgc', probs, values, precision=highest)
 
@@ -100,7 +99,7 @@ def _kernel(
   @pl.when(at == 0)
   def _():
     acc[...] = jnp.zeros_like(acc)
-    peak[...] = jnp.full_like(peak, _MASKED)
+    peak[...] = jnp.full_like(peak, MASKED)
     total[...] = jnp.zeros_like(total)
 
   @pl.when(at * size <= start[row] + more)
@@ -110,7 +109,7 @@ def _kernel(
     key = at * size + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     line = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0)
     last = start[row] + jax.lax.div(line, heads)
-    logits = jnp.where(key <= last, logits, _MASKED)
+    logits = jnp.where(key <= last, logits, MASKED)
     old = peak[...][:, :1]
     new = jnp.maximum(old, logits.max(-1, keepdims=True))
     probs = jnp.exp(logits - new)

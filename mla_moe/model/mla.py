@@ -1,11 +1,11 @@
 """Multi-head Latent Attention, decompressed (V3 section 2.1.1).
 
 Keys and values of all heads come from one latent of C numbers a token, plus
-one rotated key of R numbers that the heads share; queries from a latent of Q
-numbers (or straight from the stream when Q = 0). Training expands the latents
-to heads; both latents have a norm of their own, the shared key has none. The
-up-projections of keys and values are two parameters, so that decoding may
-fold them into the query and the output from this same tree.
+one rotated key of R numbers that the heads share. Queries come from a latent
+of Q numbers, or straight from the stream when Q = 0. Training expands the
+latents to heads, as here; decoding (`decode.latent_attention`) folds the two
+up-projections into the query and the output instead, from the same parameters.
+Both latents have a norm of their own, the shared key has none.
 """
 
 from __future__ import annotations
@@ -17,15 +17,26 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mla_moe import fp8, sharding
 from mla_moe.config import ModelConfig
-from mla_moe.model import attention, layers, products, rope, sequence, weights
+from mla_moe.model import (
+  attention,
+  flash,
+  layers,
+  products,
+  rope,
+  sequence,
+  weights,
+)
 from mla_moe.types import Array, Float, Int
 
-# Kept for the backward pass by `compute.remat='latents'`.
-SAVED = ('q_latent', 'kv_latent', 'k_rope', *attention.SAVED)
+# Checkpoint names that `compute.remat='latents'` saves for the backward pass.
+SAVED = ('q_latent', 'kv_latent', 'k_rope', *flash.SAVED)
+
+_UP = ('rank', 'heads', 'head_dim')  # an up-projection's logical axes
+_HEADS = ('batch', 'part', 'heads', 'head_dim')
 
 
 class Attention(nn.Module):
-  """MLA of one layer."""
+  """MLA of one layer: the stream in, the stream's change out."""
 
   config: ModelConfig
 
@@ -39,22 +50,21 @@ class Attention(nn.Module):
   ) -> Float[Array, 'B T D']:
     mla, std = self.config.mla, self.config.init_std
     recipe = products.recipe(self.config)
-    w = lambda *args: weights.weight(self, *args, std, recipe)
+    weight = lambda name, shape, *axes: weights.weight(
+      self, name, shape, axes, std, recipe
+    )
     norm = lambda name: layers.RMSNorm(mla.norm_eps, name=name)
     dim, heads, rank = x.shape[-1], mla.heads, mla.kv_rank
-    query_dim = mla.nope_dim + mla.rope_dim
+    query = (heads, mla.nope_dim + mla.rope_dim)
 
     with jax.named_scope('down'):
       if mla.query_rank:
-        axes = ('embed', 'latent')
-        w_q = w('w_q_down', (dim, mla.query_rank), axes)
-        shape = (mla.query_rank, heads, query_dim)
-        w_q_up = w('w_q_up', shape, ('rank', 'heads', 'head_dim'))
+        w_q = weight('w_q_down', (dim, mla.query_rank), 'embed', 'latent')
+        w_q_up = weight('w_q_up', (mla.query_rank, *query), *_UP)
       else:
-        axes = ('embed', 'heads', 'head_dim')
-        w_q = w('w_q', (dim, heads, query_dim), axes)
-      w_kv_down = w('w_kv_down', (dim, rank), ('embed', 'latent'))
-      w_k_rope = w('w_k_rope', (dim, mla.rope_dim), ('embed', 'head_dim'))
+        w_q = weight('w_q', (dim, *query), 'embed', 'heads', 'head_dim')
+      w_kv_down = weight('w_kv_down', (dim, rank), 'embed', 'latent')
+      w_k_rope = weight('w_k_rope', (dim, mla.rope_dim), 'embed', 'head_dim')
       to_q = 'btd,dq->btq' if mla.query_rank else 'btd,dnh->btnh'
       q, latent, k_rope = products.einsums(
         (to_q, 'btd,dc->btc', 'btd,dr->btr'),
@@ -62,7 +72,8 @@ class Attention(nn.Module):
         (w_q, w_kv_down, w_k_rope),
         recipe,
       )
-      # Gathered where they are small, not the stream before them.
+      # Tensor parallelism needs all of the length: gathered here, where it is
+      # narrow, and not as the stream.
       narrow = lambda x: sharding.constrain(x, 'batch', 'part', 'latent')
       q = narrow(q) if mla.query_rank else q
       latent, k_rope = narrow(latent), narrow(k_rope)
@@ -73,19 +84,18 @@ class Attention(nn.Module):
         q = products.einsum('btq,qnh->btnh', q, w_q_up, recipe, 'q_latent')
       q_nope, q_rope = jnp.split(q, [mla.nope_dim], axis=-1)
       q = jnp.concatenate([q_nope, rope.rotate(q_rope, cos, sin)], axis=-1)
-      q = sharding.constrain(q, 'batch', 'part', 'heads', 'head_dim')
+      q = sharding.constrain(q, *_HEADS)
 
-    up = ('rank', 'heads', 'head_dim')
-    ws = (
-      w('w_k_up', (rank, heads, mla.nope_dim), up),
-      w('w_v_up', (rank, heads, mla.value_dim), up),
-    )
+    w_k_up = weight('w_k_up', (rank, heads, mla.nope_dim), *_UP)
+    w_v_up = weight('w_v_up', (rank, heads, mla.value_dim), *_UP)
     latent = norm('kv_norm')(latent)
     k_rope = checkpoint_name(rope.rotate(k_rope, cos, sin), 'k_rope')
-    out = attend_latents(q, latent, k_rope, ws, segments, self.config, recipe)
+    y = attend_latents(
+      q, latent, k_rope, (w_k_up, w_v_up), segments, self.config, recipe
+    )
     shape = (heads, mla.value_dim, dim)
-    w_out = w('w_out', shape, ('heads', 'head_dim', 'embed'))
-    return products.einsum('btnu,nud->btd', out, w_out, recipe)
+    w_out = weight('w_out', shape, 'heads', 'head_dim', 'embed')
+    return products.einsum('btnu,nud->btd', y, w_out, recipe)
 
 
 def attend_latents(
@@ -97,66 +107,78 @@ def attend_latents(
   config: ModelConfig,
   recipe: fp8.Recipe,
 ) -> Float[Array, 'B T N U']:
-  """Attention over latents, expanded by `ws` to each head's keys and values.
+  """Returns attention over latents that `ws` expand to keys and values.
 
-  On a mesh, each device has its heads and its part of the sequence, for whose
-  queries it gathers all latents: C + R numbers a token, where the keys and
-  values of all heads would be N * (H + R + U).
+  On a mesh, each device has its heads and its part of the sequence. It gathers
+  the latents of all parts, C + R numbers a token, where the keys and values of
+  all heads would be N * (H + R + U).
+
+  Args:
+    q: queries, their last R numbers rotated.
+    latent: the normed latent of keys and values.
+    k_rope: the rotated key that all heads share.
+    ws: w_k_up [C, N, H] and w_v_up [C, N, U].
+    segments: numbers of documents; None is one document.
+    config: the model's.
+    recipe: how `ws` are multiplied.
   """
-  parts = sequence.count(q.shape[1])
-  mla = config.mla
-  core = attention.chosen(config.compute.attention, q, segments, parts)
-  # What is kept for the backward pass is this device's part alone.
+  parts = sequence.parts(q.shape[1])
+  core = attention.choose_core(config.compute.attention, q, segments, parts)
+  # Remat saves this device's part of the latent, as 'kv_latent'. In FP8 the
+  # expansion names its own eight-bit input so, unless that is the latent
+  # gathered of all parts, which gets a name that no policy saves.
   name = 'kv_latent' if parts == 1 else fp8.SAVED
   if recipe.precision == 'bf16' or parts > 1:
     latent = checkpoint_name(latent, 'kv_latent')
 
-  def local(q, latent, k_rope, ws, segments):
-    pairs = zip(ws, shards, strict=True)
-    ws = tuple(weights.gather(w, s, q.dtype) for w, s in pairs)
+  def region(q, latent, k_rope, ws, segments):
+    pairs = zip(ws, splits, strict=True)
+    ws = tuple(weights.gather(w, split, q.dtype) for w, split in pairs)
     q, latent, k_rope, ws = sharding.pvary((q, latent, k_rope, ws))
-    keys = segments
+    key_segments = segments
     if parts > 1:
-      latent = sequence.whole(latent, parts)
-      k_rope = sequence.whole(k_rope, parts)
+      latent = sequence.gather(latent, parts)
+      k_rope = sequence.gather(k_rope, parts)
       if segments is not None:
-        keys = sequence.whole(segments, parts)
-    with jax.named_scope('expand'):
-      k_nope, v = products.einsums(
-        ('btc,cnh->btnh', 'btc,cnu->btnu'), latent, ws, recipe, name
-      )
-      shape = (*k_nope.shape[:3], mla.rope_dim)
-      shared = jnp.broadcast_to(k_rope[:, :, None], shape)
-      k = jnp.concatenate([k_nope, shared], axis=-1)
+        key_segments = sequence.gather(segments, parts)
+    k, v = _expand(latent, k_rope, ws, recipe, name)
     part = sequence.Part()
     if parts > 1:
       part = sequence.Part(jax.lax.axis_index('context'), parts)
     with jax.named_scope('attend'):
-      out = attention.attend(
+      y = attention.attend(
         q,
         k,
         v,
-        scale=rope.softmax_scale(mla),
-        segments=None if segments is None else (segments, keys),
+        scale=rope.softmax_scale(config.mla),
+        segments=None if segments is None else (segments, key_segments),
         part=part,
         impl=core,
       )
-    return jax.lax.pmean(out, same) if same else out
+    return sharding.pmean(y, equal)
 
-  lay = sharding.array_spec
-  heads = ('batch', 'part', 'heads', 'head_dim')
-  laid = sum(sharding.mesh_axes(heads, q.shape), ())
-  same = tuple(a for a in sharding.auto_axes() if a not in laid)
-  up = ('rank', 'heads', 'head_dim')
-  shards = tuple(weights.fsdp_split(w, up) for w in ws)
-  specs = (
-    lay(heads, q),
-    lay(('batch', 'part', 'latent'), latent),
-    lay(('batch', 'part', 'head_dim'), k_rope),
-    tuple(weights.specs(w, up) for w in ws),
-    lay(('batch', 'part'), segments),
+  spec = sharding.array_spec
+  split = sum(sharding.mesh_axes(_HEADS, q.shape), ())
+  equal = tuple(a for a in sharding.auto_axes() if a not in split)
+  splits = tuple(weights.fsdp_split(w, _UP) for w in ws)
+  in_specs = (
+    spec(_HEADS, q),
+    spec(('batch', 'part', 'latent'), latent),
+    spec(('batch', 'part', 'head_dim'), k_rope),
+    tuple(weights.specs(w, _UP) for w in ws),
+    spec(('batch', 'part'), segments),
   )
   # A library's kernel does not say over which axes its result varies.
   check_vma = core in ('xla', 'reference')
-  run = sharding.shard_map(local, specs, specs[0], check_vma=check_vma)
+  run = sharding.shard_map(region, in_specs, in_specs[0], check_vma=check_vma)
   return run(q, latent, k_rope, ws, segments)
+
+
+@jax.named_scope('expand')
+def _expand(latent, k_rope, ws, recipe, name):
+  """Returns keys [B, S, N, H + R] and values [B, S, N, U] of the latents."""
+  equations = 'btc,cnh->btnh', 'btc,cnu->btnu'
+  k_nope, v = products.einsums(equations, latent, ws, recipe, name)
+  shape = (*k_nope.shape[:3], k_rope.shape[-1])
+  shared = jnp.broadcast_to(k_rope[:, :, None], shape)
+  return jnp.concatenate([k_nope, shared], axis=-1), v

@@ -1,12 +1,13 @@
 """The order of tokens when a sequence is split over devices.
 
-Under a causal mask the work grows with the position, so `context` devices do
-not take a sequence in stretches: it is cut into 2 * context pieces, and each
-device holds one early piece and its mirror image at the end. `arrange` brings
-whole sequences into that order, once, when they are still integers; positions,
-segments and targets are arranged with them, so that nothing between the
-embedding and the loss has to know. Only attention does: it gathers the small
-latents of all tokens (`whole`) and sees them in their natural order.
+Under a causal mask the work of a query grows with its position, so a split
+into even stretches would leave the first device idle. Instead a sequence is
+cut into 2 * P pieces for P devices (the mesh's `context` axis), and device p
+holds pieces p and 2P - 1 - p, an early one and its mirror image. `arrange`
+brings whole sequences into that order once, while they are still integers.
+Positions, segments and targets are arranged with them, so that nothing between
+the embedding and the loss depends on the order. Only attention does: it
+gathers the small latents of all tokens in natural order (`gather`).
 """
 
 from __future__ import annotations
@@ -22,49 +23,47 @@ from mla_moe.types import Array
 
 
 class Part(NamedTuple):
-  """Which of `count` parts of a sequence; `index` may be a traced value."""
+  """Part `index` of `count` of a sequence; `index` may be traced."""
 
   index: Array | int = 0
   count: int = 1
 
   def pieces(self) -> tuple:
-    """The numbers of its pieces, in order."""
+    """Returns the numbers of the part's pieces, in order."""
     if self.count == 1:
       return (0,)
     return self.index, 2 * self.count - 1 - self.index
 
 
-def count(length: int) -> int:
-  """Parts in which sequences of this length are held here."""
+def parts(length: int) -> int:
+  """Returns the number of parts of a sequence of this length here."""
   return sharding.axis_size(sharding.mesh_axes(('part',), (length,))[0])
 
 
 def arrange(x: Array) -> Array:
-  """[B, T, ...] from natural order to that of the devices."""
-  parts = count(x.shape[1])
-  if parts == 1:
-    return x
-  order = [p for i in range(parts) for p in Part(i, parts).pieces()]
-  return _take(x, order)
+  """Returns [B, T, ...] in the order of the devices, from the natural one."""
+  count = parts(x.shape[1])
+  return x if count == 1 else _take(x, _order(count))
 
 
 def restore(x: Array) -> Array:
-  """[B, T, ...] from the order of the devices to the natural one."""
-  parts = count(x.shape[1])
-  if parts == 1:
-    return x
-  order = [p for i in range(parts) for p in Part(i, parts).pieces()]
-  return _take(x, np.argsort(order))
+  """Returns [B, T, ...] in natural order, from that of the devices."""
+  count = parts(x.shape[1])
+  return x if count == 1 else _take(x, np.argsort(_order(count)))
 
 
-def whole(x: Array, parts: int) -> Array:
-  """In a region: all devices' parts of [B, T, ...], in natural order."""
-  if parts == 1:
+def gather(x: Array, count: int) -> Array:
+  """In a region: returns the `count` parts of [B, T, ...] in natural order."""
+  if count == 1:
     return x
-  every = jax.lax.all_gather(x, 'context', axis=1)  # [B, parts, T, ...]
-  early, late = jnp.split(every, 2, axis=2)
-  both = jnp.concatenate([early, late[:, ::-1]], axis=1)
-  return both.reshape(x.shape[0], -1, *x.shape[2:])
+  x = jax.lax.all_gather(x, 'context', axis=1)  # [B, parts, T, ...]
+  early, late = jnp.split(x, 2, axis=2)
+  x = jnp.concatenate([early, late[:, ::-1]], axis=1)
+  return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def _order(count: int) -> list[int]:
+  return [piece for i in range(count) for piece in Part(i, count).pieces()]
 
 
 def _take(x, order):

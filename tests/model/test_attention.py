@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mla_moe.config import MLAConfig, RopeConfig
-from mla_moe.model import attention, rope, sequence
+from mla_moe.model import attention, flash, rope, sequence
 
 
 def inputs(t, batch=2, heads=3, dtype=jnp.float32):
@@ -26,7 +26,7 @@ def inputs(t, batch=2, heads=3, dtype=jnp.float32):
 def test_blocks_equal_the_oracle(t, heads, packed):
   """The last one is padded, and wide enough to be cut into parts."""
   args, g, segments = inputs(t, heads=heads)
-  assert attention._lots(args[0]) == (4 if heads == 4 else 1)
+  assert flash._chunks(args[0]) == (4 if heads == 4 else 1)
   segments = (segments, segments) if packed else None
   outs = []
   for impl in ('reference', 'xla'):

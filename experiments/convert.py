@@ -288,7 +288,7 @@ def _outputs(config, variables, tokens) -> list:
       found.append(x)
   network = Transformer(config)
   run = jax.jit(network.apply, static_argnames='method')
-  found[-1] = run(variables, tokens, method='features').hidden
+  found[-1] = run(variables, tokens, method=Transformer.features).hidden
   found.append(run(variables, tokens).logits)
   return [np.asarray(x) for x in found]
 

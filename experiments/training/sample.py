@@ -22,9 +22,9 @@ def _continue(variables, tokens, start, end, key, temperature, *, config):
   network = transformer.Transformer(config)
 
   def one(i, tokens):
-    out = network.apply(variables, tokens, method='features')
+    out = network.apply(variables, tokens, method=network.features)
     last = jax.lax.dynamic_index_in_dim(out.hidden, i - 1, 1, keepdims=False)
-    head = network.apply(variables, method='head').astype(last.dtype)
+    head = network.apply(variables, method=network.head).astype(last.dtype)
     logits = (last @ head)[0].astype(jnp.float32)
     draw = jax.random.categorical(
       jax.random.fold_in(key, i), logits / jnp.maximum(temperature, 1e-6)

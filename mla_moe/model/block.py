@@ -18,9 +18,10 @@ _STREAM = ('batch', 'length', 'stream')
 
 
 class Block(nn.Module):
-  """Pre-norm attention and feed-forward; `routed` says which of the latter.
+  """Pre-norm attention, then the experts if `routed`, else a dense FFN.
 
-  Returns the stream and, when routed, the layer's `moe.Stats`.
+  Returns the stream and, when routed, the layer's `moe.Stats`. A `mask` of 0
+  leaves a token out of the stats.
   """
 
   config: ModelConfig
@@ -53,12 +54,12 @@ class Block(nn.Module):
     return x + sharding.constrain(y, *_STREAM), stats
 
 
-def rematerialised(config: ModelConfig, length: int = 1) -> type[nn.Module]:
-  """Block, with what `config.compute.remat` says computed again going backward.
+def remat_block(config: ModelConfig, length: int = 1) -> type[nn.Module]:
+  """Returns Block, rematerialised as `config.compute.remat` says.
 
-  `length` is that of the scan whose body it is. XLA takes a loop of one turn
-  for no loop, and would find what is computed again to be what has been
-  computed already, and keep it.
+  `length` is that of the scan whose body it is. XLA unrolls a loop of one turn
+  and would then merge the second computation with the first and keep its
+  values, which `prevent_cse` forbids.
   """
   remat = config.compute.remat
   if remat == 'none':
@@ -68,19 +69,20 @@ def rematerialised(config: ModelConfig, length: int = 1) -> type[nn.Module]:
   if remat in ('latents', 'products'):
     policy = policies.save_only_these_names(*mla.SAVED, *moe.SAVED)
   if remat == 'products':
-    products = policies.dots_with_no_batch_dims_saveable
-    eight = policies.save_only_these_names(products.FP8_OUTPUT)
-    for also in (products, eight):
-      policy = policies.save_from_both_policies(also, policy)
+    for more in (
+      policies.dots_with_no_batch_dims_saveable,
+      policies.save_only_these_names(products.FP8_OUTPUT),
+    ):
+      policy = policies.save_from_both_policies(more, policy)
   return nn.remat(Block, prevent_cse=length == 1, policy=policy)
 
 
 def stack(
   config: ModelConfig, routed: bool, length: int, name: str
 ) -> nn.Module:
-  """`length` blocks as one scan; stats get a leading layer axis."""
+  """Returns `length` blocks as one scan; stats get a leading layer axis."""
   return nn.scan(
-    rematerialised(config, length),
+    remat_block(config, length),
     length=length,
     variable_axes={'params': 0, 'router': 0},
     split_rngs={'params': True},

@@ -40,6 +40,6 @@ class MTP(nn.Module):
     w_join = weights.param(self, 'w_join', (2 * c.dim, c.dim), axes, c.init_std)
     x = jnp.concatenate(both, axis=-1)
     x = jnp.einsum('btd,de->bte', x, w_join.astype(x.dtype))
-    one = block.rematerialised(c)(c, c.moe_layers > 0, name='block')
+    one = block.remat_block(c)(c, c.moe_layers > 0, name='block')
     x, stats = one(x, cos, sin, segments, mask)
     return x, norm('final_norm')(x), stats

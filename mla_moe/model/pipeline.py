@@ -59,7 +59,7 @@ def run(
       f'divide the {x.shape[0]} rows of a batch'
     )
   length = jax.tree.leaves(variables)[0].shape[0] // count
-  layer = block.rematerialised(config, length)(config, True, parent=None)
+  layer = block.remat_block(config, length)(config, True, parent=None)
 
   def local(variables, *rows):
     me = jax.lax.axis_index('stage')

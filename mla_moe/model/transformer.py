@@ -1,8 +1,8 @@
 """The transformer: embedding, dense layers, MoE layers, head, MTP modules.
 
-`Transformer.__call__` gives logits. Training reads `features` instead: the
-normed hidden states, so that the loss may make logits block by block and
-never whole (`losses.token_nll`).
+`Transformer.__call__` returns logits. Training reads the normed hidden states
+instead (`features`), so that the loss makes logits block by block and never
+whole (`losses.token_nll`): they would be a step's largest array.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ from mla_moe.types import Array, Float, Int, PyTree
 
 @struct.dataclass
 class Features:
-  """Hidden states ready for the head, and what the MoE layers report.
+  """Hidden states ready for the head, and the reports of the MoE layers.
 
-  hidden [B, T, D]; mtp_hidden: per module [B, T, D], where position i predicts
-  token i + module + 2 and the last module + 1 positions mean nothing; stats
-  with a leading axis of MoE layers, mtp_stats with one of modules (None where
-  there are none).
+  hidden: [B, T, D]; position i predicts token i + 1.
+  mtp_hidden: a list with [B, T, D] for each module k (from 0); position i
+    predicts token i + k + 2, and the last k + 1 positions mean nothing.
+  stats: `moe.Stats` with a leading axis of MoE layers, or None.
+  mtp_stats: `moe.Stats` with a leading axis of modules, or None.
   """
 
   hidden: PyTree
@@ -46,11 +47,13 @@ class Features:
 
 @struct.dataclass
 class Output:
-  """logits [B, T, V] float32: position i predicts token i+1.
+  """Logits of whole sequences, and the tokens sent to each expert.
 
-  mtp_logits [depth, B, T-1, V]: position i of module k (from 0) predicts token
-  i+k+2, None without MTP; expert_load [MoE layers, E] int32 tokens sent to
-  each routed expert, mtp_load [depth, E] likewise.
+  logits: [B, T, V] float32; position i predicts token i + 1.
+  mtp_logits: [depth, B, T-1, V] float32; position i of module k (from 0)
+    predicts token i + k + 2. None without MTP.
+  expert_load: [MoE layers, E] int32, tokens sent to each routed expert.
+  mtp_load: [depth, E] int32, likewise for the modules.
   """
 
   logits: PyTree
@@ -60,19 +63,16 @@ class Output:
 
 
 class Transformer(nn.Module):
-  """A DeepSeek-V3-style model."""
+  """A DeepSeek-V3-style model; variables are `params` and `router` (biases)."""
 
   config: ModelConfig
 
   def setup(self):
     c = self.config
-    shape = (c.vocab, c.dim)
-    axes = ('vocab', 'embed')
-    self.embedding = weights.param(self, 'embedding', shape, axes, c.init_std)
+    shape, axes, std = (c.vocab, c.dim), ('vocab', 'embed'), c.init_std
+    self.embedding = weights.param(self, 'embedding', shape, axes, std)
     if not c.tie_embeddings:
-      self.w_head = weights.param(
-        self, 'w_head', shape[::-1], axes[::-1], c.init_std
-      )
+      self.w_head = weights.param(self, 'w_head', shape[::-1], axes[::-1], std)
     if c.dense_layers:
       self.dense = block.stack(c, False, c.dense_layers, 'dense')
     if c.moe_layers:
@@ -80,76 +80,13 @@ class Transformer(nn.Module):
     self.final_norm = layers.RMSNorm(c.norm_eps)
     self.mtp = [mtp.MTP(c) for _ in range(c.mtp.depth)]
 
-  def head(self) -> Float[Array, 'D V']:
-    """The output projection, float32."""
-    return self.embedding.T if self.config.tie_embeddings else self.w_head
-
-  def features(
-    self,
-    tokens: Int[Array, 'B T'],
-    positions: Int[Array, 'B T'] | None = None,
-    segments: Int[Array, 'B T'] | None = None,
-    mask: Float[Array, 'B T'] | None = None,
-    micro: int = 0,
-  ) -> Features:
-    """Everything but the head.
-
-    On a mesh that splits sequences, the hidden states of a row are in the order
-    of its devices (`sequence.arrange`).
-
-    Args:
-      tokens: ids below the vocabulary; others are clipped by the gather.
-      positions: for the rotation; 0..T-1 when None.
-      segments: tokens of one row attend within their segment; None is one.
-      mask: 0 for tokens that the experts' statistics leave out.
-      micro: micro-batches of a pipeline, on a mesh with stages (`pipeline`).
-    """
-    c = self.config
-    b, t = tokens.shape
-    if positions is None:
-      positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], (b, t))
-    place = lambda x: None if x is None else sequence.arrange(x)
-    segments = place(segments)
-    cos, sin = rope.angles(place(positions), c.mla.rope_dim, c.mla.rope)
-    embed = lambda tokens: embedding.lookup(
-      self.embedding, place(tokens), c.dtype
-    )
-    embedded = embed(tokens)
-    x, stats = embedded, None
-    if c.dense_layers:
-      x, _ = self.dense(x, cos, sin, segments, place(mask))
-    if c.moe_layers and pipeline.stages() > 1 and not self.is_initializing():
-      assert mask is None
-      rows = (x, cos, sin, segments)
-      x, stats = pipeline.run(self.moe.variables, c, *rows, micro)
-      x = sharding.constrain(x, 'batch', 'length', 'stream')
-    elif c.moe_layers:
-      x, stats = self.moe(x, cos, sin, segments, place(mask))
-    hidden = self.final_norm(x)
-
-    mtp_hidden, mtp_stats, before = [], [], hidden
-    for k, module in enumerate(self.mtp, start=1):
-      known = (jnp.arange(t) < t - k).astype(jnp.float32)[None]
-      known = jnp.broadcast_to(known, (b, t))
-      known = known if mask is None else known * mask
-      ahead = embed(jnp.roll(tokens, -k, axis=1))
-      before, normed, report = module(
-        before, ahead, cos, sin, segments, place(known)
-      )
-      mtp_hidden.append(normed)
-      mtp_stats.append(report)
-    together = None
-    if mtp_stats and c.moe_layers:
-      together = jax.tree.map(lambda *x: jnp.stack(x), *mtp_stats)
-    return Features(hidden, mtp_hidden, stats, together)
-
   def __call__(
     self,
     tokens: Int[Array, 'B T'],
     positions: Int[Array, 'B T'] | None = None,
     segments: Int[Array, 'B T'] | None = None,
   ) -> Output:
-    """Logits of whole sequences."""
+    """Returns the logits of whole sequences; the arguments of `features`."""
     out = self.features(tokens, positions, segments)
     w_head = self.head().astype(self.config.dtype)
     logits = lambda h: products.dot('btd,dv->btv', sequence.restore(h), w_head)
@@ -163,11 +100,76 @@ class Transformer(nn.Module):
       mtp_load=None if out.mtp_stats is None else out.mtp_stats.load,
     )
 
+  def head(self) -> Float[Array, 'D V']:
+    """Returns the output projection, float32."""
+    return self.embedding.T if self.config.tie_embeddings else self.w_head
 
-def quantised(params: PyTree, config: ModelConfig) -> PyTree:
-  """The FP8 copies of every weight of a tree, None for other parameters.
+  def features(
+    self,
+    tokens: Int[Array, 'B T'],
+    positions: Int[Array, 'B T'] | None = None,
+    segments: Int[Array, 'B T'] | None = None,
+    micro_batches: int = 0,
+  ) -> Features:
+    """Returns everything but the head's logits.
 
-  What `with_copies` takes: made once, they serve many micro-batches.
+    On a mesh that splits sequences, the hidden states of a row are in the order
+    of its devices (`sequence.arrange`).
+
+    Args:
+      tokens: ids; those beyond the vocabulary are clipped by the gather.
+      positions: for the rotation; 0..T-1 when None.
+      segments: numbers of documents: tokens of a row attend within theirs. None
+        is one document.
+      micro_batches: of a pipeline (0: one a stage), on a mesh with stages.
+    """
+    c = self.config
+    b, t = tokens.shape
+    if positions is None:
+      positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], (b, t))
+    if segments is not None:
+      segments = sequence.arrange(segments)
+    positions = sequence.arrange(positions)
+    cos, sin = rope.angles(positions, c.mla.rope_dim, c.mla.rope)
+    context = cos, sin, segments
+    x = self._embed(tokens)
+    stats = None
+    if c.dense_layers:
+      x, _ = self.dense(x, *context, None)
+    if c.moe_layers and pipeline.stages() > 1 and not self.is_initializing():
+      x, stats = pipeline.run(self.moe.variables, c, x, *context, micro_batches)
+      x = sharding.constrain(x, 'batch', 'length', 'stream')
+    elif c.moe_layers:
+      x, stats = self.moe(x, *context, None)
+    hidden = self.final_norm(x)
+    mtp_hidden, mtp_stats = self._predict_ahead(tokens, hidden, context)
+    return Features(hidden, mtp_hidden, stats, mtp_stats)
+
+  def _embed(self, tokens):
+    arranged = sequence.arrange(tokens)
+    return embedding.lookup(self.embedding, arranged, self.config.dtype)
+
+  def _predict_ahead(self, tokens, hidden, context):
+    """Returns the MTP modules' hidden states and stats, see `Features`."""
+    outputs, stats, x = [], [], hidden
+    b, t = tokens.shape
+    for k, module in enumerate(self.mtp, start=1):
+      # The last k tokens have no successor in the row: no expert counts them.
+      mask = (jnp.arange(t) < t - k).astype(jnp.float32)[None]
+      mask = jnp.broadcast_to(mask, (b, t))
+      ahead = self._embed(jnp.roll(tokens, -k, axis=1))
+      x, normed, report = module(x, ahead, *context, sequence.arrange(mask))
+      outputs.append(normed)
+      stats.append(report)
+    if not stats or not self.config.moe_layers:
+      return outputs, None
+    return outputs, jax.tree.map(lambda *x: jnp.stack(x), *stats)
+
+
+def fp8_copies(params: PyTree, config: ModelConfig) -> PyTree:
+  """Returns the FP8 copies of every weight of a tree, None at the other leaves.
+
+  Made once, they serve many micro-batches (`with_copies`).
   """
   recipe = products.recipe(config)
   tokens = jnp.zeros((1, config.mtp.depth + 2), jnp.int32)
@@ -185,6 +187,6 @@ def quantised(params: PyTree, config: ModelConfig) -> PyTree:
 
 
 def with_copies(params: PyTree, copies: PyTree) -> PyTree:
-  """The parameters, with copies where there are any; differentiable."""
+  """Returns the parameters joined with their copies; differentiable."""
   join = lambda w, q: w if q is None else fp8.Weight(w, q)
   return jax.tree.map(join, params, copies)

@@ -54,7 +54,7 @@ def measure(
     x = params['embedding'].astype(model.dtype)[tokens]
     inputs = {}
     for name, count in stacks.items():
-      network = block.rematerialised(model, count)(model, name == 'moe')
+      network = block.remat_block(model, count)(model, name == 'moe')
 
       def layer(x, one, network=network):
         variables, more = one

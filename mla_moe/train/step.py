@@ -133,7 +133,7 @@ def train_step(
 
   copies = None
   if config.model.precision != 'bf16':
-    copies = transformer.quantised(state.params, config.model)
+    copies = transformer.fp8_copies(state.params, config.model)
 
   def objective(params, micro):
     if copies is not None:
@@ -251,11 +251,10 @@ def _terms(params, biases, micro: batches.Batch, config) -> dict[str, Array]:
     micro.tokens,
     micro.positions,
     None if joined else micro.segments,
-    None,
     config.mesh.pipeline,
-    method='features',
+    method=network.features,
   )
-  head = network.apply(variables, method='head')
+  head = network.apply(variables, method=network.head)
   targets = [micro.targets]
   for k in range(1, 1 + len(out.mtp_hidden)):
     targets.append(_ahead(micro.targets, micro.segments, k))

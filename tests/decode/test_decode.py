@@ -184,7 +184,10 @@ def test_the_mtp_module_over_its_cache_equals_training():
   config, variables, weights, expected = golden('v3_release')
   tokens = expected['tokens']
   features = jax.jit(
-    functools.partial(transformer.Transformer(config).apply, method='features')
+    functools.partial(
+      transformer.Transformer(config).apply,
+      method=transformer.Transformer.features,
+    )
   )(variables, tokens)
   _, cache = forward.split(empty(config), config)
   found = []

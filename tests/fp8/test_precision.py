@@ -111,7 +111,7 @@ def test_copies_made_once_change_nothing():
   tokens = jnp.arange(48, dtype=jnp.int32).reshape(2, 24)
   network = transformer.Transformer(config)
   variables = nn.unbox(jax.jit(network.init)(jax.random.key(0), tokens))
-  copies = transformer.quantised(variables['params'], config)
+  copies = transformer.fp8_copies(variables['params'], config)
   names = {
     path[-1].key
     for path, _ in jax.tree_util.tree_leaves_with_path(
@@ -124,7 +124,7 @@ def test_copies_made_once_change_nothing():
     if copies is not None:
       params = transformer.with_copies(params, copies)
     both = {**variables, 'params': params}
-    out = network.apply(both, tokens, method='features')
+    out = network.apply(both, tokens, method=network.features)
     return jnp.square(out.hidden).mean() + out.hidden[0, 3, 2]
 
   run = jax.jit(jax.value_and_grad(loss))
@@ -195,7 +195,7 @@ def saved(precision, remat):
     dense_width=384,
     dim=256,
   ).model
-  one = block.rematerialised(config)(config, False)
+  one = block.remat_block(config)(config, False)
   x = jnp.zeros((2, 256, 256), jnp.bfloat16)
   angles = rope.angles(jnp.zeros((2, 256), jnp.int32), 8, config.mla.rope)
   args = (x, *angles, None, None)

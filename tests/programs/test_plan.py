@@ -77,7 +77,7 @@ def kept_for_the_backward_pass(config, rows, length):
   def residuals(params, tokens):
     def loss(params):
       both = {'params': params, 'router': router}
-      return network.apply(both, tokens, method='features').hidden.sum()
+      return network.apply(both, tokens, method=network.features).hidden.sum()
 
     return jax.vjp(loss, params)[1]
 

@@ -1,12 +1,13 @@
-"""A run's checkpoints: what is there, whether it is whole, and out with it.
+"""Lists, verifies and deletes a run's checkpoints.
 
   python -m experiments.checkpoint ls DIR
   python -m experiments.checkpoint verify DIR [STEP ...]
   python -m experiments.checkpoint rm DIR STEP ... [--refused] [--force]
 
-DIR is a run's folder, or its folder of checkpoints. `verify` reads every byte,
-and ends with 1 where a step is not as it was sealed. `rm` leaves a run its last
-whole step unless forced; --refused deletes what restarts had set aside.
+DIR is a run's folder, or its folder of checkpoints. `verify` reads every byte
+and exits with 1 if a step differs from its seal. `rm` refuses to delete a run's
+last intact step without --force; with --refused it deletes the damaged steps
+that restarts have moved out of the way.
 """
 
 from __future__ import annotations
@@ -23,22 +24,22 @@ from mla_moe.config import ConfigError
 
 
 def main() -> None:
-  """Does what the command line says."""
+  """Runs the command; exits with 2 on bad input."""
   parser = argparse.ArgumentParser(
     prog='python -m experiments.checkpoint', description=__doc__.split('\n')[0]
   )
-  parser.add_argument('what', choices=('ls', 'verify', 'rm'))
+  parser.add_argument('command', choices=('ls', 'verify', 'rm'))
   parser.add_argument('folder', metavar='DIR', type=pathlib.Path)
   parser.add_argument('steps', metavar='STEP', type=int, nargs='*')
-  parser.add_argument('--refused', action='store_true', help='rm: these, too')
+  parser.add_argument('--refused', action='store_true', help='rm: also these')
   parser.add_argument('--force', action='store_true', help='rm: the last one')
   args = parser.parse_args()
   try:
     folder = find(args.folder.expanduser())
     chosen = _chosen(folder, args.steps)
-    if args.what == 'ls':
+    if args.command == 'ls':
       ls(folder, chosen)
-    elif args.what == 'verify':
+    elif args.command == 'verify':
       sys.exit(0 if verify(folder, chosen) else 1)
     else:
       rm(folder, args.steps, refused=args.refused, force=args.force)
@@ -48,7 +49,7 @@ def main() -> None:
 
 
 def find(folder: pathlib.Path) -> pathlib.Path:
-  """The folder of checkpoints that a person means.
+  """Returns the folder of checkpoints of a run's folder, or `folder` itself.
 
   Raises:
     ConfigError: there is none.
@@ -60,7 +61,7 @@ def find(folder: pathlib.Path) -> pathlib.Path:
 
 
 def ls(folder: pathlib.Path, steps: list[int]) -> None:
-  """A line for each step: seal, size, age, held-out score, versions."""
+  """Prints a line for each step: size, seal, date, score and versions."""
   from mla_moe.checkpoint import seal, store
 
   if not steps:
@@ -92,71 +93,71 @@ def ls(folder: pathlib.Path, steps: list[int]) -> None:
 
 
 def verify(folder: pathlib.Path, steps: list[int]) -> bool:
-  """Whether every one is as it was sealed; says so of each."""
+  """Returns whether every step matches its seal; prints a line for each."""
   from mla_moe.checkpoint import store
 
-  good = bool(steps)
+  intact = bool(steps)
   for step in steps:
     try:
       sealed = store.check(folder, step)
     except store.Damaged as error:
       print(f'{step}: DAMAGED. {error}')
-      good = False
+      intact = False
       continue
     if sealed is None:
-      print(f'{step}: not sealed: nothing vouches for it')
-      good = False
+      print(f'{step}: not sealed, so its bytes cannot be checked')
+      intact = False
     else:
       print(f'{step}: whole ({len(sealed["files"])} files)')
   if not steps:
     print(f'{folder}: no checkpoints')
-  return good
+  return intact
 
 
 def rm(
   folder: pathlib.Path, steps: list[int], *, refused: bool, force: bool
 ) -> None:
-  """Deletes steps, and what was set aside.
+  """Deletes steps, and with `refused` the damaged ones that were moved away.
 
   Raises:
     ConfigError: nothing to delete, a run that writes to the folder, or no
-      whole step would be left.
+      intact step would be left.
   """
-  from mla_moe.checkpoint import store
+  from mla_moe.checkpoint import folders
 
   if not steps and not refused:
     raise ConfigError('rm: name the steps to delete, or --refused')
   run = folder.parent
-  busy = (
+  lock = (
     workdir.lock(run) if (run / 'lock').exists() else contextlib.nullcontext()
   )
-  with busy:
-    there = store.steps(folder)
-    left = [step for step in there if step not in steps]
-    if steps and not force and not any(_whole(folder, step) for step in left):
+  with lock:
+    left = [step for step in folders.steps(folder) if step not in steps]
+    if steps and not force and not any(_intact(folder, step) for step in left):
       raise ConfigError(
         'rm: no whole step would be left; --force deletes all the same'
       )
     for step in steps:
-      store.remove(folder, step)
+      folders.remove(folder, step)
       print(f'{step}: deleted')
-    place = folder / 'refused'
-    if refused and place.is_dir():
-      shutil.rmtree(place)
-      print(f'{place}: deleted')
+    path = folder / 'refused'
+    if refused and path.is_dir():
+      shutil.rmtree(path)
+      print(f'{path}: deleted')
 
 
-def _chosen(folder, named) -> list[int]:
-  from mla_moe.checkpoint import store
+def _chosen(folder, steps) -> list[int]:
+  """Returns `steps`, which must exist, or all where none is named."""
+  from mla_moe.checkpoint import folders
 
-  there = store.steps(folder)
-  for step in named:
-    if step not in there:
-      raise ConfigError(f'{folder}: has no step {step}, only {there}')
-  return named or there
+  present = folders.steps(folder)
+  for step in steps:
+    if step not in present:
+      raise ConfigError(f'{folder}: has no step {step}, only {present}')
+  return steps or present
 
 
-def _whole(folder, step) -> bool:
+def _intact(folder, step) -> bool:
   from mla_moe.checkpoint import store
 
   try:

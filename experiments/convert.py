@@ -171,7 +171,9 @@ def last_variables(
   like = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), like
   )
-  restored = store.restore(folder / 'checkpoints', like, unsealed=unsealed)
+  restored = store.restore(
+    folder / 'checkpoints', like, allow_unsealed=unsealed
+  )
   if restored is None:
     raise ConfigError(f'{folder}: has no checkpoint yet')
   state = restored.state

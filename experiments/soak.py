@@ -114,9 +114,9 @@ def outcome(folder: pathlib.Path) -> dict:
   Raises:
     ConfigError: the last checkpoint is not whole.
   """
-  from mla_moe.checkpoint import store
+  from mla_moe.checkpoint import folders, store
 
-  last = store.steps(folder / 'checkpoints')[-1]
+  last = folders.steps(folder / 'checkpoints')[-1]
   sealed = store.check(folder / 'checkpoints', last)
   if sealed is None:
     raise ConfigError(f'{folder}: the last checkpoint has no seal')
@@ -137,9 +137,9 @@ def _disaster(
 
   Damage to files is done here; it needs a sealed step to fall back to.
   """
-  from mla_moe.checkpoint import seal, store
+  from mla_moe.checkpoint import folders, seal
 
-  saved = store.steps(path / 'checkpoints')
+  saved = folders.steps(path / 'checkpoints')
   sealed = [
     step
     for step in saved
@@ -188,10 +188,10 @@ def _allowed(what: str) -> tuple[int, ...]:
 
 def _at_end(folder: pathlib.Path, steps: int) -> bool:
   """Whether the last step is there, sealed, and the run was closed after it."""
-  from mla_moe.checkpoint import seal, store
+  from mla_moe.checkpoint import folders, seal
 
   path = folder / 'checkpoints'
-  if store.steps(path)[-1:] != [steps]:
+  if folders.steps(path)[-1:] != [steps]:
     return False
   done = (folder / 'report.html').exists()
   return done and (path / str(steps) / seal.NAME).exists()

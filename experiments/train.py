@@ -87,7 +87,7 @@ def _run(
 
   from experiments import report
   from experiments.training import logs, preparation, recorder
-  from mla_moe.checkpoint import store
+  from mla_moe.checkpoint import folders, store
 
   window = profile.window(also.profile)
   metrics = path / 'metrics.jsonl'
@@ -105,7 +105,7 @@ def _run(
     state = preparation.fresh(ready)
     like = jax.tree.map(shape, state)
     course = Course(0, state, skips.Guard())
-    if store.steps(path / 'checkpoints'):
+    if folders.steps(path / 'checkpoints'):
       del state, course  # their memory is the restored one's
       course = resume(ready, like, unsealed=unsealed, aside=True)
       if course:
@@ -160,7 +160,7 @@ def _steps(ready, course, saved, written, stop, dog, tell) -> Ended:
     start,
     every.steps,
     *ready.share,
-    passed=counts.passed,
+    left_out=counts.passed,
   )
   look, clock = None, None
   for number, batch in enumerate(stream, start + 1):

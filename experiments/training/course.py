@@ -36,8 +36,8 @@ def resume(
     ready.path / 'checkpoints',
     like,
     before=before,
-    unsealed=unsealed,
-    aside=aside,
+    allow_unsealed=unsealed,
+    move_refused=aside,
   )
   if restored is None:
     return None

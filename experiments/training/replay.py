@@ -50,7 +50,7 @@ def replay(folder: pathlib.Path, number: int, *, unsealed: bool) -> None:
       ready.text.bos_id,
       start,
       number,
-      passed=counts.passed if passed is None else passed,
+      left_out=counts.passed if passed is None else passed,
     )
     for i, batch in enumerate(stream, start):
       seen, _ = batches.span(config.data, i)
@@ -77,18 +77,18 @@ def replay(folder: pathlib.Path, number: int, *, unsealed: bool) -> None:
 
 def _told(folder: pathlib.Path, number: int) -> tuple[dict, int | None]:
   """What was written down of the state after a step, and its text's offset."""
-  from mla_moe.checkpoint import store
+  from mla_moe.checkpoint import folders, store
 
   rows = workdir.rows(folder / 'fingerprints.jsonl')
   for row in rows:
     if row['step'] == number:
       return row['leaves'], row['passed']
   saved = folder / 'checkpoints'
-  if number in store.steps(saved):
+  if number in folders.steps(saved):
     sealed = store.check(saved, number)
     if sealed:
       return sealed['fingerprints'], sealed['facts']['guard']['passed']
-  known = sorted({*(row['step'] for row in rows), *store.steps(saved)})
+  known = sorted({*(row['step'] for row in rows), *folders.steps(saved)})
   near = sorted(known, key=lambda step: abs(step - number))[:3]
   raise ConfigError(
     f'--replay={number}: no fingerprints of this step were kept; near it are '

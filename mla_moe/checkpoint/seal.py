@@ -1,10 +1,10 @@
-"""The seal of a checkpoint: what its files were when it was whole.
+"""The seal of a checkpoint: size and SHA-256 of every file, written last.
 
-`seal.json` lists the size and SHA-256 of every file of a step's folder, with
-facts about what is inside, and ends with its own hash. It is written last, to
-another name that is then renamed, so it is there whole or not at all: a folder
-without it was cut off, or is older than seals. Orbax checks its indices but
-not the values: a flipped bit in an array loads without a word.
+Orbax checks its indices but not the values: a flipped bit in an array loads
+without a word. So `seal.json` records every file of a step's folder, facts
+about the contents, and its own hash. It is written under another name and then
+renamed, so it is complete or absent: a folder without it was cut off, or is
+older than seals.
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ _BLOCK = 1 << 22
 
 
 class Damaged(ConfigError):
-  """A checkpoint that is not what it was; one line says which file, and how."""
+  """A checkpoint differs from its seal; one line names the file and how."""
 
 
 def write(folder: pathlib.Path, facts: dict) -> None:
-  """Seals the folder as it is now, on the disk and not in its cache alone."""
-  files = _files(folder)
-  body = {'format': FORMAT, 'files': files, **facts}
-  body['sha256'] = _of(body)
+  """Seals the folder as it is now, and waits until all of it is on the disk."""
+  body = {'format': FORMAT, 'files': _records(folder), **facts}
+  body['sha256'] = _hash(body)
   scratch = folder / f'{NAME}.new'
   with open(scratch, 'w') as file:
     json.dump(body, file, indent=1)
@@ -43,21 +42,21 @@ def write(folder: pathlib.Path, facts: dict) -> None:
 
 
 def read(folder: pathlib.Path) -> dict | None:
-  """The seal, or None where there is none.
+  """Returns the seal's facts and files, or None where there is no seal.
 
   Raises:
-    Damaged: it is not as it was written, or of a later format.
+    Damaged: its own hash does not match, or it is of a later format.
   """
   path = folder / NAME
   try:
     body = json.loads(path.read_bytes())
-    told = body.pop('sha256')
+    expected = body.pop('sha256')
     version = body['format']
   except FileNotFoundError:
     return None
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise Damaged(f'{path}: cannot be read ({error!r})') from None
-  if told != _of(body):
+  if expected != _hash(body):
     raise Damaged(f'{path}: is not as it was written')
   if version > FORMAT:
     raise Damaged(
@@ -69,53 +68,54 @@ def read(folder: pathlib.Path) -> dict | None:
 
 
 def check(folder: pathlib.Path, seal: dict) -> None:
-  """Compares every file with the seal.
+  """Compares every file with the seal: names and sizes first, then hashes.
 
   Raises:
     Damaged: names the first file that is absent, new or different.
   """
-  told = seal['files']
-  there = {str(path.relative_to(folder)) for path in _paths(folder)}
-  for name in sorted(told.keys() | there):
-    if name not in there:
+  sealed = seal['files']
+  present = {str(path.relative_to(folder)) for path in _paths(folder)}
+  for name in sorted(sealed.keys() | present):
+    if name not in present:
       raise Damaged(f'{folder}/{name}: is missing')
-    if name not in told:
+    if name not in sealed:
       raise Damaged(f'{folder}/{name}: is not of this checkpoint')
     size = (folder / name).stat().st_size
-    if size != told[name][0]:
-      raise Damaged(f'{folder}/{name}: has {size} bytes, had {told[name][0]}')
-  found = _files(folder)
-  for name in sorted(told):
-    if found[name] != told[name]:
+    if size != sealed[name][0]:
+      raise Damaged(f'{folder}/{name}: has {size} bytes, had {sealed[name][0]}')
+  records = _records(folder)
+  for name in sorted(sealed):
+    if records[name] != sealed[name]:
       raise Damaged(f'{folder}/{name}: its SHA-256 is not what it was')
 
 
-def _of(body: dict) -> str:
+def _hash(body: dict) -> str:
   text = json.dumps(body, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _paths(folder: pathlib.Path) -> list[pathlib.Path]:
-  ours = (NAME, f'{NAME}.new')
+  """Returns every file of the folder but the seal."""
+  seals = (NAME, f'{NAME}.new')
   return [
     path
     for path in sorted(folder.rglob('*'))
-    if not path.is_dir() and not (path.parent == folder and path.name in ours)
+    if not path.is_dir() and not (path.parent == folder and path.name in seals)
   ]
 
 
-def _files(folder: pathlib.Path) -> dict[str, list]:
-  """{name: [size, SHA-256]} of every file."""
+def _records(folder: pathlib.Path) -> dict[str, list]:
+  """Returns {name: [size, SHA-256]} of every file."""
   paths = _paths(folder)
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
-    found = list(threads.map(_file, paths))
+    records = list(threads.map(_record, paths))
   return {
-    str(path.relative_to(folder)): facts
-    for path, facts in zip(paths, found, strict=True)
+    str(path.relative_to(folder)): record
+    for path, record in zip(paths, records, strict=True)
   }
 
 
-def _file(path: pathlib.Path) -> list:
+def _record(path: pathlib.Path) -> list:
   digest, size = hashlib.sha256(), 0
   with open(path, 'rb') as file:
     os.fsync(file.fileno())
@@ -126,6 +126,7 @@ def _file(path: pathlib.Path) -> list:
 
 
 def _sync(folder: pathlib.Path):
+  """Waits until the folder's list of names is on the disk."""
   handle = os.open(folder, os.O_RDONLY)
   try:
     os.fsync(handle)

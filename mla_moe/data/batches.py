@@ -64,11 +64,11 @@ def batch_at(
   bos_id: int,
   host: int = 0,
   hosts: int = 1,
-  passed: int = 0,
+  left_out: int = 0,
 ) -> Batch:
   """The batch of `step`, or this host's columns of each micro-batch.
 
-  `passed` sequences before the step's are left out: where a run that had gone
+  `left_out` sequences before the step's are left out: where a run that had gone
   astray goes on elsewhere in the text, with its schedules unchanged.
 
   Raises:
@@ -79,7 +79,7 @@ def batch_at(
     raise ConfigError(f'{hosts} hosts: must divide data.micro_batch={micro}')
   first, size = span(data, step)
   most, each = data.batch_size // micro, micro // hosts
-  at = first + passed + np.arange(size).reshape(-1, micro)
+  at = first + left_out + np.arange(size).reshape(-1, micro)
   at = at[:, host * each : (host + 1) * each]
   rows = (len(stream) - 1) // data.seq_len
   epoch, index = np.divmod(at, rows)
@@ -107,7 +107,7 @@ def batches(
   stop: int,
   host: int = 0,
   hosts: int = 1,
-  passed: int = 0,
+  left_out: int = 0,
 ) -> Iterator[Batch]:
   """Batches of steps start..stop-1, each read when it is asked for."""
   read = functools.partial(
@@ -117,7 +117,7 @@ def batches(
     bos_id=bos_id,
     host=host,
     hosts=hosts,
-    passed=passed,
+    left_out=left_out,
   )
   return map(read, range(start, stop))
 

@@ -1,4 +1,7 @@
-"""Checkpoints under every damage: rows 1 to 10, 15, 17, 34 of the matrix."""
+"""Checkpoints under every kind of damage.
+
+The row numbers are those of the table in docs/reliability.md.
+"""
 
 import os
 import pathlib
@@ -18,24 +21,24 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import checkpoint as program
 from mla_moe import ConfigError, sharding
-from mla_moe.checkpoint import faults, fingerprint, seal, store
+from mla_moe.checkpoint import faults, fingerprint, folders, seal, store
 from mla_moe.config import MeshConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 OLD = ROOT / 'tests/golden/checkpoint_unsealed'
 
-# Third-party code that is called: none of it is ours to mend.
+# Warnings of third-party code that is called here are not ours to mend.
 pytestmark = pytest.mark.filterwarnings('default')
 
 
 def make(step):
-  """A state of several dtypes that is different at every step."""
+  """Returns a state of several dtypes, different at every step."""
   return {
     'step': jnp.int32(step),
     'params': {
       'w': step + jnp.arange(64 * 64, dtype=jnp.float32).reshape(64, 64),
       'half': jnp.full(8, step / 3, jnp.bfloat16),
-      'eight': jnp.full((4, 4), step / 4, jnp.float8_e4m3fn),
+      'fp8': jnp.full((4, 4), step / 4, jnp.float8_e4m3fn),
     },
     'router': {},
   }
@@ -45,9 +48,9 @@ LIKE = make(0)
 
 
 def save(folder, *steps, **policy):
-  with store.Writer(folder, policy.pop('keep', 9), **policy) as saved:
+  with store.Writer(folder, policy.pop('keep', 9), **policy) as writer:
     for step in steps:
-      saved.save(step, make(step), {'corpus': 'x', 'bits_per_byte': 1 / step})
+      writer.save(step, make(step), {'corpus': 'x', 'bits_per_byte': 1 / step})
 
 
 @pytest.fixture(scope='module')
@@ -64,11 +67,11 @@ def damaged(two, tmp_path):
 
 
 def restored(folder, **kwargs):
-  """(step, all that was said); what was read is what was saved, bit for bit."""
-  said = []
-  found = store.restore(folder, LIKE, say=said.append, **kwargs)
-  chex.assert_trees_all_equal(found.state, make(found.step))
-  return found.step, '\n'.join(said)
+  """Returns (step, printed lines); the state must equal the saved one."""
+  lines = []
+  checkpoint = store.restore(folder, LIKE, say=lines.append, **kwargs)
+  chex.assert_trees_all_equal(checkpoint.state, make(checkpoint.step))
+  return checkpoint.step, '\n'.join(lines)
 
 
 def largest(step):
@@ -79,10 +82,10 @@ def largest(step):
 SAVER = """
 import sys, jax.numpy as jnp
 from mla_moe.checkpoint import store
-with store.Writer(sys.argv[1], 3) as saved:
+with store.Writer(sys.argv[1], 3) as writer:
   for step in range(int(sys.argv[2]), int(sys.argv[3]) + 1):
     w = step + jnp.arange(1 << 20, dtype=jnp.float32)
-    saved.save(step, {'w': w}, {})
+    writer.save(step, {'w': w}, {})
     print(step, flush=True)
     if sys.argv[4:] == ['exit']: sys.exit(3)
     if sys.argv[4:] == ['raise']: raise KeyError('of the test')
@@ -102,51 +105,54 @@ def saver(*words, fault='', **kwargs):
 
 
 def newest(folder):
-  """The step that is restored from what a saver left; its bytes are right."""
+  """Returns the step that a saver's folder restores; its bytes are right."""
   like = {'w': jnp.zeros(1 << 20, jnp.float32)}
-  found = store.restore(folder, like, aside=True)
-  if found is None:
+  checkpoint = store.restore(folder, like, move_refused=True)
+  if checkpoint is None:
     return 0
+  step, state, _ = checkpoint
   np.testing.assert_array_equal(
-    found.state['w'], found.step + np.arange(1 << 20, dtype=np.float32)
+    state['w'], step + np.arange(1 << 20, dtype=np.float32)
   )
-  return found.step
+  return step
 
 
 def test_row01_killed_while_saving_the_last_sealed_step_is_whole(tmp_path):
   first = 1
   for seed in range(3):
     child = saver(tmp_path, first, 10**6)
-    told = [int(child.stdout.readline()) for _ in range(3)]
+    begun = [int(child.stdout.readline()) for _ in range(3)]
     time.sleep(random.Random(seed).uniform(0, 0.35))
     child.kill()
-    told += [int(line) for line in child.communicate()[0].split()]
+    begun += [int(line) for line in child.communicate()[0].split()]
     step = newest(tmp_path)
     # A save begins when the one before is sealed.
-    assert step >= told[-1] - 1
+    assert step >= begun[-1] - 1
     first = step + 1
-  with store.Writer(tmp_path, 3) as saved:
-    saved.save(first, {'w': first + jnp.arange(1 << 20, dtype=jnp.float32)}, {})
+  with store.Writer(tmp_path, 3) as writer:
+    writer.save(
+      first, {'w': first + jnp.arange(1 << 20, dtype=jnp.float32)}, {}
+    )
   assert newest(tmp_path) == first
   numbers = [p.name for p in tmp_path.iterdir() if p.name.isdigit()]
-  assert len(numbers) == len(store.steps(tmp_path)) == 3
+  assert len(numbers) == len(folders.steps(tmp_path)) == 3
 
 
 def test_row01_killed_while_deleting_nothing_stays(tmp_path, monkeypatch):
   """Whichever file of the old step is deleted first."""
   state = {'w': jnp.ones(4)}
-  with store.Writer(tmp_path, 3) as saved:
+  with store.Writer(tmp_path, 3) as writer:
     for step in (1, 2):
-      saved.save(step, state, {})
+      writer.save(step, state, {})
 
   def killed(path):
     (path / '_CHECKPOINT_METADATA').unlink()
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-    patched.setattr(store.shutil, 'rmtree', killed)
-    store.remove(tmp_path, 1)
-  assert store.steps(tmp_path) == [2]
+    patched.setattr(folders.shutil, 'rmtree', killed)
+    folders.remove(tmp_path, 1)
+  assert folders.steps(tmp_path) == [2]
   with store.Writer(tmp_path, 3):
     assert [p.name for p in tmp_path.iterdir()] == ['2']
 
@@ -163,9 +169,9 @@ def test_row02_killed_before_the_seal_a_step_does_not_count(tmp_path, capsys):
   child = saver(tmp_path, 1, 9, fault='kill@before_seal:3')
   child.communicate()
   assert child.returncode == -signal.SIGKILL
-  assert store.steps(tmp_path)[-1] == 3
+  assert folders.steps(tmp_path)[-1] == 3
   like = {'w': jnp.zeros(1 << 20, jnp.float32)}
-  assert store.restore(tmp_path, like, unsealed=True).step == 3
+  assert store.restore(tmp_path, like, allow_unsealed=True).step == 3
   assert newest(tmp_path) == 2
   said = capsys.readouterr().out
   assert 'CHECKPOINT 3 REFUSED' in said and '--allow_unsealed' in said
@@ -174,9 +180,9 @@ def test_row02_killed_before_the_seal_a_step_does_not_count(tmp_path, capsys):
 def test_row02_killed_in_the_very_first_save_a_run_begins_again(tmp_path):
   child = saver(tmp_path, 1, 9, fault='kill@before_seal:1')
   child.communicate()
-  assert store.steps(tmp_path) == [1]
+  assert folders.steps(tmp_path) == [1]
   assert newest(tmp_path) == 0
-  assert store.steps(tmp_path) == [] and (tmp_path / 'refused/1-0').exists()
+  assert folders.steps(tmp_path) == [] and (tmp_path / 'refused/1-0').exists()
 
 
 def test_row03_bit_flip_in_the_arrays_is_named_and_passed_over(damaged):
@@ -190,21 +196,21 @@ def test_row03_bit_flip_in_the_arrays_is_named_and_passed_over(damaged):
   assert path.name in said and 'SHA-256' in said
 
 
-@pytest.mark.parametrize('what', ['half', 'empty', 'gone', 'last byte', 'more'])
+@pytest.mark.parametrize('left', ['half', 'empty', 'gone', 'last byte', 'more'])
 @pytest.mark.parametrize('name', ['arrays', '_METADATA', 'manifest.ocdbt'])
-def test_row04_truncated_empty_missing_files(damaged, what, name):
+def test_row04_truncated_empty_missing_files(damaged, left, name):
   folder = damaged / '2/state'
   path = largest(damaged / '2') if name == 'arrays' else folder / name
   content = path.read_bytes()
   path.unlink()
-  if what != 'gone':
-    left = {
+  if left != 'gone':
+    contents = {
       'half': content[: len(content) // 2],
       'empty': b'',
       'last byte': content[:-1],
       'more': content + b'\0',
     }
-    path.write_bytes(left[what])
+    path.write_bytes(contents[left])
   step, said = restored(damaged)
   assert step == 1 and path.name in said
 
@@ -217,7 +223,7 @@ def test_row05_corrupt_json_is_one_friendly_line(damaged, name, sealed):
     if not sealed:
       (damaged / step / seal.NAME).unlink()
   with pytest.raises(store.Damaged) as error:
-    restored(damaged, unsealed=True)
+    restored(damaged, allow_unsealed=True)
   assert '\n' not in str(error.value) and str(damaged) in str(error.value)
 
 
@@ -225,10 +231,10 @@ def test_row06_foreign_folders_are_no_steps(damaged):
   for name in ('999', '0007', '-3', '1e3', '７', 'notes'):
     (damaged / name).mkdir()
   (damaged / '12').write_text('a file')
-  assert store.steps(damaged) == [1, 2]
+  assert folders.steps(damaged) == [1, 2]
   assert restored(damaged) == (2, '')
   save(damaged, 3, 999)  # in the way: moved, not deleted
-  assert store.steps(damaged) == [1, 2, 3, 999]
+  assert folders.steps(damaged) == [1, 2, 3, 999]
   assert (damaged / 'refused/999-0').is_dir()
 
 
@@ -247,41 +253,41 @@ def test_row07_a_partial_copy_is_refused(two, tmp_path):
 def test_row08_a_failed_save_is_told_and_does_not_block_later_ones(
   tmp_path, monkeypatch
 ):
-  with store.Writer(tmp_path, 9) as saved:
-    saved.save(1, make(1), {})
+  with store.Writer(tmp_path, 9) as writer:
+    writer.save(1, make(1), {})
     monkeypatch.setenv(faults.VARIABLE, 'full@during_write:2')
-    saved.save(2, make(2), {})
+    writer.save(2, make(2), {})
     with pytest.raises(store.NotSaved, match='/2: .*No space left'):
-      saved.save(3, make(3), {})
+      writer.save(3, make(3), {})
     monkeypatch.delenv(faults.VARIABLE)
-    saved.save(2, make(2), {})
-    saved.save(3, make(3), {})
+    writer.save(2, make(2), {})
+    writer.save(3, make(3), {})
   assert restored(tmp_path) == (3, '')
 
 
 LIMITED = """
 import resource, signal, sys, jax.numpy as jnp
-from mla_moe.checkpoint import store
+from mla_moe.checkpoint import folders, store
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 folder = sys.argv[1]
 like = {'w': jnp.zeros(1 << 20, jnp.float32)}
 state = lambda step: {'w': like['w'] + step + jnp.arange(1 << 20)}
-with store.Writer(folder, 9) as saved:
-  saved.save(1, state(1), {})
-  saved.wait()
+with store.Writer(folder, 9) as writer:
+  writer.save(1, state(1), {})
+  writer.wait()
   resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
   try:
-    saved.save(2, state(2), {})
-    saved.wait()
+    writer.save(2, state(2), {})
+    writer.wait()
     print('saved?')
   except store.NotSaved as error:
     print(error)
   no = resource.RLIM_INFINITY
   resource.setrlimit(resource.RLIMIT_FSIZE, (no, no))
   assert store.restore(folder, like).step == 1
-  saved.save(3, state(3), {})
+  writer.save(3, state(3), {})
 assert store.restore(folder, like).step == 3
-assert store.steps(folder) == [1, 3]
+assert folders.steps(folder) == [1, 3]
 """
 
 
@@ -298,9 +304,9 @@ def test_row09_a_disk_that_takes_no_more_bytes(tmp_path):
   assert 'MiB are free' in line
 
 
-@pytest.mark.parametrize('how, code', [('exit', 3), ('raise', 1)])
-def test_row10_leaving_right_after_a_save_keeps_it(tmp_path, how, code):
-  child = saver(tmp_path, 1, 9, how)
+@pytest.mark.parametrize('exit_by, code', [('exit', 3), ('raise', 1)])
+def test_row10_leaving_right_after_a_save_keeps_it(tmp_path, exit_by, code):
+  child = saver(tmp_path, 1, 9, exit_by)
   child.communicate()
   assert child.returncode == code
   assert newest(tmp_path) == 1
@@ -320,19 +326,21 @@ def test_row15_another_mesh_restores_the_same_bits(two, tmp_path, sizes):
     return jax.device_put(x, NamedSharding(mesh, spec))
 
   like = jax.tree_util.tree_map_with_path(laid, LIKE)
-  found = store.restore(two, like)
-  assert found.state['params']['w'].sharding == like['params']['w'].sharding
-  chex.assert_trees_all_equal(jax.device_get(found.state), make(2))
-  prints = [fingerprint.read(fingerprint.of(x)) for x in (make(2), found.state)]
-  assert prints[0] == prints[1]
-  with store.Writer(tmp_path, 9) as saved:
-    saved.save(2, found.state, {})
+  state = store.restore(two, like).state
+  assert state['params']['w'].sharding == like['params']['w'].sharding
+  chex.assert_trees_all_equal(jax.device_get(state), make(2))
+  before, after = (
+    fingerprint.read(fingerprint.of(x)) for x in (make(2), state)
+  )
+  assert before == after
+  with store.Writer(tmp_path, 9) as writer:
+    writer.save(2, state, {})
   assert restored(tmp_path) == (2, '')
 
 
 @pytest.mark.parametrize(
   'name, dtype',
-  [('w', jnp.bfloat16), ('half', jnp.float32), ('eight', jnp.float32)],
+  [('w', jnp.bfloat16), ('half', jnp.float32), ('fp8', jnp.float32)],
 )
 def test_row17_another_dtype_is_refused(two, name, dtype):
   like = make(0)
@@ -361,7 +369,7 @@ def test_row34_the_format_without_seals_is_read_when_asked_to():
   }
   with pytest.raises(store.Damaged, match='version without seals'):
     store.restore(OLD, like)
-  step, state, facts = store.restore(OLD, like, unsealed=True)
+  step, state, facts = store.restore(OLD, like, allow_unsealed=True)
   assert (step, facts, int(state['step'])) == (3, {'corpus': 'text'}, 3)
   np.testing.assert_array_equal(
     state['params']['w'], np.arange(12, dtype=np.float32).reshape(3, 4)
@@ -384,7 +392,7 @@ def test_a_seal_that_was_edited_is_refused(damaged):
 
 
 def test_what_is_restored_is_what_was_on_the_device(damaged):
-  """Files that are whole, but of other numbers than the devices had."""
+  """The files match the seal, but not the numbers on the devices."""
   sealed = seal.read(damaged / '2')
   sealed['fingerprints']['params.w'] ^= 1
   facts = {k: v for k, v in sealed.items() if k not in ('format', 'files')}
@@ -403,20 +411,20 @@ def test_every_step_damaged_is_an_error_and_none_at_all_is_not(damaged):
 
 def test_refused_steps_are_moved_out_of_the_way_of_new_ones(damaged):
   (damaged / '2/state/_METADATA').unlink()
-  assert restored(damaged, aside=True)[0] == 1
-  assert store.steps(damaged) == [1]
+  assert restored(damaged, move_refused=True)[0] == 1
+  assert folders.steps(damaged) == [1]
   save(damaged, 2, keep=1)
   assert restored(damaged) == (2, '')
-  assert store.steps(damaged) == [2]
+  assert folders.steps(damaged) == [2]
 
 
 def test_the_policy_keeps_the_newest_the_spaced_and_the_best(tmp_path):
   scores = {10: 3.0, 20: 1.0, 30: 2.0, 40: None, 50: 2.5}
-  assert store.retained(scores, 2) == {40, 50}
-  assert store.retained(scores, 1, every=20) == {20, 40, 50}
-  assert store.retained(scores, 1, best=2) == {20, 30, 50}
+  assert folders.retained(scores, 2) == {40, 50}
+  assert folders.retained(scores, 1, keep_every=20) == {20, 40, 50}
+  assert folders.retained(scores, 1, keep_best=2) == {20, 30, 50}
   save(tmp_path, 5, 4, 3, keep=1, keep_every=4, keep_best=1)
-  assert store.steps(tmp_path) == [4, 5]  # 1 / 5 is the best score
+  assert folders.steps(tmp_path) == [4, 5]  # 1 / 5 is the best score
 
 
 def test_folders_are_private_and_clocks_do_not_order_steps(
@@ -433,10 +441,10 @@ def test_folders_are_private_and_clocks_do_not_order_steps(
 
 
 def test_a_folder_that_vanishes_is_one_line(tmp_path):
-  with store.Writer(tmp_path / 'run', 9) as saved:
+  with store.Writer(tmp_path / 'run', 9) as writer:
     shutil.rmtree(tmp_path / 'run')
     with pytest.raises(store.NotSaved, match='the folder is gone') as error:
-      saved.save(1, make(1), {})
+      writer.save(1, make(1), {})
   assert '\n' not in str(error.value)
   assert not (tmp_path / 'run').exists()
 
@@ -473,7 +481,7 @@ def test_the_program_lists_verifies_and_removes(damaged, capsys, monkeypatch):
   code, said = run('rm', damaged, 2)
   assert code == 2 and 'no whole step would be left' in said
   assert run('rm', damaged, 1)[0] == 0
-  assert store.steps(damaged) == [2]
+  assert folders.steps(damaged) == [2]
   assert run('rm', damaged, 7) == (
     2,
     f'error: {damaged}: has no step 7, only [2]\n',

@@ -22,7 +22,7 @@ from configs import tiny
 from experiments import cli, runtime, soak, train, workdir
 from experiments.training import preparation, skips
 from mla_moe import ConfigError
-from mla_moe.checkpoint import faults, store
+from mla_moe.checkpoint import faults, folders, store
 from mla_moe.config import Config, MeshConfig, MTPConfig, freeze
 from mla_moe.data import batches
 from mla_moe.train import metrics, optim, step
@@ -246,7 +246,7 @@ def test_row11_and_14_stopped_by_sigterm_and_resumed_bit_for_bit(
   assert train.run(config, root / 'stopped')['step'] == 7
   said = capsys.readouterr().out
   assert said.count('Stopped by SIGTERM at step 7: saved.') == 1
-  assert store.steps(root / 'stopped/checkpoints')[-1] == 7
+  assert folders.steps(root / 'stopped/checkpoints')[-1] == 7
   assert train.run(config, root / 'stopped') == whole
   for name in ('metrics', 'load'):
     assert rows(root / 'whole', name) == rows(root / 'stopped', name)
@@ -319,7 +319,7 @@ def test_row24_bad_steps_in_a_row_stop_the_run_with_its_last_good_state(
   assert '\n' not in str(error.value)
   found = rows(root / 'bad')
   assert [r['skipped'] for r in found][:9] == 6 * [0] + 3 * [1]
-  last = store.steps(root / 'bad/checkpoints')[-1]
+  last = folders.steps(root / 'bad/checkpoints')[-1]
   good, bad = state_of(root / 'good'), state_of(root / 'bad', last)
   assert last in (9, 10)
   chex.assert_trees_all_equal(bad.replace(step=good.step), good)
@@ -396,7 +396,7 @@ def test_row29_replicas_that_differ_end_the_run(spread, fault):
   fault('flip@step:8')
   with pytest.raises(cli.Stopped, match='devices hold different copies'):
     train.run(config, spread / 'replicas')
-  assert store.steps(spread / 'replicas/checkpoints')[-1] == 5
+  assert folders.steps(spread / 'replicas/checkpoints')[-1] == 5
   fault('')
   assert train.run(config, spread / 'replicas')['step'] == 12
 
@@ -406,7 +406,7 @@ def test_row11_a_run_that_is_stopped_at_once_is_no_failure(root, fault, capsys):
   fault('term@step:2')
   train.run(micro(9, log_every=9, eval_every=0), root / 'at_once')
   assert 'Stopped by SIGTERM at step' in capsys.readouterr().out
-  assert store.steps(root / 'at_once/checkpoints')
+  assert folders.steps(root / 'at_once/checkpoints')
   assert not (root / 'at_once/report.html').exists()
   train.run(micro(9, log_every=9, eval_every=0), root / 'at_once')
   assert (root / 'at_once/report.html').exists()
@@ -441,7 +441,7 @@ def test_row09_a_save_that_fails_is_an_incident_and_training_goes_on(
   assert train.run(micro(15), root / 'full')['step'] == 15
   said = incidents(root / 'full')
   assert said.count('could not be saved') == 2 and 'MiB are free' in said
-  assert store.steps(root / 'full/checkpoints')[-1] == 15
+  assert folders.steps(root / 'full/checkpoints')[-1] == 15
   fault('full@during_write:20')
   with pytest.raises(cli.Stopped, match='could not be saved'):
     train.run(micro(20), root / 'full')
@@ -514,7 +514,7 @@ def test_row36_files_of_other_kinds_are_no_checkpoints(tmp_path, name):
   for file in (name, 'commit_success.txt', 'seal.json', '_METADATA'):
     (folder / file).write_bytes(content)
   with pytest.raises(ConfigError):
-    store.restore(folder.parent, {'w': jnp.zeros(3)}, unsealed=True)
+    store.restore(folder.parent, {'w': jnp.zeros(3)}, allow_unsealed=True)
   assert not (tmp_path / 'sprung').exists()
 
 

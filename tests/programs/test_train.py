@@ -19,7 +19,7 @@ from ml_collections import config_flags
 from configs import tiny
 from experiments import cli, report, train, workdir
 from mla_moe import fp8
-from mla_moe.checkpoint import store
+from mla_moe.checkpoint import folders, store
 from mla_moe.config import (
   ComputeConfig,
   ConfigError,
@@ -358,7 +358,7 @@ def test_sigterm_saves_and_exits_0(tmp_path):
   assert ran.returncode == 0, err
   assert 'Stopped by SIGTERM at step' in out
   last = json.loads((folder / 'metrics.jsonl').read_text().splitlines()[-1])
-  assert store.steps(folder / 'checkpoints')[-1] == last['step']
+  assert folders.steps(folder / 'checkpoints')[-1] == last['step']
 
 
 def test_max_violation_by_hand():

@@ -159,8 +159,9 @@ class ComputeConfig(Checked):
   'full' (the residual stream alone; all else is computed again) or 'none'
   (everything is saved). The other fields name implementations; 'auto' takes
   the platform's. `attention` is the core (`attention.attend`), `experts` the
-  grouped product (`experts.combine`), `exchange` how tokens reach the experts
-  of other devices (`exchange`), `fp8` what multiplies in FP8 (`fp8.gemm`).
+  grouped product (`experts.feed_forward`), `exchange` how tokens reach the
+  experts of other devices (`exchange`), `fp8` what multiplies in FP8
+  (`fp8.gemm`).
   """
 
   remat: Literal['none', 'products', 'latents', 'full'] = 'latents'

@@ -262,7 +262,7 @@ def few_rows(
   w_gate_up: Float[Array, 'E D GF'],
   w_down: Float[Array, 'E F D'],
 ) -> Float[Array, 'M D']:
-  """`moe.experts` of a few rows: each row through every expert that one chose.
+  """`experts.feed_forward` of a few rows, each through all that any row chose.
 
   It is the experts' weights that take the time, and a product of eight rows
   reads them no longer than a product of one. Gate and up are `moe.packed`.
@@ -272,7 +272,7 @@ def few_rows(
   again = jnp.append(False, order[1:] == order[:-1])
   each = order[jnp.argsort(again, stable=True)]
   picked = routing.chosen[:, :, None] == jnp.arange(experts)[None, None]
-  share = jnp.where(picked, routing.weights[:, :, None], 0.0).sum(1)
+  share = jnp.where(picked, routing.gates[:, :, None], 0.0).sum(1)
 
   def one(i, out):
     e = each[i]

@@ -1,9 +1,11 @@
-"""Rows of tokens to their experts and back, by gathers alone.
+"""Rows of tokens sorted by expert and brought back, by gathers alone.
 
-An assignment is one token's place with one of its K experts, token * K + k.
-Sorted by expert, assignments are the rows of grouped products. Going there and
-coming back are both gathers, and so are their gradients, because the order is
-known in both directions: no scatter-add, which accelerators are slow at.
+Each token has K experts, so M tokens make A = M * K assignments; assignment
+token * K + k is the token's k-th choice. Sorted by expert, the assignments are
+the rows of grouped products. Bringing a token's vector to its rows is a gather,
+and so is adding its rows up again, because a `Layout` knows both directions.
+The gradients, written by hand, are gathers too: no scatter-add, which is slow
+on accelerators.
 """
 
 from __future__ import annotations
@@ -17,137 +19,129 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mla_moe.types import Array, Float, Int
 
-# Kept for the backward pass under every policy: sorting again costs more than
-# a few numbers a token.
+# Saved for the backward pass under every remat policy: sorting again costs more
+# than a few numbers a token.
 SAVED = ('dispatch',)
 
 
-def room(expected: int, multiple: int) -> int:
-  """Places for as many rows and half as many again, a whole multiple.
+class Order(NamedTuple):
+  """Assignments sorted by group: by expert, or by the expert's device."""
 
-  What finds none takes a slower way; nothing is dropped.
+  assignments: Array  # [A] int32: the assignment at each sorted position
+  positions: Array  # [A] int32: the sorted position of each assignment
+  sizes: Array  # [groups] int32
+  starts: Array  # [groups] int32: the position of the group's first assignment
+
+
+class Layout(NamedTuple):
+  """The assignment of each row of a buffer, and the row of each assignment."""
+
+  assignments: Array  # [R] int32
+  valid: Array  # [R] bool: False for padding, whose assignment means nothing
+  rows: Array  # [A] int32
+  present: Array  # [A] bool: False where the buffer has no row for it
+
+
+def capacity(expected: int, multiple: int) -> int:
+  """Returns the rows of a buffer: 1.5 times `expected`, up to a multiple.
+
+  Rows beyond it take a slower way; none is dropped.
   """
   return -(-3 * expected // (2 * multiple)) * multiple
 
 
-class Order(NamedTuple):
-  """Assignments sorted by expert, and the way back."""
-
-  slots: Array  # [A] which assignment stands at each sorted place
-  places: Array  # [A] where each assignment stands
-  sizes: Array  # [E] rows of each expert
-  starts: Array  # [E] its first place
-
-
 def sort(chosen: Int[Array, 'M K'], experts: int) -> Order:
-  """Assignments with the id `experts` belong to none here: they come last."""
+  """Returns the assignments in stable order of their experts.
+
+  The id `experts` stands for an expert of another device. Such assignments come
+  last and are in no group.
+  """
   flat = chosen.reshape(-1)
-  slots = jnp.argsort(flat, stable=True).astype(jnp.int32)
-  every = jnp.arange(flat.size, dtype=jnp.int32)
-  places = jnp.zeros(flat.size, jnp.int32).at[slots].set(every)
+  assignments = jnp.argsort(flat, stable=True).astype(jnp.int32)
+  index = jnp.arange(flat.size, dtype=jnp.int32)
+  positions = jnp.zeros(flat.size, jnp.int32).at[assignments].set(index)
   sizes = jnp.zeros(experts, jnp.int32).at[flat].add(1, mode='drop')
-  order = Order(slots, places, sizes, jnp.cumsum(sizes) - sizes)
+  order = Order(assignments, positions, sizes, jnp.cumsum(sizes) - sizes)
   return Order(*(checkpoint_name(x, SAVED[0]) for x in order))
 
 
 @jax.custom_vjp
-def spread(
-  x: Float[Array, 'M D'],
-  slots: Int[Array, ' R'],
-  places: Int[Array, ' A'],
-  held: Array,
-) -> Float[Array, 'R D']:
-  """The rows of assignments `slots`; `places` is the way back where `held`."""
-  return x[slots // (places.size // x.shape[0])]
+def permute(x: Float[Array, 'M D'], layout: Layout) -> Float[Array, 'R D']:
+  """Returns the vector of each row's token. Padding gets any token's."""
+  return x[layout.assignments // (layout.rows.size // x.shape[0])]
 
 
-def _spread_backward(residuals, g):
-  places, held, m = residuals
-  return _total(g, places, held, m).astype(g.dtype), None, None, None
+def _permute_forward(x, layout):
+  return permute(x, layout), (layout, x.shape[0])
 
 
-spread.defvjp(
-  lambda x, slots, places, held: (
-    spread(x, slots, places, held),
-    (places, held, x.shape[0]),
-  ),
-  _spread_backward,
-)
+def _permute_backward(residuals, g):
+  layout, tokens = residuals
+  return _sum_by_token(g, layout, tokens).astype(g.dtype), None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def collect(
-  rows: Float[Array, 'R D'],
-  slots: Int[Array, ' R'],
-  valid: Array,
-  places: Int[Array, ' A'],
-  held: Array,
-  k: int,
+permute.defvjp(_permute_forward, _permute_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def unpermute(
+  rows: Float[Array, 'R D'], layout: Layout, k: int
 ) -> Float[Array, 'M D']:
-  """Each token's K rows summed, float32, where `held`: `spread` turned round.
-
-  `valid` says which of the rows are anybody's.
-  """
-  return _total(rows, places, held, places.size // k)
+  """Returns the sum of each token's `k` rows, float32: `permute` transposed."""
+  return _sum_by_token(rows, layout, layout.rows.size // k)
 
 
-def _collect_forward(rows, slots, valid, places, held, k):
+def _unpermute_forward(rows, layout, k):
   like = jnp.zeros((0,), rows.dtype)
-  return collect(rows, slots, valid, places, held, k), (slots, valid, like)
+  return unpermute(rows, layout, k), (layout, like)
 
 
-def _collect_backward(k, residuals, g):
-  slots, valid, like = residuals
-  drows = jnp.where(valid[:, None], g[slots // k], 0).astype(like.dtype)
-  return drows, None, None, None, None
+def _unpermute_backward(k, residuals, g):
+  layout, like = residuals
+  d_rows = jnp.where(layout.valid[:, None], g[layout.assignments // k], 0)
+  return d_rows.astype(like.dtype), None
 
 
-collect.defvjp(_collect_forward, _collect_backward)
+unpermute.defvjp(_unpermute_forward, _unpermute_backward)
 
 
 @jax.custom_vjp
 def combine(
-  rows: Float[Array, 'R D'],
-  weights: Float[Array, 'M K'],
-  slots: Int[Array, ' R'],
-  valid: Array,
-  places: Int[Array, ' A'],
-  held: Array,
+  rows: Float[Array, 'R D'], gates: Float[Array, 'M K'], layout: Layout
 ) -> Float[Array, 'M D']:
-  """Each token's rows summed by weight, float32; those not `held` are left out.
-
-  `valid` says which of the rows are anybody's.
-  """
-  ways = zip(*_by_choice(places, held, len(weights)), weights.T, strict=True)
-  return sum(_picked(rows, *way) * share[:, None] for *way, share in ways)
-
-
-def _by_choice(places, held, tokens):
-  """Places and whether they are held, of all tokens' k-th choices: [K, M].
-
-  Summed choice by choice, tokens never have K rows each at the same time:
-  those would be the largest array of a training step.
-  """
-  return places.reshape(tokens, -1).T, held.reshape(tokens, -1).T
-
-
-def _total(rows, places, held, tokens):
-  ways = zip(*_by_choice(places, held, tokens), strict=True)
-  return sum(_picked(rows, *way) for way in ways)
-
-
-def _picked(rows, places, held):
-  # Select, never multiply: rows that nobody reads may hold anything.
-  return jnp.where(held[:, None], rows[places], 0).astype(jnp.float32)
+  """Returns the sum of each token's rows times their gates, in float32."""
+  choices = zip(*_by_choice(layout, len(gates)), gates.T, strict=True)
+  return sum(_taken(rows, *index) * gate[:, None] for *index, gate in choices)
 
 
 def _combine_backward(residuals, g):
-  rows, weights, slots, valid, places, held = residuals
-  share = jnp.where(valid, weights.reshape(-1)[slots], 0)
-  drows = (g[slots // weights.shape[1]] * share[:, None]).astype(rows.dtype)
-  ways = zip(*_by_choice(places, held, len(weights)), strict=True)
-  dshare = [(_picked(rows, *way) * g).sum(-1) for way in ways]
-  return drows, jnp.stack(dshare, axis=1), None, None, None, None
+  rows, gates, layout = residuals
+  gate = jnp.where(layout.valid, gates.reshape(-1)[layout.assignments], 0)
+  d_rows = g[layout.assignments // gates.shape[1]] * gate[:, None]
+  d_rows = d_rows.astype(rows.dtype)
+  choices = zip(*_by_choice(layout, len(gates)), strict=True)
+  d_gates = [(_taken(rows, *index) * g).sum(-1) for index in choices]
+  return d_rows, jnp.stack(d_gates, axis=1), None
 
 
 combine.defvjp(lambda *args: (combine(*args), args), _combine_backward)
+
+
+def _sum_by_token(rows, layout: Layout, tokens: int):
+  choices = zip(*_by_choice(layout, tokens), strict=True)
+  return sum(_taken(rows, *index) for index in choices)
+
+
+def _by_choice(layout: Layout, tokens: int):
+  """`rows` and `present` of all tokens' k-th choices, [K, M] each.
+
+  With sums over k one by one, tokens never have K rows each at the same time:
+  those would be the largest array of a training step.
+  """
+  by_choice = lambda x: x.reshape(tokens, -1).T
+  return by_choice(layout.rows), by_choice(layout.present)
+
+
+def _taken(rows, index, present):
+  # A select, not a product with 0: padding may hold inf or NaN.
+  return jnp.where(present[:, None], rows[index], 0).astype(jnp.float32)

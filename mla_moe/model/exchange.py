@@ -1,29 +1,24 @@
-"""Tokens to the experts of other devices and back, dropless.
+"""Tokens to the experts of other devices and back, exactly, for any routing.
 
 Experts are split over the mesh's `expert` axis and their width over `tensor`;
-tokens are split over both. `exchange` brings each token's row to where its
-experts are and their weighted sum back, exactly, for any routing. Three
-exchanges give the same numbers:
+tokens are split over both. `exchange` brings each token to the devices of its
+experts, computes the experts there (`experts.feed_forward`) and brings the sum
+back. Three kinds give the same numbers:
 
-* gather: every device of the group sees all the group's tokens and computes
-  what its own experts have to say; outputs are added and scattered. Up to K
-  devices it moves no more than sending each token to K experts would, and has
-  no counts to exchange and no buffer to overflow.
-* padded: an all-to-all with room for half as many rows again as are balanced
-  between each two devices. Rows that find none go in further rounds of the same
-  buffers, of which a balanced step has none: memory is bounded, none is lost.
-* ragged: the same buffers, but only real rows travel (TPU and GPU; a CPU has
-  no such collective and emulates it).
-
-In FP8 the rows travel as E4M3 with their scales, which are those of the
-experts' first product, so that nothing is rounded twice. What comes back, and
-all gradients, are in the activations' dtype (V3 section 3.3.3).
+* gather: each device gets all tokens of its group and computes the outputs of
+  its own experts; outputs are summed and scattered. Up to K devices, that moves
+  no more rows than sending each token to K experts, and no buffer overflows.
+* padded: an all-to-all of buffers, from each device to each other one, of 1.5
+  times the balanced number of rows. Rows that exceed a buffer go in further
+  rounds of the same buffers: memory is bounded and no row is dropped. A step
+  with balanced load has no further round.
+* ragged: the same buffers, but only real rows travel. XLA has this collective
+  on TPUs and GPUs alone.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -31,217 +26,240 @@ import jax.numpy as jnp
 
 from mla_moe import fp8, sharding
 from mla_moe.config import ModelConfig
-from mla_moe.fp8 import quantize as q8
-from mla_moe.model import dispatch
+from mla_moe.model import collectives, dispatch, experts, router
 from mla_moe.types import Array, Float, Int, PyTree
 
-# The loops' name in a compiled program. A balanced step never enters them.
+# The loops' name in a compiled program, by which the plan leaves them out.
 FURTHER = 'further_rounds'
 
 
-class Split(NamedTuple):
-  """Over which mesh axes a region's tokens are split, and all there are."""
+class TokenAxes(NamedTuple):
+  """The mesh axes of a region, and those that split its [B, T, D] stream."""
 
-  rows: tuple[str, ...]
+  batch: tuple[str, ...]
   length: tuple[str, ...]
-  every: tuple[str, ...]
+  region: tuple[str, ...]
 
   @property
   def tokens(self) -> tuple[str, ...]:
-    return self.rows + self.length
+    return self.batch + self.length
 
 
-def split(shape: tuple, names: tuple) -> Split:
-  """Of a [B, T, D] stream with these logical axes."""
-  rows, length, _ = sharding.mesh_axes(names, shape)
-  return Split(rows, length, sharding.auto_axes())
+def token_axes(shape: tuple, names: tuple) -> TokenAxes:
+  """Returns the TokenAxes of a stream with logical axes `names`.
 
-
-# ------------------------------------------------------------------ exchange
+  To be called outside the region, in which no axis is automatic any more.
+  """
+  batch, length, _ = sharding.mesh_axes(names, shape)
+  return TokenAxes(batch, length, sharding.auto_axes())
 
 
 def exchange(
   x: Float[Array, 'M D'],
-  weights: Float[Array, 'M K'],
-  chosen: Int[Array, 'M K'],
-  ws: PyTree,
-  compute: Callable,
-  split: Split,
+  routing: router.Routing,
+  ws: tuple,
+  axes: TokenAxes,
   config: ModelConfig,
   recipe: fp8.Recipe,
-  meanwhile: Float[Array, ...] | None = None,
+  shared: Float[Array, ...] | None = None,
 ) -> tuple[Float[Array, 'M D'], Int[Array, '']]:
-  """The weighted sum of each token's experts, wherever they are.
+  """Returns the sum of each token's experts by gates, and the overflow.
 
-  `compute(x, weights, chosen, *ws, expected=)` is `moe.experts` of the experts
-  that are here, whose ids count from 0. `meanwhile` is what else there is to
-  compute while tokens are gathered. Returns also how many rows, of all devices,
-  found no room in the first round.
+  The overflow is the number of rows, of all devices, that exceeded the buffers
+  of the first round.
+
+  Args:
+    x: this device's tokens.
+    routing: of these tokens, with ids that count all devices' experts.
+    ws: gate and up, and down, of this device's experts.
+    axes: of the region.
+    config: of the model.
+    recipe: precision of the experts' products.
+    shared: the shared expert's output, computed while tokens are gathered.
+
+  Raises:
+    ConfigError: the kind is ragged and the platform a CPU.
   """
-  if not split.every:
-    return compute(x, weights, chosen, *ws), jnp.zeros((), jnp.int32)
-  shape = jax.sharding.get_abstract_mesh().shape
-  x, weights, chosen, ws = sharding.pvary((x, weights, chosen, ws))
-  here = tuple(a for a in ('expert', 'tensor') if a in split.tokens)
-  others = tuple(a for a in ('expert', 'tensor') if a not in split.tokens)
-  moe = config.moe
-  kind = _kind(config, shape['expert'], 'expert' in split.tokens)
-  over = here if kind == 'gather' else tuple(a for a in here if a == 'tensor')
-  if over:
-    gather = functools.partial(
-      jax.lax.all_gather, axis_name=over, axis=0, tiled=True
-    )
-    routing = gather(weights), gather(chosen)
-    x = x if meanwhile is None else _after(routing, x)
-    x = _sent(x, None, _Route('gather', over), recipe)
-    both = x, routing
-    x, routing = both if meanwhile is None else _after(meanwhile, both)
-    weights, chosen = routing
-  e = moe.experts // shape['expert']
-  mine = functools.partial(_mine, count=e)
+  gates, chosen = routing.gates, routing.chosen
+  if not axes.region:
+    args = x, gates, chosen, ws, config, recipe
+    return _compute(*args), jnp.zeros((), jnp.int32)
+  devices = sharding.axis_size(('expert',))
+  x, gates, chosen, ws = sharding.pvary((x, gates, chosen, ws))
+  split = tuple(a for a in ('expert', 'tensor') if a in axes.tokens)
+  whole = tuple(a for a in ('expert', 'tensor') if a not in axes.tokens)
+  kind = _kind(config, devices, 'expert' in axes.tokens)
+  # Devices along `tensor` have parts of the same experts: they need the same
+  # tokens, whatever the kind.
+  gathered = split
+  if kind != 'gather':
+    gathered = tuple(a for a in split if a == 'tensor')
+  if gathered:
+    args = x, gates, chosen, gathered, recipe, shared
+    x, gates, chosen = _gather(*args)
   overflow = jnp.zeros((), jnp.int32)
   if kind == 'gather':
-    expected = max(chosen.size // shape['expert'], 1)
-    out = compute(x, weights, mine(chosen), *ws, expected=expected)
+    expected = max(chosen.size // devices, 1)
+    ids = _own_ids(chosen, config.moe.experts // devices)
+    out = _compute(x, gates, ids, ws, config, recipe, expected)
   else:
-    args = x, weights, chosen, ws
-    out, extra = _rounds(*args, compute, mine, kind, shape, moe, recipe)
-    # Along these axes all devices have counted the same rows.
-    alike = lambda axis: axis == 'tensor' or axis not in split.tokens
-    same = tuple(filter(alike, split.every))
-    overflow = jax.lax.psum(extra, split.every) // sharding.axis_size(same)
-  if over:
-    out = jax.lax.psum_scatter(out, over, scatter_dimension=0, tiled=True)
-  out = jax.lax.psum(out, others) if others else out
-  # On axes that nothing is split over, all have computed the same.
-  same = tuple(a for a in split.every if a not in split.tokens + others)
-  return (jax.lax.pmean(out, same) if same else out), overflow
+    args = x, gates, chosen, ws, kind, config, recipe
+    out, exceeding = _in_rounds(*args)
+    # Along these axes, all devices count the same rows.
+    is_same = lambda axis: axis == 'tensor' or axis not in axes.tokens
+    same = tuple(filter(is_same, axes.region))
+    overflow = jax.lax.psum(exceeding, axes.region) // sharding.axis_size(same)
+  if gathered:
+    out = jax.lax.psum_scatter(out, gathered, scatter_dimension=0, tiled=True)
+  out = sharding.psum(out, whole)
+  # Along axes that split neither tokens nor experts, the sums are the same.
+  same = tuple(a for a in axes.region if a not in axes.tokens + whole)
+  return sharding.pmean(out, same), overflow
+
+
+def _kind(config: ModelConfig, devices: int, tokens_are_split: bool) -> str:
+  if not tokens_are_split or devices == 1:
+    return 'gather'
+  if config.compute.exchange != 'auto':
+    return config.compute.exchange
+  if devices <= config.moe.top_k:
+    return 'gather'
+  return 'padded' if sharding.target_platform() == 'cpu' else 'ragged'
+
+
+def _compute(x, gates, ids, ws, config, recipe, expected=0):
+  impl = config.compute.experts
+  compute = functools.partial(experts.feed_forward, impl=impl, recipe=recipe)
+  return compute(x, gates, ids, *ws, expected=expected)
+
+
+def _own_ids(chosen: Array, count: int) -> Array:
+  """Returns ids among this device's `count` experts; `count` for all others."""
+  local = chosen - jax.lax.axis_index('expert') * count
+  return jnp.where((local >= 0) & (local < count), local, count)
+
+
+def _gather(x, gates, chosen, axes, recipe, shared):
+  """Returns the tokens, gates and ids of all devices along `axes`.
+
+  A TPU's compiler hides one transfer behind independent work, the last that it
+  can: here the sums on their way back. Others stay synchronous. So the routing
+  travels before the tokens, and gathered tokens are for use only after the
+  shared expert is computed: its work then hides their transfer.
+  """
+  gather = functools.partial(
+    jax.lax.all_gather, axis_name=axes, axis=0, tiled=True
+  )
+  routing = gather(gates), gather(chosen)
+  x = x if shared is None else _after(routing, x)
+  x = collectives.send(x, None, collectives.Route('gather', axes), recipe)
+  tokens = x, routing
+  x, routing = tokens if shared is None else _after(shared, tokens)
+  return x, *routing
 
 
 @jax.custom_vjp
 def _after(done: PyTree, x: PyTree) -> PyTree:
-  """`x`, for use once `done` is computed.
-
-  A TPU's compiler gives independent work to the last transfer that it could
-  hide; one before it, with nothing left beside it, stays synchronous.
-  """
+  """Returns `x`, which the program may use only after it has `done`."""
   return jax.lax.optimization_barrier((x, sharding.pvary(done)))[0]
 
 
 _after.defvjp(lambda done, x: (_after(done, x), None), lambda _, g: (None, g))
 
 
-def _kind(config: ModelConfig, experts: int, tokens_are_split: bool) -> str:
-  if not tokens_are_split or experts == 1:
-    return 'gather'
-  if config.compute.exchange != 'auto':
-    return config.compute.exchange
-  if experts <= config.moe.top_k:
-    return 'gather'
-  return 'padded' if sharding.target_platform() == 'cpu' else 'ragged'
+# -------------------------------------------------------------------- rounds
 
 
-def _mine(chosen: Array, count: int) -> Array:
-  """Ids counted from this device's first expert; `count` for any other's."""
-  local = chosen - jax.lax.axis_index('expert') * count
-  return jnp.where((local >= 0) & (local < count), local, count)
-
-
-def _rounds(x, weights, chosen, ws, compute, mine, kind, shape, moe, recipe):
-  """Rows to their experts' devices and back, [M, D] in x's dtype."""
-  n, total = shape['expert'], chosen.size
-  room = min(dispatch.room(-(-total // n), 8), total)
-  order = dispatch.sort(chosen, moe.experts)
-  sizes = order.sizes.reshape(n, -1).sum(-1)
-  route = _Route(kind, ('expert',), n, room)
-  plan = _Plan(order.slots, order.places, sizes, jnp.cumsum(sizes) - sizes)
-  one = functools.partial(
-    _round,
-    compute=compute,
-    mine=mine,
-    route=route,
-    recipe=recipe,
-    each=moe.experts // n,
+def _in_rounds(x, gates, chosen, ws, kind, config, recipe):
+  """Returns the experts' sum [M, D] in x's dtype, and the device's overflow."""
+  sizes = jax.sharding.get_abstract_mesh().shape
+  devices, total = sizes['expert'], chosen.size
+  capacity = min(dispatch.capacity(-(-total // devices), 8), total)
+  order = dispatch.sort(chosen, config.moe.experts)
+  to_device = order.sizes.reshape(devices, -1).sum(-1)
+  order = order._replace(
+    sizes=to_device, starts=jnp.cumsum(to_device) - to_device
+  )
+  route = collectives.Route(kind, ('expert',), devices, capacity)
+  run_round = functools.partial(
+    _round, route=route, config=config, recipe=recipe
   )
   rounds = None
-  if room < total:
+  if capacity < total:
     # Every device takes part in every round.
-    most = jax.lax.pmax(sizes.max(), tuple(shape))
-    rounds = sharding.pvary(-(-most // room))
-  out = _over_rounds(one, rounds, x, weights, chosen, ws, plan)
-  return out, jnp.maximum(sizes - room, 0).sum()
+    most = jax.lax.pmax(to_device.max(), tuple(sizes))
+    rounds = sharding.pvary(-(-most // capacity))
+  out = _all_rounds(run_round, rounds, x, gates, chosen, ws, order)
+  return out, jnp.maximum(to_device - capacity, 0).sum()
 
 
-class _Plan(NamedTuple):
-  """Assignments sorted by destination: both ways, rows for each, its first."""
+def _round(i, x, gates, chosen, ws, order, *, route, config, recipe):
+  """Returns the sum over the i-th `capacity` rows for each device.
 
-  slots: Array
-  places: Array
-  sizes: Array
-  starts: Array
-
-
-def _round(
-  i, x, weights, chosen, ws, plan, *, compute, mine, route, recipe, each
-):
-  """What the i-th `room` rows for each device bring back: [M, D] float32.
-
-  A row's weight travels with it, so that nothing that comes back has to be
-  kept, or made and sent again, for the weights' gradient.
+  It is [M, D] in float32; `order` is by device. A row's gate travels with it:
+  outputs come back multiplied, and the gates' gradient is computed where the
+  outputs are, so that none is saved or sent again for it.
   """
-  room = route.room
-  at = jnp.arange(room, dtype=jnp.int32)[None] + i * room
-  valid = at < plan.sizes[:, None]
-  slots = plan.slots[jnp.where(valid, plan.starts[:, None] + at, 0)]
+  capacity = route.capacity
+  own = config.moe.experts // route.devices
+  index = jnp.arange(capacity, dtype=jnp.int32)[None] + i * capacity
+  valid = index < order.sizes[:, None]
+  position = jnp.where(valid, order.starts[:, None] + index, 0)
+  assignments = order.assignments[position]
   flat = chosen.reshape(-1)
-  device = flat // each
-  rank = plan.places - plan.starts[device] - i * room
-  held = (rank >= 0) & (rank < room)
-  places = jnp.where(held, device * room + rank, 0)
-  slots, valid = slots.reshape(-1), valid.reshape(-1)
-  send = lambda rows: jax.lax.all_to_all(rows, 'expert', 0, 0, tiled=True)
-  sizes = jnp.clip(plan.sizes - i * room, 0, room)
-  theirs = send(sizes)
-  ids = send(jnp.where(valid, flat[slots], -1))
-  shares = send(dispatch.spread(weights.reshape(-1, 1), slots, places, held))
-  rows = dispatch.spread(x, slots, places, held)
-  rows = _sent(rows, (sizes, theirs), route, recipe)
-  back = compute(rows, shares, mine(ids)[:, None], *ws)
-  back = _move(back, (theirs, sizes), route)
-  return dispatch.collect(back, slots, valid, places, held, chosen.shape[1])
+  device = flat // own
+  rank = order.positions - order.starts[device] - i * capacity
+  present = (rank >= 0) & (rank < capacity)
+  rows = jnp.where(present, device * capacity + rank, 0)
+  assignments, valid = assignments.reshape(-1), valid.reshape(-1)
+  layout = dispatch.Layout(assignments, valid, rows, present)
+
+  swap = lambda x: jax.lax.all_to_all(x, 'expert', 0, 0, tiled=True)
+  sent = jnp.clip(order.sizes - i * capacity, 0, capacity)
+  received = swap(sent)
+  ids = swap(jnp.where(valid, flat[assignments], -1))
+  row_gates = swap(dispatch.permute(gates.reshape(-1, 1), layout))
+  rows = dispatch.permute(x, layout)
+  rows = collectives.send(rows, (sent, received), route, recipe)
+  ids = _own_ids(ids, own)[:, None]
+  out = _compute(rows, row_gates, ids, ws, config, recipe)
+  out = collectives.move(out, (received, sent), route)
+  return dispatch.unpermute(out, layout, chosen.shape[1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _over_rounds(one, rounds, x, weights, chosen, ws, plan):
-  """The sum of all rounds; of the first alone where `rounds` is None.
+def _all_rounds(run_round, rounds, x, gates, chosen, ws, order):
+  """Returns the sum of all rounds, of the first alone if `rounds` is None.
 
-  The first is plain code, so that other work can overlap its collectives. How
-  many more there are nobody knows, hence a loop with a gradient of its own;
-  that makes each round again, so that no two rounds' rows are held at once.
+  The first round is plain code, so that other work can overlap its collectives.
+  The number of further rounds is a value, so they are a loop, which JAX cannot
+  differentiate backward. The gradient below computes each round again, so that
+  only one round's rows are in memory.
   """
-  args = x, weights, chosen, ws, plan
-  out = one(0, *args)
+  args = x, gates, chosen, ws, order
+  out = run_round(0, *args)
   if rounds is not None:
-    add = lambda i, out: out + one(i, *args)
+    add = lambda i, out: out + run_round(i, *args)
     with jax.named_scope(FURTHER):
       out = jax.lax.fori_loop(1, rounds, add, out)
   return out.astype(x.dtype)
 
 
-def _over_rounds_forward(one, rounds, x, weights, chosen, ws, plan):
-  out = _over_rounds(one, rounds, x, weights, chosen, ws, plan)
-  return out, (rounds, x, weights, chosen, ws, plan)
+def _all_rounds_forward(run_round, rounds, x, gates, chosen, ws, order):
+  out = _all_rounds(run_round, rounds, x, gates, chosen, ws, order)
+  return out, (rounds, x, gates, chosen, ws, order)
 
 
-def _over_rounds_backward(one, residuals, g):
-  rounds, x, weights, chosen, ws, plan = residuals
-  primals = x, weights, tuple(w.master if _is_eight(w) else w for w in ws)
+def _all_rounds_backward(run_round, residuals, g):
+  rounds, x, gates, chosen, ws, order = residuals
+  primals = x, gates, tuple(w.master if _is_fp8(w) else w for w in ws)
   g = g.astype(jnp.float32)
 
   def grads_of(i):
-    def f(x, weights, masters):
-      both = zip(ws, masters, strict=True)
-      return one(i, x, weights, chosen, tuple(map(_with_master, both)), plan)
+    def f(x, gates, masters):
+      pairs = zip(ws, masters, strict=True)
+      ws_of_f = tuple(_with_master(w, master) for w, master in pairs)
+      return run_round(i, x, gates, chosen, ws_of_f, order)
 
     return jax.vjp(f, *primals)[1](g)
 
@@ -251,108 +269,19 @@ def _over_rounds_backward(one, residuals, g):
     add = lambda i, sums: jax.tree.map(jnp.add, sums, grads_of(i))
     with jax.named_scope(FURTHER):
       grads = jax.lax.fori_loop(1, rounds, add, jax.tree.map(wide, grads))
-  like = lambda grad, primal: grad.astype(primal.dtype)
-  dx, dweights, dws = jax.tree.map(like, grads, primals)
-  dws = tuple(
-    fp8.Weight(d, None) if _is_eight(w) else d
-    for w, d in zip(ws, dws, strict=True)
-  )
-  return None, dx, dweights, None, dws, None
+  narrow = lambda grad, primal: grad.astype(primal.dtype)
+  dx, d_gates, d_masters = jax.tree.map(narrow, grads, primals)
+  pairs = zip(ws, d_masters, strict=True)
+  d_ws = tuple(fp8.Weight(d, None) if _is_fp8(w) else d for w, d in pairs)
+  return None, dx, d_gates, None, d_ws, None
 
 
-_over_rounds.defvjp(_over_rounds_forward, _over_rounds_backward)
+_all_rounds.defvjp(_all_rounds_forward, _all_rounds_backward)
 
 
-def _is_eight(w) -> bool:
+def _is_fp8(w) -> bool:
   return isinstance(w, fp8.Weight)
 
 
-def _with_master(both):
-  w, master = both
-  return fp8.Weight(master, w.copies) if _is_eight(w) else master
-
-
-# --------------------------------------------------------------- collectives
-
-
-class _Route(NamedTuple):
-  """A collective: its name, axes, and buffers of `devices` * `room` rows."""
-
-  kind: str
-  axes: tuple[str, ...]
-  devices: int = 0
-  room: int = 0
-
-
-def _move(x: Array, sizes: tuple | None, route: _Route) -> Array:
-  """Rows to other devices; `sizes` are those sent to each and got from each."""
-  if route.kind == 'gather':
-    return jax.lax.all_gather(x, route.axes, axis=0, tiled=True)
-  if route.kind == 'padded':
-    return jax.lax.all_to_all(x, route.axes, 0, 0, tiled=True)
-  every = jnp.arange(route.devices, dtype=jnp.int32)
-  me = jax.lax.axis_index(route.axes)
-  args = (
-    sharding.pvary(jnp.zeros_like(x)),
-    sharding.pvary(every * route.room),
-    sizes[0],
-    sharding.pvary(jnp.full_like(every, me * route.room)),
-    sizes[1],
-  )
-  if sharding.target_platform() == 'cpu':
-    return emulated_ragged_all_to_all(x, *args, axis_name=route.axes[0])
-  return jax.lax.ragged_all_to_all(x, *args, axis_name=route.axes[0])
-
-
-def emulated_ragged_all_to_all(
-  operand: Array,
-  output: Array,
-  input_offsets: Array,
-  send_sizes: Array,
-  output_offsets: Array,
-  recv_sizes: Array,
-  *,
-  axis_name: str,
-) -> Array:
-  """`lax.ragged_all_to_all` by gathering everything, for a CPU's tests.
-
-  Offsets into the output are those of the receiver, given by the sender.
-  """
-  me = jax.lax.axis_index(axis_name)
-  operands = jax.lax.all_gather(operand, axis_name)
-  first, sizes, target = (
-    jax.lax.all_gather(a, axis_name)[:, me]
-    for a in (input_offsets, send_sizes, output_offsets)
-  )
-  at = jnp.arange(output.shape[0], dtype=jnp.int32)[None] - target[:, None]
-  hit = (at >= 0) & (at < sizes[:, None])
-  source = jnp.argmax(hit, axis=0)
-  row = first[source] + jnp.take_along_axis(at, source[None], axis=0)[0]
-  row = jnp.clip(row, 0, operand.shape[0] - 1)
-  found = hit.any(0).reshape(-1, *(1,) * (operand.ndim - 1))
-  return jnp.where(found, operands[source, row], output)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _sent(x, sizes, route, recipe):
-  """`_move`, as FP8 where the experts would round to it anyway."""
-  if recipe.precision not in ('fp8_block', 'fp8_channel'):
-    return _move(x, sizes, route)  # one scale for all is not known yet
-  q = recipe.rows(x, 1)
-  bits = jax.lax.bitcast_convert_type(q.values, jnp.uint8)
-  bits, scales = _move(bits, sizes, route), _move(q.scales, sizes, route)
-  values = jax.lax.bitcast_convert_type(bits, q.values.dtype)
-  return q8.dequantize(q8.Quantized(values, scales, q.tiles, q.kind), x.dtype)
-
-
-def _sent_forward(x, sizes, route, recipe):
-  return _sent(x, sizes, route, recipe), (x, sizes)
-
-
-def _sent_backward(route, recipe, residuals, g):
-  x, sizes = residuals
-  _, pull = jax.vjp(lambda x: _move(x, sizes, route), x)
-  return *pull(g), None
-
-
-_sent.defvjp(_sent_forward, _sent_backward)
+def _with_master(w, master):
+  return fp8.Weight(master, w.copies) if _is_fp8(w) else master

@@ -1,10 +1,10 @@
-"""Which experts a token goes to, with what weight, and how load is balanced.
+"""The choice of each token's experts, their gates, and the balance of load.
 
-Scores are computed in float32 (V3 section 2.1.2). The selection bias, and the
-limit to a few groups, decide who is chosen; the weights are the scores without
-the bias. So moving a bias never changes a gate value, only the selection, and
-balance costs no gradient: `rebalance` moves each bias by a fixed step against
-its expert's load (Wang et al. 2024).
+A token's score for an expert is computed in float32 (V3 section 2.1.2). The
+experts with the best scores plus biases are chosen, within the best groups of
+experts; their gates are the scores without the biases. So a bias moves the
+selection and never a gate, and load is balanced without a gradient: `rebalance`
+moves each bias by a fixed step against its expert's load (Wang et al. 2024).
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from mla_moe import sharding
 from mla_moe.config import MoEConfig
 from mla_moe.types import Array, Float, Int
 
-# Kept by rematerialisation: few numbers a token, slow to compute again.
+# Saved by rematerialisation: few numbers a token, slow to compute again.
 SAVED = ('chosen', 'balance_counts')
 
 
 class Routing(NamedTuple):
-  """weights [M, K] float32, chosen [M, K] int32, scores [M, E] float32."""
+  """The experts of each token: ids and gates of the chosen, scores of all."""
 
-  weights: Array
-  chosen: Array
-  scores: Array
+  gates: Array  # [M, K] float32
+  chosen: Array  # [M, K] int32
+  scores: Array  # [M, E] float32
 
 
 def route(
@@ -37,10 +37,7 @@ def route(
   bias: Float[Array, ' E'] | None,
   moe: MoEConfig,
 ) -> Routing:
-  """Scores every expert and picks top_k for each token.
-
-  The gradient flows through the weights alone.
-  """
+  """Returns the Routing of tokens; its gradient flows through gates alone."""
   logits = jnp.einsum(
     'md,de->me',
     x.astype(jnp.float32),
@@ -51,10 +48,10 @@ def route(
   scores = jax.nn.sigmoid(logits) if sigmoid else jax.nn.softmax(logits, -1)
   chosen = select(jax.lax.stop_gradient(scores), bias, moe)
   chosen = checkpoint_name(chosen, SAVED[0])
-  weights = jnp.take_along_axis(scores, chosen, axis=-1)
+  gates = jnp.take_along_axis(scores, chosen, axis=-1)
   if moe.normalize:
-    weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
-  return Routing(weights * moe.scale, chosen, scores)
+    gates = gates / (gates.sum(-1, keepdims=True) + 1e-20)
+  return Routing(gates * moe.scale, chosen, scores)
 
 
 def select(
@@ -62,10 +59,11 @@ def select(
   bias: Float[Array, ' E'] | None,
   moe: MoEConfig,
 ) -> Int[Array, 'M K']:
-  """The top_k experts by biased score, within the best groups.
+  """Returns the ids of the top_k experts by biased score in the best groups.
 
-  Experts of other groups are masked with -inf: 0 would win over a kept expert
-  whose biased score is negative.
+  A group's value is its best biased score, or the sum of its best two where
+  there are biases. Experts of other groups get the score -inf: a 0 would win
+  over a negative biased score.
   """
   if bias is not None:
     scores = scores + bias[None]
@@ -73,20 +71,20 @@ def select(
     grouped = scores.reshape(len(scores), moe.groups, -1)
     best = 2 if moe.method == 'noaux_tc' else 1
     value = jax.lax.top_k(grouped, best)[0].sum(-1)
-    kept = jax.lax.top_k(value, moe.top_groups)[1]
-    keep = (kept[:, :, None] == jnp.arange(moe.groups)[None, None]).any(1)
-    scores = jnp.where(keep[:, :, None], grouped, -jnp.inf).reshape(
+    top = jax.lax.top_k(value, moe.top_groups)[1]
+    is_top = (top[:, :, None] == jnp.arange(moe.groups)[None, None]).any(1)
+    scores = jnp.where(is_top[:, :, None], grouped, -jnp.inf).reshape(
       scores.shape
     )
   return jax.lax.top_k(scores, moe.top_k)[1].astype(jnp.int32)
 
 
-def count(
+def load(
   chosen: Int[Array, 'M K'],
   experts: int,
   mask: Float[Array, ' M'] | None = None,
 ) -> Int[Array, ' E']:
-  """Tokens sent to each expert; tokens whose `mask` is 0 are not counted."""
+  """Returns the tokens of each expert; a `mask` of 0 leaves a token out."""
   ones = jnp.ones(chosen.shape[0]) if mask is None else mask
   ones = jnp.broadcast_to(ones.astype(jnp.int32)[:, None], chosen.shape)
   return jnp.zeros(experts, jnp.int32).at[chosen].add(ones)
@@ -97,12 +95,12 @@ def entropy(
   mask: Float[Array, ' M'] | None = None,
   axes: tuple[str, ...] = (),
 ) -> Float[Array, '']:
-  """Mean entropy in nats of the tokens' normalised scores; at most ln E.
+  """Returns the mean entropy of normalised scores, in nats; at most ln E.
 
-  Of all the tokens that are split over the mesh's `axes`.
+  `axes` are the mesh axes that the tokens are split over.
   """
-  share = scores / (scores.sum(-1, keepdims=True) + 1e-20)
-  nats = -(share * jnp.log(share + 1e-20)).sum(-1)
+  scores = _normalised(scores)
+  nats = -(scores * jnp.log(scores + 1e-20)).sum(-1)
   ones = jnp.ones_like(nats) if mask is None else mask
   sums = (sharding.psum(x.sum(), axes) for x in (nats * ones, ones))
   return jnp.divide(*sums)
@@ -114,12 +112,12 @@ def balance(
   mask: Float[Array, 'B T'] | None = None,
   axes: tuple[str, ...] = (),
 ) -> Float[Array, '']:
-  """V3's sequence-wise balance loss, equations 17 to 20, without alpha.
+  """Returns V3's sequence-wise balance loss (equations 17 to 20, alpha 1).
 
-  sum_i f_i P_i of each sequence, averaged: f counts the top_k of the raw
-  scores (no bias, no groups, no gradient), P is the mean normalised score.
-  Perfect balance is 1. `mask` 0 leaves a token out. Sequences whose length is
-  split over the mesh's `axes` are summed over them before the product.
+  For each sequence sum_i f_i P_i, then the mean over sequences. f_i is the load
+  of expert i by the raw scores (no bias, no groups, no gradient) over the mean
+  load, P_i the mean of its normalised scores; perfect balance is 1. A `mask` of
+  0 leaves a token out. `axes` are the mesh axes that the length is split over.
   """
   experts = scores.shape[-1]
   total = lambda x: sharding.psum(x, axes)
@@ -127,23 +125,27 @@ def balance(
     mask = jnp.ones(scores.shape[:2], jnp.float32)
   tokens = jnp.maximum(total(mask.sum(1)), 1.0)
   chosen = jax.lax.top_k(jax.lax.stop_gradient(scores), top_k)[1]
-  add = lambda chosen, mask: (
+  count = lambda chosen, mask: (
     jnp.zeros(experts).at[chosen].add(jnp.broadcast_to(mask, chosen.shape))
   )
-  counts = total(jax.vmap(add)(chosen, mask[:, :, None]))
+  counts = total(jax.vmap(count)(chosen, mask[:, :, None]))
   counts = checkpoint_name(counts, SAVED[1])
   frequency = counts * (experts / top_k) / tokens[:, None]
-  share = scores / (scores.sum(-1, keepdims=True) + 1e-20)
-  mean = total((share * mask[:, :, None]).sum(1)) / tokens[:, None]
+  scores = _normalised(scores)
+  mean = total((scores * mask[:, :, None]).sum(1)) / tokens[:, None]
   return (frequency * mean).sum(-1).mean()
+
+
+def _normalised(scores):
+  return scores / (scores.sum(-1, keepdims=True) + 1e-20)
 
 
 def rebalance(
   bias: Float[Array, '*l E'], load: Int[Array, '*l E'], rate: Array | float
 ) -> Float[Array, '*l E']:
-  """bias + rate * sign(mean load - load).
+  """Returns bias + rate * sign(mean load - load).
 
-  `load` must be of the whole global batch: all shards, all micro-batches.
+  `load` must be of the whole global batch: all devices, all micro-batches.
   """
   load = load.astype(jnp.float32)
   return bias + rate * jnp.sign(load.mean(-1, keepdims=True) - load)

@@ -4,14 +4,21 @@ import dataclasses
 import functools
 
 import chex
+import emulated
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mla_moe import fp8, sharding
-from mla_moe.config import ComputeConfig, MeshConfig, ModelConfig, MoEConfig
-from mla_moe.model import exchange, moe, products, weights
+from mla_moe.config import (
+  ComputeConfig,
+  ConfigError,
+  MeshConfig,
+  ModelConfig,
+  MoEConfig,
+)
+from mla_moe.model import collectives, moe, products, weights
 
 SIZES = ModelConfig(
   moe=MoEConfig(experts=16, top_k=2, width=8, groups=1, top_groups=1, shared=0)
@@ -42,7 +49,7 @@ def compiled(mesh_config, config, recipe=products.NO_FP8):
   def run(args, mask, bias, g):
     def f(x, w_router, ws):
       if recipe.precision != 'bf16':
-        names = (moe._GATE_UP, moe._DOWN)
+        names = (moe.GATE_UP, moe.DOWN)
         pairs = zip(ws, names, strict=True)
         ws = tuple(weights.quantize(w, n, recipe) for w, n in pairs)
       y, stats = moe.routed(x, mask, w_router, bias, ws, config, recipe)
@@ -76,8 +83,14 @@ CASES = [
 ]
 
 
+@pytest.fixture
+def emulation(monkeypatch):
+  emulation = emulated.ragged_all_to_all
+  monkeypatch.setattr(collectives, 'ragged_all_to_all', emulation)
+
+
 @pytest.mark.parametrize('mesh, kind', CASES)
-def test_every_exchange_equals_the_dense_oracle(mesh, kind):
+def test_every_exchange_equals_the_dense_oracle(mesh, kind, emulation):
   """Balanced, and with every token on two experts of one device."""
   config = computed(exchange=kind)
   run = compiled(MeshConfig(**MESHES[mesh]), config)
@@ -96,6 +109,13 @@ def test_every_exchange_equals_the_dense_oracle(mesh, kind):
       late = {'expert': 8 * (32 - 8), 'tensor': 4 * (64 - 24)}
       assert stats.overflow == (0 if kind == 'gather' else late[mesh])
       assert not np.asarray(grads[2][0])[2:].any()
+
+
+def test_a_cpu_refuses_the_ragged_exchange():
+  args, mask, bias, g = inputs()
+  run = compiled(MeshConfig(**MESHES['data']), computed(exchange='ragged'))
+  with pytest.raises(ConfigError, match="exchange='ragged': a CPU has no"):
+    run(args, mask, bias, g)
 
 
 def test_a_batch_that_nothing_divides_is_computed_whole():
@@ -142,8 +162,7 @@ def test_the_emulated_collective_follows_the_senders_offsets():
   def one(rows, first, sizes, at, got):
     out = jax.lax.pcast(jnp.zeros((24, 2)), ('e',), to='varying')
     args = rows[0], out, first[0], sizes[0], at[0], got[0]
-    run = exchange.emulated_ragged_all_to_all
-    return run(*args, axis_name='e')[None]
+    return emulated.ragged_all_to_all(*args, axis_name='e')[None]
 
   with jax.set_mesh(mesh):
     run = jax.jit(jax.shard_map(one, in_specs=(p,) * 5, out_specs=p))

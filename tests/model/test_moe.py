@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mla_moe.config import MoEConfig
-from mla_moe.model import moe, router
+from mla_moe.model import experts, moe, router
 
 V3 = MoEConfig(experts=16, top_k=4, width=8, groups=4, top_groups=2, shared=0)
 VARIANTS = {
@@ -27,7 +27,7 @@ VARIANTS = {
 
 def slow_route(logits, bias, c):
   """Token by token, in float64."""
-  every = []
+  routings = []
   for row in logits.astype(np.float64):
     if c.scoring == 'sigmoid':
       s = 1 / (1 + np.exp(-row))
@@ -40,14 +40,14 @@ def slow_route(logits, bias, c):
       groups = allowed.reshape(c.groups, -1)
       best = 2 if c.method == 'noaux_tc' else 1
       value = [np.sort(biased[g])[::-1][:best].sum() for g in groups]
-      kept = np.argsort(value)[::-1][: c.top_groups]
-      allowed = groups[kept].reshape(-1)
+      top = np.argsort(value)[::-1][: c.top_groups]
+      allowed = groups[top].reshape(-1)
     chosen = allowed[np.argsort(biased[allowed])[::-1][: c.top_k]]
     w = s[chosen]
     if c.normalize:
       w = w / w.sum()
-    every.append(dict(zip(chosen.tolist(), w * c.scale, strict=True)))
-  return every
+    routings.append(dict(zip(chosen.tolist(), w * c.scale, strict=True)))
+  return routings
 
 
 @pytest.mark.parametrize('name', VARIANTS)
@@ -62,8 +62,8 @@ def test_routing_equals_the_slow_version(name):
   got = router.route(x, w, bias, c)
   for i, expected in enumerate(slow_route(x @ w, bias, c)):
     assert set(got.chosen[i].tolist()) == set(expected)
-    for expert, weight in zip(got.chosen[i], got.weights[i], strict=True):
-      assert weight == pytest.approx(expected[int(expert)], rel=1e-4)
+    for expert, gate in zip(got.chosen[i], got.gates[i], strict=True):
+      assert gate == pytest.approx(expected[int(expert)], rel=1e-4)
 
 
 def test_a_bias_moves_the_selection_and_never_a_gate_value():
@@ -77,9 +77,9 @@ def test_a_bias_moves_the_selection_and_never_a_gate_value():
   after = router.route(x, w, bias, c)
   assert (after.chosen == 3).any(1).all()
   assert not (before.chosen == 3).any(1).all()
-  gate = jnp.take_along_axis(after.scores, after.chosen, 1) * c.scale
-  chex.assert_trees_all_equal(after.weights, gate)
-  grad = jax.grad(lambda b: router.route(x, w, b, c).weights.sum())(bias)
+  gates = jnp.take_along_axis(after.scores, after.chosen, 1) * c.scale
+  chex.assert_trees_all_equal(after.gates, gates)
+  grad = jax.grad(lambda b: router.route(x, w, b, c).gates.sum())(bias)
   assert not grad.any()
 
 
@@ -117,15 +117,15 @@ def expert_inputs(m=48, e=16, k=4, d=12, f=8, skew=0.0):
   normal = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)
   logits = normal(m, e) - skew * jnp.arange(e)[None]
   chosen = jnp.argsort(-logits, axis=1)[:, :k].astype(jnp.int32)
-  weights = jnp.asarray(random.uniform(size=(m, k)), jnp.float32)
+  gates = jnp.asarray(random.uniform(size=(m, k)), jnp.float32)
   x, w_gate_up, w_down = normal(m, d), normal(e, d, 2, f), normal(e, f, d)
-  return (x, weights, w_gate_up, w_down), chosen, normal(m, d)
+  return (x, gates, w_gate_up, w_down), chosen, normal(m, d)
 
 
 @pytest.mark.parametrize('impl', ['loop', 'ragged', 'padded', 'dense'])
 def test_packed_experts_are_the_same(impl):
-  (x, weights, gate_up, down), chosen, _ = expert_inputs()
-  run = functools.partial(moe.experts, x, weights, chosen, impl=impl)
+  (x, gates, gate_up, down), chosen, _ = expert_inputs()
+  run = functools.partial(experts.feed_forward, x, gates, chosen, impl=impl)
   run = jax.jit(functools.partial(run, expected=8))  # most go through the loop
   joined = moe.packed(gate_up)
   assert joined.shape == (16, 12, 16)
@@ -143,7 +143,7 @@ def test_experts_equal_the_dense_oracle(impl, m, skew):
   args, chosen, g = expert_inputs(m, skew=skew)
 
   def run(impl):
-    f = lambda x, w, *rest: moe.experts(x, w, chosen, *rest, impl=impl)
+    f = lambda x, w, *rest: experts.feed_forward(x, w, chosen, *rest, impl=impl)
     out, pull = jax.vjp(f, *args)
     return out, pull(g)
 
@@ -158,7 +158,9 @@ def test_experts_equal_the_dense_oracle(impl, m, skew):
 def test_overflow_adds_to_the_gradient_that_there_is(impl):
   """Two gradients of all experts and their sum are a layer's largest arrays."""
   args, chosen, _ = expert_inputs(skew=9.0)
-  f = functools.partial(moe.experts, chosen=chosen, impl=impl, expected=8)
+  f = functools.partial(
+    experts.feed_forward, chosen=chosen, impl=impl, expected=8
+  )
   loss = lambda *a: jnp.square(f(a[0], a[1], w_gate_up=a[2], w_down=a[3])).sum()
   text = str(jax.make_jaxpr(jax.grad(loss, (2, 3)))(*args))
   assert 'add_any' in text  # x has several
@@ -171,10 +173,11 @@ def test_experts_in_bfloat16():
   args, chosen, _ = expert_inputs()
   half = [jnp.asarray(a, jnp.bfloat16) for a in args]
   half[1] = args[1]
-  got = jax.jit(lambda x, w, *r: moe.experts(x, w, chosen, *r, impl='loop'))(
-    *half
+  run = lambda impl, x, gates, *ws: experts.feed_forward(
+    x, gates, chosen, *ws, impl=impl
   )
+  got = jax.jit(functools.partial(run, 'loop'))(*half)
   assert got.dtype == jnp.bfloat16
-  expected = moe.experts(args[0], args[1], chosen, *args[2:], impl='dense')
+  expected = run('dense', *args)
   error = got.astype(jnp.float32) - expected
   assert jnp.sqrt((error**2).mean() / (expected**2).mean()) < 0.02

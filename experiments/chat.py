@@ -1,10 +1,11 @@
-"""A user's words as the tokens of a chat: the model's template, as ids.
+"""A chat as token ids: the model's template around what people write.
 
-The template is that of the folder's tokenizer_config.json (or
-chat_template.jinja), run by jinja2 in its sandbox, or else the one of DeepSeek
-V3 and R1: bos, the system's text, <｜User｜> text, <｜Assistant｜>. What a
-person writes never becomes a special token: the template is given a mark in its
-place, and only the template's own text is searched for them.
+The template is that of the folder (chat_template.jinja or
+tokenizer_config.json), run by jinja2 in its sandbox. Without one it is that of
+DeepSeek V3 and R1: bos, the system's text, <｜User｜> text, <｜Assistant｜>. No
+message becomes a special token, whatever it spells: the template gets a mark in
+place of each message, and only the template's own text is searched for special
+tokens.
 """
 
 from __future__ import annotations
@@ -15,31 +16,37 @@ import re
 import numpy as np
 
 from mla_moe.config import ConfigError
-from mla_moe.data import tokenizer
+from mla_moe.data.tokenizer import BOS, EOS, Tokenizer
 from mla_moe.hf import config_json
+from mla_moe.types import Int
 
 USER, ASSISTANT = '<｜User｜>', '<｜Assistant｜>'
 _MARK = re.compile('\ue000([0-9]+)\ue001')
 
 
 def prompt(
-  folder: pathlib.Path, words: tokenizer.Tokenizer, text: str, system: str = ''
-) -> np.ndarray:
-  """Ids of a chat with one question, ready for the answer, int32.
+  folder: pathlib.Path, tokenizer: Tokenizer, text: str, system: str = ''
+) -> Int[np.ndarray, ' T']:
+  """Returns the ids of a chat with one question, ready for the answer, int32.
 
   Raises:
-    ConfigError: as `talk`.
+    ConfigError: as `encode`.
   """
   messages = [('system', system)] if system else []
-  return talk(folder, words, [*messages, ('user', text)])
+  return encode(folder, tokenizer, [*messages, ('user', text)])
 
 
-def talk(
+def encode(
   folder: pathlib.Path,
-  words: tokenizer.Tokenizer,
+  tokenizer: Tokenizer,
   messages: list[tuple[str, str]],
-) -> np.ndarray:
-  """Ids of a chat, (role, text) each, ready for the next answer, int32.
+) -> Int[np.ndarray, ' T']:
+  """Returns the ids of a chat, ready for the next answer, int32.
+
+  Args:
+    folder: of the template.
+    tokenizer: of the model.
+    messages: (role, text) each; roles are system, user and assistant.
 
   Raises:
     ConfigError: a template that does not run, or a tokenizer without the
@@ -51,42 +58,42 @@ def talk(
   ]
   settings = _settings(folder)
   template = settings['template']
-  special = _special(words)
+  special = _special_tokens(tokenizer)
   if template:
     rendered = _render(template, marked, settings)
   else:
-    for token in (tokenizer.BOS, USER, ASSISTANT):
+    for token in (BOS, USER, ASSISTANT):
       if token not in special:
         raise ConfigError(
           f'--chat: the tokenizer has no token {token!r}, which the template '
           'of V3 and R1 needs; continue texts with it, without --chat'
         )
-    around = {
+    formats = {
       'system': '{}',
       'user': USER + '{}',
-      'assistant': ASSISTANT + '{}' + tokenizer.EOS,
+      'assistant': ASSISTANT + '{}' + EOS,
     }
-    said = (around[m['role']].format(m['content']) for m in marked)
-    rendered = tokenizer.BOS + ''.join(said) + ASSISTANT
-  return _encode(rendered, [text for _, text in messages], special, words)
+    turns = (formats[m['role']].format(m['content']) for m in marked)
+    rendered = BOS + ''.join(turns) + ASSISTANT
+  return _encode(rendered, [text for _, text in messages], special, tokenizer)
 
 
 def _settings(folder: pathlib.Path) -> dict:
-  """The template ('' if there is none) and the texts of bos and eos."""
+  """Returns the template ('' if there is none) and the texts of bos and eos."""
   path = folder / 'tokenizer_config.json'
   values = config_json.read_json(path) if path.exists() else {}
   template = values.get('chat_template') or ''
   if isinstance(template, list):  # several, by name
     named = {x.get('name'): x.get('template') for x in template}
     template = named.get('default') or ''
-  alone = folder / 'chat_template.jinja'
-  if alone.exists():
-    template = alone.read_text(encoding='utf-8')
+  file = folder / 'chat_template.jinja'
+  if file.exists():
+    template = file.read_text(encoding='utf-8')
   content = lambda t: t.get('content') if isinstance(t, dict) else t
   return {
     'template': template,
-    'bos_token': content(values.get('bos_token')) or tokenizer.BOS,
-    'eos_token': content(values.get('eos_token')) or tokenizer.EOS,
+    'bos_token': content(values.get('bos_token')) or BOS,
+    'eos_token': content(values.get('eos_token')) or EOS,
   }
 
 
@@ -116,36 +123,37 @@ def _render(template: str, messages: list[dict], settings: dict) -> str:
     raise ConfigError(f'--chat: the chat template fails ({error})') from None
 
 
-def _special(words: tokenizer.Tokenizer) -> dict[str, int]:
-  """The added tokens of a tokenizer, by their text."""
-  core = getattr(words, 'core', None)
+def _special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+  """Returns the ids of the added tokens, by their text."""
+  core = getattr(tokenizer, 'core', None)
   if core is None:
     return {}
   added = core.get_added_tokens_decoder()
   return {token.content: index for index, token in added.items()}
 
 
-def _encode(rendered, texts, special, words) -> np.ndarray:
-  """Ids: special tokens of the template, and text between them as text."""
+def _encode(rendered, texts, special, tokenizer) -> np.ndarray:
+  """Returns the ids of the template's special tokens, and of the text between
+  them, where marks stand for `texts`."""
   ids: list[int] = []
   plain = ''
 
   def flush():
     nonlocal plain
-    ids.extend(words.encode(plain).tolist())
+    ids.extend(tokenizer.encode(plain).tolist())
     plain = ''
 
   names = sorted(map(re.escape, special), key=len, reverse=True)
   pieces = '|'.join([*names, _MARK.pattern])
-  at = 0
-  for found in re.finditer(pieces, rendered):
-    plain += rendered[at : found.start()]
-    at = found.end()
-    if found.group(1) is not None:
-      plain += texts[int(found.group(1))]
+  start = 0
+  for piece in re.finditer(pieces, rendered):
+    plain += rendered[start : piece.start()]
+    start = piece.end()
+    if piece.group(1) is not None:
+      plain += texts[int(piece.group(1))]
       continue
     flush()
-    ids.append(special[found.group()])
-  plain += rendered[at:]
+    ids.append(special[piece.group()])
+  plain += rendered[start:]
   flush()
   return np.array(ids, np.int32)

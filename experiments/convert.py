@@ -26,7 +26,7 @@ import tempfile
 
 from absl import flags
 
-from experiments import cli, workdir
+from experiments import cli, opened, workdir
 from mla_moe.config import Config, ConfigError, ModelConfig
 
 FLAGS = flags.FLAGS
@@ -149,37 +149,6 @@ def to_run(
     raise
 
 
-def last_variables(
-  folder: pathlib.Path, config: Config, unsealed: bool = False
-):
-  """{'params', 'router'} of a run's last checkpoint that is whole.
-
-  Raises:
-    ConfigError: it has none, or one of another config.
-  """
-  import functools
-
-  import jax
-
-  from mla_moe.checkpoint import store
-  from mla_moe.train import step
-
-  make = functools.partial(step.init_state, config=config)
-  like = jax.eval_shape(make, jax.random.key(0))
-  # A shape without a place would be restored as it was laid when saved.
-  where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  like = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), like
-  )
-  restored = store.restore(
-    folder / 'checkpoints', like, allow_unsealed=unsealed
-  )
-  if restored is None:
-    raise ConfigError(f'{folder}: has no checkpoint yet')
-  state = restored.state
-  return {'params': state.params, 'router': state.router}
-
-
 def to_huggingface(
   source: pathlib.Path,
   target: pathlib.Path,
@@ -202,7 +171,7 @@ def to_huggingface(
   save_huggingface(
     target,
     config.model,
-    last_variables(source, config, unsealed),
+    opened.last_variables(source, config, unsealed),
     fp8,
     power_of_two=power_of_two,
     dtype=None if fp8 and dtype == 'float32' else dtype,

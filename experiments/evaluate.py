@@ -1,11 +1,11 @@
-"""Benchmarks by lm-evaluation-harness (extra [eval]).
+"""Benchmarks of a checkpoint, by lm-evaluation-harness (extra [eval]).
 
   python -m experiments.evaluate --checkpoint=DIR --tasks=hellaswag,arc_easy
 
 DIR is a Hugging Face folder or a run. Likelihoods come from one forward pass of
-a batch of sequences, continuations from the decode engine (`rollout`).
-Tasks by name are downloaded; --include=FOLDER adds task files of your own,
-which may read local data and then need no network.
+a batch of sequences, continuations from `rollout`. Named tasks are downloaded.
+--include=FOLDER adds task files of your own, which may read local data and need
+no network then.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from collections.abc import Sequence
 import numpy as np
 from absl import flags
 
-from experiments import cli, generate, text
+from experiments import cli, opened, text
 from mla_moe.config import ConfigError
 
 FLAGS = flags.FLAGS
-_ROUND = 64
+_MULTIPLE = 64  # of the lengths that are compiled
 
 
 def define() -> None:
-  """This program's flags."""
-  generate.define_model()
+  """Defines this program's flags."""
+  opened.define()
   flags.DEFINE_list('tasks', [], 'Names of tasks, joined by commas.')
   flags.DEFINE_string('include', '', 'A folder of task files (.yaml).')
   flags.DEFINE_integer('limit', 0, 'Examples of each task; 0: all.', 0)
@@ -38,6 +38,8 @@ def define() -> None:
 
 @functools.lru_cache(maxsize=2)
 def _scorer(config):
+  """Returns a compiled function from tokens and targets [B, T] to the targets'
+  log-probabilities, and whether each is the most likely token."""
   import jax
   import jax.numpy as jnp
 
@@ -54,79 +56,91 @@ def _scorer(config):
 
 
 def likelihoods(
-  loaded: generate.Loaded,
+  model: opened.TextModel,
   pairs: Sequence[tuple[list[int], list[int]]],
   batch: int,
 ) -> list[tuple[float, bool]]:
-  """(log-probability, whether greedy) of each continuation after its context.
+  """Returns (log-probability, whether greedy) of each pair's continuation.
 
-  A pair too long for the model loses the beginning of its context.
+  A pair is (context, continuation), token ids both. One that is too long for
+  the model loses the beginning of its context.
 
   Raises:
     ConfigError: tokens that the model does not have.
   """
-  found = [None] * len(pairs)
+  scores = [None] * len(pairs)
   order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
-  longest = loaded.config.max_positions + 1
+  longest = model.config.max_positions + 1
   for start in range(0, len(order), batch):
-    some = order[start : start + batch]
-    rows = [[*pairs[i][0], *pairs[i][1]][-longest:] for i in some]
-    generate.check_ids([max(row) for row in rows], loaded.config.vocab)
+    chosen = order[start : start + batch]
+    rows = [[*pairs[i][0], *pairs[i][1]][-longest:] for i in chosen]
+    opened.check_ids([max(row) for row in rows], model.config.vocab)
     width = max(map(len, rows)) - 1
-    width = min(-(-width // _ROUND) * _ROUND, longest - 1)
+    width = min(-(-width // _MULTIPLE) * _MULTIPLE, longest - 1)
     tokens = np.zeros((batch, width), np.int32)
     targets = np.zeros((batch, width), np.int32)
     for j, row in enumerate(rows):
       tokens[j, : len(row) - 1] = row[:-1]
       targets[j, : len(row) - 1] = row[1:]
-    scored = _scorer(loaded.config)(loaded.variables, tokens, targets)
-    log_probs, greedy = map(np.asarray, scored)
-    for j, (i, row) in enumerate(zip(some, rows, strict=True)):
+    out = _scorer(model.config)(model.variables, tokens, targets)
+    log_probs, greedy = map(np.asarray, out)
+    for j, (i, row) in enumerate(zip(chosen, rows, strict=True)):
       part = slice(max(len(row) - 1 - len(pairs[i][1]), 0), len(row) - 1)
       total = float(log_probs[j, part].sum(dtype=np.float64))
-      found[i] = (total, bool(greedy[j, part].all()))
-  return found
+      scores[i] = (total, bool(greedy[j, part].all()))
+  return scores
 
 
 def continuations(
-  loaded: generate.Loaded,
-  asked: Sequence[tuple[list[int], dict]],
+  model: opened.TextModel,
+  requests: Sequence[tuple[list[int], dict]],
   batch: int,
 ) -> list[str]:
-  """The text after each prompt, up to its first stop string ('until')."""
+  """Returns the text after each prompt, up to its first stop string.
+
+  A request is (prompt's ids, options of lm-eval: 'until', 'max_gen_toks',
+  'temperature').
+  """
   from mla_moe import rollout
 
-  found = [''] * len(asked)
-  order = sorted(range(len(asked)), key=lambda i: len(asked[i][0]))
+  texts = [''] * len(requests)
+  order = sorted(range(len(requests)), key=lambda i: len(requests[i][0]))
   for start in range(0, len(order), batch):
-    some = order[start : start + batch]
-    new = max(int(asked[i][1].get('max_gen_toks', 256)) for i in some)
-    room = loaded.config.max_positions - new
-    rows = [asked[i][0][-room:] for i in some]
-    rows += [rows[0]] * (batch - len(rows))  # one shape: one compilation
+    chosen = order[start : start + batch]
+    options = [requests[i][1] for i in chosen]
+    limits = [int(o.get('max_gen_toks', 256)) for o in options]
+    new = max(limits)
+    room = model.config.max_positions - new
+    rows = [requests[i][0][-room:] for i in chosen]
+    temperatures = [max(float(o.get('temperature', 0)), 0.0) for o in options]
+    missing = batch - len(rows)  # one shape: one compilation
+    rows += [rows[0]] * missing
+    temperatures += [0.0] * missing
     prompts = np.zeros((batch, max(map(len, rows))), np.int32)
     for j, row in enumerate(rows):
       prompts[j, : len(row)] = row
     out = rollout(
-      loaded.config,
-      loaded.variables,
+      model.config,
+      model.variables,
       prompts,
       new,
       lengths=np.array([len(row) for row in rows], np.int32),
-      stop_ids=loaded.ends,
-      temperature=max(float(asked[some[0]][1].get('temperature', 0)), 0.0),
+      stop_ids=model.stop_ids,
+      temperature=temperatures,
     )
-    for j, i in enumerate(some):
-      until = asked[i][1].get('until') or []
-      until = [until] if isinstance(until, str) else until
-      limit = int(asked[i][1].get('max_gen_toks', 256))
-      ids = [t for t in out.tokens[j, : out.counts[j]] if t not in loaded.ends]
-      found[i] = text.Growing(loaded.words, until).add(ids[:limit], last=True)
-  return found
+    for j, i in enumerate(chosen):
+      until = options[j].get('until') or []
+      stream = text.TextStream(
+        model.tokenizer, [until] if isinstance(until, str) else until
+      )
+      ids = out.tokens[j, : out.counts[j]]
+      ids = [t for t in ids if t not in model.stop_ids]
+      texts[i] = stream.add(ids[: limits[j]], last=True)
+  return texts
 
 
-def adapter(loaded: generate.Loaded, batch: int):
-  """The model as lm-eval's LM.
+def adapter(model: opened.TextModel, batch: int):
+  """Returns the model as lm-eval's LM.
 
   Raises:
     ConfigError: lm-eval is not installed.
@@ -137,8 +151,8 @@ def adapter(loaded: generate.Loaded, batch: int):
     raise ConfigError(
       'lm-eval is not installed: pip install "mla_moe[eval]"'
     ) from None
-  encode = lambda words: list(map(int, loaded.words.encode(words)))
-  bos = [loaded.config.bos_id]
+  encode = lambda words: list(map(int, model.tokenizer.encode(words)))
+  bos = [model.config.bos_id]
 
   class Adapter(LM):
     """Likelihoods and continuations of one model."""
@@ -146,37 +160,37 @@ def adapter(loaded: generate.Loaded, batch: int):
     def loglikelihood(self, requests):
       pairs = []
       for context, continuation in (r.args for r in requests):
-        # Spaces belong to what follows them, as tokenizers have it.
+        # Tokenizers join a space to the word after it.
         bare = context.rstrip()
         continuation = context[len(bare) :] + continuation
         whole, before = encode(bare + continuation), encode(bare)
         pairs.append((bos + before, whole[len(before) :]))
-      return likelihoods(loaded, pairs, batch)
+      return likelihoods(model, pairs, batch)
 
     def loglikelihood_rolling(self, requests):
-      window = loaded.config.max_positions
+      window = model.config.max_positions
       sums = []
       for (words,) in (r.args for r in requests):
         ids = encode(words)
-        cut = [ids[at : at + window] for at in range(0, len(ids), window)]
-        pairs = [(bos, part) for part in cut if part]
-        sums.append(sum(x for x, _ in likelihoods(loaded, pairs, batch)))
+        parts = [ids[i : i + window] for i in range(0, len(ids), window)]
+        pairs = [(bos, part) for part in parts if part]
+        sums.append(sum(x for x, _ in likelihoods(model, pairs, batch)))
       return sums
 
     def generate_until(self, requests):
-      asked = [(bos + encode(r.args[0]), r.args[1]) for r in requests]
-      return continuations(loaded, asked, batch)
+      prompts = [(bos + encode(r.args[0]), r.args[1]) for r in requests]
+      return continuations(model, prompts, batch)
 
   return Adapter()
 
 
-def run(loaded: generate.Loaded) -> dict:
-  """Evaluates the flags' tasks: {task: {metric: value}}.
+def run(model: opened.TextModel) -> dict:
+  """Returns {task: {metric: value}} of the flags' tasks.
 
   Raises:
     ConfigError: no tasks, or some that are not there.
   """
-  model = adapter(loaded, FLAGS.batch)
+  adapted = adapter(model, FLAGS.batch)
   if not FLAGS.tasks:
     raise ConfigError('--tasks: name at least one')
   import lm_eval
@@ -189,7 +203,7 @@ def run(loaded: generate.Loaded) -> dict:
   if missing:
     raise ConfigError(f'--tasks={missing[0]!r}: there is no such task')
   out = lm_eval.simple_evaluate(
-    model=model,
+    model=adapted,
     tasks=FLAGS.tasks,
     limit=FLAGS.limit or None,
     num_fewshot=None if FLAGS.fewshot < 0 else FLAGS.fewshot,
@@ -204,8 +218,8 @@ def run(loaded: generate.Loaded) -> dict:
 
 
 def main() -> None:
-  """Prints, and writes where asked, what a checkpoint reaches."""
-  results = run(generate.open_checkpoint())
+  """Prints the results, and writes them to --out."""
+  results = run(opened.from_flags())
   for task, row in results.items():
     for metric, value in row.items():
       print(f'{task:24} {metric:28} {value:.4f}')

@@ -1,13 +1,13 @@
-"""An OpenAI-compatible endpoint, for people and evaluation harnesses.
+"""Serves a model over OpenAI's protocol, to people and evaluation harnesses.
 
   python -m experiments.serve --checkpoint=DIR [--port=8000]
 
 It answers /v1/models, /v1/completions, /v1/chat/completions (streamed, too) and
-/healthz, and only on this machine unless --host says otherwise: it has no keys
-and no encryption. With --speculative the MTP module drafts, which changes only
-the speed; /healthz counts the drafts that stood. For production, export the
-model (`experiments.convert`) and serve it with an engine made for that: vllm
-serve DIR, or python -m sglang.launch_server --model-path DIR.
+/healthz. It has no keys and no encryption, so it listens on this machine only,
+unless --host says otherwise. With --speculative the MTP module drafts, which
+changes only the speed; /healthz counts the accepted drafts. For production,
+export the model (`experiments.convert`) and give it to an engine made for that:
+vllm serve DIR, or python -m sglang.launch_server --model-path DIR.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import pathlib
 
 from absl import flags
 
-from experiments import cli, generate
+from experiments import cli, opened
 from mla_moe.config import ConfigError
 
 FLAGS = flags.FLAGS
 
 
 def define() -> None:
-  """This program's flags."""
-  generate.define_model()
+  """Defines this program's flags."""
+  opened.define()
   flags.DEFINE_string('host', '127.0.0.1', 'Address to listen on.')
   flags.DEFINE_integer('port', 8000, '0 is any free one.', 0, 65535)
   flags.DEFINE_integer('rows', 8, 'Samples that decode at once.', 1)
@@ -44,14 +44,14 @@ def main() -> None:
     raise ConfigError(
       'serving needs starlette and uvicorn: pip install "mla_moe[serve]"'
     ) from None
-  from experiments.serving import scheduler
   from experiments.serving.engine import Engine
+  from experiments.serving.scheduler import Scheduler
   from mla_moe import CacheConfig
 
-  loaded = generate.open_checkpoint()
-  work = scheduler.Scheduler(
-    loaded.config,
-    loaded.variables,
+  model = opened.from_flags()
+  scheduler = Scheduler(
+    model.config,
+    model.variables,
     rows=FLAGS.rows,
     length=FLAGS.length,
     cache=CacheConfig(dtype=FLAGS.cache),
@@ -59,7 +59,7 @@ def main() -> None:
     speculative=FLAGS.speculative,
   )
   name = pathlib.Path(FLAGS.checkpoint).expanduser().resolve().name
-  app = endpoint.app(Engine(work), loaded, name, FLAGS.body_limit)
+  app = endpoint.app(Engine(scheduler), model, name, FLAGS.body_limit)
   uvicorn.run(app, host=FLAGS.host, port=FLAGS.port, log_level='info')
 
 

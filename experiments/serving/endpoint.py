@@ -1,7 +1,7 @@
 """OpenAI's protocol over an engine: completions, chat, models, health.
 
-What cannot be served is said in one line with OpenAI's error object. A client
-that goes away frees its rows.
+A request that cannot be served gets OpenAI's error object with one line. A
+client that goes away frees its rows.
 """
 
 from __future__ import annotations
@@ -12,19 +12,22 @@ import json
 import secrets
 import time
 
+from starlette import requests
 from starlette.applications import Starlette
-from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
 from experiments import text
+from experiments.opened import TextModel
 from experiments.serving import scheduler, validation
 from experiments.serving.engine import Engine
 from mla_moe.config import ConfigError
 
 
-def app(engine: Engine, loaded, name: str, body_limit: int = 1 << 20):
-  """The ASGI application; `loaded` is `generate.Loaded`, `name` the model's."""
+def app(
+  engine: Engine, model: TextModel, name: str, body_limit: int = 1 << 20
+) -> Starlette:
+  """Returns the ASGI application that serves `model` under `name`."""
 
   async def models(_):
     card = {'id': name, 'object': 'model', 'created': 0, 'owned_by': 'mla_moe'}
@@ -33,18 +36,19 @@ def app(engine: Engine, loaded, name: str, body_limit: int = 1 << 20):
   async def health(_):
     if engine.failure:
       return JSONResponse({'status': 'failed'}, status_code=503)
-    return JSONResponse({'status': 'ok', **engine.rows})
+    return JSONResponse({'status': 'ok', **engine.status})
 
-  def answering(talking: bool):
-    async def answer(request: Request):
+  def handler(is_chat: bool):
+    async def handle(http: requests.Request):
       try:
-        body = await validation.body(request, body_limit)
-        job = validation.job(body, loaded, talking, engine.length)
-        run = _Answer(engine, loaded, name, job, talking)
-        await run.begin()
-        if job.stream:
-          return StreamingResponse(run.lines(), media_type='text/event-stream')
-        return JSONResponse(await run.whole(request))
+        body = await validation.read_body(http, body_limit)
+        request = validation.parse(body, model, is_chat, engine.length)
+        answer = _Answer(engine, model, name, request, is_chat)
+        await answer.submit()
+        if request.stream:
+          lines = answer.lines()
+          return StreamingResponse(lines, media_type='text/event-stream')
+        return JSONResponse(await answer.whole(http))
       except validation.Refused as error:
         return _error(error.status, str(error))
       except ConfigError as error:
@@ -54,21 +58,21 @@ def app(engine: Engine, loaded, name: str, body_limit: int = 1 << 20):
       except RuntimeError as error:  # the engine's
         return _error(503, str(error))
 
-    return answer
+    return handle
 
   @contextlib.asynccontextmanager
-  async def life(_):
+  async def lifespan(_):
     yield
     await asyncio.to_thread(engine.close)
 
   return Starlette(
     routes=[
       Route('/v1/models', models),
-      Route('/v1/completions', answering(False), methods=['POST']),
-      Route('/v1/chat/completions', answering(True), methods=['POST']),
+      Route('/v1/completions', handler(False), methods=['POST']),
+      Route('/v1/chat/completions', handler(True), methods=['POST']),
       Route('/healthz', health),
     ],
-    lifespan=life,
+    lifespan=lifespan,
   )
 
 
@@ -81,145 +85,156 @@ def _error(status: int, message: str) -> JSONResponse:
 
 
 class _Answer:
-  """The samples of one request, as they grow."""
+  """The answer to one request, while its samples come.
 
-  def __init__(self, engine, loaded, name, job: validation.Job, talking: bool):
-    self._engine, self._loaded, self._job = engine, loaded, job
-    self._talking, self._tickets, self._tokens = talking, [], 0
-    self._merged = asyncio.Queue()
-    self._pumps = []
-    total = len(job.prompts) * job.samples
-    self._growing = [
-      text.Growing(loaded.words, job.stops) for _ in range(total)
+  Sample i is sample `i % samples` of prompt `i // samples`.
+  """
+
+  def __init__(self, engine, model, name, request, is_chat: bool):
+    self._engine, self._model, self._request = engine, model, request
+    self._is_chat = is_chat
+    self._tickets, self._queues = [], []  # of each prompt
+    self._events, self._pumps = asyncio.Queue(), []
+    total = len(request.prompts) * request.samples
+    self._texts = [
+      text.TextStream(model.tokenizer, request.stops) for _ in range(total)
     ]
-    self._left = set(range(total))
-    kind = 'chat.completion' if talking else 'text_completion'
-    prefix = 'chatcmpl' if talking else 'cmpl'
+    self._open = set(range(total))
+    self._tokens = 0
+    kind = 'chat.completion' if is_chat else 'text_completion'
+    prefix = 'chatcmpl' if is_chat else 'cmpl'
     self._head = {
       'id': f'{prefix}-{secrets.token_hex(12)}',
-      'object': kind + ('.chunk' if talking and job.stream else ''),
+      'object': kind + ('.chunk' if is_chat and request.stream else ''),
       'created': int(time.time()),
       'model': name,
     }
 
-  async def begin(self) -> None:
+  async def submit(self) -> None:
     """Submits every prompt, or none."""
-    job = self._job
+    request = self._request
     try:
-      for i, ids in enumerate(job.prompts):
+      for ids in request.prompts:
         tickets, queue = await self._engine.submit(
-          ids, job.new, samples=job.samples, stop_ids=self._loaded.ends,
-          seed=job.seed % 2**31, **job.knobs,
-        )  # fmt: skip
-        self._tickets.append((tickets, queue, i * job.samples))
+          ids,
+          request.max_new_tokens,
+          samples=request.samples,
+          stop_ids=self._model.stop_ids,
+          seed=request.seed,
+          **request.knobs,
+        )
+        self._tickets.append(tickets)
+        self._queues.append(queue)
     except BaseException:
-      self.end()
+      self._close()
       raise
 
-  def end(self) -> None:
-    """Frees what is still running."""
-    for pump in self._pumps:
-      pump.cancel()
-    for tickets, *_ in self._tickets:
-      self._engine.cancel(tickets)
-
-  async def _steps(self, request: Request | None = None):
-    """(sample, new text, Event, reason) as they come, until all have ended."""
-
-    async def pump(queue, first):
-      while True:
-        found = await queue.get()
-        await self._merged.put(found and (first + found[0], found[1]))
-
-    for _, queue, first in self._tickets:
-      self._pumps.append(asyncio.create_task(pump(queue, first)))
-    try:
-      while self._left:
-        try:
-          found = await asyncio.wait_for(self._merged.get(), 0.5)
-        except TimeoutError:
-          found = ()
-        if request and await request.is_disconnected():
-          return
-        if found == ():
-          continue
-        if found is None:
-          raise validation.Refused(500, 'the engine has failed')
-        at, event = found
-        if at in self._left:
-          yield self._grow(at, event)
-    finally:
-      self.end()
-
-  def _grow(self, at: int, event):
-    growing, reason = self._growing[at], event.reason
-    if reason == 'broken':
-      raise validation.Refused(500, "the model's logits are not finite")
-    self._tokens += 1
-    ids = [] if reason == 'stop' else [event.token]
-    new = growing.add(ids, last=bool(reason))
-    if growing.ended and not reason:
-      reason = 'stop'
-      tickets, _, first = self._tickets[at // self._job.samples]
-      self._engine.cancel([tickets[at - first]])
-    if reason:
-      self._left.discard(at)
-    return at, new, event, reason
-
-  async def whole(self, request: Request) -> dict:
-    """The answer in one piece."""
-    total = len(self._growing)
-    texts, reasons, logs = (
-      [''] * total,
-      [None] * total,
-      [[] for _ in range(total)],
-    )
-    async for at, new, event, reason in self._steps(request):
-      texts[at] += new
-      reasons[at] = reason or None
-      logs[at].append(event)
+  async def whole(self, http: requests.Request) -> dict:
+    """Returns the answer in one piece."""
+    total = len(self._texts)
+    texts, reasons = [''] * total, [None] * total
+    events = [[] for _ in range(total)]
+    async for i, piece, event, reason in self._pieces(http):
+      texts[i] += piece
+      reasons[i] = reason or None
+      events[i].append(event)
     choices = [
-      self._choice(i, *parts, part='message')
-      for i, parts in enumerate(zip(texts, reasons, logs, strict=True))
+      self._choice(i, *parts, key='message')
+      for i, parts in enumerate(zip(texts, reasons, events, strict=True))
     ]
     return {**self._head, 'choices': choices, 'usage': self._usage()}
 
   async def lines(self):
-    """The answer as server-sent events."""
+    """Yields the answer as server-sent events."""
     line = lambda value: f'data: {json.dumps(value, ensure_ascii=False)}\n\n'
     try:
-      async for at, new, event, reason in self._steps():
-        choice = self._choice(at, new, reason or None, [event], part='delta')
+      async for i, piece, event, reason in self._pieces():
+        choice = self._choice(i, piece, reason or None, [event], key='delta')
         yield line({**self._head, 'choices': [choice]})
     except validation.Refused as error:
       yield line({'error': {'message': str(error), 'type': 'server_error'}})
-    if self._job.usage:
+    if self._request.usage:
       yield line({**self._head, 'choices': [], 'usage': self._usage()})
     yield 'data: [DONE]\n\n'
 
-  def _choice(self, at, new, reason, events, part) -> dict:
-    found = {'index': at, 'finish_reason': reason, 'logprobs': None}
-    spelt = [self._loaded.words.decode([e.token]) for e in events]
-    values = [e.log_prob for e in events]
-    if self._talking:
-      found[part] = {'role': 'assistant', 'content': new}
-      if self._job.logprobs:
-        found['logprobs'] = {
+  async def _pieces(self, http: requests.Request | None = None):
+    """Yields (sample, new text, Event, reason) until all samples have ended.
+
+    It ends early when the client of `http` has gone.
+    """
+
+    async def pump(queue, first):
+      while True:
+        message = await queue.get()
+        if message:
+          index, event = message
+          message = first + index, event
+        await self._events.put(message)
+
+    for prompt, queue in enumerate(self._queues):
+      first = prompt * self._request.samples
+      self._pumps.append(asyncio.create_task(pump(queue, first)))
+    try:
+      while self._open:
+        try:
+          message = await asyncio.wait_for(self._events.get(), 0.5)
+        except TimeoutError:
+          message = ()
+        if http and await http.is_disconnected():
+          return
+        if message is None:
+          raise validation.Refused(500, 'the engine has failed')
+        if message and message[0] in self._open:
+          yield self._piece(*message)
+    finally:
+      self._close()
+
+  def _piece(self, i: int, event: scheduler.Event) -> tuple:
+    """Returns what `_pieces` yields of one event."""
+    stream, reason = self._texts[i], event.reason
+    if reason == 'broken':
+      raise validation.Refused(500, "the model's logits are not finite")
+    self._tokens += 1
+    ids = [] if reason == 'stop' else [event.token]
+    piece = stream.add(ids, last=bool(reason))
+    if stream.ended and not reason:
+      reason = 'stop'
+      self._engine.cancel([event.ticket])
+    if reason:
+      self._open.discard(i)
+    return i, piece, event, reason
+
+  def _close(self) -> None:
+    """Frees the rows of samples that still run."""
+    for pump in self._pumps:
+      pump.cancel()
+    for tickets in self._tickets:
+      self._engine.cancel(tickets)
+
+  def _choice(self, i, piece, reason, events, key) -> dict:
+    """Returns a sample's part of the answer; `key` is that of a chat's text."""
+    choice = {'index': i, 'finish_reason': reason, 'logprobs': None}
+    tokens = [self._model.tokenizer.decode([e.token]) for e in events]
+    log_probs = [e.log_prob for e in events]
+    if self._is_chat:
+      choice[key] = {'role': 'assistant', 'content': piece}
+      if self._request.logprobs:
+        choice['logprobs'] = {
           'content': [
-            {'token': t, 'logprob': v, 'bytes': None, 'top_logprobs': []}
-            for t, v in zip(spelt, values, strict=True)
+            {'token': t, 'logprob': p, 'bytes': None, 'top_logprobs': []}
+            for t, p in zip(tokens, log_probs, strict=True)
           ]
         }
     else:
-      found['text'] = new
-      if self._job.logprobs:
-        found['logprobs'] = {'tokens': spelt, 'token_logprobs': values}
-    return found
+      choice['text'] = piece
+      if self._request.logprobs:
+        choice['logprobs'] = {'tokens': tokens, 'token_logprobs': log_probs}
+    return choice
 
   def _usage(self) -> dict:
-    given = sum(map(len, self._job.prompts))
+    prompt_tokens = sum(map(len, self._request.prompts))
     return {
-      'prompt_tokens': given,
+      'prompt_tokens': prompt_tokens,
       'completion_tokens': self._tokens,
-      'total_tokens': given + self._tokens,
+      'total_tokens': prompt_tokens + self._tokens,
     }

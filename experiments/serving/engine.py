@@ -1,4 +1,8 @@
-"""A scheduler in a thread of its own, for programs that wait asynchronously."""
+"""A scheduler in a thread of its own, for asynchronous programs.
+
+Other threads never touch the scheduler: they put calls into an inbox, which the
+thread empties between two steps. So no event loop ever waits for a lock.
+"""
 
 from __future__ import annotations
 
@@ -9,93 +13,100 @@ import queue
 import threading
 from collections.abc import Callable
 
-from experiments.serving import scheduler
+from experiments.serving.scheduler import Event, Scheduler
 
 
 class Engine:
-  """Runs a scheduler's steps while it has anything to do.
+  """Runs the steps of a scheduler while it has samples.
 
-  What is asked of it goes through an inbox, which the thread empties between
-  two steps: no event loop ever waits for a lock.
+  `length`: most tokens of a prompt and its answer; `failure`: the exception
+  that ended the thread, or None.
   """
 
-  def __init__(self, work: scheduler.Scheduler):
-    self.length = work.length  # tokens of a prompt and its answer, at most
+  def __init__(self, scheduler: Scheduler):
+    self.length = scheduler.length
     self.failure: Exception | None = None
-    self._work, self._inbox, self._queues = work, queue.SimpleQueue(), {}
+    self._scheduler = scheduler
+    self._inbox = queue.SimpleQueue()  # (call, its future); (None, None) ends
+    self._listeners = {}  # by ticket: (event loop, its queue, sample's index)
     self._thread = threading.Thread(target=self._run, daemon=True)
     self._thread.start()
 
   @property
-  def rows(self) -> dict:
-    """What /healthz tells of it."""
+  def status(self) -> dict:
+    """The numbers of /healthz."""
     return {
-      'free_pages': self._work.free_pages,
-      'open': len(self._queues),
-      'passes': self._work.passes,
-      'accepted_drafts': self._work.accepted,
+      'free_pages': self._scheduler.free_pages,
+      'open': len(self._listeners),
+      'passes': self._scheduler.passes,
+      'accepted_drafts': self._scheduler.accepted,
     }
 
-  async def submit(self, ids, new: int, **more) -> tuple[list, asyncio.Queue]:
-    """Tickets of the samples, and where (sample's index, Event) come; a None
-    there says that the thread has failed.
+  async def submit(
+    self, ids, max_new_tokens: int, **options
+  ) -> tuple[list[int], asyncio.Queue]:
+    """Returns the tickets of the samples, and a queue of (index, Event).
+
+    The index is that of a sample; None in the queue means that the thread has
+    failed. Options are those of `Scheduler.submit`.
 
     Raises:
       ConfigError, scheduler.Full: as `Scheduler.submit`.
+      RuntimeError: the thread has ended.
     """
     loop, events = asyncio.get_running_loop(), asyncio.Queue()
 
-    def put():
-      tickets = self._work.submit(ids, new, **more)
+    def call():
+      tickets = self._scheduler.submit(ids, max_new_tokens, **options)
       for index, ticket in enumerate(tickets):
-        self._queues[ticket] = loop, events, index
+        self._listeners[ticket] = loop, events, index
       return tickets
 
     done = concurrent.futures.Future()
-    self._inbox.put((put, done))
+    self._inbox.put((call, done))
     if self.failure:
       raise RuntimeError('the engine has stopped')
     try:
       return await asyncio.wrap_future(done), events
     except asyncio.CancelledError:
-      done.add_done_callback(self._disown)
+      done.add_done_callback(self._cancel_result)
       raise
 
-  def cancel(self, tickets: list) -> None:
-    """Frees what these samples hold, soon; those that ended are ignored."""
+  def cancel(self, tickets: list[int]) -> None:
+    """Drops these samples before the next step; unknown ones are ignored."""
 
-    def drop():
+    def call():
       for ticket in tickets:
-        if self._queues.pop(ticket, None):
-          self._work.cancel(ticket)
+        if self._listeners.pop(ticket, None):
+          self._scheduler.cancel(ticket)
 
-    self._inbox.put((drop, concurrent.futures.Future()))
+    self._inbox.put((call, concurrent.futures.Future()))
 
   def close(self) -> None:
     """Ends the thread after its step."""
     self._inbox.put((None, None))
     self._thread.join()
 
-  def _disown(self, done: concurrent.futures.Future) -> None:
-    """Nobody waits for these tickets any more."""
+  def _cancel_result(self, done: concurrent.futures.Future) -> None:
+    """Cancels the tickets of a caller that has gone."""
     if not done.cancelled() and not done.exception():
       self.cancel(done.result())
 
   def _run(self) -> None:
     try:
       while True:
-        while not self._work.busy or not self._inbox.empty():
-          act, done = self._inbox.get()
-          if act is None:
+        while not self._scheduler.busy or not self._inbox.empty():
+          call, done = self._inbox.get()
+          if call is None:
             return
-          _do(act, done)
-        for event in self._work.step():
-          self._tell(event)
+          _answer(call, done)
+        for event in self._scheduler.step():
+          self._send(event)
     except Exception as error:  # every client must hear of it
       self.failure = error
-      for loop, events, _ in self._queues.values():
+      for loop, events, _ in self._listeners.values():
         loop.call_soon_threadsafe(events.put_nowait, None)
-      self._queues.clear()
+      self._listeners.clear()
       with contextlib.suppress(queue.Empty):
         while True:
           _, done = self._inbox.get_nowait()
@@ -103,21 +114,21 @@ class Engine:
             done.set_exception(RuntimeError('the engine has stopped'))
       raise
 
-  def _tell(self, event: scheduler.Event) -> None:
-    found = self._queues.get(event.ticket)
-    if found is None:
+  def _send(self, event: Event) -> None:
+    listener = self._listeners.get(event.ticket)
+    if listener is None:
       return
-    loop, events, index = found
+    loop, events, index = listener
     if event.reason:
-      del self._queues[event.ticket]
+      del self._listeners[event.ticket]
     with contextlib.suppress(RuntimeError):  # a loop that has been closed
       loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
 
-def _do(act: Callable, done: concurrent.futures.Future) -> None:
-  """`act`, unless who asked for it has gone."""
+def _answer(call: Callable, done: concurrent.futures.Future) -> None:
+  """Makes the call for its future, unless the caller has gone."""
   if done.set_running_or_notify_cancel():
     try:
-      done.set_result(act())
-    except Exception as error:  # for who asked
+      done.set_result(call())
+    except Exception as error:  # the caller's
       done.set_exception(error)

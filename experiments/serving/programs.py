@@ -1,8 +1,11 @@
-"""The compiled programs of the scheduler: each has one shape, ever.
+"""The compiled programs of the scheduler; each has one shape and compiles once.
 
-Rows that stand still have length 0 and write nothing. `pools` are the main
-model's alone, or have the MTP module's last where it drafts: it follows the
-main model over the same pages, `taken` tokens behind.
+The scheduler keeps its rows as numpy arrays on the host (`Rows`) and sends them
+with every call: a few integers a row. On the device stay, and are donated: the
+`pools` of pages, `seen` [B, V] (tokens of each row so far) and `hidden`
+[B, 2, D] (states of each row's last pass). Where the MTP module drafts, its
+pool is the last one. The module uses the pages of the main model, but does not
+have the tokens of the last pass yet.
 """
 
 from __future__ import annotations
@@ -12,75 +15,111 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from mla_moe.config import ModelConfig
 from mla_moe.decode import forward, latent_cache, loop, sampling
 from mla_moe.types import Array, PyTree
 
 
-class Found(NamedTuple):
-  """What a pass gives each row: tokens, log-probabilities, whether the logits
-  were finite, [B, 1] or [B, 2] with drafts, and how many [B] of them count."""
+@struct.dataclass
+class Rows:
+  """The rows, int32; one without a sample has length 0 and count 0.
+
+  table [B, n]: pages of each row; lengths [B]: tokens in the cache; tokens
+  [B, 2]: of the row's last pass, not in the cache; counts [B]: how many of the
+  two are real; knobs: of the sampler.
+  """
+
+  table: PyTree
+  lengths: PyTree
+  tokens: PyTree
+  counts: PyTree
+  knobs: sampling.Knobs
+
+
+@struct.dataclass
+class Chunk:
+  """A part of one row's prompt, int32.
+
+  table [1, n]: pages of the row; start [1]: tokens before the part; tokens
+  [1, T] of which `valid` [1] are real; after [1, T]: the token after each, of
+  which the first `paired` [1] are in the prompt.
+  """
+
+  table: PyTree
+  start: PyTree
+  tokens: PyTree
+  valid: PyTree
+  after: PyTree
+  paired: PyTree
+
+
+class Emitted(NamedTuple):
+  """Tokens of one pass, [B, 1], or [B, 2] with drafts.
+
+  log_probs: the model's; finite: whether the logits were; counts [B]: how many
+  tokens of each row are real.
+  """
 
   tokens: Array
   log_probs: Array
-  fine: Array
+  finite: Array
   counts: Array
 
 
 @functools.partial(
   jax.jit, static_argnames=('config', 'impl'), donate_argnames='pools'
 )
-def prompt(
-  weights: PyTree,
-  pools: tuple,
-  table: Array,
-  lengths: Array,
-  tokens: Array,
-  after: Array,
-  valid: Array,
-  paired: Array,
-  *,
-  config: ModelConfig,
-  impl: str,
+def prefill(
+  weights: PyTree, pools: tuple, chunk: Chunk, *, config: ModelConfig, impl: str
 ) -> tuple[Array, Array, tuple]:
-  """Logits and hidden state after a chunk of one row's prompt, and the pools.
-
-  `after` [1, T] are the tokens after the chunk's, of which `paired` [1] are
-  known; the MTP module reads those, where there is a pool for it.
-  """
-  held = latent_cache.Cache(pools, table, lengths, impl)
-  main, mtp = forward.split(held, config)
-  x, main = forward.extend(weights, main, tokens, config, valid=valid)
+  """Returns logits [1, V] and hidden state [1, D] after a chunk, and pools."""
+  cache = latent_cache.Cache(pools, chunk.table, chunk.start, impl)
+  main, mtp = forward.split(cache, config)
+  x, main = forward.extend(
+    weights, main, chunk.tokens, config, valid=chunk.valid
+  )
   if mtp.layers:
-    form = forward.form(tokens.shape[1])
+    form = forward.form_of(chunk.tokens.shape[1])
     _, mtp = forward.draft(
-      weights, mtp, x, after, config, valid=paired, form=form
+      weights, mtp, x, chunk.after, config, valid=chunk.paired, form=form
     )
-  last = forward.last(x, valid)
+  last = forward.last(x, chunk.valid)
   return forward.logits(weights, last), last, (*main.layers, *mtp.layers)
 
 
 @functools.partial(jax.jit, donate_argnames=('seen', 'hidden'))
-def first(
+def first_token(
   logits: Array,
   last: Array,
   seen: Array,
   hidden: Array,
   row: Array,
-  ids: Array,
+  prompt: Array,
   length: Array,
   knobs: sampling.Knobs,
-) -> tuple[Array, Array, Array, Array, Array]:
-  """The token after a prompt, its log-probability and whether all was finite;
-  and `seen` and `hidden` with the prompt in its row."""
-  marks = jnp.zeros(seen.shape[1], bool).at[ids].set(True, mode='drop')
-  drawn_from = sampling.distribution(logits, marks[None], knobs)
-  token = sampling.draw(drawn_from, knobs, length)
+) -> tuple[Emitted, Array, Array]:
+  """Returns the token after a prompt, and `seen` and `hidden` with its row.
+
+  Args:
+    logits: [1, V] of `prefill`.
+    last: [1, D] of `prefill`.
+    seen: donated.
+    hidden: donated.
+    row: the row that the sample gets.
+    prompt: its ids, padded with ids beyond the vocabulary.
+    length: [1] tokens of the prompt.
+    knobs: of this sample.
+  """
+  marks = jnp.zeros(seen.shape[1], bool).at[prompt].set(True, mode='drop')
+  log_probs = sampling.distribution(logits, marks[None], knobs)
+  token = sampling.draw(log_probs, knobs, length)
   log_prob = sampling.log_prob(logits, token)
-  fine = jnp.isfinite(logits).all()
-  seen, hidden = seen.at[row].set(marks), hidden.at[row].set(last)
-  return token[0], log_prob[0], fine, seen, hidden
+  finite = jnp.isfinite(logits).all(-1)
+  columns = (x[:, None] for x in (token, log_prob, finite))
+  emitted = Emitted(*columns, jnp.ones_like(length))
+  return emitted, seen.at[row].set(marks), hidden.at[row].set(last)
 
 
 @functools.partial(
@@ -88,52 +127,48 @@ def first(
   static_argnames=('config', 'impl'),
   donate_argnames=('pools', 'seen', 'hidden'),
 )
-def tokens(
+def decode(
   weights: PyTree,
   pools: tuple,
-  table: Array,
-  lengths: Array,
-  recent: Array,
-  taken: Array,
   seen: Array,
   hidden: Array,
-  knobs: sampling.Knobs,
+  rows: Rows,
   *,
   config: ModelConfig,
   impl: str,
-) -> tuple[Found, tuple, Array, Array]:
-  """The next token of every row, or up to two where the MTP module drafts.
-
-  `recent` [B, 2] are the tokens that a row's last pass gave, of which `taken`
-  [B] were taken (0: no row); `hidden` [B, 2, D] is what it gave them from.
-  """
-  alive, rows = taken > 0, jnp.arange(len(taken))[:, None]
-  new = jnp.arange(2)[None] < taken[:, None]
-  seen = seen.at[rows, recent].max(new)
-  held = latent_cache.Cache(pools, table, lengths, impl)
-  main, mtp = forward.split(held, config)
+) -> tuple[Emitted, tuple, Array, Array]:
+  """Returns one token of every row, or up to two with drafts, and the arrays
+  that stay on the device."""
+  counts, alive = rows.counts, rows.counts > 0
+  real = jnp.arange(2)[None] < counts[:, None]
+  seen = seen.at[jnp.arange(len(counts))[:, None], rows.tokens].max(real)
+  cache = latent_cache.Cache(pools, rows.table, rows.lengths, impl)
+  main, mtp = forward.split(cache, config)
   if mtp.layers:
-    mtp = mtp.replace(lengths=lengths - taken)
-    last = loop.Recent(hidden, recent, taken)
-    one = loop.attempt(weights, main, mtp, last, seen, knobs, alive, config)
-    pools, logits = (*one.main.layers, *one.mtp.layers), one.logits
-    drawn, hidden = one.verdict.tokens, one.hidden
-    counts = 1 + one.verdict.accepted
+    mtp = mtp.replace(lengths=rows.lengths - counts)
+    recent = loop.Recent(hidden, rows.tokens, counts)
+    attempt = loop.draft_and_verify(
+      weights, main, mtp, recent, seen, rows.knobs, alive, config
+    )
+    pools = (*attempt.main.layers, *attempt.mtp.layers)
+    logits, hidden = attempt.logits, attempt.hidden
+    tokens, accepted = attempt.verdict
+    counts = 1 + accepted
   else:
     logits, main = forward.decode_step(
-      weights, main, recent[:, 0], config, valid=alive.astype(jnp.int32)
+      weights, main, rows.tokens[:, 0], config, valid=alive.astype(jnp.int32)
     )
-    drawn_from = sampling.distribution(logits, seen, knobs)
-    drawn = sampling.draw(drawn_from, knobs, lengths + 1)[:, None]
+    log_probs = sampling.distribution(logits, seen, rows.knobs)
+    tokens = sampling.draw(log_probs, rows.knobs, rows.lengths + 1)[:, None]
     logits, pools = logits[:, None], main.layers
-    counts = jnp.ones_like(taken)
+    counts = jnp.ones_like(counts)
   log_prob = jax.vmap(sampling.log_prob, (1, 1), 1)
-  fine = jnp.isfinite(logits).all(-1)
-  found = Found(drawn, log_prob(logits, drawn), fine, counts)
-  return found, pools, seen, hidden
+  finite = jnp.isfinite(logits).all(-1)
+  emitted = Emitted(tokens, log_prob(logits, tokens), finite, counts)
+  return emitted, pools, seen, hidden
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def copy(pools: tuple, source: Array, target: Array) -> tuple:
-  """The pools with one page written over another."""
+def copy_page(pools: tuple, source: Array, target: Array) -> tuple:
+  """Returns the pools with page `source` written over page `target`."""
   return jax.tree.map(lambda x: x.at[target].set(x[source]), pools)

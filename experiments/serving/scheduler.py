@@ -1,16 +1,17 @@
-"""Continuous batching: requests come into free rows while others decode.
+"""Continuous batching: samples enter free rows while others decode.
 
-Shapes are fixed, so that nothing compiles after the start: a step is a chunk of
-the first waiting prompt and one token of every row. Rows have pages of a common
-pool; samples of one prompt share the pages that it fills, and each copies the
-last, half-filled one. All pages that a row may come to need are its own before
-it starts, so no row ever waits or is put off, and only one prompt holds pages
-without a row: whatever comes, the rows that run end, and make room.
+Every step prefills one chunk of the first waiting prompt and decodes one token
+of every row, so shapes are fixed and nothing compiles after the start. Rows
+have pages of one pool (`page_pool`). Samples of one prompt share
+the pages that it fills, and each copies the last, half-filled one. A sample
+starts when all pages that it may need are its own, and only one prompt holds
+pages without a row: so no row waits for memory, and rows that end make room for
+the next.
 
 A row's tokens do not depend on the rows beside it. With `speculative` the MTP
-module drafts: a step then gives a row one token or two. What the module keeps
-of a prompt's last token depends on the token after it, so that samples share
-the pages before that one only.
+module drafts, and a step gives a row one token or two. The module's latent of a
+prompt's last token depends on the token after it, so samples share only the
+pages before that one.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.serving import programs
+from experiments.serving import page_pool, programs
+from experiments.serving.group import Group
 from mla_moe.config import CacheConfig, ConfigError, ModelConfig
 from mla_moe.decode import forward, latent_cache, sampling
 
 
 class Full(Exception):
-  """As many requests wait as may."""
+  """The queue has as many requests as it may have."""
 
 
 class Event(NamedTuple):
@@ -46,45 +48,32 @@ class Event(NamedTuple):
 
 
 @dataclasses.dataclass
-class _Group:
-  """Samples of one prompt, until each has a row."""
+class _Sample:
+  """A sample in its row; it may emit `left` more tokens."""
 
-  ids: np.ndarray
-  new: int
-  stops: frozenset
-  tickets: collections.deque
-  knobs: dict
-  seeds: dict
-  pages: list = dataclasses.field(default_factory=list)
-  filled: int = 0
-  logits: object = None
-  hidden: object = None
-
-
-@dataclasses.dataclass
-class _Row:
   ticket: int
   pages: list
   left: int
-  stops: frozenset
+  stop_ids: frozenset
 
 
 class Scheduler:
   """The rows of a model; not safe for threads.
 
-  Args:
-    config: the model's.
-    variables: {'params', 'router'}, or what `decode.unstack` made of them.
-    rows: how many samples decode at once.
-    length: of prompt and answer together, at most.
-    cache: how the latents are kept.
-    pages: of the pool; 0 is what all rows need at full length.
-    chunk: prompt tokens of one step.
-    waiting: requests that may wait; more are refused with `Full`.
-    speculative: draft with the MTP module.
+  `passes` counts the passes over rows after their first token, and `accepted`
+  the drafts that were accepted.
 
-  `passes` counts the steps of rows after their first token, and `accepted` the
-  drafts that stood.
+  Args:
+    config: of the model.
+    variables: {'params', 'router'}, or the weights that `forward.unstack` makes
+      of them.
+    rows: samples that decode at once.
+    length: most tokens of a row, prompt and answer together.
+    cache: type and page size of the latent cache.
+    pages: of the pool; 0: as many as all rows need at full length.
+    chunk: prompt tokens of one step.
+    waiting: most requests in the queue.
+    speculative: draft with the MTP module.
 
   Raises:
     ConfigError: `speculative`, and the model has no MTP module.
@@ -108,25 +97,27 @@ class Scheduler:
         'speculative=True: the model has no MTP module (depth 0)'
       )
     self.passes = self.accepted = 0
-    self.config, self._chunk, self._room = config, chunk, waiting
-    self._page, self._impl = cache.page, latent_cache.kernel(cache)
+    self.config, self._chunk, self._waiting = config, chunk, waiting
+    self._page_size = cache.page
+    self._impl = latent_cache.implementation(cache)
+    self._drafts = int(speculative)
     self.length = min(length, config.max_positions)
-    each = -(-self.length // cache.page)
-    # Page 0 stays empty: rows without a request read it.
-    self._total = (pages or rows * each) + 1
-    self._free = list(range(self._total - 1, 0, -1))
-    self._shared = np.zeros(self._total, np.int32)
-    self._spoilt = set()
-    self._table = np.zeros((rows, each), np.int32)
-    self._lengths = np.zeros(rows, np.int32)
-    self._recent = np.zeros((rows, 2), np.int32)
-    self._taken = np.zeros(rows, np.int32)
-    self._rows: list[_Row | None] = [None] * rows
-    self._knobs = jax.tree.map(np.array, sampling.knobs(rows))
+    row_pages = self._needs(self.length)
+    self._pages = page_pool.PagePool(pages or rows * row_pages)
+    self._rows = programs.Rows(
+      table=np.zeros((rows, row_pages), np.int32),
+      lengths=np.zeros(rows, np.int32),
+      tokens=np.zeros((rows, 2), np.int32),
+      counts=np.zeros(rows, np.int32),
+      knobs=jax.tree.map(np.array, sampling.make_knobs(rows)),
+    )
+    self._samples: list[_Sample | None] = [None] * rows
     self._queue = collections.deque()
     self._tickets = itertools.count()
-    make = functools.partial(latent_cache.pools, config, self._total, cache)
-    self._drafts = int(speculative)
+    self._events = []
+    make = functools.partial(
+      latent_cache.pools, config, self._pages.pages + 1, cache
+    )
     self._pools = jax.jit(make)()[: config.layers + self._drafts]
     self._seen = jnp.zeros((rows, config.vocab), bool)
     self._hidden = jnp.zeros((rows, 2, config.dim), config.dtype)
@@ -138,11 +129,12 @@ class Scheduler:
   @property
   def busy(self) -> bool:
     """Whether `step` has anything to do."""
-    return bool(self._queue) or any(self._rows)
+    return bool(self._queue) or any(self._samples)
 
   @property
   def free_pages(self) -> int:
-    return len(self._free)
+    """Pages of the pool without a user."""
+    return self._pages.free
 
   def submit(
     self,
@@ -154,14 +146,57 @@ class Scheduler:
     seed: int = 0,
     **knobs,
   ) -> list[int]:
-    """Queues a prompt; a ticket for each sample, of which the i-th draws with
-    `seed + i`. `knobs` are `sampling.knobs`'s.
+    """Queues a prompt and returns a ticket for each of its samples.
+
+    Sample i draws with `seed + i`; `knobs` are those of `sampling.make_knobs`.
 
     Raises:
       ConfigError: a request that can never be served.
-      Full: one that cannot be now.
+      Full: a request that cannot be served now.
     """
     ids = np.asarray(ids, np.int32).reshape(-1)
+    self._check(ids, max_new_tokens, samples)
+    knobs = sampling.make_knobs(samples, seed=seed, **knobs)
+    if len(self._queue) >= self._waiting:
+      raise Full(f'{self._waiting} requests wait already')
+    tickets = {next(self._tickets): i for i in range(samples)}
+    stops = frozenset(stop_ids)
+    self._queue.append(Group(ids, max_new_tokens, stops, knobs, tickets))
+    return list(tickets)
+
+  def cancel(self, ticket: int) -> None:
+    """Drops a sample and frees its row and pages; an unknown one is ignored."""
+    for row, sample in enumerate(self._samples):
+      if sample and sample.ticket == ticket:
+        self._end(row)
+    for group in list(self._queue):
+      if group.tickets.pop(ticket, None) is not None and not group.tickets:
+        self._release(group.pages)
+        self._queue.remove(group)
+
+  def step(self) -> list[Event]:
+    """Prefills one chunk, starts samples, decodes every row once.
+
+    Returns the tokens that samples emitted.
+    """
+    self._events = []
+    self._prefill()
+    while self._queue and self._queue[0].logits is not None:
+      group = self._queue[0]
+      if None not in self._samples or not self._start(group):
+        break
+      if not group.tickets:
+        self._release(self._queue.popleft().pages)
+    if any(self._samples):
+      self._decode()
+    return self._events
+
+  # ------------------------------------------------------------------ private
+
+  def _needs(self, tokens: int) -> int:
+    return -(-tokens // self._page_size)
+
+  def _check(self, ids, max_new_tokens, samples) -> None:
     if not ids.size:
       raise ConfigError('prompt: is empty; begin it with bos_id at least')
     wrong = ids[(ids < 0) | (ids >= self.config.vocab)]
@@ -173,193 +208,120 @@ class Scheduler:
       raise ConfigError(f'max_new_tokens={max_new_tokens}: must be at least 1')
     if not 1 <= samples <= 1024:
       raise ConfigError(f'samples={samples}: must be from 1 to 1024')
-    whole = len(ids) + max_new_tokens
-    if whole > self.length or self._needs(whole) >= self._total:
-      limit = min(self.length, (self._total - 1) * self._page)
+    limit = min(self.length, self._pages.pages * self._page_size)
+    if len(ids) + max_new_tokens > limit:
       raise ConfigError(
         f'max_new_tokens={max_new_tokens}: with a prompt of {len(ids)} tokens '
         f'more than the {limit} tokens of a row'
       )
-    sampling.knobs(samples, seed=seed, **knobs)
-    if len(self._queue) >= self._room:
-      raise Full(f'{self._room} requests wait already')
-    tickets = [next(self._tickets) for _ in range(samples)]
-    seeds = {ticket: seed + i for i, ticket in enumerate(tickets)}
-    stops = frozenset(stop_ids)
-    waiting = collections.deque(tickets)
-    self._queue.append(
-      _Group(ids, max_new_tokens, stops, waiting, knobs, seeds)
-    )
-    return tickets
-
-  def cancel(self, ticket: int) -> None:
-    """Forgets a sample and frees what it held; one that ended is ignored."""
-    for i, row in enumerate(self._rows):
-      if row and row.ticket == ticket:
-        self._end(i)
-    for group in list(self._queue):
-      if ticket in group.tickets:
-        group.tickets.remove(ticket)
-        if not group.tickets:
-          self._release(group.pages)
-          self._queue.remove(group)
-
-  def step(self) -> list[Event]:
-    """A chunk of a prompt, and a token or two of every row."""
-    events = []
-    self._fill()
-    while self._queue and self._queue[0].logits is not None:
-      row = next((i for i, r in enumerate(self._rows) if r is None), None)
-      if row is None or not self._admit(self._queue[0], row, events):
-        break
-      if not self._queue[0].tickets:
-        self._release(self._queue.popleft().pages)
-    if any(self._rows):
-      self._decode(events)
-    return events
-
-  # ------------------------------------------------------------------ private
-
-  def _needs(self, tokens: int) -> int:
-    return -(-tokens // self._page)
-
-  def _take(self, count: int) -> list[int]:
-    taken = [self._free.pop() for _ in range(count)]
-    self._shared[taken] = 1
-    return taken
 
   def _release(self, pages: list[int]) -> None:
-    for page in pages:
-      self._shared[page] -= 1
-      if self._shared[page]:
-        continue
-      if page in self._spoilt:  # zero times NaN would spoil the next row
-        self._spoilt.remove(page)
-        self._pools = programs.copy(self._pools, np.int32(0), np.int32(page))
-      self._free.append(page)
+    for page in self._pages.release(pages):
+      self._pools = programs.copy_page(self._pools, np.int32(0), np.int32(page))
 
-  def _fill(self) -> None:
-    """One chunk of the first prompt, if a row and pages are free for it."""
+  def _prefill(self) -> None:
+    """Prefills one chunk of the first prompt, if it could start then."""
     if not self._queue or self._queue[0].logits is not None:
       return
     group = self._queue[0]
     if not group.pages:
-      if all(self._rows):
+      need = self._needs(len(group.ids) + group.max_new_tokens)
+      if None not in self._samples or need > self._pages.free:
         return
-      if self._needs(len(group.ids) + group.new) > len(self._free):
-        return
-      group.pages = self._take(self._needs(len(group.ids)))
-    part = group.ids[group.filled : group.filled + self._chunk]
-    after = group.ids[group.filled + 1 :][: self._chunk]
-    tokens, nexts = np.zeros((2, 1, self._chunk), np.int32)
-    tokens[0, : len(part)], nexts[0, : len(after)] = part, after
-    table = np.zeros((1, self._table.shape[1]), np.int32)
-    table[0, : len(group.pages)] = group.pages
-    logits, hidden, self._pools = programs.prompt(
-      self._weights,
-      self._pools,
-      table,
-      np.array([group.filled], np.int32),
-      tokens,
-      nexts,
-      np.array([len(part)], np.int32),
-      np.array([len(after)], np.int32),
-      config=self.config,
-      impl=self._impl,
+      group.pages = self._pages.take(self._needs(len(group.ids)))
+    chunk = group.chunk(self._chunk, self._rows.table.shape[1])
+    logits, hidden, self._pools = programs.prefill(
+      self._weights, self._pools, chunk, config=self.config, impl=self._impl
     )
-    group.filled += len(part)
+    group.filled += int(chunk.valid[0])
     if group.filled == len(group.ids):
       group.logits, group.hidden = logits, hidden
 
-  def _admit(self, group: _Group, at: int, events: list) -> bool:
-    """Gives the group's next sample a row, and its first token."""
-    shared = (len(group.ids) - self._drafts) // self._page
-    need = self._needs(len(group.ids) + group.new)
-    last = len(group.tickets) == 1
-    own = need - (len(group.pages) if last else shared)
-    if own > len(self._free):
+  def _start(self, group: Group) -> bool:
+    """Gives the group's next sample a free row and its first token.
+
+    Returns whether there were pages for it.
+    """
+    whole = (len(group.ids) - self._drafts) // self._page_size
+    is_last = len(group.tickets) == 1
+    common = group.pages if is_last else group.pages[:whole]
+    need = self._needs(len(group.ids) + group.max_new_tokens)
+    if need - len(common) > self._pages.free:
       return False
-    pages = group.pages[:shared]
-    self._shared[pages] += 1
-    if last:
-      pages = pages + group.pages[shared:]
-      self._shared[group.pages[shared:]] += 1
-    pages = pages + self._take(own)
-    if shared < len(group.pages) and not last:
-      source, target = group.pages[shared], pages[shared]
-      self._pools = programs.copy(
-        self._pools, np.int32(source), np.int32(target)
+    own = self._pages.take(need - len(common))
+    pages = self._pages.share(common) + own
+    if len(common) < len(group.pages):
+      self._pools = programs.copy_page(
+        self._pools, np.int32(group.pages[whole]), np.int32(own[0])
       )
-    ticket = group.tickets.popleft()
-    one = sampling.knobs(1, seed=[group.seeds[ticket]], **group.knobs)
-    for whole, part in zip(
-      jax.tree.leaves(self._knobs), jax.tree.leaves(one), strict=True
-    ):
-      whole[at] = part[0]
+    ticket, knobs = group.next_sample()
+    row = self._samples.index(None)
+    self._samples[row] = _Sample(
+      ticket, pages, group.max_new_tokens, group.stop_ids
+    )
     prompt = np.full(self.length, self.config.vocab, np.int32)
     prompt[: len(group.ids)] = group.ids
-    length = np.array([len(group.ids)], np.int32)
-    token, log_prob, fine, self._seen, self._hidden = programs.first(
+    emitted, self._seen, self._hidden = programs.first_token(
       group.logits,
       group.hidden,
       self._seen,
       self._hidden,
-      np.int32(at),
+      np.int32(row),
       prompt,
-      length,
-      one,
+      np.array([len(group.ids)], np.int32),
+      knobs,
     )
-    self._rows[at] = _Row(ticket, pages, group.new, group.stops)
-    self._table[at] = 0
-    self._table[at, : len(pages)] = pages
-    self._lengths[at], self._taken[at] = length[0], 1
-    self._recent[at] = token
-    self._tell(events, at, token, log_prob, fine)
+    rows = self._rows
+    rows.table[row] = 0
+    rows.table[row, : len(pages)] = pages
+    rows.lengths[row] = len(group.ids)
+    for field in dataclasses.fields(knobs):
+      getattr(rows.knobs, field.name)[row] = getattr(knobs, field.name)[0]
+    self._emit(row, jax.device_get(emitted), 0)
     return True
 
-  def _decode(self, events: list) -> None:
-    alive = np.flatnonzero(self._taken)
-    found, self._pools, self._seen, self._hidden = programs.tokens(
+  def _decode(self) -> None:
+    """Decodes every row once."""
+    rows = np.flatnonzero(self._rows.counts)
+    emitted, self._pools, self._seen, self._hidden = programs.decode(
       self._weights,
       self._pools,
-      self._table.copy(),
-      self._lengths.copy(),
-      self._recent.copy(),
-      self._taken.copy(),
       self._seen,
       self._hidden,
-      jax.tree.map(np.array, self._knobs),
+      # Copies: the program may still read them when the rows change.
+      jax.tree.map(np.array, self._rows),
       config=self.config,
       impl=self._impl,
     )
-    found = jax.device_get(found)
-    self.passes += len(alive)
-    self.accepted += int((found.counts[alive] - 1).sum())
-    for at in alive:
-      count = found.counts[at]
-      self._lengths[at] += count
-      self._taken[at] = count
-      self._recent[at, : found.tokens.shape[1]] = found.tokens[at]
-      for i in range(count):
-        if self._rows[at]:
-          one = found.tokens[at, i], found.log_probs[at, i], found.fine[at, i]
-          self._tell(events, at, *one)
+    emitted = jax.device_get(emitted)
+    self.passes += len(rows)
+    self.accepted += int((emitted.counts[rows] - 1).sum())
+    for row in rows:
+      self._rows.lengths[row] += emitted.counts[row]
+      self._emit(row, emitted, row)
 
-  def _tell(self, events, at, token, log_prob, fine) -> None:
-    row, token = self._rows[at], int(token)
-    row.left -= 1
-    reason = 'length' if row.left == 0 else ''
-    reason = 'stop' if token in row.stops else reason
-    if not fine:
-      reason = 'broken'
-      self._spoilt.update(row.pages)
-    events.append(Event(row.ticket, token, float(log_prob), reason))
-    if reason:
-      self._end(at)
+  def _emit(self, row: int, emitted: programs.Emitted, i: int) -> None:
+    """Gives a row the tokens of line `i`; the last one may end its sample."""
+    self._rows.tokens[row] = emitted.tokens[i]
+    self._rows.counts[row] = emitted.counts[i]
+    sample = self._samples[row]
+    for column in range(emitted.counts[i]):
+      token = int(emitted.tokens[i, column])
+      sample.left -= 1
+      reason = '' if sample.left else 'length'
+      if token in sample.stop_ids:
+        reason = 'stop'
+      if not emitted.finite[i, column]:
+        reason = 'broken'
+        self._pages.spoil(sample.pages)
+      log_prob = float(emitted.log_probs[i, column])
+      self._events.append(Event(sample.ticket, token, log_prob, reason))
+      if reason:
+        return self._end(row)
 
-  def _end(self, at: int) -> None:
-    self._release(self._rows[at].pages)
-    self._rows[at] = None
-    self._table[at] = 0
-    self._lengths[at] = self._taken[at] = 0
-    self._knobs.temperature[at] = 0.0
+  def _end(self, row: int) -> None:
+    self._release(self._samples[row].pages)
+    self._samples[row] = None
+    self._rows.table[row] = 0
+    self._rows.lengths[row] = self._rows.counts[row] = 0
+    self._rows.knobs.temperature[row] = 0.0

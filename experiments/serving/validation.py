@@ -1,4 +1,4 @@
-"""What a client asks, checked field by field: nothing in it is trusted."""
+"""A client's request, checked field by field: nothing in it is trusted."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import json
 import secrets
 from typing import NamedTuple
 
-from starlette.requests import Request
+from starlette import requests
 
 from experiments import chat
+from experiments.opened import TextModel
 
 _KNOBS = {
   'temperature': 1.0,
@@ -17,29 +18,38 @@ _KNOBS = {
   'min_p': 0.0,
   'repetition_penalty': 1.0,
 }
-_KNOWN = {
+_FIELDS = {
   'model', 'prompt', 'messages', 'max_tokens', 'max_completion_tokens', 'n',
   'stop', 'stream', 'stream_options', 'seed', 'logprobs', 'user', *_KNOBS,
 }  # fmt: skip
-_ROLES = {'system': 'system', 'developer': 'system', 'user': 'user'}
-_ROLES['assistant'] = 'assistant'
+_ROLES = {
+  'system': 'system',
+  'developer': 'system',
+  'user': 'user',
+  'assistant': 'assistant',
+}
 
 
 class Refused(Exception):
-  """An answer other than 200."""
+  """An answer of another status than 200."""
 
   def __init__(self, status: int, message: str):
     super().__init__(message)
     self.status = status
 
 
-class Job(NamedTuple):
-  """Prompts as token ids, and how each of their samples is to be made."""
+class Request(NamedTuple):
+  """A request for completions or for a chat.
 
-  prompts: list
-  new: int
+  prompts: token ids; samples: of each prompt; stops: texts that end a sample;
+  knobs: of `sampling.make_knobs`; stream: send tokens as they come; usage: send
+  the counts of tokens at the end of a stream; logprobs: send log-probabilities.
+  """
+
+  prompts: list[list[int]]
+  max_new_tokens: int
   samples: int
-  stops: list
+  stops: list[str]
   seed: int
   knobs: dict
   stream: bool
@@ -47,11 +57,11 @@ class Job(NamedTuple):
   logprobs: bool
 
 
-async def body(request: Request, limit: int) -> dict:
-  """The JSON object that was sent, of at most `limit` bytes.
+async def read_body(request: requests.Request, limit: int) -> dict:
+  """Returns the JSON object of a request's body.
 
   Raises:
-    Refused: it is none.
+    Refused: the body is none, or has more than `limit` bytes.
   """
   data = bytearray()
   async for part in request.stream():
@@ -59,22 +69,28 @@ async def body(request: Request, limit: int) -> dict:
     if len(data) > limit:
       raise Refused(413, f'the body is longer than {limit} bytes')
   try:
-    found = json.loads(bytes(data))
+    body = json.loads(bytes(data))
   except (ValueError, RecursionError):
     raise Refused(400, 'the body is no JSON') from None
-  if not isinstance(found, dict):
+  if not isinstance(body, dict):
     raise Refused(400, 'the body is no JSON object')
-  return found
+  return body
 
 
-def job(body: dict, loaded, talking: bool, length: int) -> Job:
-  """The checked fields of a request; `talking` is for a chat.
+def parse(body: dict, model: TextModel, is_chat: bool, length: int) -> Request:
+  """Returns the checked fields of a body.
+
+  Args:
+    body: of `read_body`.
+    model: its tokenizer, template and vocabulary.
+    is_chat: whether the body has `messages` or a `prompt`.
+    length: most tokens of a prompt and its answer.
 
   Raises:
-    Refused, ConfigError: what cannot be answered.
+    Refused, ConfigError: a request that cannot be answered.
   """
   for field, value in body.items():
-    if field not in _KNOWN and value not in (None, False, 0, 0.0, {}, []):
+    if field not in _FIELDS and value not in (None, False, 0, 0.0, {}, []):
       raise Refused(400, f'{field}: is not supported')
   body = {k: v for k, v in body.items() if v is not None}
 
@@ -85,62 +101,63 @@ def job(body: dict, loaded, talking: bool, length: int) -> Job:
       raise Refused(400, f'{field}: must be {kinds[0].__name__}')
     return value
 
-  if talking:
-    prompts = [_messages(get('messages', [], list), loaded)]
+  if is_chat:
+    prompts = [_chat_ids(get('messages', [], list), model)]
   else:
-    prompts = _prompts(body.get('prompt'), loaded)
+    prompts = _prompts_ids(body.get('prompt'), model)
   longest = max(map(len, prompts))
-  new = get('max_tokens', 0 if talking else 16, int)
+  new = get('max_tokens', 0 if is_chat else 16, int)
   new = get('max_completion_tokens', new, int) or max(length - longest, 1)
   stops = get('stop', [], list, str)
   stops = [stops] if isinstance(stops, str) else stops
   if len(stops) > 16 or not all(isinstance(s, str) and s for s in stops):
     raise Refused(400, 'stop: must be up to 16 texts')
-  asked = get('logprobs', 0, bool if talking else int, int, bool)
-  return Job(
+  logprobs = get('logprobs', 0, bool if is_chat else int, int, bool)
+  return Request(
     prompts=prompts,
-    new=new,
+    max_new_tokens=new,
     samples=get('n', 1, int),
     stops=stops,
-    seed=get('seed', secrets.randbits(30), int),
+    seed=get('seed', secrets.randbits(30), int) % 2**31,
     knobs={
-      # A whole default is of a whole number.
+      # A default of type int allows no float.
       k: get(k, v, int, *([] if isinstance(v, int) else [float]))
       for k, v in _KNOBS.items()
     },
     stream=get('stream', False, bool),
     usage=bool(get('stream_options', {}, dict).get('include_usage')),
-    logprobs='logprobs' in body and asked is not False,
+    logprobs='logprobs' in body and logprobs is not False,
   )
 
 
-def _prompts(given, loaded) -> list:
-  """Token ids of one prompt or of several, texts or ids."""
+def _prompts_ids(prompt, model: TextModel) -> list[list[int]]:
+  """Returns the ids of one prompt or of several; each is a text, or ids."""
   number = lambda x: isinstance(x, int) and not isinstance(x, bool)
-  if isinstance(given, str):
-    given = [given]
-  if not isinstance(given, list) or not given or len(given) > 64:
+  if isinstance(prompt, str):
+    prompt = [prompt]
+  if not isinstance(prompt, list) or not prompt or len(prompt) > 64:
     raise Refused(400, 'prompt: must be a text, or up to 64 of them')
-  if all(map(number, given)):
-    given = [given]
-  found = []
-  for one in given:
+  if all(map(number, prompt)):
+    prompt = [prompt]
+  prompts = []
+  for one in prompt:
     if isinstance(one, str):
-      found.append([loaded.config.bos_id, *loaded.words.encode(one).tolist()])
+      prompts.append(
+        [model.config.bos_id, *model.tokenizer.encode(one).tolist()]
+      )
     elif isinstance(one, list) and one and all(map(number, one)):
-      if max(one) >= loaded.config.vocab or min(one) < 0:
-        raise Refused(
-          400, f'prompt: ids go from 0 to {loaded.config.vocab - 1}'
-        )
-      found.append(one)
+      if max(one) >= model.config.vocab or min(one) < 0:
+        raise Refused(400, f'prompt: ids go from 0 to {model.config.vocab - 1}')
+      prompts.append(one)
     else:
       raise Refused(400, 'prompt: must be texts or lists of token ids')
-  return found
+  return prompts
 
 
-def _messages(given: list, loaded) -> list:
-  said = []
-  for message in given:
+def _chat_ids(messages: list, model: TextModel) -> list[int]:
+  """Returns the ids of a chat, ready for the next answer."""
+  checked = []
+  for message in messages:
     if not isinstance(message, dict) or message.get('role') not in _ROLES:
       raise Refused(400, f'messages: a role is one of {", ".join(_ROLES)}')
     content = message.get('content')
@@ -150,7 +167,7 @@ def _messages(given: list, loaded) -> list:
       content = ''.join(parts) if good else None
     if not isinstance(content, str):
       raise Refused(400, 'messages: a content is a text')
-    said.append((_ROLES[message['role']], content))
-  if not said:
+    checked.append((_ROLES[message['role']], content))
+  if not checked:
     raise Refused(400, 'messages: are empty')
-  return chat.talk(loaded.folder, loaded.words, said).tolist()
+  return chat.encode(model.folder, model.tokenizer, checked).tolist()

@@ -1,10 +1,11 @@
-"""The transformer over a latent cache: prefill, extend, one token a row.
+"""The transformer over a latent cache: prefill, extend, decode_step, draft.
 
-The same parameters as training's, laid out once for decoding (`unstack`): each
-layer apart, for a scan would copy a layer's weights at every step. Products
-run in the model's dtype, not in FP8. A row's new tokens may be fewer than its
-neighbours' (`valid`): what is padded writes nothing and is attended by nobody.
-Every function takes the cache and returns it; donate it and nothing is copied.
+Training scans over stacked layers; here each layer's weights are arrays of
+their own (`unstack`), because a scan would copy them at every step. Products
+run in the model's dtype, never in FP8. Rows may have different numbers of new
+tokens: the first `valid` of a row's T tokens are real, the others are padding,
+which writes nothing and is attended to by no token. Each function takes a cache
+and returns the next one; donate it, and nothing is copied.
 """
 
 from __future__ import annotations
@@ -21,210 +22,226 @@ from mla_moe.model import layers, moe, products, rope, router
 from mla_moe.types import Array, Float, Int, PyTree
 
 _FFN = ('w_gate_up', 'w_down')
-_FEW = 8  # rows that share every expert's weights (measured on x86)
+_FEW = 8  # most rows for which `few_rows` is faster (measured on x86)
 
 
 def unstack(config: ModelConfig, variables: PyTree) -> PyTree:
-  """{'params', 'router'} as decoding reads them: a layer at a time.
+  """Returns the weights in the layout of decoding, layer by layer.
 
-  Matrices in the activations' dtype, as `products.matmul_transposed` reads
-  them except for the routed experts'; norms and router in float32. Needs the
-  stacked parameters no longer.
+  Matrices have the activations' dtype and, except for the routed experts', the
+  layout of `products.matmul_transposed`; norms and router are float32. The
+  stacked parameters are not needed any more.
+
+  Args:
+    config: of the model.
+    variables: {'params', 'router'}, as `Transformer.init` makes them.
   """
   params, biases = variables['params'], variables.get('router', {})
-  found = {
+  weights = {
     'embedding': params['embedding'].astype(config.dtype),
     'final_norm': params['final_norm']['scale'],
     'layers': [],
   }
   head = params['embedding'] if config.tie_embeddings else params['w_head'].T
-  found['head'] = head.astype(config.dtype)
+  weights['head'] = head.astype(config.dtype)
   counts = {'dense': config.dense_layers, 'moe': config.moe_layers}
   for name, count in counts.items():
     for i in range(count):
-      one = jax.tree.map(lambda x, i=i: x[i], params[name])
+      layer = jax.tree.map(lambda x, i=i: x[i], params[name])
       bias = jax.tree.map(lambda x, i=i: x[i], biases.get(name, {}))
-      found['layers'].append(_layer(one, bias, config.dtype))
+      weights['layers'].append(_layer(layer, bias, config.dtype))
   if config.mtp.depth:
     module = params['mtp_0']
     bias = biases.get('mtp_0', {}).get('block', {})
-    names = ('embed_norm', 'hidden_norm', 'final_norm')
-    found['mtp'] = {
+    norms = ('embed_norm', 'hidden_norm', 'final_norm')
+    weights['mtp'] = {
       'w_join': module['w_join'].T.astype(config.dtype),
       'block': _layer(module['block'], bias, config.dtype),
-      **{name: module[name]['scale'] for name in names},
+      **{name: module[name]['scale'] for name in norms},
     }
-  return found
+  return weights
 
 
 def _layer(params, bias, dtype):
-  def turned(part):
-    turn = lambda w: jnp.moveaxis(w, 0, -1)
-    return {name: turn(part[name]).astype(dtype) for name in _FFN}
+  def transposed(ffn):
+    transpose = lambda w: jnp.moveaxis(w, 0, -1)
+    return {name: transpose(ffn[name]).astype(dtype) for name in _FFN}
 
-  found = {
+  layer = {
     'attention_norm': params['attention_norm']['scale'],
     'ffn_norm': params['ffn_norm']['scale'],
     'attention': latent_attention.weights(params['attention'], dtype),
   }
   if 'w_router' not in params['ffn']:
-    found['ffn'] = turned(params['ffn'])
+    layer['ffn'] = transposed(params['ffn'])
   else:
     gate_up, down = (params['ffn'][name].astype(dtype) for name in _FFN)
-    found['ffn'] = {'w_gate_up': moe.packed(gate_up), 'w_down': down}
-    found['w_router'] = params['ffn']['w_router']
-    found['bias'] = bias.get('ffn', {}).get('bias')
+    layer['ffn'] = {'w_gate_up': moe.packed(gate_up), 'w_down': down}
+    layer['w_router'] = params['ffn']['w_router']
+    layer['bias'] = bias.get('ffn', {}).get('bias')
     if 'shared' in params['ffn']:
-      found['shared'] = turned(params['ffn']['shared'])
-  return found
+      layer['shared'] = transposed(params['ffn']['shared'])
+  return layer
 
 
 def hidden(
   weights: PyTree,
-  held: latent_cache.Cache,
+  cache: latent_cache.Cache,
   tokens: Int[Array, 'B T'],
   config: ModelConfig,
   *,
   valid: Int[Array, ' B'] | None = None,
   form: str = 'absorbed',
 ) -> tuple[Float[Array, 'B T D'], latent_cache.Cache]:
-  """The normed hidden states of new tokens, and the cache with them in it.
+  """Returns the normed hidden states of new tokens, and the cache with them.
 
   Args:
-    weights: of `unstack`.
-    tokens: ids below the vocabulary.
-    valid: how many of the T a row really has; None is all.
-    form: see `absorbed.attend`.
+    weights: as `unstack` returns them.
+    cache: of the main model alone (`split`).
+    tokens: ids below the vocabulary's size.
+    config: of the model.
+    valid: real tokens of each row; None: all T.
+    form: of `latent_attention.attend`.
   """
   x = weights['embedding'][tokens]
   x = sharding.constrain(x, 'batch', None, 'stream')
-  turn = _turn(held, tokens, config)
-  pools = list(held.layers)
-  for i, one in enumerate(weights['layers']):
-    x, pools[i] = _block(one, x, turn, pools[i], held, valid, config, form)
+  angles = _angles(cache, tokens, config)
+  pools = list(cache.layers)
+  for i, w in enumerate(weights['layers']):
+    x, pools[i] = _block(w, x, angles, pools[i], cache, valid, config, form)
   x = layers.normalize(x, weights['final_norm'], config.norm_eps)
-  return x, _longer(held, pools, tokens, valid)
+  return x, _extended(cache, pools, tokens, valid)
 
 
 def logits(weights: PyTree, x: Float[Array, '*b D']) -> Float[Array, '*b V']:
-  """The head's, float32."""
+  """Returns the head's logits of normed hidden states, float32."""
   return products.matmul_transposed(x, weights['head'], products.dot)
 
 
 def decode_step(
   weights: PyTree,
-  held: latent_cache.Cache,
+  cache: latent_cache.Cache,
   tokens: Int[Array, ' B'],
   config: ModelConfig,
   *,
   valid: Int[Array, ' B'] | None = None,
 ) -> tuple[Float[Array, 'B V'], latent_cache.Cache]:
-  """Logits after one more token of each row, float32, and the cache."""
-  x, held = hidden(weights, held, tokens[:, None], config, valid=valid)
-  return logits(weights, x[:, 0]), held
+  """Returns float32 logits after one more token of each row, and the cache."""
+  x, cache = hidden(weights, cache, tokens[:, None], config, valid=valid)
+  return logits(weights, x[:, 0]), cache
 
 
 def extend(
   weights: PyTree,
-  held: latent_cache.Cache,
+  cache: latent_cache.Cache,
   tokens: Int[Array, 'B T'],
   config: ModelConfig,
   *,
   valid: Int[Array, ' B'] | None = None,
 ) -> tuple[Float[Array, 'B T D'], latent_cache.Cache]:
-  """`hidden` in the form that is cheaper for so many new tokens."""
-  how = form(tokens.shape[1])
-  return hidden(weights, held, tokens, config, valid=valid, form=how)
+  """Returns `hidden` in the form that is cheaper for T tokens after others."""
+  form = form_of(tokens.shape[1])
+  return hidden(weights, cache, tokens, config, valid=valid, form=form)
 
 
-def form(tokens: int) -> str:
-  """Of `absorbed.attend`, for so many new tokens of a row that holds some."""
+def form_of(tokens: int) -> str:
+  """Returns the cheaper form of attention for so many tokens after others."""
   return 'absorbed' if tokens <= latent_attention.ABSORBED else 'decompressed'
 
 
 def prefill(
   weights: PyTree,
-  held: latent_cache.Cache,
+  cache: latent_cache.Cache,
   tokens: Int[Array, 'B T'],
   valid: Int[Array, ' B'],
   config: ModelConfig,
   *,
   chunk: int = 2048,
 ) -> tuple[Float[Array, 'B T D'], latent_cache.Cache]:
-  """`hidden` of whole prompts, `valid` tokens of each row, in an empty cache.
+  """Returns `hidden` of whole prompts; the cache must be empty.
 
-  The first chunk attends within itself; later ones expand the prefix.
+  A prompt goes through the model in chunks. The first attends to itself; each
+  later one also to the cache, whose keys and values are computed again.
   """
-  found = []
+  states = []
   for start in range(0, tokens.shape[1], chunk):
     part = tokens[:, start : start + chunk]
-    here = jnp.clip(valid - start, 0, part.shape[1])
+    real = jnp.clip(valid - start, 0, part.shape[1])
     form = 'decompressed' if start else 'fresh'
-    x, held = hidden(weights, held, part, config, valid=here, form=form)
-    found.append(x)
-  return jnp.concatenate(found, axis=1), held
+    x, cache = hidden(weights, cache, part, config, valid=real, form=form)
+    states.append(x)
+  return jnp.concatenate(states, axis=1), cache
 
 
-def last(x: Float[Array, 'B T D'], valid: Int[Array, ' B']) -> Array:
-  """[B, D]: each row's last valid position."""
-  at = jnp.maximum(valid - 1, 0)[:, None, None]
-  return jnp.take_along_axis(x, at, axis=1)[:, 0]
+def last(
+  x: Float[Array, 'B T D'], valid: Int[Array, ' B']
+) -> Float[Array, 'B D']:
+  """Returns the hidden state of each row's last valid token."""
+  i = jnp.maximum(valid - 1, 0)[:, None, None]
+  return jnp.take_along_axis(x, i, axis=1)[:, 0]
 
 
 def draft(
   weights: PyTree,
-  held: latent_cache.Cache,
-  before: Float[Array, 'B T D'],
+  cache: latent_cache.Cache,
+  states: Float[Array, 'B T D'],
   tokens: Int[Array, 'B T'],
   config: ModelConfig,
   *,
   valid: Int[Array, ' B'] | None = None,
   form: str = 'absorbed',
 ) -> tuple[Float[Array, 'B T D'], latent_cache.Cache]:
-  """What the first MTP module hands to the head, over a cache of its own.
+  """Returns the first MTP module's states for the head, and its cache.
 
-  Position i joins the main model's hidden state `before` there with the token
-  after it, `tokens`, and speaks of the one after that. `held` has the module's
-  pool alone (`split`), and lengths of its own.
+  At position i the module joins the main model's hidden state with token i + 1
+  and predicts token i + 2 (V3 section 2.2).
+
+  Args:
+    weights: as `unstack` returns them.
+    cache: of the module alone (`split`), with lengths of its own.
+    states: the main model's `hidden` at each position.
+    tokens: the token after each position.
+    config: of the model.
+    valid: real positions of each row; None: all T.
+    form: of `latent_attention.attend`.
   """
   w, eps = weights['mtp'], config.norm_eps
-  both = [
+  joined = [
     layers.normalize(weights['embedding'][tokens], w['embed_norm'], eps),
-    layers.normalize(before, w['hidden_norm'], eps),
+    layers.normalize(states, w['hidden_norm'], eps),
   ]
-  x = products.matmul_transposed(jnp.concatenate(both, axis=-1), w['w_join'])
-  turn = _turn(held, tokens, config)
-  x, pool = _block(
-    w['block'], x, turn, held.layers[0], held, valid, config, form
-  )
+  x = products.matmul_transposed(jnp.concatenate(joined, axis=-1), w['w_join'])
+  angles = _angles(cache, tokens, config)
+  (pool,) = cache.layers
+  x, pool = _block(w['block'], x, angles, pool, cache, valid, config, form)
   x = layers.normalize(x, w['final_norm'], eps)
-  return x, _longer(held, [pool], tokens, valid)
+  return x, _extended(cache, [pool], tokens, valid)
 
 
 def split(
-  held: latent_cache.Cache, config: ModelConfig
+  cache: latent_cache.Cache, config: ModelConfig
 ) -> tuple[latent_cache.Cache, latent_cache.Cache]:
-  """The main model's part of a cache, and the MTP module's."""
-  main = dataclasses.replace(held, layers=held.layers[: config.layers])
-  return main, dataclasses.replace(held, layers=held.layers[config.layers :])
+  """Returns the main model's part of a cache, and the MTP module's."""
+  main = dataclasses.replace(cache, layers=cache.layers[: config.layers])
+  return main, dataclasses.replace(cache, layers=cache.layers[config.layers :])
 
 
-def _turn(held, tokens, config):
-  at = held.lengths[:, None] + jnp.arange(tokens.shape[1])[None]
-  return rope.angles(at, config.mla.rope_dim, config.mla.rope)
+def _angles(cache, tokens, config):
+  positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])[None]
+  return rope.angles(positions, config.mla.rope_dim, config.mla.rope)
 
 
-def _longer(held, pools, tokens, valid):
+def _extended(cache, pools, tokens, valid):
   more = tokens.shape[1] if valid is None else valid
-  lengths = held.lengths + more
-  return dataclasses.replace(held, layers=tuple(pools), lengths=lengths)
+  lengths = cache.lengths + more
+  return dataclasses.replace(cache, layers=tuple(pools), lengths=lengths)
 
 
-def _block(w, x, turn, pages, held, valid, config, form):
+def _block(w, x, angles, pages, cache, valid, config, form):
   h = layers.normalize(x, w['attention_norm'], config.norm_eps)
   with jax.named_scope('attention'):
     y, pages = latent_attention.attend(
-      w['attention'], h, turn, pages, held, valid, config.mla, form
+      w['attention'], h, angles, pages, cache, valid, config.mla, form
     )
   x = x + y
   h = layers.normalize(x, w['ffn_norm'], config.norm_eps)
@@ -234,25 +251,27 @@ def _block(w, x, turn, pages, held, valid, config, form):
 
 
 def _dense(w, x):
-  """`layers.swiglu` of weights that lie the other way."""
-  both = products.matmul_transposed(x, w['w_gate_up'])
+  """Returns `layers.swiglu`, of weights that are transposed."""
+  gate_up = products.matmul_transposed(x, w['w_gate_up'])
   if x.ndim == 3:
-    both = sharding.constrain(both, 'batch', 'part', 'gate_up', 'mlp')
-  return products.matmul_transposed(layers.glu(both), w['w_down'])
+    gate_up = sharding.constrain(gate_up, 'batch', 'part', 'gate_up', 'mlp')
+  return products.matmul_transposed(layers.glu(gate_up), w['w_down'])
 
 
 def _experts(w, x, config):
   ws, shared = (w['ffn']['w_gate_up'], w['ffn']['w_down']), None
   if 'shared' in w:
     shared = _dense(w['shared'], x)
-  alone = not sharding.auto_axes()
   flat = x.reshape(-1, x.shape[-1])
-  if alone and len(flat) <= _FEW and sharding.target_platform() != 'tpu':
+  one_device = not sharding.auto_axes()
+  if one_device and len(flat) <= _FEW and sharding.target_platform() != 'tpu':
     routing = router.route(flat, w['w_router'], w['bias'], config.moe)
     out = few_rows(flat, routing, *ws).reshape(x.shape)
   else:
-    how = config, products.NO_FP8, shared
-    out, _ = moe.routed(x, None, w['w_router'], w['bias'], ws, *how)
+    recipe = products.NO_FP8
+    out, _ = moe.routed(
+      x, None, w['w_router'], w['bias'], ws, config, recipe, shared
+    )
   return out if shared is None else out + shared
 
 
@@ -262,23 +281,30 @@ def few_rows(
   w_gate_up: Float[Array, 'E D GF'],
   w_down: Float[Array, 'E F D'],
 ) -> Float[Array, 'M D']:
-  """`experts.feed_forward` of a few rows, each through all that any row chose.
+  """Returns the routed experts' output for a few rows (`experts.feed_forward`).
 
-  It is the experts' weights that take the time, and a product of eight rows
-  reads them no longer than a product of one. Gate and up are `moe.packed`.
+  All rows go through each expert that any row chose, with gate 0 where they did
+  not choose it. Reading an expert's weights takes the time, and a product of
+  eight rows reads them as fast as a product of one.
+
+  Args:
+    x: the rows.
+    routing: their experts and gates.
+    w_gate_up: of all experts, `moe.packed`.
+    w_down: of all experts.
   """
   experts = w_down.shape[0]
   order = jnp.sort(routing.chosen.reshape(-1))
-  again = jnp.append(False, order[1:] == order[:-1])
-  each = order[jnp.argsort(again, stable=True)]
+  repeated = jnp.append(False, order[1:] == order[:-1])
+  distinct = order[jnp.argsort(repeated, stable=True)]
   picked = routing.chosen[:, :, None] == jnp.arange(experts)[None, None]
-  share = jnp.where(picked, routing.gates[:, :, None], 0.0).sum(1)
+  gates = jnp.where(picked, routing.gates[:, :, None], 0.0).sum(1)  # [M, E]
 
-  def one(i, out):
-    e = each[i]
+  def add_expert(i, out):
+    e = distinct[i]
     gate_up = w_gate_up[e].reshape(x.shape[1], 2, -1)
-    return out + share[:, e, None] * layers.swiglu(x, gate_up, w_down[e])
+    return out + gates[:, e, None] * layers.swiglu(x, gate_up, w_down[e])
 
   start = jnp.zeros(x.shape, jnp.float32)
-  live = each.size - again.sum()
-  return jax.lax.fori_loop(0, live, one, start).astype(x.dtype)
+  count = distinct.size - repeated.sum()
+  return jax.lax.fori_loop(0, count, add_expert, start).astype(x.dtype)

@@ -1,15 +1,14 @@
-"""Continuations of prompts: prefill, then rounds of one pass over every row.
+"""Text generation: prompts in, tokens out.
 
-A round emits one token a row, or up to two where the MTP module drafts
-(`speculative`). `generate` and `rollout` run all rounds in one compiled loop
-that ends when every row has stopped; `stream` runs the same rounds one by one
-and hands out tokens as they come. Lengths are rounded up to a few sizes, so
-that other prompts seldom compile anew.
+`generate` and `rollout` run the whole loop (`loop.start`, then `loop.advance`
+until every row has stopped) as one compiled program, and nothing comes back to
+the host before its end. `stream` runs the same steps one by one and yields the
+tokens of each. Lengths are rounded up to multiples of 64, so that a prompt of
+another length seldom compiles again.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -22,16 +21,17 @@ from mla_moe.config import CacheConfig, ConfigError, ModelConfig
 from mla_moe.decode import forward, loop, sampling
 from mla_moe.types import Array, Int, PyTree
 
-_ROUND = 64  # prompts and outputs are padded to multiples of this
+_MULTIPLE = 64  # of the lengths of prompts and outputs
 
 
 class Rollout(NamedTuple):
-  """What rows were continued with; numpy arrays.
+  """Continuations of a batch of prompts; numpy arrays.
 
-  tokens [B, new] int32, of which `counts` [B] are real and the last of those
-  may be a stop id (eos_id after them); log_probs [B, new] float32, the model's
-  own, 0 after them. passes counts the main model's passes over a row without
-  the prompts', accepted the drafts that stood, of one a pass.
+  tokens [B, new] int32: the first `counts` [B] of each row are real, the last
+  of them may be a stop id, and eos_id fills the rest. log_probs [B, new]
+  float32: the model's own, before every knob; 0 for the rest. passes: passes of
+  the main model, summed over rows, without the prompts'. accepted: drafts
+  accepted, of one a pass.
   """
 
   tokens: np.ndarray
@@ -41,9 +41,9 @@ class Rollout(NamedTuple):
   accepted: int
 
 
-class Round(NamedTuple):
-  """What one round of `stream` emitted: tokens, an array for each row, and the
-  counts of `Rollout` so far."""
+class Step(NamedTuple):
+  """One step of `stream`: an array of new tokens for each row, and the passes
+  and accepted drafts of `Rollout` so far."""
 
   tokens: list
   passes: int
@@ -57,22 +57,22 @@ def generate(
   max_new_tokens: int = 64,
   temperature: float | Sequence | Array = 0.0,
   speculative: bool = False,
-  **more,
+  **options,
 ) -> Int[np.ndarray, 'B _']:
-  """The prompts [B, T], then `max_new_tokens` columns of what follows, int32.
+  """Returns the prompts [B, T] with `max_new_tokens` columns after them, int32.
 
-  `more` is `rollout`'s; without stop ids every row is continued to the end.
+  `options` are `rollout`'s. Without stop ids no row ends early.
   """
-  found = rollout(
+  out = rollout(
     config,
     variables,
     prompt,
     max_new_tokens,
     temperature=temperature,
     speculative=speculative,
-    **more,
+    **options,
   )
-  return np.concatenate([np.asarray(prompt, np.int32), found.tokens], axis=1)
+  return np.concatenate([np.asarray(prompt, np.int32), out.tokens], axis=1)
 
 
 def rollout(
@@ -90,42 +90,34 @@ def rollout(
   """Continues every row until a stop id or `max_new_tokens`.
 
   Args:
-    config: the model's.
-    variables: {'params', 'router'}, or what `decode.unstack` made of them.
+    config: of the model.
+    variables: {'params', 'router'}, or the weights that `forward.unstack` makes
+      of them.
     prompt: token ids [B, T], padded on the right where `lengths` says so.
     max_new_tokens: of each row, at least 1.
-    lengths: tokens of each prompt; None is all T.
-    speculative: draft with the MTP module; the result is the same (greedy), or
-      has the same distribution.
+    lengths: tokens of each prompt; None: all T.
+    speculative: draft with the MTP module. Greedy tokens are the same as
+      without; sampled ones have the same distribution.
     stop_ids: a row ends with the first of them.
-    cache: how the latents are kept.
-    **knobs: see `sampling.knobs`; one value, or one a row.
+    cache: type and page size of the latent cache.
+    **knobs: of `sampling.make_knobs`; one value, or one a row.
 
   Raises:
     ConfigError: input that cannot be continued.
-    FloatingPointError: logits that are not finite; says at which step.
+    FloatingPointError: logits that are not finite; names the step.
   """
-  job = _job(
-    config, variables, prompt, max_new_tokens, lengths, speculative, stop_ids,
-    knobs,
-  )  # fmt: skip
-  state = _whole(*job.arrays, config=config, kept=cache, **job.static)
-  state = jax.device_get(
-    dataclasses.replace(
-      state, cache=None, mtp_cache=None, recent=None, seen=None
-    )
+  prompts, job = _prepare(
+    config, prompt, max_new_tokens, lengths, speculative, stop_ids, cache, knobs
   )
-  _check(state.broken)
-  new = max_new_tokens
-  real = np.arange(new)[None] < state.counts[:, None]
-  return Rollout(
-    tokens=np.where(real, state.tokens[:, :new], config.eos_id).astype(
-      np.int32
-    ),
-    counts=state.counts,
-    log_probs=np.where(real, state.log_probs[:, :new], 0.0),
-    passes=int(state.passes),
-    accepted=int(state.accepted),
+  out, broken = jax.device_get(_rollout(variables, *prompts, job))
+  _check_finite(broken)
+  real = np.arange(max_new_tokens)[None] < out.counts[:, None]
+  tokens = np.where(real, out.tokens[:, :max_new_tokens], config.eos_id)
+  return out._replace(
+    tokens=tokens.astype(np.int32),
+    log_probs=np.where(real, out.log_probs[:, :max_new_tokens], 0.0),
+    passes=int(out.passes),
+    accepted=int(out.accepted),
   )
 
 
@@ -140,26 +132,22 @@ def stream(
   stop_ids: Sequence[int] = (),
   cache: CacheConfig = CacheConfig(),
   **knobs,
-) -> Iterator[Round]:
-  """As `rollout`, round by round: the new tokens of each row, as they come.
+) -> Iterator[Step]:
+  """Yields the tokens of `rollout`, step by step; its arguments are the same.
 
   Raises:
     ConfigError, FloatingPointError: as `rollout`.
   """
-  job = _job(
-    config, variables, prompt, max_new_tokens, lengths, speculative, stop_ids,
-    knobs,
-  )  # fmt: skip
-  weights, tokens, valid, limit, stops, how = job.arrays
+  prompts, job = _prepare(
+    config, prompt, max_new_tokens, lengths, speculative, stop_ids, cache, knobs
+  )
+  weights = variables
   if 'layers' not in weights:
-    weights = jax.jit(functools.partial(forward.unstack, config))(weights)
-  state = _begin(
-    weights, tokens, valid, limit, stops, how, config=config, kept=cache,
-    **job.static,
-  )  # fmt: skip
-  shown = np.zeros(len(valid), np.int32)
+    weights = jax.jit(functools.partial(forward.unstack, config))(variables)
+  state = _start(weights, *prompts, job)
+  before = np.zeros(len(job.knobs.seed), np.int32)
   while True:
-    tokens, counts, done, broken, *sums = jax.device_get(
+    tokens, counts, done, broken, passes, accepted = jax.device_get(
       (
         state.tokens,
         state.counts,
@@ -169,25 +157,46 @@ def stream(
         state.accepted,
       )
     )
-    _check(broken)
-    new = zip(tokens, shown, counts, strict=True)
-    yield Round([x[before:after] for x, before, after in new], *map(int, sums))
-    shown = counts
+    _check_finite(broken)
+    rows = zip(tokens, before, counts, strict=True)
+    new = [row[start:stop] for row, start, stop in rows]
+    yield Step(new, int(passes), int(accepted))
     if done.all():
       return
-    state = _next(weights, state, limit, stops, how, config=config)
+    before = counts
+    state = _advance(weights, state, job)
 
 
-class _Job(NamedTuple):
-  arrays: tuple
-  static: dict
-
-
-def _job(
-  config, variables, prompt, new, lengths, speculative, stop_ids, knobs
-) -> _Job:
-  """Checked and padded arguments of the compiled functions."""
+def _prepare(
+  config, prompt, max_new_tokens, lengths, speculative, stop_ids, cache, knobs
+):
+  """Returns ((padded prompts, their lengths), job), checked; numpy arrays."""
   prompt = np.asarray(prompt)
+  lengths = _check_prompt(config, prompt, max_new_tokens, lengths)
+  if speculative and not config.mtp.depth:
+    raise ConfigError('speculative=True: the model has no MTP module (depth 0)')
+  for stop in stop_ids:
+    if not 0 <= stop < config.vocab:
+      raise ConfigError(f'stop_ids: {stop} is not below vocab={config.vocab}')
+  stops = np.full(-(-max(len(stop_ids), 1) // 4) * 4, -1, np.int32)
+  stops[: len(stop_ids)] = stop_ids
+  batch, t = prompt.shape
+  padded = np.zeros((batch, _round_up(t)), np.int32)
+  padded[:, :t] = prompt
+  job = loop.Job(
+    limit=np.int32(max_new_tokens),
+    stop_ids=stops,
+    knobs=sampling.make_knobs(batch, **knobs),
+    config=config,
+    cache_config=cache,
+    output_length=_round_up(max_new_tokens),
+    speculative=bool(speculative),
+  )
+  return (padded, lengths.astype(np.int32)), job
+
+
+def _check_prompt(config, prompt, new, lengths) -> np.ndarray:
+  """Returns the rows' lengths, or raises a ConfigError."""
   if prompt.ndim != 2 or not np.issubdtype(prompt.dtype, np.integer):
     raise ConfigError(
       f'prompt: must be token ids [B, T], not {prompt.dtype} {prompt.shape}'
@@ -203,10 +212,10 @@ def _job(
     )
   if isinstance(new, bool) or not isinstance(new, (int, np.integer)) or new < 1:
     raise ConfigError(f'max_new_tokens={new!r}: must be at least 1')
-  valid = np.full(batch, t) if lengths is None else np.asarray(lengths)
-  if valid.shape != (batch,) or valid.min() < 1 or valid.max() > t:
+  lengths = np.full(batch, t) if lengths is None else np.asarray(lengths)
+  if lengths.shape != (batch,) or lengths.min() < 1 or lengths.max() > t:
     raise ConfigError(
-      f'lengths={valid.tolist()}: must be from 1 to {t}, one for each of '
+      f'lengths={lengths.tolist()}: must be from 1 to {t}, one for each of '
       f'{batch} rows'
     )
   if t + new > config.max_positions:
@@ -214,31 +223,14 @@ def _job(
       f'max_new_tokens={new}: with a prompt of {t} tokens more than the '
       f'max_positions={config.max_positions} of the model'
     )
-  if speculative and not config.mtp.depth:
-    raise ConfigError('speculative=True: the model has no MTP module (depth 0)')
-  for stop in stop_ids:
-    if not 0 <= stop < config.vocab:
-      raise ConfigError(f'stop_ids: {stop} is not below vocab={config.vocab}')
-  stops = np.full(-(-max(len(stop_ids), 1) // 4) * 4, -1, np.int32)
-  stops[: len(stop_ids)] = stop_ids
-  padded = np.zeros((batch, _up(t)), np.int32)
-  padded[:, :t] = prompt
-  arrays = (
-    variables,
-    padded,
-    valid.astype(np.int32),
-    np.int32(new),
-    stops,
-    sampling.knobs(batch, **knobs),
-  )
-  return _Job(arrays, dict(room=_up(new), speculative=bool(speculative)))
+  return lengths
 
 
-def _up(n: int) -> int:
-  return -(-n // _ROUND) * _ROUND
+def _round_up(n: int) -> int:
+  return -(-n // _MULTIPLE) * _MULTIPLE
 
 
-def _check(broken):
+def _check_finite(broken):
   if broken >= 0:
     raise FloatingPointError(
       f'the logits of step {int(broken)} of the generation are not '
@@ -246,40 +238,22 @@ def _check(broken):
     )
 
 
-@functools.partial(
-  jax.jit, static_argnames=('config', 'kept', 'room', 'speculative')
-)
-def _whole(
-  variables, tokens, valid, limit, stops, how, *, config, kept, room,
-  speculative,
-):  # fmt: skip
-  """Prefill and all rounds."""
+@jax.jit
+def _rollout(variables, tokens, valid, job):
+  """Returns a Rollout and `State.broken`, after all steps."""
   weights = variables
   if 'layers' not in weights:
-    weights = forward.unstack(config, variables)
-  state = loop.start(
-    weights, tokens, valid, limit, stops, how, config, kept, room, speculative
-  )
-  return jax.lax.while_loop(
+    weights = forward.unstack(job.config, variables)
+  state = jax.lax.while_loop(
     lambda state: ~jnp.all(state.done) & (state.broken < 0),
-    lambda state: loop.advance(weights, state, limit, stops, how, config),
-    state,
+    lambda state: loop.advance(weights, state, job),
+    loop.start(weights, tokens, valid, job),
   )
+  out = Rollout(
+    state.tokens, state.counts, state.log_probs, state.passes, state.accepted
+  )
+  return out, state.broken
 
 
-@functools.partial(
-  jax.jit, static_argnames=('config', 'kept', 'room', 'speculative')
-)
-def _begin(
-  weights, tokens, valid, limit, stops, how, *, config, kept, room,
-  speculative,
-):  # fmt: skip
-  return loop.start(
-    weights, tokens, valid, limit, stops, how, config, kept, room,
-    speculative,
-  )  # fmt: skip
-
-
-@functools.partial(jax.jit, static_argnames='config', donate_argnums=1)
-def _next(weights, state, limit, stops, how, *, config):
-  return loop.advance(weights, state, limit, stops, how, config)
+_start = jax.jit(loop.start)
+_advance = jax.jit(loop.advance, donate_argnums=1)

@@ -1,13 +1,27 @@
-"""MLA over a latent cache: absorbed for few new tokens, decompressed for many.
+"""Multi-head latent attention over the latent cache, in three forms.
 
-The up-projections of keys and values need not be applied to the cache. A
-head's query goes through its key projection instead, scores and sums latents,
-and the sum goes through its value projection (V2 appendix C): attention of N
-heads over one key of C + R numbers. That saves the expansion of the whole
-prefix at every step but makes each score dearer, so that beyond about 128 new
-tokens a row (C (H + U) / (2C - H - U), whatever the prefix) expanding the
-prefix, a block at a time, is cheaper again. All forms read the same weights
-(`weights`) and give the same numbers; `mla.Attention` is their oracle.
+Of token s the cache has the latent c_s [C] and the key r_s [R] that its heads
+share. Head n has the up-projections W_K [H, C] and W_V [U, C], so that its key
+is [W_K c_s; r_s] and its value W_V c_s. A query [q; q_r] of that head gets
+
+  p_s = softmax_s(scale (q . W_K c_s + q_r . r_s)),   o = sum_s p_s W_V c_s.
+
+The forms compute these numbers in different orders, from the same weights:
+
+  absorbed      p_s = softmax_s(scale ((W_K^T q) . c_s + q_r . r_s)) and
+                o = W_V (sum_s p_s c_s). Query and output are projected, the
+                cache is not (V2, appendix C): all heads attend over one key of
+                C + R numbers. It suits one new token, or a few.
+  decompressed  Keys and values of all heads are computed from the cache, one
+                block of tokens at a time. It suits many tokens after a prefix.
+  fresh         The rows are empty: new tokens attend to each other alone, as in
+                training. It suits the first tokens of a prompt.
+
+For each query and cached token, a head multiplies 2C + R numbers in absorbed
+form and H + R + U in decompressed form, which also pays C (H + U) a cached
+token for all queries together. So the second is cheaper beyond
+C (H + U) / (2C - H - U) new tokens a row, 171 for V3, whatever the prefix. The
+oracle of all three is `model.mla.Attention`.
 """
 
 from __future__ import annotations
@@ -22,61 +36,62 @@ from mla_moe import kernels, sharding
 from mla_moe.config import MLAConfig
 from mla_moe.decode import latent_cache
 from mla_moe.model import attention, layers, products, rope
-from mla_moe.types import Array, Float, PyTree
+from mla_moe.types import Array, Float, Int, PyTree
 
-ABSORBED = 128  # new tokens a row up to which the absorbed form is cheaper
+ABSORBED = 128  # most new tokens a row for which the absorbed form is used
 
-# What a turn of the loop reads of a row (measured on x86): what is dead in the
-# last block costs, and so does every turn.
+# Sizes of the blocks that `_sweep` reads (measured on x86): each block costs
+# something, and so do the tokens of the last block that lie beyond the row.
 _SMALL = 128  # tokens
-_LARGE = 5 * 2**16  # latents' and logits' numbers, 1.25 MiB
-_KERNEL_ROWS = 512  # queries of a row, heads times tokens, in on-chip memory
+_LARGE = 5 * 2**16  # numbers, latents and logits together: 1.25 MiB
+_KERNEL_ROWS = 512  # heads times tokens whose queries fit in on-chip memory
 
 
 def weights(params: PyTree, dtype: str) -> PyTree:
-  """One layer's attention parameters as decoding multiplies by them.
+  """Returns the attention parameters of one layer in the layout of decoding.
 
-  What reads one input is one matrix, and matrices lie as
-  `products.matmul_transposed` reads them; a head's up-projections are
-  contiguous.
+  Projections with the same input are one matrix. Matrices have the layout of
+  `products.matmul_transposed`, and the up-projections of a head are contiguous.
   """
-  wide = lambda name: params[name].astype(dtype)
-  turn = lambda w: w.reshape(w.shape[0], -1).T
-  down = [turn(wide('w_kv_down')), turn(wide('w_k_rope'))]
-  found = {
+  cast = lambda name: params[name].astype(dtype)
+  transposed = lambda w: w.reshape(w.shape[0], -1).T
+  down = [transposed(cast('w_kv_down')), transposed(cast('w_k_rope'))]
+  w = {
     'kv_norm': params['kv_norm']['scale'],
-    'w_k_up': wide('w_k_up').transpose(1, 2, 0),
-    'w_v_up': wide('w_v_up').transpose(1, 0, 2),
-    'w_out': wide('w_out').reshape(-1, params['w_out'].shape[-1]).T,
+    'w_k_up': cast('w_k_up').transpose(1, 2, 0),
+    'w_v_up': cast('w_v_up').transpose(1, 0, 2),
+    'w_out': cast('w_out').reshape(-1, params['w_out'].shape[-1]).T,
   }
   if 'w_q' in params:
-    found['w_q'] = turn(wide('w_q'))
+    w['w_q'] = transposed(cast('w_q'))
   else:
-    down.insert(0, turn(wide('w_q_down')))
-    found['q_norm'] = params['q_norm']['scale']
-    found['w_q'] = turn(wide('w_q_up'))
-  return found | {'w_down': jnp.concatenate(down)}
+    down.insert(0, transposed(cast('w_q_down')))
+    w['q_norm'] = params['q_norm']['scale']
+    w['w_q'] = transposed(cast('w_q_up'))
+  return w | {'w_down': jnp.concatenate(down)}
 
 
 def attend(
   w: PyTree,
   x: Float[Array, 'B T D'],
-  turn: tuple[Array, Array],
+  angles: tuple[Array, Array],
   pages: latent_cache.Pages,
   cache: latent_cache.Cache,
-  valid: Array | None,
+  valid: Int[Array, ' B'] | None,
   mla: MLAConfig,
   form: str,
 ) -> tuple[Float[Array, 'B T D'], latent_cache.Pages]:
-  """Attention of new tokens, and the pool with their latents in it.
+  """Returns the attention of new tokens, and the pool with their latents.
 
   Args:
-    w: `weights` of the layer.
-    turn: cosine and sine of the new tokens' positions.
+    w: the layer's `weights`.
+    x: the new tokens, normed.
+    angles: cosine and sine of their positions, [B, T, R / 2] each.
+    pages: the layer's pool.
     cache: table and lengths of the rows, without the new tokens.
-    valid: [B] how many of the T tokens a row really has; None is all.
-    form: 'absorbed', 'decompressed', or 'fresh' for rows that hold nothing,
-      whose new tokens attend among themselves.
+    valid: new tokens of each row; the others are padding. None: all T.
+    mla: the sizes.
+    form: 'absorbed', 'decompressed' or 'fresh' (rows without a token only).
   """
   b, t, _ = x.shape
   down = products.matmul_transposed(x, w['w_down'])
@@ -89,42 +104,45 @@ def attend(
   q = products.matmul_transposed(q, w['w_q']).reshape(b, t, mla.heads, -1)
   q = sharding.constrain(q, 'batch', None, 'heads', None)
   q_nope, q_rope = jnp.split(q, [mla.nope_dim], axis=-1)
-  q_rope = rope.rotate(q_rope, *turn)
+  q_rope = rope.rotate(q_rope, *angles)
   latent = layers.normalize(latent, w['kv_norm'], mla.norm_eps)
-  k_rope = rope.rotate(k_rope, *turn)
+  k_rope = rope.rotate(k_rope, *angles)
   core = {
-    'absorbed': functools.partial(_absorbed, impl=cache.impl),
+    'absorbed': _absorbed,
     'decompressed': _decompressed,
     'fresh': _fresh,
   }[form]
   valid = jnp.full((b,), t, jnp.int32) if valid is None else valid
-  run = _by_shard(functools.partial(_core, core=core, mla=mla), b)
+  run = _by_shard(functools.partial(_write_and_attend, core, mla), b)
   out, pages = run(
-    q_nope, q_rope, latent, k_rope, (w['w_k_up'], w['w_v_up']), pages,
-    cache.table, cache.lengths, valid,
-  )  # fmt: skip
+    (q_nope, q_rope),
+    (latent, k_rope),
+    (w['w_k_up'], w['w_v_up']),
+    cache.replace(layers=(pages,)),
+    valid,
+  )
   return products.matmul_transposed(out.reshape(b, t, -1), w['w_out']), pages
 
 
-def _core(
-  q_nope, q_rope, latent, k_rope, up, pages, table, lengths, valid, *, core, mla
-):
-  """Writes the new latents, then attends; what each device does alone."""
-  # A shard's rows own its pages: its ids modulo its pool are local.
-  table = table % pages.values.shape[0]
-  held = latent_cache.Cache((pages,), table, lengths)
-  to = latent_cache.places(held, latent.shape[1], valid)
-  pages = latent_cache.write(pages, to, latent, k_rope)
-  scale = rope.softmax_scale(mla)
-  new = latent, k_rope
-  out = core(q_nope, q_rope, new, up, pages, table, lengths, valid, scale)
-  return out, pages
+def _write_and_attend(core, mla, q, new, up, cache, valid):
+  """Returns attention [B, T, N, U] and the pool with the new latents.
+
+  q: queries (without, with rotation); new: latent and shared key of the new
+  tokens; up: up-projections of keys and values; cache: of this layer alone.
+  """
+  (pages,) = cache.layers
+  # The pages of a device's rows are its own; modulo its pool, ids are local.
+  cache = cache.replace(table=cache.table % pages.values.shape[0])
+  slots = latent_cache.next_slots(cache, new[0].shape[1], valid)
+  pages = latent_cache.write(pages, slots, *new)
+  cache = cache.replace(layers=(pages,))
+  return core(q, new, up, cache, valid, rope.softmax_scale(mla)), pages
 
 
 def _by_shard(run, batch: int):
-  """`run` on each device's rows and heads, with no communication at all.
+  """Returns `run` for the rows and heads of each device; nothing is sent.
 
-  Rows that the devices cannot share evenly are everybody's.
+  Where the devices do not divide the batch, each has all rows.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
@@ -133,23 +151,23 @@ def _by_shard(run, batch: int):
   rows = None if batch % sharding.axis_size(rows) else rows
   heads = sharding.spec(('heads',))[0]
   spec = PartitionSpec
-  q, new = spec(rows, None, heads, None), spec(rows)
+  of_q, of_rows = spec(rows, None, heads, None), spec(rows)
   return jax.shard_map(
     run,
     mesh=mesh,
-    in_specs=(q, q, new, new, spec(heads), new, new, new, new),
-    out_specs=(q, new),
+    in_specs=(of_q, of_rows, spec(heads), of_rows, of_rows),
+    out_specs=(of_q, of_rows),
     check_vma=False,
   )
 
 
-def _fresh(q_nope, q_rope, new, up, pages, table, lengths, valid, scale):
+def _fresh(q, new, up, cache, valid, scale):
   latent, k_rope = new
   k_nope, v = _expand(latent, up)
   shape = (*k_nope.shape[:3], k_rope.shape[-1])
   shared = jnp.broadcast_to(k_rope[:, :, None], shape)
   return attention.attend(
-    jnp.concatenate([q_nope, q_rope], axis=-1),
+    jnp.concatenate(q, axis=-1),
     jnp.concatenate([k_nope, shared], axis=-1),
     v,
     scale=scale,
@@ -157,136 +175,147 @@ def _fresh(q_nope, q_rope, new, up, pages, table, lengths, valid, scale):
 
 
 def _expand(latent, up):
+  """Returns keys without rotation [B, S, N, H] and values [B, S, N, U]."""
   k_up, v_up = up
   k_nope = jnp.einsum('bsc,nhc->bsnh', latent, k_up)
   return k_nope, jnp.einsum('bsc,ncu->bsnu', latent, v_up)
 
 
-def _absorbed(
-  q_nope, q_rope, new, up, pages, table, lengths, valid, scale, *, impl
-):
-  k_up, v_up = up
+def _absorbed(q, new, up, cache, valid, scale):
+  (q_nope, q_rope), (k_up, v_up), (pages,) = q, up, cache.layers
   b, t, heads, rope_dim = q_rope.shape
-  rank, wide = k_up.shape[-1], latent_cache.width(pages, rope_dim)
+  rank, width = k_up.shape[-1], latent_cache.width(pages, rope_dim)
   # Heads first: XLA's CPU backend wants the axis that both operands have there.
   q = jnp.einsum('btnh,nhc->nbtc', q_nope, k_up)
   q = jnp.concatenate([q, q_rope.transpose(2, 0, 1, 3)], axis=-1) * scale
-  q = jnp.pad(q, [(0, 0)] * 3 + [(0, wide - q.shape[-1])])
-  if impl != 'xla' and heads * t <= _KERNEL_ROWS:
-    q = q.transpose(1, 0, 2, 3)
-    out = _by_kernel(q, pages.values, table, lengths, rank, impl)
+  q = jnp.pad(q, [(0, 0)] * 3 + [(0, width - q.shape[-1])])
+  q = q.transpose(1, 0, 2, 3)
+  if cache.impl != 'xla' and heads * t <= _KERNEL_ROWS:
+    out = _by_kernel(q, cache, rank)
     return jnp.einsum('bntc,ncu->btnu', out, v_up)
+  q = q.reshape(b, heads * t, width)
 
-  def block(found):
+  def block(table):
+    tokens = latent_cache.read(pages, table, q.dtype.name, rope_dim)
     # Keys first: the cache is the long operand, and nothing is turned.
-    logits = products.dot('bsw,bqw->bsq', found, q)
-    # All of the width, though only the latent is wanted: slicing would copy.
-    add = lambda probs: products.dot(
-      'bsq,bsw->bqw', probs.astype(q.dtype), found
-    )
+    logits = products.dot('bsw,bqw->bsq', tokens, q)
+    # The whole width, though only the latent is needed: slicing would copy.
+    add = lambda p: products.dot('bsq,bsw->bqw', p.astype(q.dtype), tokens)
     return logits, add
 
-  q = q.transpose(1, 0, 2, 3).reshape(b, heads * t, wide)
-  query = jnp.tile(_places(lengths, t), heads)
-  read = functools.partial(
-    latent_cache.read, pages, dtype=q.dtype.name, rope_dim=rope_dim
-  )
-  longest = jnp.max(lengths + valid)
-  out = _sweep(block, read, table, pages.size, query, longest, wide, axis=1)
-  out = out.reshape(b, heads, t, wide)[..., :rank].astype(q_nope.dtype)
+  positions = jnp.tile(_positions(cache, t), heads)
+  out = _sweep(block, cache, valid, positions, width, axis=1)
+  out = out.reshape(b, heads, t, width)[..., :rank].astype(q_nope.dtype)
   out = jnp.einsum('bntc,ncu->nbtu', out, v_up)
   return out.transpose(1, 2, 0, 3)
 
 
-def _by_kernel(q, pages, table, lengths, rank, impl):
-  """[B, N, T, C] of a Pallas kernel; tokens first, as `heads` divides rows.
+def _by_kernel(q, cache, rank):
+  """Returns the heads' sums of latents [B, N, T, C], by a Pallas kernel.
 
   Pallas is imported only where it runs: it is half of this package's import.
   """
-  if impl == 'gpu':
-    from mla_moe.kernels import latent_gpu as kernels
+  if cache.impl == 'gpu':
+    from mla_moe.kernels import latent_gpu as kernel
   else:
-    from mla_moe.kernels import latent_tpu as kernels
+    from mla_moe.kernels import latent_tpu as kernel
+  (pages,) = cache.layers
   b, heads, t, width = q.shape
-  rows = q.swapaxes(1, 2).reshape(b, t * heads, width).astype(pages.dtype)
-  out = kernels.attend(rows, pages, table, lengths, heads=heads, rank=rank)
+  # Tokens before heads: the kernel finds a row's position by dividing by heads.
+  rows = q.swapaxes(1, 2).reshape(b, t * heads, width)
+  out = kernel.attend(
+    rows.astype(pages.values.dtype),
+    pages.values,
+    cache.table,
+    cache.lengths,
+    heads=heads,
+    rank=rank,
+  )
   return out.reshape(b, t, heads, rank).swapaxes(1, 2).astype(q.dtype)
 
 
-def _decompressed(q_nope, q_rope, new, up, pages, table, lengths, valid, scale):
-  rank, rope_dim = up[0].shape[-1], q_rope.shape[-1]
+def _decompressed(q, new, up, cache, valid, scale):
+  (pages,) = cache.layers
+  rank, rope_dim = up[0].shape[-1], q[1].shape[-1]
   heads_first = lambda x: x.swapaxes(1, 2)
-  q = heads_first(jnp.concatenate([q_nope, q_rope], axis=-1) * scale)
+  q = heads_first(jnp.concatenate(q, axis=-1) * scale)
 
-  def block(found):
-    k_nope, v = _expand(found[..., :rank], up)
-    shared = found[:, :, None, rank : rank + rope_dim]
+  def block(table):
+    tokens = latent_cache.read(pages, table, q.dtype.name, rope_dim)
+    k_nope, v = _expand(tokens[..., :rank], up)
+    shared = tokens[:, :, None, rank : rank + rope_dim]
     shared = jnp.broadcast_to(shared, (*k_nope.shape[:3], rope_dim))
     k = jnp.concatenate([k_nope, shared], axis=-1)
     logits = products.dot('bnth,bnsh->bnts', q, heads_first(k))
     v = heads_first(v)
-    add = lambda probs: products.dot(
-      'bnts,bnsu->bntu', probs.astype(q.dtype), v
-    )
+    add = lambda p: products.dot('bnts,bnsu->bntu', p.astype(q.dtype), v)
     return logits, add
 
-  read = functools.partial(
-    latent_cache.read, pages, dtype=q.dtype.name, rope_dim=rope_dim
-  )
-  query = _places(lengths, q.shape[2])[:, None]
-  query = jnp.broadcast_to(query, q.shape[:3])
-  width, longest = up[1].shape[-1], jnp.max(lengths + valid)
-  out = _sweep(block, read, table, pages.size, query, longest, width, axis=3)
+  positions = _positions(cache, q.shape[2])[:, None]
+  positions = jnp.broadcast_to(positions, q.shape[:3])
+  out = _sweep(block, cache, valid, positions, up[1].shape[-1], axis=3)
   return heads_first(out).astype(q.dtype)
 
 
-def _places(lengths, t):
-  """[B, T]: where new tokens stand."""
-  return lengths[:, None] + jnp.arange(t)[None]
+def _positions(cache, t):
+  """Returns the positions of the new tokens, [B, T]."""
+  return cache.lengths[:, None] + jnp.arange(t)[None]
 
 
-def _sweep(block, read, table, size, query, longest, width, *, axis):
-  """Softmax over the rows' pages, block by block (Milakov, Gimelshein 2018).
+def _sweep(block, cache, valid, positions, width, *, axis):
+  """Returns attention over the cached tokens, computed block by block.
 
-  `block` gives the logits of some cached tokens, with keys at `axis`, and how
-  to add up their values; `query` are the places of the queries, in the shape of
-  the logits of one key. Large blocks take what fills them, small ones the rest,
-  up to the `longest` row's last token.
+  Softmax needs one pass: each block shrinks the sums of the earlier ones to the
+  new maximum (Milakov and Gimelshein 2018). Large blocks come first, and small
+  ones finish the longest row.
+
+  Args:
+    block: (pages of each row) -> (logits of their tokens, and a function from
+      the tokens' weights to the weighted sum of their values).
+    cache: of this layer.
+    valid: new tokens of each row.
+    positions: of the queries, in the shape of the logits without `axis`.
+    width: numbers of a value.
+    axis: of the logits, along which the cached tokens lie.
   """
-  pages = table.shape[1]
-  few, many = _blocks(size, width + query[0].size)
+  table, size = cache.table, cache.layers[0].page_size
+  longest = jnp.max(cache.lengths + valid)
+  small, large = _blocks(size, width + positions[0].size)
 
-  def turn(j, carry, count):
+  def step(j, carry, count):
     total, peak, out = carry
-    at = jnp.minimum(j * count + jnp.arange(count), pages - 1)
-    logits, add = block(read(table=table[:, at]))
+    column = jnp.minimum(j * count + jnp.arange(count), table.shape[1] - 1)
+    logits, add = block(table[:, column])
     key = (j * count * size + jnp.arange(count * size)).reshape(
       [-1 if i == axis else 1 for i in range(logits.ndim)]
     )
-    seen = key <= jnp.expand_dims(query, axis)
-    logits = jnp.where(seen, logits, kernels.MASKED)
-    new = jnp.maximum(peak, logits.max(axis))
-    probs = jnp.exp(logits - jnp.expand_dims(new, axis))
-    shrink = jnp.exp(peak - new)
+    visible = key <= jnp.expand_dims(positions, axis)
+    logits = jnp.where(visible, logits, kernels.MASKED)
+    higher = jnp.maximum(peak, logits.max(axis))
+    probs = jnp.exp(logits - jnp.expand_dims(higher, axis))
+    shrink = jnp.exp(peak - higher)
     out = out * shrink[..., None] + add(probs)
-    return total * shrink + probs.sum(axis), new, out
+    return total * shrink + probs.sum(axis), higher, out
 
-  def turns(start, stop, count, carry):
-    one = functools.partial(turn, count=count)
+  def steps(start, stop, count, carry):
+    one = functools.partial(step, count=count)
     return jax.lax.fori_loop(start, stop, one, carry)
 
-  zero = jnp.zeros(query.shape, jnp.float32)
-  out = jnp.zeros((*query.shape, width), jnp.float32)
-  carry, begun = (zero, zero + kernels.MASKED, out), 0
-  if few < many <= pages:
-    full = longest // (many * size)
-    carry, begun = turns(0, full, many, carry), full * (many // few)
-  total, _, out = turns(begun, -(-longest // (few * size)), few, carry)
+  zero = jnp.zeros(positions.shape, jnp.float32)
+  out = jnp.zeros((*positions.shape, width), jnp.float32)
+  carry, start = (zero, zero + kernels.MASKED, out), 0
+  if small < large <= table.shape[1]:
+    full = longest // (large * size)
+    carry, start = steps(0, full, large, carry), full * (large // small)
+  total, _, out = steps(start, -(-longest // (small * size)), small, carry)
   return out / total[..., None]
 
 
 def _blocks(size: int, numbers: int) -> tuple[int, int]:
-  """Pages in a small and in a large block, of `numbers` a token and row."""
-  few = max(_SMALL // size, 1)
-  fit = _LARGE // (numbers * few * size)
-  return few, few * 2 ** max(fit.bit_length() - 1, 0)
+  """Returns the pages of a small and of a large block.
+
+  A cached token costs `numbers` numbers in each row of a block.
+  """
+  small = max(_SMALL // size, 1)
+  times = _LARGE // (numbers * small * size)
+  return small, small * 2 ** max(times.bit_length() - 1, 0)

@@ -1,16 +1,20 @@
-"""What decoding keeps of the past: MLA's latents, in pages.
+"""The cache of decoding: MLA's latents, in pages that rows may share.
 
-A token costs C + R numbers a layer (the normed latent, then the rotated shared
-key), whatever the number of heads (V2 section 2.1). They lie in pages of a pool
-that the rows of a batch share: a row is a line of `table`, so that requests
-come and go without moving memory, and rows with one prompt share its pages.
-The pool of each layer is an array of its own, for XLA's CPU backend copies one
-that stacks the layers; a donated cache is written in place.
+Each layer keeps C + R numbers of a token: its normed latent c [C], then the
+rotated key k_rope [R] that all heads share (DeepSeek-V2, section 2.1). Keys and
+values of N heads would be N (H + R + U) numbers.
 
-The width is C + R on CPU and GPU, and a multiple of 128 on TPU, where XLA would
-otherwise choose another layout for the argument and copy the whole cache every
-step. A quantised cache has a scale for each 128 numbers of a latent and leaves
-the shared key in bfloat16: positions are what rounding ruins first.
+Pages work as in virtual memory (Kwon et al. 2023). A layer has one pool of
+pages for all rows of a batch. Token s of row b lies in page
+`table[b, s // page_size]`, at offset `s % page_size`. Requests come and go
+without moving memory, and rows with one prompt share its pages.
+
+Each layer's pool is an array of its own: XLA's CPU backend copies an array that
+stacks the layers at every write. A donated cache is written in place. A pool is
+C + R wide on CPU and GPU. On TPU the width is a multiple of 128: at any other
+width XLA chooses another layout for the argument and copies the whole cache at
+every step. A quantised pool has one scale for each 128 numbers of a latent and
+leaves the shared key in bfloat16, because rounding hurts positions first.
 """
 
 from __future__ import annotations
@@ -30,10 +34,11 @@ _TILE = 128
 
 @struct.dataclass
 class Pages:
-  """One layer's pool, [P, page, width].
+  """The pool of one layer, [P, page_size, width].
 
-  values: latent and shared key, then zeros up to the width; where they are
-  quantised, only the latent, with scales [P, page, tiles] and rope apart.
+  values: latent, shared key, and zeros up to the width. If they are quantised:
+  the latent alone, with its scales [P, page_size, tiles] and the shared key in
+  `rope` [P, page_size, R].
   """
 
   values: PyTree
@@ -41,15 +46,19 @@ class Pages:
   rope: PyTree = None
 
   @property
-  def size(self) -> int:
+  def page_size(self) -> int:
+    """Tokens in a page."""
     return self.values.shape[1]
 
 
 @struct.dataclass
 class Cache:
-  """layers: a pool each, the MTP module's last; table [B, n] int32: the pages
-  of each row, in order; lengths [B] int32: the tokens that a row holds. `impl`
-  names what reads it (`kernel`)."""
+  """The latents of a batch of rows.
+
+  layers: one pool a layer, and the MTP module's last; table [B, n] int32: the
+  pages of each row, in order; lengths [B] int32: tokens in each row; impl: the
+  implementation that attends to it (`implementation`).
+  """
 
   layers: tuple
   table: PyTree
@@ -58,12 +67,12 @@ class Cache:
 
   @property
   def capacity(self) -> int:
-    """Tokens that a row can hold."""
-    return self.table.shape[1] * self.layers[0].size
+    """Most tokens of a row."""
+    return self.table.shape[1] * self.layers[0].page_size
 
 
-class Places(NamedTuple):
-  """Where new tokens go: page and offset, [B, T]; out of range is nowhere."""
+class Slots(NamedTuple):
+  """Page and offset of each new token, [B, T]; a page out of range is none."""
 
   page: Array
   offset: Array
@@ -73,40 +82,43 @@ def empty(
   model: ModelConfig,
   batch: int,
   length: int,
-  how: CacheConfig = CacheConfig(),
+  cache_config: CacheConfig = CacheConfig(),
 ) -> Cache:
-  """A cache for `batch` rows of up to `length` tokens, each with own pages."""
-  each = -(-length // how.page)
-  table = jnp.arange(batch * each, dtype=jnp.int32).reshape(batch, each)
+  """Returns a cache of `batch` rows for up to `length` tokens each.
+
+  No two rows share a page.
+  """
+  row_pages = -(-length // cache_config.page)
+  pages = jnp.arange(batch * row_pages, dtype=jnp.int32)
   return Cache(
-    layers=pools(model, batch * each, how),
-    table=table,
+    layers=pools(model, batch * row_pages, cache_config),
+    table=pages.reshape(batch, row_pages),
     lengths=jnp.zeros(batch, jnp.int32),
-    impl=kernel(how),
+    impl=implementation(cache_config),
   )
 
 
-def kernel(how: CacheConfig) -> str:
-  """What reads a cache in absorbed form: `how.impl`, or the platform's."""
-  if how.impl != 'auto':
-    return how.impl
-  plain = how.dtype in ('auto', 'float32', 'bfloat16')
-  fits = plain and how.page % 128 == 0
+def implementation(cache_config: CacheConfig) -> str:
+  """Returns the implementation of absorbed attention: 'xla', 'tpu' or 'gpu'."""
+  if cache_config.impl != 'auto':
+    return cache_config.impl
+  plain = cache_config.dtype in ('auto', 'float32', 'bfloat16')
+  fits = plain and cache_config.page % 128 == 0
   return 'tpu' if sharding.target_platform() == 'tpu' and fits else 'xla'
 
 
 def pools(
-  model: ModelConfig, pages: int, how: CacheConfig
+  model: ModelConfig, pages: int, cache_config: CacheConfig
 ) -> tuple[Pages, ...]:
-  """Empty pools: the layers', and the first MTP module's if there is one."""
+  """Returns a pool of empty pages for each layer and the first MTP module."""
   rank, rope_dim = model.mla.kv_rank, model.mla.rope_dim
   platform = sharding.target_platform()
-  dtype = how.dtype
+  dtype = cache_config.dtype
   if dtype == 'auto':
     dtype = 'float32' if platform == 'cpu' else 'bfloat16'
-  on_tpu = platform == 'tpu' or how.impl == 'tpu'
+  on_tpu = platform == 'tpu' or cache_config.impl == 'tpu'
   align = lambda n: -(-n // 128) * 128 if on_tpu else n
-  lead = (pages, how.page)
+  lead = (pages, cache_config.page)
 
   def pool():
     if dtype in ('float32', 'bfloat16'):
@@ -121,36 +133,38 @@ def pools(
   return tuple(pool() for _ in range(model.layers + min(model.mtp.depth, 1)))
 
 
-def places(
+def next_slots(
   cache: Cache, tokens: int, valid: Int[Array, ' B'] | None = None
-) -> Places:
-  """Where the next `tokens` of each row go; those after `valid` nowhere."""
-  at = jnp.arange(tokens, dtype=jnp.int32)[None]
-  where = cache.lengths[:, None] + at
-  size, pool = cache.layers[0].size, cache.layers[0].values.shape[0]
+) -> Slots:
+  """Returns the slots of each row's next `tokens` tokens.
+
+  Only the first `valid` tokens of a row have one, and only up to its capacity.
+  """
+  i = jnp.arange(tokens, dtype=jnp.int32)[None]
+  position = cache.lengths[:, None] + i
+  size, pages = cache.layers[0].page_size, cache.layers[0].values.shape[0]
   last = cache.table.shape[1] - 1
   page = jnp.take_along_axis(
-    cache.table, jnp.minimum(where // size, last), axis=1
+    cache.table, jnp.minimum(position // size, last), axis=1
   )
-  kept = where < cache.capacity
+  real = position < cache.capacity
   if valid is not None:
-    kept = kept & (at < valid[:, None])
-  return Places(jnp.where(kept, page, pool), where % size)
+    real = real & (i < valid[:, None])
+  return Slots(jnp.where(real, page, pages), position % size)
 
 
 def write(
   pages: Pages,
-  to: Places,
+  slots: Slots,
   latent: Float[Array, 'B T C'],
   k_rope: Float[Array, 'B T R'],
 ) -> Pages:
-  """The pool with new tokens in it; places out of range are dropped."""
-  put = lambda pool, new: pool.at[to.page, to.offset].set(
-    _widen(new, pool.shape[-1]).astype(pool.dtype), mode='drop'
+  """Returns the pool with new tokens in their slots."""
+  put = lambda pool, x: pool.at[slots.page, slots.offset].set(
+    _widen(x, pool.shape[-1]).astype(pool.dtype), mode='drop'
   )
   if pages.scales is None:
-    both = jnp.concatenate([latent, k_rope], axis=-1)
-    return Pages(put(pages.values, both))
+    return Pages(put(pages.values, jnp.concatenate([latent, k_rope], axis=-1)))
   values, scales = quantise(latent, pages.values.dtype)
   return Pages(
     put(pages.values, values),
@@ -162,38 +176,33 @@ def write(
 def read(
   pages: Pages, table: Int[Array, 'B n'], dtype: str, rope_dim: int
 ) -> Float[Array, 'B S W']:
-  """The tokens of some pages of each row: latent, shared key, zeros."""
-  # Every id in a table is a page's: unchecked, they are read sooner.
+  """Returns the tokens in some pages of each row: latent, shared key, zeros."""
+  # A table holds ids of pages only, and reads without a check are faster.
   pick = lambda x: x.at[table].get(mode='promise_in_bounds')
   if pages.scales is None:
-    found = pick(pages.values).astype(dtype)
+    tokens = pick(pages.values).astype(dtype)
   else:
-    wide = dequantise(pick(pages.values), pick(pages.scales))
+    latent = dequantise(pick(pages.values), pick(pages.scales))
     rope = pick(pages.rope)[..., :rope_dim]
-    found = jnp.concatenate([wide.astype(dtype), rope.astype(dtype)], -1)
-  b, n, size, width = found.shape
-  return found.reshape(b, n * size, width)
+    tokens = jnp.concatenate([latent.astype(dtype), rope.astype(dtype)], -1)
+  b, n, size, width = tokens.shape
+  return tokens.reshape(b, n * size, width)
 
 
 def width(pages: Pages, rope_dim: int) -> int:
-  """How wide `read` makes a token."""
-  more = 0 if pages.scales is None else rope_dim
-  return pages.values.shape[-1] + more
+  """Returns W, the numbers of a token as `read` returns it."""
+  return pages.values.shape[-1] + (0 if pages.scales is None else rope_dim)
 
 
-def bytes_per_token(pages: Pages) -> int:
-  """What one token of one layer takes, padding included."""
-  return sum(x.dtype.itemsize * x.shape[-1] for x in jax.tree.leaves(pages))
-
-
-def shardings(held: Cache, mesh: jax.sharding.Mesh) -> PyTree:
-  """Rows, and the pages that `empty` gave them, on the devices of a batch."""
+def shardings(cache: Cache, mesh: jax.sharding.Mesh) -> PyTree:
+  """Returns the shardings of an `empty` cache: rows, with their pages, lie on
+  the devices that hold the batch."""
   rows = jax.NamedSharding(mesh, sharding.spec(('batch',)))
-  return jax.tree.map(lambda _: rows, held)
+  return jax.tree.map(lambda _: rows, cache)
 
 
-def quantise(x: Array, kind) -> tuple[Array, Array]:
-  """`x` in tiles along its last axis, and the tiles' scales."""
+def quantise(x: Float[Array, '*b C'], kind) -> tuple[Array, Array]:
+  """Returns `x` as `kind` [*b, C], and the scale of each tile [*b, tiles]."""
   tile = _tile(x.shape[-1])
   tiles = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, tile)
   whole = jnp.issubdtype(kind, jnp.integer)
@@ -204,8 +213,10 @@ def quantise(x: Array, kind) -> tuple[Array, Array]:
   return tiles.reshape(x.shape).astype(kind), scales
 
 
-def dequantise(values: Array, scales: Array) -> Array:
-  """float32 of what `quantise` made."""
+def dequantise(
+  values: Array, scales: Float[Array, '*b tiles']
+) -> Float[Array, '*b C']:
+  """Returns the float32 numbers that `quantise` has rounded."""
   tiles = values.astype(jnp.float32).reshape(*scales.shape, -1)
   return (tiles * scales[..., None]).reshape(values.shape)
 

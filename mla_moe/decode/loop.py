@@ -1,8 +1,10 @@
-"""What generation repeats: one pass over every row, and what it emits.
+"""The loop of generation: `start` reads the prompts, `advance` makes one step.
 
-A state holds a row's newest token, which is emitted but not yet in the cache,
-and, where the MTP module drafts, what the module reads next. `start` prefills
-and emits the first token of each row; `advance` emits one more, or up to two.
+`start` prefills the cache and emits the first token of each row. A step is one
+pass of the main model over every row that is not done: it emits one token a
+row, or up to two where the MTP module drafts (`speculative`). Between two steps
+the last token of a row is emitted but not yet in the cache: the next pass reads
+it, and with it the draft.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
 from mla_moe.config import CacheConfig, ModelConfig
@@ -20,19 +21,74 @@ from mla_moe.types import Array, Bool, Int, PyTree
 
 
 @struct.dataclass
+class Job:
+  """How rows are continued. Another value of a static field compiles again.
+
+  limit: most tokens of a row, int32, at most `output_length`; stop_ids [S]
+  int32: a row ends with the first of them, -1 is none; knobs: of the sampler.
+  Static: the model's config, the cache's, the width of `State.tokens`, and
+  whether the MTP module drafts.
+  """
+
+  limit: PyTree
+  stop_ids: PyTree
+  knobs: sampling.Knobs
+  config: ModelConfig = struct.field(pytree_node=False)
+  cache_config: CacheConfig = struct.field(pytree_node=False)
+  output_length: int = struct.field(pytree_node=False)
+  speculative: bool = struct.field(pytree_node=False)
+
+
+@struct.dataclass
 class Recent:
-  """What the MTP module has not read of each row: the hidden states [B, 2, D]
-  of the last pass, the tokens [B, 2] after them, and how many [B] stand."""
+  """Results of each row's last pass, which the MTP module has not read.
+
+  hidden [B, 2, D]: states of the main model; tokens [B, 2] int32: the token
+  after each state; counts [B] int32: how many of the two are real.
+  """
 
   hidden: PyTree
   tokens: PyTree
-  taken: PyTree
+  counts: PyTree
+
+
+@struct.dataclass
+class State:
+  """The rows between two steps.
+
+  cache: of the main model, without the last token of each row; mtp_cache: of
+  the MTP module; last_token [B] int32; recent: input of the next draft;
+  seen [B, V]: tokens of each row, prompt included. mtp_cache and recent are
+  None without drafts.
+
+  tokens [B, output_length] int32, log_probs float32 and counts [B] int32: the
+  tokens that rows have emitted; done [B]. passes and accepted: sums over rows,
+  as in `Rollout`; step: steps so far; broken: the step whose logits were not
+  finite, or -1.
+  """
+
+  cache: PyTree
+  mtp_cache: PyTree
+  last_token: PyTree
+  recent: PyTree
+  seen: PyTree
+  tokens: PyTree
+  log_probs: PyTree
+  counts: PyTree
+  done: PyTree
+  passes: PyTree
+  accepted: PyTree
+  step: PyTree
+  broken: PyTree
 
 
 class Attempt(NamedTuple):
-  """One pass with drafts: the verdict, the main model's logits [B, 2, V] and
-  hidden states [B, 2, D], its cache and the module's. The main one's lengths
-  are still without the pass's tokens: who calls knows how many are wanted."""
+  """One pass with drafts.
+
+  logits [B, 2, V] and hidden [B, 2, D] are the main model's. Both tokens of the
+  pass are in the cache `main`, but its lengths do not count them: the caller
+  knows how many of them remain. mtp is the module's cache.
+  """
 
   verdict: speculative.Verdict
   logits: Array
@@ -41,54 +97,26 @@ class Attempt(NamedTuple):
   mtp: latent_cache.Cache
 
 
-@struct.dataclass
-class State:
-  """Between rounds: `newest` [B] is emitted but not yet in the cache."""
-
-  cache: PyTree
-  mtp_cache: PyTree
-  newest: PyTree
-  recent: PyTree  # or None: no drafts
-  seen: PyTree
-  tokens: PyTree
-  log_probs: PyTree
-  counts: PyTree
-  done: PyTree
-  passes: PyTree
-  accepted: PyTree
-  round: PyTree
-  broken: PyTree
-
-
 def start(
   weights: PyTree,
   tokens: Int[Array, 'B T'],
   valid: Int[Array, ' B'],
-  limit: Int[Array, ''] | np.int32,
-  stops: Int[Array, ' S'],
-  how: sampling.Knobs,
-  config: ModelConfig,
-  kept: CacheConfig,
-  room: int,
-  speculative: bool,
+  job: Job,
 ) -> State:
-  """Prefills, and emits the first token of each row.
+  """Returns the state after the first token of each row.
 
   Args:
-    weights: of `decode.unstack`.
-    tokens: prompts, of which `valid` tokens of each row are real.
-    limit: tokens that a row may emit, at most `room`.
-    stops: ids that end a row; -1 is none.
-    how: of the sampler.
-    config: the model's.
-    kept: how the latents are.
-    room: what the state has place for.
-    speculative: whether the MTP module drafts.
+    weights: of `forward.unstack`.
+    tokens: prompts, padded on the right.
+    valid: tokens of each prompt.
+    job: how rows are continued.
   """
+  config, knobs = job.config, job.knobs
   batch, t = tokens.shape
-  # Two more, for a draft that is checked but not wanted.
-  whole = latent_cache.empty(config, batch, t + room + 2, kept)
-  cache, mtp_cache = forward.split(whole, config)
+  # Two more, for a draft that is checked beyond the limit.
+  capacity = t + job.output_length + 2
+  cache = latent_cache.empty(config, batch, capacity, job.cache_config)
+  cache, mtp_cache = forward.split(cache, config)
   x, cache = forward.prefill(weights, cache, tokens, valid, config)
   logits = forward.logits(weights, forward.last(x, valid))
   rows = jnp.arange(batch)[:, None]
@@ -97,30 +125,30 @@ def start(
   seen = seen.at[rows, jnp.where(real, tokens, config.vocab)].set(
     True, mode='drop'
   )
-  newest = sampling.draw(sampling.distribution(logits, seen, how), how, valid)
-  zero = jnp.zeros(batch, jnp.int32)
+  log_probs = sampling.distribution(logits, seen, knobs)
+  first = sampling.draw(log_probs, knobs, valid)
   state = State(
     cache=cache,
     mtp_cache=None,
-    newest=newest,
+    last_token=first,
     recent=None,
     seen=seen,
-    tokens=jnp.zeros((batch, room), jnp.int32),
-    log_probs=jnp.zeros((batch, room), jnp.float32),
-    counts=zero,
+    tokens=jnp.zeros((batch, job.output_length), jnp.int32),
+    log_probs=jnp.zeros((batch, job.output_length), jnp.float32),
+    counts=jnp.zeros(batch, jnp.int32),
     done=jnp.zeros(batch, bool),
     passes=jnp.int32(0),
     accepted=jnp.int32(0),
-    round=jnp.int32(0),
+    step=jnp.int32(0),
     broken=jnp.int32(-1),
   )
-  emit = jnp.ones(batch, bool)
-  state = _emit(state, newest, logits, emit, limit, stops)
-  state = dataclasses.replace(state, broken=_broken(logits, emit, 0))
-  if not speculative:
+  all_rows = jnp.ones(batch, bool)
+  state = _emit(state, first, logits, all_rows, job)
+  state = dataclasses.replace(state, broken=_broken(logits, all_rows, 0))
+  if not job.speculative:
     return state
-  # The module reads, at each position, the token after it; the last one's is
-  # read with the first draft.
+  # The module reads the token after each position; `first`, which follows the
+  # last one, it reads with the first draft.
   after = jnp.roll(tokens, -1, axis=1)
   _, mtp_cache = forward.draft(
     weights, mtp_cache, x, after, config, valid=valid - 1, form='fresh'
@@ -128,132 +156,133 @@ def start(
   last = forward.last(x, valid)
   recent = Recent(
     hidden=jnp.stack([last, last], axis=1),
-    tokens=jnp.stack([newest, newest], axis=1),
-    taken=jnp.ones(batch, jnp.int32),
+    tokens=jnp.stack([first, first], axis=1),
+    counts=jnp.ones(batch, jnp.int32),
   )
   return dataclasses.replace(state, mtp_cache=mtp_cache, recent=recent)
 
 
-def attempt(
+def advance(weights: PyTree, state: State, job: Job) -> State:
+  """Returns the state after one more pass over each row that is not done."""
+  step = _speculative_step if job.speculative else _plain_step
+  return step(weights, state, job)
+
+
+def draft_and_verify(
   weights: PyTree,
   main: latent_cache.Cache,
   mtp: latent_cache.Cache,
   recent: Recent,
   seen: Bool[Array, 'B V'],
-  how: sampling.Knobs,
+  knobs: sampling.Knobs,
   alive: Bool[Array, ' B'],
   config: ModelConfig,
 ) -> Attempt:
-  """Drafts a token of each row that is alive, and checks it in one pass.
+  """Returns one pass over the last token of each row and a draft after it.
 
   Args:
-    weights: of `decode.unstack`.
-    main: the cache of the main model, without the rows' newest tokens.
-    mtp: the module's, without what is `recent`.
-    recent: at least one token of each row that is alive.
-    seen: tokens of the row so far.
-    how: of the sampler.
-    alive: rows that are to go on; nothing is written of others.
-    config: the model's.
+    weights: of `forward.unstack`.
+    main: cache of the main model, without the last token of each row.
+    mtp: cache of the MTP module, without `recent`.
+    recent: at least one state of each row that is alive.
+    seen: tokens of each row so far.
+    knobs: of the sampler.
+    alive: rows that go on; nothing is written for the others.
+    config: of the model.
   """
-  taken = jnp.where(alive, recent.taken, 0)
+  counts = jnp.where(alive, recent.counts, 0)
   y, mtp = forward.draft(
-    weights, mtp, recent.hidden, recent.tokens, config, valid=taken
+    weights, mtp, recent.hidden, recent.tokens, config, valid=counts
   )
-  guess = forward.logits(weights, forward.last(y, taken))
+  guess = forward.logits(weights, forward.last(y, counts))
   start = main.lengths
-  drafts, drawn_from = speculative.propose(guess, seen, how, start + 1)
-  at = jnp.maximum(taken - 1, 0)[:, None]
-  newest = jnp.take_along_axis(recent.tokens, at, axis=1)[:, 0]
-  both = jnp.stack([newest, drafts], axis=1)
+  drafts, log_q = speculative.propose(guess, seen, knobs, start + 1)
+  i = jnp.maximum(counts - 1, 0)[:, None]
+  last_token = jnp.take_along_axis(recent.tokens, i, axis=1)[:, 0]
+  pair = jnp.stack([last_token, drafts], axis=1)
   x, main = forward.hidden(
-    weights, main, both, config, valid=2 * alive.astype(jnp.int32)
+    weights, main, pair, config, valid=2 * alive.astype(jnp.int32)
   )
   logits = forward.logits(weights, x)
-  verdict = speculative.verify(logits, drafts, drawn_from, seen, how, start + 1)
+  verdict = speculative.verify(logits, drafts, log_q, seen, knobs, start + 1)
   main = dataclasses.replace(main, lengths=start)
   return Attempt(verdict, logits, x, main, mtp)
 
 
-def advance(
-  weights: PyTree,
-  state: State,
-  limit: Int[Array, ''] | np.int32,
-  stops: Int[Array, ' S'],
-  how: sampling.Knobs,
-  config: ModelConfig,
-) -> State:
-  """One pass of the main model over each row that is not done."""
-  if state.recent is None:
-    run = _plain_round
-  else:
-    run = _speculative_round
-  return run(weights, state, limit, stops, how, config)
-
-
-def _plain_round(weights, state, limit, stops, how, config):
+def _plain_step(weights, state, job):
   alive = ~state.done
   logits, cache = forward.decode_step(
-    weights, state.cache, state.newest, config, valid=alive.astype(jnp.int32)
+    weights,
+    state.cache,
+    state.last_token,
+    job.config,
+    valid=alive.astype(jnp.int32),
   )
-  drawn_from = sampling.distribution(logits, state.seen, how)
-  newest = sampling.draw(drawn_from, how, cache.lengths)
+  log_probs = sampling.distribution(logits, state.seen, job.knobs)
+  tokens = sampling.draw(log_probs, job.knobs, cache.lengths)
   state = dataclasses.replace(
     state,
     cache=cache,
-    broken=_broken(logits, alive, state.round + 1),
-    round=state.round + 1,
+    broken=_broken(logits, alive, state.step + 1),
+    step=state.step + 1,
     passes=state.passes + alive.sum(),
   )
-  return _emit(state, newest, logits, alive, limit, stops)
+  return _emit(state, tokens, logits, alive, job)
 
 
-def _speculative_round(weights, state, limit, stops, how, config):
+def _speculative_step(weights, state, job):
   alive = ~state.done
-  found = attempt(
-    weights, state.cache, state.mtp_cache, state.recent, state.seen, how,
-    alive, config,
-  )  # fmt: skip
-  tokens, accepted = found.verdict
+  attempt = draft_and_verify(
+    weights,
+    state.cache,
+    state.mtp_cache,
+    state.recent,
+    state.seen,
+    job.knobs,
+    alive,
+    job.config,
+  )
+  tokens, accepted = attempt.verdict
+  logits = attempt.logits
   state = dataclasses.replace(
     state,
-    mtp_cache=found.mtp,
-    broken=_broken(found.logits, alive[:, None], state.round + 1),
-    round=state.round + 1,
+    mtp_cache=attempt.mtp,
+    broken=_broken(logits, alive[:, None], state.step + 1),
+    step=state.step + 1,
     passes=state.passes + alive.sum(),
     accepted=state.accepted + (alive & accepted).sum(),
   )
-  logits = found.logits
-  state = _emit(state, tokens[:, 0], logits[:, 0], alive, limit, stops)
-  more = ~state.done & accepted
-  state = _emit(state, tokens[:, 1], logits[:, 1], more, limit, stops)
-  # What was checked and not accepted is forgotten: it will be overwritten.
-  # Of the type that it had: a weak one would compile the next round again.
-  taken = jnp.where(alive, 1 + more, 0).astype(jnp.int32)
-  lengths = found.main.lengths + taken
+  state = _emit(state, tokens[:, 0], logits[:, 0], alive, job)
+  second = ~state.done & accepted
+  state = _emit(state, tokens[:, 1], logits[:, 1], second, job)
+  # The cache forgets a rejected draft: the next pass writes over it. The cast
+  # gives the counts the type that they had; a weak type would compile again.
+  counts = jnp.where(alive, 1 + second, 0).astype(jnp.int32)
+  lengths = attempt.main.lengths + counts
   return dataclasses.replace(
     state,
-    cache=dataclasses.replace(found.main, lengths=lengths),
-    recent=Recent(found.hidden, tokens, taken),
+    cache=dataclasses.replace(attempt.main, lengths=lengths),
+    recent=Recent(attempt.hidden, tokens, counts),
   )
 
 
 def _broken(logits, rows, step):
-  """The step, if a row's logits are not finite; else -1."""
+  """Returns `step` if the logits of any of `rows` are not finite, else -1."""
   wrong = ~jnp.isfinite(logits).all(-1) & rows
   return jnp.where(jnp.any(wrong), step, -1).astype(jnp.int32)
 
 
-def _emit(state, tokens, logits, rows, limit, stops):
-  """`tokens` as the next of `rows`; those that end are done."""
+def _emit(state, tokens, logits, rows, job):
+  """Returns the state with one more token in each of `rows` (a mask)."""
   all_rows = jnp.arange(len(tokens))
-  at = jnp.where(rows, state.counts, state.tokens.shape[1])
-  put = lambda x, new: x.at[all_rows, at].set(new, mode='drop')
+  column = jnp.where(rows, state.counts, state.tokens.shape[1])
+  put = lambda x, values: x.at[all_rows, column].set(values, mode='drop')
   counts = state.counts + rows
-  ends = (tokens[:, None] == stops[None]).any(-1) | (counts >= limit)
+  stops = (tokens[:, None] == job.stop_ids[None]).any(-1)
+  ends = stops | (counts >= job.limit)
   return dataclasses.replace(
     state,
-    newest=jnp.where(rows, tokens, state.newest),
+    last_token=jnp.where(rows, tokens, state.last_token),
     seen=state.seen.at[all_rows, tokens].max(rows),
     tokens=put(state.tokens, tokens),
     log_probs=put(state.log_probs, sampling.log_prob(logits, tokens)),

@@ -1,12 +1,13 @@
-"""A token drafted by the MTP module, and one pass that checks and adds one.
+"""Speculative decoding: the MTP module drafts a token, the model checks it.
 
-The main model reads a row's newest token and the draft after it in a single
-absorbed pass, which gives the distribution p at both places. The draft d, drawn
-from q, is accepted with probability min(1, p(d)/q(d)); otherwise a token from
-max(p - q, 0), normalised, takes its place (Leviathan et al. 2023): what comes
-out is distributed as p, and a greedy row, whose distributions are certain,
-emits what it would have without drafts. The module's cache follows the main
-one (V3 section 5.4.3 accepts 85 to 90% of its drafts).
+In one pass the main model reads a row's last token and the draft after it, so
+that it has the distribution p of the draft's position and that of the next one.
+The draft d was drawn from the module's distribution q. It is accepted with
+probability min(1, p(d) / q(d)); otherwise a token drawn from max(p - q, 0),
+normalised, takes its place (Leviathan et al. 2023). So the tokens have the
+distribution p, and greedy rows, where p and q are one token each, emit the
+same tokens as without drafts. An accepted draft brings a second token in the
+same pass. V3 accepts 85 to 90 % of its drafts (section 5.4.3).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from mla_moe.types import Array, Bool, Float, Int
 
 
 class Verdict(NamedTuple):
-  """tokens [B, 2] int32, the second of which counts where accepted [B]."""
+  """tokens [B, 2] int32; the second one counts where `accepted` [B] is true."""
 
   tokens: Array
   accepted: Array
@@ -29,44 +30,46 @@ class Verdict(NamedTuple):
 def propose(
   logits: Float[Array, 'B V'],
   seen: Bool[Array, 'B V'],
-  how: sampling.Knobs,
+  knobs: sampling.Knobs,
   position: Int[Array, ' B'],
 ) -> tuple[Int[Array, ' B'], Float[Array, 'B V']]:
-  """A draft for `position`, and the log-probabilities it was drawn from."""
-  drawn_from = sampling.distribution(logits, seen, how)
-  use = sampling.DRAFT
-  return sampling.draw(drawn_from, how, position, use), drawn_from
+  """Returns a draft for `position`, and the log-probabilities q behind it."""
+  log_q = sampling.distribution(logits, seen, knobs)
+  return sampling.draw(log_q, knobs, position, sampling.DRAFT), log_q
 
 
 def verify(
   logits: Float[Array, 'B two V'],
   drafts: Int[Array, ' B'],
-  drawn_from: Float[Array, 'B V'],
+  log_q: Float[Array, 'B V'],
   seen: Bool[Array, 'B V'],
-  how: sampling.Knobs,
+  knobs: sampling.Knobs,
   position: Int[Array, ' B'],
 ) -> Verdict:
-  """The tokens for `position` and, where the draft is accepted, the next.
+  """Returns the token for `position` and, after an accepted draft, the next.
 
   Args:
-    logits: the main model's for `position`, and for the one after the draft.
-    drafts: of `propose`, like `drawn_from`.
-    seen: tokens of the row so far, the draft not included.
+    logits: the main model's, for `position` and for the one after the draft.
+    drafts: of `propose`.
+    log_q: of `propose`.
+    seen: whether the row already has the token; without the draft.
+    knobs: of the rows.
+    position: of the draft.
   """
   pick = lambda x: jnp.take_along_axis(x, drafts[:, None], axis=-1)[:, 0]
-  p = sampling.distribution(logits[:, 0], seen, how)
-  chance = jnp.exp(pick(p) - pick(drawn_from))
-  accepted = sampling.uniform(how, position, sampling.ACCEPT) < chance
+  log_p = sampling.distribution(logits[:, 0], seen, knobs)
+  chance = jnp.exp(pick(log_p) - pick(log_q))
+  accepted = sampling.uniform(knobs, position, sampling.ACCEPT) < chance
 
-  rest = jnp.maximum(jnp.exp(p) - jnp.exp(drawn_from), 0.0)
-  # Where p and q are equal but for rounding, all was accepted but for rounding.
-  some = rest.sum(-1, keepdims=True) > 0
-  rest = jnp.where(some, jnp.log(rest), p)
-  instead = sampling.draw(rest, how, position, sampling.RESIDUAL)
+  residual = jnp.maximum(jnp.exp(log_p) - jnp.exp(log_q), 0.0)
+  # No residual: p = q, and a rejection is a matter of rounding.
+  some = residual.sum(-1, keepdims=True) > 0
+  residual = jnp.where(some, jnp.log(residual), log_p)
+  replacement = sampling.draw(residual, knobs, position, sampling.RESIDUAL)
 
   rows = jnp.arange(len(drafts))
   seen = seen.at[rows, drafts].set(True)
-  after = sampling.distribution(logits[:, 1], seen, how)
-  bonus = sampling.draw(after, how, position + 1)
-  first = jnp.where(accepted, drafts, instead)
-  return Verdict(jnp.stack([first, bonus], axis=1), accepted)
+  log_p = sampling.distribution(logits[:, 1], seen, knobs)
+  second = sampling.draw(log_p, knobs, position + 1)
+  first = jnp.where(accepted, drafts, replacement)
+  return Verdict(jnp.stack([first, second], axis=1), accepted)

@@ -57,13 +57,13 @@ def test_a_stream_with_drafts_compiles_its_round_once():
   """A round's result must be of the types that the round takes."""
   config, _, expected = golden('v3_release')
   prompt = expected['greedy'][:, :24]
-  before = generation._next._cache_size()
+  before = generation._advance._cache_size()
   rounds = generation.stream(
     config, weights('v3_release'), prompt, 8, speculative=True
   )
   streamed = np.concatenate([now.tokens for now in rounds], axis=-1)
   np.testing.assert_array_equal(streamed, expected['greedy'][:, 24:32])
-  assert generation._next._cache_size() == before + 1
+  assert generation._advance._cache_size() == before + 1
 
 
 def test_ragged_rows_equal_single_ones_and_streamed_ones():
@@ -177,7 +177,7 @@ def probabilities(logits, seen=(), **how):
   """`distribution` of one row, as probabilities."""
   logits = jnp.asarray([logits], jnp.float32)
   marks = np.isin(np.arange(logits.shape[-1]), seen)[None]
-  found = sampling.distribution(logits, marks, sampling.knobs(1, **how))
+  found = sampling.distribution(logits, marks, sampling.make_knobs(1, **how))
   return np.exp(np.asarray(found[0]))
 
 
@@ -213,7 +213,7 @@ def test_samplers_follow_their_definitions():
 def test_draws_depend_on_seed_and_position_alone():
   logits = jnp.asarray(np.tile(LOGITS, (256, 1)))
   seed = np.tile([1, 2, 1, 1], 64)
-  how = sampling.knobs(256, temperature=1.0, seed=seed)
+  how = sampling.make_knobs(256, temperature=1.0, seed=seed)
   at = np.repeat(np.arange(64) * 16, 4) + np.tile([7, 7, 7, 8], 64)
   found = sampling.draw(logits, how, at.astype(np.int32)).reshape(64, 4)
   np.testing.assert_array_equal(found[:, 0], found[:, 2])
@@ -237,7 +237,7 @@ def test_drafts_keep_the_distribution():
   n, size = 20_000, 6
   draws = np.random.default_rng(0)
   q, p, after = draws.normal(size=(3, size)) * 1.5
-  how = sampling.knobs(n, temperature=0.8, top_k=5, seed=0)
+  how = sampling.make_knobs(n, temperature=0.8, top_k=5, seed=0)
   rows = lambda x: jnp.asarray(np.tile(x, (n, 1)), jnp.float32)
   seen, at = jnp.zeros((n, size), bool), np.full(n, 3, np.int32)
   drafts, drawn_from = speculative.propose(rows(q), seen, how, at)

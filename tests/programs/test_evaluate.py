@@ -10,33 +10,33 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from experiments import evaluate, generate
+from experiments import evaluate, opened
 from mla_moe import Transformer, rollout
 from mla_moe.config import ConfigError, freeze
 from mla_moe.data import tokenizer
 
 
 @pytest.fixture(scope='module')
-def loaded():
+def model():
   config = freeze(tiny.get_config('smoke')).model
   tokens = jnp.zeros((1, 8), jnp.int32)
   variables = jax.jit(Transformer(config).init)(jax.random.key(0), tokens)
   from flax import linen as nn
 
   words = tokenizer.ByteTokenizer()
-  return generate.Loaded(
+  return opened.TextModel(
     config, nn.unbox(variables), words, None, (config.eos_id,)
   )
 
 
-def test_likelihoods_are_the_forward_passs(loaded):
+def test_likelihoods_are_the_forward_passs(model):
   pairs = [([256, 5, 6], [7, 8, 9]), ([256], [1]), ([256, 3], [4, 4])]
-  found = evaluate.likelihoods(loaded, pairs, 4)
+  found = evaluate.likelihoods(model, pairs, 4)
   rows = np.zeros((4, 64), np.int32)
   for i, (context, continuation) in enumerate(pairs):
     rows[i, : len(context) + len(continuation)] = [*context, *continuation]
-  apply = jax.jit(Transformer(loaded.config).apply)
-  log_probs = jax.nn.log_softmax(apply(loaded.variables, rows).logits)
+  apply = jax.jit(Transformer(model.config).apply)
+  log_probs = jax.nn.log_softmax(apply(model.variables, rows).logits)
   log_probs = np.asarray(log_probs)
   for i, (context, continuation) in enumerate(pairs):
     at = len(context) - 1 + np.arange(len(continuation))
@@ -46,22 +46,22 @@ def test_likelihoods_are_the_forward_passs(loaded):
     assert greedy == bool((log_probs[i, at].argmax(-1) == continuation).all())
 
 
-def test_a_greedy_continuation_is_told_as_greedy(loaded):
+def test_a_greedy_continuation_is_told_as_greedy(model):
   prompt = [256, 10, 20, 30]
-  new = rollout(loaded.config, loaded.variables, np.array([prompt]), 4).tokens
-  (told,) = evaluate.likelihoods(loaded, [(prompt, new[0].tolist())], 4)
-  assert told[1]
-  (words,) = evaluate.continuations(loaded, [(prompt, {'max_gen_toks': 4})], 1)
-  assert words == loaded.words.decode(new[0])
+  new = rollout(model.config, model.variables, np.array([prompt]), 4).tokens
+  (pair,) = evaluate.likelihoods(model, [(prompt, new[0].tolist())], 4)
+  assert pair[1]
+  (words,) = evaluate.continuations(model, [(prompt, {'max_gen_toks': 4})], 1)
+  assert words == model.tokenizer.decode(new[0])
   until = {'max_gen_toks': 4, 'until': [words[1]]}
-  (cut,) = evaluate.continuations(loaded, [(prompt, until)], 1)
+  (cut,) = evaluate.continuations(model, [(prompt, until)], 1)
   assert cut == words[: words.index(words[1])]
 
 
-def test_without_lm_eval_the_extra_is_named(loaded, monkeypatch):
+def test_without_lm_eval_the_extra_is_named(model, monkeypatch):
   monkeypatch.setitem(__import__('sys').modules, 'lm_eval.api.model', None)
   with pytest.raises(ConfigError, match=r'pip install "mla_moe\[eval\]"'):
-    evaluate.adapter(loaded, 2)
+    evaluate.adapter(model, 2)
 
 
 TASK = """
@@ -86,10 +86,10 @@ def test_a_local_task_runs_offline(tmp_path, monkeypatch):
   """All of lm-eval's way; the likelihoods are the sums of the bytes."""
   words = tokenizer.ByteTokenizer()
   config = types.SimpleNamespace(bos_id=256, max_positions=99, vocab=264)
-  model = generate.Loaded(config, None, words, None, (257,))
+  model = opened.TextModel(config, None, words, None, (257,))
   seen = []
 
-  def likelihoods(loaded, pairs, batch):
+  def likelihoods(model, pairs, batch):
     seen.extend(pairs)
     return [(float(sum(continuation)), False) for _, continuation in pairs]
 

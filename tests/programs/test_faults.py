@@ -499,7 +499,7 @@ def test_row35_out_of_memory_says_what_takes_it_and_what_helps(
 
 @pytest.mark.parametrize('name', ['model.pt', 'model.pkl', 'model.npy'])
 def test_row36_files_of_other_kinds_are_no_checkpoints(tmp_path, name):
-  from experiments import generate
+  from experiments import opened
 
   # A pickle that makes a folder when it is loaded.
   content = f'cposix\nmkdir\n(V{tmp_path}/sprung\ntR.'.encode()
@@ -508,7 +508,7 @@ def test_row36_files_of_other_kinds_are_no_checkpoints(tmp_path, name):
   subprocess.run([sys.executable, '-c', load, tmp_path / name], check=True)
   (tmp_path / 'sprung').rmdir()  # so the trap does work
   with pytest.raises(ConfigError):
-    generate.load(tmp_path / name, 'float32')
+    opened.load_variables(tmp_path / name)
   folder = tmp_path / 'checkpoints/3'
   folder.mkdir(parents=True)
   for file in (name, 'commit_success.txt', 'seal.json', '_METADATA'):

@@ -69,9 +69,9 @@ def test_requests_beside_each_other_equal_those_alone():
     ids = tokens[i % 2, i : i + length]
     (ticket,) = server.submit(ids, new)
     expected[ticket] = alone(ids, new)
-  compiled = [f._cache_size() for f in (programs.prompt, programs.tokens)]
+  compiled = [f._cache_size() for f in (programs.prefill, programs.decode)]
   found, steps = drain(server)
-  after = [f._cache_size() for f in (programs.prompt, programs.tokens)]
+  after = [f._cache_size() for f in (programs.prefill, programs.decode)]
   assert {t: x for t, (x, _) in found.items()} == expected
   assert {reason for _, reason in found.values()} == {'length'}
   # One program of each, however the requests came.

@@ -13,8 +13,7 @@ import openai
 import pytest
 import uvicorn
 
-from experiments import generate
-from experiments import text as texts
+from experiments import opened, text
 from experiments.serving import endpoint, scheduler
 from experiments.serving.engine import Engine
 from mla_moe import CacheConfig, load_huggingface, rollout
@@ -31,8 +30,7 @@ class Server:
     config, variables = load_huggingface(GOLDEN / 'v2_lite')
     words = tokenizer.ByteTokenizer()
     ends = (config.eos_id,)
-    loaded = generate.Loaded(config, variables, words, GOLDEN, ends)
-    self.loaded = loaded
+    self.model = opened.TextModel(config, variables, words, GOLDEN, ends)
     self.work = scheduler.Scheduler(
       config,
       variables,
@@ -43,7 +41,7 @@ class Server:
       waiting=WAITING,
       cache=CacheConfig(page=8),
     )
-    app = endpoint.app(Engine(self.work), loaded, 'tiny', body_limit=5000)
+    app = endpoint.app(Engine(self.work), self.model, 'tiny', body_limit=5000)
     settings = uvicorn.Config(app, port=0, log_level='error', ws='none')
     self.core = uvicorn.Server(settings)
     self.thread = threading.Thread(target=self.core.run, daemon=True)
@@ -94,11 +92,11 @@ def test_models_and_health(server):
 
 
 def test_completion_equals_the_rollout(server):
-  config, words = server.loaded.config, server.loaded.words
+  config, words = server.model.config, server.model.tokenizer
   ids = [config.bos_id, *words.encode('hi').tolist()]
   alone = rollout(
     config,
-    server.loaded.variables,
+    server.model.variables,
     np.array([ids]),
     8,
     stop_ids=[config.eos_id],
@@ -170,8 +168,8 @@ def test_bad_requests_are_said(server, status, words, more):
 
 
 def test_any_text_is_a_prompt(server):
-  for text in ('\ud800', '', '\0', '<｜User｜>'):
-    assert server.ask('/v1/completions', completion(prompt=text))[0] == 200
+  for prompt in ('\ud800', '', '\0', '<｜User｜>'):
+    assert server.ask('/v1/completions', completion(prompt=prompt))[0] == 200
 
 
 def test_bodies_that_are_no_json(server):
@@ -235,13 +233,13 @@ def test_openai_s_own_client(server):
 
 def test_text_never_shows_half_a_character_or_a_stop():
   words = tokenizer.ByteTokenizer()
-  growing = texts.Growing(words, stops=['END'])
-  shown = [growing.add([i]) for i in 'aé'.encode()]
+  stream = text.TextStream(words, stops=['END'])
+  shown = [stream.add([i]) for i in 'aé'.encode()]
   assert shown == ['a', '', 'é']
-  shown = [growing.add([i]) for i in b'xENyEND']
-  assert shown == ['x', '', '', 'ENy', '', '', ''] and growing.ended
-  growing = texts.Growing(words, stops=['END'])
-  assert growing.add(list(b'EN'), last=True) == 'EN'
+  shown = [stream.add([i]) for i in b'xENyEND']
+  assert shown == ['x', '', '', 'ENy', '', '', ''] and stream.ended
+  stream = text.TextStream(words, stops=['END'])
+  assert stream.add(list(b'EN'), last=True) == 'EN'
 
 
 @pytest.mark.filterwarnings(

@@ -1,0 +1,193 @@
+"""A model opened for text: a released checkpoint, or the last one of a run.
+
+Text needs more than weights: a tokenizer, the ids that end a text, and the
+folder of the chat template. A release has them beside its weights. A run names
+its tokenizer in its config; one that began from a release has the release's
+files in its folder `huggingface`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from absl import flags
+
+from experiments import cli, workdir
+from mla_moe.config import Config, ConfigError, ModelConfig
+from mla_moe.data.tokenizer import ByteTokenizer, Tokenizer, load
+from mla_moe.types import PyTree
+
+FLAGS = flags.FLAGS
+
+
+class TextModel(NamedTuple):
+  """A model with its tokenizer.
+
+  variables: {'params', 'router'}; folder: of the chat template; stop_ids: a
+  text ends with any of them.
+  """
+
+  config: ModelConfig
+  variables: PyTree
+  tokenizer: Tokenizer
+  folder: pathlib.Path
+  stop_ids: tuple[int, ...]
+
+
+def define() -> None:
+  """Defines the flags of every program that opens a model."""
+  cli.define_unsealed()
+  flags.DEFINE_string('checkpoint', '', 'A Hugging Face folder, or a run.')
+  flags.DEFINE_string(
+    'tokenizer', '', "'byte' or a tokenizer.json; the folder's if empty."
+  )
+  flags.DEFINE_enum(
+    'dtype', 'float32', ['float32', 'bfloat16'], 'Of the parameters.'
+  )
+  flags.DEFINE_enum(
+    'cache',
+    'auto',
+    ['auto', 'float32', 'bfloat16', 'int8', 'float8'],
+    'Type of the cached latents.',
+  )
+
+
+def from_flags() -> TextModel:
+  """Returns the model of --checkpoint, --tokenizer, --dtype, --allow_unsealed.
+
+  Raises:
+    ConfigError: no model, or one that cannot be loaded.
+  """
+  if not FLAGS.checkpoint:
+    raise ConfigError('--checkpoint: name a Hugging Face folder or a run')
+  return open_model(
+    pathlib.Path(FLAGS.checkpoint).expanduser(),
+    tokenizer=FLAGS.tokenizer,
+    dtype=FLAGS.dtype,
+    allow_unsealed=FLAGS.allow_unsealed,
+  )
+
+
+def open_model(
+  folder: pathlib.Path,
+  *,
+  tokenizer: str = '',
+  dtype: str = 'float32',
+  allow_unsealed: bool = False,
+) -> TextModel:
+  """Returns the model of a folder with its tokenizer.
+
+  Args:
+    folder: a Hugging Face folder, or a run.
+    tokenizer: 'byte' or a tokenizer.json; '' is the folder's own.
+    dtype: of a release's parameters; a run's are float32.
+    allow_unsealed: trust a checkpoint that was never sealed.
+
+  Raises:
+    ConfigError: no model, or one that cannot be loaded.
+  """
+  config, variables, own = load_variables(folder, dtype, allow_unsealed)
+  release = folder / 'huggingface'
+  release = release if release.is_dir() else folder
+  return TextModel(
+    config=config,
+    variables=variables,
+    tokenizer=_tokenizer(tokenizer, own, config),
+    folder=release,
+    stop_ids=_stop_ids(release, config),
+  )
+
+
+def load_variables(
+  folder: pathlib.Path, dtype: str = 'float32', allow_unsealed: bool = False
+) -> tuple[ModelConfig, PyTree, str]:
+  """Returns config, variables and the tokenizer's name of either folder.
+
+  Raises:
+    ConfigError: neither a release nor a run, or one that cannot be loaded.
+  """
+  if not folder.is_dir():
+    raise ConfigError(f'--checkpoint={str(folder)!r}: is no folder')
+  if (folder / 'checkpoints').is_dir():
+    config = workdir.read_config(folder)
+    variables = last_variables(folder, config, allow_unsealed)
+    return config.model, variables, config.data.tokenizer
+  from mla_moe import load_huggingface
+
+  if not list(folder.glob('*.safetensors*')):
+    raise ConfigError(
+      f'--checkpoint={str(folder)!r}: holds neither a run with a checkpoint '
+      'nor a model in .safetensors'
+    )
+  config, variables = load_huggingface(folder, dtype)
+  return config, variables, str(folder / 'tokenizer.json')
+
+
+def check_ids(ids: Sequence[int], vocab: int) -> None:
+  """Refuses ids that the model does not have.
+
+  Raises:
+    ConfigError: names the largest of them.
+  """
+  if max(ids) >= vocab:
+    raise ConfigError(
+      f'--tokenizer: makes the token {max(ids)}, but the model has only {vocab}'
+    )
+
+
+def last_variables(
+  folder: pathlib.Path, config: Config, allow_unsealed: bool = False
+) -> PyTree:
+  """Returns {'params', 'router'} of a run's last checkpoint that is whole.
+
+  Raises:
+    ConfigError: no checkpoint, or one of another config.
+  """
+  import jax
+
+  from mla_moe.checkpoint import store
+  from mla_moe.train import step
+
+  make = functools.partial(step.init_state, config=config)
+  shapes = jax.eval_shape(make, jax.random.key(0))
+  # A shape without a device would be restored onto those that it was saved on.
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes
+  )
+  checkpoints = folder / 'checkpoints'
+  restored = store.restore(checkpoints, shapes, allow_unsealed=allow_unsealed)
+  if restored is None:
+    raise ConfigError(f'{folder}: has no checkpoint yet')
+  state = restored.state
+  return {'params': state.params, 'router': state.router}
+
+
+def _tokenizer(name: str, own: str, config: ModelConfig) -> Tokenizer:
+  """Returns the tokenizer `name`, or the model's own if that is ''."""
+  if not name and own != 'byte' and not os.path.exists(own):
+    raise ConfigError(
+      f"{own!r}: is not there; name the model's by --tokenizer=FILE, or "
+      '--tokenizer=byte where it was trained on bytes'
+    )
+  name = name or own
+  if name == 'byte':  # whatever the id of the model's bos
+    return ByteTokenizer()
+  return load(name, config.bos_id, config.eos_id)
+
+
+def _stop_ids(folder: pathlib.Path, config: ModelConfig) -> tuple[int, ...]:
+  """Returns eos_id, and the ids of generation_config.json if there is one."""
+  from mla_moe.hf import config_json
+
+  ids = {config.eos_id}
+  path = folder / 'generation_config.json'
+  if path.exists():
+    value = config_json.read_json(path).get('eos_token_id')
+    values = value if isinstance(value, list) else [value]
+    ids |= {i for i in values if isinstance(i, int) and 0 <= i < config.vocab}
+  return tuple(sorted(ids))

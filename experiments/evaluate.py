@@ -109,8 +109,8 @@ def continuations(
     chosen = order[start : start + batch]
     options = [requests[i][1] for i in chosen]
     limits = [int(o.get('max_gen_toks', 256)) for o in options]
-    new = max(limits)
-    room = model.config.max_positions - new
+    max_new_tokens = max(limits)
+    room = model.config.max_positions - max_new_tokens
     rows = [requests[i][0][-room:] for i in chosen]
     temperatures = [max(float(o.get('temperature', 0)), 0.0) for o in options]
     missing = batch - len(rows)  # one shape: one compilation
@@ -123,7 +123,7 @@ def continuations(
       model.config,
       model.variables,
       prompts,
-      new,
+      max_new_tokens,
       lengths=np.array([len(row) for row in rows], np.int32),
       stop_ids=model.stop_ids,
       temperature=temperatures,

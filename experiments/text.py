@@ -2,16 +2,16 @@
 
 A token may end inside a character, and the text so far inside a stop string.
 Such an end is held back until later tokens decide what it is. Each token is
-decoded once or twice, however long the text is: by the standard library's
-incremental UTF-8 decoder if tokens are bytes, else by `tokenizers`.
+decoded with those of the last piece alone, however long the text is.
 """
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Sequence
 
-from mla_moe.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
+from mla_moe.data.tokenizer import Tokenizer
+
+_HALF = '\ufffd'  # decodes from a part of a character
 
 
 class TextStream:
@@ -22,16 +22,19 @@ class TextStream:
 
   def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
     self.ended = False
-    is_bytes = isinstance(tokenizer, ByteTokenizer)
-    self._decoder = (_Bytes if is_bytes else _Pieces)(tokenizer)
+    self._tokenizer = tokenizer
     self._stops = [stop for stop in stops if stop]
-    self._tail = ''
+    self._ids = []  # of the last piece and after it
+    self._count = 0  # how many of them are of the last piece
+    self._piece = ''  # its text, decoded without the ids before it
+    self._tail = ''  # decoded, but perhaps the beginning of a stop string
 
   def add(self, ids: Sequence[int], last: bool = False) -> str:
     """Returns the text that these tokens add; with `last`, all that is left."""
     if self.ended:
       return ''
-    text = self._tail + self._decoder.decode(map(int, ids), last)
+    text = self._tail + ''.join(self._decode([int(i)]) for i in ids)
+    text += self._decode([], last)
     places = [i for i in map(text.find, self._stops) if i >= 0]
     if places:
       self.ended = True
@@ -39,6 +42,23 @@ class TextStream:
     shown = len(text) if last else len(text) - self._beginning(text)
     self._tail = text[shown:]
     return text[:shown]
+
+  def _decode(self, ids: list[int], last: bool = False) -> str:
+    """Returns the next piece, or '' if it may end inside a character.
+
+    The ids of the piece before are decoded again: some decoders drop the space
+    before a first word.
+    """
+    self._ids += ids
+    text = self._tokenizer.decode(self._ids)
+    is_half = text.endswith(_HALF) and not last
+    if is_half or len(text) <= len(self._piece):
+      return ''
+    piece = text[len(self._piece) :]
+    self._ids = self._ids[self._count :]
+    self._count = len(self._ids)
+    self._piece = self._tokenizer.decode(self._ids)
+    return piece
 
   def _beginning(self, text: str) -> int:
     """Returns the length of the longest end of `text` that begins a stop."""
@@ -49,42 +69,3 @@ class TextStream:
       if text.endswith(stop[:n])
     ]
     return max(lengths, default=0)
-
-
-class _Bytes:
-  """Decodes ids that are bytes; all others are special."""
-
-  def __init__(self, _: ByteTokenizer):
-    self._core = codecs.getincrementaldecoder('utf-8')('replace')
-
-  def decode(self, ids, last: bool) -> str:
-    return self._core.decode(bytes(i for i in ids if i < 256), last)
-
-
-class _Pieces:
-  """Decodes ids of a tokenizer.json.
-
-  `DecodeStream` holds back half a character and has no method that returns it
-  at the end. So `_pending` has the ids after its last piece, too.
-  """
-
-  def __init__(self, tokenizer: BPETokenizer):
-    from tokenizers.decoders import DecodeStream
-
-    self._tokenizer = tokenizer
-    special = tokenizer.bos_id, tokenizer.eos_id, *(tokenizer.fim_ids or ())
-    self._special = frozenset(special)
-    self._stream = DecodeStream(skip_special_tokens=True)
-    self._pending = []
-
-  def decode(self, ids, last: bool) -> str:
-    text = ''
-    for i in ids:
-      if i in self._special:
-        continue
-      piece = self._stream.step(self._tokenizer.core, i)
-      self._pending.append(i)
-      if piece:
-        text += piece
-        self._pending = []
-    return text + self._tokenizer.decode(self._pending) if last else text

@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib import pyplot
 
 from configs import tiny
-from experiments import convert, train
+from experiments import opened, train
 from experiments.page import COLOURS
 from mla_moe import config as c
 from mla_moe import rollout
@@ -81,7 +81,7 @@ print(f'held out: {final["bits_per_byte"]:.2f} bits a byte')
 
 # %%
 words = tokenizer.ByteTokenizer()
-variables = convert.last_variables(FOLDER, config, False)
+variables = opened.last_variables(FOLDER, config)
 PROMPT = 'def __init__(self, '
 prompt = np.array([[config.model.bos_id, *words.encode(PROMPT)]], np.int32)
 greedy = rollout(config.model, variables, prompt, 48)

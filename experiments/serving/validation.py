@@ -106,8 +106,8 @@ def parse(body: dict, model: TextModel, is_chat: bool, length: int) -> Request:
   else:
     prompts = _prompts_ids(body.get('prompt'), model)
   longest = max(map(len, prompts))
-  new = get('max_tokens', 0 if is_chat else 16, int)
-  new = get('max_completion_tokens', new, int) or max(length - longest, 1)
+  limit = get('max_tokens', 0 if is_chat else 16, int)
+  limit = get('max_completion_tokens', limit, int) or max(length - longest, 1)
   stops = get('stop', [], list, str)
   stops = [stops] if isinstance(stops, str) else stops
   if len(stops) > 16 or not all(isinstance(s, str) and s for s in stops):
@@ -115,7 +115,7 @@ def parse(body: dict, model: TextModel, is_chat: bool, length: int) -> Request:
   logprobs = get('logprobs', 0, bool if is_chat else int, int, bool)
   return Request(
     prompts=prompts,
-    max_new_tokens=new,
+    max_new_tokens=limit,
     samples=get('n', 1, int),
     stops=stops,
     seed=get('seed', secrets.randbits(30), int) % 2**31,

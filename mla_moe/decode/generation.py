@@ -159,8 +159,8 @@ def stream(
     )
     _check_finite(broken)
     rows = zip(tokens, before, counts, strict=True)
-    new = [row[start:stop] for row, start, stop in rows]
-    yield Step(new, int(passes), int(accepted))
+    pieces = [row[start:stop] for row, start, stop in rows]
+    yield Step(pieces, int(passes), int(accepted))
     if done.all():
       return
     before = counts
@@ -195,8 +195,12 @@ def _prepare(
   return (padded, lengths.astype(np.int32)), job
 
 
-def _check_prompt(config, prompt, new, lengths) -> np.ndarray:
-  """Returns the rows' lengths, or raises a ConfigError."""
+def _check_prompt(config, prompt, limit, lengths) -> np.ndarray:
+  """Returns the rows' lengths; limit: new tokens of each row.
+
+  Raises:
+    ConfigError: a prompt, a limit or lengths that the model cannot continue.
+  """
   if prompt.ndim != 2 or not np.issubdtype(prompt.dtype, np.integer):
     raise ConfigError(
       f'prompt: must be token ids [B, T], not {prompt.dtype} {prompt.shape}'
@@ -210,17 +214,18 @@ def _check_prompt(config, prompt, new, lengths) -> np.ndarray:
     raise ConfigError(
       f'prompt: token {wrong} is not below vocab={config.vocab}'
     )
-  if isinstance(new, bool) or not isinstance(new, (int, np.integer)) or new < 1:
-    raise ConfigError(f'max_new_tokens={new!r}: must be at least 1')
+  whole = isinstance(limit, (int, np.integer)) and not isinstance(limit, bool)
+  if not whole or limit < 1:
+    raise ConfigError(f'max_new_tokens={limit!r}: must be at least 1')
   lengths = np.full(batch, t) if lengths is None else np.asarray(lengths)
   if lengths.shape != (batch,) or lengths.min() < 1 or lengths.max() > t:
     raise ConfigError(
       f'lengths={lengths.tolist()}: must be from 1 to {t}, one for each of '
       f'{batch} rows'
     )
-  if t + new > config.max_positions:
+  if t + limit > config.max_positions:
     raise ConfigError(
-      f'max_new_tokens={new}: with a prompt of {t} tokens more than the '
+      f'max_new_tokens={limit}: with a prompt of {t} tokens more than the '
       f'max_positions={config.max_positions} of the model'
     )
   return lengths

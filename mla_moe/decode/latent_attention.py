@@ -124,19 +124,19 @@ def attend(
   return products.matmul_transposed(out.reshape(b, t, -1), w['w_out']), pages
 
 
-def _write_and_attend(core, mla, q, new, up, cache, valid):
+def _write_and_attend(core, mla, q, kv, up, cache, valid):
   """Returns attention [B, T, N, U] and the pool with the new latents.
 
-  q: queries (without, with rotation); new: latent and shared key of the new
-  tokens; up: up-projections of keys and values; cache: of this layer alone.
+  q: queries (without, with rotation); kv: latents and shared keys of the
+  new tokens; up: up-projections of keys and values; cache: of this layer alone.
   """
   (pages,) = cache.layers
   # The pages of a device's rows are its own; modulo its pool, ids are local.
   cache = cache.replace(table=cache.table % pages.values.shape[0])
-  slots = latent_cache.next_slots(cache, new[0].shape[1], valid)
-  pages = latent_cache.write(pages, slots, *new)
+  slots = latent_cache.next_slots(cache, kv[0].shape[1], valid)
+  pages = latent_cache.write(pages, slots, *kv)
   cache = cache.replace(layers=(pages,))
-  return core(q, new, up, cache, valid, rope.softmax_scale(mla)), pages
+  return core(q, kv, up, cache, valid, rope.softmax_scale(mla)), pages
 
 
 def _by_shard(run, batch: int):
@@ -161,8 +161,8 @@ def _by_shard(run, batch: int):
   )
 
 
-def _fresh(q, new, up, cache, valid, scale):
-  latent, k_rope = new
+def _fresh(q, kv, up, cache, valid, scale):
+  latent, k_rope = kv
   k_nope, v = _expand(latent, up)
   shape = (*k_nope.shape[:3], k_rope.shape[-1])
   shared = jnp.broadcast_to(k_rope[:, :, None], shape)
@@ -181,7 +181,7 @@ def _expand(latent, up):
   return k_nope, jnp.einsum('bsc,ncu->bsnu', latent, v_up)
 
 
-def _absorbed(q, new, up, cache, valid, scale):
+def _absorbed(q, kv, up, cache, valid, scale):
   (q_nope, q_rope), (k_up, v_up), (pages,) = q, up, cache.layers
   b, t, heads, rope_dim = q_rope.shape
   rank, width = k_up.shape[-1], latent_cache.width(pages, rope_dim)
@@ -234,7 +234,7 @@ def _by_kernel(q, cache, rank):
   return out.reshape(b, t, heads, rank).swapaxes(1, 2).astype(q.dtype)
 
 
-def _decompressed(q, new, up, cache, valid, scale):
+def _decompressed(q, kv, up, cache, valid, scale):
   (pages,) = cache.layers
   rank, rope_dim = up[0].shape[-1], q[1].shape[-1]
   heads_first = lambda x: x.swapaxes(1, 2)

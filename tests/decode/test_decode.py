@@ -34,8 +34,8 @@ def jitted(name, config, **more):
   return jax.jit(run, donate_argnums=1)
 
 
-def empty(config, batch=2, length=LENGTH, how=SMALL):
-  return latent_cache.empty(config, batch, length, how)
+def empty(config, batch=2, length=LENGTH, cache_config=SMALL):
+  return latent_cache.empty(config, batch, length, cache_config)
 
 
 def scrambled(cache):
@@ -51,15 +51,15 @@ def test_prefill_and_decode_equal_forward(case):
   tokens, whole = expected['tokens'], np.full(2, 40, np.int32)
   cache, _ = forward.split(scrambled(empty(config)), config)
   x, cache = jitted('prefill', config)(weights, cache, tokens[:, :40], whole)
-  found = [forward.logits(weights, x)]
+  out = [forward.logits(weights, x)]
   step = jitted('decode_step', config)
   for i in range(40, 48):
-    out, cache = step(weights, cache, tokens[:, i])
-    found.append(out[:, None])
+    logits, cache = step(weights, cache, tokens[:, i])
+    out.append(logits[:, None])
   x, cache = jitted('extend', config)(weights, cache, tokens[:, 48:])
-  found.append(forward.logits(weights, x))
-  found = np.concatenate(found, axis=1)
-  chex.assert_trees_all_close(found, expected['logits'], atol=2e-4)
+  out.append(forward.logits(weights, x))
+  out = np.concatenate(out, axis=1)
+  chex.assert_trees_all_close(out, expected['logits'], atol=2e-4)
   np.testing.assert_array_equal(cache.lengths, [96, 96])
 
 
@@ -67,7 +67,7 @@ def test_prefill_and_decode_equal_forward(case):
 def test_absorbed_equals_decompressed_over_a_prefix_and_in_chunks(case):
   config, _, weights, expected = golden(case)
   tokens, whole = expected['tokens'], np.full(2, 96, np.int32)
-  found = {}
+  out = {}
   for form in ('absorbed', 'decompressed'):
     cache, _ = forward.split(scrambled(empty(config)), config)
     run = jitted('hidden', config, form=form)
@@ -75,12 +75,12 @@ def test_absorbed_equals_decompressed_over_a_prefix_and_in_chunks(case):
     for part in (tokens[:, :48], tokens[:, 48:]):
       y, cache = run(weights, cache, part)
       x.append(y)
-    found[form] = np.concatenate(x, axis=1)
-  chex.assert_trees_all_close(*found.values(), atol=2e-5)
+    out[form] = np.concatenate(x, axis=1)
+  chex.assert_trees_all_close(*out.values(), atol=2e-5)
   cache, _ = forward.split(empty(config), config)
   run = jitted('prefill', config, chunk=48)
   x, _ = run(weights, cache, tokens, whole)
-  chex.assert_trees_all_close(x, found['absorbed'], atol=2e-5)
+  chex.assert_trees_all_close(x, out['absorbed'], atol=2e-5)
 
 
 @pytest.mark.parametrize('form', ['absorbed', 'decompressed'])
@@ -92,8 +92,8 @@ def test_long_rows_are_read_in_blocks_large_and_small(form, monkeypatch):
   cache, _ = forward.split(scrambled(empty(config, length=112)), config)
   run = jax.jit(functools.partial(forward.hidden, config=config, form=form))
   x, _ = run(weights, cache, expected['tokens'])
-  found = forward.logits(weights, x)
-  chex.assert_trees_all_close(found, expected['logits'], atol=2e-4)
+  out = forward.logits(weights, x)
+  chex.assert_trees_all_close(out, expected['logits'], atol=2e-4)
 
 
 def test_ragged_rows_equal_single_ones():
@@ -139,10 +139,10 @@ def test_no_step_copies_the_cache():
   tokens = jnp.zeros((4, 2), jnp.int32)
   for name, new in (('decode_step', tokens[:, 0]), ('extend', tokens)):
     lowered = jitted(name, config).lower(weights, cache, new)
-    found = lowered.compile().memory_analysis()
-    assert found.alias_size_in_bytes >= size
+    out = lowered.compile().memory_analysis()
+    assert out.alias_size_in_bytes >= size
     largest = max(x.nbytes for x in jax.tree.leaves(cache))
-    assert found.temp_size_in_bytes < largest / 4, name
+    assert out.temp_size_in_bytes < largest / 4, name
 
 
 @pytest.mark.parametrize(
@@ -150,16 +150,16 @@ def test_no_step_copies_the_cache():
 )
 def test_narrow_caches_move_logits_little(dtype, bound):
   config, _, weights, expected = golden('v3_yarn')
-  how = CacheConfig(dtype=dtype, page=16)
-  cache, _ = forward.split(empty(config, how=how), config)
+  narrow = CacheConfig(dtype=dtype, page=16)
+  cache, _ = forward.split(empty(config, cache_config=narrow), config)
   extend = jitted('extend', config)
   _, cache = extend(weights, cache, expected['tokens'][:, :48])
   x, _ = extend(weights, cache, expected['tokens'][:, 48:])
-  found = forward.logits(weights, x)
+  out = forward.logits(weights, x)
   wanted = expected['logits'][:, 48:]
   norm = lambda x: np.linalg.norm(x, axis=-1)
   # By token: rounding sends a few to other experts, which is no small error.
-  error = np.median(norm(found - wanted) / norm(wanted))
+  error = np.median(norm(out - wanted) / norm(wanted))
   assert bound / 20 < error < bound, error
   rank, rope = config.mla.kv_rank, config.mla.rope_dim
   leaves = jax.tree.leaves(cache.layers[0])
@@ -191,14 +191,14 @@ def test_the_mtp_module_over_its_cache_equals_training():
     )
   )(variables, tokens)
   _, cache = forward.split(empty(config), config)
-  found = []
+  out = []
   for part in (slice(0, 47), slice(47, 94)):
     after = tokens[:, part.start + 1 : part.stop + 1]
     x, cache = jitted('draft', config)(
       weights, cache, features.hidden[:, part], after
     )
-    found.append(forward.logits(weights, x))
-  found = np.concatenate(found, axis=1)
+    out.append(forward.logits(weights, x))
+  out = np.concatenate(out, axis=1)
   chex.assert_trees_all_close(
-    found, expected['mtp_logits'][..., :94, :], atol=2e-4
+    out, expected['mtp_logits'][..., :94, :], atol=2e-4
   )

@@ -39,18 +39,18 @@ def test_greedy_equals_transformers(case):
   config, variables, expected = golden(case)
   greedy = expected['greedy']
   laid_out = case == 'v2_lite'  # either form will do
-  given = weights(case) if laid_out else variables
-  found = generate(config, given, greedy[:, :24], greedy.shape[1] - 24)
-  np.testing.assert_array_equal(found, greedy)
+  variables = weights(case) if laid_out else variables
+  out = generate(config, variables, greedy[:, :24], greedy.shape[1] - 24)
+  np.testing.assert_array_equal(out, greedy)
 
 
 def test_drafts_change_no_greedy_token():
   config, _, expected = golden('v3_release')
   prompt, new = expected['greedy'][:, :24], expected['greedy'].shape[1] - 24
-  found = rollout(config, weights('v3_release'), prompt, new, speculative=True)
-  np.testing.assert_array_equal(found.tokens, expected['greedy'][:, 24:])
-  assert found.passes + found.accepted >= 2 * (new - 1)
-  assert 0 <= found.accepted <= found.passes
+  out = rollout(config, weights('v3_release'), prompt, new, speculative=True)
+  np.testing.assert_array_equal(out.tokens, expected['greedy'][:, 24:])
+  assert out.passes + out.accepted >= 2 * (new - 1)
+  assert 0 <= out.accepted <= out.passes
 
 
 def test_a_stream_with_drafts_compiles_its_round_once():
@@ -69,15 +69,15 @@ def test_a_stream_with_drafts_compiles_its_round_once():
 def test_ragged_rows_equal_single_ones_and_streamed_ones():
   config, _, expected = golden('v2_lite')
   prompt, lengths = expected['tokens'][:, :24], np.array([24, 9], np.int32)
-  how = dict(temperature=[0.7, 0.0], top_p=0.9, seed=[5, 6])
+  knobs = dict(temperature=[0.7, 0.0], top_p=0.9, seed=[5, 6])
   ragged = rollout(
-    config, weights('v2_lite'), prompt, 20, lengths=lengths, **how
+    config, weights('v2_lite'), prompt, 20, lengths=lengths, **knobs
   )
   streamed = [[], []]
-  for new in generation.stream(
-    config, weights('v2_lite'), prompt, 20, lengths=lengths, **how
+  for step in generation.stream(
+    config, weights('v2_lite'), prompt, 20, lengths=lengths, **knobs
   ):
-    for row, tokens in zip(streamed, new.tokens, strict=True):
+    for row, tokens in zip(streamed, step.tokens, strict=True):
       row.extend(tokens)
   np.testing.assert_array_equal(ragged.tokens, streamed)
   # The same row beside another one, where it stands second.
@@ -97,15 +97,13 @@ def test_ragged_rows_equal_single_ones_and_streamed_ones():
 def test_log_probs_are_those_of_the_training_forward():
   config, variables, expected = golden('v2_lite')
   prompt = expected['tokens'][:, :24]
-  found = rollout(
-    config, weights('v2_lite'), prompt, 20, temperature=1.3, seed=3
-  )
-  whole = np.concatenate([prompt, found.tokens], axis=1)
+  out = rollout(config, weights('v2_lite'), prompt, 20, temperature=1.3, seed=3)
+  whole = np.concatenate([prompt, out.tokens], axis=1)
   whole_forward = jax.jit(transformer.Transformer(config).apply)
   logits = whole_forward(variables, whole).logits
   wanted = jax.nn.log_softmax(logits[:, 23:-1])
-  wanted = jnp.take_along_axis(wanted, found.tokens[..., None], -1)[..., 0]
-  np.testing.assert_allclose(found.log_probs, wanted, atol=1e-4)
+  wanted = jnp.take_along_axis(wanted, out.tokens[..., None], -1)[..., 0]
+  np.testing.assert_allclose(out.log_probs, wanted, atol=1e-4)
 
 
 def test_stop_ids_end_rows_and_the_loop():
@@ -115,13 +113,13 @@ def test_stop_ids_end_rows_and_the_loop():
   at = [
     int(np.flatnonzero(row == stop)[0]) if stop in row else 19 for row in greedy
   ]
-  found = rollout(
+  out = rollout(
     config, weights('v2_lite'), expected['greedy'][:, :24], 20, stop_ids=[stop]
   )
-  np.testing.assert_array_equal(found.counts, [min(i, 19) + 1 for i in at])
-  assert (found.tokens[0, 6:] == config.eos_id).all()
-  assert (found.log_probs[0, found.counts[0] :] == 0).all()
-  assert found.passes == (found.counts - 1).sum()
+  np.testing.assert_array_equal(out.counts, [min(i, 19) + 1 for i in at])
+  assert (out.tokens[0, 6:] == config.eos_id).all()
+  assert (out.log_probs[0, out.counts[0] :] == 0).all()
+  assert out.passes == (out.counts - 1).sum()
 
 
 def test_logits_that_are_not_finite_are_named_by_step():
@@ -173,12 +171,12 @@ def test_cache_config_checks_itself():
     CacheConfig(dtype='int4')
 
 
-def probabilities(logits, seen=(), **how):
+def probabilities(logits, seen=(), **knobs):
   """`distribution` of one row, as probabilities."""
   logits = jnp.asarray([logits], jnp.float32)
   marks = np.isin(np.arange(logits.shape[-1]), seen)[None]
-  found = sampling.distribution(logits, marks, sampling.make_knobs(1, **how))
-  return np.exp(np.asarray(found[0]))
+  out = sampling.distribution(logits, marks, sampling.make_knobs(1, **knobs))
+  return np.exp(np.asarray(out[0]))
 
 
 def softmax(x):
@@ -203,22 +201,22 @@ def test_samplers_follow_their_definitions():
   check(both, [1, 0, 0, 0, 0])
   logits = np.array([1.0, 0.9, -1.0])
   wanted = softmax(np.array([0.5, 0.9, -2.0]))
-  found = probabilities(
+  out = probabilities(
     logits, seen=[0, 2], temperature=1.0, repetition_penalty=2.0
   )
-  check(found, wanted)
+  check(out, wanted)
   check(probabilities(logits, seen=[0], repetition_penalty=2.0), [0, 1, 0])
 
 
 def test_draws_depend_on_seed_and_position_alone():
   logits = jnp.asarray(np.tile(LOGITS, (256, 1)))
   seed = np.tile([1, 2, 1, 1], 64)
-  how = sampling.make_knobs(256, temperature=1.0, seed=seed)
+  knobs = sampling.make_knobs(256, temperature=1.0, seed=seed)
   at = np.repeat(np.arange(64) * 16, 4) + np.tile([7, 7, 7, 8], 64)
-  found = sampling.draw(logits, how, at.astype(np.int32)).reshape(64, 4)
-  np.testing.assert_array_equal(found[:, 0], found[:, 2])
-  assert (found[:, 0] != found[:, 1]).any()
-  assert (found[:, 0] != found[:, 3]).any()
+  out = sampling.draw(logits, knobs, at.astype(np.int32)).reshape(64, 4)
+  np.testing.assert_array_equal(out[:, 0], out[:, 2])
+  assert (out[:, 0] != out[:, 1]).any()
+  assert (out[:, 0] != out[:, 3]).any()
 
 
 def chi_squared(counts, wanted):
@@ -237,14 +235,14 @@ def test_drafts_keep_the_distribution():
   n, size = 20_000, 6
   draws = np.random.default_rng(0)
   q, p, after = draws.normal(size=(3, size)) * 1.5
-  how = sampling.make_knobs(n, temperature=0.8, top_k=5, seed=0)
+  knobs = sampling.make_knobs(n, temperature=0.8, top_k=5, seed=0)
   rows = lambda x: jnp.asarray(np.tile(x, (n, 1)), jnp.float32)
   seen, at = jnp.zeros((n, size), bool), np.full(n, 3, np.int32)
-  drafts, drawn_from = speculative.propose(rows(q), seen, how, at)
+  drafts, log_q = speculative.propose(rows(q), seen, knobs, at)
   both = jnp.stack([rows(p), rows(after)], axis=1)
-  found = speculative.verify(both, drafts, drawn_from, seen, how, at)
-  first, second = np.asarray(found.tokens).T
-  accepted = np.asarray(found.accepted)
+  out = speculative.verify(both, drafts, log_q, seen, knobs, at)
+  first, second = np.asarray(out.tokens).T
+  accepted = np.asarray(out.accepted)
   wanted = probabilities(p, temperature=0.8, top_k=5)
   assert chi_squared(np.bincount(first, minlength=size), wanted) > 1e-3
   wanted = probabilities(after, temperature=0.8, top_k=5)
@@ -260,17 +258,17 @@ def test_drafts_keep_the_distribution():
 def test_sampling_with_drafts_keeps_the_model_s_distribution():
   config, _, expected = golden('v3_release')
   prompt = np.tile(expected['tokens'][:1, :8], (64, 1))
-  how = dict(temperature=1.0, top_k=3, seed=11)
+  knobs = dict(temperature=1.0, top_k=3, seed=11)
   counts = {}
   for drafts in (False, True):
-    found = [
+    out = [
       rollout(
         config, weights('v3_release'), prompt, 3, speculative=drafts,
-        **how | {'seed': 64 * i},
+        **knobs | {'seed': 64 * i},
       ).tokens
       for i in range(8)
     ]  # fmt: skip
-    counts[drafts] = np.concatenate(found)
+    counts[drafts] = np.concatenate(out)
   for column in range(3):
     ids, where = np.unique(
       np.concatenate([counts[d][:, column] for d in counts]),

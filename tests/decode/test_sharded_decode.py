@@ -41,21 +41,21 @@ def laid_out(boxed, mesh):
 @pytest.mark.parametrize('speculative', [False, True])
 def test_a_mesh_continues_as_one_device_does(speculative):
   config, boxed = made()
-  how = dict(
+  options = dict(
     speculative=speculative, cache=CacheConfig(page=PAGE), temperature=0.0
   )
   lengths = np.array([20, 7, 13, 20, 1, 9, 20, 16])
   ask = functools.partial(
     rollout, config, prompt=prompt(config), max_new_tokens=16, lengths=lengths
   )
-  alone = ask(variables=nn.unbox(boxed), **how)
+  alone = ask(variables=nn.unbox(boxed), **options)
   mesh = sharding.make_mesh(MeshConfig(data=2, expert=2, tensor=2))
   with jax.set_mesh(mesh):
     laid = laid_out(boxed, mesh)
-    together = ask(variables=laid, **how)
+    together = ask(variables=laid, **options)
     # Three rows, which four shares of a batch cannot divide.
     few = ask(
-      variables=laid, prompt=prompt(config)[:3], lengths=lengths[:3], **how
+      variables=laid, prompt=prompt(config)[:3], lengths=lengths[:3], **options
     )
   np.testing.assert_array_equal(together.tokens, alone.tokens)
   np.testing.assert_allclose(together.log_probs, alone.log_probs, atol=1e-4)
@@ -69,15 +69,15 @@ def step_on(mesh, rows=8, length=8192):
   with jax.set_mesh(mesh):
     variables = laid_out(boxed, mesh)
     weights = jax.jit(functools.partial(forward.unstack, config))(variables)
-    held = latent_cache.empty(config, rows, length, CacheConfig(page=PAGE))
-    held, _ = forward.split(held, config)
-    held = jax.device_put(held, latent_cache.shardings(held, mesh))
+    cache = latent_cache.empty(config, rows, length, CacheConfig(page=PAGE))
+    cache, _ = forward.split(cache, config)
+    cache = jax.device_put(cache, latent_cache.shardings(cache, mesh))
     step = functools.partial(forward.decode_step, config=config)
     tokens = jax.device_put(
       np.zeros(rows, np.int32),
       jax.NamedSharding(mesh, sharding.spec(('batch',))),
     )
-    lowered = jax.jit(step, donate_argnums=1).lower(weights, held, tokens)
+    lowered = jax.jit(step, donate_argnums=1).lower(weights, cache, tokens)
     compiled = lowered.compile()
   moved = re.findall(
     r'= (.*?) (?:all-gather|all-reduce|all-to-all|collective-permute|'
@@ -86,21 +86,21 @@ def step_on(mesh, rows=8, length=8192):
   )
   arrays = [x for one in moved for x in re.findall(r'\[([\d,]*)\]', one)]
   shapes = [[int(n) for n in x.split(',') if n] for x in arrays]
-  return compiled, shapes, held
+  return compiled, shapes, cache
 
 
 def test_data_sharding_moves_no_cache():
   config, _ = made()
-  compiled, moved, held = step_on(MeshConfig(data=8))
-  width = latent_cache.width(held.layers[0], 0)
+  compiled, moved, cache = step_on(MeshConfig(data=8))
+  width = latent_cache.width(cache.layers[0], 0)
   rank = config.mla.kv_rank
   for sizes in moved:
     assert width not in sizes and rank not in sizes, sizes
     assert np.prod(sizes) < 8 * 8 * config.vocab, sizes
-  found = compiled.memory_analysis()
-  each = held.layers[0].values.nbytes // 8
-  assert found.temp_size_in_bytes < each / 2
-  assert found.alias_size_in_bytes >= each * config.layers
+  out = compiled.memory_analysis()
+  each = cache.layers[0].values.nbytes // 8
+  assert out.temp_size_in_bytes < each / 2
+  assert out.alias_size_in_bytes >= each * config.layers
 
 
 def test_rows_travel_to_the_experts_and_not_the_experts_to_them():

@@ -31,7 +31,7 @@ def model():
 
 def test_likelihoods_are_the_forward_passs(model):
   pairs = [([256, 5, 6], [7, 8, 9]), ([256], [1]), ([256, 3], [4, 4])]
-  found = evaluate.likelihoods(model, pairs, 4)
+  out = evaluate.likelihoods(model, pairs, 4)
   rows = np.zeros((4, 64), np.int32)
   for i, (context, continuation) in enumerate(pairs):
     rows[i, : len(context) + len(continuation)] = [*context, *continuation]
@@ -40,7 +40,7 @@ def test_likelihoods_are_the_forward_passs(model):
   log_probs = np.asarray(log_probs)
   for i, (context, continuation) in enumerate(pairs):
     at = len(context) - 1 + np.arange(len(continuation))
-    total, greedy = found[i]
+    total, greedy = out[i]
     expected = log_probs[i, at, continuation].sum()
     assert total == pytest.approx(float(expected), rel=1e-4)
     assert greedy == bool((log_probs[i, at].argmax(-1) == continuation).all())
@@ -104,12 +104,12 @@ def test_a_local_task_runs_offline(tmp_path, monkeypatch):
   data = tmp_path / 'capitals.json'
   data.write_text('\n'.join(map(json.dumps, rows)))
   (tmp_path / 'capitals.yaml').write_text(TASK % data)
-  asked = types.SimpleNamespace(
+  flags = types.SimpleNamespace(
     batch=4, tasks=['capitals'], include=str(tmp_path), limit=0, fewshot=-1
   )
-  monkeypatch.setattr(evaluate, 'FLAGS', asked)
-  found = evaluate.run(model)['capitals']
-  assert found['acc,none'] == 0.5  # ' bb' has the larger sum, and is right
+  monkeypatch.setattr(evaluate, 'FLAGS', flags)
+  out = evaluate.run(model)['capitals']
+  assert out['acc,none'] == 0.5  # ' bb' has the larger sum, and is right
   assert len(seen) == 12  # of half the rows
   context, continuation = seen[0]
   assert words.decode(context[1:]) == '0 and' and context[0] == 256

@@ -1,4 +1,4 @@
-"""Chat templates: ids, no injection, no escape; and the program's edge."""
+"""Chat templates, text that grows token by token, the program's edge."""
 
 import json
 import pathlib
@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import chat
+from experiments import chat, text
 from mla_moe import ConfigError
 from mla_moe.data import tokenizer
 
@@ -23,15 +23,15 @@ def words(tmp_path_factory):
   values = json.loads(path.read_text())
   top = max(token['id'] for token in values['added_tokens'])
   top = max(top, *values['model']['vocab'].values())
-  for i, text in enumerate((chat.USER, chat.ASSISTANT), start=1):
-    like = dict(values['added_tokens'][0], id=top + i, content=text)
+  for i, role in enumerate((chat.USER, chat.ASSISTANT), start=1):
+    like = dict(values['added_tokens'][0], id=top + i, content=role)
     values['added_tokens'].append(like)
   path.write_text(json.dumps(values))
   return tokenizer.load(str(path), 0, 1), top
 
 
-def template(folder, text):
-  settings = {'chat_template': text, 'bos_token': {'content': tokenizer.BOS}}
+def template(folder, source):
+  settings = {'chat_template': source, 'bos_token': {'content': tokenizer.BOS}}
   (folder / 'tokenizer_config.json').write_text(json.dumps(settings))
 
 
@@ -71,6 +71,71 @@ def test_templates_cannot_escape(words, tmp_path, text):
   template(tmp_path, text)
   with pytest.raises(ConfigError, match='template'):
     chat.prompt(tmp_path, words[0], 'hello')
+
+
+def sentencepiece():
+  """A tokenizer whose words begin with a space, and whose rest are bytes."""
+  tokenizers = pytest.importorskip('tokenizers')
+  pieces = ['<unk>', '<s>', '</s>', *(f'<0x{i:02X}>' for i in range(256))]
+  pieces += ['▁', '▁hello', '▁world', '!', 'lo']
+  core = tokenizers.Tokenizer(
+    tokenizers.models.BPE(
+      {piece: i for i, piece in enumerate(pieces)}, [], byte_fallback=True
+    )
+  )
+  decoders = tokenizers.decoders
+  core.decoder = decoders.Sequence(
+    [
+      decoders.Replace('▁', ' '),
+      decoders.ByteFallback(),
+      decoders.Fuse(),
+      decoders.Strip(' ', 1, 0),
+    ]
+  )
+  core.add_special_tokens(['<s>', '</s>'])
+  return tokenizer.BPETokenizer(len(pieces), 1, 2, None, '', core)
+
+
+@pytest.mark.parametrize('kind', ['byte', 'bpe', 'sentencepiece'])
+def test_pieces_of_text_are_the_whole(kind, request):
+  if kind == 'byte':
+    words = tokenizer.ByteTokenizer()
+  elif kind == 'bpe':
+    words, _ = request.getfixturevalue('words')
+  else:
+    words = sentencepiece()
+  draw = np.random.default_rng(0)
+  # Most bytes in a row are no UTF-8; the last kind would take back what it
+  # decoded of them, so that it gets none.
+  low = words.core.token_to_id('▁') if kind == 'sentencepiece' else 0
+  for _ in range(40):
+    ids = draw.integers(low, words.vocab, draw.integers(1, 60))
+    stream = text.TextStream(words)
+    pieces = [stream.add([i]) for i in ids] + [stream.add([], last=True)]
+    assert ''.join(pieces) == words.decode(ids)
+    stream = text.TextStream(words)
+    halves = stream.add(ids[:9]), stream.add(ids[9:], last=True)
+    assert ''.join(halves) == words.decode(ids)
+
+
+def test_a_piece_is_whole_characters_and_no_special_token(words):
+  words, _ = words
+  spoken = 'a漢😀é hello'
+  ids = [words.bos_id, *words.encode(spoken), words.eos_id]
+  stream = text.TextStream(words)
+  pieces = [stream.add([i]) for i in ids]
+  assert ''.join(pieces) == spoken and '漢' in pieces and '😀' in pieces
+  ids = words.encode('漢')
+  assert stream.add(ids[:-1]) == ''
+  assert stream.add([], last=True) == '\ufffd'
+
+
+def test_a_leading_space_is_kept_between_words_alone():
+  words = sentencepiece()
+  ids = [words.core.token_to_id(p) for p in ('<s>', '▁hello', '▁world', '!')]
+  stream = text.TextStream(words, stops=['d!'])
+  assert [stream.add([i]) for i in ids] == ['', 'hello', ' worl', '']
+  assert stream.ended
 
 
 @pytest.mark.slow

@@ -29,34 +29,34 @@ def golden(case='v2_lite'):
 
 def make(weights=None, case='v2_lite', **more):
   config, good, _ = golden(case)
-  how = dict(
+  options = dict(
     rows=ROWS,
     length=64,
     pages=PAGES,
     chunk=16,
     cache=CacheConfig(dtype='float32', page=8),
   )
-  return scheduler.Scheduler(config, weights or good, **how | more)
+  return scheduler.Scheduler(config, weights or good, **options | more)
 
 
 def drain(server):
-  """Every sample's tokens and last reason, and how many steps it took."""
-  found, steps = {}, 0
+  """Every sample's tokens and last reason, and knobs many steps it took."""
+  out, steps = {}, 0
   while server.busy:
     for event in server.step():
-      tokens, _ = found.get(event.ticket, ([], ''))
-      found[event.ticket] = (tokens + [event.token], event.reason)
+      tokens, _ = out.get(event.ticket, ([], ''))
+      out[event.ticket] = (tokens + [event.token], event.reason)
     steps += 1
     assert steps < 1000, 'it does not come to an end'
-  return found, steps
+  return out, steps
 
 
-def alone(ids, new, case='v2_lite', **how):
+def alone(ids, limit, case='v2_lite', **options):
   config, weights, _ = golden(case)
   prompt = np.zeros((1, 64), np.int32)  # one shape for all
   prompt[0, : len(ids)] = ids
-  found = rollout(config, weights, prompt, new, lengths=[len(ids)], **how)
-  return found.tokens[0, : found.counts[0]].tolist()
+  out = rollout(config, weights, prompt, limit, lengths=[len(ids)], **options)
+  return out.tokens[0, : out.counts[0]].tolist()
 
 
 def test_requests_beside_each_other_equal_those_alone():
@@ -65,18 +65,18 @@ def test_requests_beside_each_other_equal_those_alone():
   # More than the rows, and the pages, hold; lengths beside pages and chunks.
   sizes = [(5, 9), (33, 20), (16, 1), (40, 12), (8, 30), (17, 3), (1, 25)]
   expected = {}
-  for i, (length, new) in enumerate(sizes):
+  for i, (length, limit) in enumerate(sizes):
     ids = tokens[i % 2, i : i + length]
-    (ticket,) = server.submit(ids, new)
-    expected[ticket] = alone(ids, new)
+    (ticket,) = server.submit(ids, limit)
+    expected[ticket] = alone(ids, limit)
   compiled = [f._cache_size() for f in (programs.prefill, programs.decode)]
-  found, steps = drain(server)
+  out, steps = drain(server)
   after = [f._cache_size() for f in (programs.prefill, programs.decode)]
-  assert {t: x for t, (x, _) in found.items()} == expected
-  assert {reason for _, reason in found.values()} == {'length'}
+  assert {t: x for t, (x, _) in out.items()} == expected
+  assert {reason for _, reason in out.values()} == {'length'}
   # One program of each, however the requests came.
   assert [b - a for a, b in zip(compiled, after, strict=True)] == [1, 1]
-  assert steps < sum(new for _, new in sizes)
+  assert steps < sum(limit for _, limit in sizes)
   assert server.free_pages == PAGES
 
 
@@ -84,21 +84,24 @@ def test_samples_of_one_prompt_share_its_pages_and_draw_for_themselves():
   _, _, tokens = golden()
   ids = tokens[0, :20]
   server = make()
-  how = dict(temperature=1.0, top_p=0.9)
-  tickets = server.submit(ids, 12, samples=5, seed=7, **how)
+  knobs = dict(temperature=1.0, top_p=0.9)
+  tickets = server.submit(ids, 12, samples=5, seed=7, **knobs)
   early = {}
   for _ in range(2):  # the prompt's two chunks; its first samples start
     for event in server.step():
       early.setdefault(event.ticket, []).append(event.token)
   # 20 tokens are two whole pages, shared, and four on each sample's third.
   assert PAGES - server.free_pages <= 2 + ROWS * 2 + 1
-  found = {t: x for t, (x, _) in drain(server)[0].items()}
+  out = {t: x for t, (x, _) in drain(server)[0].items()}
   for i, ticket in enumerate(tickets):
     assert (
-      found[ticket] == alone(ids, 12, seed=7 + i, **how)[-len(found[ticket]) :]
+      out[ticket] == alone(ids, 12, seed=7 + i, **knobs)[-len(out[ticket]) :]
     )
   assert server.free_pages == PAGES
-  assert len({tuple(x) for x in found.values()}) > 2
+  assert len({tuple(x) for x in out.values()}) > 2
+  # The second sample's seed is beyond those that a request may name.
+  server.submit(ids, 2, samples=2, seed=2**31 - 1, temperature=1.0)
+  assert len(drain(server)[0]) == 2
 
 
 def test_drafts_change_no_token_of_any_row():
@@ -107,14 +110,14 @@ def test_drafts_change_no_token_of_any_row():
   # Prompts that end a page, begin one, are one token, and are cut in chunks.
   sizes = [(8, 20), (17, 9), (1, 25), (40, 24), (16, 1), (23, 2), (24, 17)]
   expected = {}
-  for i, (length, new) in enumerate(sizes):
+  for i, (length, limit) in enumerate(sizes):
     ids = tokens[i % 2, i : i + length]
-    (ticket,) = server.submit(ids, new)
+    (ticket,) = server.submit(ids, limit)
     # Without drafts, one by one.
-    expected[ticket] = alone(ids, new, 'v3_release')
-  found, _ = drain(server)
-  assert {t: x for t, (x, _) in found.items()} == expected
-  after_first = sum(new - 1 for _, new in sizes)
+    expected[ticket] = alone(ids, limit, 'v3_release')
+  out, _ = drain(server)
+  assert {t: x for t, (x, _) in out.items()} == expected
+  after_first = sum(limit - 1 for _, limit in sizes)
   # A draft that stands saves a pass, unless the row ends before it.
   lost = server.passes + server.accepted - after_first
   assert 0 <= lost <= len(sizes) and 0 < server.accepted < server.passes
@@ -124,15 +127,17 @@ def test_drafts_change_no_token_of_any_row():
 def test_drafted_samples_of_one_prompt_draw_as_they_do_alone():
   _, _, tokens = golden('v3_release')
   server = make(case='v3_release', speculative=True)
-  how = dict(temperature=0.9, top_k=20)
+  knobs = dict(temperature=0.9, top_k=20)
   for length in (16, 17):  # the last token ends a page, or begins one
     ids = tokens[0, :length]
-    tickets = server.submit(ids, 12, samples=4, seed=7, **how)
-    found = {t: x for t, (x, _) in drain(server)[0].items()}
+    tickets = server.submit(ids, 12, samples=4, seed=7, **knobs)
+    out = {t: x for t, (x, _) in drain(server)[0].items()}
     for i, ticket in enumerate(tickets):
-      single = alone(ids, 12, 'v3_release', seed=7 + i, speculative=True, **how)
-      assert found[ticket] == single
-    assert len({tuple(x) for x in found.values()}) > 2
+      single = alone(
+        ids, 12, 'v3_release', seed=7 + i, speculative=True, **knobs
+      )
+      assert out[ticket] == single
+    assert len({tuple(x) for x in out.values()}) > 2
     assert server.free_pages == PAGES
   config, _, _ = golden()
   with pytest.raises(ConfigError, match='MTP'):
@@ -147,10 +152,10 @@ def test_stop_ids_and_cancelling_free_the_row():
   (stopped,) = server.submit(ids, 20, stop_ids=[whole[4]])
   (gone,) = server.submit(ids, 40)
   waiting = server.submit(ids, 30, samples=4)
-  found = []
+  out = []
   for _ in range(4):
-    found += server.step()
-  assert any(event.ticket == gone for event in found)
+    out += server.step()
+  assert any(event.ticket == gone for event in out)
   for ticket in (gone, *waiting):
     server.cancel(ticket)
   server.cancel(12345)
@@ -158,8 +163,8 @@ def test_stop_ids_and_cancelling_free_the_row():
   while server.busy:
     later += server.step()
   assert {e.ticket for e in later} <= {stopped}
-  found += later
-  mine = [e for e in found if e.ticket == stopped]
+  out += later
+  mine = [e for e in out if e.ticket == stopped]
   assert [e.token for e in mine] == whole[: whole.index(whole[4]) + 1]
   assert mine[-1].reason == 'stop'
   assert server.free_pages == PAGES
@@ -174,17 +179,17 @@ def test_a_broken_row_ends_and_spoils_no_other():
   server = make(spoilt)
   (broken,) = server.submit([bad, *ids], 12)
   (fine,) = server.submit(ids, 12)
-  found, _ = drain(server)
-  assert found[broken][1] == 'broken' and len(found[broken][0]) == 1
-  assert found[fine] == (whole, 'length')
+  out, _ = drain(server)
+  assert out[broken][1] == 'broken' and len(out[broken][0]) == 1
+  assert out[fine] == (whole, 'length')
   # On every page and row, those that the broken one had too.
   expected = {server.submit(ids, n)[0]: alone(ids, n) for n in (46, 46, 38)}
-  found, free = {ticket: [] for ticket in expected}, []
+  out, free = {ticket: [] for ticket in expected}, []
   while server.busy:
     for event in server.step():
-      found[event.ticket].append(event.token)
+      out[event.ticket].append(event.token)
     free.append(server.free_pages)
-  assert found == expected and min(free) == 0
+  assert out == expected and min(free) == 0
 
 
 def test_what_cannot_be_served_is_refused():
@@ -196,6 +201,7 @@ def test_what_cannot_be_served_is_refused():
     ('64 tokens', ([1], 64), {}),
     ('temperature', ([1], 4), dict(temperature=-1.0)),
     ('samples', ([1], 4), dict(samples=0)),
+    ('seed', ([1], 4), dict(seed=2**31)),
   ]:
     with pytest.raises(ConfigError, match=words):
       server.submit(*args, **more)

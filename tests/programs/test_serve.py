@@ -59,10 +59,10 @@ class Server:
     data = raw if raw is not None else body and json.dumps(body)
     line.request('POST' if data is not None else 'GET', path, data)
     answer = line.getresponse()
-    found = answer.read().decode()
+    out = answer.read().decode()
     line.close()
     isjson = answer.headers['content-type'].startswith('application/json')
-    return answer.status, json.loads(found) if isjson else found
+    return answer.status, json.loads(out) if isjson else out
 
   def idle(self):
     """Waits until nothing runs."""
@@ -75,10 +75,10 @@ class Server:
 
 @pytest.fixture(scope='module')
 def server():
-  found = Server()
-  yield found
-  found.core.should_exit = True
-  found.thread.join()
+  out = Server()
+  yield out
+  out.core.should_exit = True
+  out.thread.join()
 
 
 def completion(**more):
@@ -86,8 +86,8 @@ def completion(**more):
 
 
 def test_models_and_health(server):
-  status, found = server.ask('/v1/models')
-  assert status == 200 and found['data'][0]['id'] == 'tiny'
+  status, out = server.ask('/v1/models')
+  assert status == 200 and out['data'][0]['id'] == 'tiny'
   assert server.ask('/healthz')[1]['status'] == 'ok'
 
 
@@ -101,32 +101,32 @@ def test_completion_equals_the_rollout(server):
     8,
     stop_ids=[config.eos_id],
   )
-  status, found = server.ask('/v1/completions', completion(logprobs=1))
+  status, out = server.ask('/v1/completions', completion(logprobs=1))
   assert status == 200
-  (choice,) = found['choices']
+  (choice,) = out['choices']
   assert choice['text'] == words.decode(alone.tokens[0])
   assert choice['finish_reason'] == 'length'
   np.testing.assert_allclose(
     choice['logprobs']['token_logprobs'], alone.log_probs[0], atol=1e-4
   )
-  assert found['usage'] == {
+  assert out['usage'] == {
     'prompt_tokens': 3,
     'completion_tokens': 8,
     'total_tokens': 11,
   }
   # By ids, several prompts, several samples.
-  status, found = server.ask(
+  status, out = server.ask(
     '/v1/completions', completion(prompt=[ids, ids], n=2)
   )
-  assert [c['text'] for c in found['choices']] == [choice['text']] * 4
+  assert [c['text'] for c in out['choices']] == [choice['text']] * 4
   assert server.idle()
 
 
 def test_streamed_pieces_are_the_whole(server):
   whole = server.ask('/v1/completions', completion())[1]['choices'][0]
   ask = completion(stream=True, stream_options={'include_usage': True})
-  status, found = server.ask('/v1/completions', ask)
-  lines = [x[6:] for x in found.split('\n\n') if x]
+  status, out = server.ask('/v1/completions', ask)
+  lines = [x[6:] for x in out.split('\n\n') if x]
   assert status == 200 and lines.pop() == '[DONE]'
   pieces = [json.loads(line) for line in lines]
   assert pieces.pop()['usage']['completion_tokens'] == 8
@@ -138,8 +138,8 @@ def test_streamed_pieces_are_the_whole(server):
 def test_stop_texts_end_a_sample(server):
   whole = server.ask('/v1/completions', completion())[1]['choices'][0]['text']
   stop = whole[3:5]
-  found = server.ask('/v1/completions', completion(stop=[stop]))[1]
-  (choice,) = found['choices']
+  out = server.ask('/v1/completions', completion(stop=[stop]))[1]
+  (choice,) = out['choices']
   assert choice['text'] == whole[: whole.index(stop)]
   assert choice['finish_reason'] == 'stop'
   assert server.idle()
@@ -163,8 +163,8 @@ def test_stop_texts_end_a_sample(server):
   ],
 )
 def test_bad_requests_are_said(server, status, words, more):
-  found = server.ask('/v1/completions', completion(**more))
-  assert found[0] == status and words in found[1]['error']['message']
+  out = server.ask('/v1/completions', completion(**more))
+  assert out[0] == status and words in out[1]['error']['message']
 
 
 def test_any_text_is_a_prompt(server):
@@ -175,10 +175,10 @@ def test_any_text_is_a_prompt(server):
 def test_bodies_that_are_no_json(server):
   for raw in ('{', '[]', '[' * 4000):
     assert server.ask('/v1/completions', raw=raw)[0] == 400
-  status, found = server.ask(
+  status, out = server.ask(
     '/v1/chat/completions', {'messages': [{'role': 'user', 'content': 'hi'}]}
   )  # bytes have no chat tokens
-  assert status == 400 and 'token' in found['error']['message']
+  assert status == 400 and 'token' in out['error']['message']
 
 
 def test_a_client_that_goes_away_frees_its_row(server):
@@ -212,8 +212,8 @@ def test_many_requests_at_once_are_answered_or_refused(server):
   async def every():
     return await asyncio.gather(*(one() for _ in range(1000)))
 
-  found = asyncio.run(every())
-  assert set(found) == {200, 429} and len(found) == 1000
+  out = asyncio.run(every())
+  assert set(out) == {200, 429} and len(out) == 1000
   assert server.idle()
 
 

@@ -12,7 +12,7 @@ NOTEBOOKS = ['jupytext>=1.16', 'nbclient>=0.10', 'ipykernel>=6', *VIZ]
 setup(
   name='mla_moe',
   version='0.1.0',
-  description='DeepSeek-V3-style models in JAX and Flax: MLA, MoE, MTP',
+  description='DeepSeek-V3-style models in JAX and Flax: MLA, MoE, FP8, MTP',
   license='Apache-2.0',
   python_requires='>=3.11',
   packages=find_packages(include=['mla_moe', 'mla_moe.*', 'experiments*']),

@@ -21,7 +21,7 @@ from mla_moe.config import (
   MoEConfig,
 )
 from mla_moe.data import batches
-from mla_moe.model import collectives, pipeline, sequence
+from mla_moe.model import collectives, sequence
 from mla_moe.train import optim, step
 
 # The smallest model that has all parts: dense and MoE layers, MTP, groups of
@@ -211,7 +211,3 @@ def test_the_outermost_axis_goes_across_slices():
   assert sharding.slice_axis(MeshConfig(fsdp=8, stage=2), 2) == 'stage'
   with pytest.raises(ConfigError, match='slow network'):
     sharding.slice_axis(MeshConfig(expert=8), 2)
-
-
-def test_the_bubble():
-  assert pipeline.bubble(4, 12) == 0.2

@@ -245,7 +245,7 @@ def logits_bytes(config: Config) -> int:
 
 
 def bubble(stages: int, micro_batches: int) -> float:
-  """The share of a pipelined step that a device waits: (S-1) / (n+S-1)."""
+  """Returns the fraction of a step that a stage waits: (S-1) / (M+S-1)."""
   return (stages - 1) / (micro_batches + stages - 1)
 
 

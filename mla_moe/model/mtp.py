@@ -1,10 +1,11 @@
-"""Multi-token prediction: module k sees token i+k and predicts token i+k+1.
+"""Multi-token prediction: module k (from 1) predicts token i + k + 1 at i.
 
-Each module joins the hidden state of the one before with the embedding of the
-token that it has just predicted, and runs a block of its own (V3 section 2.2).
-The released weights put the embedding first in the concatenation, opposite to
-the paper's equation, and the first module takes the main model's hidden state
-after the final norm; between modules the raw block output is handed on.
+Each module joins the hidden state of the module before with the embedding of
+the token i + k, which that one predicts, and runs a block of its own (V3 section
+2.2). Two things differ from the paper's equations, as the released weights
+need: the embedding comes first in the concatenation, and the first module
+takes the main model's hidden state after the final norm. Between modules the
+block's output is handed on without a norm.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ class MTP(nn.Module):
     segments: Int[Array, 'B T'] | None,
     mask: Float[Array, 'B T'] | None,
   ) -> tuple[Float[Array, 'B T D'], Float[Array, 'B T D'], moe.Stats | None]:
-    """Returns the raw output, its norm (what the head reads), and stats."""
+    """Returns the next module's input, its norm for the head, and stats."""
     c = self.config
     norm = lambda name: layers.RMSNorm(c.norm_eps, name=name)
-    both = [norm('embed_norm')(embedded), norm('hidden_norm')(hidden)]
+    pair = [norm('embed_norm')(embedded), norm('hidden_norm')(hidden)]
     axes = ('embed', None)
     w_join = weights.param(self, 'w_join', (2 * c.dim, c.dim), axes, c.init_std)
-    x = jnp.concatenate(both, axis=-1)
+    x = jnp.concatenate(pair, axis=-1)
     x = jnp.einsum('btd,de->bte', x, w_join.astype(x.dtype))
     one = block.remat_block(c)(c, c.moe_layers > 0, name='block')
     x, stats = one(x, cos, sin, segments, mask)

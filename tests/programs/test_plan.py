@@ -284,3 +284,7 @@ def test_a_plan_that_fits_writes_a_table_and_a_page(tmp_path):
     re.M,
   )
   assert page.read_text().count('<svg') == 2
+
+
+def test_the_bubble():
+  assert memory.bubble(4, 12) == 0.2

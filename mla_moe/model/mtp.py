@@ -1,11 +1,11 @@
 """Multi-token prediction: module k (from 1) predicts token i + k + 1 at i.
 
 Each module joins the hidden state of the module before with the embedding of
-the token i + k, which that one predicts, and runs a block of its own (V3 section
-2.2). Two things differ from the paper's equations, as the released weights
-need: the embedding comes first in the concatenation, and the first module
-takes the main model's hidden state after the final norm. Between modules the
-block's output is handed on without a norm.
+the token i + k, which that one predicts, and runs a block of its own (V3
+section 2.2). Two things differ from the paper's equations, because the released
+weights need it: the embedding comes first in the concatenation, and the first
+module takes the main model's hidden state after the final norm. From module to
+module the block's output goes without a norm.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A field's annotation is its rule: `int` and `float` (finite, never negative),
 `bool`, `str`, `tuple`, another checked dataclass, or a `Literal` with all the
-choices. What an annotation cannot say stands in a class's `_rules`. A mistake
-is one line for people, with the value, the rule and the fix.
+choices. Rules that an annotation cannot express are in a class's `_rules`. An
+error is one line for people, with the value, the rule and the fix.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ class ConfigError(ValueError):
 
 
 def is_number(value: Any) -> bool:
-  """Whether `value` is an int or a float; a bool is neither."""
+  """Returns whether `value` is an int or a float; a bool is neither."""
   return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def coerce(name: str, value: Any, kind: Any) -> Any:
-  """Returns `value` as `kind`; an int may be a float, a list a tuple.
+  """Returns `value` as `kind`; ints become floats, lists become tuples.
 
   Raises:
     ConfigError: `value` is not of this kind.

@@ -1,15 +1,13 @@
-"""What a run is: frozen dataclasses, whose defaults are DeepSeek-V3's.
+"""Every number that a run depends on, as frozen dataclasses.
 
-`Config(model, optim, data, mesh, run)` holds every number that a run depends
-on; nothing else does. The classes check themselves when they are built, so a
-`Config` that exists is a valid one, and every complaint is one line with the
-value, the rule and the fix. At the edge (command line, config files, JSON) a
-config is a `ConfigDict`, which people may override key by key; `freeze` turns
-it into the checked dataclass and `thaw` back.
+`Config(model, optim, data, mesh, run)` is a whole run; the defaults are those
+of DeepSeek-V3 (report, sections 4.1 to 4.3, and the released config.json). The
+classes check themselves when they are built, so a `Config` that exists is
+valid, and an error is one line with the value, the rule and the fix. At the
+edge (command line, config files, JSON) a config is a `ConfigDict`, which people
+override key by key; `freeze` turns it into the checked dataclass, `thaw` back.
 
-No field is optional: 0 switches a thing off. Numbers are never negative.
-Sources of the defaults: DeepSeek-V3 report, sections 4.1 to 4.3, and the
-released config.json.
+No field is optional: 0 switches a feature off. Numbers are never negative.
 """
 
 from __future__ import annotations
@@ -33,7 +31,8 @@ from mla_moe.variants import variant as variant
 class RopeConfig(Checked):
   """Rotary positions; YaRN when `factor` > 1 (V3 section 4.3).
 
-  `original_positions` is the length that the model was first trained at.
+  `original_positions` is the sequence length of the training before YaRN. See
+  `model.rope` for the other fields.
   """
 
   theta: float = 10000.0
@@ -64,10 +63,10 @@ class RopeConfig(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class MLAConfig(Checked):
-  """Multi-head Latent Attention; `query_rank` 0 is an uncompressed query.
+  """Multi-head Latent Attention; `query_rank` 0 is a query without a latent.
 
-  The latents have norms of their own, whose epsilon is 1e-6 in every released
-  model whatever the others' is.
+  `norm_eps` is that of the latents' norms: 1e-6 in every released model, also
+  where the other norms have another.
   """
 
   heads: int = 128
@@ -90,11 +89,12 @@ class MLAConfig(Checked):
 class MoEConfig(Checked):
   """Fine-grained experts and their router (V3 section 2.1.2).
 
-  `method` is the released name of the selection rule: `noaux_tc` adds the
-  balancing bias and scores a group by its two best experts,
-  `group_limited_greedy` (V2) has no bias and scores it by its best, `greedy`
-  has neither bias nor groups. `scale` multiplies the routed sum, after
-  normalisation.
+  `experts` of hidden width `width` form `groups`; a token's `top_k` experts are
+  in its `top_groups` best groups. `shared` experts see every token. `method` is
+  the released name of the selection rule: `noaux_tc` adds the balancing bias
+  and scores a group by its two best experts, `group_limited_greedy` (V2) has no
+  bias and scores it by its best, `greedy` has neither bias nor groups.
+  `normalize` makes a token's gates sum to 1; `scale` then multiplies them.
   """
 
   experts: int = 256
@@ -132,36 +132,35 @@ class MoEConfig(Checked):
       self.method != 'noaux_tc' or self.groups == 1 or size >= 2,
       f'noaux_tc scores a group by two experts, but groups hold {size}',
     )
-    left = self.top_groups * size
+    eligible = self.top_groups * size
     self._require(
       'top_k',
-      self.top_k <= left,
-      f'top_groups={self.top_groups} of groups={self.groups} leave {left} of '
-      f'experts={self.experts}; lower top_k or raise top_groups',
+      self.top_k <= eligible,
+      f'top_groups={self.top_groups} of groups={self.groups} leave {eligible} '
+      f'of experts={self.experts}; lower top_k or raise top_groups',
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class MTPConfig(Checked):
-  """Multi-token prediction: `depth` modules, each a block (V3 2.2)."""
+  """Multi-token prediction by `depth` modules (V3 section 2.2)."""
 
   depth: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig(Checked):
-  """How the model is computed; no field changes what the model or a run is.
+  """How a model is computed; no field changes the model or its training.
 
   A run resumes with another value of any of these, with the same losses but
-  for their last digits. `remat` is what the backward pass finds saved:
-  'products' (of weights; what is made from them element by element is computed
-  again), 'latents' (the attention's latents and its output: V3 section 3.2.3),
-  'full' (the residual stream alone; all else is computed again) or 'none'
-  (everything is saved). The other fields name implementations; 'auto' takes
-  the platform's. `attention` is the core (`attention.attend`), `experts` the
-  grouped product (`experts.feed_forward`), `exchange` how tokens reach the
-  experts of other devices (`exchange`), `fp8` what multiplies in FP8
-  (`fp8.gemm`).
+  for their last digits. `remat` names the values that the backward pass finds
+  saved; it computes all others again. 'none' saves everything, 'products' the
+  products with weights, 'latents' the attention's latents and its output (V3
+  section 3.2.3), 'full' the residual stream alone. The other fields name
+  implementations, of which 'auto' takes the platform's: `attention` of the core
+  (`attention.attend`), `experts` of the grouped product
+  (`experts.feed_forward`), `exchange` of the way to experts on other devices
+  (`model.exchange`), `fp8` of the FP8 product (`fp8.gemm`).
   """
 
   remat: Literal['none', 'products', 'latents', 'full'] = 'latents'
@@ -173,10 +172,11 @@ class ComputeConfig(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Checked):
-  """The network: the first `dense_layers` have a dense FFN, the rest experts.
+  """The network: `dense_layers` with a dense FFN, then layers with experts.
 
-  `dtype` is the activations'; parameters are float32. `precision` is that of
-  the linear layers' products, in all three of training.
+  `dtype` is that of activations; parameters are float32. `precision` is that of
+  the linear layers' products (`fp8`): output and both gradients. 'bf16' means
+  products in `dtype`.
   """
 
   vocab: int = 129280
@@ -236,12 +236,13 @@ class ModelConfig(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class CacheConfig(Checked):
-  """How decoding keeps the latents: their type, and tokens in a page.
+  """The latent cache of decoding: its dtype, and the tokens in a page.
 
   'auto' is float32 on a CPU and bfloat16 elsewhere; 'int8' and 'float8' (E4M3)
   have a scale for each 128 numbers and keep the shared key in bfloat16. `impl`
-  is what attends to it one token at a time: 'xla' anywhere, the kernel 'tpu'
-  (which 'auto' takes on a TPU) or 'gpu', which read unquantised latents.
+  is the attention that reads the cache one token at a time: 'xla' anywhere, or
+  the kernels 'tpu' (which 'auto' takes on a TPU) and 'gpu', which read
+  unquantised latents.
   """
 
   dtype: Literal['auto', 'float32', 'bfloat16', 'int8', 'float8'] = 'auto'
@@ -266,15 +267,16 @@ class CacheConfig(Checked):
 class OptimConfig(Checked):
   """The training recipe: optimizer, schedules keyed on tokens, loss weights.
 
-  The learning rate rises linearly over `warmup_steps`, then follows `phases`:
-  each is (shape, tokens, target), shape one of constant, linear, cosine; target
-  is the rate at the phase's end as a share of `learning_rate`. The last phase's
-  end holds for ever. The bias rate (gamma) and the MTP weight (lambda) change
-  once, after `bias_tokens` and `mtp_tokens`.
+  The learning rate rises linearly over `warmup_steps`, then follows `phases`.
+  A phase is (shape, tokens, target): the shape is constant, linear or cosine,
+  the target is the rate at the phase's end, relative to `learning_rate`. After
+  the last phase the rate stays at its target. The bias rate (gamma) and the MTP
+  weight (lambda) change once, after `bias_tokens` and `mtp_tokens`, to their
+  `_final` values.
 
-  A step whose loss or gradient is not finite changes nothing; nor does one
-  whose loss exceeds the mean of the last `spike_window` accepted losses by more
-  than `spike_sigma` standard deviations (0: none is looked for).
+  A step is skipped if its loss or gradient is not finite, or if its loss
+  exceeds the mean of the last `spike_window` accepted losses by more than
+  `spike_sigma` standard deviations (0: no spike is skipped).
   """
 
   optimizer: Literal['adamw', 'muon'] = 'adamw'
@@ -325,15 +327,17 @@ class OptimConfig(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(Checked):
-  """Where tokens come from and how many make a step.
+  """The source of the tokens, and the tokens of a step.
 
   `source` is 'stdlib' (the source files of Python's standard library: real
   text that is always there), or a folder, glob or file of .txt, .jsonl or
   .parquet. `tokenizer` is 'byte' or the path of a tokenizer.json. A step has
-  `batch_size` sequences, taken `micro_batch` at a time (0: all at once); it
-  grows from `batch_start` (0: no ramp) over `ramp_tokens`. `packing` is
+  `batch_size` sequences, computed `micro_batch` at a time (0: all at once). The
+  batch grows from `batch_start` (0: no ramp) over `ramp_tokens`. `packing` is
   'joined' (documents follow each other and see each other, as V3 pre-trained)
-  or 'separate' (attention and positions end with the document).
+  or 'separate' (attention and positions end with the document). `fim_rate` is
+  the fraction of documents turned into fill-in-the-middle, `heldout` the
+  fraction of text for evaluation.
   """
 
   source: str = 'stdlib'
@@ -378,9 +382,9 @@ class DataConfig(Checked):
 class MeshConfig(Checked):
   """Devices along each axis of the mesh; the product is their number.
 
-  `states` says where the optimizer's state lives: 'fsdp' with its parameters,
-  'zero1' also split over `data`, where parameters are whole. A pipeline of
-  `stage` stages takes `pipeline` micro-batches at a time (0: one a stage).
+  `states` is the layout of the optimizer's state: 'fsdp' is that of the
+  parameters, 'zero1' splits it over `data`, too. A pipeline of `stage` stages
+  computes `pipeline` micro-batches at a time (0: one a stage).
   """
 
   data: int = 1
@@ -405,18 +409,19 @@ class MeshConfig(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig(Checked):
-  """The loop: how long, how often it speaks, saves and evaluates (0: never).
+  """The loop: its length, and the steps between logs, checkpoints, evaluations.
 
-  Kept are the newest `keep` checkpoints, every step that `keep_every` divides,
-  and the `keep_best` ones of the lowest held-out bits per byte. Every
-  `check_every` steps the state's fingerprints are written down, and replicas
-  compared. A step that takes `step_timeout` seconds ends the run. FP8's health
-  is measured every `health_every` steps, where the model has FP8 products.
+  An interval of 0 is never. Three kinds of checkpoints are kept: the newest
+  `keep`, those of steps that `keep_every` divides, and the `keep_best` with the
+  lowest held-out bits per byte. Every `check_every` steps the state's
+  fingerprints are recorded, and replicas compared. A step that takes
+  `step_timeout` seconds ends the run. Every `health_every` steps the error of
+  the FP8 products is measured, where the model has any.
 
   After `max_skips` skipped steps in a row the run stops. After `spike_patience`
-  of them that were spikes it goes back to the checkpoint before the first and
-  continues with the text `spike_jump` batches further on (PaLM, section 5.1),
-  at most `max_rollbacks` times.
+  spikes in a row it rolls back to the checkpoint before the first and continues
+  with the text `spike_jump` batches later (PaLM, section 5.1), at most
+  `max_rollbacks` times.
   """
 
   steps: int = 243425
@@ -444,7 +449,7 @@ class RunConfig(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class Config(Checked):
-  """One run."""
+  """One run: the model, its training, its text, its devices and its loop."""
 
   model: ModelConfig = ModelConfig()
   optim: OptimConfig = OptimConfig()
@@ -487,7 +492,7 @@ class Config(Checked):
 
 
 def thaw(config: Any) -> ml_collections.ConfigDict:
-  """The config as a ConfigDict, which the command line may override."""
+  """Returns the config as a ConfigDict, which the command line overrides."""
   values = {}
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
@@ -497,7 +502,7 @@ def thaw(config: Any) -> ml_collections.ConfigDict:
 
 
 def freeze(values: Any, cls: type = Config, path: str = 'config') -> Any:
-  """The checked dataclass of a ConfigDict (or of a dict read from JSON).
+  """Returns the checked dataclass of a ConfigDict or of a dict from JSON.
 
   Raises:
     ConfigError: an unknown key (with the nearest name), a wrong type, a value
@@ -525,7 +530,7 @@ def freeze(values: Any, cls: type = Config, path: str = 'config') -> Any:
     raise ConfigError(f'{path}.{error}') from None
 
 
-# Keys of older versions: where their value went ('' is nowhere).
+# Keys of older versions, and their new places ('' is none).
 _MOVED = {
   'model.remat': 'model.compute.remat',
   'model.fp8_impl': 'model.compute.fp8',
@@ -537,7 +542,7 @@ _MOVED = {
 
 
 def _migrated(values: Any) -> Any:
-  """The same groups of keys, those of older versions moved."""
+  """Returns a copy with the keys of older versions in their new places."""
   values = copy.deepcopy(values)
   for old, new in _MOVED.items():
     *groups, name = old.split('.')
@@ -554,13 +559,13 @@ def _migrated(values: Any) -> Any:
     group = values
     for key in groups:
       group = group.setdefault(key, {})
-    # A library's attention kernel that is no longer called.
+    # 'tokamax' was a library's attention kernel.
     group[name] = 'auto' if value == 'tokamax' else value
   return values
 
 
 def keys(cls: type = Config, path: str = 'config') -> Iterator[str]:
-  """Every key's whole path, as the command line has it after its dashes."""
+  """Yields every key's whole path, `config.model.dim` and so on."""
   for name, hint in typing.get_type_hints(cls).items():
     here = f'{path}.{name}'
     if dataclasses.is_dataclass(hint):
@@ -570,7 +575,7 @@ def keys(cls: type = Config, path: str = 'config') -> Iterator[str]:
 
 
 def differences(ours: Any, theirs: Any, path: str = 'config') -> list[str]:
-  """The fields in which two configs of one class differ, as 'path: a != b'."""
+  """Returns the fields that differ in two configs, as 'path: a != b'."""
   lines = []
   for field in dataclasses.fields(ours):
     a, b = getattr(ours, field.name), getattr(theirs, field.name)

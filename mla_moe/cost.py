@@ -1,10 +1,10 @@
-"""What a model costs: parameters, FLOPs, cache, memory, hours and money.
+"""The costs of a model: parameters, FLOPs, cache, memory, hours and money.
 
 Arithmetic on the config, without JAX. A training step costs 6 FLOPs for each
-active matrix parameter and token (2 forward, 4 backward), plus attention's
-quadratic part, causal: 3 * 2 * N * (H + R + U) * T/2 a layer and token
+active matrix parameter and token (2 forward, 4 backward), plus the quadratic
+part of causal attention, 3 * 2 * N * (H + R + U) * T/2 for each layer and token
 (DeepSeek's "Insights into DeepSeek-V3", Table 2). Published counts leave the
-MTP modules out, and so do `total` and `active`; `mtp` has them.
+MTP modules out, and so do `total` and `active`; `mtp` counts them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ _BYTES = {'float32': 4, 'bfloat16': 2, 'float16': 2, 'int8': 1, 'float8': 1}
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-  """Numbers of parameters; `routed` and the rest sum to `total`, without mtp.
+  """Numbers of parameters.
 
-  `active` is what one token uses: all but the experts that it is not sent to.
+  `total` is the sum of embedding, head, attention, dense, routed, shared,
+  router and norms. `active` leaves out the experts that a token is not sent to.
+  `mtp` and `mtp_active` are those of the MTP modules, in addition.
   """
 
   total: int
@@ -42,7 +44,7 @@ def _model(config) -> ModelConfig:
 
 
 def _attention(model: ModelConfig) -> tuple[int, int]:
-  """Matrix and norm parameters of one attention layer."""
+  """Returns the matrix and the norm parameters of one attention layer."""
   a, d = model.mla, model.dim
   head = a.nope_dim + a.rope_dim
   query = a.query_rank
@@ -54,7 +56,7 @@ def _attention(model: ModelConfig) -> tuple[int, int]:
 
 
 def parameters(config) -> Parameters:
-  """Counts of a ModelConfig (or of a Config's model)."""
+  """Returns the counts of a ModelConfig (or of a Config's model)."""
   model = _model(config)
   moe, d, layers = model.moe, model.dim, model.moe_layers
   matrices, latent_norms = _attention(model)
@@ -91,9 +93,9 @@ def parameters(config) -> Parameters:
 
 
 def train_flops_per_token(config, seq_len: int, mtp: bool = False) -> float:
-  """FLOPs to train on one token of sequences of `seq_len`, causal attention.
+  """Returns the FLOPs to train on one token of a sequence of `seq_len`.
 
-  `mtp` adds the modules, each of which reads the head once more.
+  `mtp` adds the MTP modules, each of which multiplies by the head once more.
   """
   model = _model(config)
   counts, a = parameters(model), model.mla
@@ -105,41 +107,39 @@ def train_flops_per_token(config, seq_len: int, mtp: bool = False) -> float:
   if mtp and model.mtp.depth:
     blocks += model.mtp.depth
     norms = 5 * model.dim + _attention(model)[1]
-    each = counts.mtp_active // model.mtp.depth - norms
-    each -= bias if model.moe_layers else 0
-    matrices += model.mtp.depth * (each + head)
+    module = counts.mtp_active // model.mtp.depth - norms
+    module -= bias if model.moe_layers else 0
+    matrices += model.mtp.depth * (module + head)
   width = a.nope_dim + a.rope_dim + a.value_dim
   attention = 3 * 2 * a.heads * width * (seq_len / 2) * blocks
   return 6.0 * matrices + attention
 
 
 def cache_bytes_per_token(config, dtype: str = 'bfloat16') -> int:
-  """Bytes that decoding keeps for one token: the latent and the shared key."""
+  """Returns the cache's bytes for one token: the latent and the shared key."""
   model = _model(config)
   per_layer = model.mla.kv_rank + model.mla.rope_dim
   return per_layer * model.layers * _BYTES[str(dtype)]
 
 
 def training_bytes_per_device(config: Config) -> dict[str, int]:
-  """Bytes of state on each device: parameters, gradients, Adam's two moments.
+  """Returns the bytes of a device's parameters, gradients and AdamW moments.
 
-  float32 all; experts are laid over expert, fsdp and tensor, the rest over
-  fsdp and tensor. Activations are not in it.
+  All of them are float32. Experts are split over expert, fsdp and tensor, other
+  parameters over fsdp and tensor. Activations are not counted.
   """
   counts, mesh = parameters(config), config.mesh
-  depth_routed = 0
-  model = config.model
+  model, routed = config.model, counts.routed
   if model.moe_layers:
     expert = 3 * model.dim * model.moe.width
-    depth_routed = model.mtp.depth * model.moe.experts * expert
-  routed = counts.routed + depth_routed
+    routed += model.mtp.depth * model.moe.experts * expert
   rest = counts.total + counts.mtp - routed
   shards = mesh.fsdp * mesh.tensor
-  held = routed // (shards * mesh.expert) + rest // shards
+  parameters_here = routed // (shards * mesh.expert) + rest // shards
   return {
-    'parameters': 4 * held,
-    'gradients': 4 * held,
-    'optimizer': 8 * held,
+    'parameters': 4 * parameters_here,
+    'gradients': 4 * parameters_here,
+    'optimizer': 8 * parameters_here,
   }
 
 
@@ -153,11 +153,11 @@ def hours_and_money(
   utilisation: float,
   dollars_per_hour: float,
 ) -> tuple[float, float]:
-  """Device hours to train on `tokens`, and dollars for them.
+  """Returns the device hours to train on `tokens`, and their price in dollars.
 
-  `peak_flops` is one device's peak in FLOP/s, `utilisation` the share of it
-  that is reached; the hours are summed over `devices` (so their number only
-  tells how long one waits: hours / devices).
+  The hours are summed over `devices`: a run lasts hours / devices. `peak_flops`
+  is the peak of one device in FLOP/s, `utilisation` the fraction of it that is
+  reached.
   """
   rate = devices * peak_flops * utilisation
   seconds = tokens * train_flops_per_token(config, seq_len) / rate

@@ -9,9 +9,9 @@ signatures (`Float[Array, 'B T D']`) and in the comments.
   N heads        Q query rank      C latent kv rank
   H nope head dim                  R rope head dim  U value head dim
 
-Annotations are strings (every module has `from __future__ import annotations`)
-and nobody evaluates them in production: only pytest does, through jaxtyping's
-import hook. That is why jaxtyping is a dependency of the tests alone.
+Annotations are strings (every module has `from __future__ import annotations`).
+Production never evaluates them; pytest does, through jaxtyping's import hook.
+So jaxtyping is a dependency of the tests alone.
 """
 
 from __future__ import annotations

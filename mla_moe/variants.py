@@ -1,6 +1,7 @@
-"""Variants of a config: what follows the colon in `--config=FILE:VARIANT`.
+"""Variants of a config, named after the colon in `--config=FILE:VARIANT`.
 
-A config here is `mla_moe.config.Config`, which imports this module.
+A config here is a `mla_moe.config.Config`. Its class is not imported, because
+its module imports this one.
 """
 
 from __future__ import annotations
@@ -10,26 +11,29 @@ import dataclasses
 from mla_moe.checked import Checked, ConfigError
 
 
-def variant(config: Checked, arg: str, **named: Checked) -> Checked:
-  """The config of `--config=FILE:arg`; parts of `arg` are joined by commas.
+def variant(config: Checked, arg: str, **variants: Checked) -> Checked:
+  """Returns the variant `arg` of a config; a comma joins several.
 
-  Every file has 'smoke' (toy size, same code); `named` are its others, whole
-  configs. The empty arg is `config`.
+  Every config has 'smoke' (toy size, same code); `variants` are the others, as
+  whole configs. The empty `arg` is `config` itself.
 
   Raises:
-    ConfigError: a part that is not there.
+    ConfigError: there is no variant of that name.
   """
   parts = [part for part in arg.split(',') if part]
   for part in parts:
-    if part != 'smoke' and part not in named:
-      known = ', '.join([*named, 'smoke'])
+    if part != 'smoke' and part not in variants:
+      known = ', '.join([*variants, 'smoke'])
       raise ConfigError(f'variant {part!r}: there is only {known}')
-    config = named.get(part, config)
+    config = variants.get(part, config)
   return smoke(config) if 'smoke' in parts else config
 
 
 def smoke(config: Checked) -> Checked:
-  """The same code paths at toy size: 20 steps, under a minute on a CPU."""
+  """Returns the config at toy size: 20 steps, under a minute on a CPU.
+
+  The code paths stay the same: groups, biases, MTP, precision, optimizer.
+  """
   model, moe = config.model, config.model.moe
   experts = 4 * moe.groups
   small_moe = dataclasses.replace(

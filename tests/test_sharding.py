@@ -59,14 +59,14 @@ def batch():
 
 @functools.cache
 def single():
-  """One step of one device: (state before, state after, metrics)."""
+  """Returns (state before, state after, metrics) of a step on one device."""
   before = step.init_state(jax.random.key(0), TINY)
   train = jax.jit(functools.partial(step.train_step, config=TINY))
   return before, *jax.device_get(train(before, batch(), RATES))
 
 
 def on_mesh(config, state):
-  """The step from `state` on config.mesh; also the layout asked for."""
+  """Returns the step from `state` on config.mesh, and the state's layout."""
   sharding.check(config)
   sizes = config.mesh
   mesh = sharding.make_mesh(sizes, jax.devices()[: sizes.devices])
@@ -114,8 +114,8 @@ def test_a_mesh_gives_the_single_devices_step(config, monkeypatch):
   chex.assert_trees_all_equal(jax.device_get(n['load']), m['load'])
   chex.assert_trees_all_equal(jax.device_get(got.router), expected.router)
   # AdamW's first moment is the clipped gradient, times a constant.
-  grads, wanted = jax.device_get(got.opt[0].mu), expected.opt[0].mu
-  for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted), strict=True):
+  grads, oracle = jax.device_get(got.opt[0].mu), expected.opt[0].mu
+  for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(oracle), strict=True):
     assert np.abs(a - b).max() <= 1e-4 * np.abs(b).max()
   # Every device's copy of a bias is the same number.
   for leaf in jax.tree.leaves(got.router):
@@ -130,12 +130,12 @@ def test_a_mesh_gives_the_single_devices_step(config, monkeypatch):
     jax.tree.leaves(got), jax.tree.leaves(where), strict=True
   ):
     assert leaf.sharding.is_equivalent_to(at, leaf.ndim)
-  held = lambda x: x.sharding.shard_shape(x.shape)
+  shard = lambda x: x.sharding.shard_shape(x.shape)
   pairs = zip(
     jax.tree.leaves(got.params), jax.tree.leaves(got.opt[0].mu), strict=True
   )
   for p, mu in pairs:
-    assert np.prod(held(mu)) <= np.prod(held(p))
+    assert np.prod(shard(mu)) <= np.prod(shard(p))
   if config.mesh.states == 'zero1':
     shapes = jax.tree.map(lambda x: x, got.opt)
     parameters = sharding.bytes_per_device(got.params, where.params)

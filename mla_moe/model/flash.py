@@ -51,6 +51,7 @@ def _flash(q, k, v, segments, index, scale, count):
 
 
 def _forward(q, k, v, segments, index, scale, count):
+  """Returns the output and the residuals; lists have one item a chunk."""
   block, chunks = _block_size(q, count), _chunks(q)
   cut = functools.partial(_cut, block=block, chunks=chunks)
   ids = _cut_segments(segments, q.shape[2], block, chunks)
@@ -58,7 +59,7 @@ def _forward(q, k, v, segments, index, scale, count):
 
   def tile(chunk, carry, i, j, diagonal):
     queries, keys, values, ids = chunk
-    out, peak, total = carry
+    out, peak, total = carry  # of the softmax so far, for each query
     logits = products.dot('...th,...sh->...ts', queries[i], keys[j]) * scale
     logits = _mask(logits, ids, i, j, diagonal)
     higher = jnp.maximum(peak[i], logits.max(-1))
@@ -85,12 +86,10 @@ def _forward(q, k, v, segments, index, scale, count):
 
 
 def _backward(scale, count, residuals, g):
+  """Returns the gradients of q, k and v; none of segments and index."""
   inputs, lse, out, segments, index = residuals
-  block, dtype, chunks = (
-    inputs[0][0].shape[-2],
-    inputs[0][0].dtype,
-    _chunks(out),
-  )
+  (queries, *_), *_ = inputs
+  block, dtype, chunks = queries.shape[-2], queries.dtype, _chunks(out)
   cut = functools.partial(_cut, block=block, chunks=chunks)
   # d logits = p * (dp - delta), delta = <g, out> (Dao et al. 2022, section 3)
   delta = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), -1)

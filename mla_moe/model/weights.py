@@ -73,7 +73,7 @@ def weight(
   names = _flat(axes, axes)
   whole = _unsharded(names)
 
-  def gather(q):
+  def unshard(q):
     bits = sharding.constrain(sharding.constrain(q.values, *names), *whole)
     return dataclasses.replace(
       q,
@@ -81,7 +81,7 @@ def weight(
       scales=sharding.constrain(q.scales, *(None,) * q.ndim),
     )
 
-  return fp8.Weight(w.master, tuple(map(gather, w.copies)))
+  return fp8.Weight(w.master, tuple(map(unshard, w.copies)))
 
 
 def quantize(w: Array, axes: tuple, recipe: fp8.Recipe) -> fp8.Weight:

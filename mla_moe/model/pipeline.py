@@ -71,8 +71,9 @@ def run(
 
     def turn(received, time):
       index = time - stage  # of the micro-batch that is here
-      clipped = jnp.clip(index, 0, micro_batches - 1)
-      take = lambda x: _micro_batch(x, clipped, micro_batches)
+      take = lambda x: _micro_batch(
+        x, jnp.clip(index, 0, micro_batches - 1), micro_batches
+      )
       x, cos, sin, segments = (None if r is None else take(r) for r in rows)
       x = jnp.where(stage == 0, x, received)
 

@@ -1,6 +1,7 @@
 """Settings of Sphinx: MyST pages, and an API page of every public module."""
 
 import pathlib
+import re
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -23,7 +24,7 @@ autodoc_typehints = 'none'
 autodoc_default_options = {
   'members': True,
   'undoc-members': False,
-  'exclude-members': 'setup, parent, name',
+  'exclude-members': 'setup, parent, name, replace',
 }
 # Folders of mla_moe in the order of reading, '' for the modules at its top.
 FOLDERS = ('', 'model', 'train', 'fp8', 'kernels', 'decode', 'data')
@@ -63,15 +64,25 @@ def to_restructured(app, kind, name, obj, options, lines: list[str]) -> None:
   """Rewrites a docstring's Markdown habits in place as reStructuredText.
 
   An indented block below a paragraph is a table of plain text or a command,
-  and is shown as it stands. The asterisk in [*lead, K] is no emphasis.
+  and is shown as it stands. Lines of the form `name: text` become a list. The
+  asterisk in [*lead, K] is no emphasis.
   """
   result, indented = [], False
-  for i, line in enumerate(lines):
-    starts = line.startswith(' ') and not indented and i and not lines[i - 1]
-    result += ['::', ''] if starts else []
-    indented = line.startswith(' ') if line else indented
-    parts = line.split('`')
+  for block in '\n'.join(lines).split('\n\n'):
+    rows = block.splitlines()
+    starts = block.startswith(' ') and not indented and bool(result)
+    indented = block.startswith(' ')
+    if starts:
+      rows[:0] = ['::', '']
     if not indented:
-      parts[::2] = [part.replace('[*', r'[\*') for part in parts[::2]]
-    result.append('`'.join(parts))
+      rows = [_escaped(row) for row in rows]
+      if result and all(re.match(r' |\w+: ', row) for row in rows):
+        rows = [row if row.startswith(' ') else f'* {row}' for row in rows]
+    result += [*rows, '']
   lines[:] = result
+
+
+def _escaped(row: str) -> str:
+  parts = row.split('`')
+  parts[::2] = [part.replace('[*', r'[\*') for part in parts[::2]]
+  return '`'.join(parts)

@@ -1,4 +1,4 @@
-"""The docs build without a warning; their commands run, their links lead on."""
+"""The docs build without a warning; their commands run; their links exist."""
 
 import importlib.util
 import json
@@ -19,29 +19,29 @@ ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / 'docs'
 PAGES = [*sorted(DOCS.glob('*.md')), ROOT / 'CONTRIBUTING.md']
 READER = ROOT / 'README.md'
-# What a smoke run has not: devices, texts, sizes of a large run.
+# Options that a smoke run lacks: devices, texts, sizes of a large run.
 DROPPED = (
   '--config.mesh.',
   '--config.data.micro_batch',
   '--config.data.source=gs',
 )
-# Steps of `tiny`, and those of its smoke variant that stand for them.
+# Steps of `tiny`, and the steps of its smoke variant in their place.
 STEPS = {'400': '20', '--replay=201': '--replay=11'}
 
 
 def commands():
-  """Every documented command, once, in its order."""
-  found = {}
+  """Returns {command: page} of the documented commands, in their order."""
+  pages = {}
   for page in PAGES:
     for block in re.findall(r'```sh\n(.*?)```', page.read_text(), re.S):
       for line in block.replace('\\\n', ' ').splitlines():
         if line.strip() and not line.startswith('#'):
-          found.setdefault(line, page.name)
-  return found
+          pages.setdefault(line, page.name)
+  return pages
 
 
 def smoke(line, folder):
-  """The command's words in a smoke variant, its folders below `folder`."""
+  """Returns the command's words in a smoke variant, folders below `folder`."""
   words = shlex.split(line)
   assert words[:2] == ['python', '-m'], line
   words = [word.replace('runs/', f'{folder}/') for word in words]
@@ -72,14 +72,14 @@ def test_every_documented_command_runs(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_launched_fits_where_it_is_launched():
-  """By the plan: neither too large for the slice nor of another mesh."""
+def test_launched_configs_fit_their_slices():
+  """The plan's last line has the flags of the documented command."""
   launched = [c for c in commands() if '.launch' in c and '--topology' in c]
   assert len(launched) >= 4
   for line in launched:
     words = shlex.split(line)
-    kept = ('--config', '--topology')
-    words = [w for w in words if w.startswith(kept) and 'source' not in w]
+    planned = ('--config', '--topology')
+    words = [w for w in words if w.startswith(planned) and 'source' not in w]
     done = subprocess.run(
       [sys.executable, '-m', 'experiments.plan', *words],
       cwd=ROOT,
@@ -87,10 +87,10 @@ def test_what_is_launched_fits_where_it_is_launched():
       text=True,
     )
     assert done.returncode == 0, f'{line}\n{done.stderr}'
-    said = done.stdout.splitlines()[-1]
-    assert said.startswith('To train it so: '), said
-    flags = set(said.removeprefix('To train it so: ').split())
-    assert flags <= set(words), f'{line}\n{said}'
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith('To train it so: '), last
+    flags = set(last.removeprefix('To train it so: ').split())
+    assert flags <= set(words), f'{line}\n{last}'
 
 
 @pytest.mark.skipif(
@@ -114,7 +114,7 @@ def test_the_docs_build_with_warnings_as_errors(tmp_path):
 
 
 @pytest.mark.parametrize('page', [*PAGES, READER], ids=lambda p: p.name)
-def test_links_lead_somewhere(page):
+def test_links_exist(page):
   """Offline: files of the repository, and anchors of the same page."""
   for target in re.findall(r'\]\(([^)\s]+)\)', page.read_text()):
     if target.startswith(('http://', 'https://', 'mailto:')):
@@ -140,8 +140,8 @@ def test_named_files_exist():
       assert (ROOT / name).exists(), f'{page.name}: {name}'
 
 
-def test_troubles_are_those_that_are_printed():
-  """Every quoted message is in the source, up to its numbers."""
+def test_quoted_messages_are_printed_by_the_source():
+  """Up to their numbers."""
   source = '\n'.join(
     path.read_text()
     for folder in ('mla_moe', 'experiments')
@@ -149,7 +149,7 @@ def test_troubles_are_those_that_are_printed():
   )
   source = re.sub(r"['\"]\s*\n\s*f?['\"]", '', source)
   text = (DOCS / 'troubleshooting.md').read_text()
-  for said in (
+  for message in (
     'there is no such key',
     'lower top_k or raise top_groups',
     'must divide ',
@@ -160,8 +160,8 @@ def test_troubles_are_those_that_are_printed():
     'is missing; pip install "mla_moe[',
     'No TensorBoard events: pip install "mla_moe[viz]" to have them.',
   ):
-    assert said in text, said
-    assert said in source or said == 'RESOURCE_EXHAUSTED', said
+    assert message in text, message
+    assert message in source or message == 'RESOURCE_EXHAUSTED', message
 
 
 @pytest.mark.parametrize(

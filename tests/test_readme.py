@@ -1,4 +1,4 @@
-"""The README's commands run, in a smoke variant, and its targets exist."""
+"""The README is short; its commands and its example run; its targets exist."""
 
 import importlib
 import pathlib
@@ -15,10 +15,27 @@ ROOT = pathlib.Path(__file__).parent.parent
 TEXT = (ROOT / 'README.md').read_text()
 
 
+def blocks(language):
+  """The fenced blocks of a language, in order."""
+  return re.findall(rf'```{language}\n(.*?)```', TEXT, re.S)
+
+
+def test_it_is_a_door():
+  """One screen has the pictures, the commands and the example."""
+  assert len(TEXT.splitlines()) <= 150
+  (example,) = blocks('python')
+  assert len(example.splitlines()) <= 13
+  assert TEXT.index(example) < TEXT.index('\n## ')
+  pictures = re.findall(r'<img src="([^"]+)"', TEXT)
+  assert len(pictures) == 2
+  assert all((ROOT / picture).exists() for picture in pictures)
+  results = TEXT.split('## Results')[1].split('What ran where')[0]
+  assert len(re.findall(r'^\| \[', results, re.M)) <= 8
+
+
 @pytest.mark.slow
 def test_commands_run(tmp_path):
-  blocks = re.findall(r'```sh\n(.*?)```', TEXT, re.S)
-  lines = [line for block in blocks for line in block.splitlines() if line]
+  lines = [line for b in blocks('sh') for line in b.splitlines() if line]
   assert len(lines) >= 2
   for line in lines:
     words = shlex.split(line.replace('runs/', f'{tmp_path}/'))
@@ -26,6 +43,21 @@ def test_commands_run(tmp_path):
     words = [sys.executable, *words[1:]]
     words = [w + ':smoke' if w.startswith('--config=') else w for w in words]
     subprocess.run(words, check=True, cwd=ROOT, timeout=280)
+
+
+def test_the_example_runs(tmp_path):
+  """Its comments are true: shapes, and a folder with FP8 blocks at the end."""
+  (example,) = blocks('python')
+  example = example.replace('runs/', f'{tmp_path}/')
+  checks = (
+    'assert out.logits.shape == (1, 5, config.vocab)\n'
+    'assert out.mtp_logits.shape == (1, 1, 4, config.vocab)\n'
+    'assert (out.expert_load.sum(1) == 5 * config.moe.top_k).all()\n'
+    'assert tokens.shape == (1, 13)\n'
+  )
+  code = example + checks
+  subprocess.run([sys.executable, '-c', code], check=True, cwd=ROOT)
+  assert 'fp8' in (tmp_path / 'copy' / 'config.json').read_text()
 
 
 def test_targets_and_configs_exist():

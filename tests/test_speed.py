@@ -1,4 +1,4 @@
-"""What a user waits for before anything is computed."""
+"""Imports are light: no command loads a heavy package before it needs it."""
 
 import subprocess
 import sys

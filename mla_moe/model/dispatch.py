@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mla_moe.types import Array, Float, Int
 
-# Saved for the backward pass under every remat policy: sorting again costs more
+# Saved for the backward pass unless remat is 'full': sorting again costs more
 # than a few numbers a token.
 SAVED = ('dispatch',)
 

@@ -82,8 +82,8 @@ def exchange(
   """
   gates, chosen = routing.gates, routing.chosen
   if not axes.region:
-    args = x, gates, chosen, ws, config, recipe
-    return _compute(*args), jnp.zeros((), jnp.int32)
+    out = _compute(x, gates, chosen, ws, config, recipe)
+    return out, jnp.zeros((), jnp.int32)
   devices = sharding.axis_size(('expert',))
   x, gates, chosen, ws = sharding.pvary((x, gates, chosen, ws))
   split = tuple(a for a in ('expert', 'tensor') if a in axes.tokens)
@@ -95,20 +95,15 @@ def exchange(
   if kind != 'gather':
     gathered = tuple(a for a in split if a == 'tensor')
   if gathered:
-    args = x, gates, chosen, gathered, recipe, shared
-    x, gates, chosen = _gather(*args)
+    x, gates, chosen = _gather(x, gates, chosen, gathered, recipe, shared)
   overflow = jnp.zeros((), jnp.int32)
   if kind == 'gather':
     expected = max(chosen.size // devices, 1)
     ids = _own_ids(chosen, config.moe.experts // devices)
     out = _compute(x, gates, ids, ws, config, recipe, expected)
   else:
-    args = x, gates, chosen, ws, kind, config, recipe
-    out, exceeding = _in_rounds(*args)
-    # Along these axes, all devices count the same rows.
-    is_same = lambda axis: axis == 'tensor' or axis not in axes.tokens
-    same = tuple(filter(is_same, axes.region))
-    overflow = jax.lax.psum(exceeding, axes.region) // sharding.axis_size(same)
+    out, exceeding = _in_rounds(x, gates, chosen, ws, kind, config, recipe)
+    overflow = _all_devices(exceeding, axes)
   if gathered:
     out = jax.lax.psum_scatter(out, gathered, scatter_dimension=0, tiled=True)
   out = sharding.psum(out, whole)
@@ -125,6 +120,16 @@ def _kind(config: ModelConfig, devices: int, tokens_are_split: bool) -> str:
   if devices <= config.moe.top_k:
     return 'gather'
   return 'padded' if sharding.target_platform() == 'cpu' else 'ragged'
+
+
+def _all_devices(rows: Array, axes: TokenAxes) -> Array:
+  """Returns the sum of a number of rows over all devices, each row once.
+
+  Along `tensor`, and along axes that split no tokens, devices have the same.
+  """
+  is_same = lambda axis: axis == 'tensor' or axis not in axes.tokens
+  same = tuple(filter(is_same, axes.region))
+  return jax.lax.psum(rows, axes.region) // sharding.axis_size(same)
 
 
 def _compute(x, gates, ids, ws, config, recipe, expected=0):

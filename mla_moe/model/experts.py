@@ -57,13 +57,15 @@ def feed_forward(
     out = expert_loop.feed_forward(*args, expected, recipe)
   elif impl == 'ragged':
     out = _ragged(*args, expected, recipe)
+  elif impl == 'padded':
+    out = _padded(*args, expected)
   else:
-    out = _padded(*args, expected) if impl == 'padded' else _dense(*args)
+    out = _dense(*args)
   return out.astype(x.dtype)
 
 
 def _dense(x, gates, chosen, w_gate_up, w_down):
-  """Every expert on every token; experts that are not chosen have gate 0."""
+  """Returns the sum over all experts; those that are not chosen have gate 0."""
   is_chosen = chosen[:, :, None] == jnp.arange(len(w_down))[None, None]
   gates = jnp.einsum('mke,mk->me', is_chosen.astype(gates.dtype), gates)
   gate_up = products.dot('md,edf->mef', x, _flat(w_gate_up))
@@ -73,18 +75,18 @@ def _dense(x, gates, chosen, w_gate_up, w_down):
 
 
 def _ragged(x, gates, chosen, w_gate_up, w_down, expected, recipe):
-  """The sorted rows through two grouped products.
+  """Returns the sum by grouped products of the sorted rows.
 
-  On a mesh, a device has some of the experts, and only about `expected` of the
-  rows are theirs: the buffer is shorter, and the loop takes the rest.
+  On a mesh, a device has a part of the experts, and about `expected` rows are
+  for them. The buffer then has 1.5 times as many, and the loop takes the rest.
   """
   e, total = w_down.shape[0], chosen.size
   order = dispatch.sort(chosen, e)
   capacity = total
   if expected < total:
     capacity = min(total, dispatch.capacity(expected, 128))
-  in_buffer = lambda position: jnp.minimum(position, capacity)
-  sizes = in_buffer(order.starts + order.sizes) - in_buffer(order.starts)
+  ends = jnp.minimum(order.starts + order.sizes, capacity)
+  sizes = ends - jnp.minimum(order.starts, capacity)
   assignments = order.assignments[:capacity]
   present = (chosen.reshape(-1) < e) & (order.positions < capacity)
   valid = jnp.arange(capacity) < sizes.sum()
@@ -109,10 +111,10 @@ def _ragged(x, gates, chosen, w_gate_up, w_down, expected, recipe):
 
 
 def _padded(x, gates, chosen, w_gate_up, w_down, expected):
-  """Each expert's first rows as one batched product, the rest in the loop.
+  """Returns the sum by batched products of equally many rows for each expert.
 
-  Each has room for 1.5 times the mean load: with balanced loads, the loop has
-  no turn.
+  An expert has 1.5 times the mean load of rows, and the loop takes the rest:
+  with balanced load it has no turn.
   """
   e, dim = w_gate_up.shape[:2]
   capacity = dispatch.capacity(expected, 8 * e) // e + 8
@@ -137,10 +139,10 @@ def _padded(x, gates, chosen, w_gate_up, w_down, expected):
 
 
 def _flat(w_gate_up):
-  """Gate and up side by side: [E, D, 2, F] -> [E, D, 2 F]."""
+  """Returns gate and up side by side: [E, D, 2, F] -> [E, D, 2 F]."""
   return w_gate_up.reshape(*w_gate_up.shape[:2], -1)
 
 
 def _gated(gate_up):
-  """`layers.glu` of gate and up side by side."""
+  """Returns `layers.glu` of gate and up that lie side by side."""
   return layers.glu(gate_up.reshape(*gate_up.shape[:-1], 2, -1))

@@ -172,13 +172,13 @@ def _steps(ready, course, saved, written, stop, dog, tell) -> Ended:
     if clock:  # the first step compiles: it is not watched
       clock.pause(traced)
       dog.arm(f'step {number}')
-    with fp8.fallbacks() as fell:  # products without their kernel: traced
+    with fp8.collect_fallbacks() as fallbacks:  # when the step is traced
       state, values = ready.train(
         state, place(ready, batch), place(ready, given)
       )
-    if fell:
-      written.fallen = len(fell)
-      print(*sorted(set(fell)), sep='\n')
+    if fallbacks:
+      written.fallen = len(fallbacks)
+      print(*sorted(set(fallbacks)), sep='\n')
     checked = _checked(number, every)
     prints = fingerprint.of(state) if checked or not clock else None
     ended = look and _look(look, counts, every, written, tell)

@@ -148,6 +148,16 @@ class MTPConfig(Checked):
   depth: int = 1
 
 
+# The implementations (`fp8.gemm`) that compute each precision on some hardware;
+# 'auto', which fits them all, takes the platform's.
+FP8_IMPLS = {
+  'bf16': (),
+  'fp8_tensor': ('dequant', 'native'),
+  'fp8_channel': ('dequant', 'native'),
+  'fp8_block': ('dequant', 'mgpu', 'tpu', 'mxfp8'),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig(Checked):
   """How a model is computed; no field changes the model or its training.
@@ -206,10 +216,7 @@ class ModelConfig(Checked):
     self._require('init_std', self.init_std > 0, 'must be above 0')
     self._require('norm_eps', self.norm_eps > 0, 'must be above 0')
     fp8, experts = self.compute.fp8, self.compute.experts
-    fitting = {
-      'bf16': ('auto',),
-      'fp8_block': ('auto', 'dequant', 'mgpu', 'tpu', 'mxfp8'),
-    }.get(self.precision, ('auto', 'dequant', 'native'))
+    fitting = ('auto', *FP8_IMPLS[self.precision])
     self._require(
       'precision',
       fp8 in fitting,

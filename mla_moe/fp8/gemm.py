@@ -1,22 +1,23 @@
-"""One product of FP8 arrays, computed by what the hardware has.
+"""One product of two FP8 arrays, by the implementation that the hardware has.
 
 Training multiplies three times, each time summing over the axis that its
 operands' tiles lie along: y = x w, dx = g w^T, dw = x^T g (V3 section 3.3.2).
-`multiply` is any of them. Every implementation computes the same sum of the
-same quantised numbers in float32:
+`multiply` is any of the three. Every implementation computes the same sum of
+the same quantised numbers in float32:
 
   dequant  widens the operands: the reference, and right on any hardware
-           (bfloat16 holds a dequantised number exactly if its scale is a
-           power of two)
+           (bfloat16 holds a dequantised number exactly)
   native   XLA's own FP8 dot, scaled afterwards: one scale along the sum
   mgpu     Pallas kernel for Hopper's tensor cores, scaled every 128 of the sum
   tpu      Pallas kernel for TPU v7
-  mxfp8    Blackwell's block-scaled dot: each power-of-two scale serves four of
-           its blocks of 32
+  mxfp8    Blackwell's block-scaled dot: each of our scales serves four of its
+           blocks of 32
 
-A kernel takes matrices whose rows lie along the sum and multiples of 128;
-`matrix` makes them, with zeros. What no kernel takes falls back to dequant,
-call by call; `fallbacks` tells how often.
+`config.FP8_IMPLS` says which of them computes which precision, and `choose`
+which of them a device has. A kernel takes matrices whose rows lie along the
+sum and whose lengths are multiples of 128; `matrix` makes them, with zeros.
+Where no kernel can run, the product falls back to dequant: `usable` decides it
+call by call, and `collect_fallbacks` lists the calls.
 """
 
 from __future__ import annotations
@@ -25,47 +26,49 @@ import contextlib
 import contextvars
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from mla_moe.config import ConfigError
+from mla_moe.config import FP8_IMPLS, ConfigError
 from mla_moe.fp8 import quantize as q8
 from mla_moe.fp8.quantize import TILE, Quantized
-from mla_moe.types import Array, PyTree
+from mla_moe.types import Array, Float, PyTree
 
-PRECISIONS = ('bf16', 'fp8_tensor', 'fp8_channel', 'fp8_block')
-IMPLS = ('auto', 'dequant', 'native', 'mgpu', 'tpu', 'mxfp8')
-BLOCKED = ('mgpu', 'tpu', 'mxfp8')  # they know tiles and nothing else
-BY_EXPERT = ('mgpu', 'tpu')  # with kernels by expert; others go block by block
+# They multiply tiles of 128 and nothing else.
+KERNELS = tuple(i for i in FP8_IMPLS['fp8_block'] if i != 'dequant')
+# They have kernels by expert, too; the others multiply block by block.
+GROUPED_KERNELS = ('mgpu', 'tpu')
 
-_seen: contextvars.ContextVar = contextvars.ContextVar('seen', default=None)
+_fallbacks: contextvars.ContextVar = contextvars.ContextVar(
+  'fallbacks', default=None
+)
 
 
 @contextlib.contextmanager
-def fallbacks():
-  """Collects, while programs are traced, a line for each call that fell back.
+def collect_fallbacks() -> Iterator[list[str]]:
+  """Yields a list that gains a line for each product without its kernel.
 
-  A program that was traced before tells nothing.
+  It does so while a program is traced; a compiled program adds no line.
   """
-  token = _seen.set([])
+  token = _fallbacks.set([])
   try:
-    yield _seen.get()
+    yield _fallbacks.get()
   finally:
-    _seen.reset(token)
+    _fallbacks.reset(token)
 
 
 def choose(
-  precision: str,
-  impl: str = 'auto',
-  scales: str = 'pow2',
-  device: Any = None,
+  precision: str, impl: str = 'auto', device: Any = None
 ) -> tuple[str, str]:
-  """The implementation for `device` (the first one), and a line or ''.
+  """Returns the implementation for `device` (the first one), and a warning.
 
-  The line says that the hardware has no FP8 product of this precision, so
-  that the numbers are FP8's and the speed is not.
+  A device is a jax.Device, or has its platform, device_kind and (a GPU's)
+  compute_capability. The warning is one line, or ''. It says that the hardware
+  has no FP8 product of this precision: numbers are FP8's, the speed is not.
 
   Raises:
     ConfigError: an explicit `impl` that this precision or device cannot do.
@@ -73,11 +76,7 @@ def choose(
   if precision == 'bf16':
     return 'dequant', ''
   device = device or jax.devices()[0]
-  able = _able(device)
-  if scales != 'pow2':
-    able = tuple(i for i in able if i != 'mxfp8')
-  blocks = precision == 'fp8_block'
-  fitting = [i for i in able if (i in BLOCKED) == blocks]
+  fitting = [i for i in FP8_IMPLS[precision] if i in _hardware(device)]
   name = f'{device.platform} ({device.device_kind})'
   if impl == 'auto':
     # The CPU's native product only widens, as dequant does.
@@ -93,7 +92,8 @@ def choose(
   return impl, ''
 
 
-def _able(device: Any) -> tuple[str, ...]:
+def _hardware(device: Any) -> tuple[str, ...]:
+  """The implementations, besides dequant, that run on `device`."""
   if device.platform == 'cpu':
     return ('native',)
   if device.platform == 'tpu':
@@ -107,25 +107,45 @@ def _able(device: Any) -> tuple[str, ...]:
   return ('native',) if capability >= 8.9 else ()
 
 
-# An axis of an operand is summed over or kept; `multiply` lists those summed.
+def usable(impl: str) -> str:
+  """Returns `impl`, or 'dequant' where its kernel cannot run; notes that.
+
+  GSPMD cannot split a kernel over a mesh; in shard_map nothing is left to
+  split.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  local = mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual
+  if impl not in KERNELS or local:
+    return impl
+  if _fallbacks.get() is not None:
+    _fallbacks.get().append(
+      f'fp8 impl={impl} has no kernel for a mesh of {mesh.size} devices '
+      'outside shard_map: dequant'
+    )
+  return 'dequant'
+
+
+# Below, `summed` are the axes of an operand (or of both) that a product sums
+# over; the operand's other axes are those of the result.
 
 
 def multiply(
   a: Quantized,
   b: Quantized,
-  over: tuple[tuple[int, ...], tuple[int, ...]],
+  summed: tuple[tuple[int, ...], tuple[int, ...]],
   impl: str,
-  dtype=jnp.float32,
-) -> Array:
-  """The product over axes over[0] of `a` and over[1] of `b`, in `dtype`.
+  dtype: DTypeLike = jnp.float32,
+) -> Float[Array, '*product']:
+  """The product over axes summed[0] of `a` and summed[1] of `b`, in `dtype`.
 
-  The result has the kept axes of `a`, then those of `b`. Only the last axis
-  summed of each may be tiled, and both are tiled alike there (or all summed
-  axes lie in one tile).
+  The result has the other axes of `a`, then those of `b`. Only the last summed
+  axis of each may be tiled, and both are tiled alike there (or all summed axes
+  lie in one tile).
   """
-  if impl in BLOCKED and not falls_back(impl):
-    return _blocked(a, b, over, impl, dtype)
-  dims = (over, ((), ()))
+  impl = usable(impl)
+  if impl in KERNELS:
+    return _by_kernel(a, b, summed, impl, dtype)
+  dims = (summed, ((), ()))
   dot = functools.partial(jax.lax.dot_general, dimension_numbers=dims)
   dot = functools.partial(dot, preferred_element_type=jnp.float32)
   if impl != 'native':
@@ -133,29 +153,16 @@ def multiply(
   # HIGHEST is what keeps cuBLASLt from accumulating in fewer bits.
   exact = functools.partial(dot, precision=jax.lax.Precision.HIGHEST)
   y = jax.lax.platform_dependent(a.values, b.values, cuda=exact, default=dot)
-  sa, sb = _kept_scales(a, over[0]), _kept_scales(b, over[1])
+  sa, sb = _result_scales(a, summed[0]), _result_scales(b, summed[1])
   sa = sa.reshape(sa.shape + (1,) * sb.ndim)
   sb = sb.reshape((1,) * (sa.ndim - sb.ndim) + sb.shape)
   return (y * sa * sb).astype(dtype)
 
 
-def falls_back(impl: str) -> bool:
-  """Whether this call cannot be the kernel's; noted if so."""
-  why = ''
-  mesh = jax.sharding.get_abstract_mesh()
-  # GSPMD cannot split a kernel; in shard_map nothing is left to split.
-  if not mesh.empty and mesh.size > 1 and not mesh.are_all_axes_manual:
-    why = f'a mesh of {mesh.size} devices outside shard_map'
-  if why and _seen.get() is not None:
-    _seen.get().append(f'fp8 impl={impl} has no kernel for {why}: dequant')
-  return bool(why)
-
-
-def _kept_scales(q: Quantized, over: tuple[int, ...]) -> Array:
-  """Scales by the kept axes; there must be one along the sum."""
-  assert all(q.scales.shape[d] == 1 for d in over), (q.scales.shape, over)
-  kept = tuple(d for d in range(q.ndim) if d not in over)
-  return jnp.squeeze(q8.spread(q, kept), over)
+def _result_scales(q: Quantized, summed: tuple[int, ...]) -> Array:
+  """The scales along the axes that stay; there is one along the sum."""
+  assert all(q.scales.shape[d] == 1 for d in summed), (q.scales.shape, summed)
+  return jnp.squeeze(q8.repeat_scales(q, other_axes(q, summed)), summed)
 
 
 def _widened(dot, a: Quantized, b: Quantized) -> Array:
@@ -167,69 +174,72 @@ def _widened(dot, a: Quantized, b: Quantized) -> Array:
   def narrow(a, b):
     return dot(q8.dequantize(a, jnp.bfloat16), q8.dequantize(b, jnp.bfloat16))
 
-  def precise(a, b):
-    highest = jax.lax.Precision.HIGHEST
-    return dot(q8.dequantize(a), q8.dequantize(b), precision=highest)
-
-  default = narrow if a.kind == b.kind == 'pow2' else precise
-  return jax.lax.platform_dependent(a, b, cpu=wide, default=default)
+  return jax.lax.platform_dependent(a, b, cpu=wide, default=narrow)
 
 
 # ------------------------------------------------------------ by kernel
 
 
-def _blocked(a, b, over, impl, dtype):
-  left, right = matrix(a, over[0]), matrix(b, over[1])
+def _by_kernel(a, b, summed, impl, dtype):
+  left, right = matrix(a, summed[0]), matrix(b, summed[1])
   if impl == 'mxfp8':
     y = _mxfp8(left, right, dtype)
   else:
-    y = run_kernel(impl, 'matmul', *per_row(left), *right, dtype=dtype)
-  y = unpadded(y, 0, a, over[0])
-  return unpadded(y, y.ndim - 1, b, over[1])
+    y = run_kernel(impl, 'matmul', *row_scales(left), *right, dtype=dtype)
+  y = unpadded(y, 0, a, summed[0])
+  return unpadded(y, y.ndim - 1, b, summed[1])
 
 
-def run_kernel(impl: str, name: str, *args: Array, **options) -> Array:
-  """The result of a kernel of `impl`; Pallas is imported only where it runs.
+def run_kernel(
+  impl: str, name: str, *args: Array, **options: DTypeLike
+) -> Float[Array, '*product']:
+  """The result of kernel `name` of `impl`; imports Pallas only here.
 
   In a checked shard_map, a Pallas call has to say along which axes of the mesh
-  its result differs. That is wherever any operand does; all are marked so
-  before (a weight may be the same on every device), and the kernels' results
-  are of their first operand's type.
+  its result varies. That is wherever any operand does; all are cast to vary
+  so (a weight may be the same on every device), and the kernels give their
+  result the type of their first operand.
   """
   if impl == 'mgpu':
     from mla_moe.kernels import block_gpu as kernels
   else:
     from mla_moe.kernels import block_tpu as kernels
-  same = [marked(x, *args) for x in args]
-  return marked(getattr(kernels, name)(*same, **options), *same)
+  args = [pvary_like(x, *args) for x in args]
+  return pvary_like(getattr(kernels, name)(*args, **options), *args)
 
 
-def marked(x: Array, *likes: PyTree) -> Array:
-  """`x`, marked in shard_map as differing by device where any of `likes` is."""
-  differs = lambda x: jax.typeof(x).manual_axis_type.varying
-  axes = frozenset().union(*map(differs, jax.tree.leaves(likes)))
-  new = tuple(sorted(axes - differs(x)))
-  return jax.lax.pcast(x, new, to='varying') if new else x
+def pvary_like(x: Array, *likes: PyTree) -> Array:
+  """Returns `x`, cast in shard_map to vary by device where any of `likes` does.
+
+  A loop's carry and a kernel's operands must all vary alike.
+  """
+  varying = lambda x: jax.typeof(x).manual_axis_type.varying
+  axes = frozenset().union(*map(varying, jax.tree.leaves(likes)))
+  missing = tuple(sorted(axes - varying(x)))
+  return jax.lax.pcast(x, missing, to='varying') if missing else x
 
 
-def matrix(q: Quantized, over: tuple[int, ...], lead: int = 0):
+def matrix(
+  q: Quantized, summed: tuple[int, ...], lead: int = 0
+) -> tuple[Float[Array, '*lead rows K'], Float[Array, '*lead blocks tiles']]:
   """(values [*lead, rows, K], scales [*lead, rows or rows / 128, K / 128]).
 
-  Rows are the kept axes after `lead` leading ones, K those summed over; both
-  are padded with zeros to multiples of 128, as is the last summed axis. A kept
-  axis in blocks has one scale a block, and is padded itself.
+  K are the summed axes, rows the others after `lead` leading ones. Both are
+  padded with zeros to multiples of 128, as is the last summed axis. If the
+  last of the rows' axes is in blocks, there is one scale a block, and that
+  axis is padded itself.
   """
-  rows = kept(q, over, lead)
+  rows = other_axes(q, summed, lead)
   blocks = q.tile(rows[-1]) > 1
-  ends = (over[-1], rows[-1]) if blocks else (over[-1],)
+  ends = (summed[-1], rows[-1]) if blocks else (summed[-1],)
   pads = [(0, -n % TILE if d in ends else 0) for d, n in enumerate(q.shape)]
   values = jnp.pad(q.values, pads) if any(p for _, p in pads) else q.values
-  scales = q8.spread(q, tuple(d for d in range(q.ndim) if d not in ends))
+  scales = q8.repeat_scales(q, tuple(d for d in range(q.ndim) if d not in ends))
 
   def flat(x):
-    summed = math.prod(x.shape[d] for d in over)
-    x = x.transpose(*range(lead), *rows, *over)
-    return x.reshape(*x.shape[:lead], -1, summed)
+    length = math.prod(x.shape[d] for d in summed)
+    x = x.transpose(*range(lead), *rows, *summed)
+    return x.reshape(*x.shape[:lead], -1, length)
 
   values, scales = flat(values), flat(scales)
   short = -values.shape[-2] % TILE
@@ -240,35 +250,43 @@ def matrix(q: Quantized, over: tuple[int, ...], lead: int = 0):
   return values, scales
 
 
-def kept(q: Quantized, over: tuple[int, ...], lead: int = 0):
-  """The axes of `q` that its product keeps, after `lead` leading ones."""
-  return tuple(d for d in range(lead, q.ndim) if d not in over)
+def other_axes(
+  q: Quantized, summed: tuple[int, ...], lead: int = 0
+) -> tuple[int, ...]:
+  """The axes of `q` that are not summed, after `lead` leading ones."""
+  return tuple(d for d in range(lead, q.ndim) if d not in summed)
 
 
-def per_row(matrix):
-  """`matrix`'s result with a scale for every row."""
+def row_scales(matrix: tuple[Array, Array]) -> tuple[Array, Array]:
+  """Returns the result of `matrix` with a scale for every row."""
   values, scales = matrix
-  per = values.shape[-2] // scales.shape[-2]
-  return values, jnp.repeat(scales, per, axis=-2) if per > 1 else scales
+  rows = values.shape[-2] // scales.shape[-2]
+  return values, jnp.repeat(scales, rows, axis=-2) if rows > 1 else scales
 
 
-def unpadded(y, axis: int, q: Quantized, over, lead: int = 0):
-  """Axis `axis` of a product as the kept axes of its operand `q`."""
-  axes = kept(q, over, lead)
+def unpadded(
+  y: Float[Array, '*padded'],
+  axis: int,
+  q: Quantized,
+  summed: tuple[int, ...],
+  lead: int = 0,
+) -> Float[Array, '*product']:
+  """Returns `y` with its axis `axis`, the rows of `matrix`, as axes of `q`."""
+  axes = other_axes(q, summed, lead)
   lengths = [q.shape[d] for d in axes]
   before, after = y.shape[:axis], y.shape[axis + 1 :]
   if q.tile(axes[-1]) == 1:
     y = jax.lax.slice_in_dim(y, 0, math.prod(lengths), axis=axis)
     return y.reshape(*before, *lengths, *after)
   y = y.reshape(*before, *lengths[:-1], -1, *after)
-  at = axis + len(lengths) - 1
-  return jax.lax.slice_in_dim(y, 0, lengths[-1], axis=at)
+  last = axis + len(lengths) - 1
+  return jax.lax.slice_in_dim(y, 0, lengths[-1], axis=last)
 
 
 def _mxfp8(a, b, dtype):
-  (a, sa), (b, sb) = per_row(a), per_row(b)
+  (a, sa), (b, sb) = row_scales(a), row_scales(b)
   narrow = lambda s: jnp.repeat(s, 4, axis=-1).astype(jnp.float8_e8m0fnu)[None]
   y = jax.nn.scaled_matmul(
     a[None], b[None], narrow(sa), narrow(sb), preferred_element_type=dtype
   )
-  return marked(y[0], a, b)
+  return pvary_like(y[0], a, b)

@@ -2,10 +2,10 @@
 
 Each expert's rows are first moved to a whole number of blocks of 128, filled
 up with zeros. Tiles along the tokens, which the weights' gradient sums over,
-then never straddle two experts, and kernels meet whole tiles only; rows after
-the last group go nowhere, so that whatever they hold reaches no amax. The
-layout is static and as large as the worst routing needs; the work follows the
-blocks that hold rows.
+then never straddle two experts, and kernels meet whole tiles only. Rows after
+the last group are left out, so that their numbers reach no amax. The layout is
+static and as large as the worst routing needs; the work follows the blocks
+that hold rows.
 """
 
 from __future__ import annotations
@@ -15,57 +15,60 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from mla_moe.fp8 import gemm
 from mla_moe.fp8 import quantize as q8
 from mla_moe.fp8.quantize import TILE, Quantized
-from mla_moe.types import Array
+from mla_moe.types import Array, Bool, Float, Int
 
 
 class Layout(NamedTuple):
-  """Rows sorted by expert, each expert's moved to a whole number of blocks.
+  """Where each of M sorted rows goes: P rows in blocks of 128 of one expert.
 
-  A block is 128 rows of one expert, P rows in all; the first `live` blocks
-  hold rows, zeros fill them up. `place` [M] says where each row goes (0 for
-  those after the last group, which `held` [M] leaves out), `source` [P] and
-  `filled` [P] the way back; `expert` [P / 128]; `first`, `count` [E] blocks.
+  `place` is a row's index in the layout; it is 0 for the rows after the last
+  group, which are not `valid`. `source` is the way back, for the rows of the
+  layout that are `filled`; the others are zeros. The first `live` blocks hold
+  rows, those of an expert from its block `first`.
   """
 
-  place: Array
-  held: Array
-  source: Array
-  filled: Array
-  expert: Array
-  first: Array
-  count: Array
-  live: Array
+  place: Int[Array, ' M']
+  valid: Bool[Array, ' M']
+  source: Int[Array, ' P']
+  filled: Bool[Array, ' P']
+  expert: Int[Array, ' blocks']
+  first: Int[Array, ' E']
+  count: Int[Array, ' E']
+  live: Int[Array, '']
 
 
-def layout(group_sizes: Array, rows: int) -> Layout:
-  """Where `rows` sorted rows go; P is the worst case of any sizes."""
+def make_layout(group_sizes: Int[Array, ' E'], rows: int) -> Layout:
+  """Returns the layout of `rows` sorted rows; P is the worst of any sizes."""
   experts = group_sizes.size
   sizes = group_sizes.astype(jnp.int32)
   ends = jnp.cumsum(sizes)
   count = -(-sizes // TILE)
   last = jnp.cumsum(count)
-  n = max(-(-(rows + experts * (TILE - 1)) // TILE), 1)
+  blocks = max(-(-(rows + experts * (TILE - 1)) // TILE), 1)
 
   def find(ends, length):
+    """The group of each of `length` indices, by where groups end."""
     index = jnp.arange(length, dtype=jnp.int32)
-    found = jnp.searchsorted(ends, index, side='right', method='compare_all')
-    return index, jnp.minimum(found, experts - 1).astype(jnp.int32)
+    group = jnp.searchsorted(ends, index, side='right', method='compare_all')
+    return index, jnp.minimum(group, experts - 1).astype(jnp.int32)
 
-  row, own = find(ends, rows)
-  held = row < ends[-1]
-  place = (last - count)[own] * TILE + row - (ends - sizes)[own]
-  block, expert = find(last, n)
+  row, row_expert = find(ends, rows)
+  valid = row < ends[-1]
+  start = (last - count)[row_expert] * TILE
+  place = start + row - (ends - sizes)[row_expert]
+  block, expert = find(last, blocks)
   rank = (block - (last - count)[expert])[:, None] * TILE
   rank = rank + jnp.arange(TILE, dtype=jnp.int32)[None]
   filled = (rank < sizes[expert][:, None]) & (block < last[-1])[:, None]
   source = jnp.where(filled, (ends - sizes)[expert][:, None] + rank, 0)
   return Layout(
-    jnp.where(held, place, 0),
-    held,
+    jnp.where(valid, place, 0),
+    valid,
     source.reshape(-1),
     filled.reshape(-1),
     expert,
@@ -75,87 +78,96 @@ def layout(group_sizes: Array, rows: int) -> Layout:
   )
 
 
-def spread_rows(x: Array, at: Layout) -> Array:
-  """[M, ...] rows in the layout [P, ...], zeros where there is none."""
-  filled = at.filled.reshape(-1, *(1,) * (x.ndim - 1))
-  return jnp.where(filled, x[at.source], 0)
+def to_layout(
+  x: Float[Array, 'M ...'], layout: Layout
+) -> Float[Array, 'P ...']:
+  """Returns the rows in their places, zeros in the others."""
+  filled = layout.filled.reshape(-1, *(1,) * (x.ndim - 1))
+  return jnp.where(filled, x[layout.source], 0)
 
 
-def gather_rows(x: Array, at: Layout) -> Array:
-  """[P, ...] back to [M, ...]; rows after the last group are zeros."""
-  held = at.held.reshape(-1, *(1,) * (x.ndim - 1))
-  return jnp.where(held, x[at.place], 0)
+def from_layout(
+  x: Float[Array, 'P ...'], layout: Layout
+) -> Float[Array, 'M ...']:
+  """Returns the rows in their old order; those of no group are zeros."""
+  valid = layout.valid.reshape(-1, *(1,) * (x.ndim - 1))
+  return jnp.where(valid, x[layout.place], 0)
 
 
-def grouped(
+def multiply_by_expert(
   a: Quantized,
   b: Quantized,
-  over: tuple[tuple[int, ...], tuple[int, ...]],
-  at: Layout,
+  summed: tuple[tuple[int, ...], tuple[int, ...]],
+  layout: Layout,
   impl: str,
-  dtype=jnp.float32,
-) -> Array:
-  """[P, ...] times its row's expert of [E, ...], summed over axes `over`.
+  dtype: DTypeLike = jnp.float32,
+) -> Float[Array, 'P ...']:
+  """Each row of `a` [P, ...] times its expert's weight of `b` [E, ...].
 
-  Rows of blocks that are not live hold anything.
+  The sum goes over axes summed[0] of `a` and summed[1] of `b`. Rows of blocks
+  that are not live are undefined.
   """
-  impl = _fitting(impl)
-  if impl in gemm.BY_EXPERT:
-    left, right = gemm.matrix(a, over[0]), gemm.matrix(b, over[1], lead=1)
-    args = (*gemm.per_row(left), *right, at.expert, at.live)
+  impl = gemm.usable(impl)
+  if impl in gemm.GROUPED_KERNELS:
+    left, right = gemm.matrix(a, summed[0]), gemm.matrix(b, summed[1], lead=1)
+    args = (*gemm.row_scales(left), *right, layout.expert, layout.live)
     y = gemm.run_kernel(impl, 'grouped', *args, dtype=dtype)
-    return gemm.unpadded(y, 1, b, over[1], lead=1)
-  inner = tuple(d - 1 for d in over[1])
-  kept = [b.shape[d] for d in gemm.kept(b, over[1], 1)]
+    return gemm.unpadded(y, 1, b, summed[1], lead=1)
+  inner = tuple(d - 1 for d in summed[1])
+  outputs = [b.shape[d] for d in gemm.other_axes(b, summed[1], 1)]
 
   def loop(a, b):
     def body(i, y):
-      e = at.expert[i]
-      part = gemm.multiply(
-        _block(a, i), _pick(b, e), (over[0], inner), impl, dtype
-      )
+      e = layout.expert[i]
+      rows, w = _block(a, i), _expert(b, e)
+      part = gemm.multiply(rows, w, (summed[0], inner), impl, dtype)
       return jax.lax.dynamic_update_slice_in_dim(y, part, i * TILE, 0)
 
-    start = gemm.marked(jnp.zeros((a.shape[0], *kept), dtype), a, b, at)
-    return jax.lax.fori_loop(0, at.live, body, start)
+    zeros = jnp.zeros((a.shape[0], *outputs), dtype)
+    start = gemm.pvary_like(zeros, a, b, layout)
+    return jax.lax.fori_loop(0, layout.live, body, start)
 
   if impl != 'dequant':
     return loop(a, b)
 
   def ragged(a, b):
-    """A TPU multiplies by expert by itself."""
-    axes = (0, *over[1], *gemm.kept(b, over[1], 1))
-    right = _wide(b).transpose(axes).reshape(b.shape[0], -1, math.prod(kept))
+    axes = (0, *summed[1], *gemm.other_axes(b, summed[1], 1))
+    right = _wide(b).transpose(axes)
+    right = right.reshape(b.shape[0], -1, math.prod(outputs))
     left = _wide(a).reshape(a.shape[0], -1)
     y = jax.lax.ragged_dot(
-      left, right, at.count * TILE, preferred_element_type=jnp.float32
+      left, right, layout.count * TILE, preferred_element_type=jnp.float32
     )
-    return y.reshape(-1, *kept).astype(dtype)
+    return y.reshape(-1, *outputs).astype(dtype)
 
+  # XLA has a fast product by expert on TPUs only.
   return jax.lax.platform_dependent(a, b, tpu=ragged, default=loop)
 
 
-def grouped_weights(a: Quantized, b: Quantized, at: Layout, impl: str) -> Array:
-  """The sum over each expert's rows of [P, ...] by [P, ...]: [E, ...] float32.
+def weight_gradients(
+  a: Quantized, b: Quantized, layout: Layout, impl: str
+) -> Float[Array, 'E ...']:
+  """The sum over each expert's rows of a[p] times b[p], float32.
 
-  Zero for an expert without rows.
+  Those are the gradients of the experts' weights; `a` is [P, ...], `b` is
+  [P, ...]. An expert without rows has zeros.
   """
-  impl = _fitting(impl)
-  if impl in gemm.BY_EXPERT:
+  impl = gemm.usable(impl)
+  if impl in gemm.GROUPED_KERNELS:
     left, right = gemm.matrix(a, (0,)), gemm.matrix(b, (0,))
-    args = (*left, *right, at.expert, at.first, at.count)
+    args = (*left, *right, layout.expert, layout.first, layout.count)
     y = gemm.run_kernel(impl, 'grouped_weights', *args)
     y = gemm.unpadded(gemm.unpadded(y, 1, a, (0,)), a.ndim, b, (0,))
-    return jnp.where(at.count.reshape(-1, *(1,) * (y.ndim - 1)) > 0, y, 0)
-  shape = (at.first.size, *a.shape[1:], *b.shape[1:])
+    return jnp.where(layout.count.reshape(-1, *(1,) * (y.ndim - 1)) > 0, y, 0)
+  shape = (layout.first.size, *a.shape[1:], *b.shape[1:])
 
   def loop(a, b):
     def body(i, sums):
       part = gemm.multiply(_block(a, i), _block(b, i), ((0,), (0,)), impl)
-      return sums.at[at.expert[i]].add(part)
+      return sums.at[layout.expert[i]].add(part)
 
-    start = gemm.marked(jnp.zeros(shape, jnp.float32), a, b, at)
-    return jax.lax.fori_loop(0, at.live, body, start)
+    start = gemm.pvary_like(jnp.zeros(shape, jnp.float32), a, b, layout)
+    return jax.lax.fori_loop(0, layout.live, body, start)
 
   if impl != 'dequant':
     return loop(a, b)
@@ -164,7 +176,7 @@ def grouped_weights(a: Quantized, b: Quantized, at: Layout, impl: str) -> Array:
     y = jax.lax.ragged_dot_general(
       _wide(a).reshape(a.shape[0], -1),
       _wide(b).reshape(b.shape[0], -1),
-      at.count * TILE,
+      layout.count * TILE,
       jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((0,), (0,)), ((), ())),
         lhs_ragged_dimensions=[0],
@@ -177,28 +189,23 @@ def grouped_weights(a: Quantized, b: Quantized, at: Layout, impl: str) -> Array:
   return jax.lax.platform_dependent(a, b, tpu=ragged, default=loop)
 
 
-def _fitting(impl: str) -> str:
-  """`impl`, or dequant where its kernel cannot be had."""
-  return 'dequant' if impl in gemm.BLOCKED and gemm.falls_back(impl) else impl
+def _wide(q: Quantized) -> Float[Array, '*axes']:
+  return q8.dequantize(q, jnp.bfloat16)  # exact
 
 
-def _wide(q: Quantized) -> Array:
-  """Dequantised into the narrowest dtype that is exact."""
-  return q8.dequantize(q, jnp.bfloat16 if q.kind == 'pow2' else jnp.float32)
-
-
-def _pick(q: Quantized, e) -> Quantized:
+def _expert(q: Quantized, e: Int[Array, '']) -> Quantized:
+  """Expert `e` of the first axis, which is dropped."""
   return jax.tree.map(
     lambda x: jax.lax.dynamic_index_in_dim(x, e, keepdims=False), q
   )
 
 
-def _block(q: Quantized, i) -> Quantized:
-  """Block i of the first axis."""
+def _block(q: Quantized, i: Int[Array, '']) -> Quantized:
+  """Block `i` of the first axis: 128 rows and the scales of theirs."""
   cut = jax.lax.dynamic_slice_in_dim
   tile = q.tile(0)
   scales = q.scales
   if scales.shape[0] > 1:
     scales = cut(scales, i * TILE // tile, TILE // tile, 0)
   tiles = (min(tile, TILE), *(q.tile(d) for d in range(1, q.ndim)))
-  return Quantized(cut(q.values, i * TILE, TILE, 0), scales, tiles, q.kind)
+  return Quantized(cut(q.values, i * TILE, TILE, 0), scales, tiles)

@@ -1,18 +1,22 @@
 """FP8 arrays: values in E4M3 and a scale for each tile (V3 section 3.3.2).
 
-A tile's scale is its largest magnitude over 448, E4M3's largest number, so
-value = values * scales. Activations and gradients take tiles of 1x128 along
-the axis that their product sums over, weights blocks of 128x128: an outlier
-then coarsens its own tile and no other. What surprises is the default scale,
-the power of two above amax / 448: it costs a little accuracy in tiles with
-outliers, and makes dequantised values exact in bfloat16 (so that any hardware
-computes the same product) and another tiling of stored values lossless.
+An E4M3 number has 4 exponent bits, 3 mantissa bits and 448 as its largest. So
+an array is cut into tiles, and each tile is divided by a scale that brings its
+largest magnitude (amax) to at most 448: x = values * scales, up to rounding.
+Activations and gradients take tiles of 1x128 along the axis that their product
+sums over, weights blocks of 128x128: an outlier then coarsens its own tile and
+no other.
 
-Three traps are closed here. XLA's cast to E4M3 turns what does not fit into
-NaN and does not saturate: values are clipped first. XLA may fold a narrowing
-and a widening conversion into none, which undoes the quantisation silently on
-GPUs: a barrier stands between them. And log2 rounds differently by platform:
-exponents are taken from the bits.
+The scale is the smallest power of two that is not below amax / 448. That costs
+up to half of E4M3's range, and buys two things: a dequantised number is exact
+in bfloat16, so that all hardware computes the same product, and an array can
+be tiled again along another axis without a second rounding.
+
+Three traps are closed here. XLA's cast to E4M3 turns a number that does not
+fit into NaN and does not saturate: values are clipped first. XLA may fold a
+narrowing and a widening conversion into none, which undoes the quantisation
+silently on GPUs: a barrier stands between them. And log2 rounds differently by
+platform: exponents are taken from the bits.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from mla_moe.types import Array, Float
 
@@ -37,19 +42,23 @@ _TINY = 2.0**-100
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-  """E4M3 `values`, float32 `scales`; they belong together as values * scales.
+  """An FP8 array: `values` * `scales`, each scale for one tile of values.
 
-  `tiles` are the tile's lengths along the last axes, 1 along those before, so
-  that a scan or an index over leading axes leaves it true. Along axis d there
-  are ceil(values.shape[d] / tile) scales; the last tile may be partial. `kind`
-  is 'pow2' or 'float32', what the scales are. Fields are not checked: a
-  transformation may put specs or shapes in the arrays' place.
+  `values` [...] are E4M3. `scales` are float32 with the same number of axes:
+  along axis d there are ceil(values.shape[d] / tile(d)) of them, the last tile
+  may be partial. `tiles` are the tile's lengths along the last axes; along the
+  axes before, a tile has length 1, so that a scan or an index over leading
+  axes leaves `tiles` true. Products need scales that are powers of two;
+  `dequantize` takes any.
+
+  The two arrays are typed Any because the same class also holds their shapes
+  (jax.eval_shape), their PartitionSpecs (shard_map, jit) or their bits (uint8,
+  as FSDP moves them).
   """
 
   values: Any
   scales: Any
   tiles: tuple[int, ...] = dataclasses.field(metadata={'static': True})
-  kind: str = dataclasses.field(default='pow2', metadata={'static': True})
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -61,80 +70,73 @@ class Quantized:
 
   def tile(self, axis: int) -> int:
     """The tile's length along `axis` (0 is the first)."""
-    at = axis - (self.ndim - len(self.tiles))
-    return self.tiles[at] if at >= 0 else 1
+    index = axis - (self.ndim - len(self.tiles))
+    return self.tiles[index] if index >= 0 else 1
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def quantize(
-  x: Float[Array, ' ...'], tiles: tuple[int, ...], scales: str = 'pow2'
-) -> Quantized:
-  """`x` in E4M3 with a scale for each tile of the last axes.
+@functools.partial(jax.jit, static_argnums=1)
+def quantize(x: Float[Array, '*axes'], tiles: tuple[int, ...]) -> Quantized:
+  """Returns `x` in E4M3 with a scale for each tile of the last axes.
 
   Args:
     x: any float dtype; a NaN or an infinity makes its own tile NaN.
-    tiles: lengths along the last axes; WHOLE is the axis's, and a tile longer
-      than its axis is as long as the axis.
-    scales: 'pow2' or 'float32'.
+    tiles: lengths along the last axes. WHOLE is the axis's length, and a tile
+      longer than its axis is cut to it.
   """
   lead = x.ndim - len(tiles)
   fit = lambda t, n: n if t == WHOLE else min(t, n)
   tiles = tuple(map(fit, tiles, x.shape[lead:]))
-  every = (1,) * lead + tiles
-  # A CPU's fusions would make what comes before once for amax, once for values.
+  # Without it, a CPU's fusions compute x twice: for amax and for the values.
   x = jax.lax.platform_dependent(
     x, cpu=jax.lax.optimization_barrier, default=lambda x: x
   )
-  tiled, inside = split(x.astype(jnp.float32), tiles)
-  counts = [n for d, n in enumerate(tiled.shape) if d not in inside]
-  padded = [n * t for n, t in zip(counts, every, strict=True)]
-  amax = jnp.max(jnp.abs(tiled), axis=inside, keepdims=True)
-  scale = scale_of(amax, scales)
+  x_tiled, inside = tiled(x.astype(jnp.float32), tiles)
+  counts = [n for d, n in enumerate(x_tiled.shape) if d not in inside]
+  padded = [n * x_tiled.shape[d] for n, d in zip(counts, inside, strict=True)]
+  scale = _scale(jnp.max(jnp.abs(x_tiled), axis=inside, keepdims=True))
   # A power of two has an exact reciprocal, and multiplying is cheaper.
-  small = tiled * (1 / scale) if scales == 'pow2' else tiled / scale
-  values = jnp.clip(small, -LARGEST, LARGEST).astype(E4M3).reshape(padded)
-  values = values[tuple(slice(n) for n in x.shape)]
+  values = jnp.clip(x_tiled * (1 / scale), -LARGEST, LARGEST).astype(E4M3)
+  values = values.reshape(padded)[tuple(slice(n) for n in x.shape)]
   values, scale = jax.lax.optimization_barrier((values, scale.reshape(counts)))
-  return Quantized(values, scale, tiles, scales)
+  return Quantized(values, scale, tiles)
 
 
-def split(
-  x: Float[Array, ' ...'], tiles: tuple[int, ...]
-) -> tuple[Float[Array, ' ...'], tuple[int, ...]]:
-  """`x` with each axis as (tiles, inside a tile), and which axes are inside.
+def tiled(
+  x: Float[Array, '*axes'], tiles: tuple[int, ...]
+) -> tuple[Float[Array, '*split'], tuple[int, ...]]:
+  """Returns `x` with each axis split in two, and which axes lie in a tile.
 
-  Partial tiles are filled up with zeros.
+  Axis d becomes axes 2 d (which tile) and 2 d + 1 (where in the tile). Partial
+  tiles are filled up with zeros.
   """
-  every = (1,) * (x.ndim - len(tiles)) + tuple(tiles)
-  pads = [(0, -n % t) for n, t in zip(x.shape, every, strict=True)]
+  lengths = (1,) * (x.ndim - len(tiles)) + tuple(tiles)
+  pads = [(0, -n % t) for n, t in zip(x.shape, lengths, strict=True)]
   if any(high for _, high in pads):
     x = jnp.pad(x, pads)
-  counts = [n // t for n, t in zip(x.shape, every, strict=True)]
-  parts = [n for pair in zip(counts, every, strict=True) for n in pair]
-  return x.reshape(parts), tuple(range(1, 2 * x.ndim, 2))
+  counts = [n // t for n, t in zip(x.shape, lengths, strict=True)]
+  split = [n for pair in zip(counts, lengths, strict=True) for n in pair]
+  return x.reshape(split), tuple(range(1, 2 * x.ndim, 2))
 
 
-def scale_of(amax: Float[Array, ' ...'], scales: str) -> Float[Array, ' ...']:
-  """The scale of a tile by its largest magnitude, float32.
+def _scale(amax: Float[Array, '*tiles']) -> Float[Array, '*tiles']:
+  """The smallest power of two with amax / scale <= 448, float32.
 
-  'pow2' is the smallest power of two with amax / scale <= 448; a tile of zeros
-  has scale 1, one that is not finite has a scale that is not finite either.
+  A tile of zeros has scale 1; one that is not finite, a scale that is not.
   """
-  if scales == 'float32':
-    scale = amax / LARGEST
-  else:
-    bits = jax.lax.bitcast_convert_type(amax, jnp.int32)
-    # 448 is 1.75 * 2 ** 8: a larger mantissa needs the next power.
-    over = (bits & 0x7FFFFF) > 0x600000
-    exponent = (bits >> 23) - 8 + over.astype(jnp.int32)
-    power = jnp.clip(exponent, 1, 254) << 23
-    scale = jax.lax.bitcast_convert_type(power, jnp.float32)
-    scale = jnp.where(jnp.isfinite(amax), scale, amax)
+  bits = jax.lax.bitcast_convert_type(amax, jnp.int32)
+  # 448 is 1.75 * 2 ** 8: a larger mantissa needs the next power.
+  above = (bits & 0x7FFFFF) > 0x600000
+  exponent = (bits >> 23) - 8 + above.astype(jnp.int32)
+  power = jnp.clip(exponent, 1, 254) << 23
+  scale = jax.lax.bitcast_convert_type(power, jnp.float32)
+  scale = jnp.where(jnp.isfinite(amax), scale, amax)
   return jnp.where(amax < _TINY, 1.0, scale)
 
 
-def spread(q: Quantized, axes: tuple[int, ...]) -> Float[Array, ' ...']:
-  """The scales, repeated along `axes` so that each of their places has one."""
+def repeat_scales(
+  q: Quantized, axes: tuple[int, ...]
+) -> Float[Array, '*scales']:
+  """Returns the scales, repeated along `axes` to the length of the values."""
   scales = q.scales
   for axis in axes:
     if q.tile(axis) > 1:
@@ -143,16 +145,21 @@ def spread(q: Quantized, axes: tuple[int, ...]) -> Float[Array, ' ...']:
   return scales
 
 
-def dequantize(q: Quantized, dtype=jnp.float32) -> Float[Array, ' ...']:
-  """values * scales, multiplied in float32; exact in bfloat16 for 'pow2'."""
-  scales = spread(q, tuple(range(q.ndim)))
+def dequantize(
+  q: Quantized, dtype: DTypeLike = jnp.float32
+) -> Float[Array, '*axes']:
+  """Returns values * scales, multiplied in float32 and cast to `dtype`.
+
+  The cast to bfloat16 is exact where scales are powers of two.
+  """
+  scales = repeat_scales(q, tuple(range(q.ndim)))
   return (q.values.astype(jnp.float32) * scales).astype(dtype)
 
 
 def retile(q: Quantized, tiles: tuple[int, ...]) -> Quantized:
-  """`q` in other tiles, with power-of-two scales.
+  """Returns `q` in other tiles.
 
-  If `q` has such scales, too, no value changes but those that the new tile's
-  amax exceeds by more than 2 ** 14, which lose low bits to underflow.
+  No value changes but those that the new tile's amax exceeds by more than
+  2 ** 14: they lose low bits to underflow.
   """
-  return quantize(dequantize(q), tiles, 'pow2')
+  return quantize(dequantize(q), tiles)

@@ -1,9 +1,13 @@
 """Which tiles a tensor takes in each product, by precision.
 
 fp8_block is DeepSeek's: 1x128 tiles of activations and gradients along the
-axis summed over, 128x128 blocks of weights (V3 section 3.3.2). fp8_channel
-has one scale for each row of the sum, fp8_tensor one in all; both suit XLA's
-own FP8 dot, and a row or a tensor must then share its outliers.
+axis summed over, 128x128 blocks of weights (V3 section 3.3.2). fp8_channel has
+one scale for each row of the sum, fp8_tensor one in all; both suit XLA's own
+FP8 dot, and there an outlier coarsens its whole row, or all numbers.
+
+A tensor of tokens is quantised twice in training, since two products sum over
+different axes of it: over its features (`rows`: y and dx) and over its tokens
+(`columns`: dw).
 """
 
 from __future__ import annotations
@@ -12,118 +16,116 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from mla_moe.config import ConfigError
+from mla_moe.config import FP8_IMPLS, ConfigError
 from mla_moe.fp8 import gemm
 from mla_moe.fp8 import quantize as q8
 from mla_moe.fp8.quantize import TILE, WHOLE, Quantized
-from mla_moe.types import Array, Float
+from mla_moe.types import Array, Bool, Float
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """How a layer is computed; hashable, as a static argument must be."""
+  """A layer's precision and implementation; a static argument of its products.
+
+  Raises:
+    ConfigError: an unknown precision, or an `impl` that does not compute it.
+  """
 
   precision: str = 'fp8_block'
   impl: str = 'auto'
-  scales: str = 'pow2'
-  keep: str = 'fp8'
 
   def __post_init__(self):
-    choices = {
-      'precision': gemm.PRECISIONS,
-      'impl': gemm.IMPLS,
-      'scales': ('pow2', 'float32'),
-      'keep': ('fp8', 'input'),
-    }
-    for name, known in choices.items():
-      if getattr(self, name) not in known:
-        raise ConfigError(
-          f'{name}={getattr(self, name)!r}: must be one of {", ".join(known)}'
-        )
-    if self.impl == 'mxfp8' and self.scales != 'pow2':
+    if self.precision not in FP8_IMPLS:
       raise ConfigError(
-        f"impl='mxfp8' needs scales='pow2', not {self.scales!r}"
+        f'precision={self.precision!r}: must be one of {", ".join(FP8_IMPLS)}'
       )
-    blocks = self.precision == 'fp8_block'
-    if self.impl in gemm.BLOCKED and not blocks:
+    fitting = ('auto', *FP8_IMPLS[self.precision])
+    if self.impl not in fitting:
       raise ConfigError(
-        f"impl={self.impl!r} multiplies tiles: it needs precision='fp8_block', "
-        f'not {self.precision!r}'
-      )
-    if self.impl == 'native' and blocks:
-      raise ConfigError(
-        "impl='native' has one scale along the sum: it needs precision="
-        "'fp8_channel' or 'fp8_tensor', not 'fp8_block'"
+        f'impl={self.impl!r}: precision={self.precision!r} needs one of '
+        f'{", ".join(fitting)}'
       )
 
   def resolved(self) -> Recipe:
-    """With 'auto' replaced by what the first device can do."""
-    if self.impl != 'auto':
+    """Returns the recipe with the first device's implementation for 'auto'."""
+    if self.impl != 'auto' or self.precision == 'bf16':
       return self
-    impl, _ = gemm.choose(self.precision, 'auto', self.scales)
+    impl, _ = gemm.choose(self.precision)
     return dataclasses.replace(self, impl=impl)
 
-  def rows(self, x: Array, own: int) -> Quantized:
-    """`x` for a sum over its last `own` axes; in tiles of 1x128."""
-    tiles = (WHOLE,) * own
-    if self.precision == 'fp8_block':
-      tiles = (TILE,)
-    elif self.precision == 'fp8_tensor':
-      tiles = (WHOLE,) * x.ndim
-    return q8.quantize(x, tiles, self.scales)
+  def rows(self, x: Float[Array, '*axes'], features: int = 1) -> Quantized:
+    """`x` for a sum over its last `features` axes; blocks are 1x128."""
+    tiles = {
+      'fp8_block': (TILE,),
+      'fp8_channel': (WHOLE,) * features,
+      'fp8_tensor': (WHOLE,) * x.ndim,
+    }
+    return q8.quantize(x, tiles[self.precision])
 
-  def columns(self, x: Array | Quantized, own: int) -> Quantized:
-    """`x` for a sum over all axes but its last `own`; in tiles of 128x1."""
-    tiles = (WHOLE,) * (x.ndim - own) + (1,) * own
-    if self.precision == 'fp8_block':
-      tiles = (TILE,) + (1,) * own
-    elif self.precision == 'fp8_tensor':
-      tiles = (WHOLE,) * x.ndim
+  def columns(
+    self, x: Float[Array, '*axes'] | Quantized, features: int = 1
+  ) -> Quantized:
+    """`x` for a sum over all axes but its last `features`; blocks are 128x1.
+
+    If `x` is quantised already, it is tiled again.
+    """
+    tiles = {
+      'fp8_block': (TILE,) + (1,) * features,
+      'fp8_channel': (WHOLE,) * (x.ndim - features) + (1,) * features,
+      'fp8_tensor': (WHOLE,) * x.ndim,
+    }
     if not isinstance(x, Quantized):
-      return q8.quantize(x, tiles, self.scales)
+      return q8.quantize(x, tiles[self.precision])
     # One tile for everything is the same tile whichever axis is summed.
-    return x if self.precision == 'fp8_tensor' else q8.retile(x, tiles)
+    same = self.precision == 'fp8_tensor'
+    return x if same else q8.retile(x, tiles[self.precision])
 
-  def weights(self, w: Array, lead: int = 0) -> tuple[Quantized, ...]:
-    """`w` of [lead axes, K, ..., N]: for the sum over K, then over the rest.
+  def weights(
+    self, w: Float[Array, '*axes'], lead: int = 0
+  ) -> tuple[Quantized, ...]:
+    """The FP8 copies of `w` [lead axes, K, ..., N]: one, or two.
 
-    One of the two where it serves both.
+    The first is for the sum over K (y), the last for the sum over the axes
+    after K (dx). One copy serves both where its tiles are square or whole.
     """
     between = w.ndim - lead - 2
-    quantized = lambda tiles: q8.quantize(w, tiles, self.scales)
     if self.precision == 'fp8_block':
-      return (quantized((TILE, *(1,) * between, TILE)),)
+      return (q8.quantize(w, (TILE, *(1,) * between, TILE)),)
     if self.precision == 'fp8_tensor':
-      return (quantized((WHOLE,) * (w.ndim - lead)),)
-    over = (WHOLE,) + (1,) * (between + 1)
-    rest = (1,) + (WHOLE,) * (between + 1)
-    return quantized(over), quantized(rest)
+      return (q8.quantize(w, (WHOLE,) * (w.ndim - lead)),)
+    forward = (WHOLE,) + (1,) * (between + 1)
+    backward = (1,) + (WHOLE,) * (between + 1)
+    return q8.quantize(w, forward), q8.quantize(w, backward)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rounding:
-  """FP8 operands for a loop that multiplies in a wider dtype itself.
+  """Quantises and dequantises, for a loop that multiplies in a wider dtype.
 
-  Each method returns its argument as quantisation leaves it, in its dtype;
-  'bf16' returns the argument. Whatever has one scale in all ('fp8_tensor') has
-  one for what is handed in, a block of rows.
+  Both methods return FP8's values in the argument's dtype, and the argument
+  itself if the precision is 'bf16'. fp8_tensor takes one scale per call (a
+  block of rows), not per array.
   """
 
   recipe: Recipe
 
-  def _wide(self, x: Array, quantized) -> Array:
+  def rows(
+    self, x: Float[Array, '*axes'], features: int = 1
+  ) -> Float[Array, '*axes']:
+    """`x` rounded for a sum over the last `features` axes."""
     if self.recipe.precision == 'bf16':
       return x
-    return q8.dequantize(quantized(), x.dtype)
-
-  def rows(self, x: Float[Array, '... K'], own: int = 1) -> Array:
-    """For a sum over the last `own` axes."""
-    return self._wide(x, lambda: self.recipe.rows(x, own))
+    return q8.dequantize(self.recipe.rows(x, features), x.dtype)
 
   def columns(
-    self, x: Float[Array, 'R ...'], own: int = 1, valid: Array | None = None
-  ) -> Array:
-    """For a sum over the rows; those that are not `valid` become zeros."""
-    if valid is not None and self.recipe.precision != 'bf16':
+    self,
+    x: Float[Array, '*axes'],
+    features: int = 1,
+    valid: Bool[Array, ' rows'] | None = None,
+  ) -> Float[Array, '*axes']:
+    """`x` rounded for a sum over the rows; rows not `valid` become zeros."""
+    if self.recipe.precision == 'bf16':
+      return x
+    if valid is not None:
       x = jnp.where(valid.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
-    return self._wide(x, lambda: self.recipe.columns(x, own))
+    return q8.dequantize(self.recipe.columns(x, features), x.dtype)

@@ -1,16 +1,18 @@
 """Block-scaled FP8 products on Hopper, dense and by expert.
 
-Hopper's tensor cores keep about 14 bits of an FP8 sum. So every 128 of the sum
-starts a fresh accumulator, and the partial result moves to float32 registers,
-where it is multiplied by both operands' scales and added (V3 section 3.3.2):
+Hopper's tensor cores keep about 14 bits of an FP8 sum. So each tile of 128
+along the sum starts a new accumulator, and the partial result moves to float32
+registers, where it is multiplied by both operands' scales and added (V3 section
+3.3.2). For tile k:
 
   acc += (a[:, k] b[:, k]^T) * sa[:, k] * sb[:, k]^T
 
-One program computes 128 x 128 of the result: a warpgroup copies tiles of 128
-into shared memory, two multiply 64 rows each, one scaling while the other
-multiplies. The hardware wants both operands with the sum along their rows. The
-same body serves all products: by expert, what changes is where the matrix of
-an expert lies, and how many tiles its sum has.
+One program computes 128 x 128 of the result. One warpgroup copies tiles into
+shared memory; two multiply 64 rows each, and one scales while the other
+multiplies. The hardware wants both operands with the sum along their rows, and
+all lengths are multiples of 128. One body, `_product`, serves all three
+functions: an expert's product differs in the place of its matrix and in the
+number of its tiles. The plain product beside them is `block_tpu.reference`.
 """
 
 from __future__ import annotations
@@ -21,11 +23,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
-from mla_moe.kernels.block_tpu import reference, result
+from mla_moe.kernels.block_tpu import result
 from mla_moe.types import Array, Float, Int
-
-__all__ = ['grouped', 'grouped_weights', 'matmul', 'reference']
 
 _TILE = 128
 _GROUPS = 2  # warpgroups that multiply
@@ -38,12 +39,9 @@ def matmul(
   b: Float[Array, 'N K'],
   sb: Float[Array, 'rows tiles'],
   *,
-  dtype=jnp.float32,
+  dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, 'M N']:
-  """a b^T in `dtype`; `sb` has a scale for each row or each 128 rows.
-
-  M, N and K are multiples of 128.
-  """
+  """a b^T in `dtype`; `sb` has a scale for each row or each 128 rows."""
   (m, k), n = a.shape, b.shape[0]
 
   def kernel(a, sa, b, sb, out):
@@ -63,11 +61,12 @@ def grouped(
   expert: Int[Array, ' blocks'],
   live: Int[Array, ''],
   *,
-  dtype=jnp.float32,
+  dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, 'P N']:
-  """Each 128 rows of `a` times their expert's matrix.
+  """Each block of 128 rows of `a` times its expert's matrix, in `dtype`.
 
-  Rows from `live` * 128 on hold anything.
+  `expert` has the expert of each block. Only the first `live` blocks are
+  computed; the other rows are undefined.
   """
   (p, k), n = a.shape, b.shape[1]
 
@@ -94,13 +93,14 @@ def grouped_weights(
   first: Int[Array, ' E'],
   count: Int[Array, ' E'],
 ) -> Float[Array, 'E K N']:
-  """Each expert's blocks of columns multiplied: a b^T by expert, float32.
+  """a b^T over each expert's blocks of 128 columns, float32.
 
-  An expert without blocks gets anything.
+  Expert e's blocks are count[e] from first[e] on; without blocks its result is
+  undefined.
   """
   (k, p), n, experts = a.shape, b.shape[0], first.shape[0]
-  del expert
-  # A pipeline takes a step at least; what it then reads has to exist.
+  del expert  # the TPU's kernel needs it
+  # A pipeline takes a step at least; the tile that it then reads must exist.
   first = jnp.minimum(first, p // _TILE - 1)
   count = jnp.maximum(count, 1)
 
@@ -129,23 +129,23 @@ def _call(kernel, names, grid, shape, dtype, like):
 
 
 def _layout(dtype):
-  """How a tile lies in shared memory: rows of 128 bytes, swizzled."""
+  """A tile's layout in shared memory: rows of 128 bytes, swizzled."""
   width = 128 // jnp.dtype(dtype).itemsize
   return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(128)
 
 
 def _load(ref, index, layout):
   """ref[index] in registers; before jax 0.11, the index stands apart."""
-  new = jax.__version_info__ >= (0, 11)
-  where = (ref.at[index],) if new else (ref, index)
-  return plgpu.load(*where, layout=layout, optimized=False)
+  joined = jax.__version_info__ >= (0, 11)
+  place = (ref.at[index],) if joined else (ref, index)
+  return plgpu.load(*place, layout=layout, optimized=False)
 
 
 def _product(a, sa, i, b, sb, j, out, row, steps):
-  """Block (row, j) of `out` from block rows i of `a` and j of `b`.
+  """Writes block (row, j) of `out`, from block rows i of `a` and j of `b`.
 
-  `steps` are the first tile of the sum and their number. Scales are [tiles,
-  rows]; those of `b` have one column for each 128 rows if it is in blocks.
+  `steps` are the first tile of the sum and the number of tiles. Scales are
+  [tiles, rows]; those of `b` are [tiles, rows / 128] if it is in blocks.
   """
   first, count = steps
   group = jax.lax.axis_index('group')
@@ -168,16 +168,16 @@ def _product(a, sa, i, b, sb, j, out, row, steps):
       zero = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), wgmma)
       shared[group] = pipeline(zero).astype(out.dtype)
       plgpu.commit_smem()
-      at = pl.ds(row * _TILE + group * _ROWS, _ROWS)
-      plgpu.copy_smem_to_gmem(shared.at[group], out.at[at, columns])
+      out_rows = pl.ds(row * _TILE + group * _ROWS, _ROWS)
+      plgpu.copy_smem_to_gmem(shared.at[group], out.at[out_rows, columns])
       plgpu.wait_smem_to_gmem(0)
 
     def step(index, a_tile, b_tile, acc):
       k = first + index[0]
 
       def multiply(part):
-        mine = a_tile.at[pl.ds(group * _ROWS, _ROWS)]
-        plgpu.wgmma(part, mine, b_tile.T)
+        group_rows = a_tile.at[pl.ds(group * _ROWS, _ROWS)]
+        plgpu.wgmma(part, group_rows, b_tile.T)
         left = _load(sa, (k, rows), wgmma.reduce(1))
         if blocks:
           left = left * sb[k, j]

@@ -1,13 +1,17 @@
 """Block-scaled FP8 products on TPU v7, dense and by expert.
 
-acc += (a[:, k] b[:, k]^T) * sa[:, k] * sb[:, k]^T for every 128 of the sum, in
-float32 (V3 section 3.3.2). A TPU's products accumulate in float32 already, so
-the step of 128 is there for the scales alone; since its multipliers are 256
-deep, DeepSeek's tiles fill half of them (`fp8_channel` is the fast recipe).
+For each tile k of 128 along the sum, in float32 (V3 section 3.3.2):
 
-Both operands have the sum along their rows, and all lengths are multiples of
-128. The scales come in transposed, [K / 128, 1, rows], so that a block of them
-lies along lanes; those of `a` turn around inside, where they stand as columns.
+  acc += (a[:, k] b[:, k]^T) * sa[:, k] * sb[:, k]^T
+
+A TPU accumulates products in float32 already, so that tiles of 128 serve the
+scales alone; and since its multipliers are 256 deep, such tiles fill half of
+them (`fp8_channel` is the fast recipe).
+
+Operands are E4M3, their scales float32. Both have the sum along their rows,
+and all lengths are multiples of 128. The kernels read the scales transposed,
+[K / 128, 1, rows], so that a block of them lies along lanes; those of `a` are
+turned inside the kernel, where they scale rows.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from mla_moe.types import Array, Float, Int
 
@@ -28,7 +33,7 @@ def reference(
   b: Float[Array, 'N K'],
   sb: Float[Array, 'rows tiles'],
 ) -> Float[Array, 'M N']:
-  """The product in plain JAX: float32, every operand dequantised."""
+  """a b^T in plain JAX: the dequantised operands' float32 product."""
   wide = lambda q, s: (
     q.astype(jnp.float32)
     * jnp.repeat(jnp.repeat(s, _TILE, axis=1), q.shape[0] // s.shape[0], axis=0)
@@ -37,24 +42,26 @@ def reference(
   return jnp.matmul(wide(a, sa), wide(b, sb).T, precision=highest)
 
 
-def result(shape: tuple, dtype, like: Array) -> jax.ShapeDtypeStruct:
-  """What a kernel gives; in shard_map it differs by device as `like` does."""
-  differs = jax.typeof(like).manual_axis_type
-  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=differs)
+def result(
+  shape: tuple[int, ...], dtype: DTypeLike, like: Array
+) -> jax.ShapeDtypeStruct:
+  """A kernel's result type; in shard_map it varies by device as `like` does."""
+  varying = jax.typeof(like).manual_axis_type
+  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying)
 
 
 def _fit(n: int) -> int:
-  """Rows or columns of the result that one program makes."""
+  """The rows or columns of the result that one program computes."""
   return next(size for size in (256, 128) if n % size == 0)
 
 
 def _step(tiles: int) -> int:
-  """Tiles of the sum that one step of the grid takes."""
+  """The tiles of the sum that one step of the grid adds."""
   return next(n for n in (8, 4, 2, 1) if tiles % n == 0)
 
 
 def _add(a, sa, b, sb, acc, tiles: int):
-  """acc += the products of `tiles` tiles, scaled."""
+  """Adds the scaled products of `tiles` tiles to the reference `acc`."""
   for i in range(tiles):
     k = slice(i * _TILE, (i + 1) * _TILE)
     part = jax.lax.dot_general(
@@ -67,9 +74,9 @@ def _add(a, sa, b, sb, acc, tiles: int):
 
 
 def _scales(s, rows: int):
-  """[.., n, tiles] -> [.., tiles, 1, rows]."""
-  per = rows // s.shape[-2]
-  s = jnp.repeat(s, per, axis=-2) if per > 1 else s
+  """Scales [.., rows or rows / 128, tiles] as [.., tiles, 1, rows]."""
+  block = rows // s.shape[-2]
+  s = jnp.repeat(s, block, axis=-2) if block > 1 else s
   return s.swapaxes(-1, -2)[..., None, :]
 
 
@@ -79,7 +86,7 @@ def matmul(
   b: Float[Array, 'N K'],
   sb: Float[Array, 'rows tiles'],
   *,
-  dtype=jnp.float32,
+  dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, 'M N']:
   """a b^T in `dtype`; `sb` has a scale for each row or each 128 rows."""
   (m, k), n = a.shape, b.shape[0]
@@ -89,15 +96,15 @@ def matmul(
   last = k // _TILE // step - 1
 
   def kernel(a, sa, b, sb, out, acc):
-    at = pl.program_id(2)
+    k = pl.program_id(2)
 
-    @pl.when(at == 0)
+    @pl.when(k == 0)
     def _():
       acc[...] = jnp.zeros_like(acc)
 
     _add(a, sa, b, sb, acc, step)
 
-    @pl.when(at == last)
+    @pl.when(k == last)
     def _():
       out[...] = acc[...].astype(out.dtype)
 
@@ -127,11 +134,12 @@ def grouped(
   expert: Int[Array, ' blocks'],
   live: Int[Array, ''],
   *,
-  dtype=jnp.float32,
+  dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, 'P N']:
-  """Each 128 rows of `a` times their expert's matrix.
+  """Each block of 128 rows of `a` times its expert's matrix, in `dtype`.
 
-  Rows from `live` * 128 on hold anything.
+  `expert` has the expert of each block. Only the first `live` blocks are
+  computed; the other rows are undefined.
   """
   (p, k), n = a.shape, b.shape[1]
   step = _step(k // _TILE)
@@ -139,17 +147,17 @@ def grouped(
   last = k // _TILE // step - 1
 
   def kernel(expert, live, a, sa, b, sb, out, acc):
-    at = pl.program_id(2)
+    k = pl.program_id(2)
 
     @pl.when(pl.program_id(0) < live[0])
     def _():
-      @pl.when(at == 0)
+      @pl.when(k == 0)
       def _():
         acc[...] = jnp.zeros_like(acc)
 
       _add(a, sa, b[0], sb[0], acc, step)
 
-      @pl.when(at == last)
+      @pl.when(k == last)
       def _():
         out[...] = acc[...].astype(out.dtype)
 
@@ -186,10 +194,11 @@ def grouped_weights(
   first: Int[Array, ' E'],
   count: Int[Array, ' E'],
 ) -> Float[Array, 'E K N']:
-  """Each expert's blocks of columns multiplied: a b^T by expert, float32.
+  """a b^T over each expert's blocks of 128 columns, float32.
 
-  An expert without blocks gets anything. The grid goes over blocks innermost:
-  one expert's follow each other, and its result stays in memory meanwhile.
+  Expert e's blocks are count[e] from first[e] on; without blocks its result is
+  undefined. Blocks are the grid's innermost axis: those of one expert follow
+  each other, and its result stays in memory meanwhile.
   """
   k, n, experts = a.shape[0], b.shape[0], first.shape[0]
   blocks = expert.shape[0]
@@ -198,13 +207,13 @@ def grouped_weights(
   live = (first[-1] + count[-1]).reshape(1)
 
   def kernel(expert, live, a, sa, b, sb, out):
-    at = pl.program_id(2)
-    before = expert[jnp.maximum(at - 1, 0)]
-    new = (at == 0) | (expert[at] != before)
+    p = pl.program_id(2)
+    before = expert[jnp.maximum(p - 1, 0)]
+    starts = (p == 0) | (expert[p] != before)
 
-    @pl.when(at < live[0])
+    @pl.when(p < live[0])
     def _():
-      @pl.when(new)
+      @pl.when(starts)
       def _():
         out[...] = jnp.zeros_like(out)
 

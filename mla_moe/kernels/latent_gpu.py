@@ -1,10 +1,10 @@
 """Absorbed attention over paged latents on NVIDIA GPUs, in Triton.
 
-A program takes some heads of a row and a share of its pages (flash decoding:
-few rows must still fill every multiprocessor); the shares are put together
-afterwards by their logsumexp. Latent and shared key are loaded apart, because
-Triton's blocks are powers of two and 576 is none. jax 0.12 still has this
-backend of Pallas, and says that it will go. For the oracle see
+A program takes some heads of a row and one split of its pages (flash decoding:
+few rows must still fill all multiprocessors); the splits' results are averaged
+afterwards, weighted by the softmax of their logsumexp. Latent and shared key
+are loaded apart, because Triton's blocks are powers of two and 576 is none. jax
+0.12 still has this backend of Pallas, and says that it will go. The oracle is
 `latent_tpu.reference`.
 """
 
@@ -21,11 +21,11 @@ from jax.experimental.pallas import triton
 from mla_moe.kernels import MASKED
 from mla_moe.types import Array, Float, Int
 
-_KEYS = 32  # that are in flight together
+_KEYS = 32  # the keys that one turn of the loop loads
 
 
 def fits(rank: int, rope_dim: int, page: int) -> bool:
-  """Whether these widths can be blocks."""
+  """Whether these lengths can be Triton's blocks."""
   power = lambda n: n >= 16 and n & (n - 1) == 0
   return power(rank) and power(rope_dim) and power(page)
 
@@ -38,26 +38,29 @@ def attend(
   *,
   heads: int,
   rank: int,
-  shares: int = 8,
+  splits: int = 8,
   interpret: bool = False,
 ) -> Float[Array, 'B G C']:
-  """`latent_tpu.reference`, in q's dtype; W is rank and rope, unpadded."""
+  """`latent_tpu.reference` in the dtype of `q`; W is rank + rope_dim.
+
+  A row's pages are cut into at most `splits` splits.
+  """
   b, rows, width = q.shape
   size, count, rope_dim = pages.shape[1], table.shape[1], width - rank
   assert fits(rank, rope_dim, size), (rank, rope_dim, size)
   height = 16 if rows <= 16 else 32 if rows <= 32 else 64
   padded = -(-rows // height) * height
   q = jnp.pad(q, [(0, 0), (0, padded - rows), (0, 0)])
-  shares = min(shares, count)
+  splits = min(splits, count)
   run = functools.partial(
     _kernel, size=size, rank=rank, heads=heads, height=height,
-    each=-(-count // shares), more=-(-rows // heads) - 1,
+    split_pages=-(-count // splits), more=-(-rows // heads) - 1,
   )  # fmt: skip
   whole = lambda x: pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
   part = lambda n: pl.BlockSpec((1, height, n), lambda i, h, s: (i, h, 0))
   out, lse = pl.pallas_call(
     run,
-    grid=(b, padded // height, shares),
+    grid=(b, padded // height, splits),
     in_specs=[whole(start), whole(table), part(rank), part(rope_dim)]
     + [whole(pages)],
     out_specs=[
@@ -65,8 +68,8 @@ def attend(
       pl.BlockSpec((1, 1, height), lambda i, h, s: (s, i, h)),
     ],
     out_shape=[
-      jax.ShapeDtypeStruct((shares, b, padded, rank), jnp.float32),
-      jax.ShapeDtypeStruct((shares, b, padded), jnp.float32),
+      jax.ShapeDtypeStruct((splits, b, padded, rank), jnp.float32),
+      jax.ShapeDtypeStruct((splits, b, padded), jnp.float32),
     ],
     compiler_params=triton.CompilerParams(num_warps=8, num_stages=2),
     interpret=interpret,
@@ -78,38 +81,39 @@ def attend(
 
 def _kernel(
   start, table, q_latent, q_rope, pages, out, lse, *, size, rank, heads,
-  height, each, more,
+  height, split_pages, more,
 ):  # fmt: skip
-  row, block, share = (pl.program_id(i) for i in range(3))
+  row, block, split = (pl.program_id(i) for i in range(3))
   begin, latent, rope = start[row], q_latent[0], q_rope[0]
   line = block * height + jnp.arange(height)
   # Rows of padding see what the last new token sees.
   last = begin + jnp.minimum(jax.lax.div(line, heads), more)
   keys = min(_KEYS, size)
   ends = jax.lax.div(begin + more, size) + 1
-  stop = jnp.minimum(jnp.minimum((share + 1) * each, ends), table.shape[1])
+  stop = jnp.minimum((split + 1) * split_pages, ends)
+  stop = jnp.minimum(stop, table.shape[1])
 
   def turn(i, carry):
     acc, peak, total = carry
-    page = table[row, share * each + jax.lax.div(i, size // keys)]
+    page = table[row, split * split_pages + jax.lax.div(i, size // keys)]
     first = jax.lax.rem(i, size // keys) * keys
-    at = lambda low, n: pages.at[page, pl.ds(first, keys), pl.ds(low, n)]
-    c = triton.load(at(0, rank))
-    r = triton.load(at(rank, rope.shape[1]))
+    columns = lambda low, n: pages.at[page, pl.ds(first, keys), pl.ds(low, n)]
+    c = triton.load(columns(0, rank))
+    r = triton.load(columns(rank, rope.shape[1]))
     logits = _dot(latent, c.T) + _dot(rope, r.T)
-    key = share * each * size + i * keys + jnp.arange(keys)
+    key = split * split_pages * size + i * keys + jnp.arange(keys)
     logits = jnp.where(key[None] <= last[:, None], logits, MASKED)
-    new = jnp.maximum(peak, logits.max(-1))
-    probs = jnp.exp2((logits - new[:, None]) * math.log2(math.e))
-    shrink = jnp.exp2((peak - new) * math.log2(math.e))
+    maximum = jnp.maximum(peak, logits.max(-1))
+    probs = jnp.exp2((logits - maximum[:, None]) * math.log2(math.e))
+    shrink = jnp.exp2((peak - maximum) * math.log2(math.e))
     acc = acc * shrink[:, None] + _dot(probs.astype(c.dtype), c)
-    return acc, new, total * shrink + probs.sum(-1)
+    return acc, maximum, total * shrink + probs.sum(-1)
 
   zero = jnp.zeros((height,), jnp.float32)
   carry = jnp.zeros((height, rank), jnp.float32), zero + MASKED, zero
-  live = jnp.maximum(stop - share * each, 0) * (size // keys)
+  live = jnp.maximum(stop - split * split_pages, 0) * (size // keys)
   acc, peak, total = jax.lax.fori_loop(0, live, turn, carry)
-  # A share without pages has peak MASKED, and so no weight.
+  # A split without pages has peak MASKED, and so no weight.
   total = jnp.where(total == 0, 1.0, total)
   out[0, 0] = acc / total[:, None]
   lse[0, 0] = peak + jnp.log(total)

@@ -1,11 +1,13 @@
-"""Absorbed attention over paged latents on TPU: what decoding reads, once.
+"""Absorbed attention over paged latents on TPU: each page is read once.
 
 All heads of a row attend to one key of C + R numbers, of which the first C are
-the value, too: a page is fetched once for both products and for every head.
-The row's line of the table is prefetched into scalar memory, so that the
+the value, too: a page is fetched once for both products and for all heads. The
+softmax goes page by page with a running maximum (Milakov and Gimelshein 2018).
+The row's line of the page table is prefetched into scalar memory, so that the
 pipeline knows the pages ahead; beyond the row's end it names the last page
-again, and a block that stays is not fetched again. The width is a multiple of
-128, or XLA would copy the whole pool into the layout that a kernel reads.
+again, and a block that stays is not fetched again. The width W (C + R, padded)
+is a multiple of 128, or XLA would copy the whole pool of pages into the layout
+that a kernel reads.
 """
 
 from __future__ import annotations
@@ -30,10 +32,16 @@ def reference(
   heads: int,
   rank: int,
 ) -> Float[Array, 'B G C']:
-  """The same in plain JAX, float32.
+  """Absorbed attention in plain JAX, float32: the kernels' oracle.
 
-  Row g of `q` (its scale included) is head g % heads of new token g // heads,
-  which sees keys up to start + g // heads.
+  Args:
+    q: the softmax's scale included. Row g of G is head g % heads of new token
+      g // heads, which sees the keys up to start + g // heads.
+    pages: the pool; a key's first `rank` numbers are its value.
+    table: each row's pages in their order.
+    start: the position of each row's first new token.
+    heads: the query heads.
+    rank: C, the width of the result.
   """
   keys = pages[table].reshape(len(q), -1, pages.shape[-1]).astype(jnp.float32)
   highest = jax.lax.Precision.HIGHEST
@@ -56,7 +64,7 @@ def attend(
   heads: int,
   rank: int,
 ) -> Float[Array, 'B G C']:
-  """`reference`, in q's dtype; page and width are multiples of 128."""
+  """`reference` in the dtype of `q`; page and W are multiples of 128."""
   (b, rows, width), size = q.shape, pages.shape[1]
   count = table.shape[1]
   more = -(-rows // heads) - 1  # new tokens after the first
@@ -94,34 +102,34 @@ def attend(
 def _kernel(
   start, table, q, page, out, acc, peak, total, *, size, rank, heads, more
 ):
-  row, at = pl.program_id(0), pl.program_id(1)
+  row, i = pl.program_id(0), pl.program_id(1)
 
-  @pl.when(at == 0)
+  @pl.when(i == 0)
   def _():
     acc[...] = jnp.zeros_like(acc)
     peak[...] = jnp.full_like(peak, MASKED)
     total[...] = jnp.zeros_like(total)
 
-  @pl.when(at * size <= start[row] + more)
+  @pl.when(i * size <= start[row] + more)
   def _():
     keys = page[0]
     logits = _dot(q[0], keys, (((1,), (1,)), ((), ())))
-    key = at * size + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    key = i * size + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     line = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0)
     last = start[row] + jax.lax.div(line, heads)
     logits = jnp.where(key <= last, logits, MASKED)
     old = peak[...][:, :1]
-    new = jnp.maximum(old, logits.max(-1, keepdims=True))
-    probs = jnp.exp(logits - new)
-    shrink = jnp.exp(old - new)
+    maximum = jnp.maximum(old, logits.max(-1, keepdims=True))
+    probs = jnp.exp(logits - maximum)
+    shrink = jnp.exp(old - maximum)
     summed = total[...][:, :1] * shrink + probs.sum(-1, keepdims=True)
     total[...] = jnp.broadcast_to(summed, total.shape)
-    peak[...] = jnp.broadcast_to(new, peak.shape)
+    peak[...] = jnp.broadcast_to(maximum, peak.shape)
     probs = probs.astype(keys.dtype)
     fresh = _dot(probs, keys[:, :rank], (((1,), (0,)), ((), ())))
     acc[...] = acc[...] * shrink + fresh
 
-  @pl.when(at == pl.num_programs(1) - 1)
+  @pl.when(i == pl.num_programs(1) - 1)
   def _():
     out[0] = (acc[...] / total[...][:, :1]).astype(out.dtype)
 

@@ -46,7 +46,7 @@ def send(
   bits = jax.lax.bitcast_convert_type(q.values, jnp.uint8)
   bits, scales = move(bits, sizes, route), move(q.scales, sizes, route)
   values = jax.lax.bitcast_convert_type(bits, q.values.dtype)
-  return q8.dequantize(q8.Quantized(values, scales, q.tiles, q.kind), x.dtype)
+  return q8.dequantize(q8.Quantized(values, scales, q.tiles), x.dtype)
 
 
 def _send_forward(x, sizes, route, recipe):

@@ -1,4 +1,4 @@
-"""FP8 in the model: what takes it, what stays high, what FSDP moves."""
+"""FP8 in the model: its products, its memory, its traffic and its health."""
 
 import dataclasses
 import functools
@@ -49,20 +49,20 @@ def test_a_training_step_multiplies_in_fp8_what_deepseek_does():
   """All three products of every linear layer; nothing else."""
   compute = ComputeConfig(fp8='native', experts='ragged', remat='none')
   config = with_model(precision='fp8_channel', compute=compute)
-  found = {True: [], False: []}
+  dots = {True: [], False: []}  # by whether they take FP8
   pattern = r'dot_general (.*?): \((tensor<[^)]*)\)'
-  for how, operands in re.findall(pattern, lowered(config).as_text()):
-    eight = operands.count('f8E4M3FN')
-    assert eight in (0, 2), operands
-    found[eight == 2].append((how, operands))
+  for dims, operands in re.findall(pattern, lowered(config).as_text()):
+    fp8_operands = operands.count('f8E4M3FN')
+    assert fp8_operands in (0, 2), operands
+    dots[fp8_operands == 2].append((dims, operands))
   attention, dense, routed = 7, 2, 2
   blocks = (attention + dense) + 2 * (attention + dense + routed)
-  assert len(found[True]) == 3 * blocks
+  assert len(dots[True]) == 3 * blocks
   c = config.model
   high = (c.vocab, c.moe.experts, 2 * c.dim)  # head, router, MTP's projection
-  for how, operands in found[False]:
+  for dims, operands in dots[False]:
     sizes = {int(n) for n in re.findall(r'(\d+)x', operands)}
-    assert 'batching_dims' in how or sizes & set(high), operands
+    assert 'batching_dims' in dims or sizes & set(high), operands
 
 
 def test_bf16_has_no_trace_of_fp8():
@@ -136,13 +136,10 @@ def test_copies_made_once_change_nothing():
 
 
 def gathered(text):
-  """The dtypes and sizes of what a compiled program gathers."""
-  found = re.findall(r'= (\w+)\[([\d,]*)\][^=]* all-gather\(', text)
-  return [(kind, int(np.prod(eval_shape(n)))) for kind, n in found]
-
-
-def eval_shape(numbers):
-  return [int(n) for n in numbers.split(',') if n]
+  """The dtype and the size of each all-gather of a compiled program."""
+  calls = re.findall(r'= (\w+)\[([\d,]*)\][^=]* all-gather\(', text)
+  lengths = lambda shape: [int(n) for n in shape.split(',') if n]
+  return [(dtype, int(np.prod(lengths(shape)))) for dtype, shape in calls]
 
 
 def test_fsdp_gathers_eight_bits():
@@ -167,9 +164,9 @@ def test_fsdp_gathers_eight_bits():
     got = run(jax.device_put(params, where), x)
   moved = gathered(run.as_text())
   weights = sum(p.size for p in jax.tree.leaves(params))
-  eight = sum(size for kind, size in moved if kind == 'u8')
-  assert eight >= weights
-  assert all(n <= weights // 64 for kind, n in moved if kind != 'u8'), moved
+  fp8_bytes = sum(size for dtype, size in moved if dtype == 'u8')
+  assert fp8_bytes >= weights
+  assert all(n <= weights // 64 for dtype, n in moved if dtype != 'u8'), moved
   chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -186,8 +183,8 @@ def test_a_sharded_step_equals_one_devices():
   assert float(spread['loss']) == pytest.approx(float(alone['loss']), rel=1e-5)
 
 
-def saved(precision, remat):
-  """Bytes that one block's backward pass finds of the activations."""
+def activation_bytes(precision, remat):
+  """Bytes of activations that one block keeps for its backward pass."""
   config = with_model(
     precision=precision,
     compute=ComputeConfig(remat=remat),
@@ -210,7 +207,8 @@ def saved(precision, remat):
 
 @pytest.mark.parametrize('remat', ['none', 'latents'])
 def test_fp8_saves_less_for_the_backward_pass(remat):
-  assert saved('fp8_block', remat) < saved('bf16', remat)
+  bf16 = activation_bytes('bf16', remat)
+  assert activation_bytes('fp8_block', remat) < bf16
 
 
 def test_health_counts_what_a_tile_loses():
@@ -218,11 +216,11 @@ def test_health_counts_what_a_tile_loses():
   x[0, 0] = 448  # flushes its tile's other 127, and sits at the largest number
   x[1, 128:] = 0
   x[1, 200] = 3
-  found = fp8_health.tiles(jnp.asarray(x), fp8.Recipe().rows(x, 1))
+  stats = fp8_health.tile_stats(jnp.asarray(x), fp8.Recipe().rows(x))
   # All of a tile of equal powers of two are 256 in E4M3, not its 448.
-  assert float(found['saturated']) == pytest.approx(1 / 512)
-  assert float(found['flushed']) == pytest.approx(127 / 512)
-  assert float(found['range']) == pytest.approx(np.log2(448 * 2**20), 1e-5)
+  assert float(stats['saturated']) == pytest.approx(1 / 512)
+  assert float(stats['flushed']) == pytest.approx(127 / 512)
+  assert float(stats['range']) == pytest.approx(np.log2(448 * 2**20), 1e-5)
 
 
 @pytest.mark.slow
@@ -231,17 +229,17 @@ def test_health_sees_the_arrays_of_the_model():
   batch = make(config)
   state = step.init_state(jax.random.key(0), config)
   run = jax.jit(functools.partial(fp8_health.measure, config=config))
-  found = jax.device_get(run(state.params, state.router, batch))
-  assert {v.shape for v in found.values()} == {(config.model.layers,)}
+  health = jax.device_get(run(state.params, state.router, batch))
+  assert {v.shape for v in health.values()} == {(config.model.layers,)}
   for name in ('y_error', 'dx_error'):
-    assert (found[name] > 0.02).all() and (found[name] < 0.06).all(), found
+    assert (health[name] > 0.02).all() and (health[name] < 0.06).all(), health
   # The first layer's input is the embedding, normed.
   x = np.asarray(state.params['embedding'])[batch.tokens[0, 0]]
   x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-6)
   w = np.asarray(state.params['dense']['attention']['w_kv_down'][0])
   y = np.asarray(fp8.dot(jnp.asarray(x), jnp.asarray(w)))
   error = np.linalg.norm(y - x @ w) / np.linalg.norm(x @ w)
-  assert float(found['y_error'][0]) == pytest.approx(error, rel=0.02)
+  assert float(health['y_error'][0]) == pytest.approx(error, rel=0.02)
 
 
 def test_what_fp8_cannot_be_is_refused():

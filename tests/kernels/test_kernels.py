@@ -127,7 +127,7 @@ def test_kernels_stay_kernels_in_a_checked_region(impl, kind):
   mesh = AbstractMesh(
     (2,), ('data',), axis_types=(AxisType.Auto,), abstract_device=device
   )
-  with jax.sharding.use_abstract_mesh(mesh), fp8.fallbacks() as lines:
+  with jax.sharding.use_abstract_mesh(mesh), fp8.collect_fallbacks() as lines:
     traced = jax.jit(in_region(kind, impl)).trace(*shared_rows(kind))
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert text.count(f'stablehlo.custom_call @{TARGETS[impl]}') == 3
@@ -149,7 +149,7 @@ def test_a_kernel_in_a_region_equals_the_plain_product(kind, monkeypatch):
     (2,), ('data',), axis_types=(AxisType.Auto,), devices=jax.devices()[:2]
   )
   args = shared_rows(kind)
-  with jax.set_mesh(mesh), fp8.fallbacks() as lines:
+  with jax.set_mesh(mesh), fp8.collect_fallbacks() as lines:
     expected = jax.jit(in_region(kind, 'dequant'))(*args)
     monkeypatch.setattr(block_tpu.pl, 'pallas_call', kernel)
     got = jax.jit(in_region(kind, 'tpu', check_vma=False))(*args)

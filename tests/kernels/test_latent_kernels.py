@@ -45,11 +45,11 @@ def test_the_tpu_kernel_equals_the_oracle(tokens):
   chex.assert_trees_all_close(got, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize('tokens, shares', [(1, 8), (2, 2), (5, 1)])
-def test_the_gpu_kernel_equals_the_oracle(tokens, shares):
+@pytest.mark.parametrize('tokens, splits', [(1, 8), (2, 2), (5, 1)])
+def test_the_gpu_kernel_equals_the_oracle(tokens, splits):
   *args, how = operands(80, 64, 32, tokens)
   expected = latent_tpu.reference(*args, **how)
-  got = latent_gpu.attend(*args, **how, shares=shares, interpret=True)
+  got = latent_gpu.attend(*args, **how, splits=splits, interpret=True)
   chex.assert_trees_all_close(got, expected, atol=1e-5)
 
 

@@ -1,6 +1,6 @@
-"""A self-contained page: numbers on top, figures by matplotlib as SVG.
+"""Parts of a self-contained HTML page: cards of numbers, figures as SVG.
 
-Nothing is loaded from anywhere, so a page can be kept and sent as one file.
+A page loads nothing from anywhere, so it can be sent and read as one file.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 
 
 def page(title: str, parts: list[str]) -> str:
-  """The HTML of a whole page."""
+  """Returns the HTML of a whole page; `parts` are HTML, too."""
   title = html.escape(title)
   return (
     '<!doctype html><html lang="en"><meta charset="utf-8">'
@@ -47,16 +47,19 @@ def page(title: str, parts: list[str]) -> str:
   )
 
 
-def numbers(shown: list[tuple[str, str]]) -> str:
-  """Cards of (name, value)."""
+def numbers(cards: list[tuple[str, str]]) -> str:
+  """Returns a row of cards, (name, value) each."""
   cells = (
-    f'<div><b>{value}</b><span>{name}</span></div>' for name, value in shown
+    f'<div><b>{value}</b><span>{name}</span></div>' for name, value in cards
   )
   return f'<div class="numbers">{"".join(cells)}</div>'
 
 
 def figure(columns: int, height: float = 3.0, lines: int = 1):
-  """Matplotlib's (figure, axes [lines, columns]) in the page's style."""
+  """Returns matplotlib's (figure, axes [lines, columns]) in the page's style.
+
+  `height` is that of a line, in inches.
+  """
   from matplotlib import pyplot
 
   pyplot.rcParams.update(
@@ -77,11 +80,11 @@ def figure(columns: int, height: float = 3.0, lines: int = 1):
   )
 
 
-def svg(drawn) -> str:
-  """The figure as an element of the page; it is closed."""
+def svg(figure) -> str:
+  """Returns a figure of matplotlib as HTML, and closes it."""
   from matplotlib import pyplot
 
   text = io.StringIO()
-  drawn.savefig(text, format='svg', metadata={'Date': None, 'Creator': None})
-  pyplot.close(drawn)
+  figure.savefig(text, format='svg', metadata={'Date': None, 'Creator': None})
+  pyplot.close(figure)
   return f'<figure>{text.getvalue()[text.getvalue().index("<svg") :]}</figure>'

@@ -4,8 +4,8 @@ The scheduler keeps its rows as numpy arrays on the host (`Rows`) and sends them
 with every call: a few integers a row. On the device stay, and are donated: the
 `pools` of pages, `seen` [B, V] (tokens of each row so far) and `hidden`
 [B, 2, D] (states of each row's last pass). Where the MTP module drafts, its
-pool is the last one. The module uses the pages of the main model, but does not
-have the tokens of the last pass yet.
+pool is the last one, with the same pages. It lacks the tokens of a row's last
+pass: the module reads them with the next draft.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from mla_moe.types import Array, PyTree
 class Rows:
   """The rows, int32; one without a sample has length 0 and count 0.
 
-  table [B, n]: pages of each row; lengths [B]: tokens in the cache; tokens
-  [B, 2]: of the row's last pass, not in the cache; counts [B]: how many of the
-  two are real; knobs: of the sampler.
+  table [B, n]: pages of each row; lengths [B]: tokens in the main model's
+  cache; tokens [B, 2]: emitted by the row's last pass, and the last of them not
+  in the cache; counts [B]: how many of the two are real; knobs: of the sampler.
   """
 
   table: PyTree

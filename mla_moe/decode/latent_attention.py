@@ -95,8 +95,8 @@ def attend(
   """
   b, t, _ = x.shape
   down = products.matmul_transposed(x, w['w_down'])
-  q, rest = down[..., : -(mla.kv_rank + mla.rope_dim)], mla.kv_rank
-  latent, k_rope = jnp.split(down[..., q.shape[-1] :], [rest], axis=-1)
+  ends = [mla.query_rank, mla.query_rank + mla.kv_rank]
+  q, latent, k_rope = jnp.split(down, ends, axis=-1)
   if mla.query_rank:
     q = layers.normalize(q, w['q_norm'], mla.norm_eps)
   else:
@@ -127,8 +127,8 @@ def attend(
 def _write_and_attend(core, mla, q, kv, up, cache, valid):
   """Returns attention [B, T, N, U] and the pool with the new latents.
 
-  q: queries (without, with rotation); kv: latents and shared keys of the
-  new tokens; up: up-projections of keys and values; cache: of this layer alone.
+  q: queries (without, with rotation); kv: latents and shared keys of the new
+  tokens; up: up-projections of keys and values; cache: of this layer alone.
   """
   (pages,) = cache.layers
   # The pages of a device's rows are its own; modulo its pool, ids are local.

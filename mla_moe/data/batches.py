@@ -1,9 +1,10 @@
-"""Batches: any step, on any host of any number, by arithmetic alone.
+"""Batches: the rows of any step, on any number of hosts, by arithmetic alone.
 
-The token stream is cut into rows of T+1 tokens that overlap by one, so that
-every token is predicted once. Row i of an epoch is a keyed permutation of i,
-computed and not stored; so `batch_at(step)` needs no state, resuming needs no
-seek, and the global batch does not depend on how many hosts read it.
+The token stream is cut into rows of T+1 tokens that overlap by one token, so
+each token is predicted once per epoch. A keyed permutation of the row numbers,
+computed and not stored, is the order of an epoch. So `batch_at(step)` needs no
+state, a run resumes without reading what came before, and the global batch does
+not depend on the number of hosts.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from mla_moe.config import ConfigError, DataConfig
 
 
 class Batch(NamedTuple):
-  """One step's tokens, [n micro-batches, B, T] int32 each, as numpy arrays.
+  """The rows of one step as numpy arrays, in n micro-batches.
 
-  targets are the next tokens, -1 where nothing is to be predicted; segments
-  number the documents of a row and positions count within them (one segment
-  when packing is 'joined'). Only the first `count` micro-batches are real.
+  tokens: [n, B, T] int32. targets: [n, B, T] int32, the next tokens; -1 where
+  none is predicted. segments: [n, B, T] int32, the number of a token's document
+  in its row. positions: [n, B, T] int32, within the segment. With packing
+  'joined' a row is one segment. count: int32, the number of real micro-batches;
+  they come first, the others are padding.
   """
 
   tokens: np.ndarray
@@ -34,26 +37,28 @@ class Batch(NamedTuple):
 
 
 def span(data: DataConfig, step: int) -> tuple[int, int]:
-  """(sequences before the step, sequences in it), the batch ramp included.
+  """Returns (number of sequences before the step, number in the step).
 
-  The ramp is linear in tokens, rounded down to whole micro-batches.
+  During the batch ramp the number grows linearly in tokens, rounded down to
+  whole micro-batches.
   """
   sizes, before = _ramp(data)
   if step < len(sizes):
     return int(before[step]), int(sizes[step])
-  more = (step - len(sizes)) * data.batch_size
-  return int(before[-1]) + more, data.batch_size
+  after_ramp = (step - len(sizes)) * data.batch_size
+  return int(before[-1]) + after_ramp, data.batch_size
 
 
 @functools.lru_cache(maxsize=8)
 def _ramp(data: DataConfig) -> tuple[np.ndarray, np.ndarray]:
+  """Returns (sizes of the ramp's steps, sequences before each and after)."""
   micro = data.micro_batch or data.batch_size
-  sizes, seen = [], 0
-  while data.batch_start and seen * data.seq_len < data.ramp_tokens:
-    done = seen * data.seq_len / data.ramp_tokens
-    size = data.batch_start + (data.batch_size - data.batch_start) * done
+  sizes, sequences = [], 0
+  while data.batch_start and sequences * data.seq_len < data.ramp_tokens:
+    progress = sequences * data.seq_len / data.ramp_tokens
+    size = data.batch_start + (data.batch_size - data.batch_start) * progress
     sizes.append(max(int(size) // micro * micro, micro))
-    seen += sizes[-1]
+    sequences += sizes[-1]
   return np.array(sizes, np.int64), np.cumsum([0, *sizes], dtype=np.int64)
 
 
@@ -66,10 +71,13 @@ def batch_at(
   hosts: int = 1,
   left_out: int = 0,
 ) -> Batch:
-  """The batch of `step`, or this host's columns of each micro-batch.
+  """Returns the batch of a step, or this host's columns of each micro-batch.
 
-  `left_out` sequences before the step's are left out: where a run that had gone
-  astray goes on elsewhere in the text, with its schedules unchanged.
+  Args:
+    stream: [tokens], the corpus.
+    bos_id: begins a document, for packing 'separate'.
+    left_out: number of sequences to skip before this step. After a roll-back a
+      run continues elsewhere in the text, with its schedules unchanged.
 
   Raises:
     ConfigError: hosts that do not divide the micro-batch.
@@ -78,21 +86,21 @@ def batch_at(
   if micro % hosts:
     raise ConfigError(f'{hosts} hosts: must divide data.micro_batch={micro}')
   first, size = span(data, step)
-  most, each = data.batch_size // micro, micro // hosts
-  at = first + left_out + np.arange(size).reshape(-1, micro)
-  at = at[:, host * each : (host + 1) * each]
+  most, columns = data.batch_size // micro, micro // hosts
+  sequences = first + left_out + np.arange(size).reshape(-1, micro)
+  sequences = sequences[:, host * columns : (host + 1) * columns]
   rows = (len(stream) - 1) // data.seq_len
-  epoch, index = np.divmod(at, rows)
+  epochs, index = np.divmod(sequences, rows)
   order = np.zeros_like(index)
-  for one in np.unique(epoch):
-    here = epoch == one
-    order[here] = permute(index[here], rows, (data.seed << 20) + int(one))
+  for epoch in np.unique(epochs):
+    mask = epochs == epoch
+    order[mask] = permute(index[mask], rows, (data.seed << 20) + int(epoch))
   batch = _rows(stream, data, order, bos_id)
-  empty = most - len(at)
-  if not empty:
+  padding = most - len(sequences)
+  if not padding:
     return batch
   pad = lambda x, fill: np.pad(
-    x, ((0, empty), (0, 0), (0, 0)), constant_values=fill
+    x, ((0, padding), (0, 0), (0, 0)), constant_values=fill
   )
   fills = (0, -1, 0, 0)
   padded = (pad(x, fill) for x, fill in zip(batch[:-1], fills, strict=True))
@@ -109,7 +117,7 @@ def batches(
   hosts: int = 1,
   left_out: int = 0,
 ) -> Iterator[Batch]:
-  """Batches of steps start..stop-1, each read when it is asked for."""
+  """Yields the batches of steps start..stop-1; each is read when needed."""
   read = functools.partial(
     batch_at,
     stream,
@@ -125,44 +133,44 @@ def batches(
 def eval_batches(
   stream: np.ndarray, data: DataConfig, bos_id: int, count: int
 ) -> list[Batch]:
-  """The same `count` micro-batches every time, rows spread over the stream.
+  """Returns the same `count` micro-batches every time, spread over the stream.
 
-  Where the stream has fewer rows, fewer: no row is read twice; rows that fill
-  up the last batch have no targets.
+  A stream with fewer rows gives fewer: no row is read twice. Rows that fill up
+  the last batch have no targets.
   """
   micro = data.micro_batch or data.batch_size
   rows = (len(stream) - 1) // data.seq_len
-  want = min(rows, count * micro)
-  chosen = np.arange(want) * rows // want
-  found = []
-  for i in range(0, want, micro):
-    part = chosen[i : i + micro]
-    order = np.pad(part, (0, micro - len(part)), mode='edge')
-    batch = _rows(stream, data, order[None], bos_id)
+  used = min(rows, count * micro)
+  order = np.arange(used) * rows // used
+  evaluated = []
+  for i in range(0, used, micro):
+    part = order[i : i + micro]
+    padded = np.pad(part, (0, micro - len(part)), mode='edge')
+    batch = _rows(stream, data, padded[None], bos_id)
     batch.targets[:, len(part) :] = -1
-    found.append(batch)
-  return found
+    evaluated.append(batch)
+  return evaluated
 
 
 def bits_per_byte(nll: float, tokens_bytes: int) -> float:
-  """Nats summed over tokens, as bits for each byte that they stand for."""
+  """Returns nats summed over tokens as bits per byte of the tokens' text."""
   return nll / math.log(2) / tokens_bytes
 
 
 def _rows(stream, data, order, bos_id) -> Batch:
-  """Rows `order` [n, B] of the stream."""
+  """Returns rows `order` [n, B] of the stream."""
   t = data.seq_len
-  at = order[..., None] * t + np.arange(t + 1)
-  whole = stream[at].astype(np.int32)
-  tokens, targets = whole[..., :-1], whole[..., 1:]
+  index = order[..., None] * t + np.arange(t + 1)
+  both = stream[index].astype(np.int32)  # [n, B, T+1]
+  tokens, targets = both[..., :-1], both[..., 1:]
   positions = np.broadcast_to(np.arange(t, dtype=np.int32), tokens.shape)
   segments = np.zeros(tokens.shape, np.int32)
   if data.packing == 'separate':
-    starts = whole == bos_id
+    starts = both == bos_id
     ids = np.cumsum(starts, axis=-1, dtype=np.int32)
     segments = ids[..., :-1]
-    begun = np.where(starts[..., :-1], positions, 0)
-    positions = positions - np.maximum.accumulate(begun, axis=-1)
+    begins = np.where(starts[..., :-1], positions, 0)
+    positions = positions - np.maximum.accumulate(begins, axis=-1)
     targets = np.where(ids[..., 1:] == segments, targets, -1)
   arrays = (tokens, targets, segments, positions)
   arrays = (np.ascontiguousarray(x) for x in arrays)
@@ -170,10 +178,12 @@ def _rows(stream, data, order, bos_id) -> Batch:
 
 
 def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
-  """Where each index of 0..size-1 goes in a permutation chosen by `key`.
+  """Returns the images of `index` under a permutation of 0..size-1.
 
-  A Feistel network over the next even number of bits; values that fall outside
-  go round again until they are inside (cycle walking).
+  The permutation is a Feistel network over the next even number of bits: each
+  of four rounds maps the halves (left, right) to (right, left xor mix(right)),
+  which is one to one. A value that falls outside 0..size-1 goes through the
+  network again until it is inside (cycle walking).
   """
   half = max(1, math.ceil(math.log2(max(size, 2)) / 2))
   low = np.uint64((1 << half) - 1)
@@ -181,15 +191,15 @@ def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
   outside = np.ones(out.shape, bool)
   while outside.any():
     left, right = out[outside] >> np.uint64(half), out[outside] & low
-    for turn in range(4):
-      left, right = right, left ^ (_mix(right, key * 4 + turn) & low)
+    for i in range(4):
+      left, right = right, left ^ (_mix(right, key * 4 + i) & low)
     out[outside] = left << np.uint64(half) | right
     outside = out >= size
   return out.astype(np.int64)
 
 
 def _mix(x: np.ndarray, key: int) -> np.ndarray:
-  """splitmix64's finaliser over x and the key."""
+  """Returns splitmix64's finaliser of x and the key."""
   mask = (1 << 64) - 1
   x = x + np.uint64((key * 0x9E3779B97F4A7C15 + 0x1234567) & mask)
   x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -1,15 +1,16 @@
-"""Text to token files, once: documents are tokenised into a flat memmap.
+"""The corpus: documents are tokenised once, into two flat files of token ids.
 
-Each document is bos, its tokens, eos. A share of the training documents is
-rearranged for fill-in-the-middle (prefix, suffix, middle: PSM; V3 section 4.1).
-The folder's name is a fingerprint of all that the tokens depend on, so a
-changed file or option makes a new one. A checksum for every MiB is compared
-when the folder is opened, because a memmap by itself reads a flipped bit
-without a word.
+Each document becomes bos, its tokens, eos. A fraction of the training documents
+is rearranged for fill-in-the-middle: prefix, suffix, middle (PSM; V3's report,
+section 4.1). The files lie in a folder whose name is a fingerprint of all that
+the tokens depend on, so a changed text or option makes another folder. They are
+read through a memory map, which returns a flipped bit without a word: therefore
+a checksum of every MiB is compared when the folder is opened.
 
-Which documents are held out is decided by their keys (`documents`). Of a text
-so small that no key falls to that side, the document of the lowest key is, or,
-where there is but one, its end: a book in a file of its own can be trained on.
+The keys of the documents decide which are held out (`documents`). A text may be
+so small that no key falls on that side. Then the document with the lowest key
+is held out, or, if there is only one, its end: even a book in a single file can
+be trained on and evaluated.
 """
 
 from __future__ import annotations
@@ -29,44 +30,50 @@ import numpy as np
 
 from mla_moe.config import Config, ConfigError, DataConfig
 from mla_moe.data import documents
-from mla_moe.data import tokenizer as tokenizer_lib
+from mla_moe.data.tokenizer import Tokenizer
 
-_BLOCK = 1 << 20
+_BLOCK = 1 << 20  # bytes per checksum
 _BATCH = 256  # documents tokenised at once
 _FORMAT = 1
 
 
 class Corpus(NamedTuple):
-  """Token streams, and what evaluation needs of the held-out text."""
+  """Two streams of token ids, and facts about the held-out text.
 
-  train: np.ndarray  # [tokens] uint16 or uint32, a memmap
+  train, heldout: [tokens] uint16 or uint32, memory maps. heldout_bytes: of the
+  text in UTF-8. gzip_bits_per_byte: of the same text under gzip -9, to compare
+  the model's with. prompt: the beginning of a held-out document. fingerprint:
+  of everything that the tokens depend on.
+  """
+
+  train: np.ndarray
   heldout: np.ndarray
   heldout_bytes: int
   gzip_bits_per_byte: float
-  prompt: str  # how a held-out document begins
+  prompt: str
   bos_id: int
   fingerprint: str
 
 
 def prepare(
   data: DataConfig,
-  tokenizer: tokenizer_lib.Tokenizer,
+  tokenizer: Tokenizer,
   cache: os.PathLike | str,
   say: Callable[[str], None] = print,
 ) -> Corpus:
-  """The corpus of `data.source`, tokenised into `cache` unless it is there.
+  """Returns the corpus of `data.source`; tokenises it if `cache` has it not.
 
   Raises:
     ConfigError: no text, unreadable text, a damaged cache.
   """
   files = documents.files(data.source)
-  mark = _fingerprint(files, data, tokenizer)
-  folder = pathlib.Path(cache) / mark
+  fingerprint = _fingerprint(files, data, tokenizer)
+  folder = pathlib.Path(cache) / fingerprint
   if not (folder / 'corpus.json').exists():
     many = f'{len(files)} files' if len(files) > 1 else 'the file'
     say(f'Tokenising {many} of {data.source!r} (once) ...')
     _write(folder, files, data, tokenizer, say)
-  return _open(folder, tokenizer, mark)
+  return _open(folder, tokenizer, fingerprint)
 
 
 def check(corpus: Corpus, config: Config):
@@ -76,9 +83,9 @@ def check(corpus: Corpus, config: Config):
     ConfigError: fewer tokens than a batch, or ids that the model lacks.
   """
   data = config.data
-  need = data.batch_size * data.seq_len + 1
-  for name, stream, least, less in (
-    ('training', corpus.train, need, 'lower data.batch_size or data.seq_len'),
+  batch = data.batch_size * data.seq_len + 1
+  for name, stream, least, remedy in (
+    ('training', corpus.train, batch, 'lower data.batch_size or data.seq_len'),
     (
       'held-out',
       corpus.heldout,
@@ -89,20 +96,20 @@ def check(corpus: Corpus, config: Config):
     if len(stream) < least:
       raise ConfigError(
         f'data.source={data.source!r}: {len(stream)} {name} tokens, but a '
-        f'batch needs {least}; give more text, or {less}'
+        f'batch needs {least}; give more text, or {remedy}'
       )
-    top = int(stream.max())
-    if top >= config.model.vocab:
+    largest = int(stream.max())
+    if largest >= config.model.vocab:
       raise ConfigError(
         f'model.vocab={config.model.vocab}: the {name} text holds token id '
-        f"{top}; raise model.vocab to the tokenizer's size"
+        f"{largest}; raise model.vocab to the tokenizer's size"
       )
 
 
 def _fingerprint(files, data, tokenizer) -> str:
   facts = dict(
     format=_FORMAT,
-    files=[(file.name, file.whole, documents.digest(file)) for file in files],
+    files=[(f.name, f.is_document, documents.digest(f)) for f in files],
     tokenizer=tokenizer.fingerprint,
     ids=(tokenizer.bos_id, tokenizer.eos_id, tokenizer.fim_ids),
     options=(data.fim_rate, data.heldout, data.seed),
@@ -111,54 +118,33 @@ def _fingerprint(files, data, tokenizer) -> str:
 
 
 @dataclasses.dataclass
-class _Tally:
-  """What is counted while documents stream by."""
+class _Counts:
+  """Facts that are collected while the documents stream by."""
 
   documents: int = 0
   replaced: int = 0
   heldout_bytes: int = 0
-  compressed: int = 0
+  gzip_bytes: int = 0
   prompt: str = ''
 
 
 def _write(folder, files, data, tokenizer, say):
-  """Writes beside `folder`, then renames: it is whole or it is not there."""
+  """Writes a scratch folder and renames it: `folder` is complete or absent."""
   folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
   scratch = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix='.making-'))
   dtype = np.uint16 if tokenizer.vocab <= 1 << 16 else np.uint32
-  tally, gzip = _Tally(), zlib.compressobj(9, wbits=31)
   try:
     paths = {part: scratch / f'{part}.bin' for part in ('train', 'heldout')}
-    with (
-      open(paths['train'], 'wb') as train,
-      open(paths['heldout'], 'wb') as heldout,
-    ):
-      for group in _some_held_out(_groups(files, say), data.heldout):
-        ids = tokenizer.encode_batch([document.text for document in group])
-        for document, tokens in zip(group, ids, strict=True):
-          tally.documents += 1
-          tally.replaced += document.replaced
-          held = _held_out(document, data.heldout)
-          if held:
-            text = document.text.encode('utf-8', 'replace')
-            tally.heldout_bytes += len(text)
-            tally.compressed += len(gzip.compress(text))
-            tally.prompt = tally.prompt or document.text[:400]
-          else:
-            tokens = _fim(tokens, document.key, data, tokenizer)
-          ends = ([tokenizer.bos_id], tokens, [tokenizer.eos_id])
-          whole = np.concatenate(ends).astype(dtype)
-          (heldout if held else train).write(whole.tobytes())
-    tally.compressed += len(gzip.flush())
-    if not tally.documents:
+    counts = _tokenise(paths, files, data, tokenizer, dtype, say)
+    if not counts.documents:
       raise ConfigError(f'data.source={data.source!r}: holds no text')
-    if tally.replaced:
-      say(f'{tally.replaced} pieces of invalid UTF-8 were replaced by U+FFFD.')
+    if counts.replaced:
+      say(f'{counts.replaced} pieces of invalid UTF-8 were replaced by U+FFFD.')
     facts = dict(
       dtype=np.dtype(dtype).name,
-      heldout_bytes=tally.heldout_bytes,
-      gzip_bits_per_byte=8 * tally.compressed / max(tally.heldout_bytes, 1),
-      prompt=tally.prompt,
+      heldout_bytes=counts.heldout_bytes,
+      gzip_bits_per_byte=8 * counts.gzip_bytes / max(counts.heldout_bytes, 1),
+      prompt=counts.prompt,
       checksums={part: _checksums(path) for part, path in paths.items()},
     )
     (scratch / 'corpus.json').write_text(json.dumps(facts))
@@ -171,41 +157,72 @@ def _write(folder, files, data, tokenizer, say):
     shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _tokenise(paths, files, data, tokenizer, dtype, say) -> _Counts:
+  """Writes the token ids of all documents to `paths` (train, heldout)."""
+  counts, gzip = _Counts(), zlib.compressobj(9, wbits=31)
+  with (
+    open(paths['train'], 'wb') as train,
+    open(paths['heldout'], 'wb') as heldout,
+  ):
+    for group in _with_heldout(_groups(files, say), data.heldout):
+      ids = tokenizer.encode_batch([document.text for document in group])
+      for document, tokens in zip(group, ids, strict=True):
+        counts.documents += 1
+        counts.replaced += document.replaced
+        is_heldout = _is_heldout(document, data.heldout)
+        if is_heldout:
+          text = document.text.encode('utf-8', 'replace')
+          counts.heldout_bytes += len(text)
+          counts.gzip_bytes += len(gzip.compress(text))
+          counts.prompt = counts.prompt or document.text[:400]
+        else:
+          tokens = _fim(tokens, document.key, data, tokenizer)
+        parts = ([tokenizer.bos_id], tokens, [tokenizer.eos_id])
+        row = np.concatenate(parts).astype(dtype)
+        (heldout if is_heldout else train).write(row.tobytes())
+  counts.gzip_bytes += len(gzip.flush())
+  return counts
+
+
 def _groups(files, say) -> Iterator[list[documents.Document]]:
-  """Documents in order, some at a time; says how far it is now and then."""
-  group, told = [], 0
+  """Yields the documents in order, `_BATCH` at a time; reports progress."""
+  group, reported = [], 0
   for number, file in enumerate(files):
     for document in documents.read(file):
       group.append(document)
       if len(group) == _BATCH:
         yield group
         group = []
-    done = 10 * (number + 1) // len(files)
-    if done > told and len(files) > 5000:
-      told = done
-      say(f'  {10 * done} % of {len(files)} files')
+    tenths = 10 * (number + 1) // len(files)
+    if tenths > reported and len(files) > 5000:
+      reported = tenths
+      say(f'  {10 * tenths} % of {len(files)} files')
   yield group
 
 
-def _held_out(document: documents.Document, share: float) -> bool:
-  return document.key < share * 2**64
+def _is_heldout(document: documents.Document, fraction: float) -> bool:
+  return document.key < fraction * 2**64
 
 
-def _some_held_out(
-  groups: Iterator[list[documents.Document]], share: float
+def _with_heldout(
+  groups: Iterator[list[documents.Document]], fraction: float
 ) -> Iterator[list[documents.Document]]:
-  """The groups; where there is only one, something in it is held out."""
+  """Yields the groups; a single one gets a held-out document if it has none.
+
+  A key of 0 puts a document on the held-out side.
+  """
   first, second = next(groups), next(groups, None)
   if second:
     yield first
     yield second
     yield from groups
     return
-  if first and not any(_held_out(document, share) for document in first):
+  if first and not any(_is_heldout(document, fraction) for document in first):
     lowest = min(document.key for document in first)
     if all(document.key == lowest for document in first):
-      text = first[0].text  # equal ones would be on both sides: one is enough
-      cut = round(len(text) * (1 - share))
+      # Equal documents would all be held out, so one of them is cut in two.
+      text = first[0].text
+      cut = round(len(text) * (1 - fraction))
       cut = text.rfind('\n', 0, cut) + 1 or cut
       first = [
         first[0]._replace(text=text[:cut]),
@@ -220,7 +237,7 @@ def _some_held_out(
 
 
 def _fim(tokens, key, data, tokenizer):
-  """`tokens` in PSM order for a `fim_rate` share of the documents."""
+  """Returns `tokens`, in the order PSM for `fim_rate` of the documents."""
   if not tokenizer.fim_ids or len(tokens) < 3:
     return tokens
   random = np.random.default_rng((data.seed, key))
@@ -237,18 +254,23 @@ def _checksums(path: pathlib.Path) -> list[int]:
     return [zlib.crc32(block) for block in iter(lambda: file.read(_BLOCK), b'')]
 
 
-def _open(folder: pathlib.Path, tokenizer, mark: str) -> Corpus:
+def _open(folder: pathlib.Path, tokenizer, fingerprint: str) -> Corpus:
+  """Returns the corpus in `folder`, its checksums compared.
+
+  Raises:
+    ConfigError: names the first MiB that differs.
+  """
   facts = json.loads((folder / 'corpus.json').read_text())
   streams = {}
   for part, expected in facts['checksums'].items():
     path = folder / f'{part}.bin'
-    found = _checksums(path)
-    for i in range(max(len(found), len(expected))):
-      if found[i : i + 1] != expected[i : i + 1]:
+    actual = _checksums(path)
+    for i in range(max(len(actual), len(expected))):
+      if actual[i : i + 1] != expected[i : i + 1]:
         raise ConfigError(
           f'{path}: MiB {i} is damaged; delete the folder and start again'
         )
-    empty = np.zeros(0, facts['dtype'])
+    empty = np.zeros(0, facts['dtype'])  # numpy maps no empty file
     streams[part] = (
       np.memmap(path, facts['dtype'], 'r') if path.stat().st_size else empty
     )
@@ -259,5 +281,5 @@ def _open(folder: pathlib.Path, tokenizer, mark: str) -> Corpus:
     gzip_bits_per_byte=facts['gzip_bits_per_byte'],
     prompt=facts['prompt'],
     bos_id=tokenizer.bos_id,
-    fingerprint=mark,
+    fingerprint=fingerprint,
   )

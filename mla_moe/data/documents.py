@@ -1,14 +1,17 @@
-"""Where text comes from: a source lists files, a file is a run of documents.
+"""Documents: a source lists files, and each file has one document or many.
 
-A document is a file of a folder, a row of .jsonl or .parquet, or, of a text
-file that is alone or large, a piece of a few KB cut at blank lines. Each has a
-key, a hash: of its name for a whole file, of its content otherwise. The key
-alone decides whether the document is held out and how it is cut for FIM, so
-that neither changes when other documents come or go, and equal rows never land
-on both sides of the split.
+A document is one of three things: a whole text file; a row of a .jsonl or
+.parquet file; a piece of some KB of a text file, cut at a blank line, where the
+file is larger than 1 MiB or the only one of the source.
 
-Files are read as bytes and decoded here; what is not UTF-8 becomes U+FFFD and
-is counted.
+Each document has a key, a hash of 64 bits: of the file's name where the file is
+one document, of the content otherwise. The key alone decides whether the
+document is held out, and how it is cut for fill-in-the-middle. So a document
+stays on its side of the split when others come or go, and equal rows are never
+on both sides.
+
+Files are read as bytes and decoded here. Bytes that are not UTF-8 become U+FFFD
+and are counted.
 """
 
 from __future__ import annotations
@@ -28,12 +31,12 @@ TEXT = ('.txt', '.md', '.rst', '.py')
 ROWS = ('.jsonl', '.parquet')
 
 # Python's own tests are left out: half of the distributions do not ship them,
-# and they hold broken encodings on purpose.
+# and they contain broken encodings on purpose.
 _SKIPPED = frozenset(
   ('site-packages', 'dist-packages', '__pycache__')
   + ('test', 'tests', 'idle_test')
 )
-_WHOLE_BYTES = 1 << 20  # a text file above this is cut into pieces
+_DOCUMENT_BYTES = 1 << 20  # a text file above this is cut into pieces
 _PIECE_BYTES = 8 << 10
 _READ_BYTES = 1 << 20
 _BLANK_LINE = re.compile(rb'\n[ \t\r]*\n')
@@ -41,64 +44,75 @@ _MAGIC = re.compile(r'[*?\[]')
 
 
 class File(NamedTuple):
-  """A file of the source; `whole` if it is one document."""
+  """A file of the source.
 
-  name: str  # relative to the source, parts joined by '/'
+  name: relative to the source, parts joined by '/'. path: to open it.
+  is_document: all of it is one document.
+  """
+
+  name: str
   path: str
-  whole: bool
+  is_document: bool
 
 
 class Document(NamedTuple):
-  """One text; `replaced` counts the U+FFFD that stand for broken UTF-8."""
+  """A text and its key, uniform in [0, 2**64).
 
-  key: int  # uniform in [0, 2**64)
+  replaced: number of U+FFFD in the text that stand for broken UTF-8.
+  """
+
+  key: int
   text: str
   replaced: int
 
 
 def files(source: str) -> list[File]:
-  """The files of 'stdlib', a folder, a glob, or one path, in order of name.
+  """Returns the source's files in order of name.
+
+  Args:
+    source: 'stdlib' (the .py files of Python's own library), a folder, a glob
+      or one file.
 
   Raises:
-    ConfigError: nothing there, nothing of a kind that can be read, a file or
-      folder that cannot be opened.
+    ConfigError: nothing there, no file of a known kind, an empty file, a folder
+      that cannot be opened.
   """
   if source == 'stdlib':
     root = sysconfig.get_path('stdlib')
-    found = [path for path in _walk(root, _SKIPPED) if path.endswith('.py')]
-    if not found:
+    paths = [path for path in _walk(root, _SKIPPED) if path.endswith('.py')]
+    if not paths:
       raise ConfigError(
         f"data.source='stdlib': no .py files in {root!r}; give a folder of text"
       )
-    return _named(root, found, lambda path: True)
+    return _files(root, paths, lambda path: True)
   path = os.path.expanduser(source)
   kinds = ', '.join(TEXT + ROWS)
   if os.path.isfile(path):
-    if not _known(path):
+    if not _is_known(path):
       raise ConfigError(f'data.source={source!r}: must end in one of {kinds}')
     if not os.path.getsize(path):
       raise ConfigError(f'data.source={source!r}: the file is empty')
     return [File(os.path.basename(path), path, False)]
   if os.path.isdir(path):
-    root, found = path, _walk(path, frozenset(('__pycache__',)))
+    root, paths = path, _walk(path, frozenset(('__pycache__',)))
   elif _MAGIC.search(path):
     root = os.path.dirname(path[: _MAGIC.search(path).start()]) or '.'
-    found = [p for p in glob.glob(path, recursive=True) if os.path.isfile(p)]
+    paths = [p for p in glob.glob(path, recursive=True) if os.path.isfile(p)]
   else:
     raise ConfigError(f'data.source={source!r}: no such file or folder')
-  found = [path for path in found if _known(path)]
-  if not found:
+  paths = [path for path in paths if _is_known(path)]
+  if not paths:
     raise ConfigError(f'data.source={source!r}: holds no file of {kinds}')
-  alone = len(found) == 1
-  small = lambda path: os.path.getsize(path) <= _WHOLE_BYTES
-  return _named(root, found, lambda path: not alone and small(path))
+  only_one = len(paths) == 1
+  is_small = lambda path: os.path.getsize(path) <= _DOCUMENT_BYTES
+  return _files(root, paths, lambda path: not only_one and is_small(path))
 
 
 def read(file: File) -> Iterator[Document]:
-  """The file's documents in order, empty ones left out.
+  """Yields the file's documents in order, without the empty ones.
 
   Raises:
-    ConfigError: a file that cannot be opened or parsed (with its line or row).
+    ConfigError: the file cannot be opened or parsed (with its line or row).
   """
   try:
     if file.path.lower().endswith('.parquet'):
@@ -106,68 +120,82 @@ def read(file: File) -> Iterator[Document]:
     elif file.path.lower().endswith('.jsonl'):
       yield from _jsonl(file.path)
     else:
-      with open(file.path, 'rb') as opened:
-        if file.whole:
-          pieces = [opened.read()]
-        else:
-          pieces = _pieces(opened)
-        for piece in pieces:
-          key = file.name.encode() if file.whole else piece
-          if piece:
-            yield _document(key, piece)
+      yield from _text(file)
   except OSError as error:
-    raise ConfigError(
-      f'{file.path}: cannot be read ({error.strerror})'
-    ) from None
+    raise _unreadable(file, error) from None
 
 
 def digest(file: File) -> str:
-  """SHA-256 of the file's content."""
+  """Returns the SHA-256 of the file's content.
+
+  Raises:
+    ConfigError: the file cannot be read.
+  """
   try:
     with open(file.path, 'rb') as opened:
       return hashlib.file_digest(opened, 'sha256').hexdigest()
   except OSError as error:
-    raise ConfigError(
-      f'{file.path}: cannot be read ({error.strerror})'
-    ) from None
+    raise _unreadable(file, error) from None
+
+
+def _unreadable(file: File, error: OSError) -> ConfigError:
+  return ConfigError(f'{file.path}: cannot be read ({error.strerror})')
 
 
 def _walk(root: str, skipped: frozenset[str]) -> list[str]:
+  """Returns the paths of all files below `root` that are not hidden."""
+
   def fail(error):
     raise ConfigError(
       f'data.source: {error.filename!r} cannot be read ({error.strerror})'
     )
 
-  found = []
+  paths = []
   for folder, folders, names in os.walk(root, onerror=fail):
     folders[:] = [x for x in folders if x not in skipped and x[0] != '.']
-    found += [os.path.join(folder, name) for name in names if name[0] != '.']
-  return [path for path in found if os.path.isfile(path)]
+    paths += [os.path.join(folder, name) for name in names if name[0] != '.']
+  return [path for path in paths if os.path.isfile(path)]
 
 
-def _named(root: str, paths: list[str], whole) -> list[File]:
+def _files(root: str, paths: list[str], is_document) -> list[File]:
   relative = lambda path: os.path.relpath(path, root).replace(os.sep, '/')
-  return sorted(File(relative(path), path, whole(path)) for path in paths)
+  return sorted(File(relative(path), path, is_document(path)) for path in paths)
 
 
-def _known(path: str) -> bool:
+def _is_known(path: str) -> bool:
   return path.lower().endswith(TEXT + ROWS)
 
 
-def _document(key: bytes, content: bytes) -> Document:
-  number = int.from_bytes(
-    hashlib.blake2b(key, digest_size=8).digest(), 'little'
+def _document(hashed: bytes, content: bytes) -> Document:
+  key = int.from_bytes(
+    hashlib.blake2b(hashed, digest_size=8).digest(), 'little'
   )
   try:
-    return Document(number, content.decode('utf-8'), 0)
+    return Document(key, content.decode('utf-8'), 0)
   except UnicodeDecodeError:
     text = content.decode('utf-8', 'replace')
     genuine = content.count('\ufffd'.encode())
-    return Document(number, text, text.count('\ufffd') - genuine)
+    return Document(key, text, text.count('\ufffd') - genuine)
+
+
+def _text(file: File) -> Iterator[Document]:
+  with open(file.path, 'rb') as opened:
+    if file.is_document:
+      content = opened.read()
+      if content:
+        yield _document(file.name.encode(), content)
+    else:
+      for piece in _pieces(opened):
+        if piece:
+          yield _document(piece, piece)
 
 
 def _pieces(file: BinaryIO) -> Iterator[bytes]:
-  """The file cut after a blank line, a line, or a character, in that order."""
+  """Yields the file in pieces of 8 to 16 KiB.
+
+  Each is cut after a blank line if there is one in reach, else after a line,
+  else after a character.
+  """
   least, most = _PIECE_BYTES, 2 * _PIECE_BYTES
   rest = b''
   while block := file.read(_READ_BYTES):
@@ -222,7 +250,7 @@ def _parquet(path: str) -> Iterator[Document]:
         names = ', '.join(file.schema_arrow.names)
         raise ConfigError(f'{path}: has no column "text", only {names}')
       for batch in file.iter_batches(1024, columns=['text']):
-        # As bytes: a column of strings may hold what is not UTF-8.
+        # As bytes: a column of strings may contain invalid UTF-8.
         for content in batch.column(0).cast(pyarrow.binary()).to_pylist():
           if content:
             yield _document(content, content)

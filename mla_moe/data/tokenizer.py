@@ -1,13 +1,13 @@
-"""Text to token ids and back: raw bytes, or a byte-level BPE.
+"""Tokenizers: text to token ids and back, by raw bytes or a byte-level BPE.
 
-Both kinds start from the bytes of UTF-8, so every text has tokens, decoding
-gives the same text back, and each token stands for a known number of bytes.
-That last fact makes losses comparable between vocabularies: nats per token
-divided by bytes per token is bits per byte (`data.bits_per_byte`).
+Both kinds start from the bytes of UTF-8. So every text has tokens, decoding
+returns the same text, and each token stands for a known number of bytes. The
+last fact makes losses comparable between vocabularies: nats per token over
+bytes per token gives bits per byte (`batches.bits_per_byte`).
 
-A document's text never becomes a special token, whatever it spells: a web page
-that quotes `<｜end▁of▁sentence｜>` must not end the document. Special ids are
-put in by id (`corpus`), by whoever means them.
+A document's text never becomes a special token, even if it spells one: a web
+page that quotes `<｜end▁of▁sentence｜>` must not end the document. Code that
+wants a special token inserts its id (`corpus`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ import functools
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -27,18 +25,7 @@ from mla_moe.config import ConfigError
 from mla_moe.types import Int
 
 BOS, EOS = '<｜begin▁of▁sentence｜>', '<｜end▁of▁sentence｜>'
-PAD = '<｜▁pad▁｜>'
 FIM = ('<｜fim▁begin｜>', '<｜fim▁hole｜>', '<｜fim▁end｜>')
-
-# The splits that DeepSeek-V3's tokenizer.json makes before merging: digits by
-# threes, runs of Chinese and Japanese, then words, punctuation and spaces.
-_SPLITS = (
-  r'\p{N}{1,3}',
-  r'[一-龥぀-ゟ゠-ヿ]+',
-  r'[!"#$%&\'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+'
-  r'|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*'
-  r'|\s*[\r\n]+|\s+(?!\S)|\s+',
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,26 +39,29 @@ class ByteTokenizer:
   fingerprint: str = 'byte'
 
   def encode(self, text: str) -> Int[np.ndarray, ' M']:
-    """The text's tokens, int32, without bos or eos."""
+    """Returns the text's ids, int32, without bos and eos."""
     return np.frombuffer(_bytes(text), np.uint8).astype(np.int32)
 
   def encode_batch(self, texts: list[str]) -> list[Int[np.ndarray, ' _']]:
-    """`encode` of every text."""
+    """Returns the ids of each text."""
     return [self.encode(text) for text in texts]
 
   def decode(self, ids: Any) -> str:
-    """The text of the ids; specials vanish, broken UTF-8 becomes U+FFFD."""
+    """Returns the text, without specials; broken UTF-8 becomes U+FFFD."""
     ids = np.asarray(ids).reshape(-1)
     return ids[ids < 256].astype(np.uint8).tobytes().decode('utf-8', 'replace')
 
   def byte_lengths(self) -> Int[np.ndarray, ' V']:
-    """The bytes that each id stands for, int32; specials stand for none."""
+    """Returns the number of bytes of each id, int32; 0 for specials."""
     return (np.arange(self.vocab) < 256).astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
 class BPETokenizer:
-  """A byte-level BPE from a tokenizer.json, run by the library `tokenizers`."""
+  """A byte-level BPE of a tokenizer.json, run by the library `tokenizers`.
+
+  core: the library's Tokenizer.
+  """
 
   vocab: int
   bos_id: int
@@ -81,26 +71,26 @@ class BPETokenizer:
   core: Any = dataclasses.field(repr=False)
 
   def encode(self, text: str) -> Int[np.ndarray, ' M']:
-    """The text's tokens, int32, without bos or eos."""
+    """Returns the text's ids, int32, without bos and eos."""
     return self.encode_batch([text])[0]
 
   def encode_batch(self, texts: list[str]) -> list[Int[np.ndarray, ' _']]:
-    """`encode` of every text, on all cores."""
+    """Returns the ids of each text, computed on all cores."""
     clean = [_bytes(text).decode() for text in texts]
-    found = self.core.encode_batch_fast(clean, add_special_tokens=False)
-    return [np.array(one.ids, np.int32) for one in found]
+    encodings = self.core.encode_batch_fast(clean, add_special_tokens=False)
+    return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
   def decode(self, ids: Any) -> str:
-    """The text of the ids; specials vanish, broken UTF-8 becomes U+FFFD."""
+    """Returns the text, without specials; broken UTF-8 becomes U+FFFD."""
     special = {self.bos_id, self.eos_id, *(self.fim_ids or ())}
     ids = [i for i in np.asarray(ids).reshape(-1).tolist() if i not in special]
     return self.core.decode(ids, skip_special_tokens=True)
 
   def byte_lengths(self) -> Int[np.ndarray, ' V']:
-    """The bytes that each id stands for, int32; specials stand for none."""
+    """Returns the number of bytes of each id, int32; 0 for specials."""
     lengths = np.zeros(self.vocab, np.int32)
     for token, index in self.core.get_vocab().items():
-      lengths[index] = len(token)  # one letter of the byte alphabet a byte
+      lengths[index] = len(token)  # BPE spells each byte as one character
     for index, token in self.core.get_added_tokens_decoder().items():
       lengths[index] = 0 if token.special else len(token.content.encode())
     lengths[[self.bos_id, self.eos_id, *(self.fim_ids or ())]] = 0
@@ -111,10 +101,13 @@ Tokenizer = ByteTokenizer | BPETokenizer
 
 
 def load(name: str, bos_id: int, eos_id: int) -> Tokenizer:
-  """The tokenizer 'byte', or that of a tokenizer.json (or a folder with one).
+  """Returns a tokenizer by name.
 
-  `bos_id` and `eos_id` are the model's: a tokenizer.json does not say which of
-  its tokens they are. The FIM ids are those of DeepSeek's names for them.
+  Args:
+    name: 'byte', a tokenizer.json, or a folder with one.
+    bos_id, eos_id: the model's; a tokenizer.json does not say which of its
+      tokens begins and ends a document. The ids for fill-in-the-middle are
+      found by DeepSeek's names of the tokens.
 
   Raises:
     ConfigError: no such file, not a byte-level tokenizer.json, or ids that the
@@ -122,12 +115,12 @@ def load(name: str, bos_id: int, eos_id: int) -> Tokenizer:
   """
   if name == 'byte':
     tokenizer = ByteTokenizer()
-    for key, ours in (('bos_id', bos_id), ('eos_id', eos_id)):
-      theirs = getattr(tokenizer, key)
-      if ours != theirs:
+    for field, index in (('bos_id', bos_id), ('eos_id', eos_id)):
+      own = getattr(tokenizer, field)
+      if index != own:
         raise ConfigError(
-          f'model.{key}={ours}: the byte tokenizer has {theirs}; set '
-          f'model.{key}={theirs}'
+          f'model.{field}={index}: the byte tokenizer has {own}; set '
+          f'model.{field}={own}'
         )
     return tokenizer
   path = os.path.expanduser(name)
@@ -142,11 +135,11 @@ def load(name: str, bos_id: int, eos_id: int) -> Tokenizer:
       f'be read ({error.strerror})'
     ) from None
   core = _parse(path, content)
-  for key, index in (('bos_id', bos_id), ('eos_id', eos_id)):
+  for field, index in (('bos_id', bos_id), ('eos_id', eos_id)):
     if core.id_to_token(index) is None:
       raise ConfigError(
-        f'model.{key}={index}: {path} has no such token; set model.{key} to '
-        'the id that it uses'
+        f'model.{field}={index}: {path} has no such token; set model.{field} '
+        'to the id that it uses'
       )
   fim = tuple(core.token_to_id(token) for token in FIM)
   return BPETokenizer(
@@ -159,47 +152,12 @@ def load(name: str, bos_id: int, eos_id: int) -> Tokenizer:
   )
 
 
-def train_bpe(texts: Iterable[str], vocab: int, path: str) -> Tokenizer:
-  """Learns a byte-level BPE of at most `vocab` tokens and writes it to `path`.
-
-  It splits as DeepSeek-V3's does and has its special tokens: bos 0, eos 1,
-  padding 2, then FIM. Fewer tokens come out of a text too short for them.
+def _parse(path: str, content: bytes) -> Any:
+  """Returns the library's Tokenizer of a tokenizer.json.
 
   Raises:
-    ConfigError: a vocabulary with no room for the 256 bytes and the specials.
+    ConfigError: not a tokenizer.json, or its tokens are not bytes.
   """
-  library = _library()
-  special = [BOS, EOS, PAD, *FIM]
-  least = 256 + len(special)
-  if vocab < least:
-    raise ConfigError(
-      f'vocab={vocab}: a byte-level BPE needs at least {least} tokens'
-    )
-  pre = library.pre_tokenizers
-  core = library.Tokenizer(library.models.BPE())
-  core.pre_tokenizer = pre.Sequence(
-    [pre.Split(library.Regex(split), 'isolated') for split in _SPLITS]
-    + [pre.ByteLevel(add_prefix_space=False, use_regex=False)]
-  )
-  core.decoder = library.decoders.ByteLevel()
-  trainer = library.trainers.BpeTrainer(
-    vocab_size=vocab,
-    special_tokens=special,
-    initial_alphabet=pre.ByteLevel.alphabet(),
-    show_progress=False,
-  )
-  core.train_from_iterator(texts, trainer)
-  folder = os.path.dirname(os.path.abspath(path))
-  os.makedirs(folder, exist_ok=True)
-  with tempfile.TemporaryDirectory(dir=folder) as temp:
-    fresh = os.path.join(temp, 'tokenizer.json')
-    core.save(fresh)
-    os.replace(fresh, path)
-  return load(path, 0, 1)
-
-
-def _parse(path: str, content: bytes) -> Any:
-  """The `tokenizers` object of a tokenizer.json, if its tokens are bytes."""
   library = _library()
   try:
     core = library.Tokenizer.from_str(content.decode('utf-8'))
@@ -215,7 +173,7 @@ def _parse(path: str, content: bytes) -> Any:
     )
   core.no_padding()
   core.no_truncation()
-  core.encode_special_tokens = True  # what a text spells stays text
+  core.encode_special_tokens = True  # a special token in a text stays text
   return core
 
 
@@ -231,5 +189,5 @@ def _library() -> Any:
 
 
 def _bytes(text: str) -> bytes:
-  """UTF-8; half a surrogate pair (from JSON, a terminal) becomes '?'."""
+  """Returns UTF-8; half a surrogate pair (JSON, terminals) becomes '?'."""
   return text.encode('utf-8', 'replace')

@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import bpe_tokenizer
 import numpy as np
 import pytest
 
@@ -19,7 +20,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 def words(tmp_path_factory):
   pytest.importorskip('tokenizers')
   path = tmp_path_factory.mktemp('bpe') / 'tokenizer.json'
-  tokenizer.train_bpe(['hello world, hello'], 300, str(path))
+  bpe_tokenizer.write(path, ['hello world, hello'], 300)
   values = json.loads(path.read_text())
   top = max(token['id'] for token in values['added_tokens'])
   top = max(top, *values['model']['vocab'].values())

@@ -1,0 +1,162 @@
+"""Token files: written once, checked when opened; FIM loses no character."""
+
+import dataclasses
+import gzip
+import multiprocessing
+import os
+import stat
+
+import numpy as np
+import pytest
+from texts import (
+  BEGIN,
+  BOS,
+  BYTE,
+  END,
+  EOS,
+  HOLE,
+  documents_of,
+  prepared,
+  rows_of,
+  small,
+  write_folder,
+)
+
+from mla_moe.config import Config, ConfigError, ModelConfig
+from mla_moe.data import corpus
+
+
+def test_a_second_call_reuses_the_files_in_silence(folder, tmp_path, text):
+  path = tmp_path / 'cache' / text.fingerprint
+  before = {p.name: p.stat().st_mtime_ns for p in path.iterdir()}
+  lines = []
+  config = small(source=folder, seq_len=4, packing='separate')
+  again = corpus.prepare(config, BYTE, tmp_path / 'cache', lines.append)
+  assert not lines and again.fingerprint == text.fingerprint
+  assert before == {p.name: p.stat().st_mtime_ns for p in path.iterdir()}
+  np.testing.assert_array_equal(again.train, text.train)
+  assert stat.S_IMODE(path.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize(
+  'change', [dict(seed=1), dict(heldout=0.3), dict(fim_rate=0.5)]
+)
+def test_what_changes_the_tokens_changes_the_fingerprint(
+  change, folder, tmp_path, text
+):
+  config = small(source=folder, **change)
+  other = prepared(config, tmp_path / 'cache')
+  assert other.fingerprint != text.fingerprint
+
+
+@pytest.mark.parametrize('part', ['train', 'heldout'])
+def test_row20_a_flipped_bit_is_found_and_named(part, folder, tmp_path, text):
+  path = tmp_path / 'cache' / text.fingerprint / f'{part}.bin'
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 4
+  path.write_bytes(content)
+  with pytest.raises(ConfigError, match=rf'{part}\.bin: MiB 0 is damaged'):
+    corpus.prepare(small(source=folder), BYTE, tmp_path / 'cache', print)
+
+
+def test_the_damaged_block_of_several_is_the_one_named(tmp_path, monkeypatch):
+  monkeypatch.setattr(corpus, '_BLOCK', 64)
+  source = write_folder(tmp_path / 'text')
+  config, cache = small(source=source), tmp_path / 'cache'
+  text = prepared(config, cache)
+  path = cache / text.fingerprint / 'train.bin'
+  content = bytearray(path.read_bytes())
+  content[64 * 5 + 1] ^= 1
+  path.write_bytes(content)
+  with pytest.raises(ConfigError, match='MiB 5 '):
+    corpus.prepare(config, BYTE, cache, print)
+
+
+def _prepare(source, cache, queue):
+  text = prepared(small(source=source), cache)
+  queue.put((text.fingerprint, int(text.train.astype(np.int64).sum())))
+
+
+def test_two_processes_may_prepare_at_once(folder, tmp_path, text):
+  context = multiprocessing.get_context('spawn')
+  queue = context.Queue()
+  args = (folder, str(tmp_path / 'other'), queue)
+  processes = [context.Process(target=_prepare, args=args) for _ in range(2)]
+  for process in processes:
+    process.start()
+  results = {queue.get(timeout=120) for _ in processes}
+  for process in processes:
+    process.join()
+  assert results == {(text.fingerprint, int(text.train.astype(np.int64).sum()))}
+  assert os.listdir(tmp_path / 'other') == [text.fingerprint]
+
+
+def test_a_large_vocabulary_has_wider_tokens(folder, tmp_path):
+  large = dataclasses.replace(BYTE, vocab=70000, fingerprint='large')
+  config, cache = small(source=folder), tmp_path / 'cache'
+  wide, narrow = prepared(config, cache, large), prepared(config, cache)
+  assert (wide.train.dtype, narrow.train.dtype) == (np.uint32, np.uint16)
+  np.testing.assert_array_equal(wide.train, narrow.train)
+
+
+def test_gzip_and_the_share_are_those_of_the_held_out_text(tmp_path):
+  path, cache = tmp_path / 'rows.jsonl', tmp_path / 'cache'
+  rows_of('jsonl', path, [f'{i} is {i * i} é' for i in range(3000)])
+  config = small(source=str(path), heldout=0.2)
+  text = prepared(config, cache)
+  rows = documents_of(text.heldout)
+  assert abs(len(rows) / 3000 - 0.2) < 0.035  # 4.8 standard deviations
+  plain = b''.join(bytes(document[1:-1]) for document in rows)
+  assert text.heldout_bytes == len(plain)
+  bits = 8 * len(gzip.compress(plain, 9)) / len(plain)
+  np.testing.assert_allclose(text.gzip_bits_per_byte, bits, rtol=1e-12)
+  assert plain.decode().startswith(text.prompt[:10])
+
+
+def test_fim_keeps_every_character_and_leaves_held_out_text_alone(
+  folder, tmp_path, text
+):
+  config = small(source=folder, fim_rate=1.0)
+  rearranged = prepared(config, tmp_path / 'cache')
+  cut, plain = documents_of(rearranged.train), documents_of(text.train)
+  assert len(cut) == len(plain)
+  for document, original in zip(cut, plain, strict=True):
+    begin, hole, end = (document.index(i) for i in (BEGIN, HOLE, END))
+    assert (document[0], document[-1], begin) == (BOS, EOS, 1)
+    prefix, suffix = document[2:hole], document[hole + 1 : end]
+    middle = document[end + 1 : -1]
+    assert prefix + middle + suffix == original[1:-1]
+  np.testing.assert_array_equal(rearranged.heldout, text.heldout)
+
+
+def test_fim_rate_is_a_share_and_its_dice_are_keyed(tmp_path):
+  path, cache = tmp_path / 'rows.jsonl', tmp_path / 'cache'
+  rows_of('jsonl', path, [f'row number {i}' for i in range(3000)])
+  config = small(source=str(path), fim_rate=0.1)
+  first = prepared(config, cache)
+  fraction = (first.train == BEGIN).sum() / (first.train == BOS).sum()
+  assert abs(fraction - 0.1) < 0.03  # 4.9 standard deviations of 2400 dice
+  other = dataclasses.replace(config, seed=1)
+  second = prepared(other, cache)
+  both = documents_of(first.train), documents_of(second.train)
+  changed = [a != b for a, b in zip(*both, strict=True)]
+  assert 0.1 < np.mean(changed) < 0.3
+
+
+def test_row21_too_little_text_and_too_small_a_vocabulary_are_said(
+  folder, text
+):
+  tokens = len(text.train)
+  model = ModelConfig(vocab=264)
+  large = small(source=folder, seq_len=512, batch_size=8)
+  with pytest.raises(ConfigError) as caught:
+    corpus.check(text, Config(model=model, data=large))
+  assert f'{tokens} training tokens' in str(caught.value)
+  assert f'needs {512 * 8 + 1}' in str(caught.value)
+  long = small(source=folder, seq_len=len(text.heldout), batch_size=1)
+  with pytest.raises(ConfigError, match='raise data.heldout=0.2, or lower'):
+    corpus.check(text, Config(model=model, data=long))
+  corpus.check(text, Config(model=model, data=small(source=folder)))
+  with pytest.raises(ConfigError, match='model.vocab=200.*257'):
+    less = dataclasses.replace(model, vocab=200)
+    corpus.check(text, Config(model=less, data=small(source=folder)))

@@ -60,8 +60,8 @@ def write(folder: pathlib.Path, layers: int, fp8: bool) -> int:
   plan: list[dict] = [{}]
   size = 0
   for row in names.rows(config):
-    for at in row.places():
-      name, shape = row.tensor(at), row.file_shape
+    for index in row.indices():
+      name, shape = row.tensor(index), row.file_shape
       quantized = fp8 and names.quantized(name)
       dtype = safetensors.DTYPES['F8_E4M3' if quantized else 'BF16']
       if row.path[0] == 'router':
@@ -74,7 +74,7 @@ def write(folder: pathlib.Path, layers: int, fp8: bool) -> int:
       plan[-1][name] = (dtype, shape)
       size += dtype.itemsize * int(np.prod(shape))
       if quantized:
-        scale = (np.dtype(np.float32), fp8_blocks.blocks(shape))
+        scale = (np.dtype(np.float32), fp8_blocks.scale_shape(shape))
         plan[-1][f'{name}_scale_inv'] = scale
   places, total = {}, 0
   for number, tensors in enumerate(plan, 1):

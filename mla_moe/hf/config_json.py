@@ -1,11 +1,11 @@
-"""config.json of released models <-> ModelConfig, in both directions.
+"""Translates config.json of released models to ModelConfig and back.
 
-Two dialects are read: the one in which DeepSeek, Moonshot and others publish
+Two dialects are read: that of the releases of DeepSeek, Moonshot and others
 (`rope_scaling`, `scoring_func`, `topk_method`, `quantization_config`) and that
-of transformers 5 (`rope_parameters`). The first is written, since everything
-reads it. Keys that would change the numbers and that this package does not
-compute are refused; keys that mean nothing to it, such as `auto_map` with its
-remote code, are never looked at.
+of transformers 5 (`rope_parameters`). The first is written, since all programs
+read it. A key that would change the model's numbers in a way that this package
+does not compute is refused. Other keys, such as `auto_map` with its remote
+code, are never looked at.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ INDEX = 'model.safetensors.index.json'
 BF16 = np.dtype(ml_dtypes.bfloat16)
 F32 = np.dtype(np.float32)
 
-# ours, theirs
+# our field, key of config.json
 _MODEL = (
   ('vocab', 'vocab_size'),
   ('dim', 'hidden_size'),
@@ -51,34 +51,40 @@ _MOE = (
   ('top_k', 'num_experts_per_tok'),
   ('width', 'moe_intermediate_size'),
 )
+# model_type: (architecture, default scoring, default method)
 _KINDS = {
   'deepseek_v2': ('DeepseekV2ForCausalLM', 'softmax', 'greedy'),
   'deepseek_v3': ('DeepseekV3ForCausalLM', 'sigmoid', 'noaux_tc'),
 }
+# Fields that a ConfigError may name, with the keys that they come from.
+_KEYS = dict((*_MODEL, *_MLA, *_MOE))
+_KEYS |= {'query_rank': 'q_lora_rank', 'shared': 'n_shared_experts'}
+_KEYS |= {'dense_layers': 'first_k_dense_replace', 'groups': 'n_group'}
+_KEYS |= {'top_groups': 'topk_group', 'scale': 'routed_scaling_factor'}
 _NO_YARN = ('default', 'none', None)
 _MISSING = object()
 
 
 def parameter_dtype(dtype: Any) -> np.dtype:
-  """The numpy dtype that parameters may have.
+  """Returns the numpy dtype of parameters.
 
   Raises:
     ConfigError: it is neither float32 nor bfloat16.
   """
   try:
-    found = np.dtype(dtype)
+    parsed = np.dtype(dtype)
   except TypeError:
-    found = None
-  if found not in (F32, BF16):
+    parsed = None
+  if parsed not in (F32, BF16):
     raise ConfigError(f'dtype={dtype!r}: must be float32 or bfloat16')
-  return found
+  return parsed
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """The object in a JSON file.
+  """Returns the object in a JSON file.
 
   Raises:
-    ConfigError: the file cannot be read, or holds something else.
+    ConfigError: the file cannot be read, or contains no JSON object.
   """
   try:
     values = json.loads(path.read_text(encoding='utf-8'))
@@ -92,16 +98,20 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def read(values: dict[str, Any], dtype: str) -> ModelConfig:
-  """The ModelConfig of a config.json's object; activations in `dtype`.
+  """Returns the ModelConfig of a config.json's object.
 
-  `mtp.depth` is what the file says. transformers writes it for models whose
-  modules it has dropped: whoever has the tensors knows better.
+  Args:
+    values: the object. Its number of MTP modules may be too large:
+      transformers keeps the number when it drops the modules (`source`).
+    dtype: of the activations.
 
   Raises:
-    ConfigError: another architecture, a missing key, a value of the wrong type
-      or one that means what is not computed here.
+    ConfigError: another architecture, a missing key, a value of the wrong type,
+      or one whose meaning is not computed here.
   """
   v3 = _is_v3(values)
+  routed = values.get('n_routed_experts') is not None
+  _check_computed(values, v3, routed)
 
   def get(key: str, default: Any = _MISSING) -> Any:
     value = values.get(key)
@@ -111,31 +121,8 @@ def read(values: dict[str, Any], dtype: str) -> ModelConfig:
       raise ConfigError(f'{key}: is missing')
     return value
 
-  def only(key: str, good: tuple, why: str):
-    if values.get(key) is not None and values[key] not in good:
-      raise ConfigError(f'{key}={values[key]!r}: {why}')
-
-  only('hidden_act', ('silu',), 'only silu is computed')
-  for key in ('attention_bias', 'mlp_bias'):
-    only(key, (False,), 'no projection has a bias here')
-  heads = values.get('num_attention_heads')
-  only('num_key_value_heads', (heads,), f'MLA has {heads}, one for each head')
+  take = lambda table: {field: get(key) for field, key in table}
   layers = get('num_hidden_layers')
-  routed = values.get('n_routed_experts') is not None
-  if routed:
-    only('moe_layer_freq', (1,), 'every layer after the dense ones has experts')
-  if not v3 and routed:
-    only(
-      'norm_topk_prob',
-      (False,),
-      "transformers ignores it for deepseek_v2 and DeepSeek's code does not",
-    )
-
-  name = {ours: theirs for ours, theirs in (*_MODEL, *_MLA, *_MOE)}
-  name |= {'query_rank': 'q_lora_rank', 'shared': 'n_shared_experts'}
-  name |= {'dense_layers': 'first_k_dense_replace', 'groups': 'n_group'}
-  name |= {'top_groups': 'topk_group', 'scale': 'routed_scaling_factor'}
-  take = lambda table: {ours: get(theirs) for ours, theirs in table}
   try:
     mla = MLAConfig(
       query_rank=get('q_lora_rank', 0), rope=_read_rope(values), **take(_MLA)
@@ -154,32 +141,54 @@ def read(values: dict[str, Any], dtype: str) -> ModelConfig:
       mtp=MTPConfig(depth=get('num_nextn_predict_layers', 0)),
     )
   except ConfigError as error:
-    # Say it in the file's words.
-    key, rest = str(error).split('=', 1) if '=' in str(error) else ('', '')
-    if key in name:
-      raise ConfigError(f'{name[key]}={rest}') from None
+    # The person has config.json: name its key, not our field.
+    field, rest = str(error).split('=', 1) if '=' in str(error) else ('', '')
+    if field in _KEYS:
+      raise ConfigError(f'{_KEYS[field]}={rest}') from None
     raise
 
 
+def _check_computed(values: dict[str, Any], v3: bool, routed: bool) -> None:
+  """Refuses values whose meaning is not computed here."""
+
+  def only(key: str, good: Any, why: str):
+    if values.get(key) is not None and values[key] != good:
+      raise ConfigError(f'{key}={values[key]!r}: {why}')
+
+  only('hidden_act', 'silu', 'only silu is computed')
+  for key in ('attention_bias', 'mlp_bias'):
+    only(key, False, 'no projection has a bias here')
+  heads = values.get('num_attention_heads')
+  only('num_key_value_heads', heads, f'MLA has {heads}, one for each head')
+  if routed:
+    only('moe_layer_freq', 1, 'every layer after the dense ones has experts')
+  if routed and not v3:
+    only(
+      'norm_topk_prob',
+      False,
+      "transformers ignores it for deepseek_v2 and DeepSeek's code does not",
+    )
+
+
 def _is_v3(values: dict[str, Any]) -> bool:
-  """Whether it is V3's architecture (Kimi K2's and Moonlight's), or V2's."""
-  found = values.get('architectures') or ()
+  """Returns whether the model is V3's (Kimi K2's, Moonlight's) or V2's."""
+  names = values.get('architectures') or ()
   kind = values.get('model_type')
   kind = 'deepseek_v3' if kind == 'kimi_k2' else kind
   kinds = {architecture: kind for kind, (architecture, *_) in _KINDS.items()}
   known = ', '.join(kinds)
-  if not isinstance(found, (list, tuple)) or len(found) > 1:
-    raise ConfigError(f'architectures={found!r}: must name one of {known}')
-  if found and str(found[0]) not in kinds:
-    raise ConfigError(f'architectures={found[0]!r}: only {known} can be loaded')
-  kind = kinds[found[0]] if found else kind
+  if not isinstance(names, (list, tuple)) or len(names) > 1:
+    raise ConfigError(f'architectures={names!r}: must name one of {known}')
+  if names and str(names[0]) not in kinds:
+    raise ConfigError(f'architectures={names[0]!r}: only {known} can be loaded')
+  kind = kinds[names[0]] if names else kind
   if str(kind) not in _KINDS:
     raise ConfigError(f'model_type={kind!r}: only {known} can be loaded')
   return kind == 'deepseek_v3'
 
 
 def _token(value: Any, default: int) -> Any:
-  """The first id where a config has several."""
+  """Returns a token id, the first where a config has several."""
   if isinstance(value, list) and value:
     value = value[0]
   return default if value is None else value
@@ -202,7 +211,7 @@ def _read_moe(get, take, v3: bool) -> MoEConfig:
 
 
 def _read_rope(values: dict[str, Any]) -> RopeConfig:
-  """Both dialects' rope; one scale of cos and sin where mscales are absent."""
+  """Returns the rope of either dialect."""
   rope = values.get('rope_parameters') or values.get('rope_scaling') or {}
   if not isinstance(rope, dict):
     raise ConfigError(f'rope_scaling={rope!r}: must be an object')
@@ -215,8 +224,9 @@ def _read_rope(values: dict[str, Any]) -> RopeConfig:
   for key, good in (('attention_factor', None), ('truncate', True)):
     if rope.get(key, good) is not good:
       raise ConfigError(f'rope_scaling {key}={rope[key]!r}: is not computed')
-  # Without both mscales, cos and sin carry the whole temperature and the
-  # softmax that of mscale_all_dim.
+  # YaRN scales cos and sin by m(mscale) / m(mscale_all_dim) and the logits by
+  # m(mscale_all_dim)^2. A file without both numbers means m(1) for cos and sin,
+  # and 1 for the logits.
   mscale, all_dim = rope.get('mscale') or 0.0, rope.get('mscale_all_dim') or 0.0
   if all_dim and not mscale:
     raise ConfigError(
@@ -246,10 +256,13 @@ def write(
   fp8: bool = False,
   power_of_two: bool = False,
 ) -> dict[str, Any]:
-  """The object of a config.json, in the dialect of the releases.
+  """Returns the object of a config.json, in the dialect of the releases.
 
-  `dtype` is that of the tensors; `fp8` says that the matrices are quantised,
-  `power_of_two` what their scales all are.
+  Args:
+    config: the model.
+    dtype: of the tensors that are not FP8.
+    fp8: the blocks' matrices are FP8.
+    power_of_two: all scales of FP8 are powers of two.
 
   Raises:
     ConfigError: a model that no released architecture computes.
@@ -284,7 +297,7 @@ def write(
     'num_nextn_predict_layers': config.mtp.depth,
   }
   for part, table in ((config, _MODEL), (mla, _MLA), (moe, _MOE)):
-    values |= {theirs: getattr(part, ours) for ours, theirs in table}
+    values |= {key: getattr(part, field) for field, key in table}
   if fp8:
     values['quantization_config'] = {
       'activation_scheme': 'dynamic',
@@ -298,7 +311,7 @@ def write(
 
 
 def _released_kind(config: ModelConfig) -> str:
-  """The model_type that computes what the config says.
+  """Returns the model_type that computes the same numbers as the config.
 
   Raises:
     ConfigError: none does.
@@ -326,7 +339,7 @@ def _released_kind(config: ModelConfig) -> str:
 
 
 def _write_rope(rope: RopeConfig) -> dict[str, Any] | None:
-  """The object of `rope_scaling`; None without YaRN.
+  """Returns the object of `rope_scaling`; None without YaRN.
 
   Raises:
     ConfigError: temperatures that no released code computes.

@@ -1,24 +1,26 @@
-"""FP8 weights as DeepSeek releases them: E4M3 with a scale for a 128x128 block.
+"""FP8 weights in DeepSeek's format: E4M3 with one scale per 128x128 tile.
 
-A weight is q[i, j] * scale[i // 128, j // 128]; the file calls the scale
-`weight_scale_inv`, and it is a multiplier all the same. The last blocks of a
-row or a column may be partial.
+A weight is w[i, j] = q[i, j] * scale[i // 128, j // 128]. The files call the
+scale `weight_scale_inv`, although it is a multiplier. The last tile of a row or
+a column may be partial. All of it is numpy with ml_dtypes: quantising happens
+on the host, matrix by matrix (`fp8/quantize` is for the products of training).
 
-Quantising what was dequantised must give the same bytes, or a model would
-change each time it passes through. Dividing the block's largest value by 448
-does not: the product of scale and 448 was rounded, and may round back to a
-neighbour of the scale; and scales that are powers of two leave the largest q
-below 448. But the weights still contain their scale: it is the one with which
-every q * scale, rounded to float32, *is* the weight. `quantize` looks for it
-first, among a power of two and the largest value divided by each E4M3 number
-above 224 (below that, all q double and the scale halves), each with its
-neighbours; only where there is none is the block new, and its scale is the
-largest value over 448, or the next power of two.
+Quantising a dequantised weight must return the same bytes, or a model would
+change each time it is loaded and saved. The usual scale, the tile's largest
+value over 448, does not do that. The product 448 * scale was rounded, and
+dividing it again may give a neighbour of the scale; and a scale that is a power
+of two leaves the largest q below 448. But the weights still contain their
+scale: with it, each q * scale rounded to float32 *is* the weight. So `quantize`
+searches for such a scale first. The candidates are a power of two and the
+largest value over each E4M3 number above 224, with its two float32 neighbours
+(the numbers up to 224 need no try: all q could be doubled and the scale
+halved). If none fits, the weights are new, and the scale is the largest value
+over 448 or the next power of two.
 
-A block's scale is thus found wherever the block determines it: always when one
-of its q is a power of two, whose product is exact. A block of zeros has lost
-its scale (1 is written), and one of a few numbers may fit two neighbouring
-scales; its weights are still the same to the bit.
+The search finds the original scale if any q of the tile is a power of two,
+since that product is exact. A tile of zeros has lost its scale (1 is written),
+and a tile of few numbers may fit two neighbouring scales; its weights are then
+still equal to the bit.
 """
 
 from __future__ import annotations
@@ -29,74 +31,79 @@ import numpy as np
 from mla_moe.config import ConfigError
 from mla_moe.types import Float
 
-BLOCK = 128
+TILE = 128
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 LARGEST = 448.0
-_AT_ONCE = 2**17  # numbers that fit a core's cache
+_CHUNK = 2**17  # numbers that fit into a core's cache
 _VALUES = np.arange(256, dtype=np.uint8).view(E4M3).astype(np.float32)
-# The numbers that a block's largest q may be, once it cannot be doubled.
+# The possible largest q of a tile, if all q cannot be doubled.
 _TOPS = tuple(float(v) for v in sorted(_VALUES[_VALUES > 224], reverse=True))
 
 
-def blocks(shape: tuple[int, ...], block: int = BLOCK) -> tuple[int, ...]:
-  """The shape of a tensor's scales: blocks of its last two axes."""
-  return (*shape[:-2], *(-(-n // block) for n in shape[-2:]))
+def scale_shape(shape: tuple[int, ...], tile: int = TILE) -> tuple[int, ...]:
+  """Returns the shape of a tensor's scales: its last two axes in tiles."""
+  return (*shape[:-2], *(-(-n // tile) for n in shape[-2:]))
 
 
 def dequantize(
   q: np.ndarray,
   scale: Float[np.ndarray, 'r c'],
   first_row: int = 0,
-  block: int = BLOCK,
+  tile: int = TILE,
 ) -> Float[np.ndarray, 'R C']:
-  """q [R, C] E4M3 in float32 times its block's scale.
+  """Returns q * scale in float32.
 
-  q may be rows `first_row` and on of the tensor that `scale` belongs to.
+  Args:
+    q: [R, C] E4M3; it may be a part of a tensor, from its row `first_row` on.
+    scale: of the whole tensor, [tiles of its rows, tiles of its columns].
+    first_row: of q in the tensor.
+    tile: side of a tile.
   """
   rows, columns = q.shape
   out = np.empty(q.shape, np.float32)
   raw = q.view(np.uint8)
-  at = 0
-  while at < rows:
-    row = (first_row + at) // block
-    end = min(rows, (row + 1) * block - first_row)
+  start = 0
+  while start < rows:
+    row = (first_row + start) // tile  # of tiles
+    end = min(rows, (row + 1) * tile - first_row)
     # 'clip' needs no copy of the indices; all of them exist.
-    np.take(_VALUES, raw[at:end], out=out[at:end], mode='clip')
-    out[at:end] *= np.repeat(scale[row], block)[None, :columns]
-    at = end
+    np.take(_VALUES, raw[start:end], out=out[start:end], mode='clip')
+    out[start:end] *= np.repeat(scale[row], tile)[None, :columns]
+    start = end
   return out
 
 
 def quantize(
   weight: Float[np.ndarray, 'R C'], power_of_two: bool = False
 ) -> tuple[np.ndarray, Float[np.ndarray, 'r c']]:
-  """(q [R, C] E4M3, scale [r, c] float32) of finite float32 weights.
+  """Returns (q [R, C] E4M3, scale [r, c] float32) of finite float32 weights.
 
-  Exact where the weights are products of E4M3 numbers and a scale: then it
-  gives those numbers back, whatever `power_of_two` says. Other blocks are
-  rounded to nearest, and their scales are powers of two if so asked.
+  A tile that is the product of E4M3 numbers and a scale gives those numbers
+  back. Other tiles are rounded to nearest; with `power_of_two` their scales are
+  powers of two.
   """
   rows, columns = weight.shape
-  r, c = blocks(weight.shape)
-  padded = np.zeros((r * BLOCK, c * BLOCK), np.float32)
+  r, c = scale_shape(weight.shape)
+  padded = np.zeros((r * TILE, c * TILE), np.float32)
   padded[:rows, :columns] = weight
-  tiles = padded.reshape(r, BLOCK, c, BLOCK).swapaxes(1, 2)
-  tiles = np.ascontiguousarray(tiles).reshape(r * c, BLOCK, BLOCK)
+  tiles = padded.reshape(r, TILE, c, TILE).swapaxes(1, 2)
+  tiles = np.ascontiguousarray(tiles).reshape(r * c, TILE, TILE)
   largest = np.maximum(tiles.max((1, 2)), -tiles.min((1, 2)))
   scale = _scales(tiles, largest, power_of_two)
-  q = _round(tiles, scale).reshape(r, c, BLOCK, BLOCK).swapaxes(1, 2)
-  q = q.reshape(r * BLOCK, c * BLOCK)[:rows, :columns]
+  q = _round(tiles, scale).reshape(r, c, TILE, TILE).swapaxes(1, 2)
+  q = q.reshape(r * TILE, c * TILE)[:rows, :columns]
   return np.ascontiguousarray(q), scale.reshape(r, c)
 
 
 def _round(tiles: np.ndarray, scale: np.ndarray) -> np.ndarray:
+  """Returns tiles / scale, rounded to E4M3."""
   # A cast would not saturate: 449 becomes NaN.
   scaled = tiles / scale.reshape(-1, *[1] * (tiles.ndim - 1))
   return np.clip(scaled, -LARGEST, LARGEST, out=scaled).astype(E4M3)
 
 
 def _next_power_of_two(x: np.ndarray) -> np.ndarray:
-  """The least power of two that is not below x, float32."""
+  """Returns the least power of two that is not below x, float32."""
   fraction, exponent = np.frexp(x)
   exponent = np.where(fraction == 0.5, exponent - 1, exponent)
   # Scales stay normal numbers, whose products are exact.
@@ -106,28 +113,32 @@ def _next_power_of_two(x: np.ndarray) -> np.ndarray:
 def _scales(
   tiles: np.ndarray, largest: np.ndarray, power_of_two: bool
 ) -> np.ndarray:
-  """The scale of each tile: the one that it was made with, or a new one."""
-  fresh = largest / np.float32(LARGEST)
-  powers = _next_power_of_two(fresh)
+  """Returns each tile's scale: its original one if any, else a new one.
+
+  tiles: [n, 128, 128]. largest: [n], the largest magnitudes.
+  """
+  usual = largest / np.float32(LARGEST)
+  powers = _next_power_of_two(usual)
   tiny = np.finfo(np.float32).tiny
-  scale = powers if power_of_two else np.maximum(fresh, tiny)
+  scale = powers if power_of_two else np.maximum(usual, tiny)
   scale = np.where(largest == 0, np.float32(1), scale)
-  unknown = np.flatnonzero(largest > 0)
-  for candidate in _candidates(largest, fresh, powers):
-    # Cheap questions first: the largest value, then one row, then all.
-    one = candidate[unknown]
-    near = np.abs(_VALUES[:127, None] * one[None] - largest[unknown])
-    left = unknown[near.min(0) == 0] if near.size else unknown
+  unknown = np.flatnonzero(largest > 0)  # tiles whose scale is not known yet
+  for candidate in _candidates(largest, powers):
+    # Cheap tests first: the largest value, then one row, then the whole tile.
+    products = _VALUES[:127, None] * candidate[unknown][None]
+    distance = np.abs(products - largest[unknown])
+    fitting = unknown[distance.min(0) == 0] if distance.size else unknown
     for part in (slice(0, 1), slice(None)):
-      left = left[_fits(tiles[left, part], candidate[left])]
-    scale[left] = candidate[left]
-    unknown = np.setdiff1d(unknown, left, assume_unique=True)
+      fitting = fitting[_fits(tiles[fitting, part], candidate[fitting])]
+    scale[fitting] = candidate[fitting]
+    unknown = np.setdiff1d(unknown, fitting, assume_unique=True)
     if not unknown.size:
       break
   return scale
 
 
-def _candidates(largest, fresh, powers):
+def _candidates(largest, powers):
+  """Yields scales [n] to try, the most frequent first."""
   yield powers
   for top in _TOPS:
     scale = largest / np.float32(top)
@@ -138,7 +149,7 @@ def _candidates(largest, fresh, powers):
 
 
 def _fits(tiles: np.ndarray, scale: np.ndarray) -> np.ndarray:
-  """Which tiles are exactly E4M3 numbers times their scale."""
+  """Returns which tiles are exactly E4M3 numbers times their scale."""
   if not len(tiles):
     return np.zeros(0, bool)
   q = _round(tiles, scale)
@@ -147,7 +158,7 @@ def _fits(tiles: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 
 def check_finite(name: str, values: np.ndarray) -> None:
-  """Refuses NaN and infinities, by the bits: no float8 arithmetic exists.
+  """Refuses NaN and infinity, by their bits: numpy cannot compute in float8.
 
   Raises:
     ConfigError: names the tensor.
@@ -158,7 +169,7 @@ def check_finite(name: str, values: np.ndarray) -> None:
   top = int(np.asarray(kind.max, values.dtype).view(bits))
   negative = top + (1 << (8 * values.itemsize - 1))
   flat = values.reshape(-1)
-  for start in range(0, flat.size, _AT_ONCE):
-    part = flat[start : start + _AT_ONCE]
+  for start in range(0, flat.size, _CHUNK):
+    part = flat[start : start + _CHUNK]
     if part.view(bits).max() > negative or part.view(signed).max() > top:
       raise ConfigError(f'tensor {name!r} holds NaN or infinity')

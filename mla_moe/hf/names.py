@@ -1,18 +1,19 @@
-"""Where each number of a released checkpoint stands in our tree: one table.
+"""The table of released tensors and our leaves, read in both directions.
 
-A row is (ours, the released tensor's name, how its axes map). The last is read
-like einsum's letters, which are those of `types`:
+A row of the table is (our leaf, the released tensor, the map of its axes). The
+map is read like an einsum string, with the letters of `types`:
 
     (n h|r) q -> q n h|r
 
-The released tensor is a matrix with a row for each head n and each of the
-head's h + r features, and q columns; ours has the axes q, n, h + r. `h|u -> h`
-takes a part of an axis. An axis that stands in braces in the name has a tensor
-for each of its places: {l} layers, {e} experts, {g} gate and up. Features r are
-rotated: a release pairs neighbours, (2i, 2i + 1), ours the halves (`rope`).
+Here the released tensor is a matrix [N (H+R), Q]: for each head n the features
+h, then the features r. Our leaf has the axes [Q, N, H+R]. `h|u -> h` takes a
+part of an axis. An axis in braces in the tensor's name has a tensor of its own
+for each index: {l} layers, {e} experts, {g} gate and up. Features r are
+rotated: a release pairs neighbours (2i, 2i + 1), our leaves pair the halves
+(`rope`), so they are permuted on the way.
 
-A row becomes one index array for each axis, with which loading takes and
-saving puts: the two directions cannot disagree.
+Every row becomes one array of indices for each axis. Loading takes with these
+arrays and saving puts with them, so the two directions cannot disagree.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from mla_moe.config import ModelConfig
 
 _GATE_UP = ('gate', 'up')
 
-# ours, released, axes
+# our leaf, released tensor, axes
 _TOP = (
   ('embedding', 'model.embed_tokens.weight', 'v d -> v d'),
   ('final_norm.scale', 'model.norm.weight', 'd -> d'),
@@ -69,7 +70,7 @@ _EXPERTS = (
   ('w_gate_up', 'experts.{e}.{g}_proj.weight', 'e g f d -> e d g f'),
   ('w_down', 'experts.{e}.down_proj.weight', 'e d f -> e f d'),
 )
-# As transformers 5 holds them in memory, and some of its files.
+# The layout of transformers 5 in memory, and of some of its files.
 _FUSED_EXPERTS = (
   ('w_gate_up', 'experts.gate_up_proj', 'e (g f) d -> e d g f'),
   ('w_down', 'experts.down_proj', 'e d f -> e f d'),
@@ -80,8 +81,8 @@ _MTP = (
   ('w_join', 'eh_proj.weight', 'd k -> k d'),
   ('final_norm.scale', 'shared_head.norm.weight', 'd -> d'),
 )
-# What an MTP layer repeats of the main model, and which row it repeats.
-COPIES = {
+# An MTP layer repeats two tensors of the main model.
+_MTP_COPIES = {
   'embed_tokens.weight': 'model.embed_tokens.weight',
   'shared_head.head.weight': 'lm_head.weight',
 }
@@ -89,11 +90,15 @@ COPIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A leaf of our tree and the released tensors that it is made of.
+  """One leaf of our tree and the released tensors that it is made of.
 
-  path: keys of the leaf in the variables. name: a template; `layers` are the
-  numbers that its {l} takes. released: the tensor's axes, one group a dimension
-  of the file. ours: the leaf's axes. sizes: of every letter, (letter, size).
+  path: keys of the leaf in the variables. name: a template of the tensors'
+  names; {l} takes the numbers in `layers`. released: the tensors' axes, one
+  group for each dimension of the file. ours: the leaf's axes. sizes: (letter,
+  size) of every letter.
+
+  A leaf is read and written matrix by matrix. An `index` names one matrix: its
+  position along each of the `loop_axes`, such as {'l': 3, 'e': 17, 'g': 0}.
   """
 
   path: tuple[str, ...]
@@ -104,7 +109,7 @@ class Row:
   sizes: tuple[tuple[str, int], ...]
 
   def size(self, axis: str) -> int:
-    """The length of an axis: of all its parts."""
+    """Returns the length of an axis, the sum of its parts."""
     sizes = dict(self.sizes)
     return sum(sizes[letter] for letter in axis.split('|'))
 
@@ -116,230 +121,256 @@ class Row:
   @functools.cached_property
   def file_shape(self) -> tuple[int, ...]:
     """The shape of each released tensor."""
-    groups = [
-      group for group in self.released if f'{{{group[0]}}}' not in self.name
-    ]
+    groups = [group for group in self.released if not self._in_name(group[0])]
     return tuple(math.prod(map(self.size, group)) for group in groups)
 
-  @functools.cached_property
-  def units(self) -> tuple[str, ...]:
-    """The axes that are read place by place, so that a read is a matrix.
+  def _in_name(self, axis: str) -> bool:
+    return f'{{{axis}}}' in self.name
 
-    Those in the name's braces, and those of a fused tensor, which has three
-    dimensions.
+  @functools.cached_property
+  def _released_axes(self) -> tuple[str, ...]:
+    return tuple(axis for group in self.released for axis in group)
+
+  @functools.cached_property
+  def loop_axes(self) -> tuple[str, ...]:
+    """The axes over which reading loops, so that each read is one matrix.
+
+    They are those in the name's braces, and the experts, gate and up of a fused
+    tensor, which has three dimensions.
     """
     fused = 'eg' if len(self.file_shape) > 2 else ''
-    flat = [axis for group in self.released for axis in group]
-    return tuple(a for a in flat if f'{{{a}}}' in self.name or a in fused)
+    return tuple(
+      axis
+      for axis in self._released_axes
+      if self._in_name(axis) or axis in fused
+    )
 
   @functools.cached_property
-  def _core(self) -> tuple[str, ...]:
-    flat = [axis for group in self.released for axis in group]
-    return tuple(axis for axis in flat if axis not in self.units)
+  def _matrix_axes(self) -> tuple[str, ...]:
+    return tuple(a for a in self._released_axes if a not in self.loop_axes)
 
-  def places(self) -> Iterator[dict[str, int]]:
-    """The places of the unit axes, one for each matrix to read."""
-    ranges = (range(self.size(axis)) for axis in self.units)
-    for at in itertools.product(*ranges):
-      yield dict(zip(self.units, at, strict=True))
+  def indices(self) -> Iterator[dict[str, int]]:
+    """Yields the index of each matrix."""
+    ranges = (range(self.size(axis)) for axis in self.loop_axes)
+    for index in itertools.product(*ranges):
+      yield dict(zip(self.loop_axes, index, strict=True))
 
-  def tensor(self, at: dict[str, int]) -> str:
-    """The name of the released tensor of a place."""
-    layer = self.layers[at.get('l', 0)] if self.layers else 0
-    gate = _GATE_UP[at.get('g', 0)]
-    return self.name.format(l=layer, e=at.get('e', 0), g=gate)
+  def tensor(self, index: dict[str, int]) -> str:
+    """Returns the name of the released tensor that contains a matrix."""
+    layer = self.layers[index.get('l', 0)] if self.layers else 0
+    gate = _GATE_UP[index.get('g', 0)]
+    return self.name.format(l=layer, e=index.get('e', 0), g=gate)
 
-  def within(self, at: dict[str, int]) -> tuple[slice, ...]:
-    """Where in a fused tensor a place's matrix stands; all of it otherwise."""
+  def within(self, index: dict[str, int]) -> tuple[slice, ...]:
+    """Returns the part of the tensor that is the matrix: all, if not fused."""
     slices = []
     for group in self.released:
-      if f'{{{group[0]}}}' in self.name:
-        continue
       first = group[0]
-      if first not in self.units:
+      if self._in_name(first):
+        continue
+      if first not in self.loop_axes:
         slices.append(slice(None))
         continue
       step = math.prod(map(self.size, group[1:]))
-      slices.append(slice(at[first] * step, (at[first] + 1) * step))
+      slices.append(slice(index[first] * step, (index[first] + 1) * step))
     return tuple(slices)
 
-  def start(self, at: dict[str, int]) -> tuple[int, ...]:
-    """Where in our leaf a place's block begins."""
-    return tuple(at.get(axis, 0) for axis in self.ours)
+  def start(self, index: dict[str, int]) -> tuple[int, ...]:
+    """Returns the position in our leaf where the matrix's block begins."""
+    return tuple(index.get(axis, 0) for axis in self.ours)
 
-  def _index(self, core: str, ours: str) -> np.ndarray | None:
-    """The released positions along `core` of our positions along `ours`."""
-    if core == ours and 'r' not in core.split('|'):
+  def _selected(self, axis: str, ours: str) -> np.ndarray | None:
+    """Returns our axis's positions along a released one; None if equal."""
+    if axis == ours and 'r' not in axis.split('|'):
       return None
-    found, at = [], 0
-    for letter in core.split('|'):
+    selected, offset = [], 0
+    for letter in axis.split('|'):
       size = self.size(letter)
-      places = np.arange(size)
+      positions = np.arange(size)
       if letter == 'r':
-        places = np.concatenate([places[0::2], places[1::2]])
+        positions = np.concatenate([positions[0::2], positions[1::2]])
       if letter in ours.split('|'):
-        found.append(at + places)
-      at += size
-    return np.concatenate(found)
+        selected.append(offset + positions)
+      offset += size
+    return np.concatenate(selected)
 
   @functools.cached_property
   def _moves(self) -> tuple[tuple[int, ...], list[tuple[int, np.ndarray]]]:
-    """The order of the core axes in ours, and (axis, index) where one moves."""
-    wanted = [axis for axis in self.ours if axis not in self.units]
-    order, indices = [], []
-    for axis in wanted:
-      at = next(
+    """(order of a matrix's axes in our leaf, (axis, positions) to select)."""
+    order, selections = [], []
+    for ours in self.ours:
+      if ours in self.loop_axes:
+        continue
+      axis = next(
         i
-        for i, core in enumerate(self._core)
-        if set(axis.split('|')) <= set(core.split('|'))
+        for i, released in enumerate(self._matrix_axes)
+        if set(ours.split('|')) <= set(released.split('|'))
       )
-      order.append(at)
-      index = self._index(self._core[at], axis)
-      if index is not None:
-        indices.append((at, index))
-    return tuple(order), indices
+      order.append(axis)
+      positions = self._selected(self._matrix_axes[axis], ours)
+      if positions is not None:
+        selections.append((axis, positions))
+    return tuple(order), selections
 
   def take(self, matrix: np.ndarray, plain_rope: bool = False) -> np.ndarray:
-    """Our block of one place's matrix; a view where nothing is selected.
+    """Returns our block of one matrix; a view where no positions are selected.
 
-    `plain_rope`: the rotated rows are already in halves.
+    plain_rope: the file pairs the halves of rotated features, as our leaves do.
     """
-    x = matrix.reshape([self.size(axis) for axis in self._core])
-    order, indices = self._moves
-    for axis, index in indices:
-      index = np.sort(index) if plain_rope else index
-      if (np.diff(index) == 1).all():
+    x = matrix.reshape([self.size(axis) for axis in self._matrix_axes])
+    order, selections = self._moves
+    for axis, positions in selections:
+      positions = np.sort(positions) if plain_rope else positions
+      if (np.diff(positions) == 1).all():
         part = [slice(None)] * x.ndim
-        part[axis] = slice(index[0], index[-1] + 1)
+        part[axis] = slice(positions[0], positions[-1] + 1)
         x = x[tuple(part)]
       else:
-        x = x.take(index, axis)
-    x = x.transpose(order)
-    unit = [i for i, axis in enumerate(self.ours) if axis in self.units]
-    return np.expand_dims(x, unit)
+        x = x.take(positions, axis)
+    return np.expand_dims(x.transpose(order), self._looped_in_ours)
 
   def put(self, block: np.ndarray, matrix: np.ndarray) -> None:
-    """Writes our block into one place's matrix: `take` backwards."""
-    unit = [i for i, axis in enumerate(self.ours) if axis in self.units]
-    order, indices = self._moves
-    x = np.squeeze(block, tuple(unit)).transpose(np.argsort(order))
-    out = matrix.reshape([self.size(axis) for axis in self._core])
+    """Writes our block into one matrix: the inverse of `take`."""
+    order, selections = self._moves
+    x = np.squeeze(block, self._looped_in_ours).transpose(np.argsort(order))
+    out = matrix.reshape([self.size(axis) for axis in self._matrix_axes])
     assert np.shares_memory(out, matrix) or not matrix.size
-    where: list = [slice(None)] * out.ndim
-    for axis, index in indices:
-      where[axis] = index
-    out[tuple(where)] = x
+    target: list = [slice(None)] * out.ndim
+    for axis, positions in selections:
+      target[axis] = positions
+    out[tuple(target)] = x
+
+  @functools.cached_property
+  def _looped_in_ours(self) -> tuple[int, ...]:
+    """The positions of the loop axes among our leaf's axes."""
+    return tuple(i for i, a in enumerate(self.ours) if a in self.loop_axes)
 
 
 def quantized(name: str) -> bool:
-  """Whether FP8 releases hold this tensor in FP8: all matrices of the blocks.
+  """Returns whether FP8 releases store this tensor in FP8.
 
-  Not the router, the norms, the embedding, the head, nor MTP's projection.
+  They do so for all matrices of the blocks, but not for the router, the norms,
+  the embedding, the head, or the MTP module's projection.
   """
   linear = re.search(r'_proj(_with_mqa)?(\.weight)?$', name)
   return linear is not None and 'eh_proj' not in name
 
 
 def ignored(name: str) -> bool:
-  """Tensors that a release may hold and that mean nothing (Kimi K2's)."""
+  """Returns whether a release may contain the tensor for nothing (Kimi K2)."""
   return name.endswith('.rotary_emb.inv_freq')
 
 
 def rows(config: ModelConfig, fused_experts: bool = False) -> list[Row]:
-  """The table of a model; `fused_experts` as transformers 5 may hold them."""
-  mla, moe = config.mla, config.moe
-  sizes = dict(
-    v=config.vocab,
-    d=config.dim,
-    i=config.dense_width,
-    n=mla.heads,
-    q=mla.query_rank,
-    c=mla.kv_rank,
-    h=mla.nope_dim,
-    r=mla.rope_dim,
-    u=mla.value_dim,
-    e=moe.experts,
-    f=moe.width,
-    s=moe.shared * moe.width,
-    g=2,
-    k=2 * config.dim,
-  )
-  found = []
+  """Returns the table of a model.
 
-  def add(lines, ours='', released='', layers=(), scan=False, router=False):
+  fused_experts: a layer's experts are one tensor, as in some transformers 5
+  files.
+  """
+  table = _Table(config, fused_experts)
+  table.add(_TOP)
+  if not config.tie_embeddings:
+    table.add(_HEAD)
+  layers, stacked = range(config.layers), 'model.layers.{l}.'
+  dense, moe = layers[: config.dense_layers], layers[config.dense_layers :]
+  if dense:
+    table.add_block('dense.', stacked, routed=False, layers=dense)
+  if moe:
+    table.add_block('moe.', stacked, routed=True, layers=moe)
+  for depth in range(config.mtp.depth):
+    ours = f'mtp_{depth}.'
+    released = f'model.layers.{config.layers + depth}.'
+    table.add(_MTP, ours, released)
+    table.add_block(f'{ours}block.', released, routed=bool(moe))
+  return table.rows
+
+
+class _Table:
+  """The rows of a model while they are being listed."""
+
+  def __init__(self, config: ModelConfig, fused_experts: bool):
+    mla, moe = config.mla, config.moe
+    self.rows: list[Row] = []
+    self._query = _QUERY_LATENT if mla.query_rank else _QUERY
+    self._experts = _FUSED_EXPERTS if fused_experts else _EXPERTS
+    self._bias = _BIAS if moe.method == 'noaux_tc' else ()
+    self._shared = _SHARED if moe.shared else ()
+    self._sizes = dict(
+      v=config.vocab,
+      d=config.dim,
+      i=config.dense_width,
+      n=mla.heads,
+      q=mla.query_rank,
+      c=mla.kv_rank,
+      h=mla.nope_dim,
+      r=mla.rope_dim,
+      u=mla.value_dim,
+      e=moe.experts,
+      f=moe.width,
+      s=moe.shared * moe.width,
+      g=2,
+      k=2 * config.dim,
+    )
+
+  def add(self, lines, ours='', released='', layers=(), collection='params'):
+    """Adds lines of the tables above, with prefixes to both names.
+
+    `layers`: their numbers, where the leaf is a stack of layers; its first axis
+    is then l.
+    """
     for path, name, axes in lines:
       left, right = axes.split(' -> ')
-      if scan:
+      if layers:
         left, right = f'l {left}', f'l {right}'
       groups = tuple(
         tuple(group.strip('()').split())
         for group in re.findall(r'\([^)]*\)|\S+', left)
       )
-      keys = f'{ours}{path}'.split('.')
-      found.append(
+      self.rows.append(
         Row(
-          path=('router' if router else 'params', *keys),
+          path=(collection, *f'{ours}{path}'.split('.')),
           name=f'{released}{name}',
           layers=tuple(layers),
           released=groups,
           ours=tuple(right.split()),
-          sizes=tuple({**sizes, 'l': len(layers)}.items()),
+          sizes=tuple({**self._sizes, 'l': len(layers)}.items()),
         )
       )
 
-  def block(ours, layers, routed, scan):
-    at = 'model.layers.{l}.' if scan else f'model.layers.{layers[0]}.'
-    layers = layers if scan else ()
-    put = functools.partial(add, layers=layers, scan=scan)
-    put(_BLOCK, ours, at)
-    query = _QUERY_LATENT if mla.query_rank else _QUERY
-    put(query + _ATTENTION, f'{ours}attention.', f'{at}self_attn.')
-    ours, at = f'{ours}ffn.', f'{at}mlp.'
+  def add_block(self, ours: str, released: str, routed: bool, layers=()):
+    """Adds one block, or a stack of `layers` blocks."""
+    add = functools.partial(self.add, layers=layers)
+    add(_BLOCK, ours, released)
+    add(self._query + _ATTENTION, f'{ours}attention.', f'{released}self_attn.')
+    ours, released = f'{ours}ffn.', f'{released}mlp.'
     if not routed:
-      put(_DENSE, ours, at)
+      add(_DENSE, ours, released)
       return
-    put(_ROUTER, ours, at)
-    if moe.method == 'noaux_tc':
-      put(_BIAS, ours, at, router=True)
-    put(_FUSED_EXPERTS if fused_experts else _EXPERTS, ours, at)
-    if moe.shared:
-      put(_SHARED, ours, at)
-
-  add(_TOP)
-  if not config.tie_embeddings:
-    add(_HEAD)
-  every = range(config.layers)
-  if config.dense_layers:
-    block('dense.', every[: config.dense_layers], routed=False, scan=True)
-  if config.moe_layers:
-    block('moe.', every[config.dense_layers :], routed=True, scan=True)
-  for depth in range(config.mtp.depth):
-    layer = config.layers + depth
-    add(_MTP, f'mtp_{depth}.', f'model.layers.{layer}.')
-    routed = config.moe_layers > 0
-    block(f'mtp_{depth}.block.', [layer], routed=routed, scan=False)
-  return found
+    add(_ROUTER, ours, released)
+    add(self._bias, ours, released, collection='router')
+    add(self._experts, ours, released)
+    add(self._shared, ours, released)
 
 
 def copies(config: ModelConfig) -> dict[str, str]:
-  """Name -> name of the tensor that it must equal: MTP's embedding and head.
+  """Returns {tensor: the tensor that it must equal}: MTP's embedding and head.
 
   A model whose head is its embedding may have the head in its files, too.
   """
   tied = config.tie_embeddings
-  found = {}
+  originals = {}
   for depth in range(config.mtp.depth):
-    for name, original in COPIES.items():
+    for name, original in _MTP_COPIES.items():
       if tied:
-        original = COPIES['embed_tokens.weight']
-      found[f'model.layers.{config.layers + depth}.{name}'] = original
+        original = _MTP_COPIES['embed_tokens.weight']
+      originals[f'model.layers.{config.layers + depth}.{name}'] = original
   if tied:
-    found['lm_head.weight'] = COPIES['embed_tokens.weight']
-  return found
+    originals['lm_head.weight'] = _MTP_COPIES['embed_tokens.weight']
+  return originals
 
 
 def flat(tree: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple, Any]]:
-  """(path, leaf) of every leaf of nested mappings; paths are those of rows."""
+  """Yields (path, leaf) of nested mappings; paths are those of rows."""
   if not hasattr(tree, 'items'):
     yield keys, tree
     return

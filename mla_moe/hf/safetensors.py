@@ -1,15 +1,17 @@
-"""safetensors files through a memory map, float8 and bfloat16 included.
+"""Reads and writes .safetensors files through a memory map, float8 included.
 
-A file is eight bytes with the length of a header, the header (JSON: each
-tensor's dtype, shape and place), then the tensors' bytes, one after the other
-without gaps. The library of that name knows no float8 in numpy, and it is not
-needed: the format is this small. What matters is to believe nothing in the
-header: every length, place and shape is checked against the file's size before
-anything is mapped, so that a hostile or torn file is a line and never a crash
-or an allocation beyond its size.
+The library of that name (0.8) cannot return F8_E4M3 to numpy, jax or flax,
+which is the dtype of DeepSeek's releases: that is why this reader exists. The
+format is small. A file has eight bytes with the length of a header, the header
+(JSON: each tensor's dtype, shape and byte range), then the tensors' bytes, one
+after the other without gaps.
 
-Arrays that are read are views of the map; `File.forget` gives their pages back,
-so that reading a file larger than memory stays small.
+The reader trusts nothing in the header. Every length, range and shape is
+checked against the file's size before anything is mapped, so a hostile or torn
+file gives one line of error, never a crash or a large allocation.
+
+Arrays are views of the map. `File.forget` gives their memory back, so a file
+larger than the memory can be read.
 """
 
 from __future__ import annotations
@@ -48,13 +50,13 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-# The format's own limit; it keeps a header's objects small, too.
+# The format's own limit; it also bounds the memory for parsing a header.
 _HEADER_LIMIT = 100_000_000
 _RANK_LIMIT = 16
 
 
 class Entry(NamedTuple):
-  """One tensor: its dtype and shape, its bytes [start, end) of the data."""
+  """One tensor: dtype, shape, and its bytes [start, end) of the data."""
 
   dtype: np.dtype
   shape: tuple[int, ...]
@@ -63,10 +65,10 @@ class Entry(NamedTuple):
 
 
 def parse(header: bytes, size: int) -> dict[str, Entry]:
-  """The entries of a header whose file has `size` bytes of data.
+  """Returns the checked entries of a header; the data has `size` bytes.
 
   Raises:
-    ConfigError: anything that is not exactly the format, and why.
+    ConfigError: the first thing that breaks the format.
   """
   try:
     items = json.loads(header, object_pairs_hook=_no_duplicates)
@@ -76,28 +78,28 @@ def parse(header: bytes, size: int) -> dict[str, Entry]:
     raise ConfigError('the header is not an object')
   items.pop('__metadata__', None)
   entries = {name: _entry(name, info, size) for name, info in items.items()}
-  at = 0
+  end = 0
   for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
-    if entry.start != at:
-      word = 'overlaps' if entry.start < at else 'leaves a gap after'
+    if entry.start != end:
+      word = 'overlaps' if entry.start < end else 'leaves a gap after'
       raise ConfigError(
         f'tensor {name!r} at {entry.start} {word} the one before, which ends '
-        f'at {at}'
+        f'at {end}'
       )
-    at = entry.end
-  if at != size:
+    end = entry.end
+  if end != size:
     raise ConfigError(
-      f'the header places {at} bytes of data, but the file has {size}; it is '
-      'truncated or not whole: download it again'
+      f'the header places {end} bytes of data, but the file has {size}; it is '
+      'truncated or incomplete: download it again'
     )
   return entries
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  found = dict(pairs)
-  if len(found) != len(pairs):
+  values = dict(pairs)
+  if len(values) != len(pairs):
     raise ValueError('a name stands twice')
-  return found
+  return values
 
 
 def _is_size(value: Any, limit: int) -> bool:
@@ -105,46 +107,47 @@ def _is_size(value: Any, limit: int) -> bool:
 
 
 def _entry(name: str, info: Any, size: int) -> Entry:
-  """The checked entry of one tensor."""
+  """Returns the entry of one tensor after checking its description."""
 
   def require(good: bool, rule: str):
     if not good:
       raise ConfigError(f'tensor {name!r}: {rule}')
 
   require(isinstance(info, dict), 'is not described by an object')
-  code, shape, places = (
+  code, shape, offsets = (
     info.get(key) for key in ('dtype', 'shape', 'data_offsets')
   )
   require(
     isinstance(code, str) and code in DTYPES,
     f'dtype {code!r} is not one of {", ".join(DTYPES)}',
   )
-  whole = isinstance(shape, list) and len(shape) <= _RANK_LIMIT
+  good = isinstance(shape, list) and len(shape) <= _RANK_LIMIT
   # A dimension may exceed the data only where another one is 0.
   require(
-    whole and all(_is_size(n, 2**62) for n in shape),
+    good and all(_is_size(n, 2**62) for n in shape),
     f'shape {shape!r} is not a list of sizes',
   )
-  good = isinstance(places, list) and len(places) == 2
+  good = isinstance(offsets, list) and len(offsets) == 2
+  good = good and all(_is_size(n, size) for n in offsets)
   require(
-    good and all(_is_size(n, size) for n in places) and places[0] <= places[1],
-    f'data_offsets {places!r} do not lie within the {size} bytes of data',
+    good and offsets[0] <= offsets[1],
+    f'data_offsets {offsets!r} do not lie within the {size} bytes of data',
   )
-  dtype, length = DTYPES[code], places[1] - places[0]
+  dtype, length = DTYPES[code], offsets[1] - offsets[0]
   require(
     math.prod(shape) * dtype.itemsize == length,
     f'{code} of shape {shape} does not take {length} bytes',
   )
-  return Entry(dtype, tuple(shape), places[0], places[1])
+  return Entry(dtype, tuple(shape), offsets[0], offsets[1])
 
 
 class File:
-  """One file, mapped; use it in a `with` block.
+  """A mapped file; use it in a `with` block.
 
-  entries: name -> Entry, all of them checked.
+  entries: {name: Entry}, all of them checked.
 
   Raises:
-    ConfigError: no such file, or not a safetensors file; names the file.
+    ConfigError: no such file, or not a .safetensors file; names the file.
   """
 
   def __init__(self, path: os.PathLike | str):
@@ -169,21 +172,21 @@ class File:
     self._data = 8 + length
 
   def read(self, name: str) -> np.ndarray:
-    """The tensor, a read-only view of the map."""
+    """Returns the tensor, a read-only view of the map."""
     dtype, shape, start, end = self.entries[name]
     flat = np.frombuffer(self._map, np.uint8, end - start, self._data + start)
     out = flat.view(dtype).reshape(shape)
     return out if out.flags.aligned else out.copy()
 
-  def ahead(self, name: str, size: int) -> None:
-    """Asks for the `size` bytes after the tensor's start to be read already."""
-    at = self._data + self.entries[name].start
-    first = at // mmap.PAGESIZE * mmap.PAGESIZE
+  def read_ahead(self, name: str, size: int) -> None:
+    """Asks the kernel for `size` bytes from the tensor's start on."""
+    start = self._data + self.entries[name].start
+    first = start // mmap.PAGESIZE * mmap.PAGESIZE
     size = min(size, len(self._map) - first)
     self._map.madvise(mmap.MADV_WILLNEED, first, size)
 
   def forget(self, name: str) -> None:
-    """Gives the tensor's pages back; reading it again is still allowed."""
+    """Frees the tensor's pages; it can still be read again."""
     _, _, start, end = self.entries[name]
     first = (self._data + start) // mmap.PAGESIZE * mmap.PAGESIZE
     last = (self._data + end) // mmap.PAGESIZE * mmap.PAGESIZE
@@ -194,7 +197,7 @@ class File:
     return self
 
   def __exit__(self, *_: object) -> None:
-    # Views that are still alive keep the map; it goes when they do.
+    # A map with living views cannot be closed; it is freed with the last one.
     with contextlib.suppress(BufferError):
       self._map.close()
 
@@ -204,30 +207,34 @@ def create(
   path: os.PathLike | str,
   tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Writes a file through a map: yields name -> array, to be filled in.
+  """Yields {name: array} of a new file's map; the caller fills the arrays.
 
-  Wider dtypes come first, so that every tensor is aligned. The header is
-  written when the block ends, and is zeros until then: a file whose writing
-  was cut short does not read as one.
+  Args:
+    path: the file to write.
+    tensors: {name: (dtype, shape)}. Wider dtypes come first in the file, so
+      every tensor is aligned.
+
+  The header is written when the block ends, and is zeros until then: a file
+  that was cut short is refused by `File`.
   """
   order = sorted(tensors, key=lambda n: (-tensors[n][0].itemsize, n))
   header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
-  at = 0
+  size = 0
   for name in order:
     dtype, shape = tensors[name]
-    end = at + math.prod(shape) * dtype.itemsize
+    end = size + math.prod(shape) * dtype.itemsize
     header[name] = {
       'dtype': NAMES[dtype],
       'shape': list(shape),
-      'data_offsets': [at, end],
+      'data_offsets': [size, end],
     }
-    at = end
+    size = end
   text = json.dumps(header, separators=(',', ':')).encode()
   text += b' ' * (-len(text) % 8)
   data = 8 + len(text)
   with open(path, 'w+b') as file:
-    file.truncate(data + at)
-    mapped = mmap.mmap(file.fileno(), data + at)
+    file.truncate(data + size)
+    mapped = mmap.mmap(file.fileno(), data + size)
     arrays = {}
     for name in order:
       start, end = header[name]['data_offsets']
@@ -241,6 +248,6 @@ def create(
     mapped.flush()
     os.fsync(file.fileno())
   arrays.clear()
-  # Views that somebody still holds keep the map; it goes when they do.
+  # A map with living views cannot be closed; it is freed with the last one.
   with contextlib.suppress(BufferError):
     mapped.close()

@@ -1,9 +1,9 @@
-"""A released checkpoint's folder, checked: which file holds what, and it read.
+"""A released checkpoint's folder: checked as a whole, then read by matrices.
 
-`Source` opens a folder, compares its tensors' names, shapes and dtypes with
-what its config.json says, all before a number is read, and then gives matrix
-after matrix as floats. It keeps no state of the reading, so that several
-threads may read at once.
+`Source` opens a folder and compares its tensors' names, shapes and dtypes with
+those that config.json implies, before any number is read. Then it returns
+matrix after matrix as floats. It has no state of the reading, so several
+threads can read at once.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ from mla_moe.config import ConfigError, ModelConfig, MTPConfig
 from mla_moe.hf import config_json, fp8_blocks, names, safetensors
 
 _FLOATS = ('F32', 'F16', 'BF16', 'F8_E4M3')
+_VECTOR_FLOATS = _FLOATS[:3]  # FP8 has tiles, so it needs two axes
+_SCALES = ('F32', 'BF16', 'F8_E8M0')
+_COPY_ROWS = 4096  # compared at once
 
 
 class Source:
-  """A folder whose tensors are all there, and are what its config says.
+  """A folder whose tensors agree with its config.json.
 
-  config: its ModelConfig, MTP as deep as its tensors go. rows: the table that
-  its names follow. Files are open until `stack` closes.
+  config: its ModelConfig, with as many MTP modules as there are tensors. rows:
+  the table of its tensors (`names`). The files are open until `stack` closes.
 
   Raises:
-    ConfigError: they are not; one line that names everything.
+    ConfigError: they do not agree; one line names all tensors that do not.
   """
 
   def __init__(
@@ -43,37 +46,40 @@ class Source:
       raise ConfigError(f'{str(folder)!r}: is no folder')
     values = config_json.read_json(folder / 'config.json')
     self.files = _open(folder, stack)
-    with _named(f'{folder}/config.json'):
+    with _errors_in(f'{folder}/config.json'):
       self.config = config_json.read(values, str(dtype))
       self.config = _with_present_mtp(self.config, self.files)
       self.plain_rope = values.get('rope_interleave') is False
-      self.block = _block_size(values)
+      self.tile = _tile_size(values)
     fused = any(n.endswith('.mlp.experts.gate_up_proj') for n in self.files)
     self.rows = names.rows(self.config, fused)
     self.copies = names.copies(self.config)
     self.dtype = dtype
-    with _named(str(folder)):
+    with _errors_in(str(folder)):
       self._check()
 
   def _check(self):
-    """Names against the table, then shapes and dtypes."""
-    wanted = {
-      row.tensor(at): row.file_shape for row in self.rows for at in row.places()
+    """Compares names with the table, then shapes and dtypes."""
+    shapes = {
+      row.tensor(index): row.file_shape
+      for row in self.rows
+      for index in row.indices()
     }
-    scales = {}
-    for name in wanted.keys() & self.files.keys():
-      if self._entry(name).dtype == fp8_blocks.E4M3:
-        scales[f'{name}_scale_inv'] = name
-    shapes = {name: wanted[original] for name, original in self.copies.items()}
+    scales = {
+      f'{name}_scale_inv': fp8_blocks.scale_shape(shapes[name], self.tile)
+      for name in shapes.keys() & self.files.keys()
+      if self._entry(name).dtype == fp8_blocks.E4M3
+    }
+    required = shapes.keys() | scales.keys()
+    optional = {
+      name: shapes[original] for name, original in self.copies.items()
+    }
+    missing = required - self.files.keys()
     extra = {
       name
-      for name in self.files
-      if name not in wanted
-      and name not in scales
-      and name not in shapes
-      and not names.ignored(name)
+      for name in self.files.keys() - required - optional.keys()
+      if not names.ignored(name)
     }
-    missing = (wanted.keys() | scales.keys()) - self.files.keys()
     parts = [
       f'{word}: {", ".join(sorted(wrong))}'
       for word, wrong in (('missing', missing), ('left over', extra))
@@ -83,56 +89,52 @@ class Source:
       raise ConfigError(
         f'the tensors are not those of config.json; {"; ".join(parts)}'
       )
-    shapes |= wanted
-    shapes |= {
-      scale: self._scale_shape(wanted[name]) for scale, name in scales.items()
-    }
-    for name, shape in shapes.items():
+    for name, shape in (optional | shapes | scales).items():
       if name in self.files:
         self._check_entry(name, shape, name in scales)
 
-  def _check_entry(self, name: str, shape: tuple[int, ...], scale: bool):
+  def _check_entry(self, name: str, shape: tuple[int, ...], is_scale: bool):
     entry = self._entry(name)
     if entry.shape != shape:
       raise ConfigError(
         f'tensor {name!r} has shape {list(entry.shape)}; by config.json it '
         f'must have {list(shape)}'
       )
-    good = ('F32', 'BF16', 'F8_E8M0') if scale else _FLOATS
-    if not scale and len(shape) < 2:
-      good = _FLOATS[:3]
+    allowed = _FLOATS if len(shape) > 1 else _VECTOR_FLOATS
+    allowed = _SCALES if is_scale else allowed
     code = safetensors.NAMES[entry.dtype]
-    if code not in good:
+    if code not in allowed:
       raise ConfigError(
-        f'tensor {name!r} has dtype {code}; it must be one of {", ".join(good)}'
+        f'tensor {name!r} has dtype {code}; it must be one of '
+        f'{", ".join(allowed)}'
       )
-
-  def _scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return fp8_blocks.blocks(shape, self.block)
 
   def _entry(self, name: str) -> safetensors.Entry:
     return self.files[name].entries[name]
 
-  def units(self) -> list[tuple[names.Row, dict[str, int]]]:
-    """Every (row, place), in the order in which the files hold them."""
-    every = [(row, at) for row in self.rows for at in row.places()]
+  def matrices(self) -> list[tuple[names.Row, dict[str, int]]]:
+    """Returns every (row, index), in the order of the files' bytes."""
+    matrices = [(row, index) for row in self.rows for index in row.indices()]
 
-    def where(unit):
-      name = unit[0].tensor(unit[1])
+    def position(matrix):
+      row, index = matrix
+      name = row.tensor(index)
       return self.files[name].path, self._entry(name).start
 
-    return sorted(every, key=where)
+    return sorted(matrices, key=position)
 
-  def matrix(self, row: names.Row, at: dict[str, int]) -> np.ndarray:
-    """The released matrix (or vector) of a place, as floats of `dtype`.
+  def matrix(self, row: names.Row, index: dict[str, int]) -> np.ndarray:
+    """Returns a released matrix (or vector) as floats.
+
+    They are of the source's dtype, but float32 for the router's bias.
 
     Raises:
-      ConfigError: it holds NaN.
+      ConfigError: it contains NaN.
     """
-    name, part = row.tensor(at), row.within(at)
-    with _named(str(self.files[name].path)):
-      wanted = config_json.F32 if row.path[0] == 'router' else self.dtype
-      return self._floats(name, part).astype(wanted, copy=False)
+    name, part = row.tensor(index), row.within(index)
+    with _errors_in(str(self.files[name].path)):
+      dtype = config_json.F32 if row.path[0] == 'router' else self.dtype
+      return self._floats(name, part).astype(dtype, copy=False)
 
   def _floats(self, name: str, part: tuple[slice, ...]) -> np.ndarray:
     raw = self.files[name].read(name)[part]
@@ -142,34 +144,36 @@ class Source:
     scale_name = f'{name}_scale_inv'
     scale = self.files[scale_name].read(scale_name).astype(np.float32)
     fp8_blocks.check_finite(scale_name, scale)
-    if raw.ndim > 2:  # experts in one tensor, of which this is one's matrix
+    if raw.ndim > 2:  # a fused tensor [E, ...]; `part` is one expert's matrix
       raw, scale = raw[0], scale[part[0].start]
-    return fp8_blocks.dequantize(raw, scale, part[-2].start or 0, self.block)
+    return fp8_blocks.dequantize(raw, scale, part[-2].start or 0, self.tile)
 
   def size(self, name: str) -> int:
-    """The bytes of a tensor in its file."""
+    """Returns the bytes of a tensor in its file."""
     return self._entry(name).end - self._entry(name).start
 
-  def ahead(self, name: str, size: int) -> None:
-    """Lets the disk read what comes from this tensor on."""
-    self.files[name].ahead(name, size)
+  def read_ahead(self, name: str, size: int) -> None:
+    """Asks the disk for `size` bytes from the beginning of this tensor."""
+    self.files[name].read_ahead(name, size)
 
   def forget(self, name: str) -> None:
-    """Gives back the memory of a tensor that has been read."""
+    """Frees the memory of a tensor that has been read."""
     self.files[name].forget(name)
 
   def check_copies(self) -> None:
-    """MTP's embedding and head must be the main model's: here they are one.
+    """Compares MTP's embedding and head with the main model's.
+
+    Here they are one array, so they must be equal.
 
     Raises:
-      ConfigError: they are not.
+      ConfigError: they differ.
     """
     for name, original in self.copies.items():
       if name not in self.files:
         continue
       rows = self._entry(name).shape[0]
-      for start in range(0, rows, 4096):
-        part = (slice(start, start + 4096), slice(None))
+      for start in range(0, rows, _COPY_ROWS):
+        part = (slice(start, start + _COPY_ROWS), slice(None))
         same = np.array_equal(
           self._floats(name, part).astype(np.float32),
           self._floats(original, part).astype(np.float32),
@@ -184,21 +188,21 @@ class Source:
 
 
 @contextlib.contextmanager
-def _named(where: str) -> Iterator[None]:
-  """Puts the place in front of what is wrong there."""
+def _errors_in(place: str) -> Iterator[None]:
+  """Puts the place in front of a ConfigError's line."""
   try:
     yield
   except ConfigError as error:
     text = str(error)
     raise ConfigError(
-      text if text.startswith(where) else f'{where}: {text}'
+      text if text.startswith(place) else f'{place}: {text}'
     ) from None
 
 
 def _open(
   folder: pathlib.Path, stack: contextlib.ExitStack
 ) -> dict[str, safetensors.File]:
-  """Tensor name -> the open file that holds it, by the index if there is one.
+  """Returns {tensor: its open file}, by the index if there is one.
 
   Raises:
     ConfigError: no index and not one file; an index that leaves the folder or
@@ -206,26 +210,17 @@ def _open(
   """
   index = folder / config_json.INDEX
   if not index.exists():
-    present = sorted(p.name for p in folder.glob('*.safetensors'))
-    if len(present) != 1:
+    only = sorted(p.name for p in folder.glob('*.safetensors'))
+    if len(only) != 1:
       raise ConfigError(
-        f'{folder}: has {len(present)} .safetensors files and no '
+        f'{folder}: has {len(only)} .safetensors files and no '
         f'{config_json.INDEX}; one file, or an index that names its shards, is '
         'needed'
       )
-    file = stack.enter_context(safetensors.File(folder / present[0]))
+    file = stack.enter_context(safetensors.File(folder / only[0]))
     return {name: file for name in file.entries}
-  places = config_json.read_json(index).get('weight_map')
-  if not isinstance(places, dict) or not places:
-    raise ConfigError(f'{index}: has no weight_map from tensors to files')
-  for name, place in places.items():
-    good = isinstance(place, str) and place.endswith('.safetensors')
-    if not good or place != os.path.basename(place) or set(place) & set('\\\0'):
-      raise ConfigError(
-        f'{index}: tensor {name!r} is placed in {place!r}, which is not the '
-        'name of a .safetensors file in the same folder'
-      )
-  shards = sorted(set(places.values()))
+  shard_of = _weight_map(index)
+  shards = sorted(set(shard_of.values()))
   absent = [shard for shard in shards if not (folder / shard).is_file()]
   if absent:
     raise ConfigError(f'{folder}: shards are missing: {", ".join(absent)}')
@@ -233,29 +228,48 @@ def _open(
     shard: stack.enter_context(safetensors.File(folder / shard))
     for shard in shards
   }
-  there = {name: file for file in files.values() for name in file.entries}
-  lost = sorted(n for n, p in places.items() if n not in files[p].entries)
-  if lost:
+  missing = sorted(n for n, s in shard_of.items() if n not in files[s].entries)
+  if missing:
     raise ConfigError(
-      f'{index}: its shards do not hold, missing: {", ".join(lost)}'
+      f'{index}: its shards do not hold, missing: {", ".join(missing)}'
     )
-  return there | {name: files[place] for name, place in places.items()}
+  present = {name: file for file in files.values() for name in file.entries}
+  return present | {name: files[shard] for name, shard in shard_of.items()}
+
+
+def _weight_map(index: pathlib.Path) -> dict[str, str]:
+  """Returns {tensor: file name} of an index; no file is outside the folder."""
+  shard_of = config_json.read_json(index).get('weight_map')
+  if not isinstance(shard_of, dict) or not shard_of:
+    raise ConfigError(f'{index}: has no weight_map from tensors to files')
+  for name, shard in shard_of.items():
+    good = isinstance(shard, str) and shard.endswith('.safetensors')
+    if not good or shard != os.path.basename(shard) or set(shard) & set('\\\0'):
+      raise ConfigError(
+        f'{index}: tensor {name!r} is placed in {shard!r}, which is not the '
+        'name of a .safetensors file in the same folder'
+      )
+  return shard_of
 
 
 def _with_present_mtp(config: ModelConfig, files: dict) -> ModelConfig:
-  """transformers drops the MTP modules, and keeps their number in config."""
+  """Drops MTP from a config whose folder has no tensors of it.
+
+  transformers writes such folders: it drops the modules, but not their number.
+  """
   prefix = f'model.layers.{config.layers}.'
   if any(name.startswith(prefix) for name in files):
     return config
   return dataclasses.replace(config, mtp=MTPConfig(depth=0))
 
 
-def _block_size(values: dict) -> int:
-  """The side of FP8's blocks; only squares exist."""
-  found = values.get('quantization_config') or {}
-  size = found.get('weight_block_size') if isinstance(found, dict) else None
+def _tile_size(values: dict) -> int:
+  """Returns the side of FP8's tiles in config.json; they must be squares."""
+  quantization = values.get('quantization_config') or {}
+  is_dict = isinstance(quantization, dict)
+  size = quantization.get('weight_block_size') if is_dict else None
   if size is None:
-    return fp8_blocks.BLOCK
+    return fp8_blocks.TILE
   good = isinstance(size, list) and len(size) == 2 and size[0] == size[1]
   if not good or type(size[0]) is not int or size[0] < 1:
     raise ConfigError(

@@ -11,7 +11,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from test_huggingface import GOLDEN, ROOT, same_bytes, tensors
+from releases import GOLDEN, ROOT, same_bytes, tensors
 
 from mla_moe import Transformer, load_huggingface
 from mla_moe.config import freeze

@@ -1,16 +1,19 @@
-"""Makes golden cases with transformers: a random model and what it computes.
+"""Makes golden cases with transformers: a random model and its outputs.
 
   python tests/make_goldens.py --folder=DIR --kind=v3 --seed=1 n_group=1 \
     topk_group=1
   python tests/make_goldens.py --folder=DIR --kind=v3 --release hidden_size=192
 
-Writes a `save_pretrained` folder and expected.npz: tokens [2, 96], the logits
-of the whole sequence and the greedy continuation of the first 24 tokens, by
-repeated full forward. `name=value` pairs override the configuration. --release
-writes V3 as DeepSeek publishes it: FP8 blocks, shards with an index, the old
-words of config.json, and an MTP layer, made of transformers' own parts, whose
-mtp_logits [2, 95] are kept, too. Needs torch and transformers; the cases in
-tests/golden are of transformers 5.23.0. Nothing here imports mla_moe.
+Writes a `save_pretrained` folder and expected.npz: tokens [2, 96], their logits
+and the greedy continuation of the first 24 tokens, by repeated full forward
+passes. `name=value` pairs override the configuration.
+
+--release writes V3 in DeepSeek's layout: FP8 tiles, shards with an index, the
+older keys of config.json, and an MTP layer, which is made of transformers' own
+parts and whose mtp_logits [2, 95] are added to expected.npz.
+
+Needs torch and transformers; the cases in tests/golden are from transformers
+5.23.0. Nothing here imports mla_moe.
 """
 
 from __future__ import annotations
@@ -72,45 +75,49 @@ KINDS = {
 }
 
 
-BLOCK = 128
+TILE = 128
 
 
 def quantised(weight):
-  """(float8_e4m3fn, scales) by blocks of 128x128, and what they stand for."""
+  """Returns (float8_e4m3fn, scales of 128x128 tiles, dequantised float32)."""
   import torch
 
   rows, columns = weight.shape
-  r, c = -(-rows // BLOCK), -(-columns // BLOCK)
-  padded = torch.zeros(r * BLOCK, c * BLOCK)
+  r, c = -(-rows // TILE), -(-columns // TILE)
+  padded = torch.zeros(r * TILE, c * TILE)
   padded[:rows, :columns] = weight
-  tiles = padded.reshape(r, BLOCK, c, BLOCK)
+  tiles = padded.reshape(r, TILE, c, TILE)
   scale = tiles.abs().amax((1, 3)) / 448
   scale = torch.where(scale == 0, 1.0, scale)
   q = (tiles / scale[:, None, :, None]).clamp(-448, 448)
   q = q.to(torch.float8_e4m3fn)
-  whole = lambda x: x.reshape(padded.shape)[:rows, :columns].contiguous()
+  unpadded = lambda x: x.reshape(padded.shape)[:rows, :columns].contiguous()
   wide = q.to(torch.float32) * scale[:, None, :, None]
-  return whole(q), scale, whole(wide)
+  return unpadded(q), scale, unpadded(wide)
 
 
 def views(prefix, module):
-  """(released name, the parameter or the part of it) of a module's tensors."""
+  """Yields (released name, view of a parameter) of a module's tensors.
+
+  transformers has all experts of a layer in one tensor, a release has not.
+  """
   for name, tensor in module.state_dict(keep_vars=True).items():
     tensor = tensor.detach()
-    at, _, end = name.rpartition('.')
-    if end not in ('gate_up_proj', 'down_proj'):
+    parent, _, last = name.rpartition('.')
+    if last not in ('gate_up_proj', 'down_proj'):
       yield prefix + name, tensor
       continue
-    for e, one in enumerate(tensor):
-      parts = {'down_proj': one}
-      if end == 'gate_up_proj':
-        parts = dict(zip(('gate_proj', 'up_proj'), one.chunk(2), strict=True))
+    for e, expert in enumerate(tensor):
+      parts = {'down_proj': expert}
+      if last == 'gate_up_proj':
+        halves = expert.chunk(2)
+        parts = dict(zip(('gate_proj', 'up_proj'), halves, strict=True))
       for part, view in parts.items():
-        yield f'{prefix}{at}.{e}.{part}.weight', view
+        yield f'{prefix}{parent}.{e}.{part}.weight', view
 
 
 def release(named):
-  """The tensors as a release holds them; the model is rounded to the same."""
+  """Returns {name: released tensor}; rounds the model's views to the same."""
   import torch
 
   out = {}
@@ -129,7 +136,10 @@ def release(named):
 
 
 def mtp_module(model):
-  """An MTP layer: two norms, a projection, a decoder layer, the head's norm."""
+  """Returns a random MTP layer of transformers' modules.
+
+  It has two norms, a projection, a decoder layer and the head's norm.
+  """
   import torch
   from transformers.models.deepseek_v3 import modeling_deepseek_v3 as parts
 
@@ -150,7 +160,7 @@ def mtp_module(model):
 
 
 def mtp_logits(model, layer, tokens):
-  """Position i joins the hidden state of i with token i+1: [B, T-1, V]."""
+  """Returns [B, T-1, V]: position i joins hidden state i with token i+1."""
   import torch
 
   hidden = model.model(tokens).last_hidden_state[:, :-1]
@@ -172,18 +182,18 @@ def mtp_logits(model, layer, tokens):
 
 
 def write_release(folder, config, tensors, shards=3):
-  """Shards, their index, and config.json in the words of the releases."""
+  """Writes shards, their index, and config.json with the releases' keys."""
   from safetensors.torch import save_file
 
   folder.mkdir(parents=True, exist_ok=True)
-  names, places, total = sorted(tensors), {}, 0
+  names, weight_map, total = sorted(tensors), {}, 0
   for number in range(shards):
-    mine = names[number::shards]
+    shard = names[number::shards]
     file = f'model-{number + 1:05d}-of-{shards:05d}.safetensors'
-    save_file({n: tensors[n].contiguous() for n in mine}, folder / file)
-    places |= dict.fromkeys(mine, file)
-    total += sum(tensors[n].numel() * tensors[n].itemsize for n in mine)
-  index = {'metadata': {'total_size': total}, 'weight_map': places}
+    save_file({n: tensors[n].contiguous() for n in shard}, folder / file)
+    weight_map |= dict.fromkeys(shard, file)
+    total += sum(tensors[n].numel() * tensors[n].itemsize for n in shard)
+  index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
   path = folder / 'model.safetensors.index.json'
   path.write_text(json.dumps(index, indent=1))
   values = config.to_dict()
@@ -202,14 +212,14 @@ def write_release(folder, config, tensors, shards=3):
       'activation_scheme': 'dynamic',
       'fmt': 'e4m3',
       'quant_method': 'fp8',
-      'weight_block_size': [BLOCK, BLOCK],
+      'weight_block_size': [TILE, TILE],
     },
   }
   (folder / 'config.json').write_text(json.dumps(values, indent=1))
 
 
 def main() -> None:
-  """Makes one case."""
+  """Writes one case."""
   import torch
   import transformers
 
@@ -221,13 +231,13 @@ def main() -> None:
   parser.add_argument('overrides', nargs='*')
   flags = parser.parse_args()
   pairs = [pair.split('=', 1) for pair in flags.overrides]
-  given = {key: ast.literal_eval(value) for key, value in pairs}
+  overrides = {key: ast.literal_eval(value) for key, value in pairs}
   v3 = flags.kind == 'v3'
   if flags.release and not v3:
     parser.error('--release is for --kind=v3')
   kind = transformers.DeepseekV3Config if v3 else transformers.DeepseekV2Config
   torch.manual_seed(flags.seed)
-  config = kind(**{**SMALL, **KINDS[flags.kind], **given})
+  config = kind(**{**SMALL, **KINDS[flags.kind], **overrides})
   model = transformers.AutoModelForCausalLM.from_config(
     config, dtype=torch.float32
   ).eval()
@@ -237,29 +247,29 @@ def main() -> None:
   tokens = np.random.default_rng(flags.seed).integers(
     0, config.vocab_size, (2, 96)
   )
-  found = {'tokens': tokens.astype(np.int32)}
+  expected = {'tokens': tokens.astype(np.int32)}
   ids = torch.from_numpy(tokens)
   with torch.no_grad():
     if flags.release:
       layer = mtp_module(model)
-      at = f'model.layers.{config.num_hidden_layers}.'
-      tensors = release(views('', model)) | release(views(at, layer))
+      prefix = f'model.layers.{config.num_hidden_layers}.'
+      tensors = release(views('', model)) | release(views(prefix, layer))
       for name, original in (
         ('embed_tokens.weight', 'model.embed_tokens.weight'),
         ('shared_head.head.weight', 'lm_head.weight'),
       ):
-        tensors[at + name] = tensors[original].clone()
+        tensors[prefix + name] = tensors[original].clone()
       write_release(flags.folder, config, tensors)
-      found['mtp_logits'] = mtp_logits(model, layer, ids).numpy()
+      expected['mtp_logits'] = mtp_logits(model, layer, ids).numpy()
     else:
       model.save_pretrained(flags.folder)
-    found['logits'] = model(ids).logits.numpy()
+    expected['logits'] = model(ids).logits.numpy()
     greedy = ids[:, :24]
     for _ in range(24):
       last = model(greedy).logits[:, -1:].argmax(-1)
       greedy = torch.cat([greedy, last], 1)
-  found['greedy'] = greedy.numpy().astype(np.int32)
-  np.savez_compressed(flags.folder / 'expected.npz', **found)
+  expected['greedy'] = greedy.numpy().astype(np.int32)
+  np.savez_compressed(flags.folder / 'expected.npz', **expected)
 
 
 if __name__ == '__main__':

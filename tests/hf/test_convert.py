@@ -17,7 +17,7 @@ from mla_moe import Transformer, load_huggingface
 from mla_moe.config import freeze
 from mla_moe.data import batches, corpus, tokenizer
 
-# Third-party code that the programs call: none of it is ours to mend.
+# Warnings of third-party code in the programs are not ours to mend.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('default')]
 
 
@@ -35,7 +35,7 @@ def program(name, *words):
 
 @pytest.fixture(scope='module')
 def imported(tmp_path_factory):
-  """A release and the run that it became."""
+  """(a release, the run that was made of it)."""
   root = tmp_path_factory.mktemp('imported')
   source = root / 'release'
   shutil.copytree(GOLDEN / 'v3_release', source)
@@ -46,10 +46,10 @@ def imported(tmp_path_factory):
   (source / 'generation_config.json').write_text(settings)
   words = ['--config=configs/tiny.py:smoke', '--config.data.fim_rate=0.0']
   words += [f'--config.model.compute.{x}' for x in COMPUTE]
-  there = [f'--source={source}', f'--target={root}/run', *words]
-  out = program('convert', *there)
+  words = [f'--source={source}', f'--target={root}/run', *words]
+  out = program('convert', *words)
   assert out.returncode == 0, out.stderr
-  again = program('convert', *there)
+  again = program('convert', *words)
   assert again.returncode == 2 and len(again.stderr.splitlines()) == 1
   config = json.loads((root / 'run/config.json').read_text())
   compute = config['model']['compute'].items()
@@ -80,12 +80,12 @@ def test_release_and_run_say_the_same(imported):
 
 
 def test_training_goes_on_from_a_release(imported, tmp_path):
-  """The first step's loss is that of the release on the first batch."""
-  source, made = imported
+  """The first step's loss equals the release's on the first batch."""
+  source, original = imported
   run = tmp_path / 'run'
-  shutil.copytree(made, run)
+  shutil.copytree(original, run)
   text = (run / 'config.py').read_text()
-  assert str(made) in text  # its command
+  assert str(original) in text  # its command
   words = [f'--config={run}/config.py', f'--workdir={run}']
   quick = ('steps=3', 'eval_every=0', 'sample_every=0', 'save_every=0')
   out = program('train', *words, *(f'--config.run.{x}' for x in quick))
@@ -101,15 +101,15 @@ def test_training_goes_on_from_a_release(imported, tmp_path):
 
   config = freeze(json.loads((run / 'config.json').read_text()))
   model, variables = load_huggingface(source, config.model.dtype)
-  words = tokenizer.load('byte', model.bos_id, model.eos_id)
-  text = corpus.prepare(config.data, words, pathlib.Path(tmp_path / 'corpus'))
+  byte = tokenizer.load('byte', model.bos_id, model.eos_id)
+  text = corpus.prepare(config.data, byte, pathlib.Path(tmp_path / 'corpus'))
   first = next(batches.batches(text.train, config.data, text.bos_id, 0, 1))
   tokens, targets = first.tokens[0], np.asarray(first.targets[0])
   logits = jax.jit(Transformer(model).apply)(variables, tokens).logits
-  chosen = np.take_along_axis(
+  log_probs = np.take_along_axis(
     np.asarray(jax.nn.log_softmax(logits)),
     np.maximum(targets, 0)[..., None],
     axis=-1,
   )[..., 0]
-  nll = -chosen[targets >= 0].mean()
+  nll = -log_probs[targets >= 0].mean()
   assert math.isclose(nll, losses[1], rel_tol=1e-4)

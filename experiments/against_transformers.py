@@ -1,0 +1,97 @@
+"""Compares each layer's output of a released model with transformers'.
+
+Both sides compute the same 64 random tokens in float32. A wrong weight or a
+misread field of config.json then shows at the first layer that it changes.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import tempfile
+
+import numpy as np
+
+from mla_moe.config import ConfigError, ModelConfig
+from mla_moe.types import PyTree
+
+
+def compare(folder: pathlib.Path) -> float:
+  """Prints each layer's largest error; returns that of the logits.
+
+  transformers cannot load FP8 without a GPU, nor Kimi K2's model_type. Such a
+  folder is first saved in float32, in a temporary folder.
+
+  Raises:
+    ConfigError: transformers is not installed.
+  """
+  try:
+    import torch
+    import transformers
+  except ImportError:
+    raise ConfigError(
+      '--check needs transformers: pip install torch transformers'
+    ) from None
+  from mla_moe import load_huggingface, save_huggingface
+  from mla_moe.hf import config_json
+
+  config, variables = load_huggingface(folder)
+  values = config_json.read_json(folder / 'config.json')
+  native = values.get('model_type') in ('deepseek_v2', 'deepseek_v3')
+  tokens = np.random.default_rng(0).integers(0, config.vocab, (1, 64))
+  with tempfile.TemporaryDirectory() as scratch:
+    loadable = folder
+    if values.get('quantization_config') or not native:
+      loadable = pathlib.Path(scratch) / 'plain'
+      save_huggingface(loadable, config, variables)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+      loadable,
+      dtype=torch.float32,
+      attn_implementation='eager',
+      trust_remote_code=False,
+    )
+    with torch.no_grad():
+      out = model(torch.from_numpy(tokens), output_hidden_states=True)
+  ours = _outputs(config, variables, tokens)
+  # transformers' last hidden state has been through the final norm.
+  theirs = [x.numpy() for x in (*out.hidden_states, out.logits)]
+  names = ['embedding', *(f'layer {i}' for i in range(config.layers - 1))]
+  names += ['final norm', 'logits']
+  error = 0.0
+  for name, a, b in zip(names, ours, theirs, strict=True):
+    error = float(np.abs(a - b).max())
+    print(f'{name:12s} largest error {error:.2e} of {np.abs(b).max():.2e}')
+  return error
+
+
+def _outputs(
+  config: ModelConfig, variables: PyTree, tokens: np.ndarray
+) -> list[np.ndarray]:
+  """Returns our embedding, every layer but the last, final norm and logits."""
+  import jax
+  import jax.numpy as jnp
+
+  from mla_moe import Transformer
+  from mla_moe.model import block, rope
+
+  params, router = variables['params'], variables['router']
+  tokens = jnp.asarray(tokens, jnp.int32)
+  positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+  cos, sin = rope.angles(positions, config.mla.rope_dim, config.mla.rope)
+  x = params['embedding'][tokens]
+  outputs = [x]
+  for name, count in (
+    ('dense', config.dense_layers),
+    ('moe', config.moe_layers),
+  ):
+    apply = jax.jit(block.Block(config, name == 'moe').apply)
+    for i in range(count):
+      take = lambda leaf, i=i: leaf[i]
+      layer = {'params': jax.tree.map(take, params[name])}
+      if name in router:
+        layer['router'] = jax.tree.map(take, router[name])
+      x, _ = apply(layer, x, cos, sin, None, None)
+      outputs.append(x)
+  apply = jax.jit(Transformer(config).apply, static_argnames='method')
+  outputs[-1] = apply(variables, tokens, method='features').hidden
+  outputs.append(apply(variables, tokens).logits)
+  return [np.asarray(x) for x in outputs]

@@ -20,13 +20,8 @@ each layer's output is from ours; with --source alone it does nothing else.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
 import pathlib
-import shutil
-import tempfile
-from collections.abc import Iterator
 
 from absl import flags
 
@@ -117,7 +112,7 @@ def to_run(
   sharding.check(config)
   state = _fresh_state(variables, config.optim)
   with (
-    _replacing(target) as scratch,
+    save.replacing(target) as scratch,
     workdir.claim(scratch, config) as path,
   ):
     (path / 'huggingface').mkdir()
@@ -156,23 +151,6 @@ def _fresh_state(variables: PyTree, config: OptimConfig):
     jax.jit(optim.optimizer(config).init)(params),
     step.fresh_guard(config),
   )
-
-
-@contextlib.contextmanager
-def _replacing(target: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Yields a scratch folder that becomes the target when the block ends."""
-  target.parent.mkdir(parents=True, exist_ok=True)
-  scratch = pathlib.Path(
-    tempfile.mkdtemp('.partial', f'.{target.name}.', target.parent)
-  )
-  try:
-    yield scratch
-    if target.exists():
-      shutil.rmtree(target)
-    os.replace(scratch, target)
-  except BaseException:
-    shutil.rmtree(scratch, ignore_errors=True)
-    raise
 
 
 def to_huggingface(

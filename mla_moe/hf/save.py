@@ -7,11 +7,13 @@ the table that `load` reads in the other direction.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 from mla_moe.config import ConfigError, ModelConfig
@@ -73,11 +75,7 @@ def save_huggingface(
   # Refuses a model that cannot be described, before anything is written.
   config_json.write(config, str(main_dtype), fp8)
   shards = tensors.shards(shard_bytes)
-  target.parent.mkdir(parents=True, exist_ok=True)
-  scratch = pathlib.Path(
-    tempfile.mkdtemp('.partial', f'.{target.name}.', target.parent)
-  )
-  try:
+  with replacing(target) as scratch:
     weight_map, total = {}, 0
     for number, shard in enumerate(shards, start=1):
       file = 'model.safetensors'
@@ -96,6 +94,20 @@ def save_huggingface(
     )
     _write_json(scratch / 'config.json', values)
     scratch.chmod(0o755)
+
+
+@contextlib.contextmanager
+def replacing(target: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields a scratch folder that becomes `target` when the block ends.
+
+  After an error the target is unchanged and the scratch folder deleted.
+  """
+  target.parent.mkdir(parents=True, exist_ok=True)
+  scratch = pathlib.Path(
+    tempfile.mkdtemp('.partial', f'.{target.name}.', target.parent)
+  )
+  try:
+    yield scratch
     _replace(target, scratch)
   except BaseException:
     shutil.rmtree(scratch, ignore_errors=True)

@@ -221,8 +221,8 @@ def _read_rope(values: dict[str, Any]) -> RopeConfig:
     return RopeConfig(theta=theta)
   if kind != 'yarn':
     raise ConfigError(f'rope_scaling type={kind!r}: only yarn is computed')
-  for key, good in (('attention_factor', None), ('truncate', True)):
-    if rope.get(key, good) is not good:
+  for key, computed in (('attention_factor', None), ('truncate', True)):
+    if rope.get(key, computed) is not computed:
       raise ConfigError(f'rope_scaling {key}={rope[key]!r}: is not computed')
   # YaRN scales cos and sin by m(mscale) / m(mscale_all_dim) and the logits by
   # m(mscale_all_dim)^2. A file without both numbers means m(1) for cos and sin,

@@ -5,7 +5,7 @@ which leaf, `fp8_blocks` dequantises, `safetensors` maps the files into memory
 and `source` checks the folder. Here the matrices stream: each is read once, in
 the order of the files (of a layer's experts: one expert at a time), and is
 written into every device's shard of its leaf (`leaves`). So the host has a few
-matrices in memory besides the shards, whatever the size of the model.
+matrices in memory besides the shards, for a model of any size.
 
 `save` is the way back.
 """

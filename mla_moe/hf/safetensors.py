@@ -109,8 +109,8 @@ def _is_size(value: Any, limit: int) -> bool:
 def _entry(name: str, info: Any, size: int) -> Entry:
   """Returns the entry of one tensor after checking its description."""
 
-  def require(good: bool, rule: str):
-    if not good:
+  def require(valid: bool, rule: str):
+    if not valid:
       raise ConfigError(f'tensor {name!r}: {rule}')
 
   require(isinstance(info, dict), 'is not described by an object')
@@ -121,16 +121,16 @@ def _entry(name: str, info: Any, size: int) -> Entry:
     isinstance(code, str) and code in DTYPES,
     f'dtype {code!r} is not one of {", ".join(DTYPES)}',
   )
-  good = isinstance(shape, list) and len(shape) <= _RANK_LIMIT
+  valid = isinstance(shape, list) and len(shape) <= _RANK_LIMIT
   # A dimension may exceed the data only where another one is 0.
   require(
-    good and all(_is_size(n, 2**62) for n in shape),
+    valid and all(_is_size(n, 2**62) for n in shape),
     f'shape {shape!r} is not a list of sizes',
   )
-  good = isinstance(offsets, list) and len(offsets) == 2
-  good = good and all(_is_size(n, size) for n in offsets)
+  valid = isinstance(offsets, list) and len(offsets) == 2
+  valid = valid and all(_is_size(n, size) for n in offsets)
   require(
-    good and offsets[0] <= offsets[1],
+    valid and offsets[0] <= offsets[1],
     f'data_offsets {offsets!r} do not lie within the {size} bytes of data',
   )
   dtype, length = DTYPES[code], offsets[1] - offsets[0]

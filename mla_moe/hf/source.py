@@ -243,8 +243,10 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
   if not isinstance(shard_of, dict) or not shard_of:
     raise ConfigError(f'{index}: has no weight_map from tensors to files')
   for name, shard in shard_of.items():
-    good = isinstance(shard, str) and shard.endswith('.safetensors')
-    if not good or shard != os.path.basename(shard) or set(shard) & set('\\\0'):
+    valid = isinstance(shard, str) and shard.endswith('.safetensors')
+    if (
+      not valid or shard != os.path.basename(shard) or set(shard) & set('\\\0')
+    ):
       raise ConfigError(
         f'{index}: tensor {name!r} is placed in {shard!r}, which is not the '
         'name of a .safetensors file in the same folder'
@@ -270,8 +272,8 @@ def _tile_size(values: dict) -> int:
   size = quantization.get('weight_block_size') if is_dict else None
   if size is None:
     return fp8_blocks.TILE
-  good = isinstance(size, list) and len(size) == 2 and size[0] == size[1]
-  if not good or type(size[0]) is not int or size[0] < 1:
+  valid = isinstance(size, list) and len(size) == 2 and size[0] == size[1]
+  if not valid or type(size[0]) is not int or size[0] < 1:
     raise ConfigError(
       f'quantization_config weight_block_size={size!r}: must be two equal sizes'
     )

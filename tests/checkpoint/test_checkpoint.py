@@ -139,7 +139,7 @@ def test_row01_killed_while_saving_the_last_sealed_step_is_whole(tmp_path):
 
 
 def test_row01_killed_while_deleting_nothing_stays(tmp_path, monkeypatch):
-  """Whichever file of the old step is deleted first."""
+  """The first file that rmtree deletes may be any of them."""
   state = {'w': jnp.ones(4)}
   with store.Writer(tmp_path, 3) as writer:
     for step in (1, 2):
@@ -239,7 +239,7 @@ def test_row06_foreign_folders_are_no_steps(damaged):
 
 
 def test_row07_a_partial_copy_is_refused(two, tmp_path):
-  """Whichever file of the step has not come over yet."""
+  """Any file of the step may be missing."""
   files = sorted(p.relative_to(two) for p in (two / '2').rglob('*'))
   for missing in files:
     if (two / missing).is_dir():

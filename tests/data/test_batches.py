@@ -98,7 +98,7 @@ def test_each_key_permutes_all_rows(rows):
 
 
 def test_permutations_spread_evenly():
-  """Where row 0 goes, and how far from it row 1, is uniform over the keys."""
+  """Row 0's place, and row 1's distance from it, are uniform over the keys."""
   rows, keys, bins = 1001, 3000, 20
   place = np.array(
     [batches.permute(np.arange(2), rows, k) for k in range(keys)]

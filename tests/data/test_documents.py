@@ -26,11 +26,11 @@ def test_every_file_is_one_document_on_one_side(folder, text):
 def test_of_a_small_text_some_is_held_out(tmp_path, count):
   """A fraction of 1e-6 holds out no key, so one document is taken anyway."""
   lines = [f'line {i} of a small book\n' for i in range(30)]
-  where = tmp_path / 'text'
-  where.mkdir()
+  folder = tmp_path / 'text'
+  folder.mkdir()
   for i in range(count):
-    (where / f'{i}.txt').write_text(''.join(lines[i::count]))
-  config = small(source=str(where), heldout=1e-6 if count > 1 else 0.1)
+    (folder / f'{i}.txt').write_text(''.join(lines[i::count]))
+  config = small(source=str(folder), heldout=1e-6 if count > 1 else 0.1)
   text = prepared(config, tmp_path / 'cache')
   assert len(documents_of(text.heldout)) == 1 and len(text.train)
   content = lambda d: bytes(d[1:-1]).decode()

@@ -29,14 +29,14 @@ def small_file(tmp_path_factory):
 @hypothesis.given(st.data())
 def test_row37_reader_survives_any_bytes(tmp_path_factory, small_file, data):
   """Damaged files are a ConfigError or read within their own bytes."""
-  whole = small_file
+  content = small_file
   kind = data.draw(st.sampled_from(['bytes', 'cut', 'header', 'random']))
   if kind == 'random':
     blob = data.draw(st.binary(max_size=200))
   elif kind == 'cut':
-    blob = whole[: data.draw(st.integers(0, len(whole)))]
+    blob = content[: data.draw(st.integers(0, len(content)))]
   elif kind == 'bytes':
-    blob = bytearray(whole)
+    blob = bytearray(content)
     for _ in range(data.draw(st.integers(1, 4))):
       at = data.draw(st.integers(0, len(blob) - 1))
       blob[at] = data.draw(st.integers(0, 255))

@@ -151,8 +151,8 @@ def read(values: dict[str, Any], dtype: str) -> ModelConfig:
 def _check_computed(values: dict[str, Any], v3: bool, routed: bool) -> None:
   """Refuses values whose meaning is not computed here."""
 
-  def only(key: str, good: Any, why: str):
-    if values.get(key) is not None and values[key] != good:
+  def only(key: str, computed: Any, why: str):
+    if values.get(key) is not None and values[key] != computed:
       raise ConfigError(f'{key}={values[key]!r}: {why}')
 
   only('hidden_act', 'silu', 'only silu is computed')

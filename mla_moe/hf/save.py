@@ -1,4 +1,4 @@
-"""Saves variables as a released checkpoint: a whole folder or none.
+"""Saves variables as a released checkpoint, complete or not at all.
 
 All files are written into a scratch folder beside the target, which is renamed
 to the target when everything is on the disk. `outgoing` makes the tensors, with

@@ -243,10 +243,13 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
   if not isinstance(shard_of, dict) or not shard_of:
     raise ConfigError(f'{index}: has no weight_map from tensors to files')
   for name, shard in shard_of.items():
-    valid = isinstance(shard, str) and shard.endswith('.safetensors')
-    if (
-      not valid or shard != os.path.basename(shard) or set(shard) & set('\\\0')
-    ):
+    valid = (
+      isinstance(shard, str)
+      and shard.endswith('.safetensors')
+      and shard == os.path.basename(shard)
+      and not set(shard) & set('\\\0')
+    )
+    if not valid:
       raise ConfigError(
         f'{index}: tensor {name!r} is placed in {shard!r}, which is not the '
         'name of a .safetensors file in the same folder'

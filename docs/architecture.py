@@ -1,4 +1,8 @@
-"""Draws _static/architecture.svg: python docs/architecture.py."""
+"""Draws _static/architecture.svg: python docs/architecture.py.
+
+The top row is the transformer, the lower half one MoE block. Sizes are
+DeepSeek-V3's.
+"""
 
 import html
 import pathlib
@@ -9,7 +13,7 @@ parts = []
 
 
 def text(x, y, words, size=13, colour=INK, anchor='middle', weight='normal'):
-  """A line of text."""
+  """Adds a line of text."""
   parts.append(
     f'<text x="{x}" y="{y}" font-size="{size}" fill="{colour}" '
     f'text-anchor="{anchor}" font-weight="{weight}">{html.escape(words)}</text>'
@@ -17,7 +21,7 @@ def text(x, y, words, size=13, colour=INK, anchor='middle', weight='normal'):
 
 
 def box(x, y, width, height, title, line='', colour=INK, fill=PAPER):
-  """A module: its name, and a line about it."""
+  """Adds a module: its name, and a line about it."""
   parts.append(
     f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="9" '
     f'fill="{fill}" stroke="{colour}" stroke-width="1.6"/>'
@@ -31,7 +35,7 @@ def box(x, y, width, height, title, line='', colour=INK, fill=PAPER):
 
 
 def arrow(*points, colour=INK, dashed=False):
-  """A line through the points that ends in an arrow."""
+  """Adds a line through the points that ends in an arrow."""
   path = 'M' + ' L'.join(f'{x},{y}' for x, y in points)
   dash = ' stroke-dasharray="5 4"' if dashed else ''
   parts.append(
@@ -40,17 +44,8 @@ def arrow(*points, colour=INK, dashed=False):
   )
 
 
-def plus(x, y):
-  """Where something is added to the stream."""
-  parts.append(
-    f'<circle cx="{x}" cy="{y}" r="11" fill="{PAPER}" stroke="{INK}" '
-    'stroke-width="1.6"/>'
-  )
-  text(x, y + 5, '+', 16)
-
-
 def panel(x, y, width, height, title, colour):
-  """A group of boxes."""
+  """Adds the frame of a group of boxes."""
   parts.append(
     f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="14" '
     f'fill="{colour}" fill-opacity="0.07" stroke="{colour}" '
@@ -60,7 +55,7 @@ def panel(x, y, width, height, title, colour):
 
 
 def model():
-  """The top row: the whole transformer."""
+  """Adds the top row: the whole transformer."""
   box(20, 40, 120, 56, 'embedding', '129,280 × 7,168')
   box(180, 40, 150, 56, '3 dense blocks', 'width 18,432')
   box(370, 40, 170, 56, '58 MoE blocks', 'scan, remat', BLUE)
@@ -78,7 +73,7 @@ def model():
 
 
 def block():
-  """The lower half: one block, opened."""
+  """Adds the lower half: attention and experts of one block."""
   panel(20, 228, 400, 372, 'Multi-head Latent Attention', ORANGE)
   panel(450, 228, 400, 372, 'Mixture of Experts', GREEN)
   box(40, 266, 160, 46, 'w_q_down, norm', 'latent 1,536', ORANGE)
@@ -120,7 +115,7 @@ def block():
 
 
 def draw() -> str:
-  """The picture."""
+  """Returns the picture as SVG."""
   parts.clear()
   model()
   block()

@@ -23,7 +23,7 @@ from mla_moe.types import Array, Float, Int
 
 
 class Blocks(NamedTuple):
-  """Rows in `n` blocks of one expert each; only the first `live` have any."""
+  """Blocks of rows of one expert each; only the first `live` have rows."""
 
   expert: Array  # [n] int32: the expert of each block
   assignments: Array  # [n, block] int32: the assignment of each row
@@ -74,7 +74,8 @@ def feed_forward(
 ) -> Float[Array, 'M D']:
   """Returns `experts.feed_forward` in float32, with every row in the loop."""
   order = dispatch.sort(chosen, w_down.shape[0])
-  # Blocks follow the load, or half of each would be padding (decoding).
+  # About the mean load: with few rows, as in decoding, larger blocks would be
+  # padding for the most part.
   mean = max(expected // w_down.shape[0], 1)
   block = min(max(1 << (mean - 1).bit_length(), 8), 128)
   blocks = cut(chosen, order, block, 0)
@@ -91,10 +92,10 @@ def over_blocks(
 ) -> tuple[Float[Array, 'M D'], Array | fp8.Weight, Array | fp8.Weight]:
   """Returns the sum over the rows of `blocks` in float32, and both weights.
 
-  Rows outside the blocks must be multiplied by the weights that come back.
-  Their gradient of the weights is then an input of the backward loop, whose
-  carry begins with it. Two gradients and their sum, all experts' each, would
-  be a layer's three largest arrays.
+  Rows outside the blocks must be multiplied by the weights that come back. The
+  weights' gradient from those rows is then an input of the backward loop, and
+  its carry begins with it. Otherwise two gradients of all experts' weights, and
+  their sum, would be a layer's three largest arrays.
   """
   copies = None
   if recipe.precision != 'bf16':
@@ -191,7 +192,7 @@ _over_blocks.defvjp(_forward, _backward)
 def _for_each_block(body, carry, blocks: Blocks):
   """`carry` after `body(i, carry)` of every live block.
 
-  The last turn may go past the live blocks: gates of padding are 0.
+  The last turn may go past the live blocks, to padding, whose gates are 0.
   """
   some = _blocks_in_a_turn(blocks.assignments.shape[1])
 

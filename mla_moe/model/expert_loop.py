@@ -134,7 +134,7 @@ def _forward(x, gates, w_gate_up, w_down, copies, blocks, rounding):
 
 
 def _backward(rounding, residuals, cotangents):
-  """Gradients of x, gates and weights, by computing gate and up again.
+  """Returns gradients of x, gates and weights, from gate and up made again.
 
   That is cheaper than keeping them: A rows of 2 F. The weights' gradients
   start from their cotangents, the gradients from rows outside the blocks.
@@ -151,36 +151,37 @@ def _backward(rounding, residuals, cotangents):
   flat = lambda gate_up: gate_up.reshape(len(gate_up), -1)
 
   def add(i, carry):
-    dx, d_gates, d_gate_up, d_down = carry
+    dx, d_gates, d_w_gate_up, d_w_down = carry
     e, tokens = blocks.expert[i], blocks.assignments[i] // k
     gate, valid = row_gates[i][:, None], blocks.valid[i]
     rows = rounding.columns(x[tokens], valid=valid)
     grads = rounding.columns(g[tokens], valid=valid)
     hidden, pull = jax.vjp(layers.glu, _gate_up(x_rounded[tokens], up[e]))
     d_hidden = products.dot('rd,fd->rf', g_rounded[tokens], down[e])
-    # From the hidden side: so no expert's output has to be kept.
+    # g . (hidden W) = hidden . (g W^T): no expert's output is needed.
     d_gate = (hidden.astype(jnp.float32) * d_hidden).sum(-1)
     d_gates = d_gates.at[i].set(d_gate)
-    (d_both,) = pull((d_hidden * gate).astype(hidden.dtype))
+    (d_gate_up,) = pull((d_hidden * gate).astype(hidden.dtype))
     weighted = rounding.columns((hidden * gate).astype(hidden.dtype))
-    d_down = d_down.at[e].add(products.dot('rf,rd->fd', weighted, grads))
-    columns = flat(rounding.columns(d_both, 2))
-    d_up = products.dot('rd,rf->df', rows, columns)
-    d_gate_up = d_gate_up.at[e].add(d_up.reshape(w_gate_up.shape[1:]))
+    d_w_down = d_w_down.at[e].add(products.dot('rf,rd->fd', weighted, grads))
+    columns = flat(rounding.columns(d_gate_up, 2))
+    d_w = products.dot('rd,rf->df', rows, columns)
+    d_w_gate_up = d_w_gate_up.at[e].add(d_w.reshape(w_gate_up.shape[1:]))
     w_back = up_back[e].reshape(x.shape[1], -1)
-    d_rows = products.dot('rf,df->rd', flat(rounding.rows(d_both, 2)), w_back)
-    return dx.at[tokens].add(d_rows), d_gates, d_gate_up, d_down
+    d_gate_up = flat(rounding.rows(d_gate_up, 2))
+    d_rows = products.dot('rf,df->rd', d_gate_up, w_back)
+    return dx.at[tokens].add(d_rows), d_gates, d_w_gate_up, d_w_down
 
   zeros = [jnp.zeros(a.shape, jnp.float32) for a in (x, blocks.assignments)]
   d_weights = (d.astype(jnp.float32) for d in from_other_rows)
   start = *sharding.pvary(zeros), *d_weights
-  dx, d_gates, d_gate_up, d_down = _for_each_block(add, start, blocks)
+  dx, d_gates, d_w_gate_up, d_w_down = _for_each_block(add, start, blocks)
   d_gates = jnp.where(blocks.present, d_gates.reshape(-1)[blocks.rows], 0)
   return (
     dx.astype(x.dtype),
     d_gates.reshape(gates.shape).astype(gates.dtype),
-    d_gate_up.astype(w_gate_up.dtype),
-    d_down.astype(w_down.dtype),
+    d_w_gate_up.astype(w_gate_up.dtype),
+    d_w_down.astype(w_down.dtype),
     None,
     None,
   )
@@ -190,7 +191,7 @@ _over_blocks.defvjp(_forward, _backward)
 
 
 def _for_each_block(body, carry, blocks: Blocks):
-  """`carry` after `body(i, carry)` of every live block.
+  """Returns `carry` after `body(i, carry)` for every live block.
 
   The last turn may go past the live blocks, to padding, whose gates are 0.
   """
@@ -205,7 +206,7 @@ def _for_each_block(body, carry, blocks: Blocks):
 
 
 def _blocks_in_a_turn(block: int) -> int:
-  """Blocks that one turn of the loop takes.
+  """Returns the number of blocks in one turn of the loop.
 
   Their products are independent, so that cores share them better than they
   share the small product of one block (measured on x86, like the bound).
@@ -214,19 +215,19 @@ def _blocks_in_a_turn(block: int) -> int:
 
 
 def _gates_of_rows(gates, blocks: Blocks):
-  """The gate of each row, [n, block]; 0 for padding."""
+  """Returns the gate of each row, [n, block]; 0 for padding."""
   return jnp.where(blocks.valid, gates.reshape(-1)[blocks.assignments], 0)
 
 
 def _gate_up(rows, w_gate_up):
-  """Gate and up of the rows, [R, D] x [D, 2 F] -> [R, 2, F]."""
+  """Returns gate and up of the rows, [R, D] x [D, 2 F] -> [R, 2, F]."""
   w_gate_up = w_gate_up.reshape(rows.shape[1], -1)
   gate_up = products.dot('rd,df->rf', rows, w_gate_up)
   return gate_up.astype(rows.dtype).reshape(len(rows), 2, -1)
 
 
 def _operands(w, copies, dtype):
-  """The weight for the forward and for the backward product, in `dtype`.
+  """Returns the weight for the forward and the backward product, in `dtype`.
 
   In FP8 they are its copies, dequantised: the loop multiplies in `dtype`.
   """

@@ -195,14 +195,14 @@ def _for_each_block(body, carry, blocks: Blocks):
 
   The last turn may go past the live blocks, to padding, whose gates are 0.
   """
-  some = _blocks_in_a_turn(blocks.assignments.shape[1])
+  step = _blocks_in_a_turn(blocks.assignments.shape[1])
 
   def turn(i, carry):
-    for j in range(some):
-      carry = body(some * i + j, carry)
+    for j in range(step):
+      carry = body(step * i + j, carry)
     return carry
 
-  return jax.lax.fori_loop(0, -(-blocks.live // some), turn, carry)
+  return jax.lax.fori_loop(0, -(-blocks.live // step), turn, carry)
 
 
 def _blocks_in_a_turn(block: int) -> int:

@@ -120,10 +120,10 @@ def test_a_cpu_refuses_the_ragged_exchange():
 
 def test_a_batch_that_nothing_divides_is_computed_whole():
   args, mask, bias, g = inputs()
-  one = (args[0][:1, :5], *args[1:]), mask[:1, :5], bias, g[:1, :5]
+  small = (args[0][:1, :5], *args[1:]), mask[:1, :5], bias, g[:1, :5]
   run = compiled(MeshConfig(**MESHES['tensor']), SIZES)
-  (y, stats), grads = run(*one)
-  (expected, wanted), oracles = compiled(None, SIZES)(*one)
+  (y, stats), grads = run(*small)
+  (expected, wanted), oracles = compiled(None, SIZES)(*small)
   chex.assert_trees_all_close(y, expected, atol=2e-5)
   chex.assert_trees_all_equal(stats.load, wanted.load)
   chex.assert_trees_all_close(grads, oracles, atol=2e-4)
@@ -149,22 +149,22 @@ def test_the_emulated_collective_follows_the_senders_offsets():
   random = np.random.default_rng(1)
   sizes = random.integers(0, 3, (n, n)).astype(np.int32)  # [from, to]
   first = (np.cumsum(sizes, 1) - sizes).astype(np.int32)
-  at = (np.cumsum(sizes, 0) - sizes).astype(np.int32)
+  target = (np.cumsum(sizes, 0) - sizes).astype(np.int32)
   rows = random.normal(size=(n, 16, 2)).astype(np.float32)
   expected = np.zeros((n, 24, 2), np.float32)
   for i in range(n):
     for j in range(n):
       moved = rows[i, first[i, j] : first[i, j] + sizes[i, j]]
-      expected[j, at[i, j] : at[i, j] + sizes[i, j]] = moved
+      expected[j, target[i, j] : target[i, j] + sizes[i, j]] = moved
   mesh = jax.make_mesh((n,), ('e',), axis_types=(jax.sharding.AxisType.Auto,))
   p = jax.sharding.PartitionSpec('e')
 
-  def one(rows, first, sizes, at, got):
+  def region(rows, first, sizes, target, received):
     out = jax.lax.pcast(jnp.zeros((24, 2)), ('e',), to='varying')
-    args = rows[0], out, first[0], sizes[0], at[0], got[0]
+    args = rows[0], out, first[0], sizes[0], target[0], received[0]
     return emulated.ragged_all_to_all(*args, axis_name='e')[None]
 
   with jax.set_mesh(mesh):
-    run = jax.jit(jax.shard_map(one, in_specs=(p,) * 5, out_specs=p))
-    out = run(rows, first, sizes, at, np.ascontiguousarray(sizes.T))
+    run = jax.jit(jax.shard_map(region, in_specs=(p,) * 5, out_specs=p))
+    out = run(rows, first, sizes, target, np.ascontiguousarray(sizes.T))
   np.testing.assert_array_equal(out, expected)

@@ -1,11 +1,11 @@
-"""A chat as token ids: the model's template around what people write.
+"""A chat as token ids: the model's template around people's messages.
 
 The template is that of the folder (chat_template.jinja or
 tokenizer_config.json), run by jinja2 in its sandbox. Without one it is that of
-DeepSeek V3 and R1: bos, the system's text, <｜User｜> text, <｜Assistant｜>. No
-message becomes a special token, whatever it spells: the template gets a mark in
-place of each message, and only the template's own text is searched for special
-tokens.
+DeepSeek V3 and R1: bos, the system's text, <｜User｜> text, <｜Assistant｜>. A
+message becomes no special token, even if it spells one: the template gets a
+mark in place of each message, and only the template's own text is searched for
+special tokens.
 """
 
 from __future__ import annotations

@@ -175,7 +175,7 @@ def _tokenizer(name: str, own: str, config: ModelConfig) -> Tokenizer:
       '--tokenizer=byte where it was trained on bytes'
     )
   name = name or own
-  if name == 'byte':  # whatever the id of the model's bos
+  if name == 'byte':  # the model's bos_id may be another
     return ByteTokenizer()
   return load(name, config.bos_id, config.eos_id)
 

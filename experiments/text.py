@@ -1,7 +1,7 @@
 """Token ids as text that can be shown while more tokens come.
 
 A token may end inside a character, and the text so far inside a stop string.
-Such an end is held back until later tokens decide what it is. Each token is
+Such an end is held back until later tokens complete it. Each token is
 decoded with those of the last piece alone, however long the text is.
 """
 

@@ -190,7 +190,7 @@ class _Answer:
       self._close()
 
   def _piece(self, i: int, event: scheduler.Event) -> tuple:
-    """Returns what `_pieces` yields of one event."""
+    """Returns the piece of one event, in the form that `_pieces` yields."""
     stream, reason = self._texts[i], event.reason
     if reason == 'broken':
       raise validation.Refused(500, "the model's logits are not finite")

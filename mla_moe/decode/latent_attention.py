@@ -20,8 +20,8 @@ The forms compute these numbers in different orders, from the same weights:
 For each query and cached token, a head multiplies 2C + R numbers in absorbed
 form and H + R + U in decompressed form, which also pays C (H + U) a cached
 token for all queries together. So the second is cheaper beyond
-C (H + U) / (2C - H - U) new tokens a row, 171 for V3, whatever the prefix. The
-oracle of all three is `model.mla.Attention`.
+C (H + U) / (2C - H - U) new tokens a row, 171 for V3; the length of the prefix
+does not matter. The oracle of all three is `model.mla.Attention`.
 """
 
 from __future__ import annotations

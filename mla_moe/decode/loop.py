@@ -153,12 +153,9 @@ def start(
   _, mtp_cache = forward.draft(
     weights, mtp_cache, x, after, config, valid=valid - 1, form='fresh'
   )
+  pair = lambda x: jnp.stack([x, x], axis=1)  # of which one counts
   last = forward.last(x, valid)
-  recent = Recent(
-    hidden=jnp.stack([last, last], axis=1),
-    tokens=jnp.stack([first, first], axis=1),
-    counts=jnp.ones(batch, jnp.int32),
-  )
+  recent = Recent(pair(last), pair(first), jnp.ones(batch, jnp.int32))
   return dataclasses.replace(state, mtp_cache=mtp_cache, recent=recent)
 
 

@@ -4,7 +4,7 @@ Each knob is one number a row, so that requests with different ones share a
 batch and a compiled program. `distribution` returns log-probabilities, with all
 mass on one token for a greedy row: speculative decoding needs them to be exact.
 The random numbers of a row depend on its seed and the token's position alone,
-so a row draws the same tokens whatever rows are beside it.
+so the rows beside it do not matter.
 """
 
 from __future__ import annotations

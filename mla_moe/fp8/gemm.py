@@ -38,9 +38,9 @@ from mla_moe.fp8 import quantize as q8
 from mla_moe.fp8.quantize import TILE, Quantized
 from mla_moe.types import Array, Float, PyTree
 
-# They multiply tiles of 128 and nothing else.
+# Implementations that multiply tiles of 128 and nothing else.
 KERNELS = tuple(i for i in FP8_IMPLS['fp8_block'] if i != 'dequant')
-# They have kernels by expert, too; the others multiply block by block.
+# Those with kernels by expert; without one, experts' blocks are a loop.
 GROUPED_KERNELS = ('mgpu', 'tpu')
 
 _fallbacks: contextvars.ContextVar = contextvars.ContextVar(
@@ -108,9 +108,9 @@ def _hardware(device: Any) -> tuple[str, ...]:
 
 
 def usable(impl: str) -> str:
-  """Returns `impl`, or 'dequant' where its kernel cannot run; notes that.
+  """Returns `impl`, or 'dequant' where its kernel cannot run; records that.
 
-  GSPMD cannot split a kernel over a mesh; in shard_map nothing is left to
+  GSPMD cannot split a kernel over a mesh. In shard_map nothing is left to
   split.
   """
   mesh = jax.sharding.get_abstract_mesh()
@@ -145,9 +145,11 @@ def multiply(
   impl = usable(impl)
   if impl in KERNELS:
     return _by_kernel(a, b, summed, impl, dtype)
-  dims = (summed, ((), ()))
-  dot = functools.partial(jax.lax.dot_general, dimension_numbers=dims)
-  dot = functools.partial(dot, preferred_element_type=jnp.float32)
+  dot = functools.partial(
+    jax.lax.dot_general,
+    dimension_numbers=(summed, ((), ())),
+    preferred_element_type=jnp.float32,
+  )
   if impl != 'native':
     return _widened(dot, a, b).astype(dtype)
   # HIGHEST is what keeps cuBLASLt from accumulating in fewer bits.

@@ -24,58 +24,47 @@ from mla_moe.types import Array, Bool, Float, Int
 
 
 class Layout(NamedTuple):
-  """Where each of M sorted rows goes: P rows in blocks of 128 of one expert.
+  """The places of M sorted rows among P, in blocks of 128 of one expert."""
 
-  `place` is a row's index in the layout; it is 0 for the rows after the last
-  group, which are not `valid`. `source` is the way back, for the rows of the
-  layout that are `filled`; the others are zeros. The first `live` blocks hold
-  rows, those of an expert from its block `first`.
-  """
-
-  place: Int[Array, ' M']
-  valid: Bool[Array, ' M']
-  source: Int[Array, ' P']
-  filled: Bool[Array, ' P']
-  expert: Int[Array, ' blocks']
-  first: Int[Array, ' E']
-  count: Int[Array, ' E']
-  live: Int[Array, '']
+  place: Int[Array, ' M']  # a row's index in the layout; 0 if it is not valid
+  valid: Bool[Array, ' M']  # false for the rows after the last group
+  source: Int[Array, ' P']  # the row of M that lies here; 0 if not filled
+  filled: Bool[Array, ' P']  # false for the zeros that fill up a block
+  expert: Int[Array, ' blocks']  # each block's expert
+  first: Int[Array, ' E']  # each expert's first block
+  count: Int[Array, ' E']  # each expert's number of blocks
+  live: Int[Array, '']  # how many blocks hold rows; they come first
 
 
 def make_layout(group_sizes: Int[Array, ' E'], rows: int) -> Layout:
   """Returns the layout of `rows` sorted rows; P is the worst of any sizes."""
   experts = group_sizes.size
   sizes = group_sizes.astype(jnp.int32)
-  ends = jnp.cumsum(sizes)
+  row_ends = jnp.cumsum(sizes)
+  row_starts = row_ends - sizes
   count = -(-sizes // TILE)
-  last = jnp.cumsum(count)
+  block_ends = jnp.cumsum(count)
+  first = block_ends - count
   blocks = max(-(-(rows + experts * (TILE - 1)) // TILE), 1)
 
-  def find(ends, length):
-    """The group of each of `length` indices, by where groups end."""
-    index = jnp.arange(length, dtype=jnp.int32)
-    group = jnp.searchsorted(ends, index, side='right', method='compare_all')
-    return index, jnp.minimum(group, experts - 1).astype(jnp.int32)
+  def expert_of(index, ends):
+    e = jnp.searchsorted(ends, index, side='right', method='compare_all')
+    return jnp.minimum(e, experts - 1).astype(jnp.int32)
 
-  row, row_expert = find(ends, rows)
-  valid = row < ends[-1]
-  start = (last - count)[row_expert] * TILE
-  place = start + row - (ends - sizes)[row_expert]
-  block, expert = find(last, blocks)
-  rank = (block - (last - count)[expert])[:, None] * TILE
+  row = jnp.arange(rows, dtype=jnp.int32)
+  e = expert_of(row, row_ends)
+  valid = row < row_ends[-1]
+  place = jnp.where(valid, first[e] * TILE + row - row_starts[e], 0)
+
+  block = jnp.arange(blocks, dtype=jnp.int32)
+  e = expert_of(block, block_ends)
+  rank = (block - first[e])[:, None] * TILE
   rank = rank + jnp.arange(TILE, dtype=jnp.int32)[None]
-  filled = (rank < sizes[expert][:, None]) & (block < last[-1])[:, None]
-  source = jnp.where(filled, (ends - sizes)[expert][:, None] + rank, 0)
-  return Layout(
-    jnp.where(valid, place, 0),
-    valid,
-    source.reshape(-1),
-    filled.reshape(-1),
-    expert,
-    last - count,
-    count,
-    last[-1],
-  )
+  live = block_ends[-1]
+  filled = (rank < sizes[e][:, None]) & (block < live)[:, None]
+  source = jnp.where(filled, row_starts[e][:, None] + rank, 0)
+  source, filled = source.reshape(-1), filled.reshape(-1)
+  return Layout(place, valid, source, filled, e, first, count, live)
 
 
 def to_layout(

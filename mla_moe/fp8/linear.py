@@ -6,12 +6,13 @@ checkpoints know nothing of it. A tensor is tiled along the axis that is summed
 over, so x and g are quantised twice, along features and along tokens; a
 weight's square blocks serve both ways.
 
-For the backward pass x is kept as it was multiplied, in FP8 and under the name
-SAVED, which `jax.checkpoint` policies know. That halves a layer's memory
-wherever nothing else needs x before quantisation, and its second tiling loses
-nothing, because scales are powers of two. A weight may be quantised once for
-many calls: `prepare` gives a `Weight`, the master beside its FP8 copies. The
-products read the copies, and the gradient is the master's.
+The backward pass keeps x in FP8, under the name SAVED that `jax.checkpoint`
+policies know. That halves a layer's memory wherever nothing else needs x before
+quantisation; and since scales are powers of two, tiling it again loses nothing.
+
+A weight may be quantised once for many calls: `prepare` returns a `Weight`, the
+master beside its FP8 copies. Products read the copies, and the gradient is the
+master's.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def dot(
   *,
   impl: str = 'auto',
   name: str = SAVED,
-) -> Float[Array, ...]:
+) -> Float[Array, ' ...']:
   """x w, in the dtype of `x`; the gradient of `w` has the dtype of `w`.
 
   Args:
@@ -103,7 +104,7 @@ def dots(
   *,
   impl: str = 'auto',
   name: str = SAVED,
-) -> tuple[Float[Array, ...], ...]:
+) -> tuple[Float[Array, ' ...'], ...]:
   """`dot` with each weight of `ws`; `x` is quantised and kept once."""
   recipe = Recipe(precision, impl)
   for w in ws:
@@ -136,7 +137,7 @@ def _dots_forward(x, ws, copies, recipe, name):
   pairs = zip(ws, copies, strict=True)
   right = [(c or recipe.weights(w))[0] for w, c in pairs]
   ys = tuple(gemm.multiply(q, w, summed, recipe.impl, x.dtype) for w in right)
-  return ys, (q, _residual_masters(ws, copies), copies)
+  return ys, (q, tuple(map(_residual, ws, copies)), copies)
 
 
 def _dots_backward(recipe, _, residuals, gs):
@@ -174,10 +175,9 @@ def _named(q: Quantized, name: str) -> Quantized:
   return dataclasses.replace(q, values=values, scales=scales)
 
 
-def _residual_masters(ws, copies):
-  """The masters, or empty arrays of their dtypes where copies serve."""
-  pairs = zip(ws, copies, strict=True)
-  return tuple(jnp.zeros((0,), w.dtype) if c else w for w, c in pairs)
+def _residual(w, copies):
+  """The master, or an empty array of its dtype where copies serve."""
+  return jnp.zeros((0,), w.dtype) if copies else w
 
 
 def ragged_dot(
@@ -218,8 +218,8 @@ def _ragged_forward(x, w, copies, sizes, recipe, name):
   y = grouped.multiply_by_expert(
     q, right, ((1,), (1,)), layout, recipe.impl, x.dtype
   )
-  (master,) = _residual_masters((w,), (copies,))
-  return grouped.from_layout(y, layout), (q, master, copies, sizes)
+  residuals = q, _residual(w, copies), copies, sizes
+  return grouped.from_layout(y, layout), residuals
 
 
 def _ragged_backward(recipe, _, residuals, g):
@@ -246,7 +246,7 @@ class DotGeneral:
   """`lax.dot_general` in FP8, for `nn.Dense(dot_general=...)`.
 
   The right operand is the weight. Flax casts it to the layer's dtype first, so
-  its gradient is rounded to that dtype: `dot` with the master does better.
+  that its gradient is rounded to that dtype; `dot` takes the float32 master.
   """
 
   precision: str = 'fp8_block'
@@ -260,7 +260,7 @@ class DotGeneral:
     preferred_element_type: DTypeLike | None = None,
     **_,
   ) -> Float[Array, '*product']:
-    """The product by lax.dot_general's arguments; it has no `precision`.
+    """The product of lax.dot_general.
 
     Raises:
       ValueError: there are batch axes.
@@ -270,14 +270,10 @@ class DotGeneral:
       raise ValueError(
         f'an FP8 dot_general has no batch axes, not {batch}; see ragged_dot'
       )
-    pairs = sorted(zip(left, right, strict=True))
-    left, right = (tuple(axes) for axes in zip(*pairs, strict=True))
-    free = lambda x, axes: tuple(d for d in range(x.ndim) if d not in axes)
-    rows, columns = free(lhs, left), free(rhs, right)
-    x = lhs.transpose(*rows, *left)
-    w = rhs.transpose(*right, *columns)
-    lead, end = x.shape[: len(rows)], w.shape[len(right) :]
-    x = x.reshape(*lead, -1)
-    w = w.reshape(x.shape[-1], -1)
-    y = dot(x, w, self.precision, impl=self.impl)
-    return y.reshape(*lead, *end).astype(preferred_element_type or y.dtype)
+    n = len(left)
+    x = jnp.moveaxis(lhs, left, range(-n, 0))
+    w = jnp.moveaxis(rhs, right, range(n))
+    x = x.reshape(*x.shape[:-n], -1)
+    y = dot(x, w.reshape(x.shape[-1], -1), self.precision, impl=self.impl)
+    y = y.reshape(*x.shape[:-1], *w.shape[n:])
+    return y.astype(preferred_element_type or y.dtype)

@@ -1,6 +1,6 @@
 """A program that compiles FP8's products for a device that is not here.
 
-It runs after lines that say what `shape`, `impl` and `target` are.
+Each test puts lines before it that define `shape`, `impl` and `target`.
 """
 
 PRODUCTS = """

@@ -85,12 +85,12 @@ def test_training_products_lower_for_their_hardware(impl):
     else:
       with jax.sharding.use_abstract_mesh(mesh):
         text = lower().as_text()
-    calls_found = [
+    calls = [
       line
       for line in text.splitlines()
       if 'custom_call' in line and target in line
     ]
-    assert len(calls_found) == 3  # y, dx and dw
+    assert len(calls) == 3  # y, dx and dw
 
 
 def in_region(kind, impl, **options):

@@ -22,7 +22,7 @@ from mla_moe.model import rope
 
 
 def operands(width, rank, page, tokens=1, heads=4, pages=11, count=3):
-  """Rows of several lengths on scattered pages; what nobody wrote is huge."""
+  """Rows of several lengths on scattered pages; keys beyond them are huge."""
   random = np.random.default_rng(0)
   normal = lambda *size: jnp.asarray(random.normal(size=size), jnp.float32)
   q = normal(3, tokens * heads, width) * 0.3
@@ -31,25 +31,25 @@ def operands(width, rank, page, tokens=1, heads=4, pages=11, count=3):
   table = random.permutation(pages)[: 3 * count].reshape(3, count)
   table = table.astype(np.int32)
   for row in range(3):
-    for at in range(start[row] + tokens, count * page):
-      pool = pool.at[table[row, at // page], at % page].set(1e4)
+    for key in range(start[row] + tokens, count * page):
+      pool = pool.at[table[row, key // page], key % page].set(1e4)
   return q, pool, table, start, dict(heads=heads, rank=rank)
 
 
 @pytest.mark.parametrize('tokens', [1, 2])
 def test_the_tpu_kernel_equals_the_oracle(tokens):
-  *args, how = operands(256, 128, 128, tokens)
-  expected = latent_tpu.reference(*args, **how)
+  *args, widths = operands(256, 128, 128, tokens)
+  expected = latent_tpu.reference(*args, **widths)
   with pltpu.force_tpu_interpret_mode():
-    got = jax.jit(functools.partial(latent_tpu.attend, **how))(*args)
+    got = jax.jit(functools.partial(latent_tpu.attend, **widths))(*args)
   chex.assert_trees_all_close(got, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize('tokens, splits', [(1, 8), (2, 2), (5, 1)])
 def test_the_gpu_kernel_equals_the_oracle(tokens, splits):
-  *args, how = operands(80, 64, 32, tokens)
-  expected = latent_tpu.reference(*args, **how)
-  got = latent_gpu.attend(*args, **how, splits=splits, interpret=True)
+  *args, widths = operands(80, 64, 32, tokens)
+  expected = latent_tpu.reference(*args, **widths)
+  got = latent_gpu.attend(*args, **widths, splits=splits, interpret=True)
   chex.assert_trees_all_close(got, expected, atol=1e-5)
 
 
@@ -74,27 +74,27 @@ def test_a_layer_is_the_same_by_kernel():
   )
   lengths = jnp.array([130, 3], jnp.int32)
   x = make(2, 2, 64)
-  at = np.asarray(lengths)[:, None] + np.arange(2)
-  turn = rope.angles(at.astype(np.int32), 16, mla.rope)
-  found = {}
+  positions = np.asarray(lengths)[:, None] + np.arange(2)
+  angles = rope.angles(positions.astype(np.int32), 16, mla.rope)
+  outputs = {}
   for impl in ('xla', 'tpu'):
-    held = latent_cache.empty(model, 2, 256, CacheConfig(impl=impl))
-    held = held.replace(lengths=lengths)
+    cache = latent_cache.empty(model, 2, 256, CacheConfig(impl=impl))
+    cache = cache.replace(lengths=lengths)
     past = jax.random.normal(jax.random.key(7), (4, 128, 80))
-    pages = latent_cache.Pages(held.layers[0].values.at[..., :80].set(past))
+    pages = latent_cache.Pages(cache.layers[0].values.at[..., :80].set(past))
     run = jax.jit(
       functools.partial(
         latent_attention.attend,
-        cache=held,
+        cache=cache,
         valid=None,
         mla=mla,
         form='absorbed',
       )
     )
     with pltpu.force_tpu_interpret_mode():
-      found[impl], _ = run(w, x, turn, pages)
-  assert np.abs(found['xla']).max() > 1e-3
-  chex.assert_trees_all_close(found['tpu'], found['xla'], atol=1e-5)
+      outputs[impl], _ = run(w, x, angles, pages)
+  assert np.abs(outputs['xla']).max() > 1e-3
+  chex.assert_trees_all_close(outputs['tpu'], outputs['xla'], atol=1e-5)
 
 
 def test_kernels_refuse_what_they_cannot_read():

@@ -120,12 +120,12 @@ def attend_latents(
     ws: w_k_up [C, N, H] and w_v_up [C, N, U].
     segments: numbers of documents; None is one document.
     config: the model's.
-    recipe: how `ws` are multiplied.
+    recipe: of the products with `ws`.
   """
   parts = sequence.parts(q.shape[1])
   core = attention.choose_core(config.compute.attention, q, segments, parts)
   # Remat saves this device's part of the latent, as 'kv_latent'. In FP8 the
-  # expansion names its own eight-bit input so, unless that is the latent
+  # expansion gives that name to its own input, unless that is the latent
   # gathered of all parts, which gets a name that no policy saves.
   name = 'kv_latent' if parts == 1 else fp8.SAVED
   if recipe.precision == 'bf16' or parts > 1:
@@ -135,25 +135,15 @@ def attend_latents(
     pairs = zip(ws, splits, strict=True)
     ws = tuple(weights.gather(w, split, q.dtype) for w, split in pairs)
     q, latent, k_rope, ws = sharding.pvary((q, latent, k_rope, ws))
-    key_segments = segments
-    if parts > 1:
-      latent = sequence.gather(latent, parts)
-      k_rope = sequence.gather(k_rope, parts)
-      if segments is not None:
-        key_segments = sequence.gather(segments, parts)
+    latent = sequence.gather(latent, parts)
+    k_rope = sequence.gather(k_rope, parts)
+    if segments is not None:
+      segments = segments, sequence.gather(segments, parts)
     k, v = _expand(latent, k_rope, ws, recipe, name)
-    part = sequence.Part()
-    if parts > 1:
-      part = sequence.Part(jax.lax.axis_index('context'), parts)
+    part, scale = sequence.this_part(parts), rope.softmax_scale(config.mla)
     with jax.named_scope('attend'):
       y = attention.attend(
-        q,
-        k,
-        v,
-        scale=rope.softmax_scale(config.mla),
-        segments=None if segments is None else (segments, key_segments),
-        part=part,
-        impl=core,
+        q, k, v, scale=scale, segments=segments, part=part, impl=core
       )
     return sharding.pmean(y, equal)
 

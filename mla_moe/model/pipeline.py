@@ -15,6 +15,8 @@ loss and MTP modules would otherwise be computed S times.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -64,41 +66,7 @@ def run(
     )
   length = jax.tree.leaves(variables)[0].shape[0] // count
   layer = block.remat_block(config, length)(config, True, parent=None)
-
-  def region(variables, *rows):
-    stage = jax.lax.axis_index('stage')
-    last = stage == count - 1
-
-    def turn(received, time):
-      index = time - stage  # of the micro-batch that is here
-      take = lambda x: _micro_batch(
-        x, jnp.clip(index, 0, micro_batches - 1), micro_batches
-      )
-      x, cos, sin, segments = (None if r is None else take(r) for r in rows)
-      x = jnp.where(stage == 0, x, received)
-
-      def one(x, variables):
-        return layer.apply(variables, x, cos, sin, segments, None)
-
-      x, stats = jax.lax.scan(one, x, variables)
-      real = (index >= 0) & (index < micro_batches)
-      stats = jax.tree.map(lambda s: jnp.where(real, s, 0), stats)
-      ring = [(i, (i + 1) % count) for i in range(count)]
-      return jax.lax.ppermute(x, 'stage', ring), (x, stats)
-
-    shape = (x.shape[0] // micro_batches, *x.shape[1:])
-    zeros = sharding.pvary(jnp.zeros(shape, x.dtype))
-    turns = jnp.arange(micro_batches + count - 1, dtype=jnp.int32)
-    _, (out, stats) = jax.lax.scan(turn, zeros, turns)
-    # A micro-batch leaves the last stage count - 1 turns after it has entered.
-    out = jnp.where(last, out[count - 1 :], 0)
-    out = jax.lax.psum(out, 'stage').swapaxes(0, 1).reshape(x.shape)
-    total = jax.tree.map(lambda s: s.sum(0), stats)
-    return out, total._replace(
-      balance=total.balance / micro_batches,
-      entropy=total.entropy / micro_batches,
-    )
-
+  region = functools.partial(_region, layer, count, micro_batches)
   shard_map = jax.shard_map(
     region,
     in_specs=(PartitionSpec('stage'), *(PartitionSpec(),) * 4),
@@ -107,6 +75,43 @@ def run(
     check_vma=False,  # see `sharding.shard_map`
   )
   return shard_map(variables, x, cos, sin, segments)
+
+
+def _region(layer, count, micro_batches, variables, *rows):
+  """One stage: its layers' `variables`, and all `rows` of the batch."""
+  stage = jax.lax.axis_index('stage')
+  last = stage == count - 1
+  x = rows[0]
+
+  def turn(received, time):
+    index = time - stage  # of the micro-batch that is here
+    take = lambda x: _micro_batch(
+      x, jnp.clip(index, 0, micro_batches - 1), micro_batches
+    )
+    x, cos, sin, segments = (None if r is None else take(r) for r in rows)
+    x = jnp.where(stage == 0, x, received)
+
+    def one(x, variables):
+      return layer.apply(variables, x, cos, sin, segments, None)
+
+    x, stats = jax.lax.scan(one, x, variables)
+    real = (index >= 0) & (index < micro_batches)
+    stats = jax.tree.map(lambda s: jnp.where(real, s, 0), stats)
+    ring = [(i, (i + 1) % count) for i in range(count)]
+    return jax.lax.ppermute(x, 'stage', ring), (x, stats)
+
+  shape = (x.shape[0] // micro_batches, *x.shape[1:])
+  zeros = sharding.pvary(jnp.zeros(shape, x.dtype))
+  turns = jnp.arange(micro_batches + count - 1, dtype=jnp.int32)
+  _, (out, stats) = jax.lax.scan(turn, zeros, turns)
+  # A micro-batch leaves the last stage count - 1 turns after it has entered.
+  out = jnp.where(last, out[count - 1 :], 0)
+  out = jax.lax.psum(out, 'stage').swapaxes(0, 1).reshape(x.shape)
+  total = jax.tree.map(lambda s: s.sum(0), stats)
+  return out, total._replace(
+    balance=total.balance / micro_batches,
+    entropy=total.entropy / micro_batches,
+  )
 
 
 def _micro_batch(x: Array, index: Array, count: int) -> Array:

@@ -52,6 +52,11 @@ def restore(x: Array) -> Array:
   return x if count == 1 else _take(x, np.argsort(_order(count)))
 
 
+def this_part(count: int) -> Part:
+  """In a region: returns the part of a sequence that this device holds."""
+  return Part() if count == 1 else Part(jax.lax.axis_index('context'), count)
+
+
 def gather(x: Array, count: int) -> Array:
   """In a region: returns the `count` parts of [B, T, ...] in natural order."""
   if count == 1:

@@ -3,15 +3,21 @@
 A field's annotation is its rule: `int` and `float` (finite, never negative),
 `bool`, `str`, `tuple`, another checked dataclass, or a `Literal` with all the
 choices. Rules that an annotation cannot express are in a class's `_rules`. An
-error is one line for people, with the value, the rule and the fix.
+error is one line for people, with the value, the rule and the fix. `thaw` and
+`freeze` turn such a dataclass into a ConfigDict, whose keys people override,
+and back.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import typing
+from collections.abc import Iterator
 from typing import Any
+
+import ml_collections
 
 
 class ConfigError(ValueError):
@@ -81,3 +87,63 @@ class Checked:
   def _positive(self, *names: str):
     for name in names:
       self._require(name, getattr(self, name) > 0, 'must be at least 1')
+
+
+def thaw(config: Checked) -> ml_collections.ConfigDict:
+  """Returns the config as a ConfigDict, which the command line overrides."""
+  values = {}
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    nested = dataclasses.is_dataclass(value)
+    values[field.name] = thaw(value) if nested else value
+  return ml_collections.ConfigDict(values)
+
+
+def freeze(values: Any, cls: type, path: str) -> Any:
+  """Returns the `cls` of a ConfigDict or of a dict from JSON.
+
+  Raises:
+    ConfigError: an unknown key (with the nearest name), a wrong type, a value
+      that breaks a rule. The message starts with the key's path below `path`.
+  """
+  hints = typing.get_type_hints(cls)
+  names = [field.name for field in dataclasses.fields(cls)]
+  if not hasattr(values, 'items'):
+    raise ConfigError(f'{path}={values!r}: must be a group of keys')
+  kwargs = {}
+  for name, value in values.items():
+    if name not in names:
+      near = difflib.get_close_matches(name, names, 1, 0)
+      hint = f'; did you mean {near[0]!r}?' if near else ''
+      raise ConfigError(f'{path}.{name}: there is no such key{hint}')
+    nested = dataclasses.is_dataclass(hints[name])
+    kwargs[name] = (
+      freeze(value, hints[name], f'{path}.{name}') if nested else value
+    )
+  try:
+    return cls(**kwargs)
+  except ConfigError as error:
+    raise ConfigError(f'{path}.{error}') from None
+
+
+def keys(cls: type, path: str) -> Iterator[str]:
+  """Yields the path of every field of `cls`, nested ones included."""
+  for name, hint in typing.get_type_hints(cls).items():
+    here = f'{path}.{name}'
+    if dataclasses.is_dataclass(hint):
+      yield from keys(hint, here)
+    else:
+      yield here
+
+
+def differences(ours: Any, theirs: Any, path: str = 'config') -> list[str]:
+  """Returns the fields that differ in two configs, as 'path: a != b'."""
+  lines = []
+  for field in dataclasses.fields(ours):
+    a, b = getattr(ours, field.name), getattr(theirs, field.name)
+    here = f'{path}.{field.name}'
+    if dataclasses.is_dataclass(a):
+      lines += differences(a, b, here)
+    elif a != b:
+      lines.append(f'{here}: {a!r} != {b!r}')
+  return lines

@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import math
-import typing
 from collections.abc import Iterator
 from typing import Any, Literal
 
-import ml_collections
-
+from mla_moe import checked
 from mla_moe.checked import Checked, ConfigError, check_divides, is_number
+from mla_moe.checked import differences as differences
+from mla_moe.checked import thaw as thaw
 from mla_moe.variants import smoke as smoke
 from mla_moe.variants import variant as variant
 
@@ -498,43 +497,18 @@ class Config(Checked):
       )
 
 
-def thaw(config: Any) -> ml_collections.ConfigDict:
-  """Returns the config as a ConfigDict, which the command line overrides."""
-  values = {}
-  for field in dataclasses.fields(config):
-    value = getattr(config, field.name)
-    nested = dataclasses.is_dataclass(value)
-    values[field.name] = thaw(value) if nested else value
-  return ml_collections.ConfigDict(values)
-
-
-def freeze(values: Any, cls: type = Config, path: str = 'config') -> Any:
-  """Returns the checked dataclass of a ConfigDict or of a dict from JSON.
+def freeze(values: Any) -> Config:
+  """Returns the checked Config of a ConfigDict or of a dict from JSON.
 
   Raises:
-    ConfigError: an unknown key (with the nearest name), a wrong type, a value
-      that breaks a rule. The message starts with the key's whole path.
+    ConfigError: as `checked.freeze`.
   """
-  hints = typing.get_type_hints(cls)
-  names = [field.name for field in dataclasses.fields(cls)]
-  if not hasattr(values, 'items'):
-    raise ConfigError(f'{path}={values!r}: must be a group of keys')
-  if cls is Config:
-    values = _migrated(values)
-  kwargs = {}
-  for name, value in values.items():
-    if name not in names:
-      near = difflib.get_close_matches(name, names, 1, 0)
-      hint = f'; did you mean {near[0]!r}?' if near else ''
-      raise ConfigError(f'{path}.{name}: there is no such key{hint}')
-    nested = dataclasses.is_dataclass(hints[name])
-    kwargs[name] = (
-      freeze(value, hints[name], f'{path}.{name}') if nested else value
-    )
-  try:
-    return cls(**kwargs)
-  except ConfigError as error:
-    raise ConfigError(f'{path}.{error}') from None
+  return checked.freeze(_migrated(values), Config, 'config')
+
+
+def keys() -> Iterator[str]:
+  """Yields every key of a Config: `config.model.dim` and so on."""
+  return checked.keys(Config, 'config')
 
 
 # Keys of older versions, and their new places ('' is none).
@@ -569,26 +543,3 @@ def _migrated(values: Any) -> Any:
     # 'tokamax' was a library's attention kernel.
     group[name] = 'auto' if value == 'tokamax' else value
   return values
-
-
-def keys(cls: type = Config, path: str = 'config') -> Iterator[str]:
-  """Yields every key's whole path, `config.model.dim` and so on."""
-  for name, hint in typing.get_type_hints(cls).items():
-    here = f'{path}.{name}'
-    if dataclasses.is_dataclass(hint):
-      yield from keys(hint, here)
-    else:
-      yield here
-
-
-def differences(ours: Any, theirs: Any, path: str = 'config') -> list[str]:
-  """Returns the fields that differ in two configs, as 'path: a != b'."""
-  lines = []
-  for field in dataclasses.fields(ours):
-    a, b = getattr(ours, field.name), getattr(theirs, field.name)
-    here = f'{path}.{field.name}'
-    if dataclasses.is_dataclass(a):
-      lines += differences(a, b, here)
-    elif a != b:
-      lines.append(f'{here}: {a!r} != {b!r}')
-  return lines

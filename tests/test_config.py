@@ -9,14 +9,13 @@ import pathlib
 import pytest
 
 from experiments import convert, workdir
-from mla_moe import Config
+from mla_moe import Config, checked
 from mla_moe.config import (
   ComputeConfig,
   ConfigError,
   ModelConfig,
   differences,
   freeze,
-  keys,
 )
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -191,7 +190,7 @@ def test_a_release_is_computed_as_the_recipe_says():
     assert getattr(made, field.name) == getattr(source, field.name)
 
 
-@pytest.mark.parametrize('key', list(keys(ComputeConfig, 'compute')))
+@pytest.mark.parametrize('key', list(checked.keys(ComputeConfig, 'compute')))
 def test_a_run_goes_on_when_it_is_computed_otherwise(key, tmp_path):
   name = key.rpartition('.')[2]
   model = dataclasses.replace(load('tiny').model, precision='fp8_block')

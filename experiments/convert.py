@@ -141,15 +141,16 @@ def _fresh_state(variables: PyTree, config: OptimConfig):
   import jax
   import jax.numpy as jnp
 
-  from mla_moe.train import optim, step
+  from mla_moe.train import optim
+  from mla_moe.train.state import State, empty_window
 
   params = variables['params']
-  return step.State(
+  return State(
     jnp.zeros((), jnp.int32),
     params,
     variables['router'],
     jax.jit(optim.optimizer(config).init)(params),
-    step.fresh_guard(config),
+    empty_window(config),
   )
 
 

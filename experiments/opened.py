@@ -150,9 +150,9 @@ def last_variables(
   import jax
 
   from mla_moe.checkpoint import store
-  from mla_moe.train import step
+  from mla_moe.train.state import init_state
 
-  make = functools.partial(step.init_state, config=config)
+  make = functools.partial(init_state, config=config)
   shapes = jax.eval_shape(make, jax.random.key(0))
   # A shape without a device would be restored onto those that it was saved on.
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -25,6 +25,7 @@ from mla_moe import config as c
 from mla_moe.data import batches, corpus, tokenizer
 from mla_moe.model import router
 from mla_moe.train import optim, step
+from mla_moe.train.state import init_state
 from notebooks import look
 
 look.use()
@@ -81,7 +82,7 @@ heldout = batches.eval_batches(text.heldout, text_config, text.bos_id, 8)
 
 
 plain = c.Config(model=model, optim=recipe, data=text_config)
-init = jax.jit(functools.partial(step.init_state, config=plain))
+init = jax.jit(functools.partial(init_state, config=plain))
 
 
 @functools.lru_cache

@@ -23,6 +23,7 @@ from mla_moe.config import (
 from mla_moe.data import batches
 from mla_moe.model import collectives, sequence
 from mla_moe.train import optim, step
+from mla_moe.train.state import init_state, placement
 
 # The smallest model that has all parts: dense and MoE layers, MTP, groups of
 # experts, segments.
@@ -60,7 +61,7 @@ def batch():
 @functools.cache
 def single():
   """Returns (state before, state after, metrics) of a step on one device."""
-  before = step.init_state(jax.random.key(0), TINY)
+  before = init_state(jax.random.key(0), TINY)
   train = jax.jit(functools.partial(step.train_step, config=TINY))
   return before, *jax.device_get(train(before, batch(), RATES))
 
@@ -72,7 +73,7 @@ def on_mesh(config, state):
   mesh = sharding.make_mesh(sizes, jax.devices()[: sizes.devices])
   whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   with jax.set_mesh(mesh):
-    where = step.placement(config, mesh)
+    where = placement(config, mesh)
     train = jax.jit(
       functools.partial(step.train_step, config=config),
       out_shardings=(where, whole),

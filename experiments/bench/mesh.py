@@ -26,6 +26,7 @@ from mla_moe import config as c  # noqa: E402
 from mla_moe import sharding  # noqa: E402
 from mla_moe.data import batches  # noqa: E402
 from mla_moe.train import optim, step  # noqa: E402
+from mla_moe.train.state import init_state, placement  # noqa: E402
 
 MODEL = c.ModelConfig(
   vocab=512,
@@ -55,13 +56,13 @@ def prepare(config: c.Config):
   rates = optim.Rates(1e-4, 1e-3, 0.0)
   train = functools.partial(step.train_step, config=config)
   if config.mesh.devices == 1:
-    state = step.init_state(jax.random.key(0), config)
+    state = init_state(jax.random.key(0), config)
     run = jax.jit(train, donate_argnums=0)
     return run.lower(state, batch, rates).compile(), state, (batch, rates)
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
-    state = step.init_state(jax.random.key(0), config, mesh)
-    where = step.placement(config, mesh)
+    state = init_state(jax.random.key(0), config, mesh)
+    where = placement(config, mesh)
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     run = jax.jit(train, donate_argnums=0, out_shardings=(where, whole))
     rows = jax.sharding.NamedSharding(mesh, sharding.spec((None, 'batch')))

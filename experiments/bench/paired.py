@@ -24,6 +24,7 @@ import numpy as np
 from mla_moe import config as c
 from mla_moe.data import batches, corpus, tokenizer
 from mla_moe.train import optim, step
+from mla_moe.train.state import init_state
 
 DATA = c.DataConfig(seq_len=128, batch_size=8)
 HELDOUT = 48  # batches
@@ -41,7 +42,7 @@ def programs(config: c.Config):
   """The first state, a step and an evaluation of `config`, compiled once."""
   jit = lambda f, **k: jax.jit(functools.partial(f, config=config), **k)
   train = jit(step.train_step, donate_argnums=0)
-  return jit(step.init_state), train, jit(step.eval_step)
+  return jit(init_state), train, jit(step.eval_step)
 
 
 def trained(

@@ -145,10 +145,11 @@ def _compiled(shape: shapes.Shape):
   """The compiled step at a shape, and the seconds that took."""
   import jax
 
-  from mla_moe.train import optim, step
+  from mla_moe.train import optim
+  from mla_moe.train.state import init_state
 
   config = shapes.config(shape)
-  state = jax.eval_shape(lambda: step.init_state(jax.random.key(0), config))
+  state = jax.eval_shape(lambda: init_state(jax.random.key(0), config))
   run = contender.step_function(config)
   began = time.perf_counter()
   lowered = run.lower(

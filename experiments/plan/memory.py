@@ -1,11 +1,11 @@
 """What a training step holds on each device and sends between them.
 
-The state's bytes come from the shapes and names of `step.layout` and from the
-table `sharding.RULES`, so they are exact for any mesh, also one that does not
-exist. What a step holds besides is arithmetic on the config: what the backward
-pass keeps under each `remat` policy, the largest layer at work, the weights
-that FSDP has gathered, the blocks of logits. The surprising part is how little
-of it is activations: one layer of experts, gathered and with its float32
+The state's bytes come from the shapes and names of `state.abstract_state` and
+from the table `sharding.RULES`, so they are exact for any mesh, also one that
+does not exist. What a step holds besides is arithmetic on the config: what the
+backward pass keeps under each `remat` policy, the largest layer at work, the
+weights that FSDP has gathered, the blocks of logits. The surprising part is how
+little of it is activations: one layer of experts, gathered and with its float32
 gradient, outweighs what all other layers keep.
 """
 
@@ -53,7 +53,7 @@ class Footprint:
 
 
 def footprint(config: Config, layout: PyTree | None = None) -> Footprint:
-  """The footprint of a config on its mesh; `layout` is `step.layout`'s.
+  """The footprint of a config on its mesh; `layout` is `abstract_state`'s.
 
   Without a layout the state is taken to be split evenly, which is what the
   arithmetic of `cost` says. Gradients are held once for the step and, with

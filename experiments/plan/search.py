@@ -15,7 +15,7 @@ from experiments import chips
 from experiments.plan import memory
 from mla_moe import sharding
 from mla_moe.config import Config, ConfigError, MeshConfig
-from mla_moe.train import step
+from mla_moe.train.state import abstract_state
 
 AXES = sharding.AXES
 
@@ -143,7 +143,7 @@ def gib(size: float) -> str:
 
 def layout_of(config: Config):
   """Shapes and axes of the state; the same for every mesh."""
-  return step.layout(config)
+  return abstract_state(config)
 
 
 def _meshes(config, devices: int) -> Iterator[MeshConfig]:

@@ -21,6 +21,7 @@ from mla_moe.config import Config, RunConfig
 from mla_moe.data import batches, corpus
 from mla_moe.data import tokenizer as tokenizer_lib
 from mla_moe.train import fp8_health, step
+from mla_moe.train.state import State, init_state, placement
 
 
 class Prepared(NamedTuple):
@@ -89,7 +90,7 @@ def _jitted(config: Config) -> tuple[Callable, ...]:
   if config.mesh.devices > 1:
     mesh = sharding.make_mesh(config.mesh)
     whole = NamedSharding(mesh, PartitionSpec())
-    placed = step.placement(config, mesh), whole
+    placed = placement(config, mesh), whole
   train = functools.partial(step.train_step, config=config)
   evaluate = functools.partial(step.eval_step, config=config)
   examine = functools.partial(fp8_health.measure, config=config)
@@ -105,14 +106,14 @@ def _jitted(config: Config) -> tuple[Callable, ...]:
   )
 
 
-def fresh(ready: Prepared) -> step.State:
+def fresh(ready: Prepared) -> State:
   """The state before any step, committed to its device as a restored one is.
 
   jit compiles for committed and for other arrays apart: a run would compile its
   step once more when it is resumed.
   """
   key = jax.random.key(ready.config.run.seed)
-  state = step.init_state(key, ready.config, ready.mesh)
+  state = init_state(key, ready.config, ready.mesh)
   return state if ready.mesh else jax.device_put(state, jax.devices()[0])
 
 

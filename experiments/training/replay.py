@@ -28,13 +28,14 @@ def replay(folder: pathlib.Path, number: int, *, unsealed: bool) -> None:
   from experiments.training import preparation
   from mla_moe.checkpoint import fingerprint
   from mla_moe.data import batches
-  from mla_moe.train import optim, step
+  from mla_moe.train import optim
+  from mla_moe.train.state import init_state
 
   config = workdir.read_config(folder)
   told, passed = _told(folder, number)
   ready = preparation.prepare(config, folder)
   with jax.set_mesh(ready.mesh) if ready.mesh else contextlib.nullcontext():
-    state = step.init_state(jax.random.key(0), config, ready.mesh)
+    state = init_state(jax.random.key(0), config, ready.mesh)
     like = jax.tree.map(shape, state)
     del state
     course = resume(ready, like, before=number, unsealed=unsealed)

@@ -1,14 +1,17 @@
 """A training step: pure, `(state, batch, rates) -> (state, metrics)`.
 
-Gradients are accumulated in float32 over micro-batches, each weighed by its
-tokens, so that the split into micro-batches does not change the result. The
-number of micro-batches is a value, not a shape: the batch may grow during the
-run without a new compilation. The router's biases move outside the gradient,
-by the load of the whole step (V3 section 2.1.2).
+The loss is V3's: main next-token loss + mtp weight * MTP loss (section 2.2)
++ balance weight * sequence-wise balance loss (equation 17), and a z-loss where
+a config asks for one. Gradients are summed in float32 over micro-batches, each
+weighed by its tokens, so that the split into micro-batches does not change the
+result. The number of micro-batches is a value, not a shape: the batch may grow
+during the run without a new compilation. The router's biases move outside the
+gradient, by the load of the whole step (section 2.1.2).
 
-A step that must not be taken (its loss or gradient is not finite, or its loss
-is a spike) is computed all the same and then not chosen: a `where` over what
-the update writes anyway. optax.apply_if_finite applies the last NaN in the end.
+A step is rejected if its loss or gradient is not finite, or its loss is a
+spike. It is computed all the same, and a `where` over the arrays that the
+update writes anyway keeps the old state. (optax.apply_if_finite applies a NaN
+after some rejections in a row.)
 """
 
 from __future__ import annotations
@@ -18,98 +21,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import optax
-from flax import linen as nn
-from flax import struct
 
-from mla_moe import sharding
-from mla_moe.config import Config, MTPConfig, OptimConfig
+from mla_moe.config import Config, ModelConfig, MTPConfig, OptimConfig
 from mla_moe.data import batches
 from mla_moe.model import moe, router, sequence, transformer
 from mla_moe.train import losses, optim
+from mla_moe.train.state import State
 from mla_moe.types import Array, Int, PyTree
-
-
-@struct.dataclass
-class State:
-  """All that training changes: saved whole, restored whole.
-
-  Fields are trees and not arrays by type, since the same structure also holds
-  shapes, shardings or None. `guard` holds the accepted losses that a spike is
-  told by: {'losses': [W] float32, a ring; 'seen': how many}, or nothing.
-  """
-
-  step: PyTree
-  params: PyTree
-  router: PyTree
-  opt: PyTree
-  guard: PyTree = struct.field(default_factory=dict)
-
-
-def init_state(
-  key: Array, config: Config, mesh: jax.sharding.Mesh | None = None
-) -> State:
-  """A fresh state; on a `mesh`, every leaf is made where it will live."""
-  return _maker(config, mesh)(key)
-
-
-@functools.lru_cache(8)
-def _maker(config, mesh):
-  """`init_state`'s program, so that a second state is not compiled again."""
-  make = lambda key: nn.unbox(_boxed_state(key, config))
-  where = {} if mesh is None else {'out_shardings': placement(config, mesh)}
-  return jax.jit(make, **where)
-
-
-def placement(config: Config, mesh: jax.sharding.Mesh) -> State:
-  """The sharding of every leaf of the state.
-
-  What a jitted step hands out must be told so: left alone, parameters would
-  drift to where the optimizer's state is.
-  """
-  boxed = layout(config)
-  where = sharding.shardings(boxed, mesh)
-  if config.mesh.states == 'zero1':
-    opt = sharding.shardings(boxed.opt, mesh, sharding.ZERO1)
-    where = where.replace(opt=opt)
-  return where
-
-
-def layout(config: Config) -> State:
-  """Shapes of the state, each leaf with its logical axes (boxed), unmade.
-
-  What is here can be laid on a mesh that does not exist: the plan of a run
-  starts from it.
-  """
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  return jax.eval_shape(lambda key: _boxed_state(key, config), key)
-
-
-def _boxed_state(key: Array, config: Config) -> State:
-  tx = optim.optimizer(config.optim)
-  tokens = jnp.zeros((1, config.model.mtp.depth + 2), jnp.int32)
-  boxed = transformer.Transformer(config.model).init(key, tokens)
-  # Muon's state and AdamW's each leave out the other's parameters.
-  masked = lambda leaf: isinstance(leaf, optax.MaskedNode)
-  opt = tx.init(nn.unbox(boxed['params']))
-  opt = optax.tree_map_params(
-    tx,
-    lambda leaf, like: leaf if masked(leaf) else like.replace_boxed(leaf),
-    opt,
-    boxed['params'],
-    is_leaf=masked,
-  )
-  zero = jnp.zeros((), jnp.int32)
-  biases = boxed.get('router', {})
-  return State(zero, boxed['params'], biases, opt, fresh_guard(config.optim))
-
-
-def fresh_guard(optim: OptimConfig) -> PyTree:
-  """The guard of a state that has seen no step."""
-  if not optim.spike_sigma:
-    return {}
-  losses = jnp.zeros((optim.spike_window,), jnp.float32)
-  return {'losses': losses, 'seen': jnp.zeros((), jnp.int32)}
 
 
 def train_step(
@@ -119,12 +37,15 @@ def train_step(
   *,
   config: Config,
 ) -> tuple[State, dict[str, Array]]:
-  """One update from a whole global batch, or none: the step is counted.
+  """Returns the state after one update from a whole global batch, and metrics.
 
-  Metrics: float32 scalars loss (all of it), main_loss and mtp_loss (nats per
-  token), balance_loss (mean over MoE layers; 1 is balanced), grad_norm, skipped
-  (0; 1: not finite; 2: a spike); per MoE layer, MTP modules last: load [L, E]
-  int32, entropy [L], bias_norm [L] and overflow [L] int32 (`moe.Stats`).
+  A rejected update changes nothing but the count of steps.
+
+  Metrics: float32 scalars loss (the weighted sum), main_loss and mtp_loss (nats
+  per token), balance_loss (mean over MoE layers; 1 is balanced), grad_norm,
+  skipped (0: accepted; 1: not finite; 2: a spike); per MoE layer, MTP modules
+  last: load [L, E] int32, entropy [L], bias_norm [L] and overflow [L] int32
+  (`moe.Stats`).
   """
   used = jnp.arange(batch.tokens.shape[0]) < batch.count
   targets = batch.targets >= 0
@@ -139,26 +60,12 @@ def train_step(
     if copies is not None:
       params = transformer.with_copies(params, copies)
     terms = _terms(params, state.router, micro, config)
-    share = batch.tokens.shape[1] / sequences
-    scaled = {
-      'main_loss': terms.pop('main') / tokens,
-      'mtp_loss': terms.pop('mtp') / tokens,
-      'z_loss': terms.pop('z') / tokens,
-      'balance_loss': terms.pop('balance') * share,
-      'entropy': terms.pop('entropy') * share,
-      **terms,
-    }
-    loss = (
-      scaled['main_loss']
-      + rates.mtp_loss * scaled['mtp_loss']
-      + config.optim.z_loss * scaled['z_loss']
-      + config.optim.balance_loss * scaled['balance_loss'].sum()
-    )
-    return loss, {'loss': loss, **scaled}
+    return _loss(terms, tokens, sequences, len(micro.tokens), rates, config)
 
   grads, metrics = _accumulate(objective, state.params, batch)
   grads, norm = optim.clipped(grads, config.optim.clip)
-  skipped, guard = _judge(state.guard, metrics['loss'], norm, config.optim)
+  window = state.loss_window
+  skipped, window = _judge(window, metrics['loss'], norm, config.optim)
   accept = skipped == 0
   params, opt = optim.apply(
     optim.optimizer(config.optim),
@@ -168,50 +75,78 @@ def train_step(
     rates.learning_rate,
     accept,
   )
-  biases = _rebalance(state.router, metrics['load'], rates.bias_rate, config)
-  biases, guard = jax.tree.map(
+  rows = _bias_rows(state.router, config.model)
+  biases = _rebalance(state.router, rows, metrics['load'], rates.bias_rate)
+  biases, window = jax.tree.map(
     lambda new, old: jnp.where(accept, new, old),
-    (biases, guard),
-    (state.router, state.guard),
+    (biases, window),
+    (state.router, state.loss_window),
   )
-  norms = [jnp.linalg.norm(b, axis=-1).reshape(-1) for b in _leaves(biases)]
+  leaves = [x for name in rows for x in jax.tree.leaves(biases[name])]
+  norms = [jnp.linalg.norm(x, axis=-1).reshape(-1) for x in leaves]
   metrics.pop('z_loss')
   metrics['balance_loss'] = jnp.mean(metrics['balance_loss'])
-  metrics['grad_norm'] = norm
-  metrics['skipped'] = skipped
+  metrics |= {'grad_norm': norm, 'skipped': skipped}
   if norms:
     metrics['bias_norm'] = jnp.concatenate(norms)
-  return State(state.step + 1, params, biases, opt, guard), metrics
+  return State(state.step + 1, params, biases, opt, window), metrics
 
 
 def eval_step(
   state: State, batch: batches.Batch, *, config: Config
 ) -> dict[str, Array]:
-  """Sums over a batch: 'nll' in nats, 'tokens' predicted. Moves nothing."""
-
-  # All hidden states go through the head at once: without the modules'.
+  """Returns sums over a batch: 'nll' in nats, and 'tokens' predicted."""
+  # All hidden states go through the head at once: without the MTP modules'.
   main = dataclasses.replace(config.model, mtp=MTPConfig(depth=0))
   config = dataclasses.replace(config, model=main)
 
   def one(micro):
     terms = _terms(state.params, state.router, micro, config)
-    return terms['main'], jnp.sum(micro.targets >= 0)
+    return terms['main_loss'], jnp.sum(micro.targets >= 0)
 
   parts = batch._replace(count=jnp.zeros(len(batch.tokens)))
   nll, tokens = jax.lax.map(one, parts)
   return {'nll': nll.sum(), 'tokens': tokens.sum()}
 
 
-def _judge(guard, loss, norm, optim) -> tuple[Array, PyTree]:
-  """(0, 1 or 2 as in the metric `skipped`, the guard if it is 0).
+def _loss(
+  terms: dict[str, Array],
+  tokens: Array,
+  sequences: Array,
+  rows: int,
+  rates: optim.Rates,
+  config: Config,
+) -> tuple[Array, dict[str, Array]]:
+  """Returns a micro-batch's part of the step's loss, and of its metrics.
 
-  Only accepted losses enter the ring: a NaN in it would condemn every step
-  until it had left again.
+  `tokens` and `sequences` are the step's, `rows` this micro-batch's sequences.
+  """
+  part = rows / sequences
+  for name in ('main_loss', 'mtp_loss', 'z_loss'):
+    terms[name] = terms[name] / tokens
+  for name in ('balance_loss', 'entropy'):
+    terms[name] = terms[name] * part
+  loss = (
+    terms['main_loss']
+    + rates.mtp_loss * terms['mtp_loss']
+    + config.optim.z_loss * terms['z_loss']
+    + config.optim.balance_loss * terms['balance_loss'].sum()
+  )
+  return loss, {'loss': loss, **terms}
+
+
+def _judge(
+  window: PyTree, loss: Array, norm: Array, optim: OptimConfig
+) -> tuple[Array, PyTree]:
+  """Returns the metric `skipped`, and the window with this loss in it.
+
+  The caller drops that window if the step is rejected: a NaN in it would
+  condemn every step until it had left the ring again.
   """
   wrong = 1.0 - (jnp.isfinite(loss) & jnp.isfinite(norm)).astype(jnp.float32)
-  if not guard:
-    return wrong, guard
-  losses, seen = guard['losses'], guard['seen']
+  if not window:
+    return wrong, window
+  losses, seen = window['losses'], window['seen']
   limit = losses.mean() + optim.spike_sigma * losses.std()
   spike = (seen >= losses.size) & (loss > limit)
   skipped = jnp.where(wrong > 0, wrong, 2.0 * spike)
@@ -219,8 +154,10 @@ def _judge(guard, loss, norm, optim) -> tuple[Array, PyTree]:
   return skipped, {'losses': losses, 'seen': seen + 1}
 
 
-def _accumulate(objective, params, batch) -> tuple[PyTree, dict[str, Array]]:
-  """Gradients and metrics summed over the micro-batches that count."""
+def _accumulate(
+  objective, params: PyTree, batch: batches.Batch
+) -> tuple[PyTree, dict[str, Array]]:
+  """Returns gradients and metrics, summed over the real micro-batches."""
   part = jax.jit(jax.value_and_grad(objective, has_aux=True))
 
   def micro(i):
@@ -241,8 +178,15 @@ def _accumulate(objective, params, batch) -> tuple[PyTree, dict[str, Array]]:
   return jax.lax.fori_loop(0, batch.count, add, start)
 
 
-def _terms(params, biases, micro: batches.Batch, config) -> dict[str, Array]:
-  """Sums over one micro-batch: nll, MTP nll, z; means: balance, entropy."""
+def _terms(
+  params: PyTree, biases: PyTree, micro: batches.Batch, config: Config
+) -> dict[str, Array]:
+  """Returns the parts of the loss, and statistics, of one micro-batch.
+
+  main_loss, mtp_loss (mean over the modules) and z_loss are sums over tokens;
+  balance_loss and entropy are means over sequences, and load and overflow
+  counts, each with an axis of MoE layers.
+  """
   network = transformer.Transformer(config.model)
   variables = {'params': params, 'router': biases}
   joined = config.data.packing == 'joined'
@@ -263,10 +207,10 @@ def _terms(params, biases, micro: batches.Batch, config) -> dict[str, Array]:
   nll, lse = losses.sharded_token_nll(hidden, head, targets)
   stats = _joined_stats(out)
   return {
-    'main': nll[0].sum(),
-    'mtp': nll[1:].sum() / max(len(out.mtp_hidden), 1),
-    'z': jnp.where(targets[0] >= 0, jnp.square(lse[0]), 0).sum(),
-    'balance': stats.balance,
+    'main_loss': nll[0].sum(),
+    'mtp_loss': nll[1:].sum() / max(len(out.mtp_hidden), 1),
+    'z_loss': jnp.where(targets[0] >= 0, jnp.square(lse[0]), 0).sum(),
+    'balance_loss': stats.balance,
     'entropy': stats.entropy,
     'load': stats.load,
     'overflow': stats.overflow,
@@ -276,14 +220,14 @@ def _terms(params, biases, micro: batches.Batch, config) -> dict[str, Array]:
 def _ahead(
   targets: Int[Array, 'B T'], segments: Int[Array, 'B T'], k: int
 ) -> Int[Array, 'B T']:
-  """Position i's target k tokens later, -1 past the row or the segment."""
+  """Returns the targets k tokens later; -1 past the row or the segment."""
   inside = (jnp.arange(targets.shape[1]) < targets.shape[1] - k)[None]
   same = jnp.roll(segments, -k, axis=1) == segments
   return jnp.where(inside & same, jnp.roll(targets, -k, axis=1), -1)
 
 
 def _joined_stats(out: transformer.Features) -> moe.Stats:
-  """Stats of the main layers, then of the MTP modules."""
+  """Returns the statistics of the main layers, then of the MTP modules."""
   both = [s for s in (out.stats, out.mtp_stats) if s is not None]
   if not both:
     none = jnp.zeros((0,), jnp.float32)
@@ -292,23 +236,21 @@ def _joined_stats(out: transformer.Features) -> moe.Stats:
   return jax.tree.map(lambda *x: jnp.concatenate(x), *both)
 
 
-def _leaves(biases: PyTree) -> list[Array]:
-  """Bias arrays in the order of the load's rows: main layers, then modules."""
-  order = sorted(biases, key=lambda n: (n != 'moe', len(n), n))
-  return [leaf for name in order for leaf in jax.tree.leaves(biases[name])]
+def _bias_rows(biases: PyTree, model: ModelConfig) -> dict[str, slice | int]:
+  """Returns the rows of the load [L, E] of each module that has biases.
+
+  The main layers come first, stacked in one module, then the MTP modules.
+  """
+  main = model.moe_layers
+  rows = {'moe': slice(main)}
+  rows |= {f'mtp_{k}': main + k for k in range(model.mtp.depth)}
+  return {name: row for name, row in rows.items() if name in biases}
 
 
-def _rebalance(biases, load, rate, config) -> PyTree:
-  """Every layer's bias moved by its row of `load` [L, E]."""
-  if not biases:
-    return biases
-  main = config.model.moe_layers
+def _rebalance(biases, rows, load: Int[Array, 'L E'], rate) -> PyTree:
+  """Returns the biases, each layer's moved by its row of the load."""
   moved = {}
-  for name, tree in biases.items():
-    row = (
-      int(name.removeprefix('mtp_')) + main if name != 'moe' else slice(main)
-    )
-    moved[name] = jax.tree.map(
-      lambda b, row=row: router.rebalance(b, load[row], rate), tree
-    )
+  for name, row in rows.items():
+    move = functools.partial(router.rebalance, load=load[row], rate=rate)
+    moved[name] = jax.tree.map(move, biases[name])
   return moved

@@ -23,6 +23,7 @@ from mla_moe.config import (
 from mla_moe.data import batches
 from mla_moe.model import block, layers, products, rope, transformer, weights
 from mla_moe.train import fp8_health, optim, step
+from mla_moe.train.state import init_state
 
 SMOKE = freeze(tiny.get_config('smoke'))
 RATES = optim.Rates(1e-3, 0.01, 0.3)
@@ -40,7 +41,7 @@ def make(config):
 
 
 def lowered(config):
-  state = jax.eval_shape(lambda: step.init_state(jax.random.key(0), config))
+  state = jax.eval_shape(lambda: init_state(jax.random.key(0), config))
   run = functools.partial(step.train_step, config=config)
   return jax.jit(run).lower(state, make(config), RATES)
 
@@ -173,12 +174,12 @@ def test_fsdp_gathers_eight_bits():
 @pytest.mark.slow
 def test_a_sharded_step_equals_one_devices():
   config = with_model(precision='fp8_block', dim=128)
-  state = step.init_state(jax.random.key(0), config)
+  state = init_state(jax.random.key(0), config)
   run = functools.partial(step.train_step, config=config)
   _, alone = jax.jit(run)(state, make(config), RATES)
   mesh = sharding.make_mesh(MeshConfig(fsdp=4, expert=2))
   with jax.set_mesh(mesh):
-    state = step.init_state(jax.random.key(0), config, mesh)
+    state = init_state(jax.random.key(0), config, mesh)
     _, spread = jax.jit(run)(state, make(config), RATES)
   assert float(spread['loss']) == pytest.approx(float(alone['loss']), rel=1e-5)
 
@@ -227,7 +228,7 @@ def test_health_counts_what_a_tile_loses():
 def test_health_sees_the_arrays_of_the_model():
   config = with_model(precision='fp8_block')
   batch = make(config)
-  state = step.init_state(jax.random.key(0), config)
+  state = init_state(jax.random.key(0), config)
   run = jax.jit(functools.partial(fp8_health.measure, config=config))
   health = jax.device_get(run(state.params, state.router, batch))
   assert {v.shape for v in health.values()} == {(config.model.layers,)}
@@ -267,7 +268,7 @@ def test_fp8_learns_as_bf16_does():
   for precision in ('bf16', 'fp8_block'):
     config = with_model(precision=precision, mtp=MTPConfig(0))
     run = jax.jit(functools.partial(step.train_step, config=config))
-    state = step.init_state(jax.random.key(0), config)
+    state = init_state(jax.random.key(0), config)
     late = []
     for i in range(300):
       batch = batches.batch_at(stream, config.data, i, 256)

@@ -26,6 +26,7 @@ from mla_moe.checkpoint import faults, folders, store
 from mla_moe.config import Config, MeshConfig, MTPConfig, freeze
 from mla_moe.data import batches
 from mla_moe.train import metrics, optim, step
+from mla_moe.train.state import init_state
 
 ROOT = pathlib.Path(__file__).parents[2]
 MICRO = freeze(tiny.get_config('micro'))
@@ -107,7 +108,7 @@ def program(root, name, *args, fault=''):
 
 
 def state_of(folder, number=None):
-  like = step.init_state(jax.random.key(0), MICRO)
+  like = init_state(jax.random.key(0), MICRO)
   before = None if number is None else number + 1
   found = store.restore(folder / 'checkpoints', like, before=before)
   assert number in (None, found.step)
@@ -144,7 +145,7 @@ def batch(number=0):
 
 def taken(config, *rates, state=None):
   """The state after a step with each of the rates, and all `skipped`."""
-  state = state or step.init_state(jax.random.key(0), config)
+  state = state or init_state(jax.random.key(0), config)
   skipped = []
   for i, rate in enumerate(rates):
     state, values = compiled(config)(state, batch(i), rate)
@@ -183,10 +184,11 @@ def test_row23_a_nan_in_the_first_step_changes_nothing(steps):
 
 def test_row25_a_spike_is_skipped_and_is_no_measure_of_later_ones(steps):
   state, skipped = taken(GUARDED, *4 * [RATES])
-  losses = np.array(state.guard['losses'])
+  losses = np.array(state.loss_window['losses'])
   assert skipped == 4 * [0] and (losses > 0).all()
   # The spike itself: all of the loss, many standard deviations above.
-  spiked = state.replace(guard=state.guard | {'losses': losses - 3})
+  window = state.loss_window | {'losses': losses - 3}
+  spiked = state.replace(loss_window=window)
   after, skipped = taken(GUARDED, RATES, NAN, RATES, state=spiked)
   assert skipped == [2, 1, 2]
   chex.assert_trees_all_equal(after.replace(step=state.step), spiked)
@@ -195,7 +197,7 @@ def test_row25_a_spike_is_skipped_and_is_no_measure_of_later_ones(steps):
 
 
 def test_row27_all_tokens_to_one_expert_is_finite_and_shows(steps):
-  state = step.init_state(jax.random.key(0), MICRO)
+  state = init_state(jax.random.key(0), MICRO)
   forced = jax.tree.map(lambda b: b.at[..., :2].set(100.0), state.router)
   after, values = compiled(MICRO)(
     state.replace(router=forced), batch(), RATES._replace(bias_rate=0.0)
@@ -209,7 +211,7 @@ def test_row27_all_tokens_to_one_expert_is_finite_and_shows(steps):
 
 def test_unset_nothing_of_the_faults_is_in_the_compiled_step(monkeypatch):
   """Nor set: faults are given to a step, or done between two of them."""
-  state = jax.eval_shape(lambda: step.init_state(jax.random.key(0), MICRO))
+  state = jax.eval_shape(lambda: init_state(jax.random.key(0), MICRO))
 
   def text():
     run = functools.partial(step.train_step, config=MICRO)

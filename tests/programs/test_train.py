@@ -29,7 +29,8 @@ from mla_moe.config import (
   keys,
 )
 from mla_moe.kernels import block_tpu
-from mla_moe.train import metrics, step
+from mla_moe.train import metrics
+from mla_moe.train.state import init_state
 
 ROOT = pathlib.Path(__file__).parents[2]
 SMOKE = freeze(tiny.get_config('smoke'))
@@ -58,7 +59,7 @@ def runs(tmp_path_factory):
 
 
 def state_of(folder):
-  like = step.init_state(jax.random.key(1), SMOKE)
+  like = init_state(jax.random.key(1), SMOKE)
   return store.restore(folder / 'checkpoints', like)
 
 
@@ -127,7 +128,7 @@ def test_another_config_is_refused_with_the_field(runs):
 @pytest.mark.slow
 def test_another_dtype_in_a_checkpoint_is_refused(runs):
   root, _, _ = runs
-  like = step.init_state(jax.random.key(1), SMOKE)
+  like = init_state(jax.random.key(1), SMOKE)
   half = jax.tree.map(lambda x: x.astype('bfloat16'), like.params)
   with pytest.raises(ConfigError, match='bfloat16'):
     store.restore(root / 'whole/checkpoints', like.replace(params=half))

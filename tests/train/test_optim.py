@@ -21,7 +21,8 @@ from mla_moe.config import (
   smoke,
 )
 from mla_moe.model import transformer
-from mla_moe.train import optim, step
+from mla_moe.train import optim
+from mla_moe.train.state import init_state
 
 V3 = OptimConfig()
 
@@ -331,7 +332,7 @@ def test_muon_on_a_mesh_lies_where_its_parameters_lie():
   )
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
-    state = step.init_state(jax.random.key(0), config, mesh)
+    state = init_state(jax.random.key(0), config, mesh)
   where = state.params['moe']['ffn']['w_gate_up'].sharding
   assert 'expert' in where.spec
   flat = jax.tree_util.tree_flatten_with_path(state.opt)[0]

@@ -13,6 +13,7 @@ from mla_moe import sharding
 from mla_moe.config import MeshConfig, freeze
 from mla_moe.data import batches
 from mla_moe.train import optim, step
+from mla_moe.train.state import init_state
 
 TINY = freeze(tiny.get_config('smoke'))
 ADAMW = dataclasses.replace(TINY.optim, optimizer='adamw')
@@ -47,7 +48,7 @@ def compiled(config):
 
 @functools.cache
 def start():
-  return step.init_state(jax.random.key(0), SMOKE)
+  return init_state(jax.random.key(0), SMOKE)
 
 
 @pytest.mark.slow
@@ -152,7 +153,7 @@ def test_a_mesh_gives_the_single_device_step(sizes):
   expected, m = compiled(SMOKE)(start(), batch, RATES)
   mesh = sharding.make_mesh(mesh_config)
   with jax.set_mesh(mesh):
-    state = step.init_state(jax.random.key(0), config, mesh)
+    state = init_state(jax.random.key(0), config, mesh)
     train = jax.jit(functools.partial(step.train_step, config=config))
     got, n = train(state, batch, RATES)
   assert float(n['loss']) == pytest.approx(float(m['loss']), rel=1e-5)

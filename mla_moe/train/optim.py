@@ -1,7 +1,7 @@
 """The optimizer and the recipe's schedules, which are keyed on tokens.
 
-AdamW (Loshchilov and Hutter 2019) in float32 with gradients clipped by their
-global norm; Muon as the second choice, with Moonlight's update scale
+There are two: AdamW (Loshchilov and Hutter 2019) in float32, with gradients
+clipped by their global norm; and Muon with Moonlight's update scale
 0.2 * sqrt(max(rows, columns)), so that AdamW's learning rates carry over
 (section 2.2 of its report). The learning rate is no part of the optimizer:
 `rates` computes it on the host in float64 from the tokens seen, because steps
@@ -20,12 +20,12 @@ import optax
 from mla_moe.config import OptimConfig
 from mla_moe.types import Array, PyTree
 
-# Leaves that weight decay leaves alone when AdamW has the whole model.
+# Parameters without weight decay under AdamW: norms and biases.
 _NOT_DECAYED = ('scale', 'bias')
 
-# Contracted and produced axes of the matrices that Muon orthogonalises, from
-# the end; axes before them (layers, experts, gate and up) are batches. Leaves
-# that are not here (embedding, head, norms) are AdamW's.
+# Input and output axes of the matrices that Muon orthogonalises, counted from
+# the end; the axes before them (layers, experts, gate and up) are batches.
+# AdamW updates the other parameters (embedding, head, norms).
 _MATRICES = {
   'w_q_down': ((-2,), (-1,)),
   'w_q_up': ((-3,), (-2, -1)),
@@ -43,7 +43,7 @@ _MATRICES = {
 
 
 class Rates(NamedTuple):
-  """What one step takes from the schedules."""
+  """The values of the schedules at one step; `mtp_loss` is the MTP weight."""
 
   learning_rate: Array | float
   bias_rate: Array | float
@@ -51,26 +51,26 @@ class Rates(NamedTuple):
 
 
 def rates(optim: OptimConfig, step: int, tokens: float) -> Rates:
-  """The rates of step `step` (from 0), before which `tokens` were seen.
+  """Returns the rates of step `step` (from 0), after `tokens` of text.
 
-  Warm-up multiplies by (step + 1) / warmup_steps: the first step moves, too.
+  Warm-up multiplies by (step + 1) / warmup_steps, so the first step moves, too.
   """
   warm = min(1.0, (step + 1) / max(optim.warmup_steps, 1))
   late_bias = tokens >= optim.bias_tokens
   late_mtp = tokens >= optim.mtp_tokens
   return Rates(
-    optim.learning_rate * warm * share(optim.phases, tokens),
+    optim.learning_rate * warm * decay(optim.phases, tokens),
     optim.bias_rate_final if late_bias else optim.bias_rate,
     optim.mtp_loss_final if late_mtp else optim.mtp_loss,
   )
 
 
-def share(phases: tuple, tokens: float) -> float:
-  """The learning rate at `tokens` as a share of the peak.
+def decay(phases: tuple, tokens: float) -> float:
+  """Returns the learning rate at `tokens` as a fraction of its peak.
 
-  A constant phase has its own target throughout; linear and cosine ones go
-  from where the phase before ended (the first from 1) to their target, which
-  also holds after the last phase.
+  A constant phase has its own target throughout. A linear or cosine phase goes
+  from the target of the phase before (the first phase: from 1) to its own. The
+  last target holds for ever.
   """
   start, before = 0.0, 1.0
   for shape, length, target in phases:
@@ -86,12 +86,12 @@ def share(phases: tuple, tokens: float) -> float:
 
 
 def optimizer(optim: OptimConfig) -> optax.GradientTransformation:
-  """Maps clipped gradients to the update at learning rate 1.
+  """Returns the map from clipped gradients to the update at learning rate 1.
 
-  Its update takes `accept`: where it is false the state stays as it was.
+  Its `update` takes `accept`: where that is false the state does not change.
   Every moment is float32 and shaped like its parameter. Norms and biases do
-  not decay under 'adamw'; under 'muon' they do, which Moonlight found that its
-  stability needs (section 2.2).
+  not decay under 'adamw'. Under 'muon' they do: Moonlight's training was not
+  stable without (section 2.2).
   """
   adamw = optax.chain(
     _adam(optim),
@@ -111,15 +111,15 @@ def optimizer(optim: OptimConfig) -> optax.GradientTransformation:
   )
   label = lambda path, _: 'muon' if _name(path) in _MATRICES else 'adamw'
   return optax.partition(
-    {'muon': _held_back(muon), 'adamw': adamw},
+    {'muon': _unless_rejected(muon), 'adamw': adamw},
     lambda params: jax.tree_util.tree_map_with_path(label, params),
   )
 
 
 def decayed(params: PyTree) -> PyTree:
-  """True at every leaf that weight decay shrinks: all but norms and biases.
+  """Returns True for every parameter with weight decay under AdamW.
 
-  By name, not by rank: a stacked norm is a matrix, too.
+  Names decide, not ranks: the norms of stacked layers are a matrix.
   """
   return jax.tree_util.tree_map_with_path(
     lambda path, _: _name(path) not in _NOT_DECAYED, params
@@ -127,9 +127,9 @@ def decayed(params: PyTree) -> PyTree:
 
 
 def clipped(grads: PyTree, clip: float) -> tuple[PyTree, Array]:
-  """Gradients of at most this global norm, and the norm that they had.
+  """Returns float32 gradients of at most this global norm, and their norm.
 
-  Those of any float dtype are widened to float32 before anything is summed.
+  The norm is that before clipping; it is summed in float32.
   """
   grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
   norm = optax.tree.norm(grads)
@@ -145,25 +145,25 @@ def apply(
   learning_rate: Array | float,
   accept: Array | bool = True,
 ) -> tuple[PyTree, PyTree]:
-  """New parameters and state, or the same ones where not `accept`."""
+  """Returns the new parameters and `opt`; the old ones where not `accept`."""
   updates, opt = tx.update(grads, opt, params, accept=accept)
   step = lambda p, u: jnp.where(accept, p + learning_rate * u, p)
   return jax.tree.map(step, params, updates), opt
 
 
 def _adam(optim: OptimConfig):
-  """optax's Adam, whose direction is computed from the moments as stored.
+  """Returns optax's Adam, its direction computed from the stored moments.
 
-  As optax writes it, XLA computes the new moments twice, for the state and for
-  the direction, and so cannot write over the old ones: it copied both whole,
-  8 bytes a parameter. The barrier leaves the old moments one reader.
+  From optax's own form XLA computes the new moments twice, for the state and
+  for the direction. It then cannot overwrite the old ones and copies both, 8
+  bytes a parameter. The barrier leaves the old moments one reader.
   """
   tx = optax.scale_by_adam(
     optim.beta1, optim.beta2, optim.eps, mu_dtype=jnp.float32
   )
 
   def update(grads, state, params=None, *, accept, **_):
-    _, new = _held_back(tx).update(grads, state, params, accept=accept)
+    _, new = _unless_rejected(tx).update(grads, state, params, accept=accept)
     new = jax.tree.map(jax.lax.optimization_barrier, new)
     mu = optax.tree.bias_correction(new.mu, optim.beta1, new.count)
     nu = optax.tree.bias_correction(new.nu, optim.beta2, new.count)
@@ -173,8 +173,8 @@ def _adam(optim: OptimConfig):
   return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
-def _held_back(tx: optax.GradientTransformation):
-  """`tx`, whose state stays as it was where an update is not accepted."""
+def _unless_rejected(tx: optax.GradientTransformation):
+  """Wraps `tx`: a rejected update leaves the optimizer's state unchanged."""
 
   def update(grads, state, params=None, *, accept, **_):
     updates, new = tx.update(grads, state, params)

@@ -182,8 +182,8 @@ def test_only_a_constant_phase_jumps():
     assert (abs(after / before - 1) > 1e-6) == jump
   # A phase without length only moves the point that the next one starts from.
   phases = (('constant', 0.0, 0.5), ('linear', 100.0, 0.0))
-  for tokens, share in ((0, 0.5), (50, 0.25), (100, 0), (1e9, 0)):
-    assert optim.share(phases, tokens) == pytest.approx(share)
+  for tokens, fraction in ((0, 0.5), (50, 0.25), (100, 0), (1e9, 0)):
+    assert optim.decay(phases, tokens) == pytest.approx(fraction)
 
 
 def test_every_parameter_is_known_to_both_optimizers():

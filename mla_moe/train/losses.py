@@ -1,12 +1,11 @@
 """Cross-entropy in vocabulary blocks, on one device and on a mesh.
 
-The logits of a 128K vocabulary are the largest array of a training step, so
-`token_nll` never makes them whole: a running logsumexp over blocks of the
-vocabulary goes forward, and the backward pass makes each block again. A
-vocabulary that fits one block keeps its logits instead, which saves that
-product. Both write their gradients out by hand: left to autodiff, the backward
-products of a bfloat16 model would run in float32, and the head's gradient
-would be rounded to bfloat16 on its way to the float32 master.
+The logits of a 128K vocabulary would be the largest array of a training step.
+So `token_nll` computes them block by block: forward with a running logsumexp,
+and again in the backward pass. A vocabulary that fits one block keeps its
+logits instead, which saves that product. The gradients are written by hand:
+autodiff would run the backward products of a bfloat16 model in float32, and
+round the head's gradient to bfloat16 on its way to the float32 master.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from mla_moe import sharding
+from mla_moe.model.products import dot
 from mla_moe.types import Array, Float, Int
 
 BLOCK = 8192
@@ -28,13 +28,12 @@ def token_nll(
   targets: Int[Array, ' M'],
   block: int = BLOCK,
 ) -> tuple[Float[Array, ' M'], Float[Array, ' M']]:
-  """-log p(target) in nats and logsumexp of the logits, both float32.
+  """Returns -log p(target) in nats and the logits' logsumexp, both float32.
 
   A target of -1 costs 0 and has no gradient; one beyond the vocabulary gives
-  NaN. `head` is cast to the dtype of `hidden`, block by block; sums are
-  float32, and so is the head's gradient. Both results may be differentiated,
-  with any cotangent per token (z-loss is the square of the second). Temporary
-  memory is a few times M * block numbers.
+  NaN. `head` is cast to the dtype of `hidden`, block by block; sums and the
+  head's gradient are float32. Both results can be differentiated (the z-loss is
+  the square of the second). Temporary memory is a few times M * block numbers.
   """
   picked, lse = picked_and_lse(hidden, head, targets, block)
   return jnp.where(targets >= 0, lse - picked, 0.0), lse
@@ -45,41 +44,41 @@ def sharded_token_nll(
   head: Float[Array, 'D V'],
   targets: Int[Array, 'S B T'],
 ) -> tuple[Float[Array, 'S B T'], Float[Array, 'S B T']]:
-  """`token_nll` of S hidden states a token, on any mesh.
+  """Returns `token_nll` of S hidden states for each token, on any mesh.
 
-  On a mesh, each device computes its own tokens' logits of its own columns of
-  the head; what is left to exchange are two numbers a token, the target's
-  logit and the logsumexp (Shoeybi et al. 2019). The main model's states and
-  the MTP modules' come in one pass: they share the head, whose gradient is the
-  largest array of a step and would else be there once for each of them.
+  On a mesh, each device computes the logits of its tokens and its columns of
+  the head. The devices then exchange two numbers a token: the target's logit
+  and the logsumexp (Shoeybi et al. 2019). The states of the main model and of
+  the MTP modules come in one call, because they share the head: its gradient
+  is the largest array of a step, and S calls would hold it S times.
   """
-  every = sharding.auto_axes()
-  if not every:
+  axes = sharding.auto_axes()
+  if not axes:
     flat = hidden.reshape(-1, hidden.shape[-1]), head, targets.reshape(-1)
     nll, lse = token_nll(*flat)
     return nll.reshape(targets.shape), lse.reshape(targets.shape)
   stream = sharding.array_spec((None, 'batch', 'length', 'stream'), hidden)
   part = sharding.array_spec((None, 'batch', 'part'), targets)
   rows, length = sharding.mesh_axes(('batch', 'part'), targets.shape[1:])
-  across = 'tensor' in sharding.mesh_axes(('length',), hidden.shape[2:3])[0]
-  over, columns = sharding.mesh_axes(('embed', 'vocab'), head.shape)
-  same = tuple(a for a in every if a not in rows + length + ('tensor',))
+  split = 'tensor' in sharding.mesh_axes(('length',), hidden.shape[2:3])[0]
+  fsdp, columns = sharding.mesh_axes(('embed', 'vocab'), head.shape)
+  same = tuple(a for a in axes if a not in rows + length + ('tensor',))
   vocab = head.shape[1]
 
   def local(hidden, head, targets):
     head = sharding.pvary(head)  # so that its gradient's shards are summed
-    if across:
+    if split:
       hidden = jax.lax.all_gather(hidden, 'tensor', axis=2, tiled=True)
-    if over:
-      head = jax.lax.all_gather(head, over, axis=0, tiled=True)
+    if fsdp:
+      head = jax.lax.all_gather(head, fsdp, axis=0, tiled=True)
     hidden = sharding.pvary(hidden)
-    flat, at = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    flat, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     first = 0
     if columns:
       first = jax.lax.axis_index('tensor') * head.shape[1]
-    here = (at >= first) & (at < first + head.shape[1])
-    local_at = sharding.pvary(jnp.where(here, at - first, -1))
-    picked, lse = picked_and_lse(flat, head, local_at, BLOCK)
+    here = (ids >= first) & (ids < first + head.shape[1])
+    local_ids = sharding.pvary(jnp.where(here, ids - first, -1))
+    picked, lse = picked_and_lse(flat, head, local_ids, BLOCK)
     picked = jnp.where(here, picked, 0.0)
     if columns:
       peak = jax.lax.pmax(jax.lax.stop_gradient(lse), columns)
@@ -87,8 +86,8 @@ def sharded_token_nll(
       picked = jax.lax.psum(picked, columns)
     else:
       picked, lse = jax.lax.pmean((picked, lse), 'tensor')
-    picked = jnp.where(at >= vocab, jnp.nan, picked)
-    nll = jnp.where(at >= 0, lse - picked, 0.0)
+    picked = jnp.where(ids >= vocab, jnp.nan, picked)
+    nll = jnp.where(ids >= 0, lse - picked, 0.0)
     out = nll.reshape(targets.shape), lse.reshape(targets.shape)
     return jax.lax.pmean(out, same) if same else out
 
@@ -103,28 +102,31 @@ def picked_and_lse(
   targets: Int[Array, ' M'],
   block: int,
 ) -> tuple[Float[Array, ' M'], Float[Array, ' M']]:
-  """The target's logit (of -1: anything) and the logsumexp, float32."""
+  """Returns the target's logit and the logsumexp, both float32.
+
+  The logit for a target of -1 is arbitrary; the caller masks it.
+  """
   return _forward(hidden, head, targets, block)[0]
 
 
 def _forward(hidden, head, targets, block):
   if head.shape[1] <= block:
-    logits = _dot('md,dv->mv', hidden, head.astype(hidden.dtype))
+    logits = dot('md,dv->mv', hidden, head.astype(hidden.dtype))
     lse = jax.nn.logsumexp(logits, axis=-1)
-    picked = _at(logits, jnp.maximum(targets, 0))
+    picked = _logit(logits, jnp.maximum(targets, 0))
     return (picked, lse), (hidden, head, targets, lse, logits)
   width, blocks = _blocks(head.shape[1], block)
 
-  def step(carry, at):
+  def step(carry, bounds):
     peak, total, picked = carry
-    start, fresh = at
+    start, fresh = bounds
     _, logits = _block_logits(hidden, head, start, fresh, width)
-    new = jnp.maximum(peak, logits.max(-1))
-    total = total * jnp.exp(peak - new)
-    total = total + jnp.exp(logits - new[:, None]).sum(-1)
+    higher = jnp.maximum(peak, logits.max(-1))
+    total = total * jnp.exp(peak - higher)
+    total = total + jnp.exp(logits - higher[:, None]).sum(-1)
     here = (targets >= fresh) & (targets < start + width)
-    value = _at(logits, jnp.clip(targets - start, 0, width - 1))
-    return (new, total, jnp.where(here, value, picked)), None
+    value = _logit(logits, jnp.clip(targets - start, 0, width - 1))
+    return (higher, total, jnp.where(here, value, picked)), None
 
   lowest = jnp.full(targets.shape, jnp.finfo(jnp.float32).min)
   unseen = jnp.where(targets < 0, 0.0, jnp.nan)
@@ -139,13 +141,13 @@ def _backward(block, residuals, cotangents):
   dpicked, dlse = (g[:, None] for g in cotangents)
 
   def products(logits, part, start, fresh):
-    """Gradients of hidden [M, D] and of the block [D, width], float32."""
+    """Returns the gradients of hidden [M, D] and of the block [D, width]."""
     column = (start + jnp.arange(part.shape[1], dtype=jnp.int32))[None]
     hit = (column == targets[:, None]) & (column >= fresh)
     dlogits = jnp.exp(logits - lse[:, None]) * dlse
     dlogits = (dlogits + jnp.where(hit, dpicked, 0)).astype(hidden.dtype)
-    dhidden = _dot('mv,dv->md', dlogits, part)
-    return dhidden, _dot('md,mv->dv', hidden, dlogits)
+    dhidden = dot('mv,dv->md', dlogits, part)
+    return dhidden, dot('md,mv->dv', hidden, dlogits)
 
   if logits is not None:
     part = head.astype(hidden.dtype)
@@ -154,11 +156,12 @@ def _backward(block, residuals, cotangents):
 
   width, blocks = _blocks(head.shape[1], block)
 
-  def step(carry, at):
+  def step(carry, bounds):
     dhidden, dhead = carry
-    part, logits = _block_logits(hidden, head, *at, width)
-    more, dpart = products(logits, part, *at)
-    dhead = jax.lax.dynamic_update_slice_in_dim(dhead, dpart, at[0], 1)
+    start, fresh = bounds
+    part, logits = _block_logits(hidden, head, start, fresh, width)
+    more, dpart = products(logits, part, start, fresh)
+    dhead = jax.lax.dynamic_update_slice_in_dim(dhead, dpart, start, 1)
     return (dhidden + more, dhead), None
 
   # The last block goes first: where it overlaps its neighbour it writes zeros,
@@ -173,11 +176,11 @@ picked_and_lse.defvjp(_forward, _backward)
 
 
 def _blocks(vocab: int, block: int) -> tuple[int, tuple[Array, Array]]:
-  """Width of the blocks; start of each, and from which id on it is new.
+  """Returns the blocks' width, and for each its start and its first new id.
 
-  As few blocks as fit, of one width (whole lanes of 128 where they are that
-  wide). The last one is moved back to end with the vocabulary, so that nothing
-  is padded; the ids that it repeats are masked.
+  There are as few blocks as fit, of one width (a multiple of 128 where they
+  are that wide). The last one is moved back to end with the vocabulary, so
+  that nothing is padded; the ids that it repeats are masked.
   """
   width = -(-vocab // -(-vocab // block))
   width = min(block, -(-width // 128) * 128)
@@ -186,23 +189,12 @@ def _blocks(vocab: int, block: int) -> tuple[int, tuple[Array, Array]]:
 
 
 def _block_logits(hidden, head, start, fresh, width):
-  """The block of the head in the dtype of `hidden`, and its masked logits."""
+  """Returns a block of the head, in the dtype of `hidden`, and its logits."""
   part = jax.lax.dynamic_slice_in_dim(head, start, width, axis=1)
   part = part.astype(hidden.dtype)
-  new = (start + jnp.arange(width, dtype=jnp.int32) >= fresh)[None]
-  return part, jnp.where(new, _dot('md,dv->mv', hidden, part), -jnp.inf)
+  is_new = (start + jnp.arange(width, dtype=jnp.int32) >= fresh)[None]
+  return part, jnp.where(is_new, dot('md,dv->mv', hidden, part), -jnp.inf)
 
 
-def _at(logits: Array, ids: Array) -> Array:
+def _logit(logits: Float[Array, 'M V'], ids: Int[Array, ' M']) -> Array:
   return jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0]
-
-
-def _dot(equation: str, a: Array, b: Array) -> Array:
-  """Einsum into float32; a CPU widens first (see `products.dot`)."""
-  run = functools.partial(
-    jnp.einsum, equation, preferred_element_type=jnp.float32
-  )
-  if a.dtype == jnp.float32:
-    return run(a, b)
-  widened = lambda a, b: run(a.astype(jnp.float32), b.astype(jnp.float32))
-  return jax.lax.platform_dependent(a, b, cpu=widened, default=run)

@@ -22,7 +22,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from mla_moe.config import Config, ModelConfig, MTPConfig, OptimConfig
+from mla_moe.config import Config, ModelConfig, MTPConfig
 from mla_moe.data import batches
 from mla_moe.model import moe, router, sequence, transformer
 from mla_moe.train import losses, optim
@@ -60,7 +60,8 @@ def train_step(
     if copies is not None:
       params = transformer.with_copies(params, copies)
     terms = _terms(params, state.router, micro, config)
-    return _loss(terms, tokens, sequences, len(micro.tokens), rates, config)
+    part = batch.tokens.shape[1] / sequences
+    return _loss(terms, tokens, part, rates, config.optim)
 
   grads, metrics = _accumulate(objective, state.params, batch)
   grads, norm = optim.clipped(grads, config.optim.clip)
@@ -109,19 +110,12 @@ def eval_step(
   return {'nll': nll.sum(), 'tokens': tokens.sum()}
 
 
-def _loss(
-  terms: dict[str, Array],
-  tokens: Array,
-  sequences: Array,
-  rows: int,
-  rates: optim.Rates,
-  config: Config,
-) -> tuple[Array, dict[str, Array]]:
+def _loss(terms, tokens, part, rates, optim) -> tuple[Array, dict[str, Array]]:
   """Returns a micro-batch's part of the step's loss, and of its metrics.
 
-  `tokens` and `sequences` are the step's, `rows` this micro-batch's sequences.
+  `tokens` are the whole step's; `part` is this micro-batch's part of its
+  sequences.
   """
-  part = rows / sequences
   for name in ('main_loss', 'mtp_loss', 'z_loss'):
     terms[name] = terms[name] / tokens
   for name in ('balance_loss', 'entropy'):
@@ -129,15 +123,13 @@ def _loss(
   loss = (
     terms['main_loss']
     + rates.mtp_loss * terms['mtp_loss']
-    + config.optim.z_loss * terms['z_loss']
-    + config.optim.balance_loss * terms['balance_loss'].sum()
+    + optim.z_loss * terms['z_loss']
+    + optim.balance_loss * terms['balance_loss'].sum()
   )
   return loss, {'loss': loss, **terms}
 
 
-def _judge(
-  window: PyTree, loss: Array, norm: Array, optim: OptimConfig
-) -> tuple[Array, PyTree]:
+def _judge(window, loss, norm, optim) -> tuple[Array, PyTree]:
   """Returns the metric `skipped`, and the window with this loss in it.
 
   The caller drops that window if the step is rejected: a NaN in it would
@@ -154,9 +146,7 @@ def _judge(
   return skipped, {'losses': losses, 'seen': seen + 1}
 
 
-def _accumulate(
-  objective, params: PyTree, batch: batches.Batch
-) -> tuple[PyTree, dict[str, Array]]:
+def _accumulate(objective, params, batch) -> tuple[PyTree, dict[str, Array]]:
   """Returns gradients and metrics, summed over the real micro-batches."""
   part = jax.jit(jax.value_and_grad(objective, has_aux=True))
 
@@ -178,9 +168,7 @@ def _accumulate(
   return jax.lax.fori_loop(0, batch.count, add, start)
 
 
-def _terms(
-  params: PyTree, biases: PyTree, micro: batches.Batch, config: Config
-) -> dict[str, Array]:
+def _terms(params, biases, micro, config) -> dict[str, Array]:
   """Returns the parts of the loss, and statistics, of one micro-batch.
 
   main_loss, mtp_loss (mean over the modules) and z_loss are sums over tokens;
@@ -247,7 +235,7 @@ def _bias_rows(biases: PyTree, model: ModelConfig) -> dict[str, slice | int]:
   return {name: row for name, row in rows.items() if name in biases}
 
 
-def _rebalance(biases, rows, load: Int[Array, 'L E'], rate) -> PyTree:
+def _rebalance(biases, rows, load, rate) -> PyTree:
   """Returns the biases, each layer's moved by its row of the load."""
   moved = {}
   for name, row in rows.items():

@@ -150,7 +150,7 @@ def last_variables(
   import jax
 
   from mla_moe.checkpoint import store
-  from mla_moe.train.state import init_state
+  from mla_moe.train.state import RENAMED, init_state
 
   make = functools.partial(init_state, config=config)
   shapes = jax.eval_shape(make, jax.random.key(0))
@@ -160,7 +160,9 @@ def last_variables(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes
   )
   checkpoints = folder / 'checkpoints'
-  restored = store.restore(checkpoints, shapes, allow_unsealed=allow_unsealed)
+  restored = store.restore(
+    checkpoints, shapes, allow_unsealed=allow_unsealed, renamed=RENAMED
+  )
   if restored is None:
     raise ConfigError(f'{folder}: has no checkpoint yet')
   state = restored.state

@@ -31,6 +31,7 @@ def resume(
     ConfigError: it is of another text, or of another config.
   """
   from mla_moe.checkpoint import store
+  from mla_moe.train.state import RENAMED
 
   restored = store.restore(
     ready.path / 'checkpoints',
@@ -38,6 +39,7 @@ def resume(
     before=before,
     allow_unsealed=unsealed,
     move_refused=aside,
+    renamed=RENAMED,
   )
   if restored is None:
     return None

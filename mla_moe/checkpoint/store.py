@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import errno
 import importlib.metadata
 import os
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -208,6 +209,7 @@ def restore(
   before: int | None = None,
   allow_unsealed: bool = False,
   move_refused: bool = False,
+  renamed: Mapping[str, str] | None = None,
   say: Callable[[str], Any] = print,
 ) -> Restored | None:
   """Returns the newest complete step, or None where no step was ever sealed.
@@ -223,6 +225,7 @@ def restore(
       be checked.
     move_refused: move refused steps, and steps not `before`, into the folder
       `refused`, so that the run can write steps of the same numbers.
+    renamed: {name in older checkpoints: field of `like`}, a dataclass.
     say: called with a line for every refusal.
 
   Raises:
@@ -241,7 +244,7 @@ def restore(
     all_unfinished = all_unfinished and unfinished
     if not reason:
       try:
-        return _read(folder / str(step), step, like, sealed)
+        return _read(folder / str(step), step, like, sealed, renamed or {})
       except Damaged as error:
         reason = str(error)
     refusals.append(reason)
@@ -327,10 +330,15 @@ def _judge(folder, step, allow_unsealed) -> _Verdict:
   return _Verdict(reason, sealed, unfinished)
 
 
-def _read(path, step, like, sealed) -> Restored:
+def _read(path, step, like, sealed, renamed) -> Restored:
   """Returns the step in the shardings of `like`, its fingerprints compared."""
-  _compare(_described(_metadata(path)), _described(like), path)
-  abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+  saved, wanted = _metadata(path), like
+  older = {renamed[name]: name for name in renamed if name in saved}
+  if older:
+    fields = {f.name: getattr(like, f.name) for f in dataclasses.fields(like)}
+    wanted = {older.get(name, name): tree for name, tree in fields.items()}
+  _compare(_described(saved), _described(wanted), path)
+  abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
   items = _load(
     path,
     state=ocp.args.StandardRestore(abstract),
@@ -341,7 +349,11 @@ def _read(path, step, like, sealed) -> Restored:
     for name, value in sealed['fingerprints'].items():
       if fingerprints.get(name) != value:
         raise Damaged(f'{path}: {name} is not, once read, what was saved')
-  return Restored(step, items['state'], _unmarked(items['facts']))
+  state = items['state']
+  if older:
+    state = {renamed.get(name, name): tree for name, tree in state.items()}
+    state = dataclasses.replace(like, **state)
+  return Restored(step, state, _unmarked(items['facts']))
 
 
 def _unmarked(facts: dict) -> dict:

@@ -22,6 +22,10 @@ from mla_moe.model import transformer
 from mla_moe.train import optim
 from mla_moe.types import Array, PyTree
 
+# Fields of State that older checkpoints have under another name: for
+# `store.restore`, and for the leaves in a run's fingerprints.
+RENAMED = {'guard': 'loss_window'}
+
 
 @struct.dataclass
 class State:

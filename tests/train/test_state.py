@@ -1,0 +1,38 @@
+"""The state's fields: older checkpoints have another name for one of them."""
+
+import dataclasses
+
+import chex
+import jax
+import pytest
+
+from configs import tiny
+from mla_moe import ConfigError
+from mla_moe.checkpoint import store
+from mla_moe.config import freeze
+from mla_moe.train.state import RENAMED, State, init_state
+
+MICRO = freeze(tiny.get_config('micro'))
+
+
+@pytest.mark.parametrize('sigma', [0.0, 4.0], ids=['plain', 'guarded'])
+def test_a_checkpoint_with_the_older_name_of_a_field_is_restored(
+  tmp_path, sigma
+):
+  optim = dataclasses.replace(MICRO.optim, spike_sigma=sigma, spike_window=4)
+  config = dataclasses.replace(MICRO, optim=optim)
+  state = init_state(jax.random.key(0), config)
+  window = jax.tree.map(lambda x: x + 3, state.loss_window)
+  state = state.replace(loss_window=window)
+  older = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+  older['guard'] = older.pop('loss_window')
+  like = init_state(jax.random.key(1), config)
+  with store.Writer(tmp_path, 3) as writer:
+    for step, tree in ((1, older), (2, state)):
+      writer.save(step, tree, {})
+      writer.wait()
+      found = store.restore(tmp_path, like, renamed=RENAMED)
+      assert found.step == step and isinstance(found.state, State)
+      chex.assert_trees_all_equal(found.state, state)
+  with pytest.raises(ConfigError):  # and another tree is still another tree
+    store.restore(tmp_path, like.replace(params={}), renamed=RENAMED)

@@ -12,8 +12,8 @@ For x, w and g it gives the share of values that sit at E4M3's largest number
 tile in powers of two: E4M3 holds about 18, and a value that lies further below
 its tile's largest is flushed. For y and dx it gives the relative error against
 a float32 product. The FP8 product is the hardware's own, so that a wrong kernel
-shows, too. About 0.04 is right: each of the two operands, rounded to three
-bits, adds 0.027.
+shows, too. About 0.04 is right: a number rounded to three bits errs by 0.027
+(root mean square), and two operands by sqrt(2) times that.
 """
 
 from __future__ import annotations

@@ -71,6 +71,30 @@ def test_targets_and_configs_exist():
   assert listed == {p.stem for p in (ROOT / 'configs').glob('[a-z]*.py')}
 
 
+def test_the_tree_is_the_package():
+  """The files of each folder of mla_moe, all of them; every program exists."""
+  text = TEXT[TEXT.index('    mla_moe/') :].split('    configs/')[0]
+  tree, folder = {}, ''
+  for line in text.splitlines():
+    for word in line.partition('#')[0].split():
+      if word.endswith('/'):
+        folder = word
+      else:
+        tree.setdefault(folder, set()).add(word)
+  programs = tree.pop('experiments/')
+  for name in programs:
+    paths = f'{name}.py', f'{name}/__main__.py'
+    assert any((ROOT / 'experiments' / p).exists() for p in paths), name
+  package = ROOT / 'mla_moe'
+  tree[''] = tree.pop('mla_moe/')
+  for path in package.glob('*/__init__.py'):
+    assert f'{path.parent.name}/' in tree
+  for folder, names in tree.items():
+    assert names == {p.stem for p in (package / folder).glob('[a-z]*.py')}, (
+      folder
+    )
+
+
 def test_the_variants_are_those_of_the_configs():
   rows = re.findall(r'\| `configs/(\w+)\.py` \|[^|]*\| ([^|]*) \|', TEXT)
   for name, variants in rows:

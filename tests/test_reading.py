@@ -1,0 +1,147 @@
+"""The reading path is as short as the README says, and functions stay short.
+
+A file that the training step imports is either on the path or left out for a
+named reason: no line hides. `python tests/test_reading.py` writes the counts
+into README.md and docs/reading.md.
+"""
+
+import ast
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = ROOT / 'mla_moe'
+# In the order of reading, as docs/reading.md has it.
+PATH = (
+  *('types', 'config'),
+  *('model/rope', 'model/attention', 'model/products', 'model/weights'),
+  *('model/mla', 'model/layers', 'model/router', 'model/dispatch'),
+  *('model/experts', 'model/moe', 'model/block', 'model/mtp'),
+  *('model/transformer', 'train/losses', 'train/optim', 'train/state'),
+  'train/step',
+)
+# Imported by the path, and not read by a person with one device in bf16.
+LEFT_OUT = {
+  'a mesh': {
+    *('sharding', 'model/collectives', 'model/embedding', 'model/exchange'),
+    *('model/pipeline', 'model/sequence'),
+  },
+  'FP8': {
+    *('fp8/__init__', 'fp8/gemm', 'fp8/grouped', 'fp8/linear', 'fp8/quantize'),
+    *('fp8/recipe', 'kernels/block_gpu', 'kernels/block_tpu'),
+  },
+  "a CPU's loops": {'model/expert_loop', 'model/flash'},
+  'refusals and variants of a config': {'checked', 'variants'},
+  'the type of a batch': {'data/batches'},
+}
+MOE = ('model/router', 'model/moe', 'model/experts', 'model/dispatch')
+MLA = ('model/mla', 'model/rope', 'model/attention', 'model/products')
+LIMITS = {'path': (PATH, 3100), 'moe': (MOE, 600), 'mla': (MLA, 550)}
+PAGES = (ROOT / 'README.md', ROOT / 'docs' / 'reading.md')
+# A row of their tables: the files, and how many lines they have.
+ROW = re.compile(
+  r'^\| (.*?`\w.*?\.py`|.*?reading path.*?) \| ([\d,]+) \|', re.M
+)
+
+
+def lines(name):
+  """The number of lines of a module, by its path below mla_moe."""
+  return len((PACKAGE / f'{name}.py').read_text().splitlines())
+
+
+def imports(name):
+  """Modules of mla_moe that a module imports, at any depth, as paths."""
+  for node in ast.walk(ast.parse((PACKAGE / f'{name}.py').read_text())):
+    if isinstance(node, ast.ImportFrom):
+      module = (node.module or '').split('.')
+      if module[0] == 'mla_moe':
+        for alias in node.names:
+          yield from _existing('/'.join([*module[1:], alias.name]))
+          yield from _existing('/'.join(module[1:]))
+
+
+def _existing(name):
+  for file in (name, f'{name}/__init__'):
+    if (PACKAGE / f'{file}.py').exists() and file != '/__init__':
+      yield file
+
+
+def closure(name):
+  """The module and everything that it imports."""
+  modules, ahead = set(), [name]
+  while ahead:
+    module = ahead.pop()
+    if module not in modules:
+      modules.add(module)
+      ahead += imports(module)
+  return modules
+
+
+def functions():
+  """(length, file, name) of every function in the package and programs."""
+  for folder in ('mla_moe', 'experiments'):
+    for path in (ROOT / folder).rglob('*.py'):
+      for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+          length = node.end_lineno - node.lineno + 1
+          yield length, str(path.relative_to(ROOT)), node.name
+
+
+def test_a_file_is_on_the_path_or_left_out_for_a_reason():
+  packages = {f'{p.name}/__init__' for p in PACKAGE.iterdir() if p.is_dir()}
+  imported = closure('train/step') - (packages - {'fp8/__init__'})
+  left_out = set().union(*LEFT_OUT.values())
+  assert imported == set(PATH) | left_out
+
+
+@pytest.mark.parametrize('name', LIMITS)
+def test_a_path_is_short(name):
+  modules, limit = LIMITS[name]
+  assert sum(map(lines, modules)) <= limit
+
+
+def test_the_package_is_small():
+  assert sum(
+    len(p.read_text().splitlines()) for p in PACKAGE.rglob('*.py')
+  ) <= (14_000)
+
+
+def test_functions_are_short():
+  long = [f for f in functions() if f[0] > 60]
+  assert max(long, default=(0,))[0] <= 80
+  assert len(long) <= 8, sorted(long)
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda p: p.name)
+def test_quoted_counts_are_true(page):
+  """Within two in a hundred, so that a line more changes no page."""
+  rows = ROW.findall(page.read_text())
+  assert [cell for cell, _ in rows if 'reading path' in cell]
+  for cell, quoted in rows:
+    count = sum(map(lines, modules(cell)))
+    assert abs(int(quoted.replace(',', '')) - count) <= 0.02 * count + 3, cell
+
+
+def test_the_page_has_the_path_in_its_order():
+  table = (ROOT / 'docs' / 'reading.md').read_text().split('\n## ')[1]
+  cells = [cell for cell, _ in ROW.findall(table) if 'reading path' not in cell]
+  assert tuple(name for cell in cells for name in modules(cell)) == PATH
+
+
+def modules(cell):
+  """Modules that a table's cell names, by their paths below mla_moe."""
+  if 'reading path' in cell:
+    return PATH
+  return re.findall(r'`([\w/]+)\.py`', cell)
+
+
+def recount(row):
+  """The row with the number of lines of its modules."""
+  return f'| {row[1]} | {sum(map(lines, modules(row[1]))):,} |'
+
+
+if __name__ == '__main__':
+  for page in PAGES:
+    page.write_text(ROW.sub(recount, page.read_text()))

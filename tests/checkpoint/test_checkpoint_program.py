@@ -1,0 +1,34 @@
+"""The program `experiments.checkpoint` on sealed and damaged steps."""
+
+import sys
+
+from experiments import checkpoint as program
+from mla_moe.checkpoint import folders
+
+
+def test_the_program_lists_verifies_and_removes(damaged, capsys, monkeypatch):
+  def run(*words):
+    monkeypatch.setattr(sys, 'argv', ['checkpoint', *map(str, words)])
+    code = 0
+    try:
+      program.main()
+    except SystemExit as error:
+      code = error.code or 0
+    out = capsys.readouterr()
+    return code, out.out + out.err
+
+  code, said = run('ls', damaged)
+  assert code == 0 and said.count('sealed 20') == 2
+  assert run('verify', damaged)[0] == 0
+  (damaged / '1/state/_METADATA').unlink()
+  code, said = run('verify', damaged)
+  assert code == 1 and '1: DAMAGED' in said and '2: whole' in said
+  code, said = run('rm', damaged, 2)
+  assert code == 2 and 'no whole step would be left' in said
+  assert run('rm', damaged, 1)[0] == 0
+  assert folders.steps(damaged) == [2]
+  assert run('rm', damaged, 7) == (
+    2,
+    f'error: {damaged}: has no step 7, only [2]\n',
+  )
+  assert run('ls', damaged / 'nowhere')[0] == 2

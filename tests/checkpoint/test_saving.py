@@ -1,0 +1,221 @@
+"""Saving under kills, full disks and vanished folders; the steps that stay.
+
+The row numbers are those of the table in docs/reliability.md.
+"""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from states import ROOT, make, restored, save
+
+from mla_moe.checkpoint import faults, folders, store
+
+# Warnings of third-party code that is called here are not ours to mend.
+pytestmark = pytest.mark.filterwarnings('default')
+
+
+SAVER = """
+import sys, jax.numpy as jnp
+from mla_moe.checkpoint import store
+with store.Writer(sys.argv[1], 3) as writer:
+  for step in range(int(sys.argv[2]), int(sys.argv[3]) + 1):
+    w = step + jnp.arange(1 << 20, dtype=jnp.float32)
+    writer.save(step, {'w': w}, {})
+    print(step, flush=True)
+    if sys.argv[4:] == ['exit']: sys.exit(3)
+    if sys.argv[4:] == ['raise']: raise KeyError('of the test')
+"""
+
+
+def saver(*words, fault='', **kwargs):
+  environment = dict(os.environ, MLA_MOE_FAULT=fault, PYTHONPATH=str(ROOT))
+  return subprocess.Popen(
+    [sys.executable, '-c', SAVER, *map(str, words)],
+    env=environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    **kwargs,
+  )
+
+
+def newest(folder):
+  """Returns the step that a saver's folder restores; its bytes are right."""
+  like = {'w': jnp.zeros(1 << 20, jnp.float32)}
+  checkpoint = store.restore(folder, like, move_refused=True)
+  if checkpoint is None:
+    return 0
+  step, state, _ = checkpoint
+  np.testing.assert_array_equal(
+    state['w'], step + np.arange(1 << 20, dtype=np.float32)
+  )
+  return step
+
+
+def test_row01_killed_while_saving_the_last_sealed_step_is_whole(tmp_path):
+  first = 1
+  for seed in range(3):
+    child = saver(tmp_path, first, 10**6)
+    begun = [int(child.stdout.readline()) for _ in range(3)]
+    time.sleep(random.Random(seed).uniform(0, 0.35))
+    child.kill()
+    begun += [int(line) for line in child.communicate()[0].split()]
+    step = newest(tmp_path)
+    # A save begins when the one before is sealed.
+    assert step >= begun[-1] - 1
+    first = step + 1
+  with store.Writer(tmp_path, 3) as writer:
+    writer.save(
+      first, {'w': first + jnp.arange(1 << 20, dtype=jnp.float32)}, {}
+    )
+  assert newest(tmp_path) == first
+  numbers = [p.name for p in tmp_path.iterdir() if p.name.isdigit()]
+  assert len(numbers) == len(folders.steps(tmp_path)) == 3
+
+
+def test_row01_killed_while_deleting_nothing_stays(tmp_path, monkeypatch):
+  """The first file that rmtree deletes may be any of them."""
+  state = {'w': jnp.ones(4)}
+  with store.Writer(tmp_path, 3) as writer:
+    for step in (1, 2):
+      writer.save(step, state, {})
+
+  def killed(path):
+    (path / '_CHECKPOINT_METADATA').unlink()
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    patched.setattr(folders.shutil, 'rmtree', killed)
+    folders.remove(tmp_path, 1)
+  assert folders.steps(tmp_path) == [2]
+  with store.Writer(tmp_path, 3):
+    assert [p.name for p in tmp_path.iterdir()] == ['2']
+
+
+@pytest.mark.parametrize('point', ['before_write', 'during_write'])
+def test_row02_killed_around_the_write(tmp_path, point):
+  child = saver(tmp_path, 1, 9, fault=f'kill@{point}:3')
+  child.communicate()
+  assert child.returncode == -signal.SIGKILL
+  assert newest(tmp_path) == 2
+
+
+def test_row02_killed_before_the_seal_a_step_does_not_count(tmp_path, capsys):
+  child = saver(tmp_path, 1, 9, fault='kill@before_seal:3')
+  child.communicate()
+  assert child.returncode == -signal.SIGKILL
+  assert folders.steps(tmp_path)[-1] == 3
+  like = {'w': jnp.zeros(1 << 20, jnp.float32)}
+  assert store.restore(tmp_path, like, allow_unsealed=True).step == 3
+  assert newest(tmp_path) == 2
+  said = capsys.readouterr().out
+  assert 'CHECKPOINT 3 REFUSED' in said and '--allow_unsealed' in said
+
+
+def test_row02_killed_in_the_very_first_save_a_run_begins_again(tmp_path):
+  child = saver(tmp_path, 1, 9, fault='kill@before_seal:1')
+  child.communicate()
+  assert folders.steps(tmp_path) == [1]
+  assert newest(tmp_path) == 0
+  assert folders.steps(tmp_path) == [] and (tmp_path / 'refused/1-0').exists()
+
+
+def test_row08_a_failed_save_is_told_and_does_not_block_later_ones(
+  tmp_path, monkeypatch
+):
+  with store.Writer(tmp_path, 9) as writer:
+    writer.save(1, make(1), {})
+    monkeypatch.setenv(faults.VARIABLE, 'full@during_write:2')
+    writer.save(2, make(2), {})
+    with pytest.raises(store.NotSaved, match='/2: .*No space left'):
+      writer.save(3, make(3), {})
+    monkeypatch.delenv(faults.VARIABLE)
+    writer.save(2, make(2), {})
+    writer.save(3, make(3), {})
+  assert restored(tmp_path) == (3, '')
+
+
+LIMITED = """
+import resource, signal, sys, jax.numpy as jnp
+from mla_moe.checkpoint import folders, store
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+folder = sys.argv[1]
+like = {'w': jnp.zeros(1 << 20, jnp.float32)}
+state = lambda step: {'w': like['w'] + step + jnp.arange(1 << 20)}
+with store.Writer(folder, 9) as writer:
+  writer.save(1, state(1), {})
+  writer.wait()
+  resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+  try:
+    writer.save(2, state(2), {})
+    writer.wait()
+    print('saved?')
+  except store.NotSaved as error:
+    print(error)
+  no = resource.RLIM_INFINITY
+  resource.setrlimit(resource.RLIMIT_FSIZE, (no, no))
+  assert store.restore(folder, like).step == 1
+  writer.save(3, state(3), {})
+assert store.restore(folder, like).step == 3
+assert folders.steps(folder) == [1, 3]
+"""
+
+
+def test_row09_a_disk_that_takes_no_more_bytes(tmp_path):
+  ran = subprocess.run(
+    [sys.executable, '-c', LIMITED, tmp_path / 'run'],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert ran.returncode == 0, ran.stderr
+  (line,) = ran.stdout.splitlines()
+  assert f'{tmp_path}/run/2: could not be saved' in line
+  assert 'MiB are free' in line
+
+
+@pytest.mark.parametrize('exit_by, code', [('exit', 3), ('raise', 1)])
+def test_row10_leaving_right_after_a_save_keeps_it(tmp_path, exit_by, code):
+  child = saver(tmp_path, 1, 9, exit_by)
+  child.communicate()
+  assert child.returncode == code
+  assert newest(tmp_path) == 1
+
+
+def test_the_policy_keeps_the_newest_the_spaced_and_the_best(tmp_path):
+  scores = {10: 3.0, 20: 1.0, 30: 2.0, 40: None, 50: 2.5}
+  assert folders.retained(scores, 2) == {40, 50}
+  assert folders.retained(scores, 1, keep_every=20) == {20, 40, 50}
+  assert folders.retained(scores, 1, keep_best=2) == {20, 30, 50}
+  save(tmp_path, 5, 4, 3, keep=1, keep_every=4, keep_best=1)
+  assert folders.steps(tmp_path) == [4, 5]  # 1 / 5 is the best score
+
+
+def test_folders_are_private_and_clocks_do_not_order_steps(
+  tmp_path, monkeypatch
+):
+  clock = iter(range(10**9, 0, -3600))
+  monkeypatch.setattr(time, 'time', lambda: next(clock))
+  save(tmp_path / 'run', 1, 2, 3, keep=2)
+  monkeypatch.undo()
+  os.utime(tmp_path / 'run/3', (0, 0))
+  assert restored(tmp_path / 'run') == (3, '')
+  for path in (tmp_path / 'run', tmp_path / 'run/3'):
+    assert path.stat().st_mode & 0o077 == 0
+
+
+def test_a_folder_that_vanishes_is_one_line(tmp_path):
+  with store.Writer(tmp_path / 'run', 9) as writer:
+    shutil.rmtree(tmp_path / 'run')
+    with pytest.raises(store.NotSaved, match='the folder is gone') as error:
+      writer.save(1, make(1), {})
+  assert '\n' not in str(error.value)
+  assert not (tmp_path / 'run').exists()

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib import pyplot
 
+from experiments.bench import models
 from experiments.page import COLOURS
 from mla_moe import config as c
 from mla_moe.data import batches, corpus, tokenizer
@@ -33,33 +34,14 @@ look.use()
 # %% [markdown]
 # ## The models
 #
-# 16 experts, 4 for each token, two MoE layers, on the source files of Python's
-# own standard library. They differ in two numbers of the config: the weight of
-# the balance loss and the bias's rate. Both are larger than in the paper,
-# because 150 steps are few; a fourth model has the bias at the paper's own
-# rate, 0.001.
+# Two MoE layers of 16 experts, 4 for each token, at width 64, on the source
+# files of Python's own standard library; `experiments/bench/models.py` has the
+# other sizes. They differ in two numbers of the config: the weight of the
+# balance loss and the bias's rate. Both are larger than in the paper, because
+# 150 steps are few; a fourth model has the bias at the paper's own rate, 0.001.
 
 # %%
-model = c.ModelConfig(
-  vocab=264,
-  dim=64,
-  layers=3,
-  dense_layers=1,
-  dense_width=128,
-  max_positions=256,
-  init_std=0.05,
-  bos_id=256,
-  eos_id=257,
-  dtype='float32',
-  compute=c.ComputeConfig(remat='none'),
-  mla=c.MLAConfig(
-    heads=2, query_rank=0, kv_rank=32, nope_dim=16, rope_dim=8, value_dim=16
-  ),
-  moe=c.MoEConfig(
-    experts=16, top_k=4, width=32, groups=1, top_groups=1, scale=1.0
-  ),
-  mtp=c.MTPConfig(0),
-)
+model = models.ROUTING
 STEPS = 150
 text_config = c.DataConfig(seq_len=128, batch_size=8)
 recipe = c.OptimConfig(
@@ -204,11 +186,11 @@ assert vio == sorted(vio)
 # The order of MaxVio is the paper's, by the same mechanism. The perplexity's
 # order cannot be told from three seeds, which move the difference between the
 # bias and the loss by more than a percent to either side; what the paper found
-# after 100B tokens is 0.6 %. `bench/balance.py` tunes both and compares
-# them on 96 seeds: the bias is 0.12 ± 0.16 % below the loss, so that at this
-# size neither costs anything that shows (`bench/balance.md`). Nor can the
-# bias at the paper's own rate be judged: in 150 steps it hardly balances
-# anything.
+# after 100B tokens is 0.6 %. `python -m experiments.bench balance` tunes
+# both and compares them on 96 seeds: the bias is 0.12 ± 0.16 % below the loss,
+# so that at this size neither costs anything that shows
+# (`experiments/bench/balance.md`). Nor can the bias at the paper's own rate be
+# judged: in 150 steps it hardly balances anything.
 #
 # ## What group limiting does
 #

@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 from matplotlib import pyplot
 
+from experiments.bench import models
 from experiments.page import COLOURS
 from mla_moe import config as c
 from mla_moe import fp8
@@ -136,25 +137,20 @@ pyplot.show()
 # bfloat16, another rounding that has nothing to do with FP8.
 
 # %%
-model = c.ModelConfig(
-  vocab=264,
+model = models.build(
+  **models.BYTES,
   dim=128,
   layers=2,
-  dense_layers=1,
   dense_width=256,
-  max_positions=256,
   init_std=0.04,
-  bos_id=256,
-  eos_id=257,
-  dtype='float32',
-  compute=c.ComputeConfig(remat='none'),
-  mla=c.MLAConfig(
-    heads=2, query_rank=0, kv_rank=64, nope_dim=32, rope_dim=16, value_dim=32
-  ),
-  moe=c.MoEConfig(
-    experts=8, top_k=2, width=64, groups=1, top_groups=1, scale=1.0
-  ),
-  mtp=c.MTPConfig(0),
+  heads=2,
+  kv_rank=64,
+  nope_dim=32,
+  rope_dim=16,
+  value_dim=32,
+  experts=8,
+  top_k=2,
+  width=64,
 )
 STEPS = 80
 config = c.Config(

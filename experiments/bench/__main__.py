@@ -1,60 +1,83 @@
-"""Measures what the README claims; each benchmark is a module beside this one.
+"""Measures every figure of the documentation, one benchmark at a time.
 
-  python -m experiments.bench train [--only=speed,products,...]
-  python -m experiments.bench decode [--only=speed,cache,layer,context]
-  python -m experiments.bench checkpoint
-  python -m experiments.bench precision [--config=FILE --steps=N --seeds=2 ...]
+  python -m experiments.bench NAME [--out=runs/bench] [flags]
+  python -m experiments.bench NAME --help
 
-Prints a table and writes OUT/NAME.json and OUT/NAME.html. The peer of `train`
-and `decode` runs where `--peer_python` (this Python by default) has torch and
-transformers; each takes about ten minutes on two cores: leave the machine
-alone meanwhile. `precision` trains a config in bf16, in each FP8 recipe, and
-once more in bf16 with another rounding: how far two runs part without FP8.
+NAME is one of these; minutes are those of two CPU cores, which must be left
+alone meanwhile:
+
+{benchmarks}
+
+Each prints a table, and most write it into OUT. The peer of `train` and
+`decode` is transformers' DeepSeek-V3: --peer_python names a Python that has
+torch and transformers.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import pathlib
 import sys
 
-from experiments.bench import checkpoint, decode, precision, train
+from experiments import cli
 from mla_moe.config import ConfigError
 
 _BENCHMARKS = {
-  'train': train.run,
-  'decode': decode.run,
-  'checkpoint': checkpoint.run,
-  'precision': precision.run,
+  'train': 'training beside the peer; memory, experts, compile time (10)',
+  'decode': 'decoding beside the peer; the cache, long contexts (10)',
+  'checkpoint': 'the pause of a save beside Orbax alone, the seal (1)',
+  'precision': "FP8's loss beside bf16's: whole runs, or --pairs=96 (25; 45)",
+  'balance': 'balancing by a bias or by a loss: perplexity, MaxVio (45)',
+  'mesh': 'a step on 8 fake CPU devices beside one (2)',
+  'huggingface_streaming': 'speed and memory of loading a checkpoint (15)',
+  'fp8_gpu': 'FP8 kernels beside bfloat16; needs an NVIDIA GPU (5 there)',
 }
 
 
 def main() -> None:
-  """Runs the benchmark that the command line names."""
+  """Runs the benchmark that the command line names; `train` if none."""
+  lines = [f'  {name:21}  {line}' for name, line in _BENCHMARKS.items()]
+  about = __doc__.format(benchmarks='\n'.join(lines))
+  words = sys.argv[1:]
+  if words[:1] in (['--help'], ['-h']):
+    print(about)
+    return
+  name = 'train'
+  if words and not words[0].startswith('-'):
+    name, *words = words
+  with cli.edge():
+    if name not in _BENCHMARKS:
+      there = ', '.join(_BENCHMARKS)
+      raise ConfigError(f'{name!r}: is no benchmark; there are {there}')
+    run(name, words)
+
+
+def run(name: str, words: list[str]) -> None:
+  """Runs the module of a benchmark with the flags in `words`.
+
+  Raises:
+    ConfigError: a number is too small, or --out is no folder.
+  """
+  benchmark = importlib.import_module(f'experiments.bench.{name}')
   parser = argparse.ArgumentParser(
-    prog='python -m experiments.bench', description=__doc__.split('\n')[0]
+    prog=f'python -m experiments.bench {name}',
+    description=benchmark.__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
   )
-  parser.add_argument('which', nargs='?', default='train', choices=_BENCHMARKS)
   parser.add_argument('--out', type=pathlib.Path, default='runs/bench')
-  parser.add_argument('--peer_python', default=sys.executable)
-  parser.add_argument('--rounds', type=int, default=7)
-  parser.add_argument('--only', default='', help='parts, joined by commas')
-  parser.add_argument('--config', default='configs/tiny.py', help='precision')
-  parser.add_argument('--steps', type=int, default=0, help='precision; 0: all')
-  parser.add_argument('--seeds', type=int, default=1, help='precision')
-  args = parser.parse_args()
+  benchmark.flags(parser)
+  args = parser.parse_args(words)
+  for flag, value in vars(args).items():
+    least = 0 if parser.get_default(flag) == 0 else 1  # 0 has a meaning there
+    if type(value) is int and value < least:
+      raise ConfigError(f'--{flag}={value}: must be at least {least}')
   try:
-    if args.rounds < 1:
-      raise ConfigError(f'--rounds={args.rounds}: must be at least 1')
-    if args.seeds < 1:
-      raise ConfigError(f'--seeds={args.seeds}: must be at least 1')
-    if args.steps < 0:
-      raise ConfigError(f'--steps={args.steps}: must not be negative')
     args.out.mkdir(parents=True, exist_ok=True)
-    _BENCHMARKS[args.which](args.out.resolve(), args)  # Orbax insists
-  except (ConfigError, OSError) as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
+  except OSError as error:
+    raise ConfigError(f'--out={args.out}: {error.strerror}') from None
+  benchmark.run(args.out.resolve(), args)  # Orbax wants the whole path
 
 
 if __name__ == '__main__':

@@ -1,9 +1,9 @@
 """What safety costs: a save's pause beside Orbax alone, and the seal's time.
 
-The pause is what training waits for: the copy of the arrays, and here the
-fingerprints, too. Both kinds of save take turns on the same arrays and the same
-options. The seal is made in a thread, from files that have just been written;
-what training can feel of it is processor time.
+Training waits during the pause: for the copy of the arrays, and with us for
+their fingerprints. Both kinds of save take turns on the same arrays with the
+same options. A thread makes the seal, from files that have just been written:
+training can lose only processor time by it.
 """
 
 from __future__ import annotations
@@ -21,21 +21,25 @@ from experiments import runtime
 _PAUSE_MIB, _SEAL_MIB, _PERIOD = 128, 1024, 100.0
 
 
+def flags(parser) -> None:
+  """Adds this benchmark's flags."""
+  parser.add_argument('--rounds', type=int, default=7, help='saves of each')
+
+
 def run(out: pathlib.Path, args) -> None:
   """Measures, prints a table and writes OUT/checkpoint.json."""
-
   import jax
 
   runtime.keep_memory()
   with tempfile.TemporaryDirectory(dir=out) as scratch:
     pause = pauses(pathlib.Path(scratch), args.rounds)
     sealing = seals(pathlib.Path(scratch), max(args.rounds // 2, 1))
-  found = {
+  results = {
     'machine': f'{os.cpu_count()} cores, {jax.devices()[0].device_kind}',
     'pause': pause,
     'seal': sealing,
   }
-  (out / 'checkpoint.json').write_text(json.dumps(found, indent=1))
+  (out / 'checkpoint.json').write_text(json.dumps(results, indent=1))
   ms = {name: 1e3 * pause[name]['pause'] for name in ('ours', 'orbax')}
   print(
     f'pause of a save of {_PAUSE_MIB} MiB: {ms["ours"]:.0f} ms, Orbax alone '
@@ -49,7 +53,7 @@ def run(out: pathlib.Path, args) -> None:
 
 
 def pauses(folder: pathlib.Path, rounds: int) -> dict:
-  """Medians of seconds that a save blocks, and until it is on the disk."""
+  """Returns medians of seconds: a save blocks, and is on the disk."""
   import orbax.checkpoint as ocp
 
   from mla_moe.checkpoint import store
@@ -59,57 +63,53 @@ def pauses(folder: pathlib.Path, rounds: int) -> dict:
     state=ocp.args.StandardSave(state), facts=ocp.args.JsonSave({})
   )
   times = {name: {'pause': [], 'safe': []} for name in ('ours', 'orbax')}
-  alone = store.checkpointer()
-  with store.Writer(folder / 'ours', 1) as saved:
+  orbax = store.checkpointer()
+  with store.Writer(folder / 'ours', 1) as writer:
     for i in range(1, rounds + 2):
       kinds = {
         'orbax': (
-          lambda i=i: alone.save(folder / f'orbax{i}', args=items),
-          alone.wait_until_finished,
+          lambda i=i: orbax.save(folder / f'orbax{i}', args=items),
+          orbax.wait_until_finished,
         ),
-        'ours': (lambda i=i: saved.save(i, state, {}), saved.wait),
+        'ours': (lambda i=i: writer.save(i, state, {}), writer.wait),
       }
       for name in sorted(kinds, reverse=i % 2 == 0):
-        begin, wait = kinds[name]
-        at = time.perf_counter()
-        begin()
-        blocked = time.perf_counter() - at
+        save, wait = kinds[name]
+        began = time.perf_counter()
+        save()
+        blocked = time.perf_counter() - began
         wait()
         if i > 1:  # the first compiles and starts threads
           times[name]['pause'].append(blocked)
-          times[name]['safe'].append(time.perf_counter() - at)
+          times[name]['safe'].append(time.perf_counter() - began)
       shutil.rmtree(folder / f'orbax{i}')
-  alone.close()
+  orbax.close()
   return {
-    name: {part: statistics.median(seen) for part, seen in one.items()}
+    name: {part: statistics.median(x) for part, x in one.items()}
     for name, one in times.items()
   }
 
 
 def seals(folder: pathlib.Path, rounds: int) -> dict:
-  """Medians of the seal's seconds and processor seconds."""
+  """Returns medians of the seal's seconds and processor seconds."""
   from mla_moe.checkpoint import seal, store
 
-  with store.Writer(folder / 'large', 1) as saved:
-    saved.save(1, _arrays(_SEAL_MIB), {})
+  with store.Writer(folder / 'large', 1) as writer:
+    writer.save(1, _arrays(_SEAL_MIB), {})
   seconds, processor = [], []
   for _ in range(rounds):
-    at, spent = time.perf_counter(), time.process_time()
+    began, of_process = time.perf_counter(), time.process_time()
     seal.write(folder / 'large/1', {})
-    seconds.append(time.perf_counter() - at)
-    processor.append(time.process_time() - spent)
-  found = [statistics.median(x) for x in (seconds, processor)]
-  return {
-    'seconds': found[0],
-    'processor': found[1],
-    'share': found[1] / _PERIOD,
-  }
+    seconds.append(time.perf_counter() - began)
+    processor.append(time.process_time() - of_process)
+  whole, busy = statistics.median(seconds), statistics.median(processor)
+  return {'seconds': whole, 'processor': busy, 'share': busy / _PERIOD}
 
 
 def _arrays(mib: int) -> dict:
-  """Random float32, 4 MiB each: zeros would be compressed away."""
+  """Returns random float32 arrays, 4 MiB each: zeros would be compressed."""
   import jax
 
   keys = jax.random.split(jax.random.key(0), mib // 4)
-  made = jax.jit(lambda key: jax.random.normal(key, (1024, 1024)))
-  return jax.block_until_ready({f'{i}': made(k) for i, k in enumerate(keys)})
+  array = jax.jit(lambda key: jax.random.normal(key, (1024, 1024)))
+  return jax.block_until_ready({f'{i}': array(k) for i, k in enumerate(keys)})

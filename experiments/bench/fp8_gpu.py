@@ -1,26 +1,25 @@
 """FP8 against bfloat16 on a GPU: correctness, then time. NOT RUN YET.
 
-  python -m experiments.bench.fp8_gpu
-
-No GPU was at hand when this was written: no number of it has been measured,
-and the Mosaic GPU kernels have been interpreted and lowered, never compiled to
-machine code. For each shape of DeepSeek-V3's layers it checks y, dx and dw of
-the block-scaled kernels against dequantised products, then times a forward and
-backward pass in bfloat16, per-tensor FP8 (XLA's own, cuBLASLt) and block FP8,
-and prints TFLOP/s. The aim is 1.4 times bfloat16 on the dense shapes, and 70%
-of what per-tensor FP8 reaches.
+No GPU was at hand when this was written, and no figure of it has been measured;
+the Mosaic GPU kernels have been interpreted, and compiled for an H100, but not
+run on one. Two products check y, dx and dw of the block-scaled kernels against
+dequantised products of the same FP8. Then each shape of DeepSeek-V3's layers is
+timed, forward and backward, in bfloat16, per-tensor FP8 (XLA's own, by
+cuBLASLt) and block FP8, in TFLOP/s. The aim is 1.4 times bfloat16 on the dense
+shapes, and 70% of per-tensor FP8.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
+import pathlib
 import time
 
 import jax
 import jax.numpy as jnp
 
 from mla_moe import fp8
+from mla_moe.config import ConfigError
 
 TOKENS = 8192
 # name: (K, N) of the products of a V3 layer.
@@ -37,7 +36,7 @@ RECIPES = ('bf16', 'fp8_tensor', 'fp8_block')
 
 
 def training(f):
-  """y, dx and dw of a product."""
+  """Returns (x, w, g) -> y, dx and dw of a product."""
 
   def run(x, w, g):
     y, pull = jax.vjp(f, x, w)
@@ -47,7 +46,7 @@ def training(f):
 
 
 def seconds(run, args, repeats: int = 20) -> float:
-  """Median wall-clock time of one call."""
+  """Returns the median wall-clock time of one call."""
   jax.block_until_ready(run(*args))
   times = []
   for _ in range(repeats):
@@ -57,13 +56,8 @@ def seconds(run, args, repeats: int = 20) -> float:
   return sorted(times)[len(times) // 2]
 
 
-def forward_seconds(f, args) -> float:
-  """Of the forward product alone, weights quantised beforehand."""
-  return seconds(jax.jit(f), args)
-
-
 def operands(m: int, k: int, n: int, experts: int = 0):
-  """Normal x, float32 master w and g at the scale of training."""
+  """Returns normal x, float32 master w, and g at the scale of training."""
   keys = jax.random.split(jax.random.key(0), 3)
   lead = (experts,) if experts else ()
   x = jax.random.normal(keys[0], (m, k), jnp.bfloat16)
@@ -73,13 +67,13 @@ def operands(m: int, k: int, n: int, experts: int = 0):
 
 
 def relative(a, b) -> float:
-  """Of two arrays, in float32."""
+  """Returns |a - b| / |b| in float32."""
   a, b = a.astype(jnp.float32), b.astype(jnp.float32)
   return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
 
 
-def check(name: str, product, args):
-  """The hardware's kernels against dequantised products of the same FP8."""
+def check(name: str, product, args) -> bool:
+  """Compares the kernels with dequantised products; prints the errors."""
   fast = training(functools.partial(product, precision='fp8_block'))
   plain = training(
     functools.partial(product, precision='fp8_block', impl='dequant')
@@ -93,40 +87,60 @@ def check(name: str, product, args):
   return good
 
 
-def row(name: str, product, args, flops: float):
-  """Times of every recipe: all three products, then the forward alone."""
+def row(name: str, product, args, flops: float) -> None:
+  """Prints times of every recipe: all three products, then the forward alone.
+
+  The forward product has its weights quantised beforehand, as in serving.
+  """
   line = f'{name:22}'
   base = 0.0
   x, w, _ = args
   for precision in RECIPES:
     f = functools.partial(product, precision=precision)
-    took = seconds(training(f), args)
-    base = base or took
+    whole = seconds(training(f), args)
+    base = base or whole
     ready = w
     if precision != 'bf16':
       lead = w.ndim - 2
       ready = jax.jit(
         functools.partial(fp8.prepare, precision=precision, lead=lead)
       )(w)
-    alone = forward_seconds(f, (x, ready))
+    forward = seconds(jax.jit(f), (x, ready))
     line += (
-      f' | {1e3 * took:8.3f} ms {3 * flops / took / 1e12:6.0f} TF/s '
-      f'x{base / took:4.2f}, fwd {flops / alone / 1e12:5.0f}'
+      f' | {1e3 * whole:8.3f} ms {3 * flops / whole / 1e12:6.0f} TF/s '
+      f'x{base / whole:4.2f}, fwd {flops / forward / 1e12:5.0f}'
     )
   print(line, flush=True)
 
 
-def main():
-  """Checks, then the table."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def flags(parser) -> None:
+  """Adds this benchmark's flags."""
   parser.add_argument('--experts', type=int, default=256)
-  experts = parser.parse_args().experts
+
+
+def run(out: pathlib.Path, args) -> None:
+  """Prints the checks, then the tables."""
+  if jax.default_backend() != 'gpu':
+    raise ConfigError('fp8_gpu: needs an NVIDIA GPU, and jax sees none')
   device = jax.devices()[0]
   print(f'{device.device_kind}, jax {jax.__version__}')
   for precision in RECIPES[1:]:
     impl, line = fp8.choose(precision)
     print(f'{precision}: {impl} {line}')
+  check_all()
+  print(f'{"forward and backward":22} | ' + ' | '.join(RECIPES))
+  for name, (k, n) in DENSE.items():
+    flops = 2 * TOKENS * k * n
+    row(f'{name} {k} x {n}', fp8.dot, operands(TOKENS, k, n), flops)
+  time_experts(args.experts)
 
+
+def check_all() -> None:
+  """Checks a dense and a grouped product.
+
+  Raises:
+    SystemExit: one of them is wrong.
+  """
   sizes = jnp.full((8,), 100, jnp.int32).at[3].set(0)
   grouped = lambda x, w, precision, **options: fp8.ragged_dot(
     x, w, sizes, precision, **options
@@ -136,25 +150,22 @@ def main():
   if not good:
     raise SystemExit('the kernels are wrong: no times')
 
-  print(f'{"forward and backward":22} | ' + ' | '.join(RECIPES))
-  for name, (k, n) in DENSE.items():
-    flops = 2 * TOKENS * k * n
-    row(f'{name} {k} x {n}', fp8.dot, operands(TOKENS, k, n), flops)
 
-  # bfloat16's lax.ragged_dot is a dense masked product on GPUs: slow, and
-  # large. Rows of one layer's share: 8 choices of 8192 tokens.
+def time_experts(experts: int) -> None:
+  """Prints the rates of the grouped products of `experts` experts.
+
+  In FP8 alone: bfloat16's lax.ragged_dot is a dense masked product on GPUs,
+  slow and large. Rows are those of one layer: 8 choices of 8192 tokens.
+  """
   rows = TOKENS * 8
   even = jnp.full((experts,), rows // experts, jnp.int32)
-  by_expert = functools.partial(fp8.ragged_dot, group_sizes=even)
+  run = functools.partial(
+    fp8.ragged_dot, group_sizes=even, precision='fp8_block'
+  )
   for name in ('expert up', 'expert down'):
     k, n = DENSE[name]
-    x, w, g = operands(rows, k, n, experts)
-    run = functools.partial(by_expert, precision='fp8_block')
-    took = seconds(training(run), (x, w, g))
-    reach = 6 * rows * k * n / took / 1e12
-    print(f'{experts} experts, {name}: {1e3 * took:.3f} ms {reach:.0f} TF/s')
-    del x, w, g
-
-
-if __name__ == '__main__':
-  main()
+    args = operands(rows, k, n, experts)
+    whole = seconds(training(run), args)
+    rate = 6 * rows * k * n / whole / 1e12
+    print(f'{experts} experts, {name}: {1e3 * whole:.3f} ms {rate:.0f} TF/s')
+    del args  # gigabytes, before the next ones

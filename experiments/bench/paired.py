@@ -1,13 +1,13 @@
-"""Models of one seed, trained beside each other: the seed is one measurement.
+"""Models of one seed, trained in pairs: their difference is one measurement.
 
 They begin with the same weights, read the same text in the same order and are
-judged on the same held-out text: only what is compared differs between them, so
-that the seed's part falls out of the difference. What remains is chance of its
-own (any rounding sends two runs apart), which the mean of many seeds wears off:
-its standard error says how far.
+judged on the same held-out text. So the difference between two of them has
+nothing of the seed in it. It still has chance of its own, for any rounding
+sends two runs apart; the mean of many seeds wears that off, and its standard
+error says how far.
 
-A model is one row of a .jsonl file; a run that is stopped goes on with the next
-one.
+A model is one row of a .jsonl file. A run that is stopped goes on with the next
+row.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
@@ -32,14 +32,14 @@ HELDOUT = 48  # batches
 
 @functools.cache
 def text():
-  """The training tokens' and the held-out ones', and the id between texts."""
+  """Returns the training and the held-out tokens, as bytes."""
   words = tokenizer.load('byte', 256, 257)
   return corpus.prepare(DATA, words, pathlib.Path('runs/.corpus'))
 
 
 @functools.cache
 def programs(config: c.Config):
-  """The first state, a step and an evaluation of `config`, compiled once."""
+  """Returns the first state, a step and an evaluation, compiled once."""
   jit = lambda f, **k: jax.jit(functools.partial(f, config=config), **k)
   train = jit(step.train_step, donate_argnums=0)
   return jit(init_state), train, jit(step.eval_step)
@@ -52,35 +52,45 @@ def trained(
 ) -> tuple[float, list[dict]]:
   """Trains `config` for `config.run.steps` from `seed`.
 
+  Args:
+    config: of the model and its training.
+    seed: of the weights and of the order of the text.
+    change: replaces some of a step's rates; one program serves them all.
+
   Returns:
-    Its held-out loss in nats a byte, and what each step told.
+    The held-out loss in nats a byte, and the values that each step returned.
   """
   init, train, evaluate = programs(config)
   state = init(jax.random.key(seed))
-  order = dataclasses.replace(config.data, seed=seed)
-  tokens = order.seq_len * order.batch_size
-  told = []
+  data = dataclasses.replace(config.data, seed=seed)
+  tokens = data.seq_len * data.batch_size
+  values = []
   stream = batches.batches(
-    text().train, order, text().bos_id, 0, config.run.steps
+    text().train, data, text().bos_id, 0, config.run.steps
   )
   for number, batch in enumerate(stream):
     rates = change(optim.rates(config.optim, number, number * tokens))
-    state, values = train(state, batch, rates)
-    told.append(values)
+    state, of_step = train(state, batch, rates)
+    values.append(of_step)
   heldout = batches.eval_batches(text().heldout, DATA, text().bos_id, HELDOUT)
   sums = [evaluate(state, batch) for batch in heldout]
   nll = sum(float(s['nll']) for s in sums) / sum(int(s['tokens']) for s in sums)
-  return nll, told
+  return nll, values
 
 
 def rows(file: pathlib.Path) -> list[dict]:
-  """What `file` has: each row has at least a name, a seed and a loss, nll."""
+  """Returns the rows of `file`, each with `name`, `seed` and the loss `nll`."""
   if not file.exists():
     return []
   return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def add(file: pathlib.Path, names, seeds, measure) -> None:
+def add(
+  file: pathlib.Path,
+  names: Iterable[str],
+  seeds: Iterable[int],
+  measure: Callable[[str, int], dict],
+) -> None:
   """Appends measure(name, seed) to `file` for every pair that it lacks."""
   done = {(row['name'], row['seed']) for row in rows(file)}
   for seed in seeds:
@@ -92,7 +102,7 @@ def add(file: pathlib.Path, names, seeds, measure) -> None:
 
 
 def mean(values) -> tuple[float, float]:
-  """The mean of independent `values` and its standard error."""
+  """Returns the mean of independent values and its standard error."""
   values = np.asarray(values, np.float64)
   error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0
   return float(values.mean()), float(error)

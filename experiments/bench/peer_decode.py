@@ -1,8 +1,8 @@
-"""The peer of the decoding benchmark: transformers' DeepSeek-V3 under torch.
+"""Decoding of transformers' DeepSeek-V3 under torch, as a contender.
 
-A program of its own, like `peer_transformers`. It answers each line of its
-standard input with the seconds of a prefill and of the decoding steps after it,
-greedy, over a static cache; the first answer comes after the warm-up.
+This program imports nothing of ours but its neighbour `peer_train`. It answers
+each line of its standard input with the seconds of a prefill and of the greedy
+steps after it; the first answer comes after the warm-up.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import json
 import sys
 import time
 
-import peer_transformers
+import peer_train
 
 
 def main() -> None:
-  """Reads {'shape': ..., 'mode': ...}, warms up, then measures at each line."""
+  """The contender; a mode is 'static compile' (static cache) or 'plain'."""
   import torch
   import transformers
 
@@ -24,12 +24,12 @@ def main() -> None:
   new = shape['new']
   torch.manual_seed(0)
   model = transformers.AutoModelForCausalLM.from_config(
-    peer_transformers.config(shape, use_cache=True),
+    peer_train.config(shape, use_cache=True),
     experts_implementation='grouped_mm',
   )
   model.eval()
   size = (shape['batch'], shape['length'])
-  tokens = torch.randint(0, shape['vocab'], size)
+  prompts = torch.randint(0, shape['vocab'], size)
   longest = shape['length'] + new
   if 'static' in mode:
     cache = transformers.StaticCache(config=model.config, max_cache_len=longest)
@@ -43,14 +43,14 @@ def main() -> None:
     else:
       cache = transformers.DynamicCache(config=model.config)
     began = time.perf_counter()
-    logits = model(tokens, past_key_values=cache, logits_to_keep=1).logits
-    newest = logits[:, -1].argmax(-1, keepdim=True)
-    newest[0].item()
+    logits = model(prompts, past_key_values=cache, logits_to_keep=1).logits
+    tokens = logits[:, -1].argmax(-1, keepdim=True)
+    tokens[0].item()
     between = time.perf_counter()
     for _ in range(new):
-      logits = run(newest, past_key_values=cache).logits
-      newest = logits[:, -1].argmax(-1, keepdim=True)
-    newest[0].item()
+      logits = run(tokens, past_key_values=cache).logits
+      tokens = logits[:, -1].argmax(-1, keepdim=True)
+    tokens[0].item()
     return between - began, time.perf_counter() - between
 
   cache = cache if 'static' in mode else None

@@ -1,6 +1,7 @@
-"""The benchmark's own arithmetic, and how it drives those it compares."""
+"""The benchmarks' own arithmetic, and their contenders' turns."""
 
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -16,13 +17,13 @@ from experiments.bench import (
   checkpoint,
   contender,
   decode,
+  models,
   paired,
-  pairs,
   precision,
   products,
+  show,
   train,
 )
-from experiments.bench import shape as shapes
 from mla_moe import cost
 from mla_moe.config import ConfigError
 
@@ -39,29 +40,31 @@ for i, _ in enumerate(sys.stdin):
 
 @pytest.mark.parametrize('dense', [0, 1, 4])
 def test_products_have_the_flops_that_a_step_is_counted_for(dense):
-  shape = shapes.Shape(dense_layers=dense, layers=4, batch=2, length=64)
+  shape = models.Shape(dense_layers=dense, layers=4, batch=2, length=64)
   ours = sum(3 * p.times * p.useful * p.flops for p in products.of(shape))
-  per_token = cost.train_flops_per_token(shapes.config(shape), shape.length)
+  per_token = cost.train_flops_per_token(models.config(shape), shape.length)
   chex.assert_trees_all_close(ours, per_token * 128.0, rtol=1e-12)
 
 
 def test_one_rate_lies_between_the_products_rates():
-  listed = products.of(shapes.Shape())
-  found = [(p, 1e9 * (1 + i)) for i, p in enumerate(listed)]
-  assert 1e9 < products.together(found) < 1e9 * len(found)
+  listed = products.of(models.Shape())
+  rates = [(p, 1e9 * (1 + i)) for i, p in enumerate(listed)]
+  assert 1e9 < products.together(rates) < 1e9 * len(rates)
   same = [(p, 7e9) for p in listed]
   chex.assert_trees_all_close(products.together(same), 7e9, rtol=1e-12)
 
 
-def test_contenders_take_turns_and_absent_ones_are_known():
+def test_contenders_take_turns_and_absent_ones_are_known(capsys):
   command = [sys.executable, '-c', ANSWERS]
-  shape = shapes.Shape(batch=3)
+  shape = models.Shape(batch=3)
   racers = {m: contender.Contender(command, shape, m) for m in ('a', 'b')}
   assert [racer.versions for racer in racers.values()] == ['a', 'b']
   contender.take_turns(racers, 2)
   assert [racer.seconds for racer in racers.values()] == [[3, 4], [3, 4]]
   absent = contender.Contender([sys.executable, '-c', 'exit(1)'], shape, 'a')
   assert absent.versions is None
+  assert contender.started({**racers, 'c': absent}) == racers
+  assert 'left out: c (did not start' in capsys.readouterr().out
 
 
 def test_every_measurement_has_its_rows_and_the_page_its_pictures():
@@ -81,10 +84,12 @@ def test_every_measurement_has_its_rows_and_the_page_its_pictures():
     'start': {'first': 10.0, 'second': 4.0},
   }
   found = {k: {'machine': {'cores': 2}, 'found': v} for k, v in parts.items()}
-  text = '\n'.join(' '.join(row) for row in train._rows(found))
+  rows = train.rows(found)
+  text = '\n'.join(' '.join(row) for row in rows)
   for words in ('16.0 x for 16 x', '1.20 x that of 16', '0.40 of the first'):
     assert words in text
-  page = train._page(found)
+  figure = train.draw(found)
+  page = show.html('Training', rows, show.machines(found), figure)
   assert page.count('<svg') == 1 and 'MaxText' in page and 'cores 2' in page
   assert 'src=' not in page and 'href="http' not in page
 
@@ -149,8 +154,8 @@ def test_precisions_are_trained_side_by_side(tmp_path):
 
 
 def test_a_decoding_step_reads_what_its_rows_need():
-  one, all_rows = shapes.Shape(batch=1), shapes.Shape(batch=10**6)
-  counts = cost.parameters(shapes.config(one))
+  one, all_rows = models.Shape(batch=1), models.Shape(batch=10**6)
+  counts = cost.parameters(models.config(one))
   active = 4 * (counts.active - counts.embedding)
   latent = 4 * 4 * (128 + 16)  # float32, layers
   assert abs(decode.step_bytes(one, 100) - active - 100 * latent) < 1
@@ -170,16 +175,17 @@ def test_the_decoding_page_has_every_measurement():
   }
   parts = {
     'speed': {'rates': [rate], 'bandwidth': 1e10},
-    'cache': decode._cache_table(),
+    'cache': decode.cache_table(),
     'layer': {'8': {'latent': 0.002, 'heads': 0.006, 'share': 0.5}},
     'context': {'512': {'ms': 2.0, 'floor_ms': 2.0}},
   }
   found = {k: {'machine': {'cores': 2}, 'found': v} for k, v in parts.items()}
-  text = '\n'.join(' '.join(row) for row in decode._rows(found))
+  text = '\n'.join(' '.join(row) for row in decode.rows(found))
   # V3 caches 576 numbers of two bytes, 71 times fewer than its heads have.
   for words in ('900 tokens/s', '(MLA): 1,152', 'head: 81,920', '3.0x'):
     assert words in text
-  assert decode._page(found).count('<svg') == 1
+  page = show.html('Decoding', decode.rows(found), [], decode.draw(found))
+  assert page.count('<svg') == 1
 
 
 def test_models_of_one_seed_are_compared_pair_by_pair():
@@ -201,28 +207,96 @@ def test_models_of_one_seed_are_compared_pair_by_pair():
 def test_pairs_tell_a_precision_by_the_mean_of_many(tmp_path):
   """Chance of either sign wears off, what is common stays; and rows resume."""
   file = tmp_path / 'rows.jsonl'
-  asked = []
+  measured = []
 
   def measure(name, seed):
-    asked.append((name, seed))
+    measured.append((name, seed))
     loss = 2 + seed / 100  # the seed's own; then 1 % of chance, 0.1 % of FP8
     gap = {'fp8_block': 0.001 + (-1) ** seed / 100}.get(name, 0)
     return {'nll': loss * (1 + gap), 'loss': [loss * (1 + gap)] * 20}
 
-  paired.add(file, pairs.VARIANTS, range(2), measure)
-  paired.add(file, pairs.VARIANTS, range(4), measure)
-  assert len(asked) == len(set(asked)) == 4 * len(pairs.VARIANTS)
-  shown = pairs.table(paired.rows(file)).splitlines()
+  paired.add(file, precision.PAIRED, range(2), measure)
+  paired.add(file, precision.PAIRED, range(4), measure)
+  assert len(measured) == len(set(measured)) == 4 * len(precision.PAIRED)
+  shown = precision.table(paired.rows(file)).splitlines()
   assert '| +0.10 ± 0.58 % | +0.10 ± 0.58 % | 0 of 18 | 1.10% |' in shown[-1]
   assert '| +0.00 ± 0.00 % | +0.00 ± 0.00 % | 0 of 18 | 0.00% |' in shown[-2]
 
 
 def test_the_balance_benchmark_has_the_notebooks_model():
-  """A notebook stands alone, so that the model is written down twice."""
-  root = pathlib.Path(__file__).parents[2]
-  names = 'experiments/bench/balance.py', 'notebooks/2_routing.py'
-  ours, theirs = [
-    re.search(r'(?s)c\.ModelConfig\(\n.*?\n\)', (root / name).read_text())
-    for name in names
+  """Both take it from one place, so that no number can differ."""
+  notebook = (ROOT / 'notebooks/2_routing.py').read_text()
+  assert 'model = models.ROUTING\n' in notebook
+  assert balance.config(200, 0.0).model is models.ROUTING
+
+
+def test_models_are_built_from_one_flat_list():
+  model = models.build(dim=64, heads=2, experts=8, groups=1, top_groups=1)
+  assert (model.dim, model.mla.heads, model.moe.experts) == (64, 2, 8)
+  assert model.mtp.depth == 0
+  with pytest.raises(TypeError, match='topk'):
+    models.build(topk=3)
+
+
+def bench(*words):
+  """The command with jax's devices as they are outside the tests."""
+  environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+  command = [sys.executable, '-m', 'experiments.bench', *words]
+  return subprocess.run(
+    command, capture_output=True, text=True, cwd=ROOT, env=environment
+  )
+
+
+def test_the_command_lists_its_benchmarks_and_each_has_flags(
+  tmp_path, monkeypatch, capsys
+):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, 'argv', ['bench', '--help'])
+  program.main()
+  listed = re.findall(
+    r'(?m)^  (\w+) {2,}.*\(.*\d.*\)$', capsys.readouterr().out
+  )
+  folder = ROOT / 'experiments/bench'
+  commands = [
+    path.stem
+    for path in folder.glob('*.py')
+    if '\ndef flags(parser)' in path.read_text()
   ]
-  assert ours[0] == theirs[0]
+  assert sorted(listed) == sorted(commands) and len(listed) == 8
+  for name in listed:
+    with pytest.raises(SystemExit) as ended:
+      program.run(name, ['--help'])
+    assert ended.value.code == 0 and '--out' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  'words, said',
+  [
+    (['trains'], "'trains': is no benchmark; there are train, decode"),
+    (['train', '--rounds=0'], '--rounds=0: must be at least 1'),
+    (['precision', '--steps=-1'], '--steps=-1: must be at least 0'),
+    (['decode', '--only=sped'], '--only=sped: there is only speed, cache'),
+    (['mesh', '--mesh=expert:4'], 'is 4 devices, must be 8'),
+    (['balance', '--table'], '--table: there is no'),
+    (['fp8_gpu'], 'needs an NVIDIA GPU, and jax sees none'),
+  ],
+)
+def test_bad_requests_are_one_line(words, said, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(decode.runtime, 'keep_memory', lambda: None)
+  monkeypatch.setenv('XLA_FLAGS', os.environ.get('XLA_FLAGS', ''))
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, 'argv', ['bench', *words])
+  with pytest.raises(SystemExit) as ended:
+    program.main()
+  errors = capsys.readouterr().err
+  assert ended.value.code == 2 and errors.count('\n') == 1
+  assert said in errors
+
+
+@pytest.mark.slow
+def test_a_mesh_is_timed_beside_one_device(tmp_path):
+  done = bench(
+    'mesh', '--mesh=data:2,expert:4', '--steps=1', f'--out={tmp_path}'
+  )
+  assert done.returncode == 0, done.stderr
+  assert re.search(r'temporary memory 1/\d+\.\d; loss \d', done.stdout)

@@ -1,9 +1,9 @@
-"""The peer of the training benchmark: transformers' DeepSeek-V3 under torch.
+"""A training step of transformers' DeepSeek-V3 under torch, as a contender.
 
-A program of its own that needs torch and transformers, and nothing of ours, so
-that any Python that has them may run it. It answers each line of its standard
-input with the seconds of one whole training step (forward, backward, AdamW);
-the first answer comes after the warm-up.
+This program imports nothing of ours, so that any Python with torch and
+transformers can run it. It answers each line of its standard input with the
+seconds of one whole training step (forward, backward, AdamW); the first answer
+comes after the warm-up.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 
 
 def config(shape: dict, use_cache: bool):
-  """transformers' config of a shape."""
+  """Returns transformers' config of a shape."""
   import transformers
 
   return transformers.DeepseekV3Config(
@@ -43,7 +43,7 @@ def config(shape: dict, use_cache: bool):
 
 
 def main() -> None:
-  """Reads {'shape': ..., 'mode': ...}, warms up, then steps at each line."""
+  """The contender; a mode is 'float32', '... compile' or 'bf16 autocast'."""
   import torch
   import transformers
 
@@ -54,21 +54,21 @@ def main() -> None:
     config(shape, use_cache=False), experts_implementation='grouped_mm'
   )
   model.train()
-  tuned = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+  optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
   size = (shape['batch'], shape['length'])
   tokens = torch.randint(0, shape['vocab'], size)
   run = torch.compile(model) if 'compile' in mode else model
 
   def step():
     began = time.perf_counter()
-    narrow = contextlib.nullcontext()
+    autocast = contextlib.nullcontext()
     if 'bf16' in mode:
-      narrow = torch.autocast('cpu', dtype=torch.bfloat16)
-    with narrow:
+      autocast = torch.autocast('cpu', dtype=torch.bfloat16)
+    with autocast:
       loss = run(input_ids=tokens, labels=tokens).loss
     loss.backward()
-    tuned.step()
-    tuned.zero_grad(set_to_none=True)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     loss.item()
     return time.perf_counter() - began
 

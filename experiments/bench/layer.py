@@ -147,7 +147,5 @@ def _per_head(w, x, turn, cache):
   q = q.reshape(-1, q.shape[-1])
   logits = jnp.einsum('nh,nsh->ns', q, keys) * rope.softmax_scale(_MLA)
   out = jnp.einsum('ns,nsu->nu', jax.nn.softmax(logits), values)
-  return products.matmul_transposed(out.reshape(b, 1, -1), w['w_out']), (
-    keys,
-    values,
-  )
+  y = products.matmul_transposed(out.reshape(b, 1, -1), w['w_out'])
+  return y, (keys, values)

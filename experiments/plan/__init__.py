@@ -1,1 +1,1 @@
-"""The front door: what a config needs, costs and takes, before it is run."""
+"""A config's memory, traffic, time and money, before it is run."""

@@ -1,4 +1,4 @@
-"""What a config needs, takes and costs on given hardware, before it is run.
+"""Plans a run on given hardware: memory, traffic, time and money.
 
   python -m experiments.plan --config=configs/deepseek_v3.py
   python -m experiments.plan --config=configs/deepseek_v3.py \\
@@ -6,9 +6,9 @@
   python -m experiments.plan --config=configs/deepseek_v2_lite.py \\
     --topology=v5e:4x4 --mesh=fsdp=16 --compile
 
-Without --topology: the smallest slice of every chip. What cannot fit is
-refused with the smallest that does (exit code 2). --compile has the training
-step compiled for the topology on this CPU (extra [tpu], or [cuda] for GPUs).
+Without --topology: the smallest slice of every chip. A plan that cannot fit is
+refused with the smallest slice that does (exit code 2). --compile compiles the
+training step for the topology on this CPU (extra [tpu], or [cuda] for GPUs).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _define() -> None:
   flags.DEFINE_string('topology', '', 'Slice: v5p:4x4x4, v5e-16, h100:64.')
   flags.DEFINE_string('mesh', '', 'Axes: fsdp=8,expert=8; else the best.')
   flags.DEFINE_float('tokens', 0, "Token budget; 0: the config's run.")
-  flags.DEFINE_float('utilisation', 0, 'Share of the peak; 0: as V3 reached.')
+  flags.DEFINE_float('utilisation', 0, "Fraction of the peak; 0: V3's.")
   flags.DEFINE_float('dollars', 0, "Price of a chip's hour; 0: the list's.")
   flags.DEFINE_bool('compile', False, 'Compile the step for the topology, too.')
   flags.DEFINE_string(
@@ -38,8 +38,8 @@ def _define() -> None:
 def _main() -> None:
   values = cli.FLAGS
   config = cli.config()
-  on = chips.parse(values.topology) if values.topology else None
-  _check(values, on)
+  slice_ = chips.parse(values.topology) if values.topology else None
+  _check(values, slice_)
   import jax
 
   # Shapes need no accelerator, and libtpu serves one process at a time: the
@@ -57,26 +57,25 @@ def _main() -> None:
   utilisation = values.utilisation or bill.UTILISATION
   price = lambda plan: bill.bill(plan, tokens, utilisation, values.dollars)
   layout = search.layout_of(config)
-  if on is None:
+  if slice_ is None:
     kinds = [kind for kind in chips.CHIPS if kind != 'h800']
-    found = [search.smallest(config, kind, layout) for kind in kinds]
-    plans = [plan for plan in found if plan]
-    if not plans:
+    plans = [search.smallest(config, kind, layout) for kind in kinds]
+    pairs = [(plan, price(plan)) for plan in plans if plan]
+    if not pairs:
       raise ConfigError('no slice of any chip holds this config; shorten it')
-    pairs = [(plan, price(plan)) for plan in plans]
     report.show_choice(config, pairs, utilisation)
   else:
-    if config.mesh.devices == 1 < on.devices:
-      best = search.smallest_on(config, on, layout)
-      config = best.config if best else _laid_flat(config, on)
-    plan = search.plan(config, on, layout)
+    if config.mesh.devices == 1 < slice_.devices:
+      best = search.best_on(config, slice_, layout)
+      config = best.config if best else _all_fsdp(config, slice_)
+    plan = search.plan(config, slice_, layout)
     search.refuse_if_too_large(plan, layout)
     pairs = [(plan, price(plan))]
     report.show(*pairs[0], utilisation)
     if values.compile:
       from experiments.plan import compiled
 
-      report.show_compiled(plan, compiled.run(config, on))
+      report.show_compiled(plan, compiled.run(config, slice_))
   if values.out:
     path = pathlib.Path(values.out)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,22 +83,22 @@ def _main() -> None:
     print(path)
 
 
-def _laid_flat(config, on):
-  """Everything on fsdp: the mesh to refuse when no mesh fits."""
+def _all_fsdp(config, slice_):
+  """Returns the config with all devices on fsdp, to refuse if no mesh fits."""
   from mla_moe.config import MeshConfig
 
-  mesh = MeshConfig(fsdp=on.devices)
-  data = dataclasses.replace(config.data, micro_batch=on.devices)
+  mesh = MeshConfig(fsdp=slice_.devices)
+  data = dataclasses.replace(config.data, micro_batch=slice_.devices)
   return dataclasses.replace(config, mesh=mesh, data=data)
 
 
-def _check(values, on) -> None:
+def _check(values, slice_) -> None:
   for name in ('tokens', 'utilisation', 'dollars'):
     if getattr(values, name) < 0:
       raise ConfigError(f'--{name}={getattr(values, name)}: must be positive')
   if values.utilisation > 1:
-    raise ConfigError(f'--utilisation={values.utilisation}: is a share of 1')
-  if values.compile and on is None:
+    raise ConfigError(f'--utilisation={values.utilisation}: must be at most 1')
+  if values.compile and slice_ is None:
     raise ConfigError('--compile: needs a --topology, such as v5e:4x4')
 
 

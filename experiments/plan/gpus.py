@@ -1,8 +1,8 @@
-"""NVIDIA's GPUs as XLA's compiler wants to hear of them when none is here.
+"""NVIDIA's GPUs as XLA's compiler reads of them when none is here.
 
-The numbers are the makers' and what the driver says of such a card (XLA keeps
-the same in xla/tools/hlo_opt/gpu_specs). XLA chooses tiles and fusions by them;
-what it would measure on the card (its autotuner) it takes by default instead.
+The numbers are the maker's and the driver's of such a card (XLA has the same in
+xla/tools/hlo_opt/gpu_specs). XLA chooses tiles and fusions by them; where its
+autotuner would measure on the card, it takes its default instead.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ _CARDS = {
 _HOST = 8  # GPUs of one machine
 
 
-def topology(on: chips.Slice) -> dict[str, str]:
-  """What `topologies.get_topology_desc` needs to know, besides the platform."""
-  each = math.gcd(on.devices, _HOST)
+def topology(slice_: chips.Slice) -> dict[str, str]:
+  """Returns `topologies.get_topology_desc`'s arguments besides the platform."""
+  per_host = math.gcd(slice_.devices, _HOST)
+  hosts = slice_.devices // per_host
   return {
-    'target_config': _description(on.kind),
-    'topology': f'1x{on.devices // each}x{each}',
+    'target_config': _description(slice_.kind),
+    'topology': f'1x{hosts}x{per_host}',
   }
 
 
 def _description(kind: str) -> str:
-  """XLA's GpuTargetConfigProto, as text."""
+  """Returns XLA's GpuTargetConfigProto as text."""
   name, capability, cores, clock, cache = _CARDS[kind]
   chip = chips.CHIPS[kind]
   return f"""

@@ -1,11 +1,11 @@
-"""The collectives of a compiled program: kind, mesh axes, times, bytes.
+"""The collectives of a compiled program: kind, mesh axes, count, bytes.
 
-XLA prints a computation once, also when a loop runs it often: every operation
-counts as often as the loops around it turn. Trip counts are in the text where
-XLA knows them; the others are the micro-batches, whose number is a value, and
-an exchange's further rounds, of which a balanced step has none. Bytes are
-those that one device receives, with the usual rings: an all-gather brings
-(n-1)/n of its result, an all-reduce twice that.
+XLA prints a computation once, even if a loop runs it often. So an operation
+counts once for each turn of the loops around it. Trip counts are in the text
+where XLA knows them. The others are the micro-batches, whose number is a value,
+and an exchange's further rounds, of which a balanced step has none. Bytes are
+those that one device receives from a ring: an all-gather brings (n-1)/n of its
+result, an all-reduce twice that.
 """
 
 from __future__ import annotations
@@ -36,14 +36,17 @@ _SHAPE = re.compile(r'(\w+)\[([\d,]*)\]')
 def collectives(
   text: str, axes: tuple[str, ...], sizes: tuple[int, ...], unknown: int = 1
 ) -> list[dict]:
-  """Rows of axis ('fsdp', 'data+expert', ...), kind, count and bytes.
+  """Returns rows of axis ('fsdp', 'data+expert', ...), kind, count and bytes.
 
-  `axes` and `sizes` are the mesh's; `unknown` is how often a loop turns whose
-  number XLA does not know.
+  Args:
+    text: the program, `as_text()` of a compiled function.
+    axes: names of the mesh's axes.
+    sizes: their sizes.
+    unknown: turns of a loop whose number XLA does not know.
   """
   bodies, entry = _bodies(text)
   times = _times(bodies, entry, unknown)
-  found = {}
+  operations = {}
   for name, lines in bodies.items():
     scattered = 'all-reduce-scatter' in name
     for line in lines:
@@ -57,14 +60,14 @@ def collectives(
       size = _received(kind, shape, bool(started), len(group), scattered)
       if kind == 'all-reduce' and scattered:
         kind = 'reduce-scatter'
-      # A TPU's asynchronous collective is several fusions, in each of which it
-      # is written again: where it starts, what runs meanwhile, where it ends.
+      # A TPU's asynchronous collective is written in several fusions: where it
+      # starts, where it ends, and beside the work that runs meanwhile.
       chain = re.search(r'channel_id=(\d+).*?chain_id="(\d+)"', line)
       key = chain.groups() if chain else (name, line)
       one = (times[name], times[name] * size, _axis(group, axes, sizes), kind)
-      found[key] = max(found.get(key, one), one)
+      operations[key] = max(operations.get(key, one), one)
   rows = collections.defaultdict(lambda: [0, 0.0])
-  for turns, size, axis, kind in found.values():
+  for turns, size, axis, kind in operations.values():
     rows[axis, kind][0] += turns
     rows[axis, kind][1] += size
   return [
@@ -74,6 +77,7 @@ def collectives(
 
 
 def _bodies(text: str) -> tuple[dict[str, list[str]], str]:
+  """Returns the lines of each computation by name, and the entry's name."""
   bodies, entry, name = {}, '', None
   for line in text.splitlines():
     if name is None:
@@ -90,21 +94,21 @@ def _bodies(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _times(bodies, entry: str, unknown: int) -> dict[str, int]:
-  """How often each computation runs; callers are visited before callees."""
+  """Returns how often each computation runs."""
   calls = collections.defaultdict(list)
   for name, lines in bodies.items():
     for line in lines:
       turns = 1
       if ' while(' in line:
-        often = 0 if f'/{exchange.FURTHER}/' in line else unknown
-        turns = _turns(line, bodies) or often
+        default = 0 if f'/{exchange.FURTHER}/' in line else unknown
+        turns = _turns(line, bodies) or default
       called = _CALLED.findall(line)
       for branches in _BRANCHES.findall(line):
         called += re.findall(r'%?([\w.\-]+)', branches)
       for other in called:
         if other in bodies:
           calls[name].append((other, turns))
-  order, seen = [], set()
+  order, seen = [], set()  # callees before callers
 
   def visit(name):
     if name not in seen:
@@ -123,9 +127,10 @@ def _times(bodies, entry: str, unknown: int) -> dict[str, int]:
 
 
 def _turns(line: str, bodies) -> int:
-  """How often a loop turns, if the text says so; 0 if it does not.
+  """Returns how often a loop turns, if the text says so; 0 if it does not.
 
-  A TPU's program has no such note, but the comparison that ends the loop.
+  A TPU's program has no such note; there the comparison that ends the loop has
+  the number.
   """
   known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line)
   if known:
@@ -142,7 +147,7 @@ def _turns(line: str, bodies) -> int:
 
 
 def _group(line: str, devices: int) -> list[int]:
-  """The first group of devices that talk to each other."""
+  """Returns the first group of devices that talk to each other."""
   pairs = re.search(r'source_target_pairs=\{\{(\d+),(\d+)\}', line)
   if pairs:
     return sorted({int(pairs[1]), int(pairs[2])})
@@ -169,41 +174,41 @@ def _group(line: str, devices: int) -> list[int]:
 
 
 def _axis(group: list[int], axes: tuple, sizes: tuple) -> str:
-  """The mesh axes along which the devices of a group differ."""
-  where = np.unravel_index(np.array(group) % math.prod(sizes), sizes)
-  differ = [a for a, at in zip(axes, where, strict=True) if len(set(at)) > 1]
+  """Returns the mesh axes along which the devices of a group differ."""
+  places = np.unravel_index(np.array(group) % math.prod(sizes), sizes)
+  differ = [a for a, p in zip(axes, places, strict=True) if len(set(p)) > 1]
   return '+'.join(differ) or 'none'
 
 
 def _received(
   kind: str, shape: str, started: bool, devices: int, scattered: bool
 ) -> float:
-  """Bytes that one device receives in one operation of a result `shape`."""
+  """Returns bytes that a device receives in one operation of result `shape`."""
   nested = started and re.match(r'\(\(.*?\), (.*)\)$', shape)
   if nested:  # ((operands), results)
     shape = nested[1]
-  sizes = [_bytes(*found) for found in _SHAPE.findall(shape)]
+  sizes = [_bytes(*match) for match in _SHAPE.findall(shape)]
   sizes = [size for size in sizes if size]
   if started and not nested and kind == 'all-gather':
     sizes = sizes[len(sizes) // 2 :]
   if started and kind == 'collective-permute':
     sizes = sizes[:1]
   size = sum(sizes)
-  share = (devices - 1) / devices
+  others = (devices - 1) / devices
   if kind == 'collective-permute':
     return size
   if kind == 'reduce-scatter':
     return size * (devices - 1)
   if kind == 'all-reduce':
-    return size * share * (1 if scattered else 2)
-  return size * share
+    return size * others * (1 if scattered else 2)
+  return size * others
 
 
 def _bytes(dtype: str, shape: str) -> float:
   bits = _BITS.get(dtype)
   if bits is None:
-    found = re.search(r'^[suf](\d+)', dtype)
-    if not found:
+    digits = re.search(r'^[suf](\d+)', dtype)
+    if not digits:
       return 0.0
-    bits = int(found[1])
+    bits = int(digits[1])
   return math.prod(int(n) for n in shape.split(',') if n) * bits / 8

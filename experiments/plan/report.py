@@ -1,4 +1,4 @@
-"""A plan for people: tables in the terminal, and a page with its picture."""
+"""A plan as tables in the terminal, and as a page with pictures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import page
-from experiments.plan import memory, search
+from experiments.plan import search, traffic
 from mla_moe import cost
 
 _MEANS = {
@@ -17,7 +17,7 @@ _MEANS = {
   'gradients': 'float32, sums over micro-batches',
   'optimizer': 'its moments, float32',
   'copies': 'the parameters as the products read them',
-  'saved': 'what layers keep for the backward pass',
+  'residuals': 'of all layers, for the backward pass',
   'working': 'the largest layer, going backward',
   'gathered': "FSDP's copy of a layer, and its gradient",
   'logits': "the loss's blocks and the head's gradient",
@@ -25,12 +25,12 @@ _MEANS = {
 
 
 def wide() -> Console:
-  """A console that cuts no figure off, in a narrow terminal or in a pipe."""
+  """Returns a console that cuts no figure off, however narrow it is."""
   return Console(highlight=False, width=max(Console().width, 110))
 
 
 def show(plan, bill, utilisation: float) -> None:
-  """One config on one slice."""
+  """Prints one config on one slice."""
   console = wide()
   console.print(_headline(plan.config))
   chip, total = plan.slice.chip, plan.footprint.total
@@ -39,9 +39,9 @@ def show(plan, bill, utilisation: float) -> None:
     ('memory', 'GiB', 'share', ''),
   )
   for name, size in dataclasses.asdict(plan.footprint).items():
-    share = size / chip.usable
-    mark = '█' * round(24 * share)
-    table.add_row(name, _gib(size), f'{share:.1%}', f'{mark} {_MEANS[name]}')
+    fraction = size / chip.usable
+    bar = '█' * round(24 * fraction)
+    table.add_row(name, _gib(size), f'{fraction:.1%}', f'{bar} {_MEANS[name]}')
   table.add_section()
   table.add_row('all', _gib(total), f'{total / chip.usable:.1%}', '')
   free = f'of which a plan leaves {chip.margin:.0%} free'
@@ -58,7 +58,7 @@ def show(plan, bill, utilisation: float) -> None:
 
 
 def show_choice(config, pairs, utilisation: float) -> None:
-  """The smallest slice of every chip."""
+  """Prints the smallest slice of every chip."""
   console = wide()
   console.print(_headline(config))
   columns = ('slice', 'mesh', 'GiB', 'of', 'days', 'chip hours', 'dollars')
@@ -80,34 +80,35 @@ def show_choice(config, pairs, utilisation: float) -> None:
   )
 
 
-def show_compiled(plan, found) -> None:
-  """What the compiler made of it, beside the arithmetic."""
+def show_compiled(plan, compiled: dict) -> None:
+  """Prints `compiled.run`'s figures beside the arithmetic."""
   console = wide()
   table = _table('Compiled, one device', ('', 'GiB', 'arithmetic'))
-  ours = plan.footprint
-  state = ours.parameters + ours.optimizer
-  scratch = ours.total - state
-  table.add_row('state (arguments)', _gib(found['arguments']), _gib(state))
-  table.add_row('scratch (temporary)', _gib(found['temporary']), _gib(scratch))
+  footprint = plan.footprint
+  state = footprint.parameters + footprint.optimizer
+  scratch = footprint.total - state
+  table.add_row('state (arguments)', _gib(compiled['arguments']), _gib(state))
+  table.add_row(
+    'scratch (temporary)', _gib(compiled['temporary']), _gib(scratch)
+  )
   console.print(table)
   table = _table('Collectives of a step', ('axis', 'kind', 'count', 'GiB'))
-  for row in found['collectives']:
+  for row in compiled['collectives']:
     table.add_row(
       row['axis'], row['kind'], f'{row["count"]:,}', _gib(row['bytes'])
     )
-  expected = memory.traffic(plan.config)
-  for axis, size in expected.items():
+  for axis, size in traffic.by_axis(plan.config).items():
     if size:
       table.add_row(axis, 'arithmetic', '', _gib(size))
   console.print(table)
   console.print(
-    f'jax {found["jax"]}, {found["compiler"]}; compiled in '
-    f'{found["seconds"]:.0f} s.'
+    f'jax {compiled["jax"]}, {compiled["compiler"]}; compiled in '
+    f'{compiled["seconds"]:.0f} s.'
   )
 
 
 def page_of(config, pairs, utilisation: float) -> str:
-  """The page: numbers on top, memory and money below."""
+  """Returns the page: numbers on top, memory and money below."""
   plan, bill = pairs[0]
   counts = cost.parameters(config)
   cheapest = min(pairs, key=lambda pair: pair[1].dollars)
@@ -133,25 +134,27 @@ def page_of(config, pairs, utilisation: float) -> str:
 
 
 def draw_memory(plans):
-  """Stacked bars of every plan's footprint, and where its memory ends."""
+  """Returns stacked bars of the plans' footprints, and their memories' ends."""
   figure, axes = page.figure(1, 0.9 + 0.5 * len(plans))
   plot = axes[0, 0]
-  at = range(len(plans))
+  places = range(len(plans))
   left = [0.0] * len(plans)
   colours = (*page.COLOURS, '#999999', '#332288')
   for (name, meaning), colour in zip(_MEANS.items(), colours, strict=True):
     sizes = [getattr(plan.footprint, name) / 2**30 for plan in plans]
-    plot.barh(at, sizes, left=left, color=colour, label=f'{name}: {meaning}')
+    plot.barh(
+      places, sizes, left=left, color=colour, label=f'{name}: {meaning}'
+    )
     left = [a + b for a, b in zip(left, sizes, strict=True)]
   for i, plan in enumerate(plans):
     end = plan.slice.chip.usable / 2**30
     plot.plot([end, end], [i - 0.45, i + 0.45], color='#1d2330', lw=3)
   plot.set_yticks(
-    at,
+    places,
     [f'{p.slice}\n{search.mesh_text(p.config.mesh)}' for p in plans],
   )
   plot.invert_yaxis()
-  plot.set_xlabel('GiB; the black line is what a program can have')
+  plot.set_xlabel('GiB; a program can have as much as the black line')
   plot.legend(
     frameon=False, fontsize=8, loc='upper left', bbox_to_anchor=(1, 1)
   )
@@ -159,14 +162,14 @@ def draw_memory(plans):
 
 
 def draw_money(pairs):
-  """Days and dollars of every plan."""
+  """Returns bars of every plan's days and dollars."""
   figure, axes = page.figure(2, 0.9 + 0.45 * len(pairs))
   names = [str(plan.slice) for plan, _ in pairs]
-  drawn = (
+  plots = (
     ('days', 'days', lambda bill: bill.days),
     ('million dollars', 'money', lambda bill: bill.dollars / 1e6),
   )
-  for plot, (unit, title, value) in zip(axes[0], drawn, strict=True):
+  for plot, (unit, title, value) in zip(axes[0], plots, strict=True):
     sizes = [value(bill) for _, bill in pairs]
     bars = plot.barh(names, sizes, color=page.COLOURS[title == 'money'])
     plot.bar_label(bars, [f'{size:,.3g}' for size in sizes], padding=4)
@@ -187,12 +190,15 @@ def _step_rows(plan, bill) -> list[tuple[str, str]]:
     ('computing', f'{bill.computing:,.2f} s'),
     ('sending, if nothing hides it', f'{bill.sending:,.2f} s'),
   ]
-  for axis, size in memory.traffic(config).items():
+  for axis, size in traffic.by_axis(config).items():
     if size:
       rows.append((f'received over {axis}', search.gib(size)))
   if mesh.stage > 1:
     rows.append(
-      ('pipeline bubble', f'{memory.bubble(mesh.stage, times):.1%} of the step')
+      (
+        'pipeline bubble',
+        f'{traffic.bubble(mesh.stage, times):.1%} of the step',
+      )
     )
   return rows
 

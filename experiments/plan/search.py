@@ -1,9 +1,9 @@
 """Meshes and slices on which a config fits, by arithmetic alone.
 
-Every mesh that a slice allows is laid out and measured (`memory.footprint`);
-of those that fit, the one that sends the least wins: nothing here knows how
-much of the sending hides behind computing. A device takes one sequence at a
-time, which is the least memory that there is without `context`.
+Every mesh that a slice allows is measured (`memory.footprint`). Of those that
+fit, the one with the least traffic wins: nothing here knows how much of it
+hides behind computing. A device takes one sequence at a time, which needs the
+least memory without `context`.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ import dataclasses
 from collections.abc import Iterator
 
 from experiments import chips
-from experiments.plan import memory
+from experiments.plan import memory, traffic
 from mla_moe import sharding
 from mla_moe.config import Config, ConfigError, MeshConfig
-from mla_moe.train.state import abstract_state
+from mla_moe.train import step
+from mla_moe.types import PyTree
 
 AXES = sharding.AXES
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """A config on a slice, and what one device holds."""
+  """A config on a slice, and the bytes on one device."""
 
   config: Config
   slice: chips.Slice
@@ -34,10 +35,10 @@ class Plan:
 
 
 def mesh_of(text: str, states: str = 'fsdp') -> MeshConfig:
-  """The mesh of 'fsdp=8,expert=8'; axes that are not named are 1.
+  """Returns the mesh of 'fsdp=8,expert=8'; other axes are 1.
 
   Raises:
-    ConfigError: an axis that there is not, or a size that is no number.
+    ConfigError: an axis that does not exist, or a size that is no number.
   """
   sizes = {}
   for part in text.split(','):
@@ -51,51 +52,55 @@ def mesh_of(text: str, states: str = 'fsdp') -> MeshConfig:
   return MeshConfig(**sizes, states=states)
 
 
-def plan(config: Config, on: chips.Slice, layout) -> Plan:
-  """The config with its own mesh on a slice.
+def plan(config: Config, slice_: chips.Slice, layout: PyTree) -> Plan:
+  """Returns the plan of a config with its own mesh (layout: step.layout's).
 
   Raises:
-    ConfigError: the mesh is not the slice's size (says one that fits), or the
-      model cannot be laid on it.
+    ConfigError: the mesh is not the slice's size (names one that fits), or the
+      model does not divide over it.
   """
-  have = on.devices
-  if config.mesh.devices != have:
-    best = smallest_on(config, on, layout)
+  if config.mesh.devices != slice_.devices:
+    best = best_on(config, slice_, layout)
     hint = f'; {flags(best)} fits' if best else ''
     raise ConfigError(
       f'--mesh={mesh_text(config.mesh)}: is {config.mesh.devices} devices, '
-      f'{on} has {have}{hint}'
+      f'{slice_} has {slice_.devices}{hint}'
     )
   sharding.check(config)
-  if on.count > 1:
-    sharding.slice_axis(config.mesh, on.count)
-  return Plan(config, on, memory.footprint(config, layout))
+  if slice_.count > 1:
+    sharding.slice_axis(config.mesh, slice_.count)
+  return Plan(config, slice_, memory.footprint(config, layout))
 
 
-def smallest_on(config, on: chips.Slice, layout) -> Plan | None:
-  """The mesh of a slice that fits and sends least; None if nothing fits."""
+def best_on(config: Config, slice_: chips.Slice, layout: PyTree) -> Plan | None:
+  """Returns the plan that fits a slice with the least traffic, or None."""
   fitting = []
-  for mesh in _meshes(config, on.devices):
-    laid = _laid(config, mesh, on.count)
-    if laid is None:
+  for mesh in _meshes(config, slice_.devices):
+    on_mesh = _on_mesh(config, mesh, slice_.count)
+    if on_mesh is None:
       continue
-    found = Plan(laid, on, memory.footprint(laid, layout))
-    if found.fits:
-      fitting.append((sum(memory.traffic(laid).values()), found))
+    candidate = Plan(on_mesh, slice_, memory.footprint(on_mesh, layout))
+    if candidate.fits:
+      size = sum(traffic.by_axis(on_mesh).values())
+      fitting.append((size, candidate))
   return min(fitting, key=lambda pair: pair[0], default=(0, None))[1]
 
 
-def smallest(config, kind: str, layout) -> Plan | None:
-  """The smallest slice of a kind on which the config fits, and its mesh."""
-  for on in chips.slices(kind):
-    found = smallest_on(config, on, layout)
-    if found:
-      return found
+def smallest(config: Config, kind: str, layout: PyTree) -> Plan | None:
+  """Returns the plan on the smallest slice of a kind that fits, or None."""
+  for slice_ in chips.slices(kind):
+    best = best_on(config, slice_, layout)
+    if best:
+      return best
   return None
 
 
-def refuse_if_too_large(plan: Plan, layout) -> None:
-  """Raises ConfigError, with the smallest slice that fits, in one line."""
+def refuse_if_too_large(plan: Plan, layout: PyTree) -> None:
+  """Refuses a plan that does not fit.
+
+  Raises:
+    ConfigError: names the largest parts and the smallest slice that fits.
+  """
   if plan.fits:
     return
   parts = dataclasses.asdict(plan.footprint)
@@ -114,7 +119,7 @@ def refuse_if_too_large(plan: Plan, layout) -> None:
 
 
 def flags(plan: Plan) -> str:
-  """The flags that make the plan's config out of the one it came from."""
+  """Returns the flags of `experiments.plan` that give the plan's config."""
   rows = plan.config.data.micro_batch
   return (
     f'--mesh={mesh_text(plan.config.mesh)} --config.data.micro_batch={rows}'
@@ -122,14 +127,14 @@ def flags(plan: Plan) -> str:
 
 
 def mesh_text(mesh: MeshConfig) -> str:
-  """'fsdp=8,expert=8' of a mesh."""
+  """Returns 'fsdp=8,expert=8' of a mesh."""
   sizes = {axis: getattr(mesh, axis) for axis in AXES}
-  shown = [f'{axis}={size}' for axis, size in sizes.items() if size > 1]
-  return ','.join(shown) or 'data=1'
+  words = [f'{axis}={size}' for axis, size in sizes.items() if size > 1]
+  return ','.join(words) or 'data=1'
 
 
 def training_flags(config: Config) -> str:
-  """What `experiments.train` must be told, to train as it was planned."""
+  """Returns the flags of `experiments.train` that train as planned."""
   sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
   words = [f'--config.mesh.{a}={n}' for a, n in sizes.items() if n > 1]
   rows = config.data.micro_batch
@@ -137,16 +142,16 @@ def training_flags(config: Config) -> str:
 
 
 def gib(size: float) -> str:
-  """Bytes as GiB, for people."""
+  """Returns bytes as GiB, in words."""
   return f'{size / 2**30:.1f} GiB'
 
 
-def layout_of(config: Config):
-  """Shapes and axes of the state; the same for every mesh."""
-  return abstract_state(config)
+def layout_of(config: Config) -> PyTree:
+  """Returns shapes and axes of the state, which are the same on every mesh."""
+  return step.layout(config)
 
 
-def _meshes(config, devices: int) -> Iterator[MeshConfig]:
+def _meshes(config: Config, devices: int) -> Iterator[MeshConfig]:
   experts = config.model.moe.experts if config.model.moe_layers else 1
   for expert in _powers(min(devices, experts, 64)):
     for tensor in _powers(min(devices // expert, 8)):
@@ -165,15 +170,18 @@ def _powers(most: int) -> list[int]:
   return [2**i for i in range(most.bit_length()) if 2**i <= most]
 
 
-def _laid(config, mesh, slices: int) -> Config | None:
-  """The config on a mesh, a sequence a device at a time; None if it cannot."""
+def _on_mesh(config: Config, mesh: MeshConfig, slices: int) -> Config | None:
+  """Returns the config on a mesh, a sequence a device at a time.
+
+  None if the model or the mesh does not divide.
+  """
   rows = mesh.data * mesh.fsdp * mesh.expert
   try:
     data = dataclasses.replace(config.data, micro_batch=rows)
-    laid = dataclasses.replace(config, mesh=mesh, data=data)
-    sharding.check(laid)
+    on_mesh = dataclasses.replace(config, mesh=mesh, data=data)
+    sharding.check(on_mesh)
     if slices > 1:
       sharding.slice_axis(mesh, slices)
   except ConfigError:
     return None
-  return laid
+  return on_mesh

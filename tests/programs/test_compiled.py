@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 
 from configs import small
-from experiments.plan import compiled, hlo, memory
+from experiments.plan import compiled, hlo, traffic
 from mla_moe import sharding
 from mla_moe.config import (
   CacheConfig,
@@ -122,7 +122,7 @@ def libtpu(monkeypatch):
 def test_a_tpu_receives_what_the_arithmetic_says(mesh, libtpu):
   config, found = tpu(mesh)
   no_experts_are_gathered(config, *found)
-  sums, expected = received(*found), memory.traffic(config)
+  sums, expected = received(*found), traffic.by_axis(config)
   total = sum(expected.values())
   assert sum(sums.values()) == pytest.approx(total, rel=0.1)
   for axis in expected:

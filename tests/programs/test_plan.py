@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from configs import deepseek_v2_lite, deepseek_v3, small
 from experiments import chips
-from experiments.plan import bill, compiled, memory, report, search
+from experiments.plan import bill, compiled, memory, report, search, traffic
 from mla_moe import cost, sharding
 from mla_moe.config import (
   ComputeConfig,
@@ -109,7 +109,7 @@ def test_saved_bytes_are_those_of_the_residuals(remat, within):
   )
   config = dataclasses.replace(SMOKE, model=network, data=data)
   expected = kept_for_the_backward_pass(network, 2, 248)
-  assert memory.saved_bytes(config) == pytest.approx(expected, rel=within)
+  assert memory.residual_bytes(config) == pytest.approx(expected, rel=within)
 
 
 def test_the_bill_of_v3_on_its_own_cluster():
@@ -132,7 +132,7 @@ def test_zero1_splits_the_moments_alone():
   assert split.optimizer < 0.3 * whole.optimizer
   # A mesh that is searched for, or asked for by a flag, keeps the table.
   config = on_mesh(SMOKE, states='zero1')
-  found = search.smallest_on(config, chips.parse('v5e:2x2'), layout)
+  found = search.best_on(config, chips.parse('v5e:2x2'), layout)
   assert found.config.mesh.states == 'zero1'
   assert search.mesh_of('data=4', 'zero1').states == 'zero1'
 
@@ -156,12 +156,12 @@ def test_sharding_more_never_holds_more():
 
 
 def test_traffic_follows_the_mesh():
-  assert not any(memory.traffic(on_mesh(LITE)).values())
+  assert not any(traffic.by_axis(on_mesh(LITE)).values())
   for axis in ('data', 'fsdp', 'expert', 'tensor'):
-    sent = memory.traffic(on_mesh(LITE, **{axis: 4}))
+    sent = traffic.by_axis(on_mesh(LITE, **{axis: 4}))
     assert {a for a, size in sent.items() if size} == {axis}
   counts = cost.parameters(LITE)
-  sent = memory.traffic(on_mesh(LITE, data=2))['data']
+  sent = traffic.by_axis(on_mesh(LITE, data=2))['data']
   steps = LITE.data.batch_size / 2
   a = LITE.model.mla
   up = 27 * a.kv_rank * a.heads * (a.nope_dim + a.value_dim)
@@ -176,7 +176,7 @@ def test_the_smallest_slice_is_the_smallest():
   assert found.fits and found.config.mesh.devices == found.slice.devices
   before = chips.slices('v5p').index(found.slice)
   for on in chips.slices('v5p')[:before]:
-    assert search.smallest_on(LITE, on, layout) is None
+    assert search.best_on(LITE, on, layout) is None
 
 
 @pytest.mark.parametrize(

@@ -287,4 +287,4 @@ def test_a_plan_that_fits_writes_a_table_and_a_page(tmp_path):
 
 
 def test_the_bubble():
-  assert memory.bubble(4, 12) == 0.2
+  assert traffic.bubble(4, 12) == 0.2

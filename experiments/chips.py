@@ -1,20 +1,20 @@
-"""Accelerators as data: peaks, memory, list prices, and the slices there are.
+"""Accelerators as data: peaks, memory, list prices, and their slices.
 
 Peaks and bandwidths are the makers' (cloud.google.com/tpu/docs: v5e, v5p, v6e,
-tpu7x; NVIDIA's data sheets; read 2026-11-24). The memory that a program can
-have of a TPU is what libtpu 0.0.50 says when it refuses one that is too large;
-of a GPU `SHARE` of what its driver reports is assumed, as with
-XLA_PYTHON_CLIENT_MEM_FRACTION=0.92. Prices are those of an on-demand chip's
-hour in the US, as secondary sources of 2026 quote them (Google's price page
-was not at hand; Ironwood has no public list price; GPUs' are rounded market
-prices); the H800's $2 is the assumption of the DeepSeek-V3 report's Table 1.
-They change: give yours with --dollars.
+tpu7x; NVIDIA's data sheets; read 2026-11-24). A TPU's usable memory is the
+number that libtpu 0.0.50 prints when it refuses a program that is too large. Of
+a GPU's, as its driver reports it, `MEMORY_FRACTION` is assumed, as with
+XLA_PYTHON_CLIENT_MEM_FRACTION=0.92.
+
+A price is that of an on-demand chip's hour in the US, as secondary sources of
+2026 quote it (Google's price page was not at hand; Ironwood has no public list
+price; GPUs' are rounded market prices). The H800's $2 is the assumption of the
+DeepSeek-V3 report's Table 1. They change: give yours with --dollars.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import re
 
@@ -23,14 +23,20 @@ from mla_moe.config import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One kind of accelerator; per device, of which a chip has `cores`.
+  """One kind of accelerator; numbers are of a device, of which it has `cores`.
 
-  bf16 and fp8 are peak FLOP/s (fp8 equals bf16 where there is no FP8 unit),
-  usable is bytes of memory that a program gets, bandwidth and link bytes a
-  second (link: to the neighbours together), dollars an hour of the whole chip.
-  margin is the share of `usable` that a plan leaves free: programs compiled for
-  GPUs need up to 11 % more than the arithmetic says (docs/plan.md), and NCCL
-  and cuBLAS have their own; none for TPUs does.
+  Attributes:
+    bf16: peak FLOP/s.
+    fp8: peak FLOP/s; bf16's where there is no FP8 unit.
+    usable: bytes of memory that a program can have.
+    bandwidth: bytes a second of that memory.
+    link: bytes a second to all neighbours together.
+    dollars: an hour of the whole chip.
+    dimensions: of the network that wires a slice; 1 for GPUs.
+    cores: devices of a chip.
+    margin: fraction of `usable` that a plan leaves free. Programs compiled for
+      GPUs need up to 11 % more than the arithmetic (docs/plan.md), and NCCL and
+      cuBLAS take memory of their own; no program for TPUs does either.
   """
 
   bf16: float
@@ -50,8 +56,14 @@ class Chip:
 
 
 GIB = 2.0**30
-SHARE = 0.92
-_gpu = functools.partial(Chip, dimensions=1, margin=0.1)
+MEMORY_FRACTION = 0.92
+
+
+def _gpu(bf16, fp8, memory, bandwidth, link, dollars) -> Chip:
+  usable = MEMORY_FRACTION * memory
+  return Chip(bf16, fp8, usable, bandwidth, link, dollars, 1, margin=0.1)
+
+
 CHIPS = {
   'v5e': Chip(197e12, 197e12, 15.75 * GIB, 819e9, 200e9, 1.20, 2),
   'v6e': Chip(918e12, 918e12, 31.24 * GIB, 1640e9, 400e9, 2.70, 2),
@@ -59,10 +71,10 @@ CHIPS = {
   'tpu7x': Chip(
     1153.5e12, 2307e12, 94.74 * GIB, 3690e9, 600e9, 12.0, 3, cores=2
   ),
-  'h800': _gpu(989e12, 1979e12, SHARE * 84978434048, 3350e9, 200e9, 2.0),
-  'h100': _gpu(989e12, 1979e12, SHARE * 84978434048, 3350e9, 450e9, 3.0),
-  'h200': _gpu(989e12, 1979e12, SHARE * 139 * GIB, 4800e9, 450e9, 4.0),
-  'b200': _gpu(2250e12, 4500e12, SHARE * 191514673152, 8000e9, 900e9, 6.0),
+  'h800': _gpu(989e12, 1979e12, 84978434048, 3350e9, 200e9, 2.0),
+  'h100': _gpu(989e12, 1979e12, 84978434048, 3350e9, 450e9, 3.0),
+  'h200': _gpu(989e12, 1979e12, 139 * GIB, 4800e9, 450e9, 4.0),
+  'b200': _gpu(2250e12, 4500e12, 191514673152, 8000e9, 900e9, 6.0),
 }
 
 _SLICES = {
@@ -117,41 +129,39 @@ class Slice:
 
 
 def parse(text: str) -> Slice:
-  """The slice that `text` names: v5p:4x4x4, v5e-16, h100:64, v6e:16x16*2.
+  """Returns the slice of a name: v5p:4x4x4, v5e-16, h100:64, v6e:16x16*2.
 
   Raises:
-    ConfigError: a kind or a shape that there is not, with those there are.
+    ConfigError: the kind or the shape does not exist; lists those that do.
   """
   text, _, count = text.lower().partition('*')
   count = int(count) if count.isdigit() and int(count) else 1
   match = re.fullmatch(r'([a-z0-9]+)[:-]([0-9]+(?:x[0-9]+)*)', text)
-  kind = {'v5litepod': 'v5e', 'v5': 'v5p', 'v7x': 'tpu7x'}.get(
-    match[1] if match else '', match[1] if match else ''
-  )
+  kind = match[1] if match else ''
+  kind = {'v5litepod': 'v5e', 'v5': 'v5p', 'v7x': 'tpu7x'}.get(kind, kind)
   if kind not in CHIPS:
     raise ConfigError(
       f'--topology={text!r}: name a chip and its shape, such as v5p:4x4x4, '
       f'v5e:4x4 or h100:64; the chips are {", ".join(CHIPS)}'
     )
   shape = tuple(int(n) for n in match[2].split('x'))
-  known = _SLICES[CHIPS[kind].dimensions]
-  if len(shape) == 1 and CHIPS[kind].dimensions > 1:
-    shape = next((s for s in known if math.prod(s) == shape[0]), shape)
   if CHIPS[kind].dimensions == 1:
-    if len(shape) == 1 and shape[0] > 0:
-      return Slice(kind, shape)
-  elif shape in known:
-    return Slice(kind, shape, count)
-  shapes = ', '.join('x'.join(map(str, s)) for s in known)
-  raise ConfigError(
-    f'--topology={text!r}: {kind} slices are {shapes}'
-    if CHIPS[kind].dimensions > 1
-    else f'--topology={text!r}: give the number of GPUs, such as {kind}:64'
-  )
+    if len(shape) > 1 or not shape[0]:
+      raise ConfigError(
+        f'--topology={text!r}: give the number of GPUs, such as {kind}:64'
+      )
+    return Slice(kind, shape)
+  known = _SLICES[CHIPS[kind].dimensions]
+  if len(shape) == 1:  # by size
+    shape = next((s for s in known if math.prod(s) == shape[0]), shape)
+  if shape not in known:
+    shapes = ', '.join('x'.join(map(str, s)) for s in known)
+    raise ConfigError(f'--topology={text!r}: {kind} slices are {shapes}')
+  return Slice(kind, shape, count)
 
 
 def slices(kind: str) -> list[Slice]:
-  """The slices of a kind, smallest first, then 2 to 16 of the largest TPU's."""
+  """Returns a kind's slices, smallest first; of TPUs also 2 to 16 of them."""
   single = [Slice(kind, shape) for shape in _SLICES[CHIPS[kind].dimensions]]
   if CHIPS[kind].dimensions == 1:
     return single

@@ -1,8 +1,9 @@
-"""What to paste into an issue: versions, devices, flags, disk, known trouble.
+"""A report to paste into an issue: versions, devices, flags, disk, trouble.
 
   python -m experiments.doctor
 
-Nothing is sent anywhere. Exit code 1 if something here is known not to work.
+Nothing is sent anywhere. The exit code is 1 if this machine has a version or a
+pair of versions that is known not to work.
 """
 
 from __future__ import annotations
@@ -46,18 +47,18 @@ for d in jax.devices():
 
 
 def versions() -> dict[str, str]:
-  """Of every package of interest that is installed."""
-  found = {}
+  """Returns the version of every package of interest that is installed."""
+  installed = {}
   for name in _PACKAGES:
     try:
-      found[name] = importlib.metadata.version(name)
+      installed[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
       continue
-  return found
+  return installed
 
 
 def number(version: str) -> tuple[int, ...]:
-  """(0, 12, 9) of '0.12.9.1rc2': the first three parts that are numbers."""
+  """Returns (0, 12, 9) of '0.12.9.1rc2': the first three parts, as numbers."""
   parts = []
   for part in version.split('.')[:3]:
     digits = ''.join(c for c in part if c.isdigit())
@@ -65,10 +66,10 @@ def number(version: str) -> tuple[int, ...]:
   return tuple(parts)
 
 
-def trouble(found: dict[str, str], python: tuple[int, ...]) -> list[str]:
-  """What is known not to work about these versions, and what to do."""
-  at = {name: number(version) for name, version in found.items()}
-  jax, flax = at.get('jax', ()), at.get('flax', ())
+def trouble(installed: dict[str, str], python: tuple[int, ...]) -> list[str]:
+  """Returns a line for each known trouble with these versions, and its cure."""
+  have = {name: number(version) for name, version in installed.items()}
+  jax, flax = have.get('jax', ()), have.get('flax', ())
   lines = []
   if python < (3, 11):
     lines.append('Python is too old: 3.11 or newer is needed')
@@ -83,27 +84,27 @@ def trouble(found: dict[str, str], python: tuple[int, ...]) -> list[str]:
       'this flax fails to import flax.nnx on this jax (mla_moe does not need '
       'it, other programs may): pip install "flax>=0.12.10"'
     )
-  if 'jaxlib' in at and jax and at['jaxlib'][:2] != jax[:2]:
+  if 'jaxlib' in have and jax and have['jaxlib'][:2] != jax[:2]:
     lines.append('jax and jaxlib do not match: pip install -U jax jaxlib')
-  if 'jax-cuda12-plugin' in at and 'jax-cuda13-plugin' in at:
+  if 'jax-cuda12-plugin' in have and 'jax-cuda13-plugin' in have:
     lines.append('plugins of CUDA 12 and 13 are both there: uninstall one')
-  if 'libtpu' in at and any('cuda' in name for name in at):
+  if 'libtpu' in have and any('cuda' in name for name in have):
     lines.append('libtpu and a CUDA plugin are both there: set JAX_PLATFORMS')
   return lines
 
 
 def devices(seconds: float = 60) -> list[str]:
-  """What jax sees, asked in a process of its own: drivers may hang."""
+  """Returns jax's devices, listed in a process of its own: drivers may hang."""
   command = [sys.executable, '-c', _DEVICES]
   try:
-    done = subprocess.run(
+    process = subprocess.run(
       command, capture_output=True, text=True, timeout=seconds
     )
   except subprocess.TimeoutExpired:
     return [f'jax did not start within {seconds:.0f} s']
-  if done.returncode:
-    return [(done.stderr.strip().splitlines() or ['jax failed'])[-1]]
-  return done.stdout.strip().splitlines()
+  if process.returncode:
+    return [(process.stderr.strip().splitlines() or ['jax failed'])[-1]]
+  return process.stdout.strip().splitlines()
 
 
 def _memory() -> str:
@@ -118,10 +119,10 @@ def _commit() -> str:
   root = pathlib.Path(__file__).parent.parent
   command = ['git', '-C', str(root), 'describe', '--always', '--dirty']
   try:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    git = subprocess.run(command, capture_output=True, text=True, timeout=10)
   except (OSError, subprocess.TimeoutExpired):
     return 'unknown'
-  return done.stdout.strip() or 'unknown'
+  return git.stdout.strip() or 'unknown'
 
 
 def main() -> None:
@@ -129,19 +130,19 @@ def main() -> None:
   if sys.argv[1:]:
     print(__doc__)
     sys.exit(0 if sys.argv[1:] == ['--help'] else 2)
-  found = versions()
+  installed = versions()
   print(f'commit    {_commit()}')
   print(f'python    {platform.python_version()} on {platform.platform()}')
   print(f'machine   {os.cpu_count()} cores, {_memory()} memory')
   free = shutil.disk_usage('.').free / 2**30
   print(f'disk      {free:.1f} GiB free here')
-  print('packages  ' + ', '.join(f'{n} {v}' for n, v in found.items()))
+  print('packages  ' + ', '.join(f'{n} {v}' for n, v in installed.items()))
   flags = {k: v for k, v in os.environ.items() if k.startswith(_FLAGS)}
   for name, value in sorted(flags.items()):
     print(f'flag      {name}={value}')
   for line in devices():
     print(f'device    {line}')
-  lines = trouble(found, sys.version_info[:3])
+  lines = trouble(installed, sys.version_info[:3])
   if free < 2:
     lines.append('less than 2 GiB of disk are free: a checkpoint may not fit')
   for line in lines:

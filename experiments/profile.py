@@ -2,11 +2,13 @@
 
   python -m experiments.train --profile=5:8 ...
 
-traces steps 5 to 8 into DIR/profile; `xprof --logdir DIR/profile` (extra
-[profile]) draws it in a browser, which fetches its charts from the network:
-the table that is printed does not need one. Read any trace again with
+traces steps 5 to 8 into DIR/profile and prints a table of their operations.
+`xprof --logdir DIR/profile` (extra [profile]) draws the trace in a browser,
+whose charts come from the network. The table needs neither, and
 
   python -m experiments.profile DIR
+
+prints it again.
 """
 
 from __future__ import annotations
@@ -28,11 +30,11 @@ _LINES = ('XLA Ops', 'Stream')
 
 
 def window(text: str) -> tuple[int, int]:
-  """(5, 8) of '5:8'; ('' is (0, -1), which is no step).
+  """Returns (5, 8) of '5:8', and of '' (0, -1), which has no step.
 
   Raises:
-    ConfigError: it is not two steps, the first of them 2 or later (the first
-      step compiles) and not after the last.
+    ConfigError: it is not two steps, of which the first is at least 2 (step 1
+      compiles) and at most the last.
   """
   if not text:
     return 0, -1
@@ -52,12 +54,12 @@ def steps(
   last: int,
   rest: Callable[[], None] = lambda: None,
 ) -> Iterator[Callable[[int, Any], float]]:
-  """Yields at(step, values), to be called before each step.
+  """Yields before_step(step, values): call it before each step.
 
-  `values` are the step's before, which are waited for where the trace begins
-  and ends. The table is printed as soon as the trace is written. at returns the
-  seconds that the trace itself took, which are none of the steps'; `rest` is
-  called before them (a watchdog's).
+  `values` are those of the step before; the trace waits for them where it
+  begins and ends. The table is printed as soon as the trace is written.
+  before_step returns the seconds of starting and writing the trace, which do
+  not count as the steps'. It calls `rest` (a watchdog's) ahead of them.
   """
   import jax
 
@@ -70,7 +72,7 @@ def steps(
     print(table(operations(folder)))
     print(f'Trace of steps {first} to {last}: xprof --logdir {folder}')
 
-  def at(step: int, values: Any) -> float:
+  def before_step(step: int, values: Any) -> float:
     nonlocal running
     if not running and step == first:
       jax.block_until_ready(values)
@@ -88,16 +90,16 @@ def steps(
     return time.perf_counter() - began
 
   try:
-    yield at
+    yield before_step
   finally:
     if running:
       end()
 
 
 def operations(folder: pathlib.Path) -> dict[str, tuple[int, float]]:
-  """Operations of the newest trace: how often, seconds in all; longest first.
+  """Returns the newest trace's operations: count and seconds, longest first.
 
-  Numbers that XLA appends to names are taken off: fusion.12 is a fusion.
+  Names lose the numbers that XLA appends: fusion.12 is a fusion.
 
   Raises:
     ConfigError: the folder holds no trace.
@@ -107,11 +109,11 @@ def operations(folder: pathlib.Path) -> dict[str, tuple[int, float]]:
   files = sorted(folder.glob('**/*.xplane.pb'), key=lambda f: f.stat().st_mtime)
   if not files:
     raise ConfigError(f'{str(folder)!r}: holds no trace (*.xplane.pb)')
-  found = collections.defaultdict(lambda: [0, 0.0])
+  rows = collections.defaultdict(lambda: [0, 0.0])
   planes = list(ProfileData.from_file(str(files[-1])).planes)
   devices = [p for p in planes if p.name.startswith('/device:')]
-  # A CPU marks the end of each operation with an event of its own, which may be
-  # another thread's.
+  # A CPU marks the end of each operation with another event, which can lie on
+  # another thread's line.
   hosts = [] if devices else planes
   lines = [line for plane in hosts for line in plane.lines]
   names = {event.name for line in lines for event in line.events}
@@ -124,18 +126,18 @@ def operations(folder: pathlib.Path) -> dict[str, tuple[int, float]]:
         if not devices and event.name not in ended:
           continue
         name = event.name.partition(' = ')[0].lstrip('%')
-        row = found[re.sub(r'[.\d]+$', '', name) or name]
+        row = rows[re.sub(r'[.\d]+$', '', name) or name]
         row[0] += 1
         row[1] += event.duration_ns / 1e9
-  order = sorted(found.items(), key=lambda item: -item[1][1])
+  order = sorted(rows.items(), key=lambda item: -item[1][1])
   return {name: (count, seconds) for name, (count, seconds) in order}
 
 
-def table(found: dict[str, tuple[int, float]], most: int = 15) -> str:
-  """The longest operations as lines of text, with their share of all."""
-  whole = sum(seconds for _, seconds in found.values()) or 1.0
+def table(operations: dict[str, tuple[int, float]], most: int = 15) -> str:
+  """Returns the longest operations as lines, with their share of all."""
+  whole = sum(seconds for _, seconds in operations.values()) or 1.0
   lines = [f'{"seconds":>9} {"share":>6} {"times":>7}  operation']
-  for name, (count, seconds) in list(found.items())[:most]:
+  for name, (count, seconds) in list(operations.items())[:most]:
     lines.append(
       f'{seconds:9.3f} {seconds / whole:6.1%} {count:7}  {name[:50]}'
     )
@@ -143,7 +145,7 @@ def table(found: dict[str, tuple[int, float]], most: int = 15) -> str:
 
 
 def main() -> None:
-  """The table of the newest trace below a folder."""
+  """Prints the table of the newest trace below a folder."""
   if sys.argv[1:] in (['--help'], ['-h']):
     print(__doc__)
     return

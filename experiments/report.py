@@ -1,9 +1,9 @@
-"""report.html of a run: one page, self-contained, for people who would look.
+"""report.html of a run: one self-contained page of curves and heat maps.
 
   python -m experiments.report DIR
 
-Curves and heat maps are drawn by matplotlib (extra [viz]) into the page as
-SVG; nothing is loaded from anywhere.
+Matplotlib (extra [viz]) draws them into the page as SVG; nothing is loaded from
+anywhere.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mla_moe.config import ConfigError
 
 
 def logged(rows: list[dict]) -> list[dict]:
-  """The rows of steps: without one there is nothing to draw."""
+  """Returns the rows of steps; without one there is nothing to draw."""
   return [row for row in rows if 'loss' in row]
 
 
@@ -47,53 +47,66 @@ def write(folder: pathlib.Path) -> pathlib.Path | None:
   if 'MPLBACKEND' not in os.environ:  # a notebook has a screen of its own
     matplotlib.use('Agg')
   evals = [row for row in rows if 'bits_per_byte' in row]
-  loads = workdir.rows(folder / 'load.jsonl')
-  samples = folder / 'samples.txt'
-  config = (folder / 'config.json').read_text()
+  config = json.loads((folder / 'config.json').read_text())
   parts = [
     _numbers(steps, evals),
     '<h2>Learning</h2>',
     _learning(steps, evals),
+    *_experts(steps, workdir.rows(folder / 'load.jsonl'), config['model']),
+    *_fp8([row for row in rows if 'fp8_layers' in row]),
+    *_sample(folder / 'samples.txt'),
+    '<h2>Config</h2>',
+    f'<pre>{html.escape(json.dumps(config, indent=1))}</pre>',
   ]
-  if loads and 'max_vio_layers' in steps[-1]:
-    parts += [
-      '<h2>Balance of the experts</h2>',
-      '<p>MaxVio is how far the busiest expert is above the mean load: 0 is '
-      'perfect balance. The maps show each expert&#39;s share of the mean over '
-      'the run, one map a layer (MTP modules last).</p>',
-      _balance(steps, _main_layers(config)),
-      _heat(loads, _main_layers(config)),
-    ]
-  looked = [row for row in rows if 'fp8_layers' in row]
-  if looked:
-    parts += [
-      '<h2>FP8</h2>',
-      '<p>Of each layer&#39;s attention input (x), a weight (w) and the '
-      'gradient at its output (g), on a few tokens: the relative error of two '
-      'products against float32, values that became zero, values at the '
-      'largest number, and the worst tile&#39;s range in powers of two. '
-      'Thick: the worst layer.</p>',
-      _eight(looked),
-    ]
-  if samples.exists():
-    last = samples.read_text(errors='replace').split('--- step ')[-1]
-    parts += [
-      '<h2>A sample</h2>',
-      '<p>The model continues after &laquo;&lt;&lt;&lt;&raquo;.</p>',
-      f'<pre>step {html.escape(last)}</pre>',
-    ]
-  config = json.dumps(json.loads(config), indent=1)
-  parts += ['<h2>Config</h2>', f'<pre>{html.escape(config)}</pre>']
   target = folder / 'report.html'
   target.write_text(page.page(folder.resolve().name, parts))
   return target
+
+
+def _experts(steps, loads, model: dict) -> list[str]:
+  if not loads or 'max_vio_layers' not in steps[-1]:
+    return []
+  main_layers = model['layers'] - model['dense_layers']
+  return [
+    '<h2>Balance of the experts</h2>',
+    '<p>MaxVio is how far the busiest expert is above the mean load: 0 is '
+    'perfect balance. The maps show each expert&#39;s share of the mean over '
+    'the run, one map a layer (MTP modules last).</p>',
+    _balance(steps, main_layers),
+    _load_maps(loads, main_layers),
+  ]
+
+
+def _fp8(rows) -> list[str]:
+  if not rows:
+    return []
+  return [
+    '<h2>FP8</h2>',
+    '<p>Of each layer&#39;s attention input (x), a weight (w) and the '
+    'gradient at its output (g), on a few tokens: the relative error of two '
+    'products against float32, values that became zero, values at the '
+    'largest number, and the worst tile&#39;s range in powers of two. '
+    'Thick: the worst layer.</p>',
+    _fp8_curves(rows),
+  ]
+
+
+def _sample(path: pathlib.Path) -> list[str]:
+  if not path.exists():
+    return []
+  last = path.read_text(errors='replace').split('--- step ')[-1]
+  return [
+    '<h2>A sample</h2>',
+    '<p>The model continues after &laquo;&lt;&lt;&lt;&raquo;.</p>',
+    f'<pre>step {html.escape(last)}</pre>',
+  ]
 
 
 def _numbers(steps, evals) -> str:
   last = steps[-1]
   timed = [row for row in steps if 'mfu' in row]
   rates = [row['tokens_per_s'] for row in timed] or [0]
-  shown = [
+  cards = [
     ('steps', f'{last["step"]:,}'),
     ('tokens', f'{last["tokens"]:,}'),
     ('training loss, nats', f'{last["main_loss"]:.3f}'),
@@ -105,31 +118,31 @@ def _numbers(steps, evals) -> str:
     ('peak memory, MiB', f'{last["memory_mib"]:,.0f}'),
   ]
   if evals:
-    shown[2:2] = [
+    cards[2:2] = [
       ('held-out bits per byte', f'{evals[-1]["bits_per_byte"]:.3f}'),
       ('the same, gzip -9', f'{evals[-1]["gzip_bits_per_byte"]:.3f}'),
     ]
   if 'max_vio' in last:
-    shown.append(('MaxVio, running', f'{last["max_vio_running"]:.2f}'))
-  return page.numbers(shown)
+    cards.append(('MaxVio, running', f'{last["max_vio_running"]:.2f}'))
+  return page.numbers(cards)
 
 
 def _learning(steps, evals) -> str:
   figure, axes = page.figure(2, lines=2)
-  at = [row['step'] for row in steps]
+  x = [row['step'] for row in steps]
   bits = np.log(2)
   plot = axes[0, 0]
-  plot.plot(at, [row['main_loss'] / bits for row in steps], label='training')
+  plot.plot(x, [row['main_loss'] / bits for row in steps], label='training')
   if steps[-1]['mtp_loss']:
     mtp = [row['mtp_loss'] / bits for row in steps]
-    plot.plot(at, mtp, label='MTP (the token after)', alpha=0.7)
+    plot.plot(x, mtp, label='MTP (the token after)', alpha=0.7)
   plot.set(title='Loss', xlabel='step', ylabel='bits per token')
   plot.legend(frameon=False)
   plot = axes[0, 1]
   if evals:
-    x = [row['step'] for row in evals]
-    y = [row['bits_per_byte'] for row in evals]
-    plot.plot(x, y, 'o-', label='this model')
+    evaluated = [row['step'] for row in evals]
+    held_out = [row['bits_per_byte'] for row in evals]
+    plot.plot(evaluated, held_out, 'o-', label='this model')
     level = evals[-1]['gzip_bits_per_byte']
     plot.axhline(level, color=page.COLOURS[1], ls='--', label='gzip -9')
     plot.set_ylim(0, None)
@@ -139,44 +152,45 @@ def _learning(steps, evals) -> str:
     (axes[1, 0], 'lr', 'learning rate'),
     (axes[1, 1], 'grad_norm', 'gradient norm'),
   ):
-    plot.plot(at, [row[name] for row in steps])
+    plot.plot(x, [row[name] for row in steps])
     plot.set(title=unit.capitalize(), xlabel='step', ylabel=unit)
   axes[1, 1].set_yscale('log')
-  return _whole(figure, axes)
+  return _over_steps(figure, axes)
 
 
-def _whole(figure, axes) -> str:
-  """The figure, whose abscissas are steps: there is no half of one."""
+def _over_steps(figure, axes) -> str:
+  """Returns the figure as SVG; its abscissas are steps, and have no halves."""
   for plot in axes.flat:
     plot.xaxis.get_major_locator().set_params(integer=True)
   return page.svg(figure)
 
 
-def _balance(steps, main: int) -> str:
+def _balance(steps, main_layers: int) -> str:
   figure, axes = page.figure(3)
-  at = [row['step'] for row in steps]
+  x = [row['step'] for row in steps]
   plot = axes[0, 0]
   batch = np.array([row['max_vio_layers'] for row in steps])
   smooth = np.array([row['max_vio_running_layers'] for row in steps])
   for layer in range(batch.shape[1]):
     colour = page.COLOURS[layer % len(page.COLOURS)]
-    plot.plot(at, batch[:, layer], color=colour, alpha=0.25, lw=0.8)
-    plot.plot(at, smooth[:, layer], color=colour, label=_layer(layer, main))
-  if batch.shape[1] <= len(page.COLOURS):  # more would be told by no colour
+    label = _layer(layer, main_layers)
+    plot.plot(x, batch[:, layer], color=colour, alpha=0.25, lw=0.8)
+    plot.plot(x, smooth[:, layer], color=colour, label=label)
+  if batch.shape[1] <= len(page.COLOURS):  # more would share a colour
     plot.legend(frameon=False)
   plot.set(title='MaxVio by layer (thin: one batch)', xlabel='step')
   plot.set_ylim(0, None)
   names = (('entropy', 'Router entropy, nats'), ('bias_norm', 'Bias norm'))
   for plot, (name, title) in zip(axes[0, 1:], names, strict=True):
     if name in steps[-1]:
-      plot.plot(at, [row[name] for row in steps])
+      plot.plot(x, [row[name] for row in steps])
     plot.set(title=f'{title}, by layer', xlabel='step')
-  return _whole(figure, axes)
+  return _over_steps(figure, axes)
 
 
-def _eight(looked) -> str:
+def _fp8_curves(rows) -> str:
   figure, axes = page.figure(2, lines=2)
-  at = [row['step'] for row in looked]
+  x = [row['step'] for row in rows]
   for plot, (end, title) in zip(
     axes.flat,
     (
@@ -187,41 +201,35 @@ def _eight(looked) -> str:
     ),
     strict=True,
   ):
-    names = [n for n in looked[0]['fp8_layers'] if n.endswith(end)]
+    names = [name for name in rows[0]['fp8_layers'] if name.endswith(end)]
     for name, colour in zip(names, page.COLOURS, strict=False):
-      layers = np.array([row['fp8_layers'][name] for row in looked])
-      plot.plot(at, layers, color=colour, alpha=0.25, lw=0.8)
-      plot.plot(
-        at, layers.max(1), 'o-', color=colour, label=name[: -len(end) - 1]
-      )
+      layers = np.array([row['fp8_layers'][name] for row in rows])
+      worst, label = layers.max(1), name[: -len(end) - 1]
+      plot.plot(x, layers, color=colour, alpha=0.25, lw=0.8)
+      plot.plot(x, worst, 'o-', color=colour, label=label)
     plot.set(title=title, xlabel='step')
     plot.legend(frameon=False)
   return page.svg(figure)
 
 
-def _main_layers(config: str) -> int:
-  model = json.loads(config)['model']
-  return model['layers'] - model['dense_layers']
+def _layer(layer: int, main_layers: int) -> str:
+  """Returns its name; MTP modules come after the main model's MoE layers."""
+  module = layer - main_layers + 1
+  return f'MTP module {module}' if module > 0 else f'MoE layer {layer + 1}'
 
 
-def _layer(layer: int, main: int) -> str:
-  """Its name among `main` MoE layers and the MTP modules behind them."""
-  ahead = layer - main + 1
-  return f'MTP module {ahead}' if ahead > 0 else f'MoE layer {layer + 1}'
-
-
-def _heat(loads, main: int) -> str:
+def _load_maps(loads, main_layers: int) -> str:
   load = np.array([row['load'] for row in loads], float)  # [steps, L, E]
   load = load / np.maximum(load.mean(-1, keepdims=True), 1e-9)
   count = min(load.shape[1], 12)
-  picked = np.unique(np.linspace(0, load.shape[1] - 1, count).astype(int))
-  columns = min(4, len(picked))
-  figure, axes = page.figure(columns, 2.4, -(-len(picked) // columns))
-  # A single row has a width, too.
+  layers = np.unique(np.linspace(0, load.shape[1] - 1, count).astype(int))
+  columns = min(4, len(layers))
+  figure, axes = page.figure(columns, 2.4, -(-len(layers) // columns))
+  # The map of a single row has a width, too.
   ends = (loads[0]['step'], max(loads[-1]['step'], loads[0]['step'] + 1))
-  for plot in axes.flat[len(picked) :]:
+  for plot in axes.flat[len(layers) :]:
     plot.set_axis_off()
-  for layer, plot in zip(picked, axes.flat, strict=False):
+  for layer, plot in zip(layers, axes.flat, strict=False):
     extent = (*ends, load.shape[2] - 0.5, -0.5)
     image = plot.imshow(
       load[:, layer].T,
@@ -232,14 +240,14 @@ def _heat(loads, main: int) -> str:
       extent=extent,
       interpolation='nearest',
     )
-    plot.set(title=_layer(layer, main), xlabel='step', ylabel='expert')
+    plot.set(title=_layer(layer, main_layers), xlabel='step', ylabel='expert')
   bar = figure.colorbar(image, ax=list(axes.flat), shrink=0.8)
   bar.set_label('load / mean')
   return page.svg(figure)
 
 
 def main() -> None:
-  """The report of the folder named on the command line."""
+  """Writes the report of the folder on the command line."""
   if sys.argv[1:] in (['--help'], ['-h']):
     print(__doc__)
     return

@@ -2,13 +2,13 @@
 
   python -m experiments.soak --minutes=3 [--out=DIR] [--seed=0]
 
-First the run is made undisturbed. Then, until the minutes are over, the same
-run is started again and again, and each start is struck by something: killed at
-a random moment or at a named point of a save, stopped by SIGTERM, given a full
-disk, or one of its files has a bit flipped or its end cut off while nobody
-looks. After six disasters it is left to finish; then its parameters, optimizer,
-losses and loads must be those of the undisturbed run, bit for bit, and another
-one begins. The exit code is 1 at the first difference, and the folder is kept.
+One run is undisturbed. Then, until the minutes are over, the same run starts
+again and again, and every start has a disaster: SIGKILL at a random moment or
+at a named point of a save, SIGTERM, a full disk, or damage to a file of its
+checkpoint (a flipped bit, a missing end). After six disasters it may finish.
+Then its parameters, optimizer, losses and loads must be those of the
+undisturbed run, bit for bit, and the next run begins. The exit code is 1 at the
+first difference, and the folder stays.
 """
 
 from __future__ import annotations
@@ -24,26 +24,29 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import NamedTuple
 
 from experiments import workdir
 from mla_moe.checkpoint import faults
 from mla_moe.config import ConfigError
 
-_STRIKES = 6  # disasters of one run, before it is left to finish
+_DISASTERS = 6  # of one run, before it may finish
 _TIMED = ('tokens_per_s', 'mfu', 'memory_mib')
 _POINTS = ('before_write', 'during_write', 'before_seal', 'after_seal')
 _WORDS = 'the a of model expert token router latent cache learns sees'.split()
 
 
 def main() -> None:
-  """Runs the command line's minutes."""
+  """Soaks for the command line's minutes."""
   parser = argparse.ArgumentParser(
     prog='python -m experiments.soak', description=__doc__.split('\n')[0]
   )
   parser.add_argument('--minutes', type=float, default=60.0)
   parser.add_argument('--steps', type=int, default=60)
   parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument('--out', type=pathlib.Path, help='kept, if given')
+  parser.add_argument(
+    '--out', type=pathlib.Path, help='else a temporary folder'
+  )
   args = parser.parse_args()
   if args.minutes <= 0 or args.steps < 10:
     print('error: --minutes must be above 0, --steps at least 10')
@@ -57,7 +60,7 @@ def main() -> None:
 
 
 def texts(folder: pathlib.Path) -> pathlib.Path:
-  """Some text that is the same everywhere; returns its folder."""
+  """Writes text that is the same everywhere; returns its folder."""
   folder.mkdir(parents=True, exist_ok=True)
   dice = random.Random(0)
   for i in range(60):
@@ -66,50 +69,63 @@ def texts(folder: pathlib.Path) -> pathlib.Path:
   return folder
 
 
+class Disaster(NamedTuple):
+  """A start's disaster: its name, and how it comes.
+
+  `rule` is that of MLA_MOE_FAULT; `delay` seconds until SIGKILL, or 0. Damage
+  to a file has neither: it is there before the start.
+  """
+
+  name: str
+  rule: str = ''
+  delay: float = 0.0
+
+
 def soak(folder: pathlib.Path, seconds: float, steps: int, seed: int) -> bool:
-  """Whether every disturbed run ended like the undisturbed one."""
+  """Returns whether every disturbed run ended like the undisturbed one."""
   dice = random.Random(seed)
   texts(folder / 'texts')
   began = time.monotonic()
-  child = _start(folder, 'whole', steps)
-  if _wait(child) != 0:
-    print(f'The undisturbed run failed:\n{_said(folder)}')
+  if _wait(_start(folder, 'whole', steps)) != 0:
+    print(f'The undisturbed run failed:\n{_stderr(folder)}')
     return False
   expected = outcome(folder / 'whole')
   alone = time.monotonic() - began
   print(f'Undisturbed: {steps} steps in {alone:.0f} s, compilation included.')
-  struck, ended, here = collections.Counter(), 0, 0
+  disasters, runs, starts = collections.Counter(), 0, 0  # starts: of this run
   began = time.monotonic()
-  while here or not ended or time.monotonic() - began < seconds:
-    path = folder / f'run{ended}'
-    late = here == _STRIKES or time.monotonic() - began >= seconds
-    what, rule, delay = _disaster(dice, steps, path, late, alone)
-    child = _start(folder, path.name, steps, rule)
-    code = _wait(child, delay)
-    struck[what] += 1
-    here += 1
-    if code not in _allowed(what):
-      print(f'{path}: {what} ({rule}) ended with {code}:\n{_said(folder)}')
+  while starts or not runs or time.monotonic() - began < seconds:
+    path = folder / f'run{runs}'
+    late = starts == _DISASTERS or time.monotonic() - began >= seconds
+    disaster = _disaster(dice, steps, path, late, alone)
+    code = _wait(
+      _start(folder, path.name, steps, disaster.rule), disaster.delay
+    )
+    disasters[disaster.name] += 1
+    starts += 1
+    if code not in _allowed(disaster.name):
+      name, rule = disaster.name, disaster.rule
+      print(f'{path}: {name} ({rule}) ended with {code}:\n{_stderr(folder)}')
       return False
     if _at_end(path, steps):
-      found = outcome(path)
-      wrong = [part for part in expected if found[part] != expected[part]]
+      reached = outcome(path)
+      wrong = [part for part in expected if reached[part] != expected[part]]
       if wrong:
         print(f'{path}: differs from {folder}/whole in {wrong}')
         return False
-      ended, here = ended + 1, 0
+      runs, starts = runs + 1, 0
       shutil.rmtree(path)
-  told = ', '.join(f'{n} x {what}' for what, n in sorted(struck.items()))
+  counts = ', '.join(f'{n} x {name}' for name, n in sorted(disasters.items()))
   print(
-    f'{sum(struck.values())} starts ({told}); {ended} runs reached step '
-    f'{steps}, each equal to the undisturbed one in every bit of its state and '
-    'every logged number.'
+    f'{disasters.total()} starts ({counts}); {runs} runs reached step {steps}, '
+    'each equal to the undisturbed one in every bit of its state and every '
+    'logged number.'
   )
   return True
 
 
 def outcome(folder: pathlib.Path) -> dict:
-  """All that must be equal: the last seal's fingerprints, and the rows.
+  """Returns all that must be equal: the last seal's fingerprints, and the rows.
 
   Raises:
     ConfigError: the last checkpoint is not whole.
@@ -131,63 +147,69 @@ def outcome(folder: pathlib.Path) -> dict:
 
 
 def _disaster(
-  dice, steps: int, path: pathlib.Path, late: bool, alone: float
-) -> tuple[str, str, float]:
-  """(name, rule of MLA_MOE_FAULT, seconds until SIGKILL or 0) of a start.
+  dice: random.Random, steps: int, path: pathlib.Path, late: bool, alone: float
+) -> Disaster:
+  """Returns a random disaster for the next start of the run in `path`.
 
-  Damage to files is done here; it needs a sealed step to fall back to.
+  Args:
+    dice: draws it.
+    steps: of the run.
+    path: folder of the run. Damage to its files needs a sealed step to fall
+      back to, and is done here.
+    late: no disaster any more.
+    alone: seconds of the undisturbed run.
   """
   from mla_moe.checkpoint import folders, seal
 
-  saved = folders.steps(path / 'checkpoints')
+  there = folders.steps(path / 'checkpoints')
   sealed = [
     step
-    for step in saved
+    for step in there
     if (path / 'checkpoints' / str(step) / seal.NAME).exists()
   ]
-  kinds = ['kill', 'kill at a point', 'term', 'full disk']
+  names = ['kill', 'kill at a point', 'term', 'full disk']
   if len(sealed) > 1:
-    kinds += ['flip', 'cut']
-  what = 'none' if late else dice.choice(kinds)
-  # What strikes at a step strikes soon: a run should suffer several times.
-  first = (saved or [0])[-1]
+    names += ['flip', 'cut']
+  name = 'none' if late else dice.choice(names)
+  # A disaster of a step comes soon: a run should have several.
+  first = (there or [0])[-1]
   step = min(first + dice.randrange(1, steps // 3), steps)
   save = min(first // 5 * 5 + dice.choice((5, 10)), steps)
-  if what == 'kill':
-    return what, '', dice.uniform(1, min(alone, 20.0))
-  if what in ('flip', 'cut'):
-    _damage(dice, what, path / 'checkpoints' / str(sealed[-1]))
-    # Stopped soon after: the step that was taken instead is gone over again.
-    return what, f'term@step:{step}', 0.0
+  if name == 'kill':
+    return Disaster(name, delay=dice.uniform(1, min(alone, 20.0)))
+  if name in ('flip', 'cut'):
+    _damage(dice, name, path / 'checkpoints' / str(sealed[-1]))
+    # Stopped soon after, so that an earlier step's run is repeated, too.
+    return Disaster(name, f'term@step:{step}')
   rules = {
     'kill at a point': f'kill@{dice.choice(_POINTS)}:{save}',
     'term': f'term@step:{step}',
     'full disk': f'full@{dice.choice(_POINTS[:3])}:{save},term@step:{step}',
   }
-  return what, rules.get(what, ''), 0.0
+  return Disaster(name, rules.get(name, ''))
 
 
-def _damage(dice, what: str, folder: pathlib.Path) -> None:
-  """A flipped bit, or a cut, in one file of the step."""
+def _damage(dice: random.Random, name: str, folder: pathlib.Path) -> None:
+  """Flips a bit of one file of the step, or cuts its end off."""
   files = [p for p in folder.rglob('*') if p.is_file() and p.stat().st_size]
   path = dice.choice(sorted(files))
   content = bytearray(path.read_bytes())
-  if what == 'flip':
+  if name == 'flip':
     content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
   else:
     content = content[: dice.randrange(len(content))]
   path.write_bytes(content)
 
 
-def _allowed(what: str) -> tuple[int, ...]:
-  """Exit codes; a full disk is only fatal at the last save."""
-  if what.startswith('kill'):
+def _allowed(name: str) -> tuple[int, ...]:
+  """Returns the exit codes; a full disk is fatal at the last save only."""
+  if name.startswith('kill'):
     return (0, -signal.SIGKILL)
-  return (0, 1) if what == 'full disk' else (0,)
+  return (0, 1) if name == 'full disk' else (0,)
 
 
 def _at_end(folder: pathlib.Path, steps: int) -> bool:
-  """Whether the last step is there, sealed, and the run was closed after it."""
+  """Returns whether the last step is sealed and the run ended after it."""
   from mla_moe.checkpoint import folders, seal
 
   path = folder / 'checkpoints'
@@ -205,7 +227,7 @@ def _start(folder, name, steps, rule='') -> subprocess.Popen:
     f'--config.data.source={folder}/texts',
     f'--config.run.steps={steps}',
   ]
-  # A file: nobody reads along, and a pipe that is full stops its writer.
+  # A file, for nobody reads along, and a full pipe stops its writer.
   with open(folder / 'stderr.txt', 'w') as file:
     return subprocess.Popen(
       command,
@@ -216,12 +238,12 @@ def _start(folder, name, steps, rule='') -> subprocess.Popen:
     )
 
 
-def _said(folder: pathlib.Path) -> str:
+def _stderr(folder: pathlib.Path) -> str:
   return (folder / 'stderr.txt').read_text()
 
 
 def _wait(child: subprocess.Popen, delay: float = 0.0) -> int:
-  """The exit code, after a SIGKILL in `delay` seconds if it is not 0."""
+  """Returns the exit code, after a SIGKILL in `delay` seconds if not 0."""
   try:
     return child.wait(delay or 600)
   except subprocess.TimeoutExpired:

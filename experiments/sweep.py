@@ -1,21 +1,22 @@
-"""One run for each combination of values, and a table of what they reached.
+"""One run for each combination of values, and a table of their results.
 
   python -m experiments.sweep --vary=optim.learning_rate=1e-3,3e-3 \\
     --vary=run.seed=0,1 --workdir=runs/sweep -- --config=configs/tiny.py:smoke
 
-Runs one after the other here; with a launcher's words before the --, each run
-is started there instead, its number appended to --name:
+They run here one after the other. With words of experiments.launch before the
+--, each run starts on other machines instead, its number appended to --name:
 
   python -m experiments.sweep --vary=run.seed=0,1 slurm --name=seeds \\
     --topology=h100:8 --storage=/shared/runs -- --config=configs/small.py
 
---table only reads the runs in --workdir. A sweep that was cut short goes on
-where it stopped: finished runs are skipped, others resume.
+--table only reads the runs in --workdir. A sweep that was stopped goes on from
+there: finished runs are skipped, others resume.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import pathlib
 import shlex
@@ -27,15 +28,15 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import cli, workdir
-from experiments.launch import __main__ as launch
+from experiments.launch import __main__ as launcher
 from mla_moe.config import ConfigError
 
 
 def combinations(vary: list[str]) -> list[dict[str, str]]:
-  """Every combination of ['key=a,b', ...], the last key turning fastest.
+  """Returns the combinations of ['key=a,b', ...]; the last key turns fastest.
 
   Raises:
-    ConfigError: a part that is no key=value,value, or a key given twice.
+    ConfigError: a part is no key=value,value, or a key comes twice.
   """
   lists = {}
   for part in vary:
@@ -53,58 +54,64 @@ def combinations(vary: list[str]) -> list[dict[str, str]]:
 
 
 def name_of(values: dict[str, str]) -> str:
-  """The folder of a run: 'learning_rate=1e-3,seed=0'."""
+  """Returns the folder of a run: 'learning_rate=1e-3,seed=0'."""
   short = [f'{k.rpartition(".")[2]}={v}' for k, v in values.items()]
   return ','.join(short).replace('/', '_')
 
 
 def overrides(values: dict[str, str]) -> list[str]:
-  """The flags that set the values."""
+  """Returns the flags that set the values."""
   return [f'--config.{key}={value}' for key, value in values.items()]
 
 
-def run_here(path: pathlib.Path, runs, words: list[str], dry: bool) -> None:
-  """Trains every run, one after the other."""
+def run_here(
+  path: pathlib.Path, runs: list[dict], train: list[str], dry_run: bool
+) -> None:
+  """Trains every run, one after the other; `train` are its other flags."""
   for i, values in enumerate(runs, start=1):
     folder = path / name_of(values)
-    command = [sys.executable, '-m', 'experiments.train', *words]
+    command = [sys.executable, '-m', 'experiments.train', *train]
     command += [*overrides(values), f'--workdir={folder}']
-    said = shlex.join(['python', *command[1:]])
-    print(f'[{i}/{len(runs)}] {said}', flush=True)
-    if not dry and subprocess.run(command).returncode:
+    line = shlex.join(['python', *command[1:]])
+    print(f'[{i}/{len(runs)}] {line}', flush=True)
+    if not dry_run and subprocess.run(command).returncode:
       raise ConfigError(f'{folder}: the run failed; the sweep ends here')
 
 
-def run_there(runs, words: list[str], train: list[str], dry: bool) -> None:
-  """Starts every run through a launcher."""
-  backend, action, first, _ = launch.parse(
+def launch(
+  runs: list[dict], words: list[str], train: list[str], dry_run: bool
+) -> None:
+  """Starts every run on other machines; `words` are experiments.launch's."""
+  backend, action, first, _ = launcher.parse(
     [words[0], 'up', *words[1:], '--', *train]
   )
   for i, values in enumerate(runs):
     arguments = (*first.arguments, *overrides(values))
-    one = launch.renamed(first, f'{first.name}-{i}', arguments)
-    for command in launch.commands(backend, action, one):
-      if dry:
+    job = dataclasses.replace(
+      first, name=f'{first.name}-{i}', arguments=arguments
+    )
+    for command in launcher.commands(backend, action, job):
+      if dry_run:
         print(command.shown())
       else:
-        launch.execute(command)
+        launcher.execute(command)
 
 
-def results(path: pathlib.Path, runs) -> list[dict]:
-  """What each run has reached: its values, steps, loss, bits, speed."""
+def results(path: pathlib.Path, runs: list[dict]) -> list[dict]:
+  """Returns each run's values, and its last step, loss, bits and speed."""
   rows = []
   for values in runs:
-    found = workdir.rows(path / name_of(values) / 'metrics.jsonl')
+    logged = workdir.rows(path / name_of(values) / 'metrics.jsonl')
     row = dict(values)
     for key in ('step', 'main_loss', 'bits_per_byte', 'tokens_per_s'):
-      seen = [r[key] for r in found if key in r]
-      row[key] = seen[-1] if seen else None
+      column = [r[key] for r in logged if key in r]
+      row[key] = column[-1] if column else None
     rows.append(row)
   return rows
 
 
 def show(rows: list[dict]) -> None:
-  """The table, best run first: by held-out bits, else by loss."""
+  """Prints the table, best run first: by held-out bits, else by loss."""
   last = float('inf')
   order = lambda row: (
     last if row['bits_per_byte'] is None else row['bits_per_byte'],
@@ -125,13 +132,14 @@ def _cell(value) -> str:
 
 
 def main() -> None:
-  """Runs or reads the sweep of the command line."""
-  words, train = sys.argv[1:], []
+  """Runs the command line's sweep, or prints its table."""
+  words, train, launch_words = sys.argv[1:], [], []
   if '--' in words:
-    at = words.index('--')
-    words, train = words[:at], words[at + 1 :]
-  there = next((i for i, w in enumerate(words) if w in launch.BACKENDS), None)
-  far = [] if there is None else words[there:]
+    end = words.index('--')
+    words, train = words[:end], words[end + 1 :]
+  backends = [i for i, word in enumerate(words) if word in launcher.BACKENDS]
+  if backends:
+    words, launch_words = words[: backends[0]], words[backends[0] :]
   parser = argparse.ArgumentParser(
     prog='python -m experiments.sweep',
     description=__doc__,
@@ -142,16 +150,16 @@ def main() -> None:
   parser.add_argument('--workdir', type=pathlib.Path, default='runs/sweep')
   parser.add_argument('--dry-run', action='store_true')
   parser.add_argument('--table', action='store_true')
-  asked = parser.parse_args(words if there is None else words[:there])
+  args = parser.parse_args(words)
   with cli.edge():
-    runs = combinations(asked.vary)
-    if far and not asked.table:
-      run_there(runs, far, train, asked.dry_run)
+    runs = combinations(args.vary)
+    if launch_words and not args.table:
+      launch(runs, launch_words, train, args.dry_run)
       return
-    if not asked.table:
-      run_here(asked.workdir, runs, train, asked.dry_run)
-    if not asked.dry_run:
-      show(results(asked.workdir, runs))
+    if not args.table:
+      run_here(args.workdir, runs, train, args.dry_run)
+    if not args.dry_run:
+      show(results(args.workdir, runs))
 
 
 if __name__ == '__main__':

@@ -1,1 +1,1 @@
-"""Runs on machines that are not here: each backend is a list of commands."""
+"""Training on other machines: each backend gives a list of commands."""

@@ -1,13 +1,15 @@
-"""Runs a config on machines that are not here.
+"""Trains a config on other machines: gcloud, xpk, sbatch.
 
   python -m experiments.launch tpu up --name=lite --topology=v5e:4x4 \\
     --project=P --zone=us-west4-a --storage=gs://B --spot --dry-run \\
     -- --config=configs/deepseek_v2_lite.py --config.mesh.fsdp=16
 
 Backends: tpu (queued resources: v5e, v5p, v6e), gke (xpk: Ironwood too), slurm
-(GPUs), vm (one machine). Actions: create, install, start, logs, resume, delete;
-up is the first three. What follows -- goes to experiments.train. --dry-run
-prints every command and runs none.
+(GPUs), vm (one machine). Actions, in this order: create the machines, install
+this commit on them, start training, follow its logs, resume on new machines
+after the old ones were taken away, delete everything but the run's folder; up
+is the first three. Words after -- go to experiments.train. --dry-run prints
+every command and runs none.
 """
 
 from __future__ import annotations
@@ -19,16 +21,17 @@ import sys
 import time
 
 from experiments import cli
-from experiments.launch import cloud_tpu, gke, job, presets, slurm, vm
+from experiments.launch import cloud_tpu, gke, presets, slurm, vm
+from experiments.launch.job import Command, Job
 from mla_moe.config import ConfigError
 
 BACKENDS = {'tpu': cloud_tpu, 'gke': gke, 'slurm': slurm, 'vm': vm}
 ACTIONS = ('create', 'install', 'start', 'logs', 'resume', 'delete', 'up')
 _HELP = {
-  'name': 'name of the run and of what is made for it',
+  'name': 'of the run, and of the machines for it',
   'topology': 'slice: v5p:4x4x4, v5e-16, tpu7x:4x4x4, h100:64',
   'slices': 'slices, connected by the data centre network',
-  'spot': 'cheaper machines that may be taken away',
+  'spot': 'cheaper machines, which may be taken away',
   'preset': f'compiler flags: {", ".join(presets.PRESETS)}',
   'storage': 'gs://BUCKET[/FOLDER], or a shared folder',
   'cluster': 'GKE cluster',
@@ -38,29 +41,24 @@ _HELP = {
 }
 
 
-def commands(backend: str, action: str, asked: job.Job) -> list[job.Command]:
-  """The commands of an action.
+def commands(backend: str, action: str, job: Job) -> list[Command]:
+  """Returns the commands of an action.
 
   Raises:
     ConfigError: a flag that the backend needs is missing or wrong.
   """
   module = BACKENDS[backend]
-  module.check(asked)
+  module.check(job)
   actions = ('create', 'install', 'start') if action == 'up' else (action,)
-  return [c for name in actions for c in getattr(module, name)(asked)]
+  return [c for name in actions for c in getattr(module, name)(job)]
 
 
-def renamed(asked: job.Job, name: str, arguments: tuple[str, ...]) -> job.Job:
-  """The same job under another name, with other arguments of training."""
-  return dataclasses.replace(asked, name=name, arguments=arguments)
-
-
-def parse(words: list[str]) -> tuple[str, str, job.Job, bool]:
-  """Backend, action, job and whether it is a dry run."""
-  rest = []
+def parse(words: list[str]) -> tuple[str, str, Job, bool]:
+  """Returns the backend, the action, the job, and whether it is a dry run."""
+  arguments = []
   if '--' in words:
-    at = words.index('--')
-    words, rest = words[:at], words[at + 1 :]
+    end = words.index('--')
+    words, arguments = words[:end], words[end + 1 :]
   parser = argparse.ArgumentParser(
     prog='python -m experiments.launch',
     description=__doc__,
@@ -70,32 +68,32 @@ def parse(words: list[str]) -> tuple[str, str, job.Job, bool]:
   parser.add_argument('backend', choices=BACKENDS)
   parser.add_argument('action', choices=ACTIONS)
   parser.add_argument('--dry-run', action='store_true')
-  for field in dataclasses.fields(job.Job):
-    if field.name in ('arguments',):
+  for field in dataclasses.fields(Job):
+    if field.name == 'arguments':
       continue
-    told = {'help': _HELP.get(field.name)}
+    options = {'help': _HELP.get(field.name)}
     if field.type == 'bool':
-      told['action'] = 'store_true'
+      options['action'] = 'store_true'
     else:
-      told['type'] = {'int': int, 'float': float}.get(field.type, str)
-      told['default'] = '' if field.name == 'name' else field.default
-    parser.add_argument(f'--{field.name}', **told)
+      options['type'] = {'int': int, 'float': float}.get(field.type, str)
+      options['default'] = '' if field.name == 'name' else field.default
+    parser.add_argument(f'--{field.name}', **options)
   values = vars(parser.parse_args(words))
   backend, action = values.pop('backend'), values.pop('action')
-  dry = values.pop('dry_run')
-  return backend, action, job.Job(arguments=tuple(rest), **values), dry
+  dry_run = values.pop('dry_run')
+  return backend, action, Job(arguments=tuple(arguments), **values), dry_run
 
 
-def execute(command: job.Command) -> None:
-  """Runs a command, or polls with it.
+def execute(command: Command) -> None:
+  """Runs a command; polls with it until it prints `command.wait`, if set.
 
   Raises:
-    ConfigError: it failed, is not installed, or what it waits for will not be.
+    ConfigError: it failed, is not installed, or will never print that.
   """
   print(f'$ {command.shown()}', flush=True)
   while True:
     try:
-      done = subprocess.run(
+      process = subprocess.run(
         command.words,
         input=command.stdin or None,
         text=True,
@@ -105,14 +103,14 @@ def execute(command: job.Command) -> None:
       raise ConfigError(
         f'{command.words[0]}: is not installed on this machine'
       ) from None
-    if done.returncode and not command.may_fail:
+    if process.returncode and not command.may_fail:
       raise ConfigError(
-        f'{command.words[0]} ended with {done.returncode}: nothing after it '
+        f'{command.words[0]} ended with {process.returncode}: nothing after it '
         'was run'
       )
     if not command.wait:
       return
-    state = done.stdout.strip()
+    state = process.stdout.strip()
     if state == command.wait:
       return
     if state.startswith(command.gives_up):
@@ -122,15 +120,15 @@ def execute(command: job.Command) -> None:
 
 
 def main() -> None:
-  """Prints or runs the commands that the command line asks for."""
+  """Prints or runs the commands of the command line's action."""
   with cli.edge():
-    backend, action, asked, dry = parse(sys.argv[1:])
-    cli.config_file(list(asked.arguments))  # before a machine is paid for
-    for one in commands(backend, action, asked):
-      if dry:
-        print(one.shown())
+    backend, action, job, dry_run = parse(sys.argv[1:])
+    cli.config_file(list(job.arguments))  # before a machine is paid for
+    for command in commands(backend, action, job):
+      if dry_run:
+        print(command.shown())
       else:
-        execute(one)
+        execute(command)
 
 
 if __name__ == '__main__':

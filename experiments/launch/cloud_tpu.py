@@ -1,9 +1,9 @@
 """Cloud TPU v5e, v5p and v6e by queued resources, one slice or several.
 
-A request waits in Google's queue until it becomes ACTIVE; a spot slice that is
-taken away becomes SUSPENDED (cloud.google.com/tpu/docs/queued-resources), and
-`resume` then asks for a new one, on which training goes on from the bucket.
-Ironwood has no queued resources: it is GKE's (`gke`).
+A request waits in Google's queue until it becomes ACTIVE. A spot slice that is
+taken away becomes SUSPENDED (cloud.google.com/tpu/docs/queued-resources);
+`resume` then asks for a new one, and training goes on from the bucket. Ironwood
+has no queued resources: it is GKE's (`gke`).
 """
 
 from __future__ import annotations
@@ -50,12 +50,10 @@ def check(job: Job) -> None:
 
 def create(job: Job) -> list[Command]:
   """Asks for the slices and waits until they are there."""
-  many = job.slices > 1
-  nodes = (
-    (f'--node-count={job.slices}', f'--node-prefix={job.name}')
-    if many
-    else (f'--node-id={job.name}', '')
-  )
+  if job.slices > 1:
+    nodes = f'--node-count={job.slices}', f'--node-prefix={job.name}'
+  else:
+    nodes = (f'--node-id={job.name}',)
   return [
     command(
       *_queue('create', job),
@@ -85,9 +83,9 @@ def install(job: Job) -> list[Command]:
   line = unpack(job, 'tpu', 'storage', mount)
   commands = [pack(job)]
   for node in nodes(job):
-    to = f'{node}:{job.archive}'
+    target = f'{node}:{job.archive}'
     commands += [
-      command(*_vm('scp', job), '--worker=all', job.archive, to),
+      command(*_vm('scp', job), '--worker=all', job.archive, target),
       _ssh(job, node, line),
     ]
   return commands
@@ -100,13 +98,13 @@ def start(job: Job) -> list[Command]:
 
 
 def logs(job: Job) -> list[Command]:
-  """Follows the first process's log."""
+  """Follows the log of the first machine."""
   line = f'tail -n 100 -F storage/{job.name}/{_LOG}'
   return [_ssh(job, nodes(job)[0], line, worker='0')]
 
 
 def resume(job: Job) -> list[Command]:
-  """What is left of a lost request goes; then all from the start again."""
+  """Deletes the rest of a lost request, then does all from the start."""
   return [*delete(job), *create(job), *install(job), *start(job)]
 
 
@@ -116,7 +114,7 @@ def delete(job: Job) -> list[Command]:
 
 
 def nodes(job: Job) -> list[str]:
-  """Names of the slices."""
+  """Returns the names of the slices."""
   if job.slices == 1:
     return [job.name]
   return [f'{job.name}-{i}' for i in range(job.slices)]

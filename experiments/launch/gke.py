@@ -1,8 +1,8 @@
 """TPUs of GKE through xpk: Ironwood (tpu7x), and any other.
 
-xpk (github.com/AI-Hypercomputer/xpk) makes the cluster and turns a command
-into a JobSet, which Kubernetes starts again when a node is lost: every start
-resumes from the storage that the image mounts.
+xpk (github.com/AI-Hypercomputer/xpk) makes the cluster and turns a command into
+a JobSet. Kubernetes starts that again when a node is lost, and every start
+resumes from the storage that the pods mount.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ def check(job: Job) -> None:
 
 
 def device(job: Job) -> str:
-  """xpk's name of the slice: tpu7x goes by shape, the others by size."""
-  on = job.slice
-  if on.kind == 'tpu7x':
-    return f'tpu7x-{"x".join(map(str, on.shape))}'
-  return tpu_type(on)
+  """Returns xpk's name of the slice: tpu7x by shape, the others by size."""
+  slice_ = job.slice
+  if slice_.kind == 'tpu7x':
+    return f'tpu7x-{"x".join(map(str, slice_.shape))}'
+  return tpu_type(slice_)
 
 
 def create(job: Job) -> list[Command]:
-  """The cluster with its node pools."""
+  """Makes the cluster with its node pools."""
   return [
     command(
       *_xpk('cluster', 'create', job),
@@ -54,7 +54,7 @@ def create(job: Job) -> list[Command]:
 
 
 def install(job: Job) -> list[Command]:
-  """The image with this commit in it."""
+  """Builds the image of this commit and pushes it."""
   return [
     command(
       'docker',
@@ -69,7 +69,7 @@ def install(job: Job) -> list[Command]:
 
 
 def start(job: Job) -> list[Command]:
-  """The workload, which restarts by itself."""
+  """Starts the workload, which restarts by itself."""
   return [
     command(
       *_xpk('workload', 'create', job),
@@ -95,12 +95,12 @@ def logs(job: Job) -> list[Command]:
 
 
 def resume(job: Job) -> list[Command]:
-  """A new workload on the same folder: for when the restarts are used up."""
+  """Starts a new workload on the same folder, once restarts are used up."""
   return [*_stop(job), *start(job)]
 
 
 def delete(job: Job) -> list[Command]:
-  """The workload goes, then the cluster."""
+  """Deletes the workload, then the cluster."""
   return [*_stop(job), command(*_xpk('cluster', 'delete', job), '--force')]
 
 
@@ -109,5 +109,5 @@ def _stop(job: Job) -> list[Command]:
   return [command(*words, f'--workload={job.name}', may_fail=True)]
 
 
-def _xpk(what: str, verb: str, job: Job) -> tuple[str, ...]:
-  return 'xpk', what, verb, *job.where, f'--cluster={job.cluster}'
+def _xpk(noun: str, verb: str, job: Job) -> tuple[str, ...]:
+  return 'xpk', noun, verb, *job.where, f'--cluster={job.cluster}'

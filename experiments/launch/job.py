@@ -1,8 +1,8 @@
-"""What is to run, and the shell line that runs it on one machine.
+"""A training run somewhere else, and the shell line that runs it there.
 
-Every command is a list of arguments and never goes through a local shell; what
-a remote shell will read is quoted here, once. So an argument with spaces,
-quotes or `;` arrives as it was given.
+Every command is a list of arguments and never goes through a local shell; the
+text for a remote shell is quoted here, once. So an argument with spaces, quotes
+or `;` arrives unchanged.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from mla_moe.config import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """One training run somewhere else; backends read what concerns them.
+  """One training run somewhere else; each backend reads some of the fields.
 
-  `arguments` go to experiments.train as they are. `storage` is where the run's
-  folder lives beyond the machine: a bucket (gs://...) or a shared folder.
+  `arguments` go to experiments.train as they are. `storage` holds the run's
+  folder beyond the machine's life: a bucket (gs://...) or a shared folder.
   """
 
   name: str
@@ -56,10 +56,10 @@ class Job:
       )
 
   def need(self, *names: str) -> None:
-    """Raises ConfigError for the first of the fields that is empty."""
+    """Raises ConfigError for the first of these fields that is empty."""
     for name in names:
       if not getattr(self, name):
-        raise ConfigError(f'--{name}: is needed here; --help says what it is')
+        raise ConfigError(f'--{name}: is needed here; --help explains it')
 
   @property
   def slice(self) -> chips.Slice:
@@ -67,7 +67,7 @@ class Job:
 
   @property
   def folder(self) -> str:
-    """The run's, where storage is a folder."""
+    """The run's folder, where storage is a folder."""
     return f'{self.storage.rstrip("/")}/{self.name}'
 
   @property
@@ -81,19 +81,20 @@ class Job:
     return f'{self.name}.tar.gz'
 
 
-def tpu_type(on: chips.Slice) -> str:
-  """Google's name of a slice by its size; v5p's counts cores, two a chip."""
-  if on.kind == 'v5p':
-    return f'v5p-{2 * on.chips}'
-  return f'{"v5litepod" if on.kind == "v5e" else on.kind}-{on.chips}'
+def tpu_type(slice_: chips.Slice) -> str:
+  """Returns Google's name of a slice by size; v5p counts cores, two a chip."""
+  if slice_.kind == 'v5p':
+    return f'v5p-{2 * slice_.chips}'
+  kind = 'v5litepod' if slice_.kind == 'v5e' else slice_.kind
+  return f'{kind}-{slice_.chips}'
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-  """An argument list; `stdin` is what it reads, `wait` a text to poll for.
+  """An argument list, with the text of its `stdin`.
 
-  A polled command runs every half minute until its output is `wait`; output
-  that begins with one of `gives_up` ends the launch.
+  With `wait` the command polls: it runs every half minute until its output is
+  `wait`; output that begins with one of `gives_up` ends the launch.
   """
 
   words: tuple[str, ...]
@@ -103,7 +104,7 @@ class Command:
   may_fail: bool = False
 
   def shown(self) -> str:
-    """The command as one would type it."""
+    """Returns the command as one would type it."""
     text = shlex.join(self.words)
     if self.wait:
       text = f'{text}  # until it prints {self.wait}'
@@ -114,22 +115,22 @@ class Command:
 
 
 def command(*words: str, **more) -> Command:
-  """A Command of the words that are not empty."""
+  """Returns a Command of the words that are not empty."""
   return Command(tuple(word for word in words if word), **more)
 
 
 def extras(platform: str) -> str:
-  """The package's extras that a training machine has."""
+  """Returns the package's extras that a training machine needs."""
   return f'{"cuda" if platform == "gpu" else platform},hf,data,viz'
 
 
 def pack(job: Job) -> Command:
-  """Writes this commit into the job's archive."""
+  """Returns the command that writes this commit into the job's archive."""
   return command('git', 'archive', f'--output={job.archive}', 'HEAD')
 
 
 def unpack(job: Job, platform: str, storage: str, *mount: str) -> str:
-  """A shell line that makes mla_moe/.venv of the archive beside it."""
+  """Returns a shell line that makes mla_moe/.venv of the archive beside it."""
   lines = [
     f'mkdir -p mla_moe {storage}',
     f'tar -xzf {job.archive} -C mla_moe',
@@ -142,7 +143,7 @@ def unpack(job: Job, platform: str, storage: str, *mount: str) -> str:
 
 
 def background(job: Job, platform: str, storage: str, log: str) -> str:
-  """A shell line that trains on after the shell that starts it has gone."""
+  """Returns a shell line that trains on after its shell has ended."""
   workdir = f'../{storage}/{job.name}'
   line = train_line(job, workdir, platform, '.venv/bin/python')
   return (
@@ -152,7 +153,7 @@ def background(job: Job, platform: str, storage: str, log: str) -> str:
 
 
 def train_words(job: Job, workdir: str, python: str) -> list[str]:
-  """The training process's argument list."""
+  """Returns the training process's argument list."""
   return [
     python,
     '-m',
@@ -163,7 +164,7 @@ def train_words(job: Job, workdir: str, python: str) -> list[str]:
 
 
 def train_line(job: Job, workdir: str, platform: str, python: str) -> str:
-  """A shell line that trains: environment, then the process."""
+  """Returns a shell line that trains: environment, then the process."""
   flags = presets.environment(job.preset, platform)
   settings = [f'{name}={value}' for name, value in flags.items()]
   words = train_words(job, workdir, python)

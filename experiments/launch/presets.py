@@ -1,7 +1,7 @@
-"""Compiler flags by name, each with where it comes from.
+"""Compiler flags by name, each with its source.
 
-XLA ends the process at a flag that it does not know, so a preset belongs to a
-platform and is never guessed: without --preset nothing is set.
+XLA ends the process at a flag that it does not know. So a preset belongs to a
+platform and is never guessed: without --preset no flag is set.
 """
 
 from __future__ import annotations
@@ -92,16 +92,16 @@ PRESETS = {
 
 
 def environment(name: str, platform: str) -> dict[str, str]:
-  """The environment of a preset; of '' nothing.
+  """Returns the environment of a preset; of '' none.
 
   Raises:
-    ConfigError: there is no such preset, or it is another platform's.
+    ConfigError: no preset has this name, or it is another platform's.
   """
   if not name:
     return {}
-  fitting = [n for n, preset in PRESETS.items() if preset.platform == platform]
-  if name not in fitting:
+  names = [n for n, preset in PRESETS.items() if preset.platform == platform]
+  if name not in names:
     raise ConfigError(
-      f'--preset={name!r}: for {platform} there are {", ".join(fitting)}'
+      f'--preset={name!r}: for {platform} there are {", ".join(names)}'
     )
   return PRESETS[name].environment

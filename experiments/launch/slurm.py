@@ -1,8 +1,9 @@
 """GPU clusters under Slurm: one batch script, which requeues itself.
 
-Run on the login node, in a clone on the shared file system. Slurm sends
-SIGTERM two minutes before the time is up or a job is preempted; training then
-saves and ends, and the job goes back into the queue unless it has finished.
+The launcher runs on the login node, in a clone on the shared file system. Slurm
+sends SIGTERM two minutes before the time is up or a job is preempted. Training
+then saves and ends, and the job goes back into the queue unless it has ended by
+itself.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ PER_NODE = 8
 def check(job: Job) -> None:
   """Raises ConfigError where a field is missing or does not fit."""
   job.need('topology', 'storage')
-  on = job.slice
-  if on.chip.dimensions > 1:
+  slice_ = job.slice
+  if slice_.chip.dimensions > 1:
     raise ConfigError(f'--topology={job.topology}: is no GPU; h100:64 is')
-  if on.chips > PER_NODE and on.chips % PER_NODE:
+  if slice_.chips > PER_NODE and slice_.chips % PER_NODE:
     raise ConfigError(
       f'--topology={job.topology}: whole nodes have {PER_NODE} GPUs each'
     )
@@ -28,13 +29,13 @@ def check(job: Job) -> None:
 
 
 def script(job: Job) -> str:
-  """The batch script."""
-  on = job.slice
-  gpus = min(on.chips, PER_NODE)
+  """Returns the batch script."""
+  count = job.slice.chips
+  gpus = min(count, PER_NODE)
   minutes = round(60 * job.hours)
   options = [
     f'--job-name={job.name}',
-    f'--nodes={on.chips // gpus}',
+    f'--nodes={count // gpus}',
     f'--ntasks-per-node={gpus}',
     f'--gpus-per-node={gpus}',
     f'--time={minutes}',
@@ -67,12 +68,12 @@ def script(job: Job) -> str:
 
 
 def create(job: Job) -> list[Command]:
-  """The run's folder; machines are Slurm's business."""
+  """Makes the run's folder; machines are Slurm's business."""
   return [command('mkdir', '-p', job.folder)]
 
 
 def install(job: Job) -> list[Command]:
-  """An environment in this clone."""
+  """Makes an environment in this clone."""
   return [
     command('python3', '-m', 'venv', '.venv'),
     command('.venv/bin/pip', 'install', '--quiet', '-e', f'.[{extras("gpu")}]'),
@@ -90,7 +91,7 @@ def logs(job: Job) -> list[Command]:
 
 
 def resume(job: Job) -> list[Command]:
-  """Submits again: for a job that Slurm has given up."""
+  """Submits again, after Slurm has given the job up."""
   return [*delete(job), *start(job)]
 
 

@@ -22,7 +22,7 @@ def check(job: Job) -> None:
 
 
 def create(job: Job) -> list[Command]:
-  """The machine, with NVIDIA's driver in its image."""
+  """Makes the machine, with NVIDIA's driver in its image."""
   return [
     command(
       *_instances('create', job),
@@ -64,7 +64,7 @@ def resume(job: Job) -> list[Command]:
 
 
 def delete(job: Job) -> list[Command]:
-  """The machine and its disk, which holds the run: copy it first."""
+  """Deletes the machine and its disk with the run: copy that first."""
   return [command(*_instances('delete', job), '--quiet')]
 
 

@@ -47,7 +47,7 @@ def _description(kind: str) -> str:
       clock_rate_ghz: {clock}
       l2_cache_size: {cache}
       memory_bandwidth: {chip.bandwidth:.0f}
-      device_memory_size: {chip.usable / chips.SHARE:.0f}
+      device_memory_size: {chip.usable / chips.MEMORY_FRACTION:.0f}
       threads_per_warp: 32
       threads_per_block_limit: 1024
       threads_per_core_limit: 2048

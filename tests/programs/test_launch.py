@@ -177,7 +177,7 @@ def test_shell_lines_parse_and_shellcheck_is_silent(case, tmp_path):
 
 def test_slurm_requeues_after_a_signal_and_not_after_the_end(tmp_path):
   backend, *flags = CASES['slurm']
-  asked = launch.parse([backend, 'start', *flags, *TRAIN])[2]
+  job = launch.parse([backend, 'start', *flags, *TRAIN])[2]
   for name, text in {
     'srun': 'trap "exit 0" TERM; echo up; sleep $LONG & wait; exit 3',
     'scancel': 'kill -TERM "$(cat child)"; echo "$*" >> called',
@@ -189,7 +189,7 @@ def test_slurm_requeues_after_a_signal_and_not_after_the_end(tmp_path):
     )
     path.chmod(0o755)
   script = tmp_path / 'job.sh'
-  script.write_text(slurm.script(asked))
+  script.write_text(slurm.script(job))
   environment = {
     **os.environ,
     'PATH': f'{tmp_path}:{os.environ["PATH"]}',
@@ -251,10 +251,10 @@ def test_no_machine_is_asked_for_with_a_config_that_is_not_there(
 
 
 def test_a_missing_program_is_named():
-  from experiments.launch import job
+  from experiments.launch.job import command
 
   with pytest.raises(ConfigError, match='no-such-program: is not installed'):
-    launch.execute(job.command('no-such-program'))
+    launch.execute(command('no-such-program'))
 
 
 def write() -> None:

@@ -20,8 +20,8 @@ def actor(wrong):
   def start(folder, name, steps, rule=''):
     path, disturbed = folder / name, name != 'whole'
     shift = 1 if disturbed and wrong == 'state' else 0
-    with store.Writer(path / 'checkpoints', 1) as saved:
-      saved.save(steps, {'w': jnp.arange(4.0) + shift}, {})
+    with store.Writer(path / 'checkpoints', 1) as writer:
+      writer.save(steps, {'w': jnp.arange(4.0) + shift}, {})
     shift = 1e-9 if disturbed and wrong == 'metrics' else 0.0
     for file in ('metrics', 'load', 'fingerprints'):
       row = {
@@ -41,7 +41,7 @@ def actor(wrong):
 @pytest.mark.parametrize('wrong', ['', 'state', 'metrics', 'code'])
 def test_any_difference_fails_the_soak(tmp_path, monkeypatch, capsys, wrong):
   monkeypatch.setattr(soak, '_start', actor(wrong))
-  monkeypatch.setattr(soak, '_STRIKES', 0)
+  monkeypatch.setattr(soak, '_DISASTERS', 0)
   assert soak.soak(tmp_path, 0.001, 10, 0) == (not wrong)
   said = capsys.readouterr().out
   words = {'': 'every bit', 'code': 'ended with 1'}
@@ -66,10 +66,10 @@ def test_damage_is_to_one_file_and_a_flip_is_one_bit(tmp_path):
 
 def test_disasters_need_something_to_strike(tmp_path):
   for seed in range(50):
-    what, rule, delay = soak._disaster(
+    name, rule, delay = soak._disaster(
       random.Random(seed), 60, tmp_path, late=False, alone=9.0
     )
-    assert what not in ('flip', 'cut', 'none') and bool(rule) != bool(delay)
+    assert name not in ('flip', 'cut', 'none') and bool(rule) != bool(delay)
   found = soak._disaster(random.Random(0), 60, tmp_path, late=True, alone=9.0)
   assert found == ('none', '', 0.0)
 
@@ -77,9 +77,9 @@ def test_disasters_need_something_to_strike(tmp_path):
 def test_files_are_damaged_only_where_a_sealed_step_remains(tmp_path):
   """A full disk leaves steps without a seal: none to fall back to."""
   folder = tmp_path / 'checkpoints'
-  with store.Writer(folder, 3) as saved:
+  with store.Writer(folder, 3) as writer:
     for step in (5, 9):
-      saved.save(step, {'w': jnp.arange(4.0)}, {})
+      writer.save(step, {'w': jnp.arange(4.0)}, {})
   kinds = lambda: {
     soak._disaster(random.Random(seed), 60, tmp_path, False, 9.0)[0]
     for seed in range(20)

@@ -115,9 +115,11 @@ def test_a_trace_names_the_operations(tmp_path, capsys):
   x = jnp.ones((300, 300))
   y = product(x)
   rests, took = [], []
-  with profile.steps(tmp_path, 2, 3, lambda: rests.append(len(took))) as at:
+  with profile.steps(
+    tmp_path, 2, 3, lambda: rests.append(len(took))
+  ) as before_step:
     for step in range(1, 6):
-      took.append(at(step, y))
+      took.append(before_step(step, y))
       y = product(x)
   assert [seconds > 0 for seconds in took] == [False, True, False, True, False]
   assert rests == [1, 3]  # no watchdog counts what a trace takes

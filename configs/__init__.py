@@ -1,1 +1,1 @@
-"""One file a model; each has get_config(arg) and takes the variant smoke."""
+"""One file a model, with get_config(arg); every model has the variant smoke."""

@@ -2,9 +2,9 @@
 
   python -m experiments.train --config=configs/deepseek_v2.py --workdir=DIR
 
-Not run here. Variants: 32k (1000 steps, batch 576, YaRN on), smoke. V2's
-device and communication losses, and its dropping of tokens, are left out: the
-experts' own balance loss (0.003) is kept.
+Not run here. Variants: 32k (1000 steps, batch 576, YaRN on), smoke. Of V2's
+balance losses only the experts' own (0.003) is here; those of devices and
+communication are not, nor is the dropping of tokens.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ YARN = c.RopeConfig(
 
 
 def get_config(arg=''):
-  """Softmax, the best 3 of 8 groups by their best expert, no bias, no MTP."""
+  """Returns softmax routing, 3 of 8 groups by best expert, no bias, no MTP."""
   model = c.ModelConfig(
     vocab=102400,
     dim=5120,

@@ -15,7 +15,7 @@ YARN = c.RopeConfig(
 
 
 def get_config(arg=''):
-  """No query compression, greedy softmax routing, two shared experts."""
+  """Returns a full query, greedy softmax routing and two shared experts."""
   model = c.ModelConfig(
     vocab=102400,
     dim=2048,

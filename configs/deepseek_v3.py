@@ -5,9 +5,9 @@
 2048 H800 and 2.664M GPU hours in the report; not run here. Variants: 4k (the
 default: pre-training on 14.8T tokens, no YaRN), 32k and 128k (the context
 extensions, YaRN on, 1000 steps each, continued from the one before), smoke.
-The report says that the batch rises gradually over 469B tokens; the linear
-shape is ours. So are Adam's epsilon and which leaves do not decay. Linear
-layers multiply in FP8 by tiles and blocks (section 3.3).
+Linear layers multiply in FP8 by tiles and blocks (section 3.3). The report says
+that the batch rises gradually over 469B tokens; the linear shape is ours. So
+are Adam's epsilon and the choice of leaves without weight decay.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from mla_moe import config as c
 
 
 def get_config(arg=''):
-  """mla_moe.config's defaults in FP8, and the batch that they do not fix."""
+  """Returns mla_moe.config's defaults, which are V3's, in FP8."""
   data = c.DataConfig(
     seq_len=4096,
     batch_size=15360,
@@ -41,7 +41,7 @@ def get_config(arg=''):
 
 
 def extend(config, seq_len, batch, micro):
-  """A context extension phase: YaRN, constant rate, late gamma and lambda."""
+  """Returns an extension: YaRN, constant rate, final bias rate, MTP weight."""
   rope = c.RopeConfig(factor=40.0, original_positions=4096)
   mla = dataclasses.replace(config.model.mla, rope=rope)
   optim = dataclasses.replace(

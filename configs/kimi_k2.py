@@ -1,10 +1,10 @@
-"""Kimi K2 1T-A32B and what is published of its recipe.
+"""Kimi K2 1T-A32B and the published parts of its recipe.
 
   python -m experiments.train --config=configs/kimi_k2.py --workdir=DIR
 
 Not run here. Variants: 32k (the last 60B tokens), 128k (YaRN, as released),
-smoke. Muon stands for MuonClip: the clip of attention logits is not built.
-The init std is V3's.
+smoke. Muon takes the place of MuonClip, whose clip of attention logits is not
+built. The init std is V3's.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ YARN = c.RopeConfig(
 
 
 def get_config(arg=''):
-  """V3 with 384 experts, half of the heads, no groups, no MTP."""
+  """Returns V3 with 384 experts, half of the heads, no groups, no MTP."""
   model = c.ModelConfig(
     vocab=163840,
     dense_layers=1,

@@ -11,7 +11,7 @@ from mla_moe import config as c
 
 
 def get_config(arg=''):
-  """V3 routing without groups, no query compression, no YaRN, no MTP."""
+  """Returns V3 without groups, query compression, YaRN and MTP."""
   model = c.ModelConfig(
     vocab=163840,
     dim=2048,

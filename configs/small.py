@@ -9,7 +9,7 @@ from mla_moe import config as c
 
 
 def get_config(arg=''):
-  """DeepSeek-V3's parts at width 512."""
+  """Returns DeepSeek-V3's parts at width 512."""
   model = c.ModelConfig(
     vocab=264,
     dim=512,

@@ -3,11 +3,11 @@
   make train
 
 or `python -m experiments.train --config=configs/tiny.py --workdir=runs/tiny`.
-Two CPU cores, no download; see the README for the time and the number reached.
+It needs two CPU cores and no download; the README has its time and its result.
 Muon, as Moonlight and Kimi K2 have it, learns much faster from so few tokens:
 2.11 held-out bits per byte after 600 steps (2.09 after 640 at 4e-3), where 640
-steps of AdamW at 3e-3 reached 2.39 (8e-3 was worse).
-Variants: smoke; micro, the smallest that has every part, for fault tests.
+steps of AdamW at 3e-3 reached 2.39 (8e-3 was worse). Variants: smoke; micro,
+with a dense and a MoE layer and steps of milliseconds, for fault tests.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from mla_moe import config as c
 
 
 def get_config(arg=''):
-  """DeepSeek-V3's parts at width 128: groups, bias, shared expert, MTP."""
+  """Returns V3's parts at width 128: groups, bias, shared expert, MTP."""
   model = c.ModelConfig(
     vocab=264,
     dim=128,
@@ -63,7 +63,7 @@ def get_config(arg=''):
 
 
 def micro(config):
-  """One dense layer, one of experts, no MTP: a step of milliseconds."""
+  """Returns one dense layer, one of experts, no MTP: a step of milliseconds."""
   change = dataclasses.replace
   model = change(
     config.model,

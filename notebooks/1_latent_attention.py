@@ -26,10 +26,10 @@ V3 = Config().model
 # %% [markdown]
 # ## What a token leaves behind
 #
-# Every layer of a decoder keeps something of every token it has seen. Ordinary
-# attention keeps a key and a value for each head; grouped-query attention
-# shares them among some heads; MLA keeps one latent from which all are made,
-# and one rotated key. The areas below are to scale.
+# Every layer of a decoder caches numbers of every token. Ordinary attention
+# caches a key and a value for each head; grouped-query attention shares them
+# among some heads; MLA caches one latent, from which the keys and values of all
+# heads can be made, and one rotated key. The areas below are to scale.
 
 # %%
 mla, layers = V3.mla, V3.layers
@@ -57,8 +57,7 @@ plot.set_title('The cache of one token, all 61 layers, bfloat16 (area = bytes)')
 pyplot.show()
 
 # %% [markdown]
-# At a context of 128K tokens that is the difference between half a terabyte for
-# a single sequence and 9 GB.
+# At a context of 128K tokens, a single sequence takes half a terabyte or 9 GB.
 
 # %%
 for name, numbers in cached.items():
@@ -76,8 +75,9 @@ for name, numbers in cached.items():
 #    = (W^{uk}_n q^{nope}_n) \cdot c + q^{rope}_n \cdot k^{rope}. $$
 #
 # The right-hand side never makes a key: the up-projection has moved into the
-# query, once a step and not once a cached token. The values' goes behind the
-# weighted sum in the same way. Both forms, in a few lines:
+# query, and is applied once a step and not once a cached token. The values'
+# up-projection moves behind the weighted sum in the same way. Both forms, in a
+# few lines:
 
 
 # %%
@@ -119,8 +119,8 @@ def inputs(length, heads=8, rank=64, nope=16, rope=8, value=16):
   return [jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)]
 
 
-given = inputs(48)
-difference = jnp.abs(expanded(*given) - absorbed(*given)).max()
+arrays = inputs(48)
+difference = jnp.abs(expanded(*arrays) - absorbed(*arrays)).max()
 print(f'largest difference of the two: {difference:.1e}')
 assert difference < 1e-4
 
@@ -134,8 +134,8 @@ assert difference < 1e-4
 #   $2 T S N (H + R + U)$;
 # * absorbed: $2 T N C (H + U)$ to fold, then $2 T S N (2C + R)$.
 #
-# Decoding has $T = 1$, training $T = S$. Setting both equal for one long
-# sequence of new tokens:
+# Decoding has $T = 1$, training $T = S$. For many cached tokens, both are equal
+# work at this number of new ones:
 
 # %%
 n, c = mla.heads, mla.kv_rank
@@ -170,7 +170,7 @@ plot.set(
 )
 plot.legend(frameon=False)
 
-# Bytes: what one decoding step must read for one sequence.
+# Bytes that one decoding step must read for one sequence.
 lengths = np.logspace(2, 5.2, 40)
 gqa = 2 * 8 * h * 2 * layers * lengths / 1e9
 other.loglog(lengths, 2 * n * h * 2 * layers * lengths / 1e9, label='MHA')

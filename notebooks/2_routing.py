@@ -69,7 +69,7 @@ init = jax.jit(functools.partial(init_state, config=plain))
 
 @functools.lru_cache
 def compiled(balance_loss):
-  """The step and the evaluation of a config; the bias's rate is a value."""
+  """Returns a config, its step and its evaluation; any bias rate fits them."""
   some = dataclasses.replace(recipe, balance_loss=balance_loss)
   config = c.Config(model=model, optim=some, data=text_config)
   train = jax.jit(functools.partial(step.train_step, config=config))
@@ -81,7 +81,7 @@ def compiled(balance_loss):
 
 
 def train(seed, balance_loss, bias_rate):
-  """Losses, loads [steps, L, E] and the held-out loss of one model."""
+  """Returns losses, loads [steps, L, E] and the held-out loss of one model."""
   config, run, evaluate = compiled(balance_loss)
   state = init(jax.random.key(seed))
   losses, loads = [], []
@@ -98,29 +98,35 @@ def train(seed, balance_loss, bias_rate):
   return np.array(losses), np.array(loads), nll
 
 
-every = {
+trained = {
   name: [train(seed, **numbers) for seed in range(SEEDS)]
   for name, numbers in {
     **VARIANTS,
     SLOW: {'balance_loss': 0.0, 'bias_rate': 0.001},
   }.items()
 }
-runs = {name: every[name][0] for name in VARIANTS}
-for name, seeds in every.items():
+runs = {name: trained[name][0] for name in VARIANTS}
+for name, seeds in trained.items():
   print(f'{name:11} held out:', *(f'{nll:.3f}' for _, _, nll in seeds), 'nats')
 
 # %% [markdown]
 # ## The load of every expert, over time
 #
 # Each row of a map is an expert of the last layer; white is the mean load, red
-# twice as much, blue none. Without balance some experts starve, and stay so.
+# twice as much, blue none. Without balance some experts starve, and go on
+# starving.
 
 # %%
 figure, plots = pyplot.subplots(1, 3, figsize=(12, 3.4), sharey=True)
 for plot, (name, (_, loads, _)) in zip(plots, runs.items(), strict=True):
-  share = loads[:, -1] / loads[:, -1].mean(-1, keepdims=True)
+  relative = loads[:, -1] / loads[:, -1].mean(-1, keepdims=True)
   image = plot.imshow(
-    share.T, aspect='auto', cmap='RdBu_r', vmin=0, vmax=2, interpolation='none'
+    relative.T,
+    aspect='auto',
+    cmap='RdBu_r',
+    vmin=0,
+    vmax=2,
+    interpolation='none',
   )
   plot.set(title=f'with {name}', xlabel='step')
 plots[0].set_ylabel('expert')
@@ -148,28 +154,28 @@ pyplot.show()
 # %% [markdown]
 # Over the second half of the runs, the mean of the seeds and half the range
 # between them, beside the table of the paper that proposed the bias (arXiv
-# 2408.15664, 1B parameters, 100B tokens). The last column is what the
-# perplexity is above that of the model with a loss, of the same seed:
+# 2408.15664, 1B parameters, 100B tokens). The last column is the perplexity
+# above that of the model with a loss, of the same seed:
 
 
 # %%
 def violation(loads):
-  """MaxVio of the second half's load, the mean of the layers."""
+  """Returns MaxVio of the second half's load, the mean of the layers."""
   whole = loads[STEPS // 2 :].sum(0)
   return float((whole.max(-1) / whole.mean(-1) - 1).mean())
 
 
 def shown(values, digits):
-  """The mean, and half of what lies between the least and the most."""
+  """Returns the mean, and half of the range, in words."""
   half = (max(values) - min(values)) / 2
   return f'{np.mean(values):.{digits}f} ± {half:.{digits}f}'
 
 
 print(f'{"":11} {"MaxVio":>12} {"perplexity":>14} {"above a loss":>15}')
 measured, above = {}, {}
-for name, seeds in every.items():
+for name, seeds in trained.items():
   measured[name] = [violation(loads) for _, loads, _ in seeds]
-  pairs = zip(seeds, every['a loss'], strict=True)
+  pairs = zip(seeds, trained['a loss'], strict=True)
   above[name] = [100 * (np.exp(a[2] - b[2]) - 1) for a, b in pairs]
   bytes_ = [float(np.exp(nll)) for _, _, nll in seeds]
   print(
@@ -185,8 +191,8 @@ assert vio == sorted(vio)
 # %% [markdown]
 # The order of MaxVio is the paper's, by the same mechanism. The perplexity's
 # order cannot be told from three seeds, which move the difference between the
-# bias and the loss by more than a percent to either side; what the paper found
-# after 100B tokens is 0.6 %. `python -m experiments.bench balance` tunes
+# bias and the loss by more than a percent to either side; the paper has 0.6 %
+# after 100B tokens. `python -m experiments.bench balance` tunes
 # both and compares them on 96 seeds: the bias is 0.12 ± 0.16 % below the loss,
 # so that at this size neither costs anything that shows
 # (`experiments/bench/balance.md`). Nor can the bias at the paper's own rate be
@@ -205,18 +211,18 @@ x = jax.random.normal(jax.random.key(1), (4096, 64))
 w = jax.random.normal(jax.random.key(2), (64, 256)) / 8
 bias = jnp.zeros(256)
 figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 3.4))
-kept = {}
+chosen = {}
 for name, moe in {'free choice': free, '4 of 8 groups': shape}.items():
   routing = router.route(x, w, bias, moe)
   machines = [len(set(row)) for row in np.asarray(routing.chosen) // 32]
   left.hist(machines, bins=np.arange(1, 10) - 0.5, alpha=0.7, label=name)
   scores = jnp.take_along_axis(routing.scores, routing.chosen, -1).sum(-1)
-  kept[name] = np.asarray(scores)
+  chosen[name] = np.asarray(scores)
   print(f'{name}: {np.mean(machines):.2f} machines a token')
   assert moe is free or max(machines) <= 4
 left.set(title='Machines that a token is sent to', xlabel='machines', yticks=[])
 left.legend(frameon=False)
-loss = 1 - kept['4 of 8 groups'] / kept['free choice']
+loss = 1 - chosen['4 of 8 groups'] / chosen['free choice']
 right.hist(100 * loss, bins=40, color=COLOURS[2])
 right.set(
   title='What the limit costs',

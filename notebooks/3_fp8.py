@@ -3,8 +3,8 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/mla-moe/mla_moe/blob/main/notebooks/3_fp8.ipynb)
 #
-# A number of eight bits has a fraction of three. Whether a model can be trained
-# with it is decided by how many numbers share a scale.
+# A number of eight bits has three bits of fraction. A model can be trained with
+# such numbers if not too many of them share a scale.
 
 # %%
 """FP8: tile scales against outliers, and paired loss curves."""
@@ -25,17 +25,16 @@ from mla_moe import config as c
 from mla_moe import fp8
 from mla_moe.data import batches, corpus, tokenizer
 from mla_moe.train import optim, step
-from mla_moe.train.state import init_state
 from notebooks import look
 
 look.use()
 
 # %% [markdown]
-# ## The numbers there are
+# ## All numbers of E4M3
 #
 # E4M3 has four bits of exponent and three of fraction: 8 steps between two
-# powers of two, up to 448. So it is precise to about 6 % wherever it is, but
-# only over 18 powers of two. Everything below its smallest number becomes zero.
+# powers of two, up to 448. So it is precise to about 6 %, but only over 18
+# powers of two. Everything below its smallest number becomes zero.
 
 # %%
 bits = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
@@ -65,11 +64,11 @@ pyplot.show()
 # ## Outliers
 #
 # Some features of a language model's activations are hundreds of times larger
-# than the others, and gradients span more. Divided by the scale that fits the
-# largest, the rest sinks towards where E4M3 has no numbers left, if it shares
-# that scale. Its range forgives a thousand times; then the small ones go.
-# Below: the error of a product $x W$, for the elements that no outlier should
-# touch, as one feature grows.
+# than the others, and gradients span more. The scale fits the largest number;
+# divided by it, the others that share it sink to the range where E4M3 has few
+# numbers, and then none. It bears outliers of a thousand times; beyond that
+# small numbers are lost. Below: the error of a product $x W$, for the elements
+# that no outlier should touch, as one feature grows.
 
 # %%
 keys = jax.random.split(jax.random.key(0), 2)
@@ -122,8 +121,8 @@ for plot, (p, (rows, columns)) in zip(plots, tiles.items(), strict=True):
     16 // rows, rows, 512 // columns, columns
   )
   scale = cut.max((1, 3), keepdims=True) / 448
-  kept = (cut / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
-  lost = (kept == 0).reshape(16, 512)
+  stored = (cut / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+  lost = (stored == 0).reshape(16, 512)
   plot.imshow(lost, aspect='auto', cmap='Greys', interpolation='none')
   plot.set(title=f'{p}: {lost.mean():.0%} become zero', xlabel='feature')
 plots[0].set_ylabel('token')
@@ -165,17 +164,17 @@ text = corpus.prepare(config.data, words, pathlib.Path('runs/.corpus'))
 
 
 def losses(**change):
-  """The loss of every step, with another field of the model's config."""
+  """Returns the loss of every step; `change` are fields of the model."""
   network = dataclasses.replace(model, **change)
   some = dataclasses.replace(config, model=network)
   run = jax.jit(functools.partial(step.train_step, config=some))
-  state = init_state(jax.random.key(0), some)
-  found = []
+  state = step.init_state(jax.random.key(0), some)
+  curve = []
   stream = batches.batches(text.train, some.data, text.bos_id, 0, STEPS)
   for number, batch in enumerate(stream):
     state, values = run(state, batch, optim.rates(some.optim, number, 0.0))
-    found.append(float(values['main_loss']))
-  return np.array(found)
+    curve.append(float(values['main_loss']))
+  return np.array(curve)
 
 
 curves = {
@@ -205,7 +204,8 @@ assert abs(gaps['fp8_block'][-20:].mean()) < 2
 # %% [markdown]
 # The grey band is the 0.25 % within which the DeepSeek-V3 report saw its
 # relative loss error (section 3.3), at 16B and 230B parameters over a trillion
-# tokens, smoothed. Single steps of a toy go apart by a few percent, as they do
-# for any rounding: look at bfloat16's. A difference that is no larger than the
+# tokens, smoothed. Single steps of a toy go apart by a few percent under any
+# rounding: look at bfloat16's. A difference that is no larger than the
 # control's says nothing against FP8, and one seed cannot say more;
-# `docs/fp8.md` has two. (The precision `bf16` computes in the model's dtype.)
+# `docs/fp8.md` has two, and the mean of 76 short pairs. (The precision `bf16`
+# computes in the model's dtype.)

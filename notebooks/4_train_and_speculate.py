@@ -57,7 +57,7 @@ FOLDER = pathlib.Path('runs/notebook')
 final = train.run(config, FOLDER)
 
 # %% [markdown]
-# The folder holds what every run leaves: checkpoints, `metrics.jsonl`, a page
+# The folder holds the files of every run: checkpoints, `metrics.jsonl`, a page
 # with all pictures (`report.html`). Running the cell again changes nothing: the
 # run is finished. Here are two curves of it: the loss of the next token, and
 # that of the token after it, which the MTP module predicts.
@@ -65,13 +65,13 @@ final = train.run(config, FOLDER)
 # %%
 rows = [json.loads(row) for row in open(FOLDER / 'metrics.jsonl')]
 steps = [row for row in rows if 'main_loss' in row]
-at = [row['step'] for row in steps]
+x = [row['step'] for row in steps]
 figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 3.6))
-left.plot(at, [row['main_loss'] for row in steps], label='next token')
-left.plot(at, [row['mtp_loss'] for row in steps], label='the one after')
+left.plot(x, [row['main_loss'] for row in steps], label='next token')
+left.plot(x, [row['mtp_loss'] for row in steps], label='the one after')
 left.set(title='Loss', xlabel='step', ylabel='nats a byte')
 left.legend(frameon=False)
-right.plot(at, [row['max_vio_running'] for row in steps], color=COLOURS[2])
+right.plot(x, [row['max_vio_running'] for row in steps], color=COLOURS[2])
 right.set(title='MaxVio of the experts', xlabel='step', ylim=(0, None))
 pyplot.show()
 print(f'held out: {final["bits_per_byte"]:.2f} bits a byte')
@@ -94,8 +94,8 @@ print(PROMPT + words.decode(greedy.tokens[0]))
 # ## Speculate
 #
 # While the model verifies a token, its MTP module has already drafted the next.
-# If the model agrees, two tokens come out of one pass. The text is the same,
-# whatever is drafted: only the number of passes changes.
+# If the model agrees, two tokens come out of one pass. Drafts never change the
+# text, only the number of passes.
 
 # %%
 drafted = rollout(config.model, variables, prompt, 48, speculative=True)
@@ -106,11 +106,12 @@ print(
 )
 
 # %% [markdown]
-# As it goes, for the greedy text and for sampled ones: each step up is a pass.
+# Passes over tokens, for the greedy text and for sampled ones; each step up is
+# one pass.
 
 # %%
 figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 3.8))
-shares = {}
+accepted = {}
 for temperature, colour in zip((0.0, 0.7, 1.0), COLOURS, strict=False):
   tokens, passes = [0], [0]
   rounds = generation.stream(
@@ -127,12 +128,12 @@ for temperature, colour in zip((0.0, 0.7, 1.0), COLOURS, strict=False):
     passes.append(some.passes)
   name = f'temperature {temperature:g}'
   left.step(tokens, passes, where='post', color=colour, label=name)
-  shares[name] = some.accepted / max(some.passes, 1)
+  accepted[name] = some.accepted / max(some.passes, 1)
 left.plot([0, 48], [0, 48], ':', color='grey', label='without drafts')
 left.set(title='Passes of the model', xlabel='tokens', ylabel='passes')
 left.legend(frameon=False)
-bars = right.barh(list(shares), list(shares.values()), color=COLOURS[:3])
-right.bar_label(bars, [f'{s:.0%}' for s in shares.values()], padding=4)
+bars = right.barh(list(accepted), list(accepted.values()), color=COLOURS[:3])
+right.bar_label(bars, [f'{s:.0%}' for s in accepted.values()], padding=4)
 v3 = right.barh(["V3's report"], [0.875], color='lightgrey')
 right.bar_label(v3, ['85 to 90 %'], label_type='center')
 right.invert_yaxis()
@@ -142,5 +143,5 @@ pyplot.show()
 # %% [markdown]
 # V3's second token is accepted 85 to 90 % of the time (report, section 5.4.3),
 # which is 1.8 times the tokens a second. The miniature's module is as young as
-# the model, and repetitive text is easy to draft: its share says little but
-# that the machinery works.
+# the model, and repetitive text is easy to draft: its number shows only that
+# the machinery works.

@@ -4,11 +4,11 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/mla-moe/mla_moe/blob/main/notebooks/5_cost.ipynb)
 #
 # DeepSeek-V3's training bill from first principles, beside the published one;
-# what a million tokens cost to serve; and what happens to the total when the
-# price falls and use grows.
+# the price of serving a million tokens; and the total when the price falls and
+# use grows.
 
 # %%
-"""Cost: the training bill, serving, and what falling prices do to the total."""
+"""Cost: the training bill, serving, and the total under falling prices."""
 
 import sys
 
@@ -74,7 +74,7 @@ assert abs(2 * ours / 5.576 - 1) < 0.01
 a = V3.mla
 width = a.nope_dim + a.rope_dim + a.value_dim
 expert = 3 * V3.dim * V3.moe.width
-share = {
+by_part = {
   'attention, weights': 6 * counts.attention,
   'attention, length': 3 * 2 * a.heads * width * 2048 * V3.layers,
   'routed experts': 6 * V3.moe_layers * V3.moe.top_k * expert,
@@ -85,11 +85,13 @@ share = {
 figure, (left, right) = pyplot.subplots(
   1, 2, figsize=(12, 3.4), width_ratios=(3, 2)
 )
-bars = left.barh(list(share), [v / 1e9 for v in share.values()], color=COLOURS)
-left.bar_label(bars, [f'{v / 1e9:.0f}' for v in share.values()], padding=4)
+bars = left.barh(
+  list(by_part), [v / 1e9 for v in by_part.values()], color=COLOURS
+)
+left.bar_label(bars, [f'{v / 1e9:.0f}' for v in by_part.values()], padding=4)
 left.invert_yaxis()
 left.set(
-  title=f'Training a token of V3: {sum(share.values()) / 1e9:.0f} GFLOP',
+  title=f'Training a token of V3: {sum(by_part.values()) / 1e9:.0f} GFLOP',
   xlabel='GFLOP',
   xlim=(0, 150),
 )
@@ -138,18 +140,18 @@ pyplot.show()
 # ## Serving
 #
 # A decoding step must read every weight that its tokens touch, and the cache of
-# every sequence. With a batch of $B$ sequences on $n$ chips, what is read is
-# shared; what each sequence owns is not:
+# every sequence. A batch of $B$ sequences on $n$ chips shares the reading of
+# weights; each sequence has a cache of its own:
 #
 # $$ t = \max\Big(\frac{W(B) + B\, S\, c}{n \cdot bandwidth},\
 #    \frac{2 B (P_{active} + attention(S))}{n \cdot peak}\Big) $$
 #
-# $W(B)$ is how much of the experts a batch touches: soon all of it.
+# $W(B)$ are the weights that a batch touches: soon all of them.
 
 
 # %%
 def step_seconds(batch, context, devices, chip=H800):
-  """Seconds of one decoding step: (reading, computing), FP8 weights."""
+  """Returns seconds of a decoding step: (reading, computing), FP8 weights."""
   spread = 1 - (1 - V3.moe.top_k / V3.moe.experts) ** batch
   weights = counts.total - counts.routed * (1 - spread)
   cache = context * cost.cache_bytes_per_token(V3)
@@ -160,7 +162,7 @@ def step_seconds(batch, context, devices, chip=H800):
 
 
 def price(batch, context, devices=128, chip=H800, reached=0.5):
-  """Dollars for a million tokens; `reached`: of the time, by a good engine."""
+  """Returns dollars for a million tokens; `reached` of the bound is an engine's."""
   seconds = max(step_seconds(batch, context, devices, chip)) / reached
   return devices * chip.dollars / 3600 * seconds / batch * 1e6
 
@@ -187,7 +189,7 @@ left.set(
 )
 left.legend(frameon=False, title='context')
 right.set(
-  title='What one user sees',
+  title='The speed for one user',
   ylabel='tokens a second',
   xlabel='sequences at a time',
 )
@@ -212,29 +214,28 @@ print(
 print('published for decoding nodes: 14,800')
 
 # %% [markdown]
-# The bound is what memory and arithmetic allow if nothing else took time. It
-# leaves out the network, which the authors name as the limit: all-to-all at 50
-# GB/s holds a token to 14.8 ms.
+# The bound counts memory and arithmetic alone. It leaves out the network, which
+# the authors name as the limit: with an all-to-all at 50 GB/s a token takes at
+# least 14.8 ms.
 #
 # ## When the price falls and use grows
 #
 # If use grows by more than the price falls, the total rises: with a price
 # elasticity $e$, tokens $\propto price^{-e}$ and spending $\propto
-# price^{1-e}$. Above 1, cheaper tokens cost more in all (Jevons' coal). The
-# elasticity is not known; the sliders are where an argument about it can be
-# had.
+# price^{1-e}$. Above 1, cheaper tokens cost more in all (Jevons' coal). Nobody
+# knows the elasticity; the sliders are for an argument about it.
 
 
 # %%
 def draw(elasticity=1.3, fall=10.0, years=4):
-  """Price, use and spending over the years; fall: times a year."""
-  at = np.linspace(0, years, 80)
-  price_ = fall**-at
+  """Draws price, use and spending over the years; `fall`: times a year."""
+  t = np.linspace(0, years, 80)
+  price_ = fall**-t
   use = price_**-elasticity
   figure, plot = pyplot.subplots(figsize=(9, 3.6))
-  plot.semilogy(at, price_, label='price of a token')
-  plot.semilogy(at, use, label='tokens used')
-  plot.semilogy(at, price_ * use, '--', label='spending', lw=2.5)
+  plot.semilogy(t, price_, label='price of a token')
+  plot.semilogy(t, use, label='tokens used')
+  plot.semilogy(t, price_ * use, '--', label='spending', lw=2.5)
   plot.set(
     title=f'{fall:g} times cheaper each year, elasticity {elasticity:g}',
     xlabel='years',

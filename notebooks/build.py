@@ -2,9 +2,8 @@
 
   python -m notebooks.build [--text] [NAME ...]
 
---text runs nothing: outputs of code cells that have not changed are kept, and
-of the others there are none. Cells are compared with their source by
-tests/test_notebooks.py.
+--text runs nothing: a code cell that has not changed keeps its outputs, and the
+others have none. tests/test_notebooks.py compares the cells with their source.
 """
 
 from __future__ import annotations
@@ -13,11 +12,10 @@ import pathlib
 import sys
 import time
 
-# Where the notebooks are opened and cloned from: their badges and first cells
-# name it, and a fork has another.
+# The badges and the first cells name this repository; a fork has another.
 REPOSITORY = 'mla-moe/mla_moe'
 FOLDER = pathlib.Path(__file__).parent
-# The first cell of code of each: a source has none of it, nor needs it.
+# The first cell of code of each notebook; the sources do not have it.
 COLAB = f"""\
 # On Colab, what is missing there: its own jax stays. Elsewhere: nothing.
 import pathlib
@@ -34,12 +32,12 @@ if 'google.colab' in sys.modules:
 
 
 def sources() -> list[pathlib.Path]:
-  """The percent-format files."""
+  """Returns the percent-format files."""
   return sorted(FOLDER.glob('[0-9]_*.py'))
 
 
 def read(path: pathlib.Path):
-  """The notebook of a source, without outputs, ids counted."""
+  """Returns the notebook of a source, without outputs, ids counted."""
   import jupytext
   import nbformat
 
@@ -55,7 +53,7 @@ def read(path: pathlib.Path):
 
 
 def run(path: pathlib.Path, seconds: int = 600):
-  """The notebook of a source, executed in the repository's root."""
+  """Returns the notebook of a source, executed in the repository's root."""
   from nbclient import NotebookClient
 
   notebook = read(path)
@@ -65,45 +63,45 @@ def run(path: pathlib.Path, seconds: int = 600):
 
 
 def clean(notebook):
-  """Without what differs from run to run: timings, warnings of the machine."""
+  """Removes parts that differ from run to run: timings, machines' warnings."""
   notebook.metadata.pop('language_info', None)  # the version of Python
   for cell in notebook.cells:
     cell.metadata = {}
     if cell.cell_type == 'code':
-      kept = []
+      outputs = []
       for output in cell.outputs:
         if output.get('name') == 'stderr':
           continue
-        if output.get('name') == 'stdout' and kept and 'text' in kept[-1]:
-          kept[-1].text += output.text
+        if output.get('name') == 'stdout' and outputs and 'text' in outputs[-1]:
+          outputs[-1].text += output.text
         else:
-          kept.append(output)
-      cell.outputs = kept
+          outputs.append(output)
+      cell.outputs = outputs
   return notebook
 
 
 def text(path: pathlib.Path):
-  """The notebook of a source, with the outputs that the .ipynb beside has."""
+  """Returns the notebook of a source with the outputs of its .ipynb."""
   import nbformat
 
   notebook = read(path)
   before = nbformat.read(path.with_suffix('.ipynb'), as_version=4)
-  kept = {c.source: c for c in before.cells if c.cell_type == 'code'}
+  old = {c.source: c for c in before.cells if c.cell_type == 'code'}
   for cell in notebook.cells:
-    if cell.cell_type == 'code' and cell.source in kept:
-      cell.outputs = kept[cell.source].outputs
-      cell.execution_count = kept[cell.source].execution_count
+    if cell.cell_type == 'code' and cell.source in old:
+      cell.outputs = old[cell.source].outputs
+      cell.execution_count = old[cell.source].execution_count
   return clean(notebook)
 
 
 def main() -> None:
   """Builds the notebooks named on the command line, or all."""
   names = [word for word in sys.argv[1:] if word != '--text']
-  there = [path.stem for path in sources()]
+  stems = [path.stem for path in sources()]
   for name in names:
-    if name not in there:
+    if name not in stems:
       print(__doc__)
-      print(f'{name!r}: is none of {", ".join(there)}', file=sys.stderr)
+      print(f'{name!r}: is none of {", ".join(stems)}', file=sys.stderr)
       sys.exit(2)
   import nbformat
 
@@ -111,8 +109,8 @@ def main() -> None:
     if names and path.stem not in names:
       continue
     began = time.perf_counter()
-    made = text(path) if '--text' in sys.argv else run(path)
-    nbformat.write(made, path.with_suffix('.ipynb'))
+    notebook = text(path) if '--text' in sys.argv else run(path)
+    nbformat.write(notebook, path.with_suffix('.ipynb'))
     print(f'{path.stem}: {time.perf_counter() - began:.0f} s')
 
 

@@ -1,4 +1,4 @@
-"""How the notebooks' pictures look."""
+"""The style of the notebooks' pictures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from experiments.page import COLOURS
 
 
 def use() -> None:
-  """Sets it, for all pictures from here on."""
+  """Sets the style of all pictures from here on."""
   pyplot.rcParams.update(
     {
       'figure.dpi': 110,

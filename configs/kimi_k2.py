@@ -48,12 +48,12 @@ def get_config(arg=''):
   )
   run = c.RunConfig(steps=236929)
   config = c.Config(model=model, optim=optim, data=data, run=run)
-  late = dataclasses.replace(
+  final = dataclasses.replace(
     optim, learning_rate=7e-6, warmup_steps=0, bias_tokens=0.0
   )
   longer = dataclasses.replace(
     config,
-    optim=dataclasses.replace(late, phases=(('constant', 60e9, 1.0),)),
+    optim=dataclasses.replace(final, phases=(('constant', 60e9, 1.0),)),
     data=c.DataConfig(
       seq_len=32768, batch_size=2048, micro_batch=64, fim_rate=0.0
     ),

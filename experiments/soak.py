@@ -161,10 +161,10 @@ def _disaster(
   """
   from mla_moe.checkpoint import folders, seal
 
-  there = folders.steps(path / 'checkpoints')
+  saved_steps = folders.steps(path / 'checkpoints')
   sealed = [
     step
-    for step in there
+    for step in saved_steps
     if (path / 'checkpoints' / str(step) / seal.NAME).exists()
   ]
   names = ['kill', 'kill at a point', 'term', 'full disk']
@@ -172,7 +172,7 @@ def _disaster(
     names += ['flip', 'cut']
   name = 'none' if late else dice.choice(names)
   # A disaster of a step comes soon: a run should have several.
-  first = (there or [0])[-1]
+  first = (saved_steps or [0])[-1]
   step = min(first + dice.randrange(1, steps // 3), steps)
   save = min(first // 5 * 5 + dice.choice((5, 10)), steps)
   if name == 'kill':
@@ -215,8 +215,8 @@ def _at_end(folder: pathlib.Path, steps: int) -> bool:
   path = folder / 'checkpoints'
   if folders.steps(path)[-1:] != [steps]:
     return False
-  done = (folder / 'report.html').exists()
-  return done and (path / str(steps) / seal.NAME).exists()
+  ended = (folder / 'report.html').exists()
+  return ended and (path / str(steps) / seal.NAME).exists()
 
 
 def _start(folder, name, steps, rule='') -> subprocess.Popen:

@@ -92,7 +92,7 @@ def launch(
     )
     for command in launcher.commands(backend, action, job):
       if dry_run:
-        print(command.shown())
+        print(command.as_typed())
       else:
         launcher.execute(command)
 

@@ -99,8 +99,8 @@ def absorbed(q_nope, q_rope, latent, k_rope, w_k_up, w_v_up):
   q = jnp.einsum('btnh,cnh->btnc', q_nope, w_k_up)
   logits = jnp.einsum('btnc,bsc->bnts', q, latent)
   logits += jnp.einsum('btnr,bsr->bnts', q_rope, k_rope)
-  seen = jnp.tril(jnp.ones(logits.shape[-2:], bool))
-  probs = jax.nn.softmax(jnp.where(seen[None, None], logits * scale, -1e30))
+  visible = jnp.tril(jnp.ones(logits.shape[-2:], bool))
+  probs = jax.nn.softmax(jnp.where(visible[None, None], logits * scale, -1e30))
   out = jnp.einsum('bnts,bsc->btnc', probs, latent)
   return jnp.einsum('btnc,cnu->btnu', out, w_v_up)
 

@@ -165,7 +165,7 @@ def violation(loads):
   return float((whole.max(-1) / whole.mean(-1) - 1).mean())
 
 
-def shown(values, digits):
+def in_words(values, digits):
   """Returns the mean, and half of the range, in words."""
   half = (max(values) - min(values)) / 2
   return f'{np.mean(values):.{digits}f} ± {half:.{digits}f}'
@@ -179,8 +179,8 @@ for name, seeds in trained.items():
   above[name] = [100 * (np.exp(a[2] - b[2]) - 1) for a, b in pairs]
   bytes_ = [float(np.exp(nll)) for _, _, nll in seeds]
   print(
-    f'{name:11} {shown(measured[name], 2):>12} {shown(bytes_, 2):>14} '
-    f'{shown(above[name], 1):>13} %'
+    f'{name:11} {in_words(measured[name], 2):>12} {in_words(bytes_, 2):>14} '
+    f'{in_words(above[name], 1):>13} %'
   )
 print(f'{"published":11}')
 print(f'{"a loss":11} {0.72:12.2f} {9.56:14.2f}')

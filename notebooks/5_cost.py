@@ -162,7 +162,7 @@ def step_seconds(batch, context, devices, chip=H800):
 
 
 def price(batch, context, devices=128, chip=H800, reached=0.5):
-  """Returns dollars for a million tokens; `reached` of the bound is an engine's."""
+  """Returns dollars for a million tokens at a fraction of the bound's speed."""
   seconds = max(step_seconds(batch, context, devices, chip)) / reached
   return devices * chip.dollars / 3600 * seconds / batch * 1e6
 

@@ -27,10 +27,10 @@ def test_there_is_a_notebook_for_each_question():
 @needs('jupytext')
 @pytest.mark.parametrize('path', SOURCES, ids=lambda p: p.stem)
 def test_the_ipynb_is_its_source(path):
-  made = json.loads(path.with_suffix('.ipynb').read_text())['cells']
+  notebook = json.loads(path.with_suffix('.ipynb').read_text())['cells']
   expected = build.read(path).cells
   joined = lambda cell: ''.join(cell['source'])
-  assert [joined(c) for c in made] == [joined(c) for c in expected]
+  assert [joined(c) for c in notebook] == [joined(c) for c in expected]
 
 
 @pytest.mark.parametrize('path', SOURCES, ids=lambda p: p.stem)
@@ -68,10 +68,10 @@ def test_the_first_cell_fetches_only_on_colab_and_only_once(
 
 def test_only_notebooks_that_are_there_are_built():
   command = [sys.executable, '-m', 'notebooks.build', '6_nothing']
-  done = subprocess.run(
+  process = subprocess.run(
     command, cwd=build.FOLDER.parent, capture_output=True, text=True
   )
-  assert done.returncode == 2 and '5_cost' in done.stderr
+  assert process.returncode == 2 and '5_cost' in process.stderr
 
 
 @needs('jupytext', 'nbclient', 'ipykernel')

@@ -48,8 +48,8 @@ def main() -> None:
     name, *words = words
   with cli.edge():
     if name not in _BENCHMARKS:
-      there = ', '.join(_BENCHMARKS)
-      raise ConfigError(f'{name!r}: is no benchmark; there are {there}')
+      names = ', '.join(_BENCHMARKS)
+      raise ConfigError(f'{name!r}: is no benchmark; there are {names}')
     run(name, words)
 
 

@@ -48,8 +48,8 @@ def measure(name: str, seed: int, steps: int) -> dict:
   weight, rate = VARIANTS[name]
   biased = lambda rates: rates._replace(bias_rate=jnp.float32(rate))
   nll, values = paired.trained(config(steps, weight), seed, biased)
-  late = [v['load'] for n, v in enumerate(values) if 3 * n >= 2 * steps]
-  load = np.sum(late, 0, dtype=np.float64)
+  last = [v['load'] for n, v in enumerate(values) if 3 * n >= 2 * steps]
+  load = np.sum(last, 0, dtype=np.float64)
   violation = float((load.max(-1) / load.mean(-1) - 1).mean())
   return {'nll': nll, 'maxvio': violation}
 

@@ -179,18 +179,18 @@ def _by_context(rounds: int) -> dict:
 
 def rows(results: dict) -> list[tuple[str, str, str]]:
   """Returns (figure, its value, a figure to compare it with), in order."""
-  found = {name: part['found'] for name, part in results.items()}
+  figures = {name: part['found'] for name, part in results.items()}
   rows = []
-  if 'speed' in found:
-    rows += _speed_rows(found['speed']['rates'])
-  for one in found.get('cache', []):
+  if 'speed' in figures:
+    rows += _speed_rows(figures['speed']['rates'])
+  for one in figures.get('cache', []):
     kinds = ', '.join(f'{k}: {v:,}' for k, v in one.items() if k != 'model')
     rows.append((f'cache of {one["model"]}', kinds, 'B a token and layer'))
-  for batch, one in found.get('layer', {}).items():
+  for batch, one in figures.get('layer', {}).items():
     ms = f'{1e3 * one["latent"]:.2f} ms, {one["share"]:.0%} of copy bandwidth'
     beside = f'per-head cache {one["heads"] / one["latent"]:.1f}x'
     rows.append((f'absorbed layer, batch {batch}', ms, beside))
-  for context, one in found.get('context', {}).items():
+  for context, one in figures.get('context', {}).items():
     beside = f'512 plus reading the latents: {one["floor_ms"]:.2f}'
     rows.append((f'a token after {context}', f'{one["ms"]:.2f} ms', beside))
   return rows

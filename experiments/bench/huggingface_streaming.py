@@ -102,8 +102,8 @@ def child(name: str, folder: pathlib.Path, warm: bool) -> dict:
     *(sys.executable, '-m', 'experiments.bench', 'huggingface_streaming'),
     *(f'--folder={folder}', f'--only={name}'),
   ]
-  done = subprocess.run(command, check=True, capture_output=True, text=True)
-  return json.loads(done.stdout.splitlines()[-1])
+  process = subprocess.run(command, check=True, capture_output=True, text=True)
+  return json.loads(process.stdout.splitlines()[-1])
 
 
 # ------------------------------------------------------ the checkpoint
@@ -228,9 +228,9 @@ def read_and_hold(folder: pathlib.Path) -> dict:
   for path in files(folder):
     memory.append(np.empty(path.stat().st_size, np.uint8))
     with open(path, 'rb', buffering=0) as file:
-      at = 0
-      while read := file.readinto(memory[-1][at:]):
-        at += read
+      read_bytes = 0
+      while read := file.readinto(memory[-1][read_bytes:]):
+        read_bytes += read
   return {'seconds': time.perf_counter() - began}
 
 

@@ -90,7 +90,7 @@ def execute(command: Command) -> None:
   Raises:
     ConfigError: it failed, is not installed, or will never print that.
   """
-  print(f'$ {command.shown()}', flush=True)
+  print(f'$ {command.as_typed()}', flush=True)
   while True:
     try:
       process = subprocess.run(
@@ -126,7 +126,7 @@ def main() -> None:
     cli.config_file(list(job.arguments))  # before a machine is paid for
     for command in commands(backend, action, job):
       if dry_run:
-        print(command.shown())
+        print(command.as_typed())
       else:
         execute(command)
 

@@ -103,7 +103,7 @@ class Command:
   gives_up: tuple[str, ...] = ()
   may_fail: bool = False
 
-  def shown(self) -> str:
+  def as_typed(self) -> str:
     """Returns the command as one would type it."""
     text = shlex.join(self.words)
     if self.wait:

@@ -108,11 +108,11 @@ def _times(bodies, entry: str, unknown: int) -> dict[str, int]:
       for other in called:
         if other in bodies:
           calls[name].append((other, turns))
-  order, seen = [], set()  # callees before callers
+  order, visited = [], set()  # callees before callers
 
   def visit(name):
-    if name not in seen:
-      seen.add(name)
+    if name not in visited:
+      visited.add(name)
       for other, _ in calls[name]:
         visit(other)
       order.append(name)

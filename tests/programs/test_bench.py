@@ -83,13 +83,13 @@ def test_every_measurement_has_its_rows_and_the_page_its_pictures():
     'layers': {'2': 4.0, '16': 5.0},
     'start': {'first': 10.0, 'second': 4.0},
   }
-  found = {k: {'machine': {'cores': 2}, 'found': v} for k, v in parts.items()}
-  rows = train.rows(found)
+  results = {k: {'machine': {'cores': 2}, 'found': v} for k, v in parts.items()}
+  rows = train.rows(results)
   text = '\n'.join(' '.join(row) for row in rows)
   for words in ('16.0 x for 16 x', '1.20 x that of 16', '0.40 of the first'):
     assert words in text
-  figure = train.draw(found)
-  page = show.html('Training', rows, show.machines(found), figure)
+  figure = train.draw(results)
+  page = show.html('Training', rows, show.machines(results), figure)
   assert page.count('<svg') == 1 and 'MaxText' in page and 'cores 2' in page
   assert 'src=' not in page and 'href="http' not in page
 
@@ -103,8 +103,8 @@ def test_the_price_of_a_seal_is_measured(tmp_path, monkeypatch, capsys):
   words = ['bench', 'checkpoint', '--rounds=1', '--out=found']
   monkeypatch.setattr(sys, 'argv', words)
   program.main()
-  found = json.loads((tmp_path / 'found/checkpoint.json').read_text())
-  seal, pause = found['seal'], found['pause']
+  results = json.loads((tmp_path / 'found/checkpoint.json').read_text())
+  seal, pause = results['seal'], results['pause']
   assert 0 < seal['share'] == pytest.approx(seal['processor'] / 100)
   for one in pause.values():
     assert 0 < one['pause'] < one['safe']
@@ -120,13 +120,13 @@ def test_the_gap_between_losses_is_relative_and_smoothed():
   same = precision.gap(reference, reference)
   worse = [1.01 * x for x in reference['loss']]
   other = {'step': reference['step'], 'loss': worse}
-  found = precision.gap(reference, other)
-  chex.assert_trees_all_close(found, [0.01] * 100, rtol=1e-9)
+  gaps = precision.gap(reference, other)
+  chex.assert_trees_all_close(gaps, [0.01] * 100, rtol=1e-9)
   assert precision.summary(reference['step'], [same])['over'] == 0
-  summary = precision.summary(reference['step'], [found])
+  summary = precision.summary(reference['step'], [gaps])
   assert summary['over'] == summary['points'] == 90
   # Seeds that part to either side say nothing against a recipe.
-  both = [found, [-x for x in found]]
+  both = [gaps, [-x for x in gaps]]
   summary = precision.summary(reference['step'], both)
   assert summary['over'] == 0 and summary['worst'] < 1e-12
   chex.assert_trees_all_close(summary['worst_seed'], 0.01, rtol=1e-9)
@@ -144,12 +144,12 @@ def test_precisions_are_trained_side_by_side(tmp_path):
   words = ['--config=configs/tiny.py:smoke', '--steps=4', '--only=fp8_tensor']
   command = [sys.executable, '-m', 'experiments.bench', 'precision']
   subprocess.run([*command, *words, f'--out={tmp_path}'], check=True, cwd=ROOT)
-  found = json.loads((tmp_path / 'precision.json').read_text())
-  (run,) = found['loss']['bf16']
+  results = json.loads((tmp_path / 'precision.json').read_text())
+  (run,) = results['loss']['bf16']
   assert run['step'] == [1, 2, 3, 4]
   # The first loss is of the same weights: rounding is all that differs.
   for name in ('control', 'fp8_tensor'):
-    (gaps,) = found['gap'][name]
+    (gaps,) = results['gap'][name]
     assert 0 < abs(gaps[0]) < 0.01
 
 
@@ -179,12 +179,12 @@ def test_the_decoding_page_has_every_measurement():
     'layer': {'8': {'latent': 0.002, 'heads': 0.006, 'share': 0.5}},
     'context': {'512': {'ms': 2.0, 'floor_ms': 2.0}},
   }
-  found = {k: {'machine': {'cores': 2}, 'found': v} for k, v in parts.items()}
-  text = '\n'.join(' '.join(row) for row in decode.rows(found))
+  results = {k: {'machine': {'cores': 2}, 'found': v} for k, v in parts.items()}
+  text = '\n'.join(' '.join(row) for row in decode.rows(results))
   # V3 caches 576 numbers of two bytes, 71 times fewer than its heads have.
   for words in ('900 tokens/s', '(MLA): 1,152', 'head: 81,920', '3.0x'):
     assert words in text
-  page = show.html('Decoding', decode.rows(found), [], decode.draw(found))
+  page = show.html('Decoding', decode.rows(results), [], decode.draw(results))
   assert page.count('<svg') == 1
 
 
@@ -200,8 +200,8 @@ def test_models_of_one_seed_are_compared_pair_by_pair():
   mean, error, count = balance.compared(rows, 'bias 0.01', 'nothing', range(5))
   np.testing.assert_allclose(mean, 100 * np.expm1(-0.03))
   assert error < 1e-9 and count == 5
-  shown = balance.table(rows, tuning=2)
-  assert 'bias 0.01 beside loss 0.003, 3 seeds' in shown and '-1.98' in shown
+  output = balance.table(rows, tuning=2)
+  assert 'bias 0.01 beside loss 0.003, 3 seeds' in output and '-1.98' in output
 
 
 def test_pairs_tell_a_precision_by_the_mean_of_many(tmp_path):
@@ -218,9 +218,9 @@ def test_pairs_tell_a_precision_by_the_mean_of_many(tmp_path):
   paired.add(file, precision.PAIRED, range(2), measure)
   paired.add(file, precision.PAIRED, range(4), measure)
   assert len(measured) == len(set(measured)) == 4 * len(precision.PAIRED)
-  shown = precision.table(paired.rows(file)).splitlines()
-  assert '| +0.10 ± 0.58 % | +0.10 ± 0.58 % | 0 of 18 | 1.10% |' in shown[-1]
-  assert '| +0.00 ± 0.00 % | +0.00 ± 0.00 % | 0 of 18 | 0.00% |' in shown[-2]
+  output = precision.table(paired.rows(file)).splitlines()
+  assert '| +0.10 ± 0.58 % | +0.10 ± 0.58 % | 0 of 18 | 1.10% |' in output[-1]
+  assert '| +0.00 ± 0.00 % | +0.00 ± 0.00 % | 0 of 18 | 0.00% |' in output[-2]
 
 
 def test_the_balance_benchmark_has_the_notebooks_model():
@@ -270,7 +270,7 @@ def test_the_command_lists_its_benchmarks_and_each_has_flags(
 
 
 @pytest.mark.parametrize(
-  'words, said',
+  'words, message',
   [
     (['trains'], "'trains': is no benchmark; there are train, decode"),
     (['train', '--rounds=0'], '--rounds=0: must be at least 1'),
@@ -281,7 +281,9 @@ def test_the_command_lists_its_benchmarks_and_each_has_flags(
     (['fp8_gpu'], 'needs an NVIDIA GPU, and jax sees none'),
   ],
 )
-def test_bad_requests_are_one_line(words, said, tmp_path, monkeypatch, capsys):
+def test_bad_requests_are_one_line(
+  words, message, tmp_path, monkeypatch, capsys
+):
   monkeypatch.setattr(decode.runtime, 'keep_memory', lambda: None)
   monkeypatch.setenv('XLA_FLAGS', os.environ.get('XLA_FLAGS', ''))
   monkeypatch.chdir(tmp_path)
@@ -290,13 +292,13 @@ def test_bad_requests_are_one_line(words, said, tmp_path, monkeypatch, capsys):
     program.main()
   errors = capsys.readouterr().err
   assert ended.value.code == 2 and errors.count('\n') == 1
-  assert said in errors
+  assert message in errors
 
 
 @pytest.mark.slow
 def test_a_mesh_is_timed_beside_one_device(tmp_path):
-  done = bench(
+  process = bench(
     'mesh', '--mesh=data:2,expert:4', '--steps=1', f'--out={tmp_path}'
   )
-  assert done.returncode == 0, done.stderr
-  assert re.search(r'temporary memory 1/\d+\.\d; loss \d', done.stdout)
+  assert process.returncode == 0, process.stderr
+  assert re.search(r'temporary memory 1/\d+\.\d; loss \d', process.stdout)

@@ -70,24 +70,24 @@ def program(config, devices):
 def gathered_over(axis, text, axes, sizes):
   """The shapes that are gathered along an axis of the mesh."""
   for line in text.splitlines():
-    found = re.search(r'= (.*?) all-gather(-start)?\(', line)
-    if found and axis in hlo._axis(hlo._group(line, 8), axes, sizes):
-      for _, shape in hlo._SHAPE.findall(found[1]):
+    match = re.search(r'= (.*?) all-gather(-start)?\(', line)
+    if match and axis in hlo._axis(hlo._group(line, 8), axes, sizes):
+      for _, shape in hlo._SHAPE.findall(match[1]):
         yield [int(n) for n in shape.split(',') if n]
 
 
-def no_experts_are_gathered(config, *found):
+def no_experts_are_gathered(config, *text_and_mesh):
   dim, width = config.model.dim, config.model.moe.width
-  shapes = list(gathered_over('expert', *found))
+  shapes = list(gathered_over('expert', *text_and_mesh))
   assert any(dim in shape for shape in shapes)  # tokens are
   for shape in shapes:
     assert not {dim, width} <= set(shape), shape
 
 
-def received(*found):
+def received(*text_and_mesh):
   """Bytes by axis; what goes over several at once counts as the first's."""
   sums = dict.fromkeys(MESHES['both'].__dict__, 0.0)
-  for row in hlo.collectives(*found):
+  for row in hlo.collectives(*text_and_mesh):
     sums[row['axis'].split('+')[0]] += row['bytes']
   return sums
 
@@ -97,8 +97,8 @@ def received(*found):
 )
 def test_tokens_travel_and_experts_do_not(mesh):
   config = step_of(mesh, 'float32', 256, 96, 128)
-  found = program(config, jax.devices())
-  no_experts_are_gathered(config, *found)
+  text_and_mesh = program(config, jax.devices())
+  no_experts_are_gathered(config, *text_and_mesh)
 
 
 @functools.cache
@@ -120,9 +120,9 @@ def libtpu(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize('mesh', MESHES)
 def test_a_tpu_receives_what_the_arithmetic_says(mesh, libtpu):
-  config, found = tpu(mesh)
-  no_experts_are_gathered(config, *found)
-  sums, expected = received(*found), traffic.by_axis(config)
+  config, text_and_mesh = tpu(mesh)
+  no_experts_are_gathered(config, *text_and_mesh)
+  sums, expected = received(*text_and_mesh), traffic.by_axis(config)
   total = sum(expected.values())
   assert sum(sums.values()) == pytest.approx(total, rel=0.1)
   for axis in expected:
@@ -171,16 +171,18 @@ def test_a_tpu_decodes_without_moving_or_copying_experts(libtpu):
     unstack = jax.jit(functools.partial(forward.unstack, config))
     where = unstack.lower(trained).compile().output_shardings
     weights = jax.tree.map(shaped, jax.eval_shape(unstack, trained), where)
-    how = CacheConfig(page=128, impl='xla')
-    held = jax.eval_shape(lambda: latent_cache.empty(config, 64, 1024, how))
-    held = jax.tree.map(shaped, held, latent_cache.shardings(held, mesh))
+    cache_config = CacheConfig(page=128, impl='xla')
+    cache = jax.eval_shape(
+      lambda: latent_cache.empty(config, 64, 1024, cache_config)
+    )
+    cache = jax.tree.map(shaped, cache, latent_cache.shardings(cache, mesh))
     rows = jax.NamedSharding(mesh, sharding.spec(('batch',)))
     tokens = jax.ShapeDtypeStruct((64,), jnp.int32, sharding=rows)
     step = functools.partial(forward.decode_step, config=config)
-    lowered = jax.jit(step, donate_argnums=1).lower(weights, held, tokens)
+    lowered = jax.jit(step, donate_argnums=1).lower(weights, cache, tokens)
     step = lowered.compile()
-  found = step.as_text(), mesh.axis_names, mesh.devices.shape
+  text_and_mesh = step.as_text(), mesh.axis_names, mesh.devices.shape
   experts = weights['layers'][-1]['ffn']['w_down']
   each = experts.size * experts.dtype.itemsize / 8
-  assert sum(received(*found).values()) < each / 2  # both MoE layers'
+  assert sum(received(*text_and_mesh).values()) < each / 2  # both MoE layers'
   assert step.memory_analysis().temp_size_in_bytes < each

@@ -33,14 +33,14 @@ def test_kinds_axes_loops_and_bytes():
 
   text = compiled(f, PartitionSpec(AXES), (512,))
   rows = hlo.collectives(text, AXES, SIZES)
-  found = {
+  by_kind = {
     (row['axis'], row['kind']): (row['count'], row['bytes']) for row in rows
   }
   part = 64 * 4
-  assert found['data', 'all-reduce'] == (5, 5 * part)  # 2 * (2 - 1) / 2
-  assert found['fsdp', 'all-gather'] == (5, 5 * 3 * part)
-  assert found['fsdp', 'reduce-scatter'] == (5, 5 * 3 * part)
-  assert found['data', 'collective-permute'] == (1, part)
+  assert by_kind['data', 'all-reduce'] == (5, 5 * part)  # 2 * (2 - 1) / 2
+  assert by_kind['fsdp', 'all-gather'] == (5, 5 * 3 * part)
+  assert by_kind['fsdp', 'reduce-scatter'] == (5, 5 * 3 * part)
+  assert by_kind['data', 'collective-permute'] == (1, part)
 
 
 def test_a_loop_of_unknown_length_turns_as_often_as_one_says():

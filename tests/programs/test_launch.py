@@ -76,7 +76,7 @@ def commands(case, action, train=TRAIN):
 def dry_run(case):
   parts = []
   for action in ACTIONS:
-    shown = '\n'.join(c.shown() for c in commands(case, action))
+    shown = '\n'.join(c.as_typed() for c in commands(case, action))
     parts.append(f'# {action}\n{shown}\n')
   return '\n'.join(parts)
 
@@ -92,7 +92,9 @@ def test_what_is_shown_is_what_is_run(case):
   for action in ACTIONS:
     for command in commands(case, action):
       shown = (
-        command.shown().split('\n')[0] if command.stdin else (command.shown())
+        command.as_typed().split('\n')[0]
+        if command.stdin
+        else (command.as_typed())
       )
       words = shlex.split(shown.split(" <<'END'")[0], comments=True)
       assert tuple(words) == command.words
@@ -134,7 +136,7 @@ def test_row43_odd_arguments_arrive_whole(case, tmp_path):
   (bin_ / 'srun').write_text('#!/bin/sh\nexec "$@"\n')
   (bin_ / 'srun').chmod(0o755)
   environment = {**os.environ, 'PATH': f'{bin_}:{os.environ["PATH"]}'}
-  done = subprocess.run(
+  process = subprocess.run(
     ['bash', '-c', f'{line}\nwait'],
     cwd=tmp_path,
     env=environment,
@@ -142,9 +144,9 @@ def test_row43_odd_arguments_arrive_whole(case, tmp_path):
     text=True,
     timeout=30,
   )
-  assert done.returncode == 0, done.stderr
+  assert process.returncode == 0, process.stderr
   (arrived,) = list(tmp_path.glob('**/arrived'))
-  words, seen = json.loads(arrived.read_text())
+  words, environ = json.loads(arrived.read_text())
   assert words[:2] == ['-m', 'experiments.train']
   assert words[2:-1] == list(ODD[1:])
   assert words[-1].startswith('--workdir=')
@@ -152,27 +154,27 @@ def test_row43_odd_arguments_arrive_whole(case, tmp_path):
   for flag in CASES[case]:
     if flag.startswith('--preset='):
       for name, value in preset[flag.split('=')[1]].environment.items():
-        assert seen[name] == value
+        assert environ[name] == value
 
 
 @pytest.mark.parametrize('case', ['tpu', 'gke', 'slurm', 'vm'])
 def test_shell_lines_parse_and_shellcheck_is_silent(case, tmp_path):
   lines = [remote_line(case)[0]]
   for command in commands(case, 'install'):
-    found = [w for w in command.words if w.startswith('--command=')]
-    lines += [w.removeprefix('--command=') for w in found]
+    flags = [w for w in command.words if w.startswith('--command=')]
+    lines += [w.removeprefix('--command=') for w in flags]
   checker = shutil.which('shellcheck')
   for i, line in enumerate(lines):
     path = tmp_path / f'{i}.sh'
     path.write_text(line if line.startswith('#!') else f'#!/bin/bash\n{line}\n')
     subprocess.run(['bash', '-n', path], check=True)
     if checker:
-      done = subprocess.run(
+      process = subprocess.run(
         [checker, '--exclude=SC2016', path],  # what is quoted is to stay so
         capture_output=True,
         text=True,
       )
-      assert done.returncode == 0, done.stdout
+      assert process.returncode == 0, process.stdout
 
 
 def test_slurm_requeues_after_a_signal_and_not_after_the_end(tmp_path):
@@ -195,13 +197,13 @@ def test_slurm_requeues_after_a_signal_and_not_after_the_end(tmp_path):
     'PATH': f'{tmp_path}:{os.environ["PATH"]}',
     'SLURM_JOB_ID': '77',
   }
-  how = {'cwd': tmp_path, 'text': True, 'stdout': subprocess.PIPE}
-  done = subprocess.run(
-    ['bash', script], env={**environment, 'LONG': '0'}, timeout=30, **how
+  options = {'cwd': tmp_path, 'text': True, 'stdout': subprocess.PIPE}
+  process = subprocess.run(
+    ['bash', script], env={**environment, 'LONG': '0'}, timeout=30, **options
   )
-  assert done.returncode == 3 and not (tmp_path / 'called').exists()
+  assert process.returncode == 3 and not (tmp_path / 'called').exists()
   with subprocess.Popen(
-    ['bash', script], env={**environment, 'LONG': '20'}, **how
+    ['bash', script], env={**environment, 'LONG': '20'}, **options
   ) as running:
     assert running.stdout.readline() == 'up\n'
     running.terminate()
@@ -211,7 +213,7 @@ def test_slurm_requeues_after_a_signal_and_not_after_the_end(tmp_path):
 
 
 @pytest.mark.parametrize(
-  'words, said',
+  'words, message',
   [
     (['tpu', 'up', '--name=a'], '--project: is needed'),
     (['tpu', 'up', '--name=A b'], 'lower-case'),
@@ -231,8 +233,8 @@ def test_slurm_requeues_after_a_signal_and_not_after_the_end(tmp_path):
     (['vm', 'start', '--name=a', '--preset=ironwood', *WHERE], 'gpu-overlap'),
   ],
 )
-def test_bad_requests_are_one_line(words, said):
-  with pytest.raises(ConfigError, match=re.escape(said)) as caught:
+def test_bad_requests_are_one_line(words, message):
+  with pytest.raises(ConfigError, match=re.escape(message)) as caught:
     launch.commands(*launch.parse(words)[:3])
   assert '\n' not in str(caught.value)
 
@@ -245,9 +247,9 @@ def test_no_machine_is_asked_for_with_a_config_that_is_not_there(
   monkeypatch.setattr(sys, 'argv', ['launch', *words])
   with pytest.raises(SystemExit) as ended:
     launch.main()
-  said = capsys.readouterr()
-  assert ended.value.code == 2 and not said.out
-  assert 'did you mean configs/tiny.py?' in said.err
+  message = capsys.readouterr()
+  assert ended.value.code == 2 and not message.out
+  assert 'did you mean configs/tiny.py?' in message.err
 
 
 def test_a_missing_program_is_named():

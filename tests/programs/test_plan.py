@@ -26,7 +26,7 @@ from mla_moe.config import (
   freeze,
 )
 from mla_moe.model import transformer
-from mla_moe.train.state import abstract_state
+from mla_moe.train import step
 
 V3 = freeze(deepseek_v3.get_config())
 LITE = freeze(deepseek_v2_lite.get_config())
@@ -44,11 +44,11 @@ def on_mesh(config, **mesh):
 
 @pytest.mark.parametrize('config', [V3, LITE], ids=['V3', 'V2-Lite'])
 def test_the_layout_holds_what_the_arithmetic_counts(config):
-  layout = abstract_state(config)
+  layout = step.layout(config)
   counts = cost.parameters(config)
-  held = memory.state_bytes((layout.params, layout.router), config.mesh)
-  assert held == 4 * (counts.total + counts.mtp)
-  assert memory.state_bytes(layout.opt, config.mesh) == pytest.approx(2 * held)
+  size = memory.state_bytes((layout.params, layout.router), config.mesh)
+  assert size == 4 * (counts.total + counts.mtp)
+  assert memory.state_bytes(layout.opt, config.mesh) == pytest.approx(2 * size)
 
 
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
@@ -56,7 +56,7 @@ def test_a_device_holds_what_jax_says_of_its_shards(optimizer):
   optim = dataclasses.replace(SMOKE.optim, optimizer=optimizer)
   config = dataclasses.replace(SMOKE, optim=optim)
   config = on_mesh(config, fsdp=2, expert=2, tensor=2)
-  layout = abstract_state(config)
+  layout = step.layout(config)
   mesh = sharding.make_mesh(config.mesh)
   where = jax.tree.leaves(sharding.shardings(layout, mesh))
   leaves = jax.tree.leaves(nn.unbox(layout))
@@ -113,9 +113,9 @@ def test_saved_bytes_are_those_of_the_residuals(remat, within):
 
 
 def test_the_bill_of_v3_on_its_own_cluster():
-  on = chips.parse('h800:2048')
+  slice_ = chips.parse('h800:2048')
   config = on_mesh(V3, fsdp=8, expert=64, tensor=4)
-  plan = search.Plan(config, on, memory.footprint(config))
+  plan = search.Plan(config, slice_, memory.footprint(config))
   bill_ = bill.bill(plan, 14.8e12, bill.UTILISATION, 2.0)
   assert bill_.hours == pytest.approx(2.664e6, rel=0.01)
   assert bill_.days == pytest.approx(54.3, rel=0.01)
@@ -125,26 +125,26 @@ def test_the_bill_of_v3_on_its_own_cluster():
 
 def test_zero1_splits_the_moments_alone():
   mesh = dict(data=4, fsdp=2)
-  layout = abstract_state(SMOKE)
+  layout = step.layout(SMOKE)
   whole = memory.footprint(on_mesh(SMOKE, **mesh), layout)
   split = memory.footprint(on_mesh(SMOKE, **mesh, states='zero1'), layout)
   assert split.parameters == whole.parameters
   assert split.optimizer < 0.3 * whole.optimizer
   # A mesh that is searched for, or asked for by a flag, keeps the table.
   config = on_mesh(SMOKE, states='zero1')
-  found = search.best_on(config, chips.parse('v5e:2x2'), layout)
-  assert found.config.mesh.states == 'zero1'
+  best = search.best_on(config, chips.parse('v5e:2x2'), layout)
+  assert best.config.mesh.states == 'zero1'
   assert search.mesh_of('data=4', 'zero1').states == 'zero1'
 
 
 def test_no_matrix_of_v3_is_whole_under_fsdp():
-  layout = abstract_state(V3)
-  one, eight = (memory.state_bytes(layout, MeshConfig(fsdp=n)) for n in (1, 8))
-  assert eight < 1.001 * one / 8  # norms and the router's second axis
+  layout = step.layout(V3)
+  one, split = (memory.state_bytes(layout, MeshConfig(fsdp=n)) for n in (1, 8))
+  assert split < 1.001 * one / 8  # norms and the router's second axis
 
 
 def test_sharding_more_never_holds_more():
-  layout = abstract_state(LITE)
+  layout = step.layout(LITE)
   sizes = [
     memory.footprint(on_mesh(LITE, fsdp=n), layout).total for n in (4, 8, 16)
   ]
@@ -171,12 +171,12 @@ def test_traffic_follows_the_mesh():
 
 
 def test_the_smallest_slice_is_the_smallest():
-  layout = abstract_state(LITE)
-  found = search.smallest(LITE, 'v5p', layout)
-  assert found.fits and found.config.mesh.devices == found.slice.devices
-  before = chips.slices('v5p').index(found.slice)
-  for on in chips.slices('v5p')[:before]:
-    assert search.best_on(LITE, on, layout) is None
+  layout = step.layout(LITE)
+  best = search.smallest(LITE, 'v5p', layout)
+  assert best.fits and best.config.mesh.devices == best.slice.devices
+  before = chips.slices('v5p').index(best.slice)
+  for slice_ in chips.slices('v5p')[:before]:
+    assert search.best_on(LITE, slice_, layout) is None
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def plan(*args):
 
 
 @pytest.mark.parametrize(
-  'args, said',
+  'args, message',
   [
     (['--topology=v5e:4x4', '--mesh=fsdp=8'], r'is 8 devices, .* has 16'),
     (['--topology=v5e:9x9'], r'v5e slices are'),
@@ -218,10 +218,10 @@ def plan(*args):
     ),
   ],
 )
-def test_bad_plans_are_one_line(args, said):
-  done = plan(*args)
-  assert done.returncode == 2
-  assert re.search(said, done.stderr) and done.stderr.count('\n') == 1
+def test_bad_plans_are_one_line(args, message):
+  process = plan(*args)
+  assert process.returncode == 2
+  assert re.search(message, process.stderr) and process.stderr.count('\n') == 1
 
 
 @pytest.mark.parametrize(
@@ -230,18 +230,18 @@ def test_bad_plans_are_one_line(args, said):
 def test_a_missing_compiler_is_named(topology, package, monkeypatch):
   monkeypatch.setattr(compiled.importlib.util, 'find_spec', lambda name: None)
   extra = 'tpu' if package == 'libtpu' else 'cuda'
-  said = f'{package} is missing; pip install "mla_moe[{extra}]"'
-  with pytest.raises(ConfigError, match=re.escape(said)):
+  message = f'{package} is missing; pip install "mla_moe[{extra}]"'
+  with pytest.raises(ConfigError, match=re.escape(message)):
     compiled.run(LITE, chips.parse(topology))
 
 
 def test_a_program_too_large_for_a_gpu_is_refused(monkeypatch):
-  found = {'arguments': 60 * 2**30, 'temporary': 20 * 2**30}
-  done = subprocess.CompletedProcess([], 0, json.dumps(found), '')
-  monkeypatch.setattr(compiled.subprocess, 'run', lambda *_, **__: done)
+  answer = {'arguments': 60 * 2**30, 'temporary': 20 * 2**30}
+  process = subprocess.CompletedProcess([], 0, json.dumps(answer), '')
+  monkeypatch.setattr(compiled.subprocess, 'run', lambda *_, **__: process)
   monkeypatch.setattr(compiled.importlib.util, 'find_spec', lambda name: name)
-  said = 'needs 80.00G of memory on h100:8, where there is 72.81G'
-  with pytest.raises(ConfigError, match=said):
+  message = 'needs 80.00G of memory on h100:8, where there is 72.81G'
+  with pytest.raises(ConfigError, match=message):
     compiled.run(LITE, chips.parse('h100:8'))
 
 
@@ -252,11 +252,11 @@ def test_the_page_says_what_the_plan_says():
   assert len(rows) == 7
   layouts = {config: search.layout_of(config) for config in (V3, LITE)}
   for i, (name, mesh, needs, has) in enumerate(rows):
-    config, on = V3 if i < 4 else LITE, chips.parse(name)
+    config, slice_ = V3 if i < 4 else LITE, chips.parse(name)
     sizes = {k: int(v) for k, v in re.findall(r'(\w+)=(\d+)', mesh)}
-    found = search.plan(on_mesh(config, **sizes), on, layouts[config])
-    assert f'{found.footprint.total / 2**30:.1f}' == needs, name
-    assert f'{on.chip.usable / 2**30:.1f}' == has, name
+    planned = search.plan(on_mesh(config, **sizes), slice_, layouts[config])
+    assert f'{planned.footprint.total / 2**30:.1f}' == needs, name
+    assert f'{slice_.chip.usable / 2**30:.1f}' == has, name
 
 
 def test_no_figure_is_cut_off(capsys, monkeypatch):
@@ -265,22 +265,22 @@ def test_no_figure_is_cut_off(capsys, monkeypatch):
   plan = search.plan(config, chips.parse('v6e:16x16'), search.layout_of(LITE))
   paid = bill.bill(plan, 1e9, 0.4, 0.0)
   report.show_choice(LITE, [(plan, paid)], 0.4)
-  shown = capsys.readouterr().out
-  assert '…' not in shown and str(plan.slice) in shown
+  output = capsys.readouterr().out
+  assert '…' not in output and str(plan.slice) in output
 
 
 def test_a_plan_that_fits_writes_a_table_and_a_page(tmp_path):
   page = tmp_path / 'plan.html'
-  done = plan(
+  process = plan(
     '--config=configs/small.py', '--topology=v5e:2x2', f'--out={page}'
   )
-  assert done.returncode == 0, done.stderr
-  assert '…' not in done.stdout
+  assert process.returncode == 0, process.stderr
+  assert '…' not in process.stdout
   for word in ('parameters', 'optimizer', 'there is', 'chip hours'):
-    assert word in done.stdout
+    assert word in process.stdout
   assert re.search(
     r'^To train it so: --config.mesh.\w+=.* --config.data.micro_batch=\d+$',
-    done.stdout,
+    process.stdout,
     re.M,
   )
   assert page.read_text().count('<svg') == 2

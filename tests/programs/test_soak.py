@@ -43,20 +43,20 @@ def test_any_difference_fails_the_soak(tmp_path, monkeypatch, capsys, wrong):
   monkeypatch.setattr(soak, '_start', actor(wrong))
   monkeypatch.setattr(soak, '_DISASTERS', 0)
   assert soak.soak(tmp_path, 0.001, 10, 0) == (not wrong)
-  said = capsys.readouterr().out
+  output = capsys.readouterr().out
   words = {'': 'every bit', 'code': 'ended with 1'}
-  assert words.get(wrong, 'differs from') in said
+  assert words.get(wrong, 'differs from') in output
 
 
 def test_damage_is_to_one_file_and_a_flip_is_one_bit(tmp_path):
   for name in 'abc':
     (tmp_path / name).write_bytes(bytes(range(100)))
-  for what, dice in (('flip', random.Random(0)), ('cut', random.Random(1))):
+  for damage, dice in (('flip', random.Random(0)), ('cut', random.Random(1))):
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    soak._damage(dice, what, tmp_path)
+    soak._damage(dice, damage, tmp_path)
     (path,) = [p for p in before if p.read_bytes() != before[p]]
     old, new = before[path], path.read_bytes()
-    if what == 'flip':
+    if damage == 'flip':
       assert (
         sum((a ^ b).bit_count() for a, b in zip(old, new, strict=True)) == 1
       )
@@ -70,8 +70,10 @@ def test_disasters_need_something_to_strike(tmp_path):
       random.Random(seed), 60, tmp_path, late=False, alone=9.0
     )
     assert name not in ('flip', 'cut', 'none') and bool(rule) != bool(delay)
-  found = soak._disaster(random.Random(0), 60, tmp_path, late=True, alone=9.0)
-  assert found == ('none', '', 0.0)
+  disaster = soak._disaster(
+    random.Random(0), 60, tmp_path, late=True, alone=9.0
+  )
+  assert disaster == ('none', '', 0.0)
 
 
 def test_files_are_damaged_only_where_a_sealed_step_remains(tmp_path):

@@ -46,9 +46,9 @@ def test_the_table_puts_the_best_run_first(tmp_path, capsys):
     text = ''.join(json.dumps(line) + '\n' for line in lines)
     (folder / 'metrics.jsonl').write_text(text)
   sweep.show(sweep.results(tmp_path, runs))
-  shown = capsys.readouterr().out
-  assert '12,346' in shown
-  assert shown.index('2.1') < shown.index('2.5') < shown.index('-  ')
+  output = capsys.readouterr().out
+  assert '12,346' in output
+  assert output.index('2.1') < output.index('2.5') < output.index('-  ')
 
 
 def sweep_of(*words):
@@ -57,28 +57,28 @@ def sweep_of(*words):
 
 
 def test_dry_runs_here_and_there():
-  here = sweep_of('--vary=run.seed=0,1', '--dry-run', '--', '--config=c.py')
-  assert here.returncode == 0 and here.stdout.count('experiments.train') == 2
+  local = sweep_of('--vary=run.seed=0,1', '--dry-run', '--', '--config=c.py')
+  assert local.returncode == 0 and local.stdout.count('experiments.train') == 2
   flags = ('slurm', '--name=s', '--topology=h100:8', '--storage=/runs')
-  there = sweep_of(
+  remote = sweep_of(
     '--vary=run.seed=0,1', '--dry-run', *flags, '--', '--config=c.py'
   )
-  assert there.returncode == 0, there.stderr
-  assert there.stdout.count('sbatch <<') == 2
+  assert remote.returncode == 0, remote.stderr
+  assert remote.stdout.count('sbatch <<') == 2
   for i in (0, 1):
-    assert f'--config.run.seed={i} --workdir=/runs/s-{i}' in there.stdout
+    assert f'--config.run.seed={i} --workdir=/runs/s-{i}' in remote.stdout
 
 
 @pytest.mark.slow
 def test_a_sweep_trains_and_shows_its_results(tmp_path):
-  done = sweep_of(
+  process = sweep_of(
     '--vary=optim.learning_rate=1e-3,3e-3',
     f'--workdir={tmp_path}',
     '--',
     '--config=configs/tiny.py:smoke',
   )
-  assert done.returncode == 0, done.stderr
-  table = done.stdout[done.stdout.index('bits_per_byte') :]
+  assert process.returncode == 0, process.stderr
+  table = process.stdout[process.stdout.index('bits_per_byte') :]
   assert '1e-3' in table and '3e-3' in table and ' 20 ' in table
 
 
@@ -91,16 +91,16 @@ def test_known_trouble_is_named():
     ({**good, 'jax': '0.12.0.1', 'jaxlib': '0.12.0'}, 'nnx'),
     ({**good, 'jaxlib': '0.9.1'}, 'do not match'),
   ]
-  for found, said in bad:
-    assert any(said in line for line in doctor.trouble(found, (3, 12, 1)))
+  for versions, message in bad:
+    assert any(message in line for line in doctor.trouble(versions, (3, 12, 1)))
   assert 'Python' in doctor.trouble(good, (3, 10, 0))[0]
 
 
 def test_the_doctor_reports():
   command = [sys.executable, '-m', 'experiments.doctor']
-  done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+  process = subprocess.run(command, capture_output=True, text=True, timeout=100)
   for word in ('commit', 'python', 'disk', 'jax ', 'device', 'cpu'):
-    assert word in done.stdout
+    assert word in process.stdout
 
 
 def test_steps_of_a_profile():
@@ -123,12 +123,12 @@ def test_a_trace_names_the_operations(tmp_path, capsys):
       y = product(x)
   assert [seconds > 0 for seconds in took] == [False, True, False, True, False]
   assert rests == [1, 3]  # no watchdog counts what a trace takes
-  shown = capsys.readouterr().out
-  assert 'operation' in shown and 'steps 2 to 3' in shown
-  found = profile.operations(tmp_path)
-  assert found, shown
-  assert all(count >= 2 for count, _ in found.values())  # two steps
-  assert not any(name.startswith('end') for name in found)
+  output = capsys.readouterr().out
+  assert 'operation' in output and 'steps 2 to 3' in output
+  rows = profile.operations(tmp_path)
+  assert rows, output
+  assert all(count >= 2 for count, _ in rows.values())  # two steps
+  assert not any(name.startswith('end') for name in rows)
 
 
 def test_an_operation_may_end_on_another_thread(tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ from mla_moe import config as c
 from mla_moe import fp8
 from mla_moe.data import batches, corpus, tokenizer
 from mla_moe.train import optim, step
+from mla_moe.train.state import init_state
 from notebooks import look
 
 look.use()
@@ -168,7 +169,7 @@ def losses(**change):
   network = dataclasses.replace(model, **change)
   some = dataclasses.replace(config, model=network)
   run = jax.jit(functools.partial(step.train_step, config=some))
-  state = step.init_state(jax.random.key(0), some)
+  state = init_state(jax.random.key(0), some)
   curve = []
   stream = batches.batches(text.train, some.data, text.bos_id, 0, STEPS)
   for number, batch in enumerate(stream):

@@ -22,6 +22,7 @@ from mla_moe import config as c
 from mla_moe import sharding
 from mla_moe.data import batches
 from mla_moe.train import optim, step
+from mla_moe.train.state import init_state, placement
 
 CONFIG = c.Config(
   model=models.MESH, data=c.DataConfig(seq_len=512, batch_size=8)
@@ -85,15 +86,15 @@ def prepare(config: c.Config):
   rates = optim.Rates(1e-4, 1e-3, 0.0)
   train = functools.partial(step.train_step, config=config)
   if config.mesh.devices == 1:
-    state = step.init_state(jax.random.key(0), config)
+    state = init_state(jax.random.key(0), config)
     run = jax.jit(train, donate_argnums=0)
     return run.lower(state, batch, rates).compile(), state, (batch, rates)
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
-    state = step.init_state(jax.random.key(0), config, mesh)
-    placement = step.placement(config, mesh)
+    state = init_state(jax.random.key(0), config, mesh)
+    shardings = placement(config, mesh)
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    run = jax.jit(train, donate_argnums=0, out_shardings=(placement, whole))
+    run = jax.jit(train, donate_argnums=0, out_shardings=(shardings, whole))
     rows = jax.sharding.NamedSharding(mesh, sharding.spec((None, 'batch')))
     put = lambda x: jax.device_put(x, rows if np.ndim(x) == 3 else whole)
     inputs = jax.tree.map(put, (batch, rates))

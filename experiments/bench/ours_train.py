@@ -50,14 +50,15 @@ def main() -> None:
   """The contender; a job's mode is the dtype of the activations."""
   import jax
 
-  from mla_moe.train import optim, step
+  from mla_moe.train import optim
+  from mla_moe.train.state import init_state
 
   job = json.loads(sys.stdin.readline())
   config = models.config(models.Shape(**job['shape']), job['mode'])
   runtime.keep_memory()
   run, tokens = step_function(config), batch(config)
   rates = optim.Rates(1e-4, 1e-3, 0.0)
-  state = step.init_state(jax.random.key(0), config)
+  state = init_state(jax.random.key(0), config)
 
   for _ in range(2):
     state, values = jax.block_until_ready(run(state, tokens, rates))

@@ -117,10 +117,11 @@ def _compiled(shape: models.Shape):
   """Returns the compiled step at a shape, and the seconds it took."""
   import jax
 
-  from mla_moe.train import optim, step
+  from mla_moe.train import optim
+  from mla_moe.train.state import init_state
 
   config = models.config(shape)
-  state = jax.eval_shape(lambda: step.init_state(jax.random.key(0), config))
+  state = jax.eval_shape(lambda: init_state(jax.random.key(0), config))
   run, batch = ours_train.step_function(config), ours_train.batch(config)
   began = time.perf_counter()
   program = run.lower(state, batch, optim.Rates(1.0, 1.0, 0.0)).compile()

@@ -114,6 +114,7 @@ def lower(config: Config, devices: list):
   from mla_moe import fp8, sharding
   from mla_moe.data import batches
   from mla_moe.train import optim, step
+  from mla_moe.train.state import abstract_state, placement
 
   # 'auto' is resolved for those devices, and not for the one that is here.
   model = config.model
@@ -124,11 +125,11 @@ def lower(config: Config, devices: list):
     config = dataclasses.replace(config, model=model)
   mesh = sharding.make_mesh(config.mesh, devices)
   replicated = NamedSharding(mesh, PartitionSpec())
-  boxed = step.layout(config)
+  boxed = abstract_state(config)
   state = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     nn.unbox(boxed),
-    step.placement(config, mesh),
+    placement(config, mesh),
   )
   rows = config.data.micro_batch or config.data.batch_size
   shape = (config.data.batch_size // rows, rows, config.data.seq_len)

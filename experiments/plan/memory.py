@@ -1,11 +1,11 @@
 """The bytes that a training step holds on one device, by arithmetic.
 
-The state's bytes come from the shapes and names of `step.layout` and from the
-table `sharding.RULES`, so they are exact for any mesh, also for one that does
-not exist. The rest is arithmetic on the config: the backward pass's residuals
-under each `remat` policy, the largest layer at work, the weights that FSDP has
-gathered, the blocks of logits. The surprising part is how little of it is
-activations: one layer of experts, gathered and with its float32 gradient,
+The state's bytes come from the shapes and names of `state.abstract_state` and
+from the table `sharding.RULES`, so they are exact for any mesh, also for one
+that does not exist. The rest is arithmetic on the config: the backward pass's
+residuals under each `remat` policy, the largest layer at work, the weights that
+FSDP has gathered, the blocks of logits. The surprising part is how little of it
+is activations: one layer of experts, gathered and with its float32 gradient,
 outweighs the residuals of all other layers.
 """
 
@@ -62,8 +62,8 @@ def footprint(config: Config, layout: PyTree | None = None) -> Footprint:
 
   Args:
     config: of the model, its training and its mesh.
-    layout: `step.layout`'s. Without it the state counts as split evenly, which
-      is the arithmetic of `cost`.
+    layout: `abstract_state`'s. Without it the state counts as split evenly, by
+      the arithmetic of `cost`.
 
   Gradients are there once for the step and, with more than one micro-batch,
   once more for the micro-batch that is added.

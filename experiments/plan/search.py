@@ -15,7 +15,7 @@ from experiments import chips
 from experiments.plan import memory, traffic
 from mla_moe import sharding
 from mla_moe.config import Config, ConfigError, MeshConfig
-from mla_moe.train import step
+from mla_moe.train.state import abstract_state
 from mla_moe.types import PyTree
 
 AXES = sharding.AXES
@@ -53,7 +53,7 @@ def mesh_of(text: str, states: str = 'fsdp') -> MeshConfig:
 
 
 def plan(config: Config, slice_: chips.Slice, layout: PyTree) -> Plan:
-  """Returns the plan of a config with its own mesh (layout: step.layout's).
+  """Returns the plan of a config with its own mesh (layout: abstract_state's).
 
   Raises:
     ConfigError: the mesh is not the slice's size (names one that fits), or the
@@ -148,7 +148,7 @@ def gib(size: float) -> str:
 
 def layout_of(config: Config) -> PyTree:
   """Returns shapes and axes of the state, which are the same on every mesh."""
-  return step.layout(config)
+  return abstract_state(config)
 
 
 def _meshes(config: Config, devices: int) -> Iterator[MeshConfig]:

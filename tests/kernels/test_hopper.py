@@ -76,12 +76,12 @@ lowered, mesh = compiled.lower(config, devices)
 program = lowered.compile()
 assert calls(program, 'custom_call_target="mosaic_gpu')
 args = program.as_text(), mesh.axis_names, mesh.devices.shape, 4
-found = dict.fromkeys(mesh.axis_names, 0.0)
+moved = dict.fromkeys(mesh.axis_names, 0.0)
 for row in hlo.collectives(*args):
-  found[row['axis'].split('+')[0]] += row['bytes']
+  moved[row['axis'].split('+')[0]] += row['bytes']
 for axis, size in traffic.by_axis(config).items():
   if size:
-    assert 0.7 < found[axis] / size < 1.5, (axis, found[axis] / size)
+    assert 0.7 < moved[axis] / size < 1.5, (axis, moved[axis] / size)
 """
 
 
@@ -93,11 +93,11 @@ def compile_all(program, **more):
 
 
 def test_fp8_products_compile_and_spill_nothing(tmp_path):
-  wanted = {'MOSAIC_GPU_DUMP_TO': str(tmp_path), 'MOSAIC_GPU_DUMP_PTXAS': '1'}
-  compile_all(MGPU + PRODUCTS, **wanted)
-  found = [path.read_text() for path in tmp_path.glob('*.ptxas')]
-  assert len(found) == 6
-  for text in found:
+  dump = {'MOSAIC_GPU_DUMP_TO': str(tmp_path), 'MOSAIC_GPU_DUMP_PTXAS': '1'}
+  compile_all(MGPU + PRODUCTS, **dump)
+  logs = [path.read_text() for path in tmp_path.glob('*.ptxas')]
+  assert len(logs) == 6
+  for text in logs:
     assert "'sm_90a'" in text
     spilled = re.findall(r'(\d+) bytes (stack frame|spill \w+)', text)
     assert len(spilled) == 3 and {n for n, _ in spilled} == {'0'}, text

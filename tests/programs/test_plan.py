@@ -26,7 +26,7 @@ from mla_moe.config import (
   freeze,
 )
 from mla_moe.model import transformer
-from mla_moe.train import step
+from mla_moe.train.state import abstract_state
 
 V3 = freeze(deepseek_v3.get_config())
 LITE = freeze(deepseek_v2_lite.get_config())
@@ -44,7 +44,7 @@ def on_mesh(config, **mesh):
 
 @pytest.mark.parametrize('config', [V3, LITE], ids=['V3', 'V2-Lite'])
 def test_the_layout_holds_what_the_arithmetic_counts(config):
-  layout = step.layout(config)
+  layout = abstract_state(config)
   counts = cost.parameters(config)
   size = memory.state_bytes((layout.params, layout.router), config.mesh)
   assert size == 4 * (counts.total + counts.mtp)
@@ -56,7 +56,7 @@ def test_a_device_holds_what_jax_says_of_its_shards(optimizer):
   optim = dataclasses.replace(SMOKE.optim, optimizer=optimizer)
   config = dataclasses.replace(SMOKE, optim=optim)
   config = on_mesh(config, fsdp=2, expert=2, tensor=2)
-  layout = step.layout(config)
+  layout = abstract_state(config)
   mesh = sharding.make_mesh(config.mesh)
   where = jax.tree.leaves(sharding.shardings(layout, mesh))
   leaves = jax.tree.leaves(nn.unbox(layout))
@@ -125,7 +125,7 @@ def test_the_bill_of_v3_on_its_own_cluster():
 
 def test_zero1_splits_the_moments_alone():
   mesh = dict(data=4, fsdp=2)
-  layout = step.layout(SMOKE)
+  layout = abstract_state(SMOKE)
   whole = memory.footprint(on_mesh(SMOKE, **mesh), layout)
   split = memory.footprint(on_mesh(SMOKE, **mesh, states='zero1'), layout)
   assert split.parameters == whole.parameters
@@ -138,13 +138,13 @@ def test_zero1_splits_the_moments_alone():
 
 
 def test_no_matrix_of_v3_is_whole_under_fsdp():
-  layout = step.layout(V3)
+  layout = abstract_state(V3)
   one, split = (memory.state_bytes(layout, MeshConfig(fsdp=n)) for n in (1, 8))
   assert split < 1.001 * one / 8  # norms and the router's second axis
 
 
 def test_sharding_more_never_holds_more():
-  layout = step.layout(LITE)
+  layout = abstract_state(LITE)
   sizes = [
     memory.footprint(on_mesh(LITE, fsdp=n), layout).total for n in (4, 8, 16)
   ]
@@ -171,7 +171,7 @@ def test_traffic_follows_the_mesh():
 
 
 def test_the_smallest_slice_is_the_smallest():
-  layout = step.layout(LITE)
+  layout = abstract_state(LITE)
   best = search.smallest(LITE, 'v5p', layout)
   assert best.fits and best.config.mesh.devices == best.slice.devices
   before = chips.slices('v5p').index(best.slice)

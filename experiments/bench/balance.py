@@ -1,4 +1,4 @@
-"""What balance costs in perplexity: with a bias, with a loss, without either.
+"""The cost of balance in perplexity: with a bias, with a loss, without either.
 
 The models of one seed differ only in what balances their experts (see paired).
 There are five weights of the loss and five rates of the bias. The first

@@ -1,4 +1,4 @@
-"""What safety costs: a save's pause beside Orbax alone, and the seal's time.
+"""The cost of safety: a save's pause beside Orbax alone, and the seal's time.
 
 Training waits during the pause: for the copy of the arrays, and with us for
 their fingerprints. Both kinds of save take turns on the same arrays with the

@@ -1,4 +1,4 @@
-"""What a mesh costs: a training step on 8 fake CPU devices beside one.
+"""The cost of a mesh: a training step on 8 fake CPU devices beside one.
 
 Both do the same work on the same cores, so that the ratio of their times is
 pure overhead; the ratio of their temporary memory, per device, is the gain.

@@ -1,8 +1,8 @@
-"""What a logged step says of the experts' health.
+"""Numbers of the experts' health in the row of a logged step.
 
 MaxVio of a layer is (busiest expert's load - mean load) / mean load (Wang et
-al. 2024, equation 4): 0 is perfect balance. A single batch is noisy, so it is
-also taken of a running load that forgets slowly.
+al. 2024, equation 4): 0 is perfect balance. A single batch is noisy, so MaxVio
+of a running mean of loads stands beside it.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ _MEMORY = 0.95
 
 
 def max_violation(load: np.ndarray) -> np.ndarray:
-  """[L, E] loads -> [L] MaxVio; 0 where a layer had no tokens."""
+  """Returns MaxVio [L] of loads [L, E]; 0 where a layer had no tokens."""
   load = np.asarray(load, np.float64)
   mean = load.mean(-1)
   return np.where(mean > 0, load.max(-1) / np.maximum(mean, 1e-9) - 1, 0.0)
 
 
 def running_load(before: np.ndarray | None, load: np.ndarray) -> np.ndarray:
-  """Exponential mean of loads [L, E]; the first is taken as it is."""
+  """Returns the exponential mean of loads [L, E]; the first load as it is."""
   load = np.asarray(load, np.float64)
   if before is None:
     return load
@@ -28,7 +28,7 @@ def running_load(before: np.ndarray | None, load: np.ndarray) -> np.ndarray:
 
 
 def health(load: np.ndarray, running: np.ndarray) -> dict:
-  """Per-layer lists, and their means, of one logged step's loads [L, E]."""
+  """Returns lists by layer, and their means, of one step's loads [L, E]."""
   load = np.asarray(load)
   if not load.size:
     return {}

@@ -84,16 +84,23 @@ def _settings(folder: pathlib.Path) -> dict:
   values = config_json.read_json(path) if path.exists() else {}
   template = values.get('chat_template') or ''
   if isinstance(template, list):  # several, by name
-    named = {x.get('name'): x.get('template') for x in template}
-    template = named.get('default') or ''
+    named = [x for x in template if isinstance(x, dict)]
+    named = [x for x in named if x.get('name') == 'default']
+    template = named[0].get('template') or '' if named else ''
+  if not isinstance(template, str):
+    raise ConfigError(f'{path}: chat_template is no text')
   file = folder / 'chat_template.jinja'
   if file.exists():
-    template = file.read_text(encoding='utf-8')
+    try:
+      template = file.read_text(encoding='utf-8')
+    except UnicodeDecodeError:
+      raise ConfigError(f'{file}: is no text in UTF-8') from None
   content = lambda t: t.get('content') if isinstance(t, dict) else t
   return {
     'template': template,
-    'bos_token': content(values.get('bos_token')) or BOS,
-    'eos_token': content(values.get('eos_token')) or EOS,
+    # A null is a model without such a token.
+    'bos_token': content(values.get('bos_token', BOS)) or '',
+    'eos_token': content(values.get('eos_token', EOS)) or '',
   }
 
 
@@ -119,8 +126,11 @@ def _render(template: str, messages: list[dict], settings: dict) -> str:
       bos_token=settings['bos_token'],
       eos_token=settings['eos_token'],
     )
-  except (exceptions.TemplateError, TypeError, ValueError) as error:
-    raise ConfigError(f'--chat: the chat template fails ({error})') from None
+  except Exception as error:  # it is a program: it may raise anything
+    line = ' '.join(f'{type(error).__name__}: {error}'.split())
+    raise ConfigError(
+      f'--chat: the chat template fails ({line[:200]})'
+    ) from None
 
 
 def _special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
@@ -149,8 +159,11 @@ def _encode(rendered, texts, special, tokenizer) -> np.ndarray:
   for piece in re.finditer(pieces, rendered):
     plain += rendered[start : piece.start()]
     start = piece.end()
-    if piece.group(1) is not None:
+    if piece.group(1) is not None and int(piece.group(1)) < len(texts):
       plain += texts[int(piece.group(1))]
+      continue
+    if piece.group() not in special:  # a mark that stands for no message
+      plain += piece.group()
       continue
     flush()
     ids.append(special[piece.group()])

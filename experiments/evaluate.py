@@ -11,6 +11,7 @@ no network then.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import pathlib
 from collections.abc import Sequence
@@ -23,6 +24,14 @@ from mla_moe.config import ConfigError
 
 FLAGS = flags.FLAGS
 _MULTIPLE = 64  # of the lengths that are compiled
+_KNOBS = {
+  'temperature': 0.0,
+  'top_k': 0,
+  'top_p': 1.0,
+  'min_p': 0.0,
+  'repetition_penalty': 1.0,
+}
+_OPTIONS = {*_KNOBS, 'until', 'max_gen_toks', 'do_sample'}
 
 
 def define() -> None:
@@ -99,44 +108,80 @@ def continuations(
   """Returns the text after each prompt, up to its first stop string.
 
   A request is (prompt's ids, options of lm-eval: 'until', 'max_gen_toks',
-  'temperature').
+  'do_sample' and the sampler's knobs). Its text depends on the request and on
+  its number in `requests`, which is its seed. So equal requests draw different
+  samples, and neither the batch nor the requests beside it matter.
+
+  Raises:
+    ConfigError: an option that this program would have to ignore.
   """
+  texts = [''] * len(requests)
+  limits = [int(o.get('max_gen_toks', 256)) for _, o in requests]
+  # One limit a batch: a longer one would cut prompts that have room.
+  key = lambda i: (limits[i], len(requests[i][0]))
+  order = sorted(range(len(requests)), key=key)
+  for limit, group in itertools.groupby(order, lambda i: limits[i]):
+    group = list(group)
+    for start in range(0, len(group), batch):
+      chosen = group[start : start + batch]
+      rows = [(*requests[i], i) for i in chosen]
+      out = _continue(model, rows, limit, batch)
+      for i, words in zip(chosen, out, strict=True):
+        texts[i] = words
+  return texts
+
+
+def _continue(model, rows: list[tuple], limit: int, batch: int) -> list[str]:
+  """Returns the texts of up to `batch` rows, each (ids, options, seed)."""
   from mla_moe import rollout
 
-  texts = [''] * len(requests)
-  order = sorted(range(len(requests)), key=lambda i: len(requests[i][0]))
-  for start in range(0, len(order), batch):
-    chosen = order[start : start + batch]
-    options = [requests[i][1] for i in chosen]
-    limits = [int(o.get('max_gen_toks', 256)) for o in options]
-    max_new_tokens = max(limits)
-    room = model.config.max_positions - max_new_tokens
-    rows = [requests[i][0][-room:] for i in chosen]
-    temperatures = [max(float(o.get('temperature', 0)), 0.0) for o in options]
-    missing = batch - len(rows)  # one shape: one compilation
-    rows += [rows[0]] * missing
-    temperatures += [0.0] * missing
-    prompts = np.zeros((batch, max(map(len, rows))), np.int32)
-    for j, row in enumerate(rows):
-      prompts[j, : len(row)] = row
-    out = rollout(
-      model.config,
-      model.variables,
-      prompts,
-      max_new_tokens,
-      lengths=np.array([len(row) for row in rows], np.int32),
-      stop_ids=model.stop_ids,
-      temperature=temperatures,
+  room = max(model.config.max_positions - limit, 1)
+  knobs = [_knobs(options) | {'seed': seed} for _, options, seed in rows]
+  missing = batch - len(rows)  # one shape: one compilation
+  ids = [row[-room:] for row, _, _ in rows] + [rows[0][0][-1:]] * missing
+  knobs += [_knobs({}) | {'seed': 0}] * missing
+  prompts = np.zeros((batch, max(map(len, ids))), np.int32)
+  for row, prompt in zip(ids, prompts, strict=True):
+    prompt[: len(row)] = row
+  out = rollout(
+    model.config,
+    model.variables,
+    prompts,
+    limit,
+    lengths=np.array([len(row) for row in ids], np.int32),
+    stop_ids=model.stop_ids,
+    **{name: [row[name] for row in knobs] for name in knobs[0]},
+  )
+  texts = []
+  for (_, options, _), tokens, count in zip(
+    rows, out.tokens[: len(rows)], out.counts[: len(rows)], strict=True
+  ):
+    until = options.get('until') or []
+    stream = text.TextStream(
+      model.tokenizer, [until] if isinstance(until, str) else until
     )
-    for j, i in enumerate(chosen):
-      until = options[j].get('until') or []
-      stream = text.TextStream(
-        model.tokenizer, [until] if isinstance(until, str) else until
-      )
-      ids = out.tokens[j, : out.counts[j]]
-      ids = [t for t in ids if t not in model.stop_ids]
-      texts[i] = stream.add(ids[: limits[j]], last=True)
+    tokens = [t for t in tokens[:count] if t not in model.stop_ids]
+    texts.append(stream.add(tokens, last=True))
   return texts
+
+
+def _knobs(options: dict) -> dict:
+  """Returns the sampler's knobs that the options of lm-eval ask for."""
+  for name, value in options.items():
+    if name not in _OPTIONS and value is not None:
+      raise ConfigError(
+        f'generation_kwargs: {name}={value!r} is not supported; a task may set '
+        + ', '.join(sorted(_OPTIONS))
+      )
+  knobs = {}
+  for name, default in _KNOBS.items():
+    value = options.get(name)
+    knobs[name] = default if value is None else type(default)(value)
+  if options.get('do_sample') and options.get('temperature') is None:
+    knobs['temperature'] = 1.0
+  if options.get('do_sample') is False:
+    knobs['temperature'] = 0.0
+  return knobs
 
 
 def adapter(model: opened.TextModel, batch: int):

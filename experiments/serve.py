@@ -4,9 +4,10 @@
 
 It answers /v1/models, /v1/completions, /v1/chat/completions (streamed, too) and
 /healthz. It has no keys and no encryption, so it listens on this machine only,
-unless --host says otherwise. With --speculative the MTP module drafts, which
-changes only the speed; /healthz counts the accepted drafts. For production,
-export the model (`experiments.convert`) and give it to an engine made for that:
+unless --host says otherwise, and answers no web page. With --speculative the
+MTP module drafts, which changes only the speed; /healthz counts the accepted
+drafts. For production, export the model (`experiments.convert`) and give it to
+an engine made for that:
 vllm serve DIR, or python -m sglang.launch_server --model-path DIR.
 """
 
@@ -25,11 +26,16 @@ FLAGS = flags.FLAGS
 def define() -> None:
   """Defines this program's flags."""
   opened.define()
-  flags.DEFINE_string('host', '127.0.0.1', 'Address to listen on.')
+  flags.DEFINE_string(
+    'host',
+    '127.0.0.1',
+    'Address to listen on. Clients must call it by this name or localhost; '
+    '0.0.0.0 is all addresses, by any name.',
+  )
   flags.DEFINE_integer('port', 8000, '0 is any free one.', 0, 65535)
   flags.DEFINE_integer('rows', 8, 'Samples that decode at once.', 1)
   flags.DEFINE_integer('length', 2048, 'Of prompt and answer together.', 2)
-  flags.DEFINE_integer('waiting', 64, 'Requests that may wait.', 1)
+  flags.DEFINE_integer('waiting', 64, 'Prompts that may wait before 429.', 1)
   flags.DEFINE_integer('body_limit', 1 << 20, 'Bytes of a request.', 1)
   flags.DEFINE_bool('speculative', False, 'Draft with the MTP module.')
 
@@ -59,8 +65,18 @@ def main() -> None:
     speculative=FLAGS.speculative,
   )
   name = pathlib.Path(FLAGS.checkpoint).expanduser().resolve().name
-  app = endpoint.app(Engine(scheduler), model, name, FLAGS.body_limit)
-  uvicorn.run(app, host=FLAGS.host, port=FLAGS.port, log_level='info')
+  own = f'[{FLAGS.host}]' if ':' in FLAGS.host else FLAGS.host  # as in URLs
+  hosts = ['127.0.0.1', 'localhost', '[::1]', own]
+  if FLAGS.host in ('', '0.0.0.0', '::'):  # every address has names of its own
+    hosts = ['*']
+  app = endpoint.app(Engine(scheduler), model, name, FLAGS.body_limit, hosts)
+  uvicorn.run(
+    app,
+    host=FLAGS.host,
+    port=FLAGS.port,
+    log_level='info',
+    limit_concurrency=512,  # connections, half requests among them
+  )
 
 
 if __name__ == '__main__':

@@ -65,7 +65,7 @@ class TextStream:
     lengths = [
       n
       for stop in self._stops
-      for n in range(1, len(stop))
+      for n in range(1, min(len(stop), len(text) + 1))
       if text.endswith(stop[:n])
     ]
     return max(lengths, default=0)

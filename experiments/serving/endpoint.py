@@ -1,7 +1,10 @@
 """OpenAI's protocol over an engine: completions, chat, models, health.
 
 A request that cannot be served gets OpenAI's error object with one line. A
-client that goes away frees its rows.
+client that goes away frees its rows. Web pages are no clients: a browser sends
+their requests to any address, this machine's own included, and names the page
+in the header Origin. So requests with an Origin are refused, and those for
+another Host, which a page gets by giving its own name this machine's address.
 """
 
 from __future__ import annotations
@@ -11,9 +14,12 @@ import contextlib
 import json
 import secrets
 import time
+from collections.abc import Sequence
 
 from starlette import requests
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
@@ -25,9 +31,21 @@ from mla_moe.config import ConfigError
 
 
 def app(
-  engine: Engine, model: TextModel, name: str, body_limit: int = 1 << 20
+  engine: Engine,
+  model: TextModel,
+  name: str,
+  body_limit: int = 1 << 20,
+  hosts: Sequence[str] = ('127.0.0.1', 'localhost', '[::1]'),
 ) -> Starlette:
-  """Returns the ASGI application that serves `model` under `name`."""
+  """Returns the ASGI application that serves `model` under `name`.
+
+  Args:
+    engine: of the model's scheduler.
+    model: with its tokenizer.
+    name: of the model, for clients.
+    body_limit: bytes of a request.
+    hosts: names that clients may call this machine by; '*' is any.
+  """
 
   async def models(_):
     card = {'id': name, 'object': 'model', 'created': 0, 'owned_by': 'mla_moe'}
@@ -42,7 +60,10 @@ def app(
     async def handle(http: requests.Request):
       try:
         body = await validation.read_body(http, body_limit)
-        request = validation.parse(body, model, is_chat, engine.length)
+        # In a thread of its own: it may take long, and others go on.
+        request = await asyncio.to_thread(
+          validation.parse, body, model, is_chat, engine.length
+        )
         answer = _Answer(engine, model, name, request, is_chat)
         await answer.submit()
         if request.stream:
@@ -72,6 +93,11 @@ def app(
       Route('/v1/chat/completions', handler(True), methods=['POST']),
       Route('/healthz', health),
     ],
+    middleware=[
+      Middleware(
+        TrustedHostMiddleware, allowed_hosts=[*hosts], www_redirect=False
+      )
+    ],
     lifespan=lifespan,
   )
 
@@ -87,14 +113,13 @@ def _error(status: int, message: str) -> JSONResponse:
 class _Answer:
   """The answer to one request, while its samples come.
 
-  Sample i is sample `i % samples` of prompt `i // samples`.
+  Choice i is sample `i % samples` of prompt `i // samples`.
   """
 
   def __init__(self, engine, model, name, request, is_chat: bool):
     self._engine, self._model, self._request = engine, model, request
     self._is_chat = is_chat
-    self._tickets, self._queues = [], []  # of each prompt
-    self._events, self._pumps = asyncio.Queue(), []
+    self._tickets, self._events = [], asyncio.Queue()
     total = len(request.prompts) * request.samples
     self._texts = [
       text.TextStream(model.tokenizer, request.stops) for _ in range(total)
@@ -113,21 +138,14 @@ class _Answer:
   async def submit(self) -> None:
     """Submits every prompt, or none."""
     request = self._request
-    try:
-      for ids in request.prompts:
-        tickets, queue = await self._engine.submit(
-          ids,
-          request.max_new_tokens,
-          samples=request.samples,
-          stop_ids=self._model.stop_ids,
-          seed=request.seed,
-          **request.knobs,
-        )
-        self._tickets.append(tickets)
-        self._queues.append(queue)
-    except BaseException:
-      self._close()
-      raise
+    self._tickets, self._events = await self._engine.submit(
+      request.prompts,
+      request.max_new_tokens,
+      samples=request.samples,
+      stop_ids=self._model.stop_ids,
+      seed=request.seed,
+      **request.knobs,
+    )
 
   async def whole(self, http: requests.Request) -> dict:
     """Returns the answer in one piece."""
@@ -162,18 +180,6 @@ class _Answer:
 
     It ends early when the client of `http` has gone.
     """
-
-    async def pump(queue, first):
-      while True:
-        message = await queue.get()
-        if message:
-          index, event = message
-          message = first + index, event
-        await self._events.put(message)
-
-    for prompt, queue in enumerate(self._queues):
-      first = prompt * self._request.samples
-      self._pumps.append(asyncio.create_task(pump(queue, first)))
     try:
       while self._open:
         try:
@@ -186,8 +192,8 @@ class _Answer:
           raise validation.Refused(500, 'the engine has failed')
         if message and message[0] in self._open:
           yield self._piece(*message)
-    finally:
-      self._close()
+    finally:  # frees the rows of samples that still run
+      self._engine.cancel(self._tickets)
 
   def _piece(self, i: int, event: scheduler.Event) -> tuple:
     """Returns the piece of one event, in the form that `_pieces` yields."""
@@ -203,13 +209,6 @@ class _Answer:
     if reason:
       self._open.discard(i)
     return i, piece, event, reason
-
-  def _close(self) -> None:
-    """Frees the rows of samples that still run."""
-    for pump in self._pumps:
-      pump.cancel()
-    for tickets in self._tickets:
-      self._engine.cancel(tickets)
 
   def _choice(self, i, piece, reason, events, key) -> dict:
     """Returns a sample's part of the answer; `key` is that of a chat's text."""

@@ -1,7 +1,9 @@
 """A scheduler in a thread of its own, for asynchronous programs.
 
 Other threads never touch the scheduler: they put calls into an inbox, which the
-thread empties between two steps. So no event loop ever waits for a lock.
+thread empties between two steps. So no event loop ever waits for a lock. A
+submission's error is its caller's. Any other error ends the thread, and every
+client hears of it: rows that are half cancelled would mix samples up.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ class Engine:
     self.length = scheduler.length
     self.failure: Exception | None = None
     self._scheduler = scheduler
-    self._inbox = queue.SimpleQueue()  # (call, its future); (None, None) ends
+    # (call, the future of a caller that waits for it); (None, None) ends.
+    self._inbox = queue.SimpleQueue()
     self._listeners = {}  # by ticket: (event loop, its queue, sample's index)
     self._thread = threading.Thread(target=self._run, daemon=True)
     self._thread.start()
@@ -43,21 +46,21 @@ class Engine:
     }
 
   async def submit(
-    self, ids, max_new_tokens: int, **options
+    self, prompts: list, max_new_tokens: int, **options
   ) -> tuple[list[int], asyncio.Queue]:
     """Returns the tickets of the samples, and a queue of (index, Event).
 
-    The index is that of a sample; None in the queue means that the thread has
-    failed. Options are those of `Scheduler.submit`.
+    The index is that of a ticket; None in the queue means that the thread has
+    failed. Arguments are those of `Scheduler.submit_all`.
 
     Raises:
-      ConfigError, scheduler.Full: as `Scheduler.submit`.
+      ConfigError, scheduler.Full: as `Scheduler.submit_all`.
       RuntimeError: the thread has ended.
     """
     loop, events = asyncio.get_running_loop(), asyncio.Queue()
 
     def call():
-      tickets = self._scheduler.submit(ids, max_new_tokens, **options)
+      tickets = self._scheduler.submit_all(prompts, max_new_tokens, **options)
       for index, ticket in enumerate(tickets):
         self._listeners[ticket] = loop, events, index
       return tickets
@@ -80,7 +83,7 @@ class Engine:
         if self._listeners.pop(ticket, None):
           self._scheduler.cancel(ticket)
 
-    self._inbox.put((call, concurrent.futures.Future()))
+    self._inbox.put((call, None))
 
   def close(self) -> None:
     """Ends the thread after its step."""
@@ -99,7 +102,10 @@ class Engine:
           call, done = self._inbox.get()
           if call is None:
             return
-          _answer(call, done)
+          if done:
+            _answer(call, done)
+          else:
+            call()
         for event in self._scheduler.step():
           self._send(event)
     except Exception as error:  # every client must hear of it

@@ -11,7 +11,7 @@ from experiments.serving import programs
 from mla_moe.decode import sampling
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)  # a group equals itself alone: it has arrays
 class Group:
   """A prompt in the scheduler's queue.
 

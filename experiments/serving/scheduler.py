@@ -2,11 +2,13 @@
 
 Every step prefills one chunk of the first waiting prompt and decodes one token
 of every row, so shapes are fixed and nothing compiles after the start. Rows
-have pages of one pool (`page_pool`). Samples of one prompt share
-the pages that it fills, and each copies the last, half-filled one. A sample
-starts when all pages that it may need are its own, and only one prompt holds
-pages without a row: so no row waits for memory, and rows that end make room for
-the next.
+have pages of one pool (`page_pool`). Samples of one prompt share the pages that
+it fills. Each copies the last, half-filled page, except the last sample, which
+takes the prompt's own. A sample starts when all pages that it may need are its
+own, and only the first prompt of the queue holds pages without a row: so no row
+waits for memory, and rows that end make room for the next. A prompt is refused
+at once if its first sample would need more pages than the whole pool has: every
+other one starts sooner or later.
 
 A row's tokens do not depend on the rows beside it. With `speculative` the MTP
 module drafts, and a step gives a row one token or two. The module's latent of a
@@ -47,7 +49,7 @@ class Event(NamedTuple):
   reason: str
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Sample:
   """A sample in its row; it may emit `left` more tokens."""
 
@@ -70,9 +72,10 @@ class Scheduler:
     rows: samples that decode at once.
     length: most tokens of a row, prompt and answer together.
     cache: type and page size of the latent cache.
-    pages: of the pool; 0: as many as all rows need at full length.
+    pages: of the pool; 0: as many as all rows need at full length, and one
+      more for the last page of a prompt while its samples copy it.
     chunk: prompt tokens of one step.
-    waiting: most requests in the queue.
+    waiting: with as many prompts in the queue, a request is refused.
     speculative: draft with the MTP module.
 
   Raises:
@@ -103,7 +106,7 @@ class Scheduler:
     self._drafts = int(speculative)
     self.length = min(length, config.max_positions)
     row_pages = self._needs(self.length)
-    self._pages = page_pool.PagePool(pages or rows * row_pages)
+    self._pages = page_pool.PagePool(pages or rows * row_pages + 1)
     self._rows = programs.Rows(
       table=np.zeros((rows, row_pages), np.int32),
       lengths=np.zeros(rows, np.int32),
@@ -154,15 +157,43 @@ class Scheduler:
       ConfigError: a request that can never be served.
       Full: a request that cannot be served now.
     """
-    ids = np.asarray(ids, np.int32).reshape(-1)
-    self._check(ids, max_new_tokens, samples)
-    knobs = sampling.make_knobs(samples, seed=seed, **knobs)
+    return self.submit_all(
+      [ids],
+      max_new_tokens,
+      samples=samples,
+      stop_ids=stop_ids,
+      seed=seed,
+      **knobs,
+    )
+
+  def submit_all(
+    self,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    samples: int = 1,
+    stop_ids: Sequence[int] = (),
+    seed: int = 0,
+    **knobs,
+  ) -> list[int]:
+    """Queues all prompts of a request, or none; returns their tickets.
+
+    Sample i of prompt p has ticket and seed number `p * samples + i`, counted
+    from the first ticket and from `seed`. The rest is as in `submit`.
+    """
+    stops, groups = frozenset(stop_ids), []
+    for ids in prompts:
+      ids = np.asarray(ids, np.int32).reshape(-1)
+      self._check(ids, max_new_tokens, samples)
+      rows = sampling.make_knobs(samples, seed=seed, **knobs)
+      rows = rows.replace(seed=rows.seed + np.uint32(len(groups) * samples))
+      groups.append(Group(ids, max_new_tokens, stops, rows, {}))
     if len(self._queue) >= self._waiting:
-      raise Full(f'{self._waiting} requests wait already')
-    tickets = {next(self._tickets): i for i in range(samples)}
-    stops = frozenset(stop_ids)
-    self._queue.append(Group(ids, max_new_tokens, stops, knobs, tickets))
-    return list(tickets)
+      raise Full(f'{self._waiting} prompts wait already')
+    for group in groups:
+      group.tickets = {next(self._tickets): i for i in range(samples)}
+    self._queue.extend(groups)
+    return [ticket for group in groups for ticket in group.tickets]
 
   def cancel(self, ticket: int) -> None:
     """Drops a sample and frees its row and pages; an unknown one is ignored."""
@@ -171,30 +202,51 @@ class Scheduler:
         self._end(row)
     for group in list(self._queue):
       if group.tickets.pop(ticket, None) is not None and not group.tickets:
-        self._release(group.pages)
         self._queue.remove(group)
+        self._release(group.pages)
 
   def step(self) -> list[Event]:
     """Prefills one chunk, starts samples, decodes every row once.
 
     Returns the tokens that samples emitted.
+
+    Raises:
+      RuntimeError: prompts wait, no row decodes, and nothing moves. It would
+        stay so for ever; `_check` refuses the prompts that would lead there.
     """
     self._events = []
-    self._prefill()
+    has_moved = self._prefill()
     while self._queue and self._queue[0].logits is not None:
       group = self._queue[0]
       if None not in self._samples or not self._start(group):
         break
+      has_moved = True
       if not group.tickets:
         self._release(self._queue.popleft().pages)
     if any(self._samples):
       self._decode()
+    elif self._queue and not has_moved:
+      raise RuntimeError(
+        f'{len(self._queue)} prompts wait for ever: the first one lacks pages, '
+        f'and all {self.free_pages} that are left are free'
+      )
     return self._events
 
   # ------------------------------------------------------------------ private
 
   def _needs(self, tokens: int) -> int:
+    """Returns the number of pages of so many tokens."""
     return -(-tokens // self._page_size)
+
+  def _common(self, length: int, samples: int) -> int:
+    """Returns how many pages of a prompt its next sample takes as they are.
+
+    The sample copies the others, since it writes there: the half-filled one,
+    or with drafts the one with the prompt's last token. The last of `samples`
+    copies none.
+    """
+    whole = (length - self._drafts) // self._page_size
+    return whole if samples > 1 else self._needs(length)
 
   def _check(self, ids, max_new_tokens, samples) -> None:
     if not ids.size:
@@ -214,20 +266,32 @@ class Scheduler:
         f'max_new_tokens={max_new_tokens}: with a prompt of {len(ids)} tokens '
         f'more than the {limit} tokens of a row'
       )
+    # What `_start` asks for, while the prompt alone holds pages.
+    need = self._needs(len(ids)) + self._needs(len(ids) + max_new_tokens)
+    need -= self._common(len(ids), samples)
+    if need > self._pages.pages:
+      raise ConfigError(
+        f'samples={samples}: with max_new_tokens={max_new_tokens} the first '
+        f'one needs {need} pages, and the cache has {self._pages.pages}; ask '
+        f'for one sample, or for {self._page_size} tokens less'
+      )
 
   def _release(self, pages: list[int]) -> None:
     for page in self._pages.release(pages):
       self._pools = programs.copy_page(self._pools, np.int32(0), np.int32(page))
 
-  def _prefill(self) -> None:
-    """Prefills one chunk of the first prompt, if it could start then."""
+  def _prefill(self) -> bool:
+    """Prefills one chunk of the first prompt, if it could start then.
+
+    Returns whether it did.
+    """
     if not self._queue or self._queue[0].logits is not None:
-      return
+      return False
     group = self._queue[0]
     if not group.pages:
       need = self._needs(len(group.ids) + group.max_new_tokens)
       if None not in self._samples or need > self._pages.free:
-        return
+        return False
       group.pages = self._pages.take(self._needs(len(group.ids)))
     chunk = group.chunk(self._chunk, self._rows.table.shape[1])
     logits, hidden, self._pools = programs.prefill(
@@ -236,15 +300,14 @@ class Scheduler:
     group.filled += int(chunk.valid[0])
     if group.filled == len(group.ids):
       group.logits, group.hidden = logits, hidden
+    return True
 
   def _start(self, group: Group) -> bool:
     """Gives the group's next sample a free row and its first token.
 
     Returns whether there were pages for it.
     """
-    whole = (len(group.ids) - self._drafts) // self._page_size
-    is_last = len(group.tickets) == 1
-    common = group.pages if is_last else group.pages[:whole]
+    common = group.pages[: self._common(len(group.ids), len(group.tickets))]
     need = self._needs(len(group.ids) + group.max_new_tokens)
     if need - len(common) > self._pages.free:
       return False
@@ -252,7 +315,7 @@ class Scheduler:
     pages = self._pages.share(common) + own
     if len(common) < len(group.pages):
       self._pools = programs.copy_page(
-        self._pools, np.int32(group.pages[whole]), np.int32(own[0])
+        self._pools, np.int32(group.pages[len(common)]), np.int32(own[0])
       )
     ticket, knobs = group.next_sample()
     row = self._samples.index(None)

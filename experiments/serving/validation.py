@@ -1,4 +1,8 @@
-"""A client's request, checked field by field: nothing in it is trusted."""
+"""A client's request, checked field by field: nothing in it is trusted.
+
+Whatever costs time or memory is bounded here, before anything is made of it:
+the body's bytes, the samples, the stop texts, and the size of every number.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +26,9 @@ _FIELDS = {
   'model', 'prompt', 'messages', 'max_tokens', 'max_completion_tokens', 'n',
   'stop', 'stream', 'stream_options', 'seed', 'logprobs', 'user', *_KNOBS,
 }  # fmt: skip
+_SAMPLES = 1024  # most of a request, over all its prompts
+_STOPS, _STOP_LENGTH = 16, 256
+_LARGEST = 2**64  # of every number
 _ROLES = {
   'system': 'system',
   'developer': 'system',
@@ -61,8 +68,16 @@ async def read_body(request: requests.Request, limit: int) -> dict:
   """Returns the JSON object of a request's body.
 
   Raises:
-    Refused: the body is none, or has more than `limit` bytes.
+    Refused: the body is none, or has more than `limit` bytes, or a web page
+      has sent it.
   """
+  if 'origin' in request.headers:
+    raise Refused(403, 'origin: requests of web pages are not answered')
+  kind = request.headers.get('content-type', '').split(';')[0].strip().lower()
+  if kind != 'application/json':  # pages may send any text without asking
+    raise Refused(
+      415, f'content-type: is {kind[:80]!r}, must be application/json'
+    )
   data = bytearray()
   async for part in request.stream():
     data += part
@@ -91,7 +106,7 @@ def parse(body: dict, model: TextModel, is_chat: bool, length: int) -> Request:
   """
   for field, value in body.items():
     if field not in _FIELDS and value not in (None, False, 0, 0.0, {}, []):
-      raise Refused(400, f'{field}: is not supported')
+      raise Refused(400, f'{field[:80]!r}: is not supported')
   body = {k: v for k, v in body.items() if v is not None}
 
   def get(field, default, *kinds):
@@ -99,6 +114,8 @@ def parse(body: dict, model: TextModel, is_chat: bool, length: int) -> Request:
     boolean = isinstance(value, bool) and bool not in kinds
     if boolean or not isinstance(value, kinds):
       raise Refused(400, f'{field}: must be {kinds[0].__name__}')
+    if isinstance(value, (int, float)) and not abs(value) < _LARGEST:
+      raise Refused(400, f'{field}: must be a number below 2**64')
     return value
 
   if is_chat:
@@ -110,13 +127,24 @@ def parse(body: dict, model: TextModel, is_chat: bool, length: int) -> Request:
   limit = get('max_completion_tokens', limit, int) or max(length - longest, 1)
   stops = get('stop', [], list, str)
   stops = [stops] if isinstance(stops, str) else stops
-  if len(stops) > 16 or not all(isinstance(s, str) and s for s in stops):
-    raise Refused(400, 'stop: must be up to 16 texts')
+  is_good = lambda s: isinstance(s, str) and 0 < len(s) <= _STOP_LENGTH
+  if len(stops) > _STOPS or not all(map(is_good, stops)):
+    raise Refused(
+      400,
+      f'stop: must be up to {_STOPS} texts of 1 to {_STOP_LENGTH} characters',
+    )
+  samples = get('n', 1, int)
+  if not 1 <= samples <= _SAMPLES // len(prompts):
+    raise Refused(
+      400,
+      f'n={samples}: must be from 1 to {_SAMPLES // len(prompts)} samples; '
+      f'those of all prompts together are at most {_SAMPLES}',
+    )
   logprobs = get('logprobs', 0, bool if is_chat else int, int, bool)
   return Request(
     prompts=prompts,
     max_new_tokens=limit,
-    samples=get('n', 1, int),
+    samples=samples,
     stops=stops,
     seed=get('seed', secrets.randbits(30), int) % 2**31,
     knobs={
@@ -158,7 +186,7 @@ def _chat_ids(messages: list, model: TextModel) -> list[int]:
   """Returns the ids of a chat, ready for the next answer."""
   checked = []
   for message in messages:
-    if not isinstance(message, dict) or message.get('role') not in _ROLES:
+    if not isinstance(message, dict) or message.get('role') not in [*_ROLES]:
       raise Refused(400, f'messages: a role is one of {", ".join(_ROLES)}')
     content = message.get('content')
     if isinstance(content, list):

@@ -9,7 +9,6 @@ so the rows beside it do not matter.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import jax
@@ -64,11 +63,11 @@ def make_knobs(
       raise ConfigError(f'{name}: {array.size} values for {batch} rows')
     for value in array.tolist():
       number = isinstance(value, (int, float)) and not isinstance(value, bool)
-      if not number or not math.isfinite(value) or not is_good(value):
-        raise ConfigError(f'{name}={value!r}: {rule}')
+      if not number or not abs(value) < 2**31 or not is_good(value):
+        raise ConfigError(f'{name}={value!r:.40}: {rule}')
     return np.broadcast_to(array, (batch,)).astype(dtype)
 
-  whole = lambda x: float(x).is_integer() and 0 <= x < 2**31
+  whole = lambda x: float(x).is_integer() and 0 <= x
   seeds = rows('seed', seed, whole, 'must be from 0 to 2**31 - 1', np.uint32)
   if np.ndim(seed) == 0:
     seeds = seeds + np.arange(batch, dtype=np.uint32)
@@ -76,19 +75,22 @@ def make_knobs(
     temperature=rows(
       'temperature',
       temperature,
-      lambda x: x >= 0,
-      'must be 0 (greedy) or a positive number',
+      # A logit divided by it, or multiplied by the penalty, is finite.
+      lambda x: x == 0 or 1e-4 <= x,
+      'must be 0 (greedy), or from 1e-4 to 2**31',
     ),
-    top_k=rows('top_k', top_k, whole, 'must be 0 (off) or more', np.int32),
+    top_k=rows(
+      'top_k', top_k, whole, 'must be 0 (off), or up to 2**31 - 1', np.int32
+    ),
     top_p=rows(
-      'top_p', top_p, lambda x: 0 < x <= 1, 'must be above 0 and at most 1'
+      'top_p', top_p, lambda x: 1e-30 < x <= 1, 'must be above 0, at most 1'
     ),
     min_p=rows('min_p', min_p, lambda x: 0 <= x <= 1, 'must be from 0 to 1'),
     penalty=rows(
       'repetition_penalty',
       repetition_penalty,
-      lambda x: x > 0,
-      'must be above 0 (1: off)',
+      lambda x: 1e-4 <= x <= 1e4,
+      'must be from 1e-4 to 1e4 (1: off)',
     ),
     seed=seeds,
   )

@@ -208,6 +208,53 @@ def test_samplers_follow_their_definitions():
   check(probabilities(logits, seen=[0], repetition_penalty=2.0), [0, 1, 0])
 
 
+def test_the_temperature_comes_before_top_p_and_min_p():
+  # At T = 2 the roots .6325, .5477, .4472, .2449, .2 stand for .4 to .04, and
+  # the first three of them are 78 % of their sum. At T = 1 two tokens are 70 %.
+  roots = np.sqrt([0.4, 0.3, 0.2])
+  wanted = [*roots / roots.sum(), 0, 0]
+  check = functools.partial(np.testing.assert_allclose, atol=1e-4)
+  check(wanted, [0.3886, 0.3366, 0.2748, 0, 0])
+  check(probabilities(LOGITS, temperature=2.0, top_p=0.6), wanted)
+  check(probabilities(LOGITS, temperature=2.0, min_p=0.7), wanted)
+
+
+def test_top_p_stops_at_the_token_that_reaches_it():
+  logits = np.log([0.5, 0.25, 0.125, 0.125])  # sums without rounding
+  out = probabilities(logits, temperature=1.0, top_p=0.5)
+  np.testing.assert_allclose(out, [1, 0, 0, 0], atol=1e-6)
+
+
+def test_knobs_that_float32_cannot_hold_are_refused():
+  for knob, value in [
+    ('temperature', 1e-60), ('temperature', 10**400), ('temperature', 1e300),
+    ('repetition_penalty', 1e-60), ('repetition_penalty', 1e300),
+    ('top_p', 1e-60), ('top_k', 10**400), ('top_k', 2**31),
+  ]:  # fmt: skip
+    with pytest.raises(ConfigError, match=f'{knob}=.*: must be'):
+      sampling.make_knobs(1, **{knob: value})
+  # The ends of the ranges give numbers.
+  for knobs in (
+    dict(temperature=1e-4, repetition_penalty=1e4),
+    dict(temperature=2**30, repetition_penalty=1e-4),
+    dict(temperature=1.0, top_p=1e-29, min_p=1e-60),
+  ):
+    out = probabilities(LOGITS, seen=[0, 1], **knobs)
+    np.testing.assert_allclose(out.sum(), 1.0, atol=1e-5)
+
+
+def test_an_accepted_draft_is_penalised_in_the_token_after_it():
+  # Greedy, token 0 is the draft and stands: 3 is the best. Then it is seen, and
+  # its 1 falls to .5, below the .9 of token 1.
+  logits = jnp.array([[[3.0, 0.0, 0.0], [1.0, 0.9, -1.0]]])
+  knobs = sampling.make_knobs(1, repetition_penalty=2.0)
+  zero, seen = jnp.zeros(1, jnp.int32), jnp.zeros((1, 3), bool)
+  log_q = jnp.array([[0.0, -jnp.inf, -jnp.inf]])
+  out = speculative.verify(logits, zero, log_q, seen, knobs, zero + 3)
+  assert out.accepted.tolist() == [True]
+  assert out.tokens.tolist() == [[0, 1]]
+
+
 def test_draws_depend_on_seed_and_position_alone():
   logits = jnp.asarray(np.tile(LOGITS, (256, 1)))
   seed = np.tile([1, 2, 1, 1], 64)

@@ -58,6 +58,29 @@ def test_a_greedy_continuation_is_told_as_greedy(model):
   assert cut == words[: words.index(words[1])]
 
 
+def test_a_sample_depends_on_its_request_and_number_alone(model):
+  prompt = [256, 10, 20, 30]
+  drawn = {'temperature': 1.0, 'max_gen_toks': 8}
+  requests = [(prompt, drawn)] * 4
+  out = evaluate.continuations(model, requests, 1)
+  assert len(set(out)) == 4  # equal requests, other samples
+  assert evaluate.continuations(model, requests, 3) == out
+  # Beside a greedy one, a shorter one, and one that wants many tokens.
+  greedy = {'do_sample': False, 'temperature': 1.0, 'max_gen_toks': 8}
+  long = {'max_gen_toks': model.config.max_positions - 2}
+  mixed = [(prompt, drawn), (prompt, greedy), (prompt[:2], drawn)]
+  mixed += [(prompt, drawn), (prompt, long)]
+  mixed = evaluate.continuations(model, mixed, 5)
+  assert [mixed[0], mixed[3]] == [out[0], out[3]]
+  new = rollout(model.config, model.variables, np.array([prompt]), 8).tokens
+  assert mixed[1] == model.tokenizer.decode(new[0])
+  # top_k = 1 is greedy at any temperature.
+  (first,) = evaluate.continuations(model, [(prompt, drawn | {'top_k': 1})], 1)
+  assert first == mixed[1]
+  with pytest.raises(ConfigError, match='num_beams=4 is not supported'):
+    evaluate.continuations(model, [(prompt, {'num_beams': 4})], 1)
+
+
 def test_without_lm_eval_the_extra_is_named(model, monkeypatch):
   monkeypatch.setitem(__import__('sys').modules, 'lm_eval.api.model', None)
   with pytest.raises(ConfigError, match=r'pip install "mla_moe\[eval\]"'):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.serving import programs, scheduler
+from experiments.serving import page_pool, programs, scheduler
 from mla_moe import CacheConfig, ConfigError, load_huggingface, rollout
 from mla_moe.decode import forward
 
@@ -210,3 +210,157 @@ def test_what_cannot_be_served_is_refused():
   server.submit([1], 4)
   with pytest.raises(scheduler.Full):
     server.submit([1], 4)
+
+
+def test_any_waiting_prompt_can_be_cancelled():
+  _, _, tokens = golden()
+  server = make(rows=1)
+  server.submit(tokens[0, :3], 30)
+  server.step()
+  # Of one length and of another, one token long, and equal ones.
+  prompts = [[4, 5, 6], [7, 8, 9], [1, 2], [4], [5], [4, 5, 6]]
+  tickets = [server.submit(ids, 3)[0] for ids in prompts]
+  for i in (1, 4, 5, 2):
+    server.cancel(tickets[i])
+  assert [list(group.tickets) for group in server._queue] == [
+    [tickets[0]],
+    [tickets[3]],
+  ]
+  out = {t: x for t, (x, _) in drain(server)[0].items()}
+  assert out[tickets[0]] == alone([4, 5, 6], 3)
+  assert out[tickets[3]] == alone([4], 3)
+  assert server.free_pages == PAGES
+  # No comparison of two of them looks at an array.
+  assert scheduler.Group.__eq__ is scheduler._Sample.__eq__ is object.__eq__
+
+
+@pytest.mark.parametrize('drafts', [False, True])
+def test_a_pool_serves_all_that_it_takes(drafts):
+  """At every length beside a page's edge, with the fewest pages that are said
+  to be enough; with one less the request is refused."""
+  case = 'v3_release' if drafts else 'v2_lite'
+  server = make(case=case, rows=1, pages=8, speculative=drafts)
+  # Eight tokens fill a page. Drafts write beside the prompt's last token.
+  whole = {5: 0, 7: 0, 8: 1 - drafts, 9: 1, 16: 2 - drafts, 17: 2}
+  for length, shared in whole.items():
+    for total in (length + 1, 24, 25):
+      row, prompt = -(-total // 8), -(-length // 8)
+      need = {1: row, 2: max(row, prompt + row - shared)}
+      for samples in (1, 2):
+        server._pages = page_pool.PagePool(need[samples] - 1)
+        with pytest.raises(ConfigError, match='samples=|max_new_tokens='):
+          server.submit([1] * length, total - length, samples=samples)
+        server._pages = page_pool.PagePool(need[samples])
+        server.submit([1] * length, total - length, samples=samples)
+        out, _ = drain(server)
+        assert [len(x) for x, _ in out.values()] == [total - length] * samples
+        assert server.free_pages == need[samples]
+
+
+def test_one_row_serves_several_samples_that_fill_it():
+  server = make(rows=1, pages=0)
+  assert server.free_pages == 9  # eight of the row, and one for copies
+  tickets = server.submit([1, 2, 3, 4, 5], 59, samples=2)
+  out = {t: x for t, (x, _) in drain(server)[0].items()}
+  assert out == {t: alone([1, 2, 3, 4, 5], 59) for t in tickets}
+  assert server.free_pages == 9
+
+
+def test_a_request_of_more_pages_than_the_pool_is_refused():
+  server = make(pages=3)
+  with pytest.raises(ConfigError, match='24 tokens'):
+    server.submit([1] * 8, 17)
+  assert not server.busy
+  server.submit([1] * 8, 16)
+  assert [len(x) for x, _ in drain(server)[0].values()] == [16]
+
+
+def test_a_step_in_which_nothing_can_move_is_an_error():
+  server = make(pages=3)
+  server._check = lambda *_: None
+  server.submit([1] * 8, 24)
+  with pytest.raises(RuntimeError, match='1 prompts wait for ever'):
+    server.step()
+
+
+@pytest.mark.parametrize('length, shared', [(15, 1), (16, 1), (17, 2)])
+def test_drafts_do_not_share_the_page_of_the_last_token(length, shared):
+  """The MTP module's latent of the prompt's last token depends on the sample's
+  first one."""
+  server = make(case='v3_release', speculative=True, chunk=32)
+  server.submit([1] * length, 20, samples=2)
+  server.step()
+  assert int((server._pages._users > 1).sum()) == shared
+
+
+def walk(server, draws, steps):
+  """Submits, cancels and steps at random; returns the finished samples.
+
+  A sample is (ids, seed, knobs, its tokens). Every step keeps the invariants.
+  """
+  pages = server._pages
+  live, finished = {}, []
+  for _ in range(steps):
+    if draws.random() < 0.3 and len(server._queue) < 5:
+      length = int(draws.choice([1, 7, 8, 9, 15, 16, 17, 33, 40, 63]))
+      limit = min(64 - length, int(draws.choice([1, 2, 8, 30])))
+      ids = draws.integers(0, 256, length).tolist()
+      knobs = dict(temperature=float(draws.choice([0.0, 1.0])))
+      samples, seed = int(draws.choice([1, 1, 2, 5])), int(draws.integers(999))
+      tickets = server.submit(ids, limit, samples=samples, seed=seed, **knobs)
+      for i, ticket in enumerate(tickets):
+        live[ticket] = (ids, seed + i, knobs, limit, [])
+    if live and draws.random() < 0.1:
+      ticket = int(draws.choice(list(live)))
+      server.cancel(ticket)
+      del live[ticket]
+    for event in server.step():
+      *sample, limit, tokens = live[event.ticket]  # none was cancelled
+      tokens.append(event.token)
+      assert event.reason == ('length' if len(tokens) == limit else '')
+      if event.reason:
+        finished.append((*sample, tokens))
+        del live[event.ticket]
+    # Every sample is in a row or in the queue, and no group is empty.
+    rows = [sample for sample in server._samples if sample]
+    assert all(group.tickets for group in server._queue)
+    waiting = [t for group in server._queue for t in group.tickets]
+    assert sorted([s.ticket for s in rows] + waiting) == sorted(live)
+    # Every page is free or has as many users as rows and groups name it.
+    users = np.zeros_like(pages._users)
+    for owner in (*rows, *server._queue):
+      users[owner.pages] += 1
+    np.testing.assert_array_equal(users, pages._users)
+    assert sorted(pages._free) == np.flatnonzero(users == 0)[1:].tolist()
+    assert not any(group.pages for group in list(server._queue)[1:])
+  for ticket in list(live):
+    server.cancel(ticket)
+  assert not server.busy and server.free_pages == pages.pages
+  return finished
+
+
+@pytest.mark.parametrize('case, drafts', [('v2_lite', 0), ('v3_release', 1)])
+def test_a_random_walk_loses_no_page_and_changes_no_token(case, drafts):
+  config, weights, _ = golden(case)
+  server = make(case=case, speculative=bool(drafts))
+  done = walk(server, np.random.default_rng(0), 250)
+  assert len(done) > 20
+  done = done[:64]
+  prompts = np.zeros((64, 64), np.int32)  # one program of rollout for all
+  lengths, seeds, temperatures = np.ones((3, 64), np.int32)
+  for i, (ids, seed, knobs, _) in enumerate(done):
+    prompts[i, : len(ids)] = ids
+    lengths[i], seeds[i] = len(ids), seed
+    temperatures[i] = knobs['temperature']
+  out = rollout(
+    config,
+    weights,
+    prompts,
+    30,
+    lengths=lengths,
+    seed=seeds,
+    temperature=temperatures,
+    speculative=bool(drafts),
+  )
+  for (*_, tokens), expected in zip(done, out.tokens, strict=False):
+    assert tokens == expected[: len(tokens)].tolist()

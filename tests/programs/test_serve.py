@@ -21,6 +21,7 @@ from mla_moe.data import tokenizer
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 PAGES, WAITING = 24, 6
+JSON = {'content-type': 'application/json'}
 
 
 class Server:
@@ -41,7 +42,8 @@ class Server:
       waiting=WAITING,
       cache=CacheConfig(page=8),
     )
-    app = endpoint.app(Engine(self.work), self.model, 'tiny', body_limit=5000)
+    self.engine = Engine(self.work)
+    app = endpoint.app(self.engine, self.model, 'tiny', body_limit=5000)
     settings = uvicorn.Config(app, port=0, log_level='error', ws='none')
     self.core = uvicorn.Server(settings)
     self.thread = threading.Thread(target=self.core.run, daemon=True)
@@ -53,11 +55,12 @@ class Server:
   def connect(self, timeout=120):
     return http.client.HTTPConnection('127.0.0.1', self.port, timeout=timeout)
 
-  def ask(self, path, body=None, raw=None):
+  def ask(self, path, body=None, raw=None, headers=None):
     """(status, JSON or text) of one request."""
     line = self.connect()
     data = raw if raw is not None else body and json.dumps(body)
-    line.request('POST' if data is not None else 'GET', path, data)
+    method = 'POST' if data is not None else 'GET'
+    line.request(method, path, data, JSON | (headers or {}))
     answer = line.getresponse()
     out = answer.read().decode()
     line.close()
@@ -159,6 +162,17 @@ def test_stop_texts_end_a_sample(server):
     (400, 'stop', dict(stop=[3])),
     (400, 'temperature', dict(temperature=float('inf'))),
     (400, 'top_k', dict(top_k=1.5)),
+    (400, 'top_k', dict(top_k=10**400)),
+    (400, 'temperature', dict(temperature=10**400)),
+    (400, 'temperature', dict(temperature=1e-60)),
+    (400, 'repetition_penalty', dict(repetition_penalty=1e-60)),
+    (400, 'repetition_penalty', dict(repetition_penalty=1e300)),
+    (400, 'top_p', dict(top_p=1e-60)),
+    (400, 'max_tokens', dict(max_tokens=10**400)),
+    (400, 'n=1025', dict(n=1025)),
+    (400, '16 samples', dict(prompt=['a'] * 64, n=17)),
+    (400, '256 characters', dict(stop='x' * 257)),
+    (400, 'not supported', {'\ud800': 1}),
     (413, 'longer', dict(prompt='x' * 6000)),
   ],
 )
@@ -185,7 +199,7 @@ def test_a_client_that_goes_away_frees_its_row(server):
   for stream in (True, False):
     line = server.connect()
     ask = completion(max_tokens=60, stream=stream, n=8)
-    line.request('POST', '/v1/completions', json.dumps(ask))
+    line.request('POST', '/v1/completions', json.dumps(ask), JSON)
     if stream:
       line.getresponse().read(10)
     line.close()
@@ -201,7 +215,8 @@ def test_many_requests_at_once_are_answered_or_refused(server):
     reader, writer = await asyncio.open_connection('127.0.0.1', server.port)
     body = json.dumps(completion(max_tokens=2)).encode()
     head = (
-      'POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n'
+      'POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\n'
+      'connection: close\r\ncontent-type: application/json\r\n'
       f'content-length: {len(body)}\r\n\r\n'
     )
     writer.write(head.encode() + body)
@@ -231,6 +246,116 @@ def test_openai_s_own_client(server):
       client.completions.create(**ask | dict(top_p=0.0))
 
 
+def test_a_number_of_samples_makes_nothing_before_it_is_checked(server):
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  status, out = server.ask('/v1/completions', completion(n=10**9))
+  assert status == 400 and 'n=1000000000' in out['error']['message']
+  # 10**9 samples are some 400 GB, 100 MiB are none of them.
+  after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  assert after - before < 100 * 1024
+
+
+@pytest.mark.parametrize(
+  'status, headers',
+  [
+    (200, {'content-type': 'application/json; charset=utf-8'}),
+    (200, {'host': 'localhost:8000'}),
+    (200, {'host': '[::1]:8000'}),
+    (400, {'host': 'evil.example'}),
+    (403, {'origin': 'http://evil.example'}),
+    (403, {'origin': 'null'}),
+    (415, {'content-type': 'text/plain'}),
+    (415, {'content-type': 'application/x-www-form-urlencoded'}),
+    (415, {'content-type': ''}),
+  ],
+)
+def test_a_web_page_is_no_client(server, status, headers):
+  ask = completion(max_tokens=1)
+  assert server.ask('/v1/completions', ask, headers=headers)[0] == status
+  if 'host' in headers:
+    assert server.ask('/healthz', headers=headers)[0] == status
+
+
+def test_waiting_clients_that_go_away_leave_the_engine_whole(server):
+  async def give_up():
+    engine = server.engine
+    # All rows decode, and four prompts wait, two of one length.
+    open_ones, _ = await engine.submit([[1, 2, 3]], 50, samples=3)
+    waiting = [await engine.submit([[4] * n], 3) for n in (3, 3, 2, 1)]
+    for tickets, _ in waiting[1:]:  # not the first one
+      engine.cancel(tickets)
+    _, events = waiting[0]
+    while not (await asyncio.wait_for(events.get(), 60))[1].reason:
+      pass
+    engine.cancel(open_ones)
+
+  asyncio.run(give_up())
+  assert server.idle() and server.engine.failure is None
+  assert server.ask('/v1/completions', completion(max_tokens=1))[0] == 200
+
+
+def test_the_prompts_of_a_request_are_taken_together(server):
+  async def beside_another():
+    engine = server.engine
+    tickets, _ = await engine.submit([[1, 2]], 60, samples=4)
+    status, out = await asyncio.to_thread(
+      server.ask,
+      '/v1/completions',
+      completion(prompt=['a'] * 64, max_tokens=1),
+    )
+    engine.cancel(tickets)
+    return status, out
+
+  status, out = asyncio.run(beside_another())
+  assert status == 200 and len(out['choices']) == 64
+  assert server.idle()
+
+
+def test_equal_prompts_draw_samples_of_their_own(server):
+  ask = completion(prompt=['ab'] * 4, temperature=1.0, seed=3)
+  four = server.ask('/v1/completions', ask)[1]['choices']
+  one = server.ask('/v1/completions', ask | dict(prompt='ab', n=4))[1]
+  assert [c['text'] for c in four] == [c['text'] for c in one['choices']]
+  assert len({c['text'] for c in four}) == 4
+
+
+@pytest.mark.filterwarnings(
+  'ignore::pytest.PytestUnhandledThreadExceptionWarning'
+)
+def test_an_error_of_a_cancel_ends_the_engine_and_is_kept():
+  class Broken:
+    length, free_pages, busy = 64, 0, False
+
+    def submit_all(self, *_, **__):
+      return [1, 2]
+
+    def cancel(self, ticket):
+      raise ValueError('of a bad day')
+
+  async def ask():
+    engine = Engine(Broken())
+    tickets, events = await engine.submit([[1]], 1)
+    engine.cancel(tickets[:1])
+    assert await asyncio.wait_for(events.get(), 10) is None
+    return engine
+
+  engine = asyncio.run(ask())
+  assert isinstance(engine.failure, ValueError)
+
+
+def test_a_long_stop_costs_no_more_than_the_text():
+  class Counting(str):
+    looked = 0
+
+    def __getitem__(self, part):
+      Counting.looked += 1
+      return str.__getitem__(self, part)
+
+  stream = text.TextStream(tokenizer.ByteTokenizer(), [Counting('x' * 10**6)])
+  assert ''.join(stream.add([i]) for i in b'abxxc') == 'abxxc'
+  assert Counting.looked <= 1 + 1 + 1 + 2 + 3
+
+
 def test_text_never_shows_half_a_character_or_a_stop():
   words = tokenizer.ByteTokenizer()
   stream = text.TextStream(words, stops=['END'])
@@ -249,7 +374,7 @@ def test_an_engine_that_fails_tells_everyone():
   class Broken:
     length, free_pages, busy = 64, 0, False
 
-    def submit(self, *_, **__):
+    def submit_all(self, *_, **__):
       self.busy = True
       return [1]
 
@@ -258,10 +383,10 @@ def test_an_engine_that_fails_tells_everyone():
 
   async def ask():
     engine = Engine(Broken())
-    tickets, events = await engine.submit([1], 1)
+    tickets, events = await engine.submit([[1]], 1)
     assert tickets == [1] and await asyncio.wait_for(events.get(), 10) is None
     with pytest.raises(RuntimeError, match='stopped'):
-      await engine.submit([1], 1)
+      await engine.submit([[1]], 1)
     return engine
 
   engine = asyncio.run(ask())

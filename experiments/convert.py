@@ -20,8 +20,11 @@ each layer's output is from ours; with --source alone it does nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
+import shlex
+import shutil
 
 from absl import flags
 
@@ -92,7 +95,7 @@ def to_run(
   """Writes a run at step 0 from a Hugging Face folder, complete or not at all.
 
   Raises:
-    ConfigError: bad input, or a target that exists.
+    ConfigError: bad input, a target that exists, or that a process writes to.
   """
   import jax.numpy as jnp
 
@@ -100,31 +103,43 @@ def to_run(
   from mla_moe.checkpoint import store
   from mla_moe.hf import save
 
-  _check_target(target, force)
+  _check_target(source, target, force)
+  extras = save.extras_of(source)
   mesh = sharding.make_mesh(recipe.mesh) if recipe.mesh.devices > 1 else None
-  model, variables = load_huggingface(source, jnp.float32, mesh)
-  data = recipe.data
-  if (source / 'tokenizer.json').exists():
-    tokenizer = str(target / 'huggingface' / 'tokenizer.json')
-    data = dataclasses.replace(data, tokenizer=tokenizer)
-  model = combined(model, recipe.model)
-  config = dataclasses.replace(recipe, model=model, data=data)
-  sharding.check(config)
-  state = _fresh_state(variables, config.optim)
-  with (
-    save.replacing(target) as scratch,
-    workdir.claim(scratch, config) as path,
-  ):
-    (path / 'huggingface').mkdir()
-    save.copy_extras(source, path / 'huggingface')
-    (path / 'config.py').write_text(_CONFIG.format(target))
-    with store.Writer(path / 'checkpoints', config.run.keep) as writer:
-      # The empty corpus: the run may train on any text.
-      facts = {'corpus': '', 'config': workdir.digest(config)}
-      writer.save(0, state, facts)
+  free = contextlib.nullcontext()
+  with workdir.lock(target) if is_run(target) else free:
+    model, variables = load_huggingface(source, jnp.float32, mesh)
+    data = recipe.data
+    if 'tokenizer.json' in extras:
+      tokenizer = str(target / 'huggingface' / 'tokenizer.json')
+      data = dataclasses.replace(data, tokenizer=tokenizer)
+    model = combined(model, recipe.model)
+    config = dataclasses.replace(recipe, model=model, data=data)
+    sharding.check(config)
+    state = _fresh_state(variables, config.optim)
+    with (
+      save.replacing(target) as scratch,
+      workdir.claim(scratch, config) as path,
+    ):
+      (path / 'huggingface').mkdir()
+      for name, file in extras.items():
+        shutil.copyfile(file, path / 'huggingface' / name)
+      (path / 'config.py').write_text(_config_py(target))
+      with store.Writer(path / 'checkpoints', config.run.keep) as writer:
+        # The empty corpus: the run may train on any text.
+        facts = {'corpus': '', 'config': workdir.digest(config)}
+        writer.save(0, state, facts)
 
 
-def _check_target(target: pathlib.Path, force: bool) -> None:
+def _config_py(target: pathlib.Path) -> str:
+  """Returns the run's config.py, its path escaped for the shell and Python."""
+  path = shlex.quote(str(target)).encode('unicode_escape').decode()
+  return _CONFIG.format(path.replace('"', '\\"'))
+
+
+def _check_target(
+  source: pathlib.Path, target: pathlib.Path, force: bool
+) -> None:
   """Refuses a target that exists, but a run with `force`."""
   if not target.exists() or (target.is_dir() and not any(target.iterdir())):
     return
@@ -133,6 +148,11 @@ def _check_target(target: pathlib.Path, force: bool) -> None:
   if not is_run(target):
     raise ConfigError(
       f'--target={str(target)!r}: is no run, so it is not replaced'
+    )
+  workdir.read_config(target)  # another program's `checkpoints` has none
+  if source.resolve().is_relative_to(target.resolve()):
+    raise ConfigError(
+      f'--source={str(source)!r}: lies in the target, which would be deleted'
     )
 
 
@@ -173,6 +193,7 @@ def to_huggingface(
   from mla_moe import save_huggingface
 
   config = workdir.read_config(source)
+  extras = _extras(source, config.data.tokenizer)
   save_huggingface(
     target,
     config.model,
@@ -180,22 +201,46 @@ def to_huggingface(
     fp8,
     power_of_two=power_of_two,
     dtype=None if fp8 and dtype == 'float32' else dtype,
-    extras=_extras(source, config.data.tokenizer),
+    extras=extras,
     force=force,
   )
 
 
-def _extras(run: pathlib.Path, tokenizer: str) -> pathlib.Path | None:
-  """Returns the folder of a run's tokenizer and settings of generation."""
-  if (run / 'huggingface').is_dir():
-    return run / 'huggingface'
-  if tokenizer == 'byte':
-    return None
+def _extras(run: pathlib.Path, tokenizer: str) -> dict[str, pathlib.Path]:
+  """Returns {name: file} of a run's tokenizer and settings of generation.
+
+  A file of another name than tokenizer.json goes alone: settings beside it may
+  belong to another tokenizer.
+  """
+  from mla_moe.hf import save
+
+  folder = run / 'huggingface'
+  extras = save.extras_of(folder) if folder.is_dir() else {}
+  if tokenizer == 'byte' or 'tokenizer.json' in extras:
+    return extras
   path = pathlib.Path(tokenizer).expanduser()
-  return path if path.is_dir() else path.parent
+  if path.is_dir():
+    return save.extras_of(path) | extras
+  if not path.is_file():
+    print(f'WARNING: data.tokenizer={tokenizer!r} is gone: none is exported.')
+    return extras
+  if path.name == 'tokenizer.json':
+    return save.extras_of(path.parent) | extras
+  return extras | {'tokenizer.json': path}
 
 
 def main() -> None:
+  """Converts; errors of the disk are one line."""
+  try:
+    _convert()
+  except OSError as error:
+    if error.errno not in workdir.DISK:
+      raise
+    place = pathlib.Path(error.filename or FLAGS.target)
+    raise cli.Stopped(workdir.trouble(place.parent, error)) from error
+
+
+def _convert() -> None:
   """Converts in the direction that the kind of the source implies."""
   if not FLAGS.source:
     raise ConfigError('--source: name a Hugging Face folder or a run')

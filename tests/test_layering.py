@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Each name of a line may import the lines before it, never its neighbours.
 LAYERS = (
   'types checked',
-  'variants',
+  'variants files',
   'config',
   'cost sharding kernels data checkpoint',
   'fp8',

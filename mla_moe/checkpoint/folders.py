@@ -10,6 +10,7 @@ step's name.
 
 from __future__ import annotations
 
+import math
 import os
 import pathlib
 import shutil
@@ -41,7 +42,8 @@ def retained(
   """Returns the steps to keep.
 
   Args:
-    scores: all steps with their scores, lower is better; None without a score.
+    scores: all steps with their scores, lower is better; a step without a score
+      has None, and NaN or infinity count as none.
     keep: number of newest steps.
     keep_every: every step that it divides is kept; 0 for none.
     keep_best: number of steps with the lowest scores; of equal scores the
@@ -49,7 +51,11 @@ def retained(
   """
   newest = sorted(scores)[-keep:]
   spaced = [step for step in scores if keep_every and step % keep_every == 0]
-  scored = [step for step, score in scores.items() if score is not None]
+  scored = [
+    step
+    for step, score in scores.items()
+    if score is not None and math.isfinite(score)
+  ]
   ranked = sorted(scored, key=lambda step: (scores[step], -step))[:keep_best]
   return {*newest, *spaced, *ranked}
 

@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 
+from mla_moe import files
 from mla_moe.config import ConfigError
 
 NAME = 'seal.json'
@@ -29,6 +30,8 @@ class Damaged(ConfigError):
 
 def write(folder: pathlib.Path, facts: dict) -> None:
   """Seals the folder as it is now, and waits until all of it is on the disk."""
+  with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
+    list(threads.map(files.sync, _paths(folder)))
   body = {'format': FORMAT, 'files': _records(folder), **facts}
   body['sha256'] = _hash(body)
   scratch = folder / f'{NAME}.new'
@@ -38,7 +41,7 @@ def write(folder: pathlib.Path, facts: dict) -> None:
     os.fsync(file.fileno())
   os.replace(scratch, folder / NAME)
   for path in (folder, folder.parent):
-    _sync(path)
+    files.sync(path)
 
 
 def read(folder: pathlib.Path) -> dict | None:
@@ -118,17 +121,7 @@ def _records(folder: pathlib.Path) -> dict[str, list]:
 def _record(path: pathlib.Path) -> list:
   digest, size = hashlib.sha256(), 0
   with open(path, 'rb') as file:
-    os.fsync(file.fileno())
     while block := file.read(_BLOCK):
       digest.update(block)
       size += len(block)
   return [size, digest.hexdigest()]
-
-
-def _sync(folder: pathlib.Path):
-  """Waits until the folder's list of names is on the disk."""
-  handle = os.open(folder, os.O_RDONLY)
-  try:
-    os.fsync(handle)
-  finally:
-    os.close(handle)

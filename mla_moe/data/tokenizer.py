@@ -17,10 +17,12 @@ import functools
 import hashlib
 import json
 import os
+import pathlib
 from typing import Any
 
 import numpy as np
 
+from mla_moe import files
 from mla_moe.config import ConfigError
 from mla_moe.types import Int
 
@@ -82,8 +84,7 @@ class BPETokenizer:
 
   def decode(self, ids: Any) -> str:
     """Returns the text, without specials; broken UTF-8 becomes U+FFFD."""
-    special = {self.bos_id, self.eos_id, *(self.fim_ids or ())}
-    ids = [i for i in np.asarray(ids).reshape(-1).tolist() if i not in special]
+    ids = np.asarray(ids).reshape(-1).tolist()
     return self.core.decode(ids, skip_special_tokens=True)
 
   def byte_lengths(self) -> Int[np.ndarray, ' V']:
@@ -93,7 +94,6 @@ class BPETokenizer:
       lengths[index] = len(token)  # BPE spells each byte as one character
     for index, token in self.core.get_added_tokens_decoder().items():
       lengths[index] = 0 if token.special else len(token.content.encode())
-    lengths[[self.bos_id, self.eos_id, *(self.fim_ids or ())]] = 0
     return lengths
 
 
@@ -110,8 +110,8 @@ def load(name: str, bos_id: int, eos_id: int) -> Tokenizer:
       found by DeepSeek's names of the tokens.
 
   Raises:
-    ConfigError: no such file, not a byte-level tokenizer.json, or ids that the
-      tokenizer does not have.
+    ConfigError: no such file, not a byte-level tokenizer.json, or ids that are
+      no special tokens of it.
   """
   if name == 'byte':
     tokenizer = ByteTokenizer()
@@ -127,19 +127,22 @@ def load(name: str, bos_id: int, eos_id: int) -> Tokenizer:
   if os.path.isdir(path):
     path = os.path.join(path, 'tokenizer.json')
   try:
-    with open(path, 'rb') as file:
-      content = file.read()
-  except OSError as error:
+    content = files.read_bytes(pathlib.Path(path))
+  except ConfigError as error:
     raise ConfigError(
-      f"data.tokenizer={name!r}: must be 'byte' or a tokenizer.json that can "
-      f'be read ({error.strerror})'
+      f"data.tokenizer={name!r}: must be 'byte' or a tokenizer.json ({error})"
     ) from None
   core = _parse(path, content)
+  added = core.get_added_tokens_decoder()
+  special = {i: token.content for i, token in added.items() if token.special}
   for field, index in (('bos_id', bos_id), ('eos_id', eos_id)):
-    if core.id_to_token(index) is None:
+    if index not in special:
+      token = core.id_to_token(index)
+      said = 'no such token' if token is None else f'the word {token!r} there'
+      choices = ', '.join(f'{i} {t!r}' for i, t in list(special.items())[:8])
       raise ConfigError(
-        f'model.{field}={index}: {path} has no such token; set model.{field} '
-        'to the id that it uses'
+        f'model.{field}={index}: {path} has {said}; set model.{field} to a '
+        f'special token: {choices or "it has none"}'
       )
   fim = tuple(core.token_to_id(token) for token in FIM)
   return BPETokenizer(
@@ -160,8 +163,12 @@ def _parse(path: str, content: bytes) -> Any:
   """
   library = _library()
   try:
-    core = library.Tokenizer.from_str(content.decode('utf-8'))
-    decoder = json.loads(content)['decoder']
+    values = json.loads(content)
+    decoder = values['decoder']
+    for token in values.get('added_tokens') or ():
+      # Releases may forget the flag, and text would then become these tokens.
+      token['special'] = token['special'] or token['content'] in FIM
+    core = library.Tokenizer.from_str(json.dumps(values))
   except Exception as error:  # the library raises bare Exceptions
     raise ConfigError(
       f'data.tokenizer={path!r}: not a tokenizer.json ({error})'

@@ -17,6 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from mla_moe import files
 from mla_moe.config import (
   ConfigError,
   MLAConfig,
@@ -86,10 +87,9 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   Raises:
     ConfigError: the file cannot be read, or contains no JSON object.
   """
+  content = files.read_bytes(path)
   try:
-    values = json.loads(path.read_text(encoding='utf-8'))
-  except OSError as error:
-    raise ConfigError(f'{path}: cannot be read ({error.strerror})') from None
+    values = json.loads(content.decode('utf-8'))
   except (ValueError, RecursionError) as error:
     raise ConfigError(f'{path}: is not JSON ({error})') from None
   if not isinstance(values, dict):

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from mla_moe import files
 from mla_moe.config import ConfigError
 
 DTYPES = {
@@ -50,8 +51,9 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-# The format's own limit; it also bounds the memory for parsing a header.
-_HEADER_LIMIT = 100_000_000
+# A quarter of the format's own limit: 200,000 tensors in one file. A header
+# takes up to 26 times its size while it is parsed.
+_HEADER_LIMIT = 25_000_000
 _RANK_LIMIT = 16
 
 
@@ -76,7 +78,11 @@ def parse(header: bytes, size: int) -> dict[str, Entry]:
     raise ConfigError(f'the header is not JSON ({error})') from None
   if not isinstance(items, dict):
     raise ConfigError('the header is not an object')
-  items.pop('__metadata__', None)
+  metadata = items.pop('__metadata__', {})
+  if not isinstance(metadata, dict) or not all(
+    isinstance(text, str) for text in metadata.values()
+  ):
+    raise ConfigError('__metadata__ does not map texts to texts')
   entries = {name: _entry(name, info, size) for name, info in items.items()}
   end = 0
   for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
@@ -152,6 +158,7 @@ class File:
 
   def __init__(self, path: os.PathLike | str):
     self.path = pathlib.Path(path)
+    files.check_regular(self.path)
     try:
       with open(self.path, 'rb') as file:
         total = os.fstat(file.fileno()).st_size
@@ -215,7 +222,12 @@ def create(
       every tensor is aligned.
 
   The header is written when the block ends, and is zeros until then: a file
-  that was cut short is refused by `File`.
+  that was cut short is refused by `File`. All bytes are allocated before they
+  are mapped: on a full disk a store to a map of a sparse file would end the
+  process by SIGBUS.
+
+  Raises:
+    OSError: the disk cannot take the file; it names the path.
   """
   order = sorted(tensors, key=lambda n: (-tensors[n][0].itemsize, n))
   header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
@@ -233,7 +245,7 @@ def create(
   text += b' ' * (-len(text) % 8)
   data = 8 + len(text)
   with open(path, 'w+b') as file:
-    file.truncate(data + size)
+    _allocate(file.fileno(), data + size, path)
     mapped = mmap.mmap(file.fileno(), data + size)
     arrays = {}
     for name in order:
@@ -251,3 +263,11 @@ def create(
   # A map with living views cannot be closed; it is freed with the last one.
   with contextlib.suppress(BufferError):
     mapped.close()
+
+
+def _allocate(handle: int, size: int, path: os.PathLike | str) -> None:
+  try:
+    os.posix_fallocate(handle, 0, size)
+  except OSError as error:
+    error.filename = os.fspath(path)
+    raise

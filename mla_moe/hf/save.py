@@ -11,11 +11,13 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mla_moe import files
 from mla_moe.config import ConfigError, ModelConfig
 from mla_moe.hf import config_json, outgoing
 
@@ -31,6 +33,7 @@ EXTRAS = (
   'merges.txt',
   'tiktoken.model',
 )
+_WEIGHTS = re.compile(r'model(-\d{5,}-of-\d{5,})?\.safetensors')
 
 
 def save_huggingface(
@@ -41,7 +44,7 @@ def save_huggingface(
   *,
   power_of_two: bool = False,
   dtype: Any = None,
-  extras: os.PathLike | str | None = None,
+  extras: os.PathLike | str | Mapping[str, pathlib.Path] | None = None,
   force: bool = False,
   shard_bytes: int = 4 * 10**9,
 ) -> None:
@@ -56,16 +59,21 @@ def save_huggingface(
       tensors are bfloat16 if that loses nothing.
     power_of_two: new FP8 scales are powers of two (V3.1), not float32 (V3).
     dtype: of the tensors; None keeps that of the variables.
-    extras: a folder from which tokenizer and settings of generation are copied.
-    force: replace an existing checkpoint.
+    extras: a folder from which tokenizer and settings of generation are copied,
+      or {name: file} of them.
+    force: replace an existing export. A folder with any file that an export
+      does not write is never replaced.
     shard_bytes: largest size of a file, but for a single larger tensor.
 
   Raises:
     ConfigError: a target that exists, a model that no release computes, arrays
       of other shapes than the config's, NaN.
+    OSError: the disk is full; the target is unchanged.
   """
-  target = pathlib.Path(path)
+  target = pathlib.Path(path).resolve()
   _check_target(target, force)
+  if not isinstance(extras, Mapping):
+    extras = extras_of(extras) if extras is not None else {}
   if dtype is not None:
     dtype = config_json.parameter_dtype(dtype)
   tensors = outgoing.Tensors(config, variables, fp8, power_of_two, dtype)
@@ -85,7 +93,8 @@ def save_huggingface(
       for name in shard:
         weight_map[name] = file
         total += tensors.bytes_of(name)
-    copy_extras(extras, scratch)
+    for name, file in extras.items():
+      shutil.copyfile(file, scratch / name)
     if len(shards) > 1:
       index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
       _write_json(scratch / config_json.INDEX, index)
@@ -101,68 +110,123 @@ def replacing(target: pathlib.Path) -> Iterator[pathlib.Path]:
   """Yields a scratch folder that becomes `target` when the block ends.
 
   After an error the target is unchanged and the scratch folder deleted.
+
+  Raises:
+    ConfigError: the folder around the target cannot be written, or the target
+      cannot be moved away, as a mount point cannot: both are tried before
+      anything is written. Or another process filled the target meanwhile.
   """
-  target.parent.mkdir(parents=True, exist_ok=True)
-  scratch = pathlib.Path(
-    tempfile.mkdtemp('.partial', f'.{target.name}.', target.parent)
-  )
+  target = target.resolve()  # a link stays, and its folder is replaced
   try:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = pathlib.Path(
+      tempfile.mkdtemp('.partial', f'.{target.name}.', target.parent)
+    )
+  except OSError as error:
+    raise ConfigError(
+      f'{str(target)!r}: cannot be written ({error.strerror})'
+    ) from None
+  try:
+    filled = target.exists() and any(target.iterdir())
+    if target.exists():
+      _check_movable(target, scratch)
     yield scratch
-    _replace(target, scratch)
+    _replace(target, scratch, filled)
   except BaseException:
     shutil.rmtree(scratch, ignore_errors=True)
     raise
 
 
-def copy_extras(source: Any, target: pathlib.Path) -> list[str]:
-  """Copies the files of `EXTRAS` that `source` has; returns their names."""
-  if source is None:
-    return []
-  copied = []
+def extras_of(folder: os.PathLike | str) -> dict[str, pathlib.Path]:
+  """Returns {name: file} of the files of `EXTRAS` that the folder has.
+
+  Raises:
+    ConfigError: a file is a device, or a link that leads out of the folder: its
+      content, which may be private, would lie in a folder that is uploaded.
+      Links of the Hub's cache are followed.
+  """
+  folder = pathlib.Path(folder)
+  home = folder.resolve()
+  roots = [home]
+  if home.parent.name == 'snapshots':  # MODEL/snapshots/REVISION
+    roots.append(home.parent.parent / 'blobs')
+  extras = {}
   for name in EXTRAS:
-    path = pathlib.Path(source) / name
-    if path.is_file():
-      shutil.copyfile(path, target / name)
-      copied.append(name)
-  return copied
+    path = folder / name
+    if not path.exists():
+      continue
+    files.check_regular(path)
+    if not any(path.resolve().is_relative_to(root) for root in roots):
+      raise ConfigError(
+        f'{path}: is a link out of the folder; put a copy of the file there'
+      )
+    extras[name] = path
+  return extras
 
 
 def _check_target(target: pathlib.Path, force: bool) -> None:
+  """Refuses a target that exists, but an export with `force`."""
   if not target.exists():
     return
   if not target.is_dir():
     raise ConfigError(f'{str(target)!r}: is a file; name a folder')
-  if not any(target.iterdir()):
+  names = {path.name for path in target.iterdir()}
+  if not names:
     return
   if not force:
     raise ConfigError(
       f'{str(target)!r}: exists; name another folder, or replace it with '
       '--force'
     )
-  if not (target / 'config.json').exists():
+  weights = {name for name in names if _WEIGHTS.fullmatch(name)}
+  ours = {'config.json', config_json.INDEX, *EXTRAS} | weights
+  others = {n for n in names if n not in ours or (target / n).is_dir()}
+  if others:
+    raise ConfigError(
+      f'{str(target)!r}: holds {min(others)!r}, which no export writes, so it '
+      'is not replaced; name another folder'
+    )
+  if not weights or 'config.json' not in names:
     raise ConfigError(
       f'{str(target)!r}: holds no checkpoint, so it is not replaced; name '
       'another folder'
     )
 
 
-def _replace(target: pathlib.Path, scratch: pathlib.Path) -> None:
-  """Renames `scratch` to `target`; an old target is moved away, then deleted.
+def _check_movable(target: pathlib.Path, scratch: pathlib.Path) -> None:
+  """Moves the target into the scratch folder and back."""
+  moved = scratch / 'moved'
+  try:
+    os.rename(target, moved)
+  except OSError as error:
+    raise ConfigError(
+      f'{str(target)!r}: cannot be replaced ({error.strerror}); name a folder '
+      'inside it, or one that does not exist'
+    ) from None
+  os.rename(moved, target)
 
-  At every instant the target is the old folder, absent, or the new one.
+
+def _replace(target: pathlib.Path, scratch: pathlib.Path, filled: bool) -> None:
+  """Renames `scratch` to `target`; a filled one is moved away, then deleted.
+
+  At every instant the target is the old folder, absent, or the new one. If the
+  new one cannot take the place, the old one goes back to it.
   """
-  if not target.exists():
-    os.replace(scratch, target)
-  else:
+  if filled:
     old = tempfile.mkdtemp('.old', f'.{target.name}.', target.parent)
     os.replace(target, old)  # onto an empty folder
-    os.replace(scratch, target)
-    shutil.rmtree(old)
-  folder = os.open(target.parent, os.O_RDONLY)
   try:
-    os.fsync(folder)
-  finally:
-    os.close(folder)
+    os.replace(scratch, target)  # fails if the target is filled
+  except OSError as error:
+    if filled:
+      os.rename(old, target)
+    raise ConfigError(
+      f'{str(target)!r}: cannot be replaced ({error.strerror}); another '
+      'process writes there'
+    ) from None
+  if filled:
+    shutil.rmtree(old)
+  files.sync(target.parent)
 
 
 def _write_json(path: pathlib.Path, values: dict) -> None:

@@ -3,6 +3,7 @@
 The row numbers are those of the table in docs/reliability.md.
 """
 
+import math
 import os
 import random
 import shutil
@@ -194,6 +195,8 @@ def test_the_policy_keeps_the_newest_the_spaced_and_the_best(tmp_path):
   scores = {10: 3.0, 20: 1.0, 30: 2.0, 40: None, 50: 2.5}
   assert folders.retained(scores, 2) == {40, 50}
   assert folders.retained(scores, 1, keep_every=20) == {20, 40, 50}
+  assert folders.retained(scores, 1, keep_best=2) == {20, 30, 50}
+  scores |= {1: math.nan, 2: -math.inf}  # no number is no score
   assert folders.retained(scores, 1, keep_best=2) == {20, 30, 50}
   save(tmp_path, 5, 4, 3, keep=1, keep_every=4, keep_best=1)
   assert folders.steps(tmp_path) == [4, 5]  # 1 / 5 is the best score

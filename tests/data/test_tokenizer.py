@@ -95,6 +95,28 @@ def test_bpe_splits_as_deepseek_does(bpe):
   assert not any('b,' in piece for piece in pieces)
 
 
+def test_an_ordinary_word_is_no_bos_or_eos(bpe):
+  """Text would become it, and decoding would drop it."""
+  words, path = bpe
+  bang = words.core.token_to_id('!')
+  for bos, eos in ((bang, 1), (0, bang)):
+    with pytest.raises(ConfigError, match=f"={bang}: .*'!'.* special"):
+      tokenizer.load(path, bos, eos)
+
+
+def test_fim_tokens_without_the_flag_are_special_all_the_same(bpe, tmp_path):
+  content = json.loads(pathlib.Path(bpe[1]).read_text(encoding='utf-8'))
+  for token in content['added_tokens']:
+    token['special'] = token['content'] not in tokenizer.FIM
+  path = tmp_path / 'flagless.json'
+  path.write_text(json.dumps(content), encoding='utf-8')
+  words = tokenizer.load(str(path), 0, 1)
+  ids = words.encode(TEXTS[-1])
+  assert not set(words.fim_ids) & set(ids.tolist())
+  assert words.decode(ids) == TEXTS[-1]
+  assert words.decode(words.fim_ids) == ''
+
+
 def test_without_fim_tokens_there_are_no_fim_ids(bpe, tmp_path):
   content = json.loads(pathlib.Path(bpe[1]).read_text(encoding='utf-8'))
   for token in content['added_tokens']:

@@ -111,6 +111,12 @@ class MoEConfig(Checked):
     self._positive('experts', 'top_k', 'width', 'groups', 'top_groups')
     self._require('scale', self.scale > 0, 'must be above 0')
     self._require(
+      'normalize',
+      not self.normalize or self.top_k > 1,
+      'with top_k=1 each gate is s / s = 1, and the router gets no gradient; '
+      'set normalize=False or raise top_k',
+    )
+    self._require(
       'groups',
       self.experts % self.groups == 0,
       f'must divide experts={self.experts}',

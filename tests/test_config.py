@@ -104,6 +104,7 @@ BAD = [
   ('model.moe.scoring', 'relu', 'must be one of'),
   ('model.moe.method', 'greedy', 'groups=1'),
   ('model.moe.scale', 0.0, 'above 0'),
+  ('model.moe.top_k', 1, 'the router gets no gradient'),
   ('optim.learning_rate', float('nan'), 'finite'),
   ('optim.learning_rate', -1e-3, 'negative'),
   ('optim.learning_rate', 'fast', 'must be of type float'),

@@ -133,10 +133,10 @@ def _sum_by_token(rows, layout: Layout, tokens: int):
 
 
 def _by_choice(layout: Layout, tokens: int):
-  """`rows` and `present` of all tokens' k-th choices, [K, M] each.
+  """Returns the `rows` and `present` of the tokens' k-th choices, [K, M] each.
 
-  With sums over k one by one, tokens never have K rows each at the same time:
-  those would be the largest array of a training step.
+  Callers add one choice at a time: the K rows of all tokens at once would be
+  the largest array of a training step.
   """
   by_choice = lambda x: x.reshape(tokens, -1).T
   return by_choice(layout.rows), by_choice(layout.present)

@@ -3,10 +3,10 @@
 `feed_forward` computes sum_k gate_k * FFN_{chosen_k}(x) for every token (V3
 equation 12), whatever the routing: no form drops a token. Which form is fast
 depends on the platform. `ragged`, for TPUs, is grouped products of rows sorted
-by expert (`lax.ragged_dot`). GPUs and CPUs compute those densely, every expert
-on every row. So GPUs take `padded`, batched products of equally many rows for
-each expert, and CPUs `loop`, over blocks of rows (`expert_loop`). Rows that
-exceed a buffer of the first two go through that loop, too. `dense` is the
+by expert (`lax.ragged_dot`). On GPUs and CPUs XLA computes those densely, every
+expert on every row. So GPUs take `padded`, batched products of equally many
+rows for each expert, and CPUs `loop`, over blocks of rows (`expert_loop`). Rows
+that exceed a buffer of the first two go through that loop, too. `dense` is the
 oracle of the tests.
 """
 
@@ -42,7 +42,7 @@ def feed_forward(
     w_down: of the same experts.
     impl: loop, ragged, padded, dense or auto. FP8 has only loop and ragged.
     recipe: precision of the products.
-    expected: how many of the M * K ids are likely below E; 0 for all.
+    expected: about how many of the M * K ids are below E; 0 stands for all.
   """
   expected = expected or chosen.size
   if impl == 'auto':
@@ -85,6 +85,7 @@ def _ragged(x, gates, chosen, w_gate_up, w_down, expected, recipe):
   capacity = total
   if expected < total:
     capacity = min(total, dispatch.capacity(expected, 128))
+  # Each expert's rows that fit the buffer; the loop skips them.
   ends = jnp.minimum(order.starts + order.sizes, capacity)
   sizes = ends - jnp.minimum(order.starts, capacity)
   assignments = order.assignments[:capacity]
@@ -103,9 +104,8 @@ def _ragged(x, gates, chosen, w_gate_up, w_down, expected, recipe):
     precision=recipe.precision,
     impl=recipe.impl,
   )
-  rows = dispatch.permute(x, layout)
-  gate_up = multiply(rows, w_gate_up).reshape(capacity, 2, -1)
-  out = multiply(layers.glu(gate_up), w_down)
+  gate_up = multiply(dispatch.permute(x, layout), w_gate_up)
+  out = multiply(layers.glu(gate_up.reshape(capacity, 2, -1)), w_down)
   out = dispatch.combine(out, gates, layout)
   return out if rest is None else out + rest
 
@@ -113,8 +113,8 @@ def _ragged(x, gates, chosen, w_gate_up, w_down, expected, recipe):
 def _padded(x, gates, chosen, w_gate_up, w_down, expected):
   """Returns the sum by batched products of equally many rows for each expert.
 
-  An expert has 1.5 times the mean load of rows, and the loop takes the rest:
-  with balanced load it has no turn.
+  An expert's buffer has 1.5 times the mean load of rows. The loop takes the
+  rows beyond it; with balanced load there are none.
   """
   e, dim = w_gate_up.shape[:2]
   capacity = dispatch.capacity(expected, 8 * e) // e + 8

@@ -1,8 +1,8 @@
 """RMSNorm and SwiGLU (Zhang and Sennrich 2019; Shazeer 2020).
 
-Norms take their statistics in float32. Both have a hand-picked memory for the
-backward pass: `normalize` and `glu` save their argument alone and compute the
-rest again, which costs a few elementwise operations.
+Norms take their statistics in float32. For the backward pass, `normalize` and
+`glu` save their argument alone and compute the rest again, which costs a few
+elementwise operations.
 """
 
 from __future__ import annotations

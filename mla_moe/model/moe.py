@@ -31,7 +31,7 @@ DOWN = ('experts', 'mlp', 'embed')
 class Stats(NamedTuple):
   """Measurements of one MoE layer over all tokens of the batch."""
 
-  load: Array  # [E] int32: tokens of each expert
+  load: Array  # [E] int32: number of tokens of each expert
   balance: Array  # [] float32: `router.balance`
   entropy: Array  # [] float32: `router.entropy`, nats
   overflow: Array  # [] int32: rows that `exchange` sent in later rounds
@@ -105,8 +105,9 @@ def routed(
     with jax.named_scope('experts'):
       args = flat, routing, ws, axes, config, recipe, shared
       out, overflow = exchange.exchange(*args)
-    scores = routing.scores.reshape(b, t, -1)
-    balance = router.balance(scores, moe.top_k, mask, axes.length)
+    by_row = lambda x: x.reshape(b, t, -1)
+    scores, counted = by_row(routing.scores), router.counted(routing, moe)
+    balance = router.balance(scores, by_row(counted), mask, axes.length)
     load = router.load(routing.chosen, moe.experts, flat_mask)
     batch = axes.batch
     stats = Stats(
@@ -133,8 +134,8 @@ def routed(
 def packed(w_gate_up: Float[Array, 'E D two F']) -> Float[Array, 'E D GF']:
   """Returns gate and up in one axis; on a mesh, each device joins its parts.
 
-  Grouped products take them so. A TPU lays out the last two axes in tiles:
-  weights that end in [2, F] would be copied for it, all experts' at each step.
+  Grouped products take them as one axis. A TPU stores the last two axes in
+  tiles, so it would have to copy weights that end in [2, F] at each step.
   """
   apart = sharding.array_spec(GATE_UP, w_gate_up)
   joined = sharding.array_spec(PACKED, w_gate_up[:, :, 0])

@@ -37,7 +37,7 @@ def route(
   bias: Float[Array, ' E'] | None,
   moe: MoEConfig,
 ) -> Routing:
-  """Returns the Routing of tokens; its gradient flows through gates alone."""
+  """Returns the Routing of tokens; the choice itself has no gradient."""
   logits = jnp.einsum(
     'md,de->me',
     x.astype(jnp.float32),
@@ -84,7 +84,7 @@ def load(
   experts: int,
   mask: Float[Array, ' M'] | None = None,
 ) -> Int[Array, ' E']:
-  """Returns the tokens of each expert; a `mask` of 0 leaves a token out."""
+  """Returns each expert's number of tokens; a `mask` of 0 leaves one out."""
   ones = jnp.ones(chosen.shape[0]) if mask is None else mask
   ones = jnp.broadcast_to(ones.astype(jnp.int32)[:, None], chosen.shape)
   return jnp.zeros(experts, jnp.int32).at[chosen].add(ones)
@@ -106,29 +106,38 @@ def entropy(
   return jnp.divide(*sums)
 
 
+def counted(routing: Routing, moe: MoEConfig) -> Int[Array, 'M K']:
+  """Returns the ids of the experts that the balance loss counts.
+
+  V2 counts the experts that a token chooses (its report, section 2.2.3), V3 the
+  best by the scores alone, without bias and groups (equation 18).
+  """
+  if moe.method != 'noaux_tc':
+    return routing.chosen
+  scores = jax.lax.stop_gradient(routing.scores)
+  return jax.lax.top_k(scores, moe.top_k)[1].astype(jnp.int32)
+
+
 def balance(
   scores: Float[Array, 'B T E'],
-  top_k: int,
+  counted: Int[Array, 'B T K'],
   mask: Float[Array, 'B T'] | None = None,
   axes: tuple[str, ...] = (),
 ) -> Float[Array, '']:
-  """Returns V3's sequence-wise balance loss (equations 17 to 20, alpha 1).
+  """Returns the sequence-wise balance loss (V3 equations 17 to 20, alpha 1).
 
-  For each sequence sum_i f_i P_i, then the mean over sequences. f_i is the load
-  of expert i by the raw scores (no bias, no groups, no gradient) over the mean
-  load, P_i the mean of its normalised scores; perfect balance is 1. A `mask` of
-  0 leaves a token out. `axes` are the mesh axes that the length is split over.
+  It is the mean over sequences of sum_i f_i P_i. f_i is the number of tokens
+  that count expert i, divided by the mean of all experts. P_i is the mean of
+  its normalised scores; only P_i has a gradient. Perfect balance is 1. A `mask`
+  of 0 leaves a token out. `axes` are the mesh axes that split the length.
   """
-  experts = scores.shape[-1]
+  experts, top_k = scores.shape[-1], counted.shape[-1]
   total = lambda x: sharding.psum(x, axes)
   if mask is None:
     mask = jnp.ones(scores.shape[:2], jnp.float32)
   tokens = jnp.maximum(total(mask.sum(1)), 1.0)
-  chosen = jax.lax.top_k(jax.lax.stop_gradient(scores), top_k)[1]
-  count = lambda chosen, mask: (
-    jnp.zeros(experts).at[chosen].add(jnp.broadcast_to(mask, chosen.shape))
-  )
-  counts = total(jax.vmap(count)(chosen, mask[:, :, None]))
+  count = jax.vmap(lambda ids, mask: load(ids, experts, mask))
+  counts = total(count(counted, mask)).astype(jnp.float32)
   counts = checkpoint_name(counts, SAVED[1])
   frequency = counts * (experts / top_k) / tokens[:, None]
   scores = _normalised(scores)

@@ -66,6 +66,18 @@ def test_routing_equals_the_slow_version(name):
       assert gate == pytest.approx(expected[int(expert)], rel=1e-4)
 
 
+def test_the_router_multiplies_in_float32_on_every_platform():
+  """By default a TPU would compute float32 products in bfloat16."""
+  shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((32, 12), (12, 16))]
+  gates = lambda x, w: router.route(x, w, None, VARIANTS['lite']).gates.sum()
+  traced = jax.jit(jax.grad(gates, (0, 1))).trace(*shapes)
+  text = traced.lower(lowering_platforms=('tpu',)).as_text()
+  products = [line for line in text.splitlines() if 'dot_general' in line]
+  assert len(products) == 3
+  for line in products:
+    assert 'precision = [HIGHEST, HIGHEST]' in line
+
+
 def test_a_bias_moves_the_selection_and_never_a_gate_value():
   random = np.random.default_rng(1)
   x = random.normal(size=(32, 12)).astype(np.float32)
@@ -106,10 +118,32 @@ def test_balance_loss_equals_the_slow_version():
       f[np.argsort(row)[::-1][:2]] += 8 / (2 * len(rows))
       p += row / row.sum() / len(rows)
     total += (f * p).sum() / 3
-  got = router.balance(scores, 2, mask)
+  got = router.balance(scores, jax.lax.top_k(scores, 2)[1], mask)
   assert float(got) == pytest.approx(total, rel=1e-5)
-  flat = router.balance(np.tile(np.eye(8, dtype=np.float32), (1, 4, 1)), 1)
-  assert float(flat) == pytest.approx(1.0)
+  eyes = np.tile(np.eye(8, dtype=np.float32), (1, 4, 1))
+  ids = np.tile(np.arange(8, dtype=np.int32), 4)[None, :, None]
+  assert float(router.balance(eyes, ids)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize('name', VARIANTS)
+def test_balance_loss_counts_by_the_methods_own_rule(name):
+  """V2 counts experts within the best groups, V3 without groups and bias."""
+  c = VARIANTS[name]
+  groups = min(c.groups, 2)
+  c = dataclasses.replace(c, experts=4, top_k=2, groups=groups, top_groups=1)
+  # The two best experts are 0 and 2, those of the best group 0 and 1; the bias
+  # chooses 1 and 3.
+  logits = jnp.float32([[3.0, 1.0, 2.0, -2.0]])
+  bias = jnp.float32([-9, 9, -9, 9]) if c.method == 'noaux_tc' else None
+  routing = router.route(logits, jnp.eye(4), bias, c)
+  best = {0, 1} if name == 'v2' else {0, 2}
+  assert set(router.counted(routing, c)[0].tolist()) == best
+  # The loss of one token is sum_i f_i P_i = 2 (P_0 + P_best): experts / top_k.
+  s = np.float64(routing.scores[0])
+  ids = router.counted(routing, c)[None]
+  got = router.balance(routing.scores[None], ids)
+  expected = 2 * s[list(best)].sum() / s.sum()
+  assert float(got) == pytest.approx(expected, rel=1e-6)
 
 
 def expert_inputs(m=48, e=16, k=4, d=12, f=8, skew=0.0):
@@ -129,9 +163,22 @@ def test_packed_experts_are_the_same(impl):
   run = jax.jit(functools.partial(run, expected=8))  # most go through the loop
   joined = moe.packed(gate_up)
   assert joined.shape == (16, 12, 16)
-  chex.assert_trees_all_close(
-    run(joined, down), run(gate_up, down), rtol=1e-6, atol=1e-6
-  )
+  dense = experts.feed_forward(x, gates, chosen, gate_up, down, impl='dense')
+  for weights in (gate_up, joined):
+    got = run(weights, down)
+    chex.assert_trees_all_close(got, dense, rtol=2e-4, atol=2e-4)
+
+
+def output_and_gradients(args, chosen, g, impl, expected=0):
+  @jax.jit
+  def run(g, *args):
+    f = lambda x, gates, *ws: experts.feed_forward(
+      x, gates, chosen, *ws, impl=impl, expected=expected
+    )
+    out, pull = jax.vjp(f, *args)
+    return out, pull(g)
+
+  return run(g, *args)
 
 
 @pytest.mark.parametrize('impl', ['loop', 'ragged', 'padded'])
@@ -141,17 +188,26 @@ def test_packed_experts_are_the_same(impl):
 def test_experts_equal_the_dense_oracle(impl, m, skew):
   """With skew, four experts get every token and the others none."""
   args, chosen, g = expert_inputs(m, skew=skew)
-
-  def run(impl):
-    f = lambda x, w, *rest: experts.feed_forward(x, w, chosen, *rest, impl=impl)
-    out, pull = jax.vjp(f, *args)
-    return out, pull(g)
-
-  got, expected = jax.jit(run, static_argnums=0)(impl), run('dense')
-  chex.assert_trees_all_close(got, expected, rtol=2e-4, atol=2e-4)
+  got = output_and_gradients(args, chosen, g, impl)
+  dense = output_and_gradients(args, chosen, g, 'dense')
+  chex.assert_trees_all_close(got, dense, rtol=2e-4, atol=2e-4)
   if skew:  # experts without tokens have gradients of exactly zero
     assert not np.asarray(got[1][2])[4:].any()
     assert not np.asarray(got[1][3])[4:].any()
+
+
+@pytest.mark.parametrize('impl', ['loop', 'ragged', 'padded'])
+def test_rows_beyond_the_buffer_equal_the_dense_oracle(impl):
+  """Four experts have all 2400 rows, where 512 (ragged) or 40 each fit.
+
+  One in five ids is of another device's expert and adds nothing.
+  """
+  args, chosen, g = expert_inputs(600, skew=9.0)
+  chosen = chosen.at[::5].set(16)
+  got = output_and_gradients(args, chosen, g, impl, chosen.size // 8)
+  dense = output_and_gradients(args, chosen, g, 'dense')
+  chex.assert_trees_all_close(got, dense, rtol=2e-4, atol=2e-4)
+  assert np.abs(dense[0]).max() > 10 and not np.asarray(got[0])[::5].any()
 
 
 @pytest.mark.parametrize('impl', ['ragged', 'padded'])

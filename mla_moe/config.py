@@ -333,7 +333,7 @@ class OptimConfig(Checked):
       self._require(
         'phases',
         good,
-        'each is (constant|linear|cosine, tokens, share of the rate)',
+        'each is (constant|linear|cosine, tokens, fraction of the peak rate)',
       )
 
 

@@ -125,21 +125,26 @@ def cache_bytes_per_token(config, dtype: str = 'bfloat16') -> int:
 def training_bytes_per_device(config: Config) -> dict[str, int]:
   """Returns the bytes of a device's parameters, gradients and AdamW moments.
 
-  All of them are float32. Experts are split over expert, fsdp and tensor, other
-  parameters over fsdp and tensor. Activations are not counted.
+  All of them are float32. Parameters are split over fsdp and tensor, experts
+  over expert, too, and all of the MoE layers over stage; zero1 splits the
+  moments over data. Activations are not counted.
   """
-  counts, mesh = parameters(config), config.mesh
-  model, routed = config.model, counts.routed
-  if model.moe_layers:
-    expert = 3 * model.dim * model.moe.width
-    routed += model.mtp.depth * model.moe.experts * expert
-  rest = counts.total + counts.mtp - routed
-  shards = mesh.fsdp * mesh.tensor
-  parameters_here = routed // (shards * mesh.expert) + rest // shards
+  counts, mesh, model = parameters(config), config.mesh, config.model
+  expert = 3 * model.dim * model.moe.width
+  mtp_routed = model.mtp.depth * model.moe.experts * expert
+  mtp_routed *= model.moe_layers > 0
+  # A MoE layer without its experts: attention, norms, router, shared.
+  attention = sum(_attention(model)) + 2 * model.dim
+  staged = model.moe_layers * attention + counts.shared + counts.router
+  rest = counts.total + counts.mtp - counts.routed - mtp_routed - staged
+  experts_here = (counts.routed // mesh.stage + mtp_routed) // mesh.expert
+  here = experts_here + staged // mesh.stage + rest
+  here //= mesh.fsdp * mesh.tensor
+  replicas = mesh.data if mesh.states == 'zero1' else 1
   return {
-    'parameters': 4 * parameters_here,
-    'gradients': 4 * parameters_here,
-    'optimizer': 8 * parameters_here,
+    'parameters': 4 * here,
+    'gradients': 4 * here,
+    'optimizer': 8 * here // replicas,
   }
 
 

@@ -1,11 +1,12 @@
 """Published figures, computed without JAX."""
 
+import dataclasses
 import importlib
 
 import pytest
 
 from mla_moe import Config, cost
-from mla_moe.config import freeze
+from mla_moe.config import MeshConfig, freeze
 from mla_moe.data import batches
 
 
@@ -56,6 +57,22 @@ def test_the_steps_use_up_the_published_tokens(name):
     batches.span(config.data, steps)[0] * config.data.seq_len
   )
   assert after(config.run.steps - 1) < TOKENS[name] <= after(config.run.steps)
+
+
+@pytest.mark.parametrize(
+  'sizes, parameters, moments',
+  [  # MiB a device, by the exact layout of V2-Lite's parameters
+    (dict(fsdp=8, expert=4), 2341, 4682),
+    (dict(fsdp=8, expert=4, stage=2), 1290, 2580),
+    (dict(fsdp=8, expert=4, data=2, states='zero1'), 2341, 2341),
+  ],
+)
+def test_memory_of_the_state_on_a_mesh(sizes, parameters, moments):
+  config = load('deepseek_v2_lite')
+  mesh = MeshConfig(**sizes)
+  got = cost.training_bytes_per_device(dataclasses.replace(config, mesh=mesh))
+  assert got['parameters'] / 2**20 == pytest.approx(parameters, abs=2)
+  assert got['optimizer'] / 2**20 == pytest.approx(moments, abs=4)
 
 
 def test_the_bill_of_v3():

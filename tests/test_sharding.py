@@ -6,6 +6,7 @@ import functools
 import chex
 import emulated
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -21,7 +22,7 @@ from mla_moe.config import (
   MoEConfig,
 )
 from mla_moe.data import batches
-from mla_moe.model import collectives, sequence
+from mla_moe.model import collectives, moe, pipeline, sequence
 from mla_moe.train import optim, step
 from mla_moe.train.state import init_state, placement
 
@@ -152,6 +153,29 @@ def test_another_mesh_continues():
   sizes = MeshConfig(fsdp=2, context=2, tensor=2)
   (_, n), _ = on_mesh(dataclasses.replace(TINY, mesh=sizes), after)
   assert float(n['loss']) == pytest.approx(float(m['loss']), rel=1e-5)
+
+
+class Affine:
+  """A layer 10 x + w cos, in the place of a block of experts."""
+
+  def apply(self, w, x, cos, *_):
+    load = jnp.full(1, len(x), jnp.int32)
+    return 10 * x + w * cos, moe.Stats(load, cos.mean(), x.mean(), load[0])
+
+
+@pytest.mark.parametrize('micro_batches', [2, 4])
+def test_rows_leave_a_pipeline_in_order(micro_batches, monkeypatch):
+  """10 (10 b + 1 (b + 1)) + 2 (b + 1) = 112 b + 12, by each row's own cos."""
+  make = lambda *_: lambda *_, parent: Affine()
+  monkeypatch.setattr(pipeline.block, 'remat_block', make)
+  x = jnp.arange(8.0)[:, None, None]
+  run = lambda w, *xs: pipeline.run(w, MODEL, *xs, None, micro_batches)
+  mesh = sharding.make_mesh(MeshConfig(stage=2), jax.devices()[:2])
+  with jax.set_mesh(mesh):
+    out, stats = jax.jit(run)(jnp.array([1.0, 2.0]), x, x + 1, x)
+  np.testing.assert_array_equal(out[:, 0, 0], 112 * np.arange(8) + 12)
+  np.testing.assert_array_equal(stats.load, [[8], [8]])
+  np.testing.assert_array_equal(stats.balance, [4.5, 4.5])
 
 
 def test_arranging_is_undone_and_parts_see_equally_much():

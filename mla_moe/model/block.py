@@ -69,11 +69,11 @@ def remat_block(config: ModelConfig, length: int = 1) -> type[nn.Module]:
   if remat in ('latents', 'products'):
     policy = policies.save_only_these_names(*mla.SAVED, *moe.SAVED)
   if remat == 'products':
-    for more in (
+    for extra in (
       policies.dots_with_no_batch_dims_saveable,
       policies.save_only_these_names(products.FP8_OUTPUT),
     ):
-      policy = policies.save_from_both_policies(more, policy)
+      policy = policies.save_from_both_policies(extra, policy)
   return nn.remat(Block, prevent_cse=length == 1, policy=policy)
 
 

@@ -72,8 +72,8 @@ class Attention(nn.Module):
         (w_q, w_kv_down, w_k_rope),
         recipe,
       )
-      # Tensor parallelism needs all of the length: gathered here, where it is
-      # narrow, and not as the stream.
+      # Under tensor parallelism a device needs the whole length. It is gathered
+      # here, where a token has few numbers, and not as the stream.
       narrow = lambda x: sharding.constrain(x, 'batch', 'part', 'latent')
       q = narrow(q) if mla.query_rank else q
       latent, k_rope = narrow(latent), narrow(k_rope)
@@ -125,8 +125,8 @@ def attend_latents(
   parts = sequence.parts(q.shape[1])
   core = attention.choose_core(config.compute.attention, q, segments, parts)
   # Remat saves this device's part of the latent, as 'kv_latent'. In FP8 the
-  # expansion gives that name to its own input, unless that is the latent
-  # gathered of all parts, which gets a name that no policy saves.
+  # expansion saves its input under that name, in eight bits. A latent gathered
+  # from several parts gets a name that no policy saves.
   name = 'kv_latent' if parts == 1 else fp8.SAVED
   if recipe.precision == 'bf16' or parts > 1:
     latent = checkpoint_name(latent, 'kv_latent')

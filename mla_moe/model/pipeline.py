@@ -78,7 +78,7 @@ def run(
 
 
 def _region(layer, count, micro_batches, variables, *rows):
-  """One stage: its layers' `variables`, and all `rows` of the batch."""
+  """Returns the output of all stages; `variables` are this stage's layers."""
   stage = jax.lax.axis_index('stage')
   last = stage == count - 1
   x = rows[0]

@@ -1,4 +1,4 @@
-"""Products of activations and weights: in their dtype, in FP8, or on a CPU.
+"""Products of activations and weights, in the activations' dtype or in FP8.
 
 `einsum` multiplies in the dtype of the activations, or with FP8 operands where
 the recipe says so. The other functions here exist because one form of a

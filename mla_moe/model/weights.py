@@ -124,7 +124,7 @@ class FSDPSplit(NamedTuple):
 
 
 def fsdp_split(w: Array | fp8.Weight, axes: tuple) -> FSDPSplit:
-  """Outside a region: where FSDP splits a weight with these logical axes."""
+  """Returns where FSDP splits a weight; to be called outside the region."""
   (axis,) = (i for i, a in enumerate(axes) if a in sharding.FSDP)
   return FSDPSplit(axis, sharding.mesh_axes(axes, w.shape)[axis])
 
@@ -171,7 +171,7 @@ def _unsharded(axes: tuple) -> tuple:
 
 
 def _flat(axes: tuple, values: tuple) -> tuple:
-  """Returns names or lengths of axes, with a head's dimension in its heads."""
+  """Returns names or lengths of axes, `head_dim` merged into `heads`."""
   flat = []
   for i, (axis, value) in enumerate(zip(axes, values, strict=True)):
     if axis == 'head_dim' and axes[i - 1] == 'heads':

@@ -62,7 +62,7 @@ def sharded_token_nll(
   rows, length = sharding.mesh_axes(('batch', 'part'), targets.shape[1:])
   split = 'tensor' in sharding.mesh_axes(('length',), hidden.shape[2:3])[0]
   fsdp, columns = sharding.mesh_axes(('embed', 'vocab'), head.shape)
-  same = tuple(a for a in axes if a not in rows + length + ('tensor',))
+  equal = tuple(a for a in axes if a not in rows + length + ('tensor',))
   vocab = head.shape[1]
 
   def local(hidden, head, targets):
@@ -89,7 +89,7 @@ def sharded_token_nll(
     picked = jnp.where(ids >= vocab, jnp.nan, picked)
     nll = jnp.where(ids >= 0, lse - picked, 0.0)
     out = nll.reshape(targets.shape), lse.reshape(targets.shape)
-    return jax.lax.pmean(out, same) if same else out
+    return sharding.pmean(out, equal)
 
   specs = stream, sharding.array_spec(('embed', 'vocab'), head), part
   return sharding.shard_map(local, specs, (part, part))(hidden, head, targets)
@@ -129,6 +129,7 @@ def _forward(hidden, head, targets, block):
     return (higher, total, jnp.where(here, value, picked)), None
 
   lowest = jnp.full(targets.shape, jnp.finfo(jnp.float32).min)
+  # The logit of a target beyond the vocabulary stays NaN: no block has it.
   unseen = jnp.where(targets < 0, 0.0, jnp.nan)
   first = sharding.pvary((lowest, jnp.zeros(targets.shape), unseen))
   (peak, total, picked), _ = jax.lax.scan(step, first, blocks)
@@ -140,7 +141,7 @@ def _backward(block, residuals, cotangents):
   hidden, head, targets, lse, logits = residuals
   dpicked, dlse = (g[:, None] for g in cotangents)
 
-  def products(logits, part, start, fresh):
+  def block_grads(logits, part, start, fresh):
     """Returns the gradients of hidden [M, D] and of the block [D, width]."""
     column = (start + jnp.arange(part.shape[1], dtype=jnp.int32))[None]
     hit = (column == targets[:, None]) & (column >= fresh)
@@ -151,7 +152,7 @@ def _backward(block, residuals, cotangents):
 
   if logits is not None:
     part = head.astype(hidden.dtype)
-    dhidden, dhead = products(logits, part, 0, 0)
+    dhidden, dhead = block_grads(logits, part, 0, 0)
     return dhidden.astype(hidden.dtype), dhead.astype(head.dtype), None
 
   width, blocks = _blocks(head.shape[1], block)
@@ -160,9 +161,9 @@ def _backward(block, residuals, cotangents):
     dhidden, dhead = carry
     start, fresh = bounds
     part, logits = _block_logits(hidden, head, start, fresh, width)
-    more, dpart = products(logits, part, start, fresh)
+    of_block, dpart = block_grads(logits, part, start, fresh)
     dhead = jax.lax.dynamic_update_slice_in_dim(dhead, dpart, start, 1)
-    return (dhidden + more, dhead), None
+    return (dhidden + of_block, dhead), None
 
   # The last block goes first: where it overlaps its neighbour it writes zeros,
   # which the neighbour then overwrites.

@@ -38,6 +38,18 @@ def test_blocks_equal_the_oracle(t, heads, packed):
   chex.assert_trees_all_close(*outs, atol=2e-5, rtol=2e-5)
 
 
+def test_yarn_scales_logits_by_one_m_and_rotations_by_the_ratio():
+  """With unequal mscales, as no release has them: m = 0.1 mscale ln 40 + 1."""
+  yarn = RopeConfig(
+    factor=40.0, original_positions=4096, mscale=1.0, mscale_all_dim=0.707
+  )
+  cos, sin = rope.angles(jnp.zeros((1, 1), jnp.int32), 64, yarn)
+  np.testing.assert_allclose(cos, 1.36889 / 1.26080, rtol=1e-4)  # 1.0857
+  assert not sin.any()
+  scale = rope.softmax_scale(MLAConfig(rope=yarn))
+  assert scale == pytest.approx(192**-0.5 * 1.26080**2, rel=1e-4)
+
+
 @pytest.mark.parametrize('impl', ['reference', 'xla'])
 def test_parts_of_a_sequence_are_rows_of_the_whole(impl):
   """Their gradients of keys and values add up to the whole's, too."""

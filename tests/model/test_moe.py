@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mla_moe import fp8
 from mla_moe.config import MoEConfig
 from mla_moe.model import experts, moe, router
 
@@ -223,6 +224,33 @@ def test_overflow_adds_to_the_gradient_that_there_is(impl):
   for w in args[2:]:
     shape = ','.join(map(str, w.shape))
     assert f'f32[{shape}] = add_any' not in text
+
+
+def test_in_fp8_an_expert_learns_from_its_own_rows_alone():
+  """A huge token of expert 0 changes no scale of another expert's gradient.
+
+  Padding of a block points at that token, the first that is sorted.
+  """
+  (x, gates, *ws), chosen, g = expert_inputs(64, e=8, k=1, d=128, f=128)
+  ws = [fp8.prepare(w.reshape(8, 128, -1), 'fp8_block', lead=1) for w in ws]
+  x = x.at[0].set(0.5)  # a power of two keeps its mantissa at any scale
+  chosen = chosen.at[0].set(0)
+  recipe = fp8.Recipe('fp8_block')
+
+  @jax.jit
+  def gradients(x):
+    def f(*masters):
+      pairs = zip(masters, ws, strict=True)
+      new = [fp8.Weight(m, w.copies) for m, w in pairs]
+      args = x, gates, chosen, *new
+      return experts.feed_forward(*args, impl='loop', recipe=recipe)
+
+    return jax.vjp(f, *(w.master for w in ws))[1](g)
+
+  plain, scaled = gradients(x), gradients(x.at[0].mul(1e7))
+  for a, b in zip(plain, scaled, strict=True):
+    np.testing.assert_array_equal(a[1:], b[1:])
+    assert np.abs(a[0] - b[0]).max() > 1
 
 
 def test_experts_in_bfloat16():

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mla_moe import sharding
+from mla_moe.config import MeshConfig
 from mla_moe.model import router
 from mla_moe.train import losses
 
@@ -87,6 +89,24 @@ def test_gradient_of_the_master_head_is_not_rounded_to_bfloat16(block):
   grad = jax.grad(f)(head)
   assert grad.dtype == jnp.float32
   assert (grad != grad.astype(jnp.bfloat16).astype(jnp.float32)).mean() > 0.5
+
+
+@pytest.mark.parametrize('block', [2, 4])
+def test_the_first_token_id_costs_as_the_others(block):
+  """log(2 e + 2) - 1 nats; -1 alone is no target."""
+  args = jnp.ones((3, 2)), jnp.eye(2, 4), jnp.array([0, 1, -1])
+  nll, lse = losses.token_nll(*args, block)
+  np.testing.assert_allclose(nll, [1.0064, 1.0064, 0], atol=1e-4)
+  np.testing.assert_allclose(lse, [2.0064] * 3, atol=1e-4)
+
+
+def test_the_first_token_id_costs_as_the_others_on_a_mesh():
+  hidden, ids = jnp.ones((1, 2, 2, 2)), jnp.array([[[0, 1], [2, -1]]])
+  with jax.set_mesh(
+    sharding.make_mesh(MeshConfig(tensor=2), jax.devices()[:2])
+  ):
+    nll, _ = jax.jit(losses.sharded_token_nll)(hidden, jnp.eye(2, 4), ids)
+  np.testing.assert_allclose(nll, [[[1.0064] * 2, [2.0064, 0]]], atol=1e-4)
 
 
 @pytest.mark.parametrize('block', [8, 37])

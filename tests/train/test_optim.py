@@ -120,6 +120,13 @@ def test_adamw_equals_numpy():
   chex.assert_trees_all_close(params, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize('clip, expected', [(10.0, [3, 4]), (1.0, [0.6, 0.8])])
+def test_only_gradients_above_the_clip_are_scaled(clip, expected):
+  grads, norm = optim.clipped({'w': jnp.array([3.0, 4.0])}, clip)
+  np.testing.assert_allclose(grads['w'], expected, rtol=1e-6)
+  assert float(norm) == 5.0
+
+
 def test_muon_orthogonalises_each_matrix_of_a_stack():
   config = OptimConfig(optimizer='muon', weight_decay=0.0)
   tx = optim.optimizer(config)

@@ -125,27 +125,12 @@ def parse(body: dict, model: TextModel, is_chat: bool, length: int) -> Request:
   longest = max(map(len, prompts))
   limit = get('max_tokens', 0 if is_chat else 16, int)
   limit = get('max_completion_tokens', limit, int) or max(length - longest, 1)
-  stops = get('stop', [], list, str)
-  stops = [stops] if isinstance(stops, str) else stops
-  is_good = lambda s: isinstance(s, str) and 0 < len(s) <= _STOP_LENGTH
-  if len(stops) > _STOPS or not all(map(is_good, stops)):
-    raise Refused(
-      400,
-      f'stop: must be up to {_STOPS} texts of 1 to {_STOP_LENGTH} characters',
-    )
-  samples = get('n', 1, int)
-  if not 1 <= samples <= _SAMPLES // len(prompts):
-    raise Refused(
-      400,
-      f'n={samples}: must be from 1 to {_SAMPLES // len(prompts)} samples; '
-      f'those of all prompts together are at most {_SAMPLES}',
-    )
   logprobs = get('logprobs', 0, bool if is_chat else int, int, bool)
   return Request(
     prompts=prompts,
     max_new_tokens=limit,
-    samples=samples,
-    stops=stops,
+    samples=_samples(get('n', 1, int), len(prompts)),
+    stops=_stops(get('stop', [], list, str)),
     seed=get('seed', secrets.randbits(30), int) % 2**31,
     knobs={
       # A default of type int allows no float.
@@ -156,6 +141,30 @@ def parse(body: dict, model: TextModel, is_chat: bool, length: int) -> Request:
     usage=bool(get('stream_options', {}, dict).get('include_usage')),
     logprobs='logprobs' in body and logprobs is not False,
   )
+
+
+def _samples(n: int, prompts: int) -> int:
+  """Returns the number of samples of each prompt, which is bounded."""
+  most = _SAMPLES // prompts
+  if not 1 <= n <= most:
+    raise Refused(
+      400,
+      f'n={n}: must be from 1 to {most} samples; those of all prompts together '
+      f'are at most {_SAMPLES}',
+    )
+  return n
+
+
+def _stops(stops: list | str) -> list[str]:
+  """Returns the texts that end a sample; there are few, and none is long."""
+  stops = [stops] if isinstance(stops, str) else stops
+  is_good = lambda s: isinstance(s, str) and 0 < len(s) <= _STOP_LENGTH
+  if len(stops) > _STOPS or not all(map(is_good, stops)):
+    raise Refused(
+      400,
+      f'stop: must be up to {_STOPS} texts of 1 to {_STOP_LENGTH} characters',
+    )
+  return stops
 
 
 def _prompts_ids(prompt, model: TextModel) -> list[list[int]]:

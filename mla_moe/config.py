@@ -423,7 +423,7 @@ class MeshConfig(Checked):
 class RunConfig(Checked):
   """The loop: its length, and the steps between logs, checkpoints, evaluations.
 
-  An interval of 0 is never. Three kinds of checkpoints are kept: the newest
+  An interval of 0 means never. Three kinds of checkpoints are kept: the newest
   `keep`, those of steps that `keep_every` divides, and the `keep_best` with the
   lowest held-out bits per byte. Every `check_every` steps the state's
   fingerprints are recorded, and replicas compared. A step that takes

@@ -120,10 +120,10 @@ def _shown(mesh: MeshConfig) -> str:
   return ','.join(some) or 'data:1'
 
 
-def _proposal(mesh: MeshConfig, have: int) -> str:
-  """Returns a mesh like `mesh` for `have` devices; `data` takes the rest."""
+def _proposal(mesh: MeshConfig, devices: int) -> str:
+  """Returns a mesh like `mesh` for `devices`; `data` takes the rest."""
   sizes = {}
-  rest = have
+  rest = devices
   for axis in ('tensor', 'context', 'expert', 'stage', 'fsdp'):
     sizes[axis] = math.gcd(getattr(mesh, axis), rest)
     rest //= sizes[axis]

@@ -132,10 +132,10 @@ BAD = [
 def test_row31_a_mistake_is_one_line_with_key_and_rule(key, value, words):
   values = dataclasses.asdict(Config())
   *groups, name = key.split('.')
-  at = values
+  inner = values
   for group in groups:
-    at = at.setdefault(group, {})
-  at[name] = value
+    inner = inner.setdefault(group, {})
+  inner[name] = value
   with pytest.raises(ConfigError) as caught:
     freeze(values)
   message = str(caught.value)
@@ -184,11 +184,11 @@ def test_a_release_is_computed_as_the_recipe_says():
   for field in dataclasses.fields(ComputeConfig):
     assert getattr(COMPUTE, field.name) != field.default
   released = dataclasses.replace(ModelConfig(), dim=64, layers=5, vocab=300)
-  made = convert.combined(released, recipe)
+  combined = convert.combined(released, recipe)
   of_recipe = {'dtype', 'precision', 'compute'}
   for field in dataclasses.fields(ModelConfig):
     source = recipe if field.name in of_recipe else released
-    assert getattr(made, field.name) == getattr(source, field.name)
+    assert getattr(combined, field.name) == getattr(source, field.name)
 
 
 @pytest.mark.parametrize('key', list(checked.keys(ComputeConfig, 'compute')))

@@ -128,10 +128,9 @@ def test_a_mesh_gives_the_single_devices_step(config, monkeypatch):
       assert all((x == same[0]).all() for x in same)
   # The state is where it should be, and moments nowhere whole if parameters
   # are split.
-  for leaf, at in zip(
-    jax.tree.leaves(got), jax.tree.leaves(where), strict=True
-  ):
-    assert leaf.sharding.is_equivalent_to(at, leaf.ndim)
+  pairs = zip(jax.tree.leaves(got), jax.tree.leaves(where), strict=True)
+  for leaf, layout in pairs:
+    assert leaf.sharding.is_equivalent_to(layout, leaf.ndim)
   shard = lambda x: x.sharding.shard_shape(x.shape)
   pairs = zip(
     jax.tree.leaves(got.params), jax.tree.leaves(got.opt[0].mu), strict=True

@@ -107,12 +107,16 @@ def exchange(
   if gathered:
     out = jax.lax.psum_scatter(out, gathered, scatter_dimension=0, tiled=True)
   out = sharding.psum(out, whole)
-  # Along axes that split neither tokens nor experts, the sums are the same.
-  same = tuple(a for a in axes.region if a not in axes.tokens + whole)
-  return sharding.pmean(out, same), overflow
+  # Along axes that split neither tokens nor experts, the sums are equal.
+  equal = tuple(a for a in axes.region if a not in axes.tokens + whole)
+  return sharding.pmean(out, equal), overflow
 
 
 def _kind(config: ModelConfig, devices: int, tokens_are_split: bool) -> str:
+  """Returns gather, padded or ragged, with 'auto' decided.
+
+  Where the expert axis splits no tokens, all devices have them: `gather`.
+  """
   if not tokens_are_split or devices == 1:
     return 'gather'
   if config.compute.exchange != 'auto':
@@ -125,11 +129,11 @@ def _kind(config: ModelConfig, devices: int, tokens_are_split: bool) -> str:
 def _all_devices(rows: Array, axes: TokenAxes) -> Array:
   """Returns the sum of a number of rows over all devices, each row once.
 
-  Along `tensor`, and along axes that split no tokens, devices have the same.
+  Along `tensor`, and along axes that split no tokens, devices count equal rows.
   """
-  is_same = lambda axis: axis == 'tensor' or axis not in axes.tokens
-  same = tuple(filter(is_same, axes.region))
-  return jax.lax.psum(rows, axes.region) // sharding.axis_size(same)
+  is_equal = lambda axis: axis == 'tensor' or axis not in axes.tokens
+  equal = tuple(filter(is_equal, axes.region))
+  return jax.lax.psum(rows, axes.region) // sharding.axis_size(equal)
 
 
 def _compute(x, gates, ids, ws, config, recipe, expected=0):

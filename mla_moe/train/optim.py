@@ -53,7 +53,7 @@ class Rates(NamedTuple):
 def rates(optim: OptimConfig, step: int, tokens: float) -> Rates:
   """Returns the rates of step `step` (from 0), after `tokens` of text.
 
-  Warm-up multiplies by (step + 1) / warmup_steps, so the first step moves, too.
+  Warm-up multiplies by (step + 1) / warmup_steps, so the first rate is not 0.
   """
   warm = min(1.0, (step + 1) / max(optim.warmup_steps, 1))
   late_bias = tokens >= optim.bias_tokens

@@ -147,6 +147,16 @@ def test_balance_loss_counts_by_the_methods_own_rule(name):
   assert float(got) == pytest.approx(expected, rel=1e-6)
 
 
+def test_entropy_of_even_scores_is_ln_e():
+  scores = jnp.float32([[2, 2, 2, 2], [3, 0, 0, 0]])
+  for mask, expected in (
+    (None, np.log(4) / 2),
+    (jnp.float32([1, 0]), np.log(4)),
+    (jnp.float32([0, 1]), 0.0),
+  ):
+    assert float(router.entropy(scores, mask)) == pytest.approx(expected)
+
+
 def expert_inputs(m=48, e=16, k=4, d=12, f=8, skew=0.0):
   random = np.random.default_rng(3)
   normal = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)
@@ -241,8 +251,8 @@ def test_in_fp8_an_expert_learns_from_its_own_rows_alone():
   def gradients(x):
     def f(*masters):
       pairs = zip(masters, ws, strict=True)
-      new = [fp8.Weight(m, w.copies) for m, w in pairs]
-      args = x, gates, chosen, *new
+      both = [fp8.Weight(m, w.copies) for m, w in pairs]
+      args = x, gates, chosen, *both
       return experts.feed_forward(*args, impl='loop', recipe=recipe)
 
     return jax.vjp(f, *(w.master for w in ws))[1](g)

@@ -119,8 +119,8 @@ def gradients(remat):
   ['latents', *(pytest.param(r, marks=SLOW) for r in ('products', 'full'))],
 )
 def test_remat_changes_no_gradient(remat):
-  kept = gradients('none')
-  chex.assert_trees_all_close(gradients(remat), kept, rtol=1e-4, atol=1e-6)
+  expected = gradients('none')
+  chex.assert_trees_all_close(gradients(remat), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_single_layer_is_made_again_too():

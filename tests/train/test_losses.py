@@ -135,8 +135,8 @@ def test_gradient_of_the_balance_loss_takes_the_counts_as_given():
 
   def slow(scores):
     total = 0.0
-    for row, keep in zip(scores, mask, strict=True):
-      rows = row[keep > 0]
+    for row, row_mask in zip(scores, mask, strict=True):
+      rows = row[row_mask > 0]
       chosen = np.argsort(rows)[:, ::-1][:, :2]
       f = np.bincount(chosen.reshape(-1), minlength=4) * 4 / (2 * len(rows))
       total += (f * (rows / rows.sum(1, keepdims=True)).mean(0)).sum() / 2

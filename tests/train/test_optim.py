@@ -71,8 +71,8 @@ def test_step_decay_of_v2_and_cooldown_of_moonlight():
     freeze(importlib.import_module(f'configs.{name}').get_config()).optim
   )
   v2 = load('deepseek_v2')
-  for tokens, share in ((4e12, 1), (5e12, 0.316), (7.4e12, 0.316**2)):
-    assert rate(v2, tokens) == pytest.approx(2.4e-4 * share)
+  for tokens, fraction in ((4e12, 1), (5e12, 0.316), (7.4e12, 0.316**2)):
+    assert rate(v2, tokens) == pytest.approx(2.4e-4 * fraction)
   moonlight = load('moonlight_16b')
   for tokens, expected in (
     (5.2e12 - 1, 4.2e-5),
@@ -208,8 +208,8 @@ def test_every_parameter_is_known_to_both_optimizers():
     paths = jax.tree_util.tree_flatten_with_path(params)[0]
     names = {path[-1].key for path, _ in paths}
     assert names - set(optim._MATRICES) == {'embedding', 'w_head', 'scale'}
-    keep = jax.tree_util.tree_flatten_with_path(optim.decayed(params))[0]
-    assert {p[-1].key for p, decays in keep if not decays} == {'scale'}
+    mask = jax.tree_util.tree_flatten_with_path(optim.decayed(params))[0]
+    assert {p[-1].key for p, decays in mask if not decays} == {'scale'}
     # Whole matrices: rows and columns leave only stack axes out.
     for path, leaf in paths:
       axes = sum(optim._MATRICES.get(path[-1].key, ()), ())
@@ -300,8 +300,8 @@ def test_an_update_that_is_not_accepted_changes_nothing(name):
   tx, params = optim.optimizer(OptimConfig(optimizer=name)), tree(0)
   opt = tx.init(params)
   grads = jax.tree.map(lambda p: jnp.full(p.shape, jnp.nan), params)
-  kept = optim.apply(tx, grads, opt, params, 0.1, jnp.bool_(False))
-  chex.assert_trees_all_equal(kept, (params, opt))
+  unchanged = optim.apply(tx, grads, opt, params, 0.1, jnp.bool_(False))
+  chex.assert_trees_all_equal(unchanged, (params, opt))
 
 
 @pytest.mark.parametrize('decay', [0.0, 0.1])

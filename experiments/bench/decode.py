@@ -74,8 +74,10 @@ def run(out: pathlib.Path, args) -> None:
 # ------------------------------------------------------------------- measuring
 
 
-def step_bytes(shape: models.Shape, context: int) -> float:
-  """Returns bytes that a step must read, float32: weights in use and latents.
+def step_bytes(
+  shape: models.Shape, context: int, dtype: str = 'float32'
+) -> float:
+  """Returns bytes that a step must read: weights in use and latents.
 
   Of the routed experts these are the ones that `batch` rows choose when each is
   as likely as any other.
@@ -86,8 +88,8 @@ def step_bytes(shape: models.Shape, context: int) -> float:
   missed = (1 - shape.top_k / shape.experts) ** shape.batch
   chosen = shape.experts * (1 - missed) * config.moe_layers * expert
   rest = counts.total - counts.routed - counts.embedding
-  rows = shape.batch * context * cost.cache_bytes_per_token(config, 'float32')
-  return 4 * (rest + chosen) + rows
+  rows = shape.batch * context * cost.cache_bytes_per_token(config, dtype)
+  return np.dtype(dtype).itemsize * (rest + chosen) + rows
 
 
 def _speed(python: str, rounds: int) -> dict:

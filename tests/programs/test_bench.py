@@ -14,6 +14,8 @@ import pytest
 from experiments.bench import __main__ as program
 from experiments.bench import (
   balance,
+  card,
+  card_checks,
   checkpoint,
   contender,
   decode,
@@ -238,6 +240,71 @@ def test_models_are_built_from_one_flat_list():
     models.build(topk=3)
 
 
+def card_words(monkeypatch, folder, *words):
+  """The command's program, in `folder`; returns the rows that it leaves."""
+  words = ['bench', 'card', f'--out={folder}', *words]
+  monkeypatch.setattr(sys, 'argv', words)
+  with pytest.raises(SystemExit) as ended:
+    program.main()
+  assert ended.value.code == 1
+  results = json.loads((folder / 'card.json').read_text())
+  return {name: part['found'] for name, part in results.items()}
+
+
+def test_a_part_that_fails_is_a_row_and_the_next_parts_have_its_time(
+  tmp_path, monkeypatch, capsys
+):
+  clock, limits = [1000.0], {}
+
+  def process(name, limit, out, toy):
+    limits[name] = limit
+    clock[0] += 10 if name != 'fp8' else limit
+    rows = card.Rows(out / 'card.json', name)
+    rows.add('figure', 3.0, 'ms', good=name != 'decode' or None)
+    return (-9, 'over its 80 s') if name == 'fp8' else (0, '')
+
+  monkeypatch.setattr(card, 'process', process)
+  monkeypatch.setattr(card.time, 'monotonic', lambda: clock[0])
+  found = card_words(monkeypatch, tmp_path, '--minutes=8')
+  assert list(found) == list(card.PARTS) == list(limits)
+  assert [len(rows) for rows in found.values()] == [1, 2, 1, 1, 1, 1, 1]
+  failed = found['fp8'][1]
+  assert (failed['value'], failed['good']) == (None, False)
+  assert failed['beside'] == 'over its 80 s'
+  # 480 s for weights of 480; 10 s of the first 25 are used, 15 go around.
+  assert limits['card'] == 25 and limits['fp8'] == 470 * 80 / 455
+  assert limits['train'] == pytest.approx(480 - 10 - limits['fp8'] - 40)
+  assert '1 rows are wrong or failed' in capsys.readouterr().err
+
+
+def test_a_part_is_killed_at_its_limit(tmp_path):
+  code, line = card.process('train', 0.2, tmp_path, toy=True)
+  assert (code, line) == (-9, 'over its 0 s')
+
+
+def test_no_check_on_a_card_takes_nan_for_right(tmp_path):
+  rows = card.Rows(tmp_path / 'card.json', 'fp8')
+  for errors in ([1e-4, float('nan')], [float('nan'), 1e-4], [0.5, 0.0]):
+    card_checks.add_errors(rows, 'y', ('y', 'dx'), errors, (1e-3, 1e-3))
+  card_checks.add_errors(rows, 'y', ('y', 'dx'), [1e-4, 0.0], (1e-3, 1e-3))
+  assert [row['good'] for row in rows.read()] == [False, False, False, True]
+  assert [row['value'] for row in rows.read()] == [None, None, 0.5, 1e-4]
+  card_checks.check_quantised(rows)
+  assert rows.read()[-1]['value'] == 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_all_parts_of_a_card_run_at_toy_size(tmp_path):
+  process = bench('card', '--toy', '--minutes=12', f'--out={tmp_path}')
+  assert process.returncode == 0, process.stdout + process.stderr
+  results = json.loads((tmp_path / 'card.json').read_text())
+  assert list(results) == list(card.PARTS)
+  rows = [row for part in results.values() for row in part['found']]
+  assert len(rows) >= 25 and all(row['value'] is not None for row in rows)
+  assert all(part['machine']['jax'] for part in results.values())
+
+
 def bench(*words):
   """The command with jax's devices as they are outside the tests."""
   environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
@@ -278,7 +345,7 @@ def test_the_command_lists_its_benchmarks_and_each_has_flags(
     (['decode', '--only=sped'], '--only=sped: there is only speed, cache'),
     (['mesh', '--mesh=expert:4'], 'is 4 devices, must be 8'),
     (['balance', '--table'], '--table: there is no'),
-    (['fp8_gpu'], 'needs an NVIDIA GPU, and jax sees none'),
+    (['card'], 'needs an NVIDIA GPU, and jax sees none; --toy tries'),
   ],
 )
 def test_bad_requests_are_one_line(

@@ -32,7 +32,7 @@ LEFT_OUT = {
     *('fp8/__init__', 'fp8/gemm', 'fp8/grouped', 'fp8/linear', 'fp8/quantize'),
     *('fp8/recipe', 'kernels/block_gpu', 'kernels/block_tpu'),
   },
-  "a CPU's loops": {'model/expert_loop', 'model/flash'},
+  'loops of CPU and GPU': {'model/expert_loop', 'model/flash'},
   'refusals and variants of a config': {'checked', 'variants'},
   'the type of a batch': {'data/batches'},
 }
@@ -40,9 +40,19 @@ MOE = ('model/router', 'model/moe', 'model/experts', 'model/dispatch')
 MLA = ('model/mla', 'model/rope', 'model/attention', 'model/products')
 LIMITS = {'path': (PATH, 3100), 'moe': (MOE, 600), 'mla': (MLA, 550)}
 PAGES = (ROOT / 'README.md', ROOT / 'docs' / 'reading.md')
-# A row of their tables: the files, and how many lines they have.
+# A row of their tables: the files, and the number of their lines.
 ROW = re.compile(
   r'^\| (.*?`\w.*?\.py`|.*?reading path.*?) \| ([\d,]+) \|', re.M
+)
+# The same in a sentence or a cell: "`model/flash.py` (248 lines)".
+GROUPS = {
+  'reading path': PATH,
+  'layer on one device': MOE,
+  'loop of CPU and GPU': ('model/expert_loop',),
+  'exchange': ('model/exchange', 'model/collectives'),
+}
+PROSE = re.compile(
+  rf'(`[\w/]+\.py`|{"|".join(GROUPS)})(\S*\s)\(([\d,]+) lines\)'
 )
 
 
@@ -117,8 +127,10 @@ def test_functions_are_short():
 @pytest.mark.parametrize('page', PAGES, ids=lambda p: p.name)
 def test_quoted_counts_are_true(page):
   """Within two in a hundred, so that a line more changes no page."""
-  rows = ROW.findall(page.read_text())
-  assert [cell for cell, _ in rows if 'reading path' in cell]
+  text = page.read_text()
+  rows = ROW.findall(text) + [(p[0], p[2]) for p in PROSE.findall(text)]
+  assert len([cell for cell, _ in rows if 'reading path' in cell]) >= 2
+  assert text.count(' lines)') == len(PROSE.findall(text))
   for cell, quoted in rows:
     count = sum(map(lines, modules(cell)))
     assert abs(int(quoted.replace(',', '')) - count) <= 0.02 * count + 3, cell
@@ -132,8 +144,9 @@ def test_the_page_has_the_path_in_its_order():
 
 def modules(cell):
   """Modules that a table's cell names, by their paths below mla_moe."""
-  if 'reading path' in cell:
-    return PATH
+  for group, names in GROUPS.items():
+    if group in re.sub('`.*?`', '', cell):
+      return names
   return re.findall(r'`([\w/]+)\.py`', cell)
 
 
@@ -142,6 +155,13 @@ def recount(row):
   return f'| {row[1]} | {sum(map(lines, modules(row[1]))):,} |'
 
 
+def recount_prose(words):
+  """The words of a sentence, likewise."""
+  count = sum(map(lines, modules(words[1])))
+  return f'{words[1]}{words[2]}({count:,} lines)'
+
+
 if __name__ == '__main__':
   for page in PAGES:
-    page.write_text(ROW.sub(recount, page.read_text()))
+    text = ROW.sub(recount, page.read_text())
+    page.write_text(PROSE.sub(recount_prose, text))

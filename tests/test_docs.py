@@ -168,10 +168,9 @@ def templates():
         if not isinstance(node, ast.JoinedStr | ast.Constant):
           continue
         parts = getattr(node, 'values', [node])
-        is_text = [isinstance(part, ast.Constant) for part in parts]
-        pairs_of = zip(parts, is_text, strict=True)
         texts = [
-          part.value if constant else None for part, constant in pairs_of
+          part.value if isinstance(part, ast.Constant) else None
+          for part in parts
         ]
         if all(isinstance(t, str | None) for t in texts):
           text = '\0'.join(t for t in texts if t)

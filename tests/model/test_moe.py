@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from mla_moe import fp8
-from mla_moe.config import MoEConfig
-from mla_moe.model import experts, moe, router
+from mla_moe.config import ModelConfig, MoEConfig
+from mla_moe.model import experts, moe, products, router
 
 V3 = MoEConfig(experts=16, top_k=4, width=8, groups=4, top_groups=2, shared=0)
 VARIANTS = {
@@ -73,9 +73,9 @@ def test_the_router_multiplies_in_float32_on_every_platform():
   gates = lambda x, w: router.route(x, w, None, VARIANTS['lite']).gates.sum()
   traced = jax.jit(jax.grad(gates, (0, 1))).trace(*shapes)
   text = traced.lower(lowering_platforms=('tpu',)).as_text()
-  products = [line for line in text.splitlines() if 'dot_general' in line]
-  assert len(products) == 3
-  for line in products:
+  dots = [line for line in text.splitlines() if 'dot_general' in line]
+  assert len(dots) == 3
+  for line in dots:
     assert 'precision = [HIGHEST, HIGHEST]' in line
 
 
@@ -139,12 +139,14 @@ def test_balance_loss_counts_by_the_methods_own_rule(name):
   routing = router.route(logits, jnp.eye(4), bias, c)
   best = {0, 1} if name == 'v2' else {0, 2}
   assert set(router.counted(routing, c)[0].tolist()) == best
-  # The loss of one token is sum_i f_i P_i = 2 (P_0 + P_best): experts / top_k.
+  # Of one token it is sum_i f_i P_i, with f = experts / top_k = 2 for the best.
   s = np.float64(routing.scores[0])
-  ids = router.counted(routing, c)[None]
-  got = router.balance(routing.scores[None], ids)
   expected = 2 * s[list(best)].sum() / s.sum()
-  assert float(got) == pytest.approx(expected, rel=1e-6)
+  ws = jnp.ones((4, 4, 2, 8)), jnp.ones((4, 8, 4))
+  config = ModelConfig(moe=c)
+  args = logits[None], None, jnp.eye(4), bias, ws, config, products.NO_FP8
+  _, stats = moe.routed(*args)
+  assert float(stats.balance) == pytest.approx(expected, rel=1e-6)
 
 
 def test_entropy_of_even_scores_is_ln_e():

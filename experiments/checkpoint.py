@@ -127,7 +127,7 @@ def rm(
 
   if not steps and not refused:
     raise ConfigError('rm: name the steps to delete, or --refused')
-  run = folder.parent
+  run = folder.resolve().parent  # of '.', too
   lock = (
     workdir.lock(run) if (run / 'lock').exists() else contextlib.nullcontext()
   )

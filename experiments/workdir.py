@@ -8,11 +8,14 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import pathlib
 import re
 import shutil
+from typing import Any
 
+from mla_moe import files
 from mla_moe.config import Config, ConfigError, differences, freeze
 
 # What may change between the starts of one run: nothing that the numbers of a
@@ -32,6 +35,10 @@ _SECRETS = re.compile(
   r'|AKIA[A-Z0-9]{16}|AIza[A-Za-z0-9_-]{30,}'
   r'|(?<=://)[^/@\s]+:[^/@\s]+(?=@)'
 )
+
+# Whole words of the names of environment variables.
+_KEY_WORDS = {'TOKEN', 'KEY', 'APIKEY', 'SECRET', 'PASSWORD', 'PASSWD'}
+_PATH_WORDS = {'PATH', 'DIR', 'FILE'}
 
 
 @contextlib.contextmanager
@@ -92,10 +99,17 @@ def lock(path: pathlib.Path):
 
 
 def redacted(text: str) -> str:
-  """The text without what looks like a key, and without the environment's."""
+  """The text without what looks like a key, and without the environment's.
+
+  A variable holds a key if its name has one of `_KEY_WORDS` and its value is no
+  path here. The value is also looked for as JSON spells it.
+  """
   for name, value in os.environ.items():
-    if len(value) >= 8 and re.search('TOKEN|_KEY|SECRET|PASSWORD', name):
-      text = text.replace(value, '[redacted]')
+    words = set(name.upper().split('_'))
+    is_key = words & _KEY_WORDS and not words & _PATH_WORDS
+    if len(value) >= 8 and is_key and not os.path.exists(value):
+      for spelling in (value, json.dumps(value)[1:-1]):
+        text = text.replace(spelling, '[redacted]')
   return _SECRETS.sub('[redacted]', text)
 
 
@@ -136,10 +150,12 @@ def trouble(path: os.PathLike | str, error: OSError) -> str:
 
 def read_config(path: pathlib.Path) -> Config:
   """The config that a run's folder was made with."""
+  content = files.read_bytes(path / 'config.json')
   try:
-    return freeze(json.loads((path / 'config.json').read_text()))
-  except (OSError, json.JSONDecodeError) as error:
+    values = json.loads(content.decode('utf-8'))
+  except (ValueError, RecursionError) as error:
     raise ConfigError(f'{path}/config.json: cannot be read ({error})') from None
+  return freeze(values)
 
 
 def write(path: pathlib.Path, text: str) -> None:
@@ -180,22 +196,57 @@ def _begun(path: pathlib.Path) -> bool:
 
 
 def rows(path: pathlib.Path) -> list[dict]:
-  """The rows of a .jsonl file; a torn last line is left out."""
+  """The rows of a .jsonl file; a torn last line is left out.
+
+  A number that is not finite is null in the file (JSON has no NaN) and NaN
+  here.
+  """
   found = []
   if path.exists():
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors='replace').splitlines():
       try:
-        found.append(json.loads(line))
-      except json.JSONDecodeError:
+        row = json.loads(line)
+      except (ValueError, RecursionError):
         break
+      if not isinstance(row, dict):
+        break
+      found.append(_with_nan(row) if 'null' in line else row)
   return found
+
+
+def _line(row: dict) -> str:
+  """A row as one line of strict JSON."""
+  try:
+    text = json.dumps(row, allow_nan=False)
+  except ValueError:
+    text = json.dumps(_without_nan(row))
+  return f'{text}\n'
+
+
+def _without_nan(value: Any) -> Any:
+  """The value with None for every number that is not finite."""
+  if isinstance(value, dict):
+    return {name: _without_nan(item) for name, item in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_without_nan(item) for item in value]
+  finite = not isinstance(value, float) or math.isfinite(value)
+  return value if finite else None
+
+
+def _with_nan(value: Any) -> Any:
+  """The value with NaN for every None: the inverse of `_without_nan`."""
+  if isinstance(value, dict):
+    return {name: _with_nan(item) for name, item in value.items()}
+  if isinstance(value, list):
+    return [_with_nan(item) for item in value]
+  return math.nan if value is None else value
 
 
 def rewind(path: pathlib.Path, step: int) -> list[dict]:
   """Drops the rows of a .jsonl file after `step`; returns those that stay."""
   kept = [row for row in rows(path) if row['step'] <= step]
   if path.exists():
-    write(path, ''.join(json.dumps(row) + '\n' for row in kept))
+    write(path, ''.join(map(_line, kept)))
   return kept
 
 
@@ -214,7 +265,7 @@ class Rows:
 
   def append(self, row: dict) -> None:
     """Writes the row now, or keeps it."""
-    self._waiting.append(json.dumps(row).encode() + b'\n')
+    self._waiting.append(_line(row).encode())
     try:
       self._flush()
     except OSError as error:

@@ -215,7 +215,8 @@ def restore(
   """Returns the newest complete step, or None where no step was ever sealed.
 
   None therefore also means a run that was killed in its very first save: it
-  begins again.
+  begins again. Beside a process that saves, a listed step may be deleted before
+  it is read; that is no refusal, and the steps are listed again.
 
   Args:
     like: a state of the wanted tree, shapes, dtypes and shardings. The
@@ -247,6 +248,16 @@ def restore(
         return _read(folder / str(step), step, like, sealed, renamed or {})
       except Damaged as error:
         reason = str(error)
+    if not (folder / str(step) / folders.COMMIT).exists():  # a newer one exists
+      return restore(
+        folder,
+        like,
+        before=before,
+        allow_unsealed=allow_unsealed,
+        move_refused=move_refused,
+        renamed=renamed,
+        say=say,
+      )
     refusals.append(reason)
     say(f'CHECKPOINT {step} REFUSED. {reason}')
     if move_refused and jax.process_index() == 0:

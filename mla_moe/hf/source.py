@@ -51,12 +51,38 @@ class Source:
       self.config = _with_present_mtp(self.config, self.files)
       self.plain_rope = values.get('rope_interleave') is False
       self.tile = _tile_size(values)
-    fused = any(n.endswith('.mlp.experts.gate_up_proj') for n in self.files)
-    self.rows = names.rows(self.config, fused)
-    self.copies = names.copies(self.config)
+    fused = any(map(_is_fused, self.files))
     self.dtype = dtype
     with _errors_in(str(folder)):
+      self._check_count(fused)
+      self.rows = names.rows(self.config, fused)
+      self.copies = names.copies(self.config)
       self._check()
+
+  def _check_count(self, fused: bool):
+    """Compares the count of tensors, before their names are made.
+
+    A config.json may ask for 10^9 experts; the bound of one tensor for each
+    layer and expert leaves only names that the files' own size pays for.
+    """
+    model = self.config
+    layers = model.layers + model.mtp.depth
+    routed = model.layers > model.dense_layers
+    moe_layers = layers - model.dense_layers if routed else 0
+    least = layers + (0 if fused else moe_layers * model.moe.experts)
+    if least > len(self.files):
+      raise ConfigError(
+        f'the tensors are not those of config.json; missing: it describes at '
+        f'least {least} tensors, the files hold {len(self.files)}'
+      )
+    if fused:
+      for name in self.files:
+        shape = self._entry(name).shape
+        if _is_fused(name) and shape[:1] != (model.moe.experts,):
+          raise ConfigError(
+            f'tensor {name!r} has shape {list(shape)}; by config.json it must '
+            f'have {model.moe.experts} experts'
+          )
 
   def _check(self):
     """Compares names with the table, then shapes and dtypes."""
@@ -81,7 +107,7 @@ class Source:
       if not names.ignored(name)
     }
     parts = [
-      f'{word}: {", ".join(sorted(wrong))}'
+      f'{word}: {", ".join(map(_shown, sorted(wrong)))}'
       for word, wrong in (('missing', missing), ('left over', extra))
       if wrong
     ]
@@ -134,7 +160,13 @@ class Source:
     name, part = row.tensor(index), row.within(index)
     with _errors_in(str(self.files[name].path)):
       dtype = config_json.F32 if row.path[0] == 'router' else self.dtype
-      return self._floats(name, part).astype(dtype, copy=False)
+      raw = self._floats(name, part)
+      if raw.dtype == dtype:
+        return raw
+      with np.errstate(over='ignore'):  # 3.4e38 is infinity in bfloat16
+        out = raw.astype(dtype)
+      fp8_blocks.check_finite(name, out)
+      return out
 
   def _floats(self, name: str, part: tuple[slice, ...]) -> np.ndarray:
     raw = self.files[name].read(name)[part]
@@ -143,7 +175,8 @@ class Source:
       return raw
     scale_name = f'{name}_scale_inv'
     scale = self.files[scale_name].read(scale_name).astype(np.float32)
-    fp8_blocks.check_finite(scale_name, scale)
+    with np.errstate(over='ignore'):
+      fp8_blocks.check_finite(scale_name, scale * fp8_blocks.LARGEST)
     if raw.ndim > 2:  # a fused tensor [E, ...]; `part` is one expert's matrix
       raw, scale = raw[0], scale[part[0].start]
     return fp8_blocks.dequantize(raw, scale, part[-2].start or 0, self.tile)
@@ -187,6 +220,15 @@ class Source:
       self.forget(original)
 
 
+def _is_fused(name: str) -> bool:
+  return name.endswith('.mlp.experts.gate_up_proj')
+
+
+def _shown(name: str) -> str:
+  """Returns a name of a file, without control characters for a terminal."""
+  return name if name.isprintable() else repr(name)
+
+
 @contextlib.contextmanager
 def _errors_in(place: str) -> Iterator[None]:
   """Puts the place in front of a ConfigError's line."""
@@ -223,7 +265,8 @@ def _open(
   shards = sorted(set(shard_of.values()))
   absent = [shard for shard in shards if not (folder / shard).is_file()]
   if absent:
-    raise ConfigError(f'{folder}: shards are missing: {", ".join(absent)}')
+    absent = ', '.join(map(_shown, absent))
+    raise ConfigError(f'{folder}: shards are missing: {absent}')
   files = {
     shard: stack.enter_context(safetensors.File(folder / shard))
     for shard in shards
@@ -231,7 +274,8 @@ def _open(
   missing = sorted(n for n, s in shard_of.items() if n not in files[s].entries)
   if missing:
     raise ConfigError(
-      f'{index}: its shards do not hold, missing: {", ".join(missing)}'
+      f'{index}: its shards do not hold, missing: '
+      f'{", ".join(map(_shown, missing))}'
     )
   present = {name: file for file in files.values() for name in file.entries}
   return present | {name: files[shard] for name, shard in shard_of.items()}

@@ -1,9 +1,14 @@
 """The program `experiments.checkpoint` on sealed and damaged steps."""
 
+import pathlib
 import sys
 
+import pytest
+
 from experiments import checkpoint as program
+from experiments import workdir
 from mla_moe.checkpoint import folders
+from mla_moe.config import ConfigError
 
 
 def test_the_program_lists_verifies_and_removes(damaged, capsys, monkeypatch):
@@ -32,3 +37,12 @@ def test_the_program_lists_verifies_and_removes(damaged, capsys, monkeypatch):
     f'error: {damaged}: has no step 7, only [2]\n',
   )
   assert run('ls', damaged / 'nowhere')[0] == 2
+
+
+def test_a_relative_path_finds_the_lock(damaged, monkeypatch):
+  run = damaged.parent
+  damaged.rename(run / 'checkpoints')
+  monkeypatch.chdir(run / 'checkpoints')
+  with workdir.lock(run), pytest.raises(ConfigError, match='is writing to it'):
+    program.rm(program.find(pathlib.Path()), [1], refused=False, force=False)
+  assert folders.steps(run / 'checkpoints') == [1, 2]

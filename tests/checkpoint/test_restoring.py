@@ -3,6 +3,8 @@
 The row numbers are those of the table in docs/reliability.md.
 """
 
+import errno
+import os
 import shutil
 
 import chex
@@ -196,3 +198,30 @@ def test_refused_steps_are_moved_out_of_the_way_of_new_ones(damaged):
   save(damaged, 2, keep=1)
   assert restored(damaged) == (2, '')
   assert folders.steps(damaged) == [2]
+
+
+def test_a_step_that_a_run_deletes_meanwhile_is_no_refusal(
+  tmp_path, monkeypatch
+):
+  """The reader lists step 1; then the run seals 2 and deletes 1 (keep=1)."""
+  save(tmp_path, 1, keep=1)
+  listed = folders.steps
+
+  def stale(folder):
+    monkeypatch.undo()
+    steps = listed(folder)
+    save(folder, 2, keep=1)
+    return steps
+
+  monkeypatch.setattr(folders, 'steps', stale)
+  assert restored(tmp_path) == (2, '')
+
+
+def test_a_file_system_without_fsync_is_no_damage(two, monkeypatch):
+  """As squashfs: its files can be read, and fsync is EINVAL."""
+
+  def no_fsync(*_):
+    raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+  monkeypatch.setattr(os, 'fsync', no_fsync)
+  assert store.check(two, 2)['step'] == 2

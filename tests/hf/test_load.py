@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import time
 
 import chex
 import jax
@@ -13,7 +14,7 @@ import pytest
 from releases import GOLDEN, loaded, refused, rewrite, set_config
 
 from mla_moe import load_huggingface, sharding
-from mla_moe.config import MeshConfig
+from mla_moe.config import ConfigError, MeshConfig
 from mla_moe.hf import fp8_blocks
 
 
@@ -234,3 +235,56 @@ def test_row38_config_that_is_not_computed_is_refused(copy, key, value):
   values = json.loads(path.read_text()) | {key: value}
   path.write_text(json.dumps(values))
   refused(folder, key.replace('parameters', 'scaling'), 'config.json')
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {'num_hidden_layers': 10**6},
+    {'n_routed_experts': 10**9, 'n_group': 1, 'topk_group': 1},
+    {'num_nextn_predict_layers': 10**7},
+  ],
+)
+def test_a_hostile_count_is_compared_before_names_are_made(changes, copy):
+  folder = copy('v3_release')
+  set_config(folder, **changes)
+  start = time.monotonic()
+  refused(folder, 'tensors', 'missing')
+  assert time.monotonic() - start < 2
+
+
+def test_fused_experts_are_counted_by_their_shape(copy):
+  folder = copy('v3_yarn')
+  name = 'model.layers.2.mlp.experts.gate_up_proj'
+  rewrite(folder, lambda v: v.update({name: np.ones((4, 2, 2), 'f4')}))
+  set_config(folder, n_routed_experts=10**9, n_group=1, topk_group=1)
+  refused(folder, 'gate_up_proj', '1000000000 experts')
+
+
+def test_a_name_cannot_write_to_the_terminal(copy):
+  folder = copy('v2_lite')
+  name = '\x1b]0;owned\x07\nerror: fake line'
+  rewrite(folder, lambda v: v.update({name: np.ones(1, 'f4')}))
+  refused(folder, 'left over', repr(name))
+
+
+def test_a_number_that_bfloat16_cannot_hold_is_not_loaded(copy):
+  folder = copy('v2_lite')
+
+  def enlarge(values):
+    values['lm_head.weight'][0, 0] = 3.4e38
+
+  rewrite(folder, enlarge)
+  load_huggingface(folder)
+  with pytest.raises(ConfigError, match='lm_head.weight'):
+    load_huggingface(folder, jnp.bfloat16)
+
+
+def test_a_device_is_no_file(copy):
+  """/dev/zero never ends, and a pipe never begins."""
+  for name in ('config.json', 'model.safetensors'):
+    folder = copy('v2_lite') / name
+    folder.unlink()
+    folder.symlink_to('/dev/zero')
+    refused(folder.parent, name, 'no regular file')
+    shutil.rmtree(folder.parent)

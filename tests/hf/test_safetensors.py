@@ -74,3 +74,15 @@ def test_files_are_those_of_the_library(tmp_path):
     out['x'][:] = values['x']
   back = library.load_file(tmp_path / 'b.safetensors')
   np.testing.assert_array_equal(back['x'], values['x'])
+
+
+def test_metadata_maps_texts_to_texts_in_a_bounded_header(tmp_path):
+  for value in ('{"__metadata__":{"a":[[],[]]}}', '{"__metadata__":3}'):
+    with pytest.raises(ConfigError, match='__metadata__'):
+      safetensors.parse(value.encode(), 0)
+  assert safetensors.parse(b'{"__metadata__":{"format":"pt"}}', 0) == {}
+  with open(tmp_path / 'large.safetensors', 'wb') as file:
+    file.write((30_000_000).to_bytes(8, 'little'))
+    file.truncate(40_000_000)
+  with pytest.raises(ConfigError, match='a header of 30000000 bytes'):
+    safetensors.File(tmp_path / 'large.safetensors')

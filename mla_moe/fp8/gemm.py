@@ -108,10 +108,10 @@ def _hardware(device: Any) -> tuple[str, ...]:
 
 
 def usable(impl: str) -> str:
-  """Returns `impl`, or 'dequant' where its kernel cannot run; records that.
+  """Returns `impl`, or 'dequant' where its kernel cannot run.
 
-  GSPMD cannot split a kernel over a mesh. In shard_map nothing is left to
-  split.
+  GSPMD cannot split a kernel over a mesh; in shard_map each device has its own
+  part already. `collect_fallbacks` gets a line for each fall-back.
   """
   mesh = jax.sharding.get_abstract_mesh()
   local = mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual
@@ -136,11 +136,11 @@ def multiply(
   impl: str,
   dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, '*product']:
-  """The product over axes summed[0] of `a` and summed[1] of `b`, in `dtype`.
+  """Returns the sum over axes summed[0] of `a` and summed[1] of `b`.
 
-  The result has the other axes of `a`, then those of `b`. Only the last summed
-  axis of each may be tiled, and both are tiled alike there (or all summed axes
-  lie in one tile).
+  The result in `dtype` has the other axes of `a`, then those of `b`. Only the
+  last summed axis of each may be tiled, and both are tiled alike there (or all
+  summed axes lie in one tile).
   """
   impl = usable(impl)
   if impl in KERNELS:
@@ -183,6 +183,7 @@ def _widened(dot, a: Quantized, b: Quantized) -> Array:
 
 
 def _by_kernel(a, b, summed, impl, dtype):
+  """Returns `multiply` by a kernel, whose operands are padded matrices."""
   left, right = matrix(a, summed[0]), matrix(b, summed[1])
   if impl == 'mxfp8':
     y = _mxfp8(left, right, dtype)
@@ -195,12 +196,12 @@ def _by_kernel(a, b, summed, impl, dtype):
 def run_kernel(
   impl: str, name: str, *args: Array, **options: DTypeLike
 ) -> Float[Array, '*product']:
-  """The result of kernel `name` of `impl`; imports Pallas only here.
+  """Returns the result of kernel `name` of `impl`; imports Pallas only here.
 
-  In a checked shard_map, a Pallas call has to say along which axes of the mesh
-  its result varies. That is wherever any operand does; all are cast to vary
-  so (a weight may be the same on every device), and the kernels give their
-  result the type of their first operand.
+  In a checked shard_map, a Pallas call declares along which axes of the mesh
+  its result varies: those along which any operand varies. A weight may be the
+  same on every device. So all operands are cast to vary along all these axes,
+  and the kernels give their result the type of their first operand.
   """
   if impl == 'mgpu':
     from mla_moe.kernels import block_gpu as kernels
@@ -224,12 +225,12 @@ def pvary_like(x: Array, *likes: PyTree) -> Array:
 def matrix(
   q: Quantized, summed: tuple[int, ...], lead: int = 0
 ) -> tuple[Float[Array, '*lead rows K'], Float[Array, '*lead blocks tiles']]:
-  """(values [*lead, rows, K], scales [*lead, rows or rows / 128, K / 128]).
+  """Returns values [*lead, rows, K] and scales [*lead, rows, K / 128].
 
-  K are the summed axes, rows the others after `lead` leading ones. Both are
-  padded with zeros to multiples of 128, as is the last summed axis. If the
-  last of the rows' axes is in blocks, there is one scale a block, and that
-  axis is padded itself.
+  K are the summed axes as one, rows the other axes after the `lead` leading
+  ones. Values are padded with zeros: the last summed axis and the rows to
+  multiples of 128. If the last of the rows' axes lies in blocks of 128, that
+  axis is padded by itself, and the scales are [*lead, rows / 128, K / 128].
   """
   rows = other_axes(q, summed, lead)
   blocks = q.tile(rows[-1]) > 1
@@ -255,7 +256,7 @@ def matrix(
 def other_axes(
   q: Quantized, summed: tuple[int, ...], lead: int = 0
 ) -> tuple[int, ...]:
-  """The axes of `q` that are not summed, after `lead` leading ones."""
+  """Returns the axes that are not summed, after `lead` leading ones."""
   return tuple(d for d in range(lead, q.ndim) if d not in summed)
 
 
@@ -286,6 +287,7 @@ def unpadded(
 
 
 def _mxfp8(a, b, dtype):
+  """Returns a b^T of two results of `matrix` by Blackwell's dot."""
   (a, sa), (b, sb) = row_scales(a), row_scales(b)
   narrow = lambda s: jnp.repeat(s, 4, axis=-1).astype(jnp.float8_e8m0fnu)[None]
   y = jax.nn.scaled_matmul(

@@ -4,8 +4,8 @@ Each expert's rows are first moved to a whole number of blocks of 128, filled
 up with zeros. Tiles along the tokens, which the weights' gradient sums over,
 then never straddle two experts, and kernels meet whole tiles only. Rows after
 the last group are left out, so that their numbers reach no amax. The layout is
-static and as large as the worst routing needs; the work follows the blocks
-that hold rows.
+static and as large as the worst routing needs, but only the blocks that hold
+rows are computed.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def multiply_by_expert(
   impl: str,
   dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, 'P ...']:
-  """Each row of `a` [P, ...] times its expert's weight of `b` [E, ...].
+  """Returns each row of `a` [P, ...] times its expert's `b` [E, ...].
 
   The sum goes over axes summed[0] of `a` and summed[1] of `b`. Rows of blocks
   that are not live are undefined.
@@ -136,9 +136,9 @@ def multiply_by_expert(
 def weight_gradients(
   a: Quantized, b: Quantized, layout: Layout, impl: str
 ) -> Float[Array, 'E ...']:
-  """The sum over each expert's rows of a[p] times b[p], float32.
+  """Returns the sum over each expert's rows of a[p] times b[p], float32.
 
-  Those are the gradients of the experts' weights; `a` is [P, ...], `b` is
+  These sums are the gradients of the experts' weights; `a` and `b` are
   [P, ...]. An expert without rows has zeros.
   """
   impl = gemm.usable(impl)
@@ -183,14 +183,14 @@ def _wide(q: Quantized) -> Float[Array, '*axes']:
 
 
 def _expert(q: Quantized, e: Int[Array, '']) -> Quantized:
-  """Expert `e` of the first axis, which is dropped."""
+  """Returns expert `e` of the first axis, which is dropped."""
   return jax.tree.map(
     lambda x: jax.lax.dynamic_index_in_dim(x, e, keepdims=False), q
   )
 
 
 def _block(q: Quantized, i: Int[Array, '']) -> Quantized:
-  """Block `i` of the first axis: 128 rows and the scales of theirs."""
+  """Returns block `i` of the first axis: 128 rows and their scales."""
   cut = jax.lax.dynamic_slice_in_dim
   tile = q.tile(0)
   scales = q.scales

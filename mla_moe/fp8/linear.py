@@ -80,7 +80,7 @@ def dot(
   impl: str = 'auto',
   name: str = SAVED,
 ) -> Float[Array, ' ...']:
-  """x w, in the dtype of `x`; the gradient of `w` has the dtype of `w`.
+  """Returns x w in the dtype of `x`; the gradient of `w` has `w`'s dtype.
 
   Args:
     x: [..., K].
@@ -105,7 +105,7 @@ def dots(
   impl: str = 'auto',
   name: str = SAVED,
 ) -> tuple[Float[Array, ' ...'], ...]:
-  """`dot` with each weight of `ws`; `x` is quantised and kept once."""
+  """Returns `dot` with each weight of `ws`; `x` is quantised and saved once."""
   recipe = Recipe(precision, impl)
   for w in ws:
     if w.ndim < 2 or x.ndim < 1 or x.shape[-1] != w.shape[0]:
@@ -122,7 +122,7 @@ def dots(
 
 
 def _parts(w) -> tuple:
-  """A weight's master and its copies, None if it has none."""
+  """Returns a weight's master and its copies; None if it has no copies."""
   return (w.master, w.copies) if isinstance(w, Weight) else (w, None)
 
 
@@ -176,7 +176,7 @@ def _named(q: Quantized, name: str) -> Quantized:
 
 
 def _residual(w, copies):
-  """The master, or an empty array of its dtype where copies serve."""
+  """Returns the master, or an empty array of its dtype if there are copies."""
   return jnp.zeros((0,), w.dtype) if copies else w
 
 
@@ -189,7 +189,7 @@ def ragged_dot(
   impl: str = 'auto',
   name: str = SAVED,
 ) -> Float[Array, 'M ...']:
-  """Each row of `x` times its expert's weight, [M, N] in the dtype of `x`.
+  """Returns each row of `x` times its expert's weight, in the dtype of `x`.
 
   Rows are sorted by expert: the first group_sizes[0] are expert 0's. Rows
   after the last group give zeros, even if they are NaN. `w` is [E, K, N] or
@@ -260,7 +260,7 @@ class DotGeneral:
     preferred_element_type: DTypeLike | None = None,
     **_,
   ) -> Float[Array, '*product']:
-    """The product of lax.dot_general.
+    """Returns the product as lax.dot_general has it.
 
     Raises:
       ValueError: there are batch axes.

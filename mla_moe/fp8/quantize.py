@@ -35,7 +35,8 @@ E4M3 = jnp.float8_e4m3fn
 LARGEST = 448.0  # 1.75 * 2 ** 8
 TILE = 128
 WHOLE = -1  # a tile as long as its axis
-# A tile below this is zero: its scale would leave float32's normal numbers.
+# A tile whose amax is below this has scale 1, and so becomes zeros: its own
+# scale would leave float32's normal numbers.
 _TINY = 2.0**-100
 
 
@@ -119,7 +120,7 @@ def tiled(
 
 
 def _scale(amax: Float[Array, '*tiles']) -> Float[Array, '*tiles']:
-  """The smallest power of two with amax / scale <= 448, float32.
+  """Returns the smallest power of two with amax / scale <= 448, float32.
 
   A tile of zeros has scale 1; one that is not finite, a scale that is not.
   """

@@ -2,8 +2,9 @@
 
 fp8_block is DeepSeek's: 1x128 tiles of activations and gradients along the
 axis summed over, 128x128 blocks of weights (V3 section 3.3.2). fp8_channel has
-one scale for each row of the sum, fp8_tensor one in all; both suit XLA's own
-FP8 dot, and there an outlier coarsens its whole row, or all numbers.
+one scale for each row that is summed, fp8_tensor one for the whole array. Both
+suit XLA's own FP8 dot. Their outliers cost more: one coarsens its whole row, or
+the whole array.
 
 A tensor of tokens is quantised twice in training, since two products sum over
 different axes of it: over its features (`rows`: y and dx) and over its tokens
@@ -54,7 +55,7 @@ class Recipe:
     return dataclasses.replace(self, impl=impl)
 
   def rows(self, x: Float[Array, '*axes'], features: int = 1) -> Quantized:
-    """`x` for a sum over its last `features` axes; blocks are 1x128."""
+    """Returns `x` for a sum over its last `features` axes; blocks are 1x128."""
     tiles = {
       'fp8_block': (TILE,),
       'fp8_channel': (WHOLE,) * features,
@@ -83,7 +84,7 @@ class Recipe:
   def weights(
     self, w: Float[Array, '*axes'], lead: int = 0
   ) -> tuple[Quantized, ...]:
-    """The FP8 copies of `w` [lead axes, K, ..., N]: one, or two.
+    """Returns the FP8 copies of `w` [lead axes, K, ..., N]: one, or two.
 
     The first is for the sum over K (y), the last for the sum over the axes
     after K (dx). One copy serves both where its tiles are square or whole.

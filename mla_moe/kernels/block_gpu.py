@@ -12,7 +12,7 @@ shared memory; two multiply 64 rows each, and one scales while the other
 multiplies. The hardware wants both operands with the sum along their rows, and
 all lengths are multiples of 128. One body, `_product`, serves all three
 functions: an expert's product differs in the place of its matrix and in the
-number of its tiles. The plain product beside them is `block_tpu.reference`.
+number of its tiles. The oracle is `block_tpu.reference`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def matmul(
   *,
   dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, 'M N']:
-  """a b^T in `dtype`; `sb` has a scale for each row or each 128 rows."""
+  """Returns a b^T in `dtype`; `sb` has a scale for each row, or for each 128."""
   (m, k), n = a.shape, b.shape[0]
 
   def kernel(a, sa, b, sb, out):
@@ -63,10 +63,10 @@ def grouped(
   *,
   dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, 'P N']:
-  """Each block of 128 rows of `a` times its expert's matrix, in `dtype`.
+  """Returns each block of 128 rows of `a` times its expert's matrix.
 
-  `expert` has the expert of each block. Only the first `live` blocks are
-  computed; the other rows are undefined.
+  The result is in `dtype`. `expert` has the expert of each block. Only the
+  first `live` blocks are computed; the other rows are undefined.
   """
   (p, k), n = a.shape, b.shape[1]
 
@@ -93,7 +93,7 @@ def grouped_weights(
   first: Int[Array, ' E'],
   count: Int[Array, ' E'],
 ) -> Float[Array, 'E K N']:
-  """a b^T over each expert's blocks of 128 columns, float32.
+  """Returns a b^T over each expert's blocks of 128 columns, float32.
 
   Expert e's blocks are count[e] from first[e] on; without blocks its result is
   undefined.
@@ -115,6 +115,7 @@ def grouped_weights(
 
 
 def _call(kernel, names, grid, shape, dtype, like):
+  """Returns `kernel` as a function of arrays, with a program for each place."""
   return plgpu.kernel(
     kernel,
     out_type=result(shape, dtype, like),
@@ -129,13 +130,13 @@ def _call(kernel, names, grid, shape, dtype, like):
 
 
 def _layout(dtype):
-  """A tile's layout in shared memory: rows of 128 bytes, swizzled."""
+  """Returns a tile's layout in shared memory: rows of 128 bytes, swizzled."""
   width = 128 // jnp.dtype(dtype).itemsize
   return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(128)
 
 
 def _load(ref, index, layout):
-  """ref[index] in registers; before jax 0.11, the index stands apart."""
+  """Returns ref[index] in registers; before jax 0.11 the index stood apart."""
   joined = jax.__version_info__ >= (0, 11)
   place = (ref.at[index],) if joined else (ref, index)
   return plgpu.load(*place, layout=layout, optimized=False)

@@ -3,9 +3,9 @@
 A program takes some heads of a row and one split of its pages (flash decoding:
 few rows must still fill all multiprocessors); the splits' results are averaged
 afterwards, weighted by the softmax of their logsumexp. Latent and shared key
-are loaded apart, because Triton's blocks are powers of two and 576 is none. jax
-0.12 still has this backend of Pallas, and says that it will go. The oracle is
-`latent_tpu.reference`.
+are loaded apart, because Triton's blocks are powers of two and 576 is not one.
+jax 0.12 still has this backend of Pallas, and warns that it will be removed.
+The oracle is `latent_tpu.reference`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _KEYS = 32  # the keys that one turn of the loop loads
 
 
 def fits(rank: int, rope_dim: int, page: int) -> bool:
-  """Whether these lengths can be Triton's blocks."""
+  """Returns whether these lengths can be Triton's blocks."""
   power = lambda n: n >= 16 and n & (n - 1) == 0
   return power(rank) and power(rope_dim) and power(page)
 
@@ -41,7 +41,7 @@ def attend(
   splits: int = 8,
   interpret: bool = False,
 ) -> Float[Array, 'B G C']:
-  """`latent_tpu.reference` in the dtype of `q`; W is rank + rope_dim.
+  """Returns `latent_tpu.reference` in the dtype of `q`; W is rank + rope_dim.
 
   A row's pages are cut into at most `splits` splits.
   """
@@ -54,7 +54,7 @@ def attend(
   splits = min(splits, count)
   run = functools.partial(
     _kernel, size=size, rank=rank, heads=heads, height=height,
-    split_pages=-(-count // splits), more=-(-rows // heads) - 1,
+    split_pages=-(-count // splits), last_token=-(-rows // heads) - 1,
   )  # fmt: skip
   whole = lambda x: pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
   part = lambda n: pl.BlockSpec((1, height, n), lambda i, h, s: (i, h, 0))
@@ -81,15 +81,16 @@ def attend(
 
 def _kernel(
   start, table, q_latent, q_rope, pages, out, lse, *, size, rank, heads,
-  height, split_pages, more,
+  height, split_pages, last_token,
 ):  # fmt: skip
+  """Writes the attention of some heads over one split, and its logsumexp."""
   row, block, split = (pl.program_id(i) for i in range(3))
   begin, latent, rope = start[row], q_latent[0], q_rope[0]
   line = block * height + jnp.arange(height)
-  # Rows of padding see what the last new token sees.
-  last = begin + jnp.minimum(jax.lax.div(line, heads), more)
+  # Rows of padding see the keys of the last new token.
+  last = begin + jnp.minimum(jax.lax.div(line, heads), last_token)
   keys = min(_KEYS, size)
-  ends = jax.lax.div(begin + more, size) + 1
+  ends = jax.lax.div(begin + last_token, size) + 1
   stop = jnp.minimum((split + 1) * split_pages, ends)
   stop = jnp.minimum(stop, table.shape[1])
 

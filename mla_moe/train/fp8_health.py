@@ -36,7 +36,7 @@ _TOKENS = 256
 def measure(
   params: PyTree, biases: PyTree, batch: batches.Batch, config: Config
 ) -> dict[str, Float[Array, ' L']]:
-  """Statistics of every main layer by name, float32; MTP's layers are left out.
+  """Returns statistics of every main layer by name, float32, without MTP's.
 
   The names are `{x,w,g}_{saturated,flushed,range}`, `y_error` and `dx_error`.
   The tokens are the first of the batch's first sequence. The model's precision
@@ -76,17 +76,17 @@ def measure(
 
 
 def _stacks(model: ModelConfig) -> dict[str, int]:
-  """The number of layers of each stack that the model has."""
+  """Returns the number of layers of each stack that the model has."""
   counts = {'dense': model.dense_layers, 'moe': model.moe_layers}
   return {name: count for name, count in counts.items() if count}
 
 
 def _loss(params, biases, tokens, targets, shared, model, noise):
-  """The mean loss with `noise` added to the layers' outputs; their inputs.
+  """Returns the mean loss, with `noise` added to the outputs, and the inputs.
 
-  The gradient by the noise, which is zero, is that at the layers' outputs.
-  `noise` is {stack: [L, B, T, D]}; `shared` are the arguments that all layers
-  get.
+  Outputs and inputs are the layers'. `noise` is zero: the gradient by it is the
+  gradient at the layers' outputs. It is {stack: [L, B, T, D]}; `shared` are the
+  arguments that all layers get.
   """
   x = params['embedding'].astype(model.dtype)[tokens]
   inputs = {}
@@ -110,7 +110,7 @@ def _loss(params, biases, tokens, targets, shared, model, noise):
 
 
 def _layer(x, g, scale, w, last, recipe, eps) -> dict[str, Array]:
-  """The statistics of one layer; x and g are [T, D]."""
+  """Returns the statistics of one layer; x and g are [T, D]."""
   x = layers.normalize(x, scale, eps)
   stats = {}
   for name, array, q in (
@@ -129,7 +129,7 @@ def _layer(x, g, scale, w, last, recipe, eps) -> dict[str, Array]:
 
 
 def _error(y, x, w) -> Float[Array, '']:
-  """|y - x w| / |x w|, in float32."""
+  """Returns |y - x w| / |x w|, in float32."""
   highest = jax.lax.Precision.HIGHEST
   exact = jnp.matmul(x.astype(jnp.float32), w, precision=highest)
   error = jnp.linalg.norm(y.astype(jnp.float32) - exact)
@@ -139,10 +139,10 @@ def _error(y, x, w) -> Float[Array, '']:
 def tile_stats(
   x: Float[Array, '*axes'], q: fp8.Quantized
 ) -> dict[str, Float[Array, '']]:
-  """The shares of saturated and flushed values of `x`, and the worst range.
+  """Returns the shares of saturated and flushed values, and the worst range.
 
-  `q` is `x` quantised. The range of a tile is log2 of its largest magnitude
-  over its smallest that is not zero.
+  `q` is `x` after quantisation. The range of a tile is log2 of its largest
+  magnitude over its smallest that is not zero.
   """
   wide = jnp.abs(x.astype(jnp.float32))
   small = jnp.abs(q.values.astype(jnp.float32))

@@ -41,7 +41,7 @@ def matmul(
   *,
   dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, 'M N']:
-  """Returns a b^T in `dtype`; `sb` has a scale for each row, or for each 128."""
+  """Returns a b^T in `dtype`; `sb` has one scale a row, or one per 128 rows."""
   (m, k), n = a.shape, b.shape[0]
 
   def kernel(a, sa, b, sb, out):

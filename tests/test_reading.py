@@ -39,6 +39,13 @@ LEFT_OUT = {
 MOE = ('model/router', 'model/moe', 'model/experts', 'model/dispatch')
 MLA = ('model/mla', 'model/rope', 'model/attention', 'model/products')
 LIMITS = {'path': (PATH, 3100), 'moe': (MOE, 600), 'mla': (MLA, 550)}
+# Words that say nothing of a thing (CONTRIBUTING.md).
+NOT_NAMES = set(
+  'how every held eight found written told asked fallen dog aside passed saved '
+  'kept given made also'.split()
+)
+PARTS = ('bench', 'launch', 'plan', 'serving')
+NAMED = ('mla_moe', *(f'experiments/{part}' for part in PARTS))
 PAGES = (ROOT / 'README.md', ROOT / 'docs' / 'reading.md')
 # A row of their tables: the files, and the number of their lines.
 ROW = re.compile(
@@ -89,14 +96,61 @@ def closure(name):
   return modules
 
 
-def functions():
-  """(length, file, name) of every function in the package and programs."""
-  for folder in ('mla_moe', 'experiments'):
+def nodes(folders=('mla_moe', 'experiments')):
+  """(file, node) of every node of the package's and the programs' syntax."""
+  for folder in folders:
     for path in (ROOT / folder).rglob('*.py'):
       for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-          length = node.end_lineno - node.lineno + 1
-          yield length, str(path.relative_to(ROOT)), node.name
+        yield str(path.relative_to(ROOT)), node
+
+
+def functions():
+  """(length, file, name) of every function."""
+  for path, node in nodes():
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+      yield node.end_lineno - node.lineno + 1, path, node.name
+
+
+def bindings(node):
+  """Names that a node gives to a variable, parameter, attribute or import."""
+  if isinstance(node, ast.Name | ast.Attribute):
+    if isinstance(node.ctx, ast.Store):
+      yield getattr(node, 'id', None) or node.attr
+  elif isinstance(node, ast.arg):
+    yield node.arg
+  elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+    yield node.name
+  elif isinstance(node, ast.alias):
+    yield node.asname or ''
+
+
+def is_no_name(name):
+  return name.strip('_') in NOT_NAMES or name.endswith('_lib')
+
+
+def test_names_are_nouns_of_the_field():
+  source = 'import a_lib as b_lib\nhow = 1\ndef f(every): self.dog = 2'
+  wrong = [n for node in ast.walk(ast.parse(source)) for n in bindings(node)]
+  assert sorted(filter(is_no_name, wrong)) == ['b_lib', 'dog', 'every', 'how']
+  bad = [
+    f'{path}:{node.lineno}: {name}'
+    for path, node in nodes(NAMED)
+    for name in bindings(node)
+    if is_no_name(name)
+  ]
+  assert not bad, bad
+
+
+def test_docstrings_begin_with_a_noun_or_a_verb():
+  bad, count = [], 0
+  for path, node in nodes(NAMED):
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+      text = ast.get_docstring(node) or ''
+      count += bool(text)
+      if re.match(r'(what|who)(so)?(ever)?\b', text, re.I):
+        bad.append(f'{path}: {text.splitlines()[0]}')
+  assert count >= 500
+  assert not bad, bad
 
 
 def test_a_file_is_on_the_path_or_left_out_for_a_reason():

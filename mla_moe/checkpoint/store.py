@@ -343,12 +343,12 @@ def _judge(folder, step, allow_unsealed) -> _Verdict:
 
 def _read(path, step, like, sealed, renamed) -> Restored:
   """Returns the step in the shardings of `like`, its fingerprints compared."""
-  saved, wanted = _metadata(path), like
-  older = {renamed[name]: name for name in renamed if name in saved}
+  stored, wanted = _metadata(path), like
+  older = {renamed[name]: name for name in renamed if name in stored}
   if older:
     fields = {f.name: getattr(like, f.name) for f in dataclasses.fields(like)}
     wanted = {older.get(name, name): tree for name, tree in fields.items()}
-  _compare(_described(saved), _described(wanted), path)
+  _compare(_described(stored), _described(wanted), path)
   abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
   items = _load(
     path,
@@ -408,10 +408,10 @@ def _described(tree: Any) -> dict[str, tuple]:
   }
 
 
-def _compare(saved: dict, wanted: dict, path: pathlib.Path):
-  for name in sorted(saved.keys() | wanted.keys()):
-    if saved.get(name) != wanted.get(name):
+def _compare(stored: dict, wanted: dict, path: pathlib.Path):
+  for name in sorted(stored.keys() | wanted.keys()):
+    if stored.get(name) != wanted.get(name):
       raise ConfigError(
-        f'{path}: {name} is {saved.get(name, "absent")} in the checkpoint, '
+        f'{path}: {name} is {stored.get(name, "absent")} in the checkpoint, '
         f'but {wanted.get(name, "absent")} in this run; use another workdir'
       )

@@ -6,6 +6,7 @@ the body's bytes, the samples, the stop texts, and the size of every number.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 from typing import NamedTuple
@@ -28,6 +29,7 @@ _FIELDS = {
 }  # fmt: skip
 _SAMPLES = 1024  # most of a request, over all its prompts
 _STOPS, _STOP_LENGTH = 16, 256
+_BODY_SECONDS = 60
 _LARGEST = 2**64  # of every number
 _ROLES = {
   'system': 'system',
@@ -68,8 +70,8 @@ async def read_body(request: requests.Request, limit: int) -> dict:
   """Returns the JSON object of a request's body.
 
   Raises:
-    Refused: the body is none, or has more than `limit` bytes, or a web page
-      has sent it.
+    Refused: the body is none, has more than `limit` bytes, does not come, or
+      comes from a web page.
   """
   if 'origin' in request.headers:
     raise Refused(403, 'origin: requests of web pages are not answered')
@@ -79,10 +81,16 @@ async def read_body(request: requests.Request, limit: int) -> dict:
       415, f'content-type: is {kind[:80]!r}, must be application/json'
     )
   data = bytearray()
-  async for part in request.stream():
-    data += part
-    if len(data) > limit:
-      raise Refused(413, f'the body is longer than {limit} bytes')
+  try:
+    async with asyncio.timeout(_BODY_SECONDS):
+      async for part in request.stream():
+        data += part
+        if len(data) > limit:
+          raise Refused(413, f'the body is longer than {limit} bytes')
+  except TimeoutError:
+    raise Refused(
+      408, f'the body has not come within {_BODY_SECONDS} seconds'
+    ) from None
   try:
     body = json.loads(bytes(data))
   except (ValueError, RecursionError):

@@ -74,6 +74,49 @@ def test_templates_cannot_escape(words, tmp_path, text):
     chat.prompt(tmp_path, words[0], 'hello')
 
 
+@pytest.mark.parametrize(
+  'source',
+  [
+    '{{ 1 / 0 }}',
+    '{% for i in range(10**9) %}{% endfor %}',
+    '{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}',
+    '{{ messages[5].content }}',
+    '{{ raise_exception("two\nlines") }}',
+    5,
+    {'a': 1},
+  ],
+)
+def test_a_template_s_failure_is_one_line(words, tmp_path, source):
+  pytest.importorskip('jinja2')
+  template(tmp_path, source)
+  with pytest.raises(ConfigError, match='template') as error:
+    chat.prompt(tmp_path, words[0], 'hello')
+  assert '\n' not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_odd_settings_of_a_template(words, tmp_path):
+  pytest.importorskip('jinja2')
+  words, top = words
+  # No template has the name 'default': that of V3 stands.
+  template(tmp_path, ['a', {'name': 'tools', 'template': 'b'}])
+  hello = words.encode('hello')
+  expected = [0, top + 1, *hello, top + 2]
+  np.testing.assert_array_equal(chat.prompt(tmp_path, words, 'hello'), expected)
+  # A null is no token, as in transformers.
+  template(tmp_path, '{{ bos_token }}{{ messages[0].content }}')
+  path = tmp_path / 'tokenizer_config.json'
+  values = json.loads(path.read_text())
+  path.write_text(json.dumps(values | {'bos_token': None}))
+  np.testing.assert_array_equal(chat.prompt(tmp_path, words, 'hello'), hello)
+  # A mark in the template that stands for no message is text.
+  (tmp_path / 'chat_template.jinja').write_text('\ue0007\ue001', 'utf-8')
+  expected = words.encode('\ue0007\ue001')
+  np.testing.assert_array_equal(chat.prompt(tmp_path, words, 'hello'), expected)
+  (tmp_path / 'chat_template.jinja').write_bytes(b'\xff')
+  with pytest.raises(ConfigError, match='UTF-8'):
+    chat.prompt(tmp_path, words, 'hello')
+
+
 def sentencepiece():
   """A tokenizer whose words begin with a space, and whose rest are bytes."""
   tokenizers = pytest.importorskip('tokenizers')

@@ -14,7 +14,7 @@ import pytest
 import uvicorn
 
 from experiments import opened, text
-from experiments.serving import endpoint, scheduler
+from experiments.serving import endpoint, scheduler, validation
 from experiments.serving.engine import Engine
 from mla_moe import CacheConfig, load_huggingface, rollout
 from mla_moe.data import tokenizer
@@ -274,6 +274,19 @@ def test_a_web_page_is_no_client(server, status, headers):
   assert server.ask('/v1/completions', ask, headers=headers)[0] == status
   if 'host' in headers:
     assert server.ask('/healthz', headers=headers)[0] == status
+
+
+def test_half_a_request_ends(server, monkeypatch):
+  monkeypatch.setattr(validation, '_BODY_SECONDS', 0.2)
+  line = server.connect(timeout=20)
+  line.putrequest('POST', '/v1/completions')
+  for name, value in {**JSON, 'content-length': '100'}.items():
+    line.putheader(name, value)
+  line.endheaders(b'{"prompt": ')
+  answer = line.getresponse()
+  assert answer.status == 408 and b'0.2 seconds' in answer.read()
+  assert line.sock is None or line.sock.recv(1) == b''  # it is closed, too
+  line.close()
 
 
 def test_waiting_clients_that_go_away_leave_the_engine_whole(server):

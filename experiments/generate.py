@@ -32,7 +32,7 @@ def define() -> None:
   flags.DEFINE_float('temperature', 0.0, '0 is greedy.', 0.0)
   flags.DEFINE_integer('top_k', 0, 'Of so many likely tokens; 0 is off.', 0)
   flags.DEFINE_float('top_p', 1.0, 'Of the likeliest with this mass.', 0.0, 1.0)
-  flags.DEFINE_float('min_p', 0.0, 'A share of the likeliest.', 0.0, 1.0)
+  flags.DEFINE_float('min_p', 0.0, 'A fraction of the likeliest one.', 0.0, 1.0)
   flags.DEFINE_float('repetition_penalty', 1.0, 'Above 1 repeats less.', 0.0)
   flags.DEFINE_multi_string('stop', [], 'A text that ends it; repeatable.')
   flags.DEFINE_integer('seed', -1, 'Of the draws; -1 is another every time.')

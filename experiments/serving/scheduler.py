@@ -36,7 +36,7 @@ from mla_moe.decode import forward, latent_cache, sampling
 
 
 class Full(Exception):
-  """The queue has as many requests as it may have."""
+  """As many prompts wait as may wait."""
 
 
 class Event(NamedTuple):

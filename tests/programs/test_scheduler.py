@@ -40,7 +40,7 @@ def make(weights=None, case='v2_lite', **more):
 
 
 def drain(server):
-  """Every sample's tokens and last reason, and knobs many steps it took."""
+  """Every sample's tokens and last reason, and the number of steps."""
   out, steps = {}, 0
   while server.busy:
     for event in server.step():

@@ -1,4 +1,8 @@
-"""The command line's edge: bad input is one line and exit code 2."""
+"""The edge of every program: flags in, one line and an exit code out.
+
+Exit codes: 0 finished; 2 bad flags, config or input, reported in one line; 1 a
+run that could not go on, in one line, or any other error, with its traceback.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +24,8 @@ from mla_moe.config import keys as config_keys
 
 FLAGS = flags.FLAGS
 
-_OURS = 'mla_moe.config.ConfigError: '
-# What Python's int and float say of a text that is none.
+_OURS = f'{ConfigError.__module__}.{ConfigError.__qualname__}: '
+# The messages of Python's int and float for a text that is no number.
 _NUMBER = re.compile(
   r'flag --(.*?): (?:invalid literal for|could not convert string to) '
   r'(int|float).*'
@@ -33,14 +37,14 @@ class Stopped(RuntimeError):
 
 
 def define_unsealed() -> None:
-  """The flag of every program that reads a run's checkpoint."""
+  """Defines the flag of every program that reads a run's checkpoint."""
   flags.DEFINE_bool(
     'allow_unsealed', False, 'Trust a checkpoint that was never sealed.'
   )
 
 
 def define() -> None:
-  """The flags of every program that runs a config."""
+  """Defines the flags of every program that runs a config."""
   config_flags.DEFINE_config_file(
     'config', 'configs/tiny.py', 'File of the config, or FILE:variant.'
   )
@@ -48,16 +52,12 @@ def define() -> None:
 
 
 def config() -> Config:
-  """The checked config of the flags."""
+  """Returns the checked config of the flags."""
   return freeze(FLAGS.config)
 
 
 def run(main: Callable[[], None], define: Callable[[], None] = define) -> None:
-  """Defines and parses the flags, and calls `main`; ends the process.
-
-  0: finished. 2: bad flags, config or input, said in one line. 1: a run that
-  could not go on, in one line; anything else, with its traceback.
-  """
+  """Defines and parses the flags, and calls `main`; errors end the process."""
   with edge():
     _parse(define)
     main()
@@ -65,13 +65,13 @@ def run(main: Callable[[], None], define: Callable[[], None] = define) -> None:
 
 @contextlib.contextmanager
 def edge() -> Iterator[None]:
-  """Ends the process by `run`'s exit codes; needs no flags of its own."""
+  """Turns the errors of a `with` block into a line and an exit code."""
   code, text = 2, ''
   try:
     try:
       yield
     finally:
-      sys.stdout.flush()  # here, and not when Python has half ended
+      sys.stdout.flush()  # here, where its errors can still be reported
     return
   except ConfigError as error:
     text = f'error: {error}'
@@ -80,7 +80,7 @@ def edge() -> Iterator[None]:
   except KeyboardInterrupt:
     code, text = 1, 'Interrupted.'
   except BrokenPipeError:
-    # Whoever reads has seen enough; what Python would still flush goes nowhere.
+    # The reader (head, less) has gone; Python must not flush to it at exit.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     code, text = 1, 'Ended: nobody reads the output any more.'
   print(text, file=sys.stderr)
@@ -88,10 +88,10 @@ def edge() -> Iterator[None]:
 
 
 def _parse(define: Callable[[], None]) -> None:
-  """Defines the flags, which reads the config and its overrides at once.
+  """Defines the flags and parses them; this reads config and overrides, too.
 
   Raises:
-    ConfigError: whatever is wrong with them.
+    ConfigError: any mistake in them.
   """
   name = ''
   try:
@@ -105,14 +105,14 @@ def _parse(define: Callable[[], None]) -> None:
     if 'config' in FLAGS:
       name = config_file(sys.argv[1:])
     rest = FLAGS(sys.argv)[1:]
-    made = FLAGS.config if 'config' in FLAGS else FLAGS
+    config = FLAGS.config if 'config' in FLAGS else FLAGS
   except (ConfigError, BrokenPipeError):
     raise
   except Exception as error:  # a config file may raise anything
-    raise ConfigError(_said(error, name)) from None
-  if not hasattr(made, 'keys') and made is not FLAGS:
+    raise ConfigError(_message(error, name)) from None
+  if not hasattr(config, 'keys') and config is not FLAGS:
     raise ConfigError(
-      f'--config={name}: get_config gives {made!r}; it must return a config, '
+      f'--config={name}: get_config gives {config!r}; it must return a config, '
       'as that of configs/tiny.py does'
     )
   if rest:
@@ -120,7 +120,7 @@ def _parse(define: Callable[[], None]) -> None:
 
 
 def _keys() -> str:
-  """Every key of a config, as the command line has it."""
+  """Returns every key of a config, as a flag with its default."""
   lines = [
     "The keys of a config (mla_moe/config.py), with DeepSeek-V3's values:"
   ]
@@ -131,25 +131,25 @@ def _keys() -> str:
 
 
 def config_file(words: list[str]) -> str:
-  """The config file that the command line names, or ''.
+  """Returns the config file that the command line names, or ''.
 
   Raises:
-    ConfigError: it is not there; says which may be meant.
+    ConfigError: there is no such file; names one with a similar name.
   """
-  found = re.search(r'(?:^|\0)--?config[=\0]([^:\0]*)', '\0'.join(words))
-  name = found[1] if found else ''
-  if found and not pathlib.Path(name).is_file():
-    there = {path.stem: path for path in pathlib.Path('configs').glob('*.py')}
-    near = difflib.get_close_matches(pathlib.Path(name).stem, there, 1)
-    hint = f'; did you mean {there[near[0]]}?' if near else ''
+  flag = re.search(r'(?:^|\0)--?config[=\0]([^:\0]*)', '\0'.join(words))
+  name = flag[1] if flag else ''
+  if flag and not pathlib.Path(name).is_file():
+    files = {path.stem: path for path in pathlib.Path('configs').glob('*.py')}
+    near = difflib.get_close_matches(pathlib.Path(name).stem, files, 1)
+    hint = f'; did you mean {files[near[0]]}?' if near else ''
     raise ConfigError(f'--config={name}: no such file in {os.getcwd()}{hint}')
   return name
 
 
-def _said(error: Exception, name: str) -> str:
-  """An error of the flags or of config file `name`, with its line, in one."""
+def _message(error: Exception, name: str) -> str:
+  """Returns one line for an error of the flags or of the config file `name`."""
   text = str(error).replace(r'\n', '; ').strip()
-  # ml_collections wraps some of what a config file raises in its text: the
+  # ml_collections puts the traceback of some errors into its own message: the
   # last line is the error itself.
   wrapped = 'Traceback' in text
   last = text.splitlines()[-1].strip() if text else ''
@@ -162,8 +162,8 @@ def _said(error: Exception, name: str) -> str:
   if wrapped or lines:
     kind = type(error).__name__
     last = last if wrapped else f'{kind}: {getattr(error, "msg", last)}'
-    at = f', line {lines[-1]}' if lines else ''
-    return f'--config={name}{at}: {last}'
+    line = f', line {lines[-1]}' if lines else ''
+    return f'--config={name}{line}: {last}'
   if isinstance(error, (AttributeError, KeyError)):
     return _no_key(sys.argv[1:]) or f'config: {text}'
   text = ' '.join(text.split())
@@ -171,27 +171,27 @@ def _said(error: Exception, name: str) -> str:
 
 
 def _alike(word: str, name: str) -> bool:
-  """topk or tk for top_k."""
+  """Whether `word` abbreviates `name`: topk or tk for top_k."""
   parts = name.split('_')
   short = ''.join(part[0] for part in parts)
   return word.replace('_', '') in (''.join(parts), short if parts[1:] else '')
 
 
 def _no_key(words: list[str]) -> str:
-  """The first --config.KEY that no config has, and the nearest that is there.
+  """Returns a line on the first unknown --config.KEY, with the likeliest key.
 
-  A key of another group counts before a similar name: the group is what one
-  forgets.
+  The same name in another group comes before a similar name: people forget the
+  group first.
   """
   keys = list(config_keys())
   groups = {key.rpartition('.')[0] for key in keys}
   for word in words:
-    asked = re.match(r'--?(config\.[\w.]+)', word)
-    if not asked or asked[1] in keys or asked[1] in groups:
+    flag = re.match(r'--?(config\.[\w.]+)', word)
+    if not flag or flag[1] in keys or flag[1] in groups:
       continue
-    word = asked[1].rpartition('.')[2]
+    word = flag[1].rpartition('.')[2]
     same = [key for key in keys if _alike(word, key.rpartition('.')[2])]
-    near = same or difflib.get_close_matches(asked[1], keys, 1, 0.8)
+    near = same or difflib.get_close_matches(flag[1], keys, 1, 0.8)
     hint = f'did you mean {near[0]}?' if near else '--help lists them'
-    return f'{asked[1]}: there is no such key; {hint}'
+    return f'{flag[1]}: there is no such key; {hint}'
   return ''

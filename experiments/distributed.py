@@ -1,14 +1,15 @@
-"""Several processes as one run: how they find each other, and what they share.
+"""Several processes as one run: how they find each other, and their roles.
 
-jax.distributed is started when it is asked for (--distributed=on) or when the
-surroundings say so, and one line says which: JAX_COORDINATOR_ADDRESS with
-JAX_NUM_PROCESSES and JAX_PROCESS_ID, a Slurm step of several tasks, a TPU slice
-of several hosts (Cloud or GKE). Then every process must be of one mind: config,
-code and packages are compared before anything is computed, since a difference
-would end in a hang or, worse, in a run that nobody can repeat.
+jax.distributed starts with --distributed=on, or if the environment names other
+processes: JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID, a
+Slurm step of several tasks, or a TPU slice of several hosts (Cloud or GKE). A
+roll call comes first: jax aborts a process that waits in vain, without a word
+on the absent one. Then config, code and packages of all processes are compared,
+because a difference would end in a hang or in a run that cannot be repeated.
 
 Process 0 alone writes the run's files. The others compute the same numbers and
-write them where nobody looks; of a batch each reads only its devices' rows.
+write theirs into a scratch folder. Each process reads only its devices' rows of
+a batch.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ import json
 import os
 import pathlib
 import platform
+import socket
 import tempfile
+import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from experiments import roll_call, workdir
+from experiments import workdir
 from mla_moe.config import Config, ConfigError
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
@@ -35,7 +38,10 @@ _ROOT = pathlib.Path(__file__).parent.parent
 
 
 def detect(environ: dict[str, str]) -> tuple[str, dict]:
-  """(who says so, arguments of jax.distributed.initialize), or ('', {})."""
+  """Returns who names other processes, and jax.distributed's arguments.
+
+  ('', {}) means that there are none.
+  """
   get = environ.get
   if get('JAX_COORDINATOR_ADDRESS'):
     names = 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID'
@@ -66,52 +72,98 @@ def _number(environ, name: str) -> int:
     raise ConfigError(f'{name}={environ[name]!r}: must be a number') from None
 
 
-def start(asked: str, timeout: int) -> None:
-  """Joins the other processes; before anything else of jax is used.
+def start(mode: str, timeout: int) -> None:
+  """Joins the other processes, before jax is used for anything else.
 
-  `asked` is auto, on or off; `timeout` is in seconds.
+  `mode` is auto, on or off; `timeout` is in seconds.
 
   Raises:
-    ConfigError: processes did not arrive in time; says which.
+    ConfigError: processes that did not arrive in time; names them.
   """
-  how, arguments = detect(dict(os.environ)) if asked != 'off' else ('', {})
-  if not how and asked != 'on':
+  source, arguments = detect(dict(os.environ)) if mode != 'off' else ('', {})
+  if not source and mode != 'on':
     return
   import jax
 
   if 'cpu' in (os.environ.get('JAX_PLATFORMS') or ''):
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   if arguments:
-    absent = roll_call.missing(*arguments.values(), timeout)
-    if absent:
-      who = ', '.join(map(str, absent))
+    missing = absent(*arguments.values(), timeout)
+    if missing:
+      numbers = ', '.join(map(str, missing))
       raise ConfigError(
-        f'process {who} did not arrive within {timeout} s (found by {how}); '
-        'look at its log, or wait longer with --distributed_timeout'
+        f'process {numbers} did not arrive within {timeout} s (found by '
+        f'{source}); look at its log, or wait longer with --distributed_timeout'
       )
   try:
     jax.distributed.initialize(**arguments, initialization_timeout=timeout)
   except (RuntimeError, ValueError) as error:
     line = ' '.join(str(error).split())
     raise ConfigError(
-      f'--distributed={asked}: could not start: {line}'
+      f'--distributed={mode}: could not start: {line}'
     ) from None
   if jax.process_index() == 0:
     print(
-      f'{jax.process_count()} processes (found by {how or "--distributed"}), '
-      f'{jax.device_count()} devices.'
+      f'{jax.process_count()} processes (found by '
+      f'{source or "--distributed"}), {jax.device_count()} devices.'
     )
 
 
+def absent(address: str, me: int, count: int, timeout: float) -> list[int]:
+  """Returns the processes that did not arrive in time, the same everywhere.
+
+  Process 0 listens on the port after the coordinator's (`address`, host:port),
+  and the others tell it their numbers. If process 0 is the absent one, each of
+  them finds that out by itself.
+  """
+  host, _, port = address.rpartition(':')
+  end = time.monotonic() + timeout
+  if me:
+    return _report(host, int(port) + 1, me, end)
+  return _listen(int(port) + 1, count, end)
+
+
+def _listen(port: int, count: int, end: float) -> list[int]:
+  here = {}
+  with contextlib.ExitStack() as stack:
+    server = stack.enter_context(socket.create_server(('', port), backlog=64))
+    while len(here) < count - 1 and time.monotonic() < end:
+      server.settimeout(max(end - time.monotonic(), 0.01))
+      try:
+        peer = stack.enter_context(server.accept()[0])
+        peer.settimeout(max(end - time.monotonic(), 0.01))
+        here[int(peer.makefile().readline())] = peer
+      except (OSError, ValueError):  # too late, or a stranger
+        continue
+    missing = sorted(set(range(1, count)) - set(here))
+    for peer in here.values():
+      with contextlib.suppress(OSError):
+        peer.sendall(json.dumps(missing).encode() + b'\n')
+  return missing
+
+
+def _report(host: str, port: int, me: int, end: float) -> list[int]:
+  while time.monotonic() < end:
+    try:
+      with socket.create_connection((host, port), timeout=1.0) as server:
+        server.sendall(f'{me}\n'.encode())
+        # Process 0 may have started later, and so wait longer.
+        server.settimeout(2 * max(end - time.monotonic(), 1.0))
+        return json.loads(server.makefile().readline())
+    except (OSError, ValueError):
+      time.sleep(0.2)
+  return [0]
+
+
 def processes() -> int:
-  """How many there are; asking starts no backend where there is one."""
+  """Returns how many there are; a single one does not start its backend."""
   import jax
 
   return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
 def first() -> bool:
-  """This is the process that writes."""
+  """Whether this is process 0, which writes the run's files."""
   import jax
 
   return processes() == 1 or jax.process_index() == 0
@@ -121,8 +173,8 @@ def agree(config: Config) -> None:
   """Compares config, code and packages of all processes.
 
   Raises:
-    ConfigError: on every process, if any differs from process 0; says which
-      and in what.
+    ConfigError: on every process, if any differs from process 0; names the
+      process and the difference.
   """
   if processes() == 1:
     return
@@ -130,12 +182,12 @@ def agree(config: Config) -> None:
 
   parts = fingerprints(config)
   mine = np.stack([np.frombuffer(h, np.uint8) for h in parts.values()])
-  every = np.asarray(multihost_utils.process_allgather(mine))
+  hashes = np.asarray(multihost_utils.process_allgather(mine))
   apart = [
     f'process {i} has another {name}'
-    for i, theirs in enumerate(every)
-    for name, ours, other in zip(parts, every[0], theirs, strict=True)
-    if (ours != other).any()
+    for i, theirs in enumerate(hashes)
+    for name, first, other in zip(parts, hashes[0], theirs, strict=True)
+    if (first != other).any()
   ]
   if apart:
     raise ConfigError(
@@ -145,7 +197,7 @@ def agree(config: Config) -> None:
 
 
 def fingerprints(config: Config) -> dict[str, bytes]:
-  """SHA-256 of the config, of our sources, and of versions that matter."""
+  """Returns SHA-256 of the config, of our sources, and of package versions."""
   digest = lambda text: hashlib.sha256(text.encode()).digest()
   files = [
     path
@@ -165,10 +217,10 @@ def fingerprints(config: Config) -> dict[str, bytes]:
 
 @contextlib.contextmanager
 def claim(folder: os.PathLike | str, config: Config):
-  """`workdir.claim` by process 0; yields the folder, and where to write.
+  """Yields a run's folder, claimed by process 0, and the folder for its rows.
 
-  The second is the folder itself on process 0, and scratch on the others,
-  which are silent.
+  The second is the first on process 0, and a scratch folder on the others,
+  whose standard output goes nowhere.
 
   Raises:
     ConfigError: on every process, if process 0 cannot have the folder.
@@ -181,16 +233,16 @@ def claim(folder: os.PathLike | str, config: Config):
       return
     alone(enter)
     scratch = stack.enter_context(tempfile.TemporaryDirectory())
-    nowhere = stack.enter_context(open(os.devnull, 'w'))
-    stack.enter_context(contextlib.redirect_stdout(nowhere))
+    null = stack.enter_context(open(os.devnull, 'w'))
+    stack.enter_context(contextlib.redirect_stdout(null))
     yield pathlib.Path(folder), pathlib.Path(scratch)
 
 
 def alone(do: Callable[[], Any]) -> Any:
-  """What `do` returns on process 0; None on the others, which wait for it.
+  """Returns the result of `do` on process 0; the others wait and get None.
 
   Raises:
-    ConfigError: on every process, what it raised on process 0.
+    ConfigError: on every process, if `do` raised it on process 0.
   """
   if processes() == 1:
     return do()
@@ -202,20 +254,22 @@ def alone(do: Callable[[], Any]) -> Any:
       result = do()
     except ConfigError as error:
       text = str(error)
-  said = np.zeros(2048, np.uint8)
-  raw = text.encode()[: said.size]
-  said[: len(raw)] = np.frombuffer(raw, np.uint8)
-  said = np.asarray(multihost_utils.broadcast_one_to_all(said))
-  if said.any():
-    raise ConfigError(bytes(said[said > 0].tolist()).decode(errors='ignore'))
+  message = np.zeros(2048, np.uint8)
+  raw = text.encode()[: message.size]
+  message[: len(raw)] = np.frombuffer(raw, np.uint8)
+  message = np.asarray(multihost_utils.broadcast_one_to_all(message))
+  if message.any():
+    text = bytes(message[message > 0].tolist())
+    raise ConfigError(text.decode(errors='ignore'))
   return result
 
 
-def share(mesh, micro: int) -> tuple[int, int]:
-  """(i, n): this process's devices hold the i-th of n shares of the rows.
+def part(mesh, micro: int) -> tuple[int, int]:
+  """Returns (i, n): this process reads the i-th of n equal parts of the rows.
 
-  Processes that hold other parts of the same rows' model read the same share.
-  (0, 1), all rows, where the devices' order does not let it be one stretch.
+  `micro` is the number of rows. Processes whose devices split the model, and
+  not the rows, read the same part. (0, 1) means all rows: where those of this
+  process's devices are not one interval.
   """
   from jax.sharding import NamedSharding
 
@@ -225,9 +279,9 @@ def share(mesh, micro: int) -> tuple[int, int]:
     return 0, 1
   rows = NamedSharding(mesh, sharding.spec(('batch',)))
   mine = rows.addressable_devices_indices_map((micro,)).values()
-  at = sorted({index[0].indices(micro)[:2] for index in mine})
-  first, last = at[0][0], at[-1][1]
-  size = sum(stop - start for start, stop in at)
+  intervals = sorted({index[0].indices(micro)[:2] for index in mine})
+  first, last = intervals[0][0], intervals[-1][1]
+  size = sum(stop - start for start, stop in intervals)
   if size != last - first or first % size or micro % size:
     return 0, 1
   return first // size, micro // size

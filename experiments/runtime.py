@@ -1,4 +1,4 @@
-"""What a program sets of its process before it computes: caches and memory."""
+"""Settings of a process before it computes: compilation cache and memory."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from mla_moe.config import ConfigError
 
 
 def keep_compilations(folder: pathlib.Path) -> None:
-  """A second start of the same config compiles nothing again.
+  """Makes jax cache compiled programs in a folder, for the next start.
 
-  What lies there is run, so nobody else may put anything there. The variable
+  Programs are run from there, so other users must not write to it. The variable
   JAX_COMPILATION_CACHE_DIR names another folder.
 
   Raises:
@@ -25,8 +25,8 @@ def keep_compilations(folder: pathlib.Path) -> None:
 
   folder = pathlib.Path(os.environ.get('JAX_COMPILATION_CACHE_DIR') or folder)
   folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-  found = folder.stat()
-  if found.st_uid != os.getuid() or found.st_mode & 0o022:
+  status = folder.stat()
+  if status.st_uid != os.getuid() or status.st_mode & 0o022:
     raise ConfigError(
       f'{folder}: compiled programs are run from here, but others can write to '
       'it; chmod 700 it, or delete it'
@@ -37,16 +37,16 @@ def keep_compilations(folder: pathlib.Path) -> None:
 
 
 def keep_memory() -> None:
-  """On a CPU, what a step frees stays with the process for the next step.
+  """Keeps freed memory with the process, on a CPU, for the next step.
 
-  XLA asks for a step's whole scratch memory anew each time, and glibc hands so
-  large a piece back to the system at once: every step then faults it in page
-  by page, which costs about a tenth of the benchmark's step. It must be the
-  main thread that asks, because other threads' heaps cannot grow so large.
+  XLA allocates a step's whole scratch memory again each time, and glibc returns
+  so large a piece to the system at once. Every step then faults it in page by
+  page, which costs about a tenth of the benchmark's step. The dispatch must be
+  synchronous, because the heaps of other threads cannot grow so large.
   """
   import jax
 
-  # Before anything asks for a backend: a CPU client reads it when it is made.
+  # Before the backend starts: a CPU client reads the flag only then.
   jax.config.update('jax_cpu_enable_async_dispatch', False)
   if jax.default_backend() != 'cpu':
     return
@@ -58,15 +58,15 @@ def keep_memory() -> None:
     mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is handed back
 
 
-# Fewer copies of what loops carry: up to 3 % of a step's time.
+# Copies the carries of loops less often: up to 3 % of a step's time.
 _STEP = {'xla_cpu_copy_insertion_use_region_analysis': True}
 
 
 @functools.cache
 def step_options() -> dict[str, bool]:
-  """What a training step is compiled with: `compiler_options` of `jax.jit`.
+  """Returns the `compiler_options` of a training step, for `jax.jit`.
 
-  Nothing but on a CPU, and nothing where XLA does not know the option.
+  They are {} on accelerators, and where XLA does not know the option.
   """
   import jax
 
@@ -80,10 +80,9 @@ def step_options() -> dict[str, bool]:
 
 
 def peak_memory() -> int:
-  """Bytes of memory that this process has held at most.
+  """Returns the peak memory of this process in bytes.
 
-  On Linux not what `ru_maxrss` says, which begins with what the process held
-  that started this one.
+  Linux's `ru_maxrss` would begin with the peak of the parent process.
   """
   status = pathlib.Path('/proc/self/status')
   if status.exists():

@@ -2,10 +2,15 @@
 
   python -m experiments.train --config=configs/tiny.py --workdir=runs/tiny
 
-The same command again resumes where the last checkpoint was, bit for bit.
-SIGTERM and SIGINT save at the next step and exit 0; a second one ends at once.
-With --replay=STEP nothing is trained: the step is computed again from the
-checkpoint before it, and compared with what it gave when the run was there.
+The same command again resumes from the last checkpoint, bit for bit. SIGTERM
+and SIGINT save at the next step and exit with 0; a second signal ends the
+process at once. --replay=STEP trains nothing: it computes that step again from
+the checkpoint before it, and compares it with the run's record.
+
+`run` claims the folder, `_run` opens the parts of a run, and `_steps` is the
+loop. A step is dispatched before the results of the step before it are read:
+the device computes while Python writes. Hence a step's faults are seen one step
+late, or at once where a chore or a save is due.
 """
 
 from __future__ import annotations
@@ -20,37 +25,63 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from experiments import cli, distributed, profile, workdir
-from experiments.training import signals, skips, tracking, watchdog
-from experiments.training.course import Course, resume, shape
-from mla_moe.config import Config
+from experiments.training import signals, skips, tracking
+from experiments.training.progress import Progress, resume
+from experiments.training.watchdog import Watchdog
+from mla_moe.config import Config, RunConfig
 
 
-class Also(NamedTuple):
-  """What a run does beside training: steps to trace, a tracker to tell."""
+class Options(NamedTuple):
+  """What one start of a run adds to its config.
+
+  profile: the steps to trace, FIRST:LAST. track: a tracker that gets the
+  metrics, too. allow_unsealed: resume from a checkpoint without a seal.
+  """
 
   profile: str = ''
   track: str = ''
+  allow_unsealed: bool = False
+
+
+class Parts(NamedTuple):
+  """The open parts of a run: see `_run`."""
+
+  setup: Any  # preparation.Setup
+  recorder: Any  # recorder.Recorder
+  writer: Any  # store.Writer
+  watchdog: Watchdog
+  stop: signals.Stop
+  trace: Any  # of `profile.steps`
+
+
+class End(NamedTuple):
+  """Why the loop ended.
+
+  kind: 'finished'; 'stopped', by a signal; 'back', to before the spikes that
+  began at step `first`; or 'halted', because too many steps were skipped.
+  """
+
+  kind: str
+  progress: Progress
+  reason: str = ''
+  first: int = 0
 
 
 def run(
-  config: Config,
-  folder: os.PathLike | str,
-  *,
-  unsealed: bool = False,
-  also: Also = Also(),
+  config: Config, folder: os.PathLike | str, options: Options = Options()
 ) -> dict:
   """Trains in `folder`; returns the last numbers (step, loss, bits_per_byte).
 
   Raises:
     ConfigError: a config, a text or a checkpoint that cannot be used.
-    cli.Stopped: the run could not go on; what it had is saved.
+    cli.Stopped: the run could not go on; its last good state is saved.
   """
   with (
     distributed.claim(folder, config) as (path, records),
     signals.Stop() as stop,
   ):
     try:
-      return _run(config, path, records, stop, unsealed, also)
+      return _run(config, path, records, stop, options)
     except RuntimeError as error:
       if 'RESOURCE_EXHAUSTED' not in str(error):
         raise
@@ -61,319 +92,311 @@ def run(
       raise cli.Stopped(workdir.trouble(path, error)) from error
 
 
-class Look(NamedTuple):
-  """A dispatched step, to be looked at once the next one runs."""
-
-  number: int
-  rates: Any
-  values: Any
-  prints: Any  # fingerprints of the state after it, where they are due
-  spent: tuple[float, int] | None  # seconds and tokens, where it is logged
-
-
-class Ended(NamedTuple):
-  """How steps ended: finished, stopped, back (to before `first`), halted."""
-
-  how: str
-  course: Course
-  text: str = ''
-  first: int = 0
-
-
 def _run(
-  config, path: pathlib.Path, records: pathlib.Path, stop, unsealed, also
+  config: Config,
+  path: pathlib.Path,
+  records: pathlib.Path,
+  stop: signals.Stop,
+  options: Options,
 ) -> dict:
+  """Opens the parts of a run, trains, and closes them.
+
+  Checkpoints go to `path` and rows to `records`: the same folder on the first
+  process, a scratch folder on the others.
+  """
   import jax
 
-  from experiments import report
-  from experiments.training import logs, preparation, recorder
-  from mla_moe.checkpoint import folders, store
+  from experiments.training import logs, preparation
+  from experiments.training.recorder import Recorder
+  from mla_moe.checkpoint import store
 
-  window = profile.window(also.profile)
-  metrics = path / 'metrics.jsonl'
-  track = also.track if distributed.first() else ''
-  tell_also = tracking.of(track, path, dataclasses.asdict(config))
-  ready = preparation.prepare(config, path)
-  every = config.run
+  traced = profile.window(options.profile)
+  name = options.track if distributed.first() else ''
   with contextlib.ExitStack() as stack:
-    if ready.mesh:
-      stack.enter_context(jax.set_mesh(ready.mesh))
-    kept = dict(keep_every=every.keep_every, keep_best=every.keep_best)
-    saved = store.Writer(path / 'checkpoints', every.keep, **kept)
-    stack.enter_context(saved)
-    dog = stack.enter_context(watchdog.Watchdog(every.step_timeout))
-    state = preparation.fresh(ready)
-    like = jax.tree.map(shape, state)
-    course = Course(0, state, skips.Guard())
-    if folders.steps(path / 'checkpoints'):
-      del state, course  # their memory is the restored one's
-      course = resume(ready, like, unsealed=unsealed, aside=True)
-      if course:
-        print(f'Resuming {path} at step {course.number}.')
-      else:  # killed in its very first save
-        course = Course(0, preparation.fresh(ready), skips.Guard())
-    written = recorder.Recorder(ready._replace(path=records), course.number)
-    stack.callback(written.close)
-    written.before = stack.enter_context(
-      profile.steps(path / 'profile', *window, dog.rest)
+    enter = stack.enter_context
+    trackers = []
+    if name:
+      trackers.append(tracking.Tracker(name, path, dataclasses.asdict(config)))
+      stack.callback(trackers[0].close)
+    setup = preparation.prepare(config, path)
+    if setup.mesh:
+      enter(jax.set_mesh(setup.mesh))
+    run = config.run
+    keep = dict(keep_every=run.keep_every, keep_best=run.keep_best)
+    writer = enter(store.Writer(path / 'checkpoints', run.keep, **keep))
+    watchdog = enter(Watchdog(run.step_timeout))
+    start = resume(
+      setup, allow_unsealed=options.allow_unsealed, move_refused=True
     )
-    if tell_also:
-      stack.callback(tell_also.close)
-      written.trackers.append(tell_also)
+    if start:
+      print(f'Resuming {path} at step {start.number}.')
+    else:
+      start = Progress(0, preparation.fresh(setup), skips.Counts())
     print(preparation.headline(config))
-    with logs.progress(every.steps, course.number) as tell:
-      while True:
-        ended = _steps(ready, course, saved, written, stop, dog, tell)
-        dog.rest()
-        if ended.how != 'back':
-          break
-        course = _back(ready, saved, written, like, ended)
+    with logs.progress_bar(run.steps, start.number) as tell:
+      recorder = Recorder(setup, records, start.number, trackers, tell)
+      stack.callback(recorder.close)
+      trace = enter(profile.steps(path / 'profile', *traced, watchdog.rest))
+      parts = Parts(setup, recorder, writer, watchdog, stop, trace)
+      end = _steps(parts, start)
+      while end.kind == 'back':
+        end = _steps(parts, _go_back(parts, end))
     try:
-      _end(ready, saved, written, ended)
+      _finish(parts, end)
     finally:
-      # A run that is stopped at once has logged nothing to draw.
-      if distributed.first() and report.logged(workdir.rows(metrics)):
-        files = report.write(path), metrics, path / 'samples.txt'
-        there = [file.name for file in files if file and file.exists()]
-        print(f'Results in {path}: {", ".join(there)}.')
-  return written.final
+      _report(path)
+  return recorder.final
 
 
-def _steps(ready, course, saved, written, stop, dog, tell) -> Ended:
-  """Steps until something ends them; each is looked at behind the next one."""
+def _steps(parts: Parts, start: Progress) -> End:
+  """Trains until a signal, skipped steps or the last step end the loop."""
   import jax
 
-  from experiments.training.preparation import place
+  from experiments.training import steps
+
+  setup, recorder, run = parts.setup, parts.recorder, parts.setup.config.run
+  number, state, counts = start
+  text = steps.read(setup, number, run.steps, counts.left_out)
+  clock, previous = Clock(), None
+  for number, batch in text:
+    state, result = _dispatch(parts, clock, number, state, batch)
+    end = previous and _examine(recorder, previous, counts, run)
+    clock.add(steps.tokens(setup.config, number)[1], result.metrics)
+    if number % run.log_every == 0 or number == run.steps:
+      jax.block_until_ready(result.metrics['loss'])
+      result = result._replace(lap=clock.lap())
+    previous = result
+
+    signal = signals.agreed(result.signal)
+    chores = recorder.chores(number)
+    saves = steps.is_due(run, number, run.save_every) or signal
+    if end or chores or saves or number == run.steps:
+      parts.watchdog.rest()
+      with clock.paused():
+        end = end or _examine(recorder, result, counts, run)
+        progress, previous = Progress(number, state, counts), None
+        if end and end.kind == 'back':  # frees the memory for another state
+          progress = progress._replace(state=None)
+        if end:
+          return end._replace(progress=progress)
+        for chore in chores:
+          _attempt(chore, progress, recorder)
+        if saves:
+          _save(parts, progress)
+      if signal and number < run.steps:
+        return End('stopped', progress, signal)
+  return End('finished', Progress(number, state, counts))
+
+
+def _dispatch(parts: Parts, clock: Clock, number: int, state, batch):
+  """Starts a step on the devices; returns its state and its `Result`."""
+  from experiments.training import steps
+  from experiments.training.recorder import Result
   from mla_moe import fp8
   from mla_moe.checkpoint import faults, fingerprint
-  from mla_moe.data import batches
-  from mla_moe.train import optim
 
-  config, every = ready.config, ready.config.run
-  start, state, counts = course
-  del course
-  number = start
-  stream = batches.batches(
-    ready.text.train,
-    config.data,
-    ready.text.bos_id,
-    start,
-    every.steps,
-    *ready.share,
-    left_out=counts.passed,
+  config = parts.setup.config
+  rates = steps.rates(config, number)
+  disturbed, state = faults.disturb(number, rates, state)
+  signal = parts.stop.share()
+  clock.pause(parts.trace(number, state))
+  if clock.running:
+    parts.watchdog.arm(f'step {number}')
+  with fp8.collect_fallbacks() as fallbacks:  # when the step is traced
+    state, metrics = steps.take(parts.setup, state, batch, disturbed)
+  if fallbacks:
+    parts.recorder.fallbacks(fallbacks)
+  checked = steps.is_checked(config.run, number)
+  # The first step compiles: the fingerprints' program with it.
+  prints = fingerprint.of(state) if checked or not clock.running else None
+  return state, Result(
+    number, rates, metrics, signal, prints if checked else None
   )
-  look, clock = None, None
-  for number, batch in enumerate(stream, start + 1):
-    seen, size = batches.span(config.data, number - 1)
-    rates = optim.rates(config.optim, number - 1, seen * config.data.seq_len)
-    given, state = faults.disturb(number, rates, state)
-    asked = stop.share()
-    traced = written.before(number, state)
-    if clock:  # the first step compiles: it is not watched
-      clock.pause(traced)
-      dog.arm(f'step {number}')
-    with fp8.collect_fallbacks() as fallbacks:  # when the step is traced
-      state, values = ready.train(
-        state, place(ready, batch), place(ready, given)
-      )
-    if fallbacks:
-      written.fallen = len(fallbacks)
-      print(*sorted(set(fallbacks)), sep='\n')
-    checked = _checked(number, every)
-    prints = fingerprint.of(state) if checked or not clock else None
-    ended = look and _look(look, counts, every, written, tell)
-    if ended:
-      return _at(ended, number, state, counts)
-    if clock:
-      clock.tokens += size * config.data.seq_len
-    else:  # nor timed
-      jax.block_until_ready(values)
-      clock = Clock()
-    spent = None
-    if number % every.log_every == 0 or number == every.steps:
-      jax.block_until_ready(values['loss'])
-      spent = clock.lap()
-    look = Look(number, rates, values, prints if checked else None, spent)
-    why = signals.agreed(asked)
-    chores = _chores(number, every, written)
-    saving = _due(number, every.save_every, every) or why
-    if chores or saving or number == every.steps:
-      dog.rest()
-      began = time.perf_counter()
-      ended = _look(look, counts, every, written, tell)
-      look = None
-      if ended:
-        return _at(ended, number, state, counts)
-      for do in chores:
-        tell(number, _attempt(do, number, state, written))
-      course = Course(number, state, counts)
-      if saving:
-        _store(ready, course, saved, written)
-      clock.pause(time.perf_counter() - began)
-      if why and number < every.steps:
-        return Ended('stopped', course, why)
-      del course  # its buffers become the next state's
-  return Ended('finished', Course(number, state, counts))
-
-
-def _at(ended: Ended, number, state, counts) -> Ended:
-  """With its course; without the state, which is not gone back from."""
-  state = None if ended.how == 'back' else state
-  return ended._replace(course=Course(number, state, counts))
 
 
 class Clock:
-  """Tokens and seconds between logged steps, chores left out."""
+  """Tokens and seconds between logged steps.
+
+  It runs from the end of the first step, which compiles.
+  """
 
   def __init__(self):
-    self._began, self.tokens = time.perf_counter(), 0
+    self._began, self._tokens, self.running = 0.0, 0, False
+
+  def add(self, tokens: int, metrics: dict) -> None:
+    """Counts a step's tokens; the first step is waited for instead."""
+    import jax
+
+    if self.running:
+      self._tokens += tokens
+    else:
+      jax.block_until_ready(metrics)
+      self._began, self.running = time.perf_counter(), True
 
   def lap(self) -> tuple[float, int]:
-    """(seconds, tokens) since the last lap; (0, 0) where there was no step."""
+    """Returns (seconds, tokens) since the last lap; (0, 0) without a step."""
     now = time.perf_counter()
-    spent, did = now - self._began, self.tokens
-    self._began, self.tokens = now, 0
-    return (spent if did else 0.0), did
+    seconds, tokens = now - self._began, self._tokens
+    self._began, self._tokens = now, 0
+    return (seconds if tokens else 0.0), tokens
 
   def pause(self, seconds: float) -> None:
-    """Leaves so much out of the lap."""
+    """Leaves this time out of the lap."""
     self._began += seconds
 
-
-def _due(number: int, period: int, every) -> bool:
-  return bool(period) and (number % period == 0 or number == every.steps)
-
-
-def _checked(number: int, every) -> bool:
-  """Fingerprints are due; behind a saved step, too: replay is cheap there."""
-  behind = every.save_every and number % every.save_every == 1
-  return bool(every.check_every) and (
-    _due(number, every.check_every, every) or bool(behind)
-  )
+  @contextlib.contextmanager
+  def paused(self):
+    """Leaves the time of a `with` block out of the lap."""
+    began = time.perf_counter()
+    yield
+    self.pause(time.perf_counter() - began)
 
 
-def _chores(number, every, written) -> list:
-  periods = [
-    (written.measure, every.eval_every),
-    (written.show, every.sample_every),
-    (written.health, every.health_every if written.eight else 0),
-  ]
-  return [do for do, period in periods if _due(number, period, every)]
+def _examine(
+  recorder, result, counts: skips.Counts, run: RunConfig
+) -> End | None:
+  """Records a step's results; returns an `End` if the loop must end there.
 
-
-def _attempt(do, number, state, written) -> str:
-  """A chore; a disk that fails it is no reason to stop training."""
-  try:
-    return do(number, state)
-  except OSError as error:
-    written.incident(number, f'{do.__name__}: {error}')
-    return ''
-
-
-def _look(look: Look, counts, every, written, tell) -> Ended | None:
-  """Writes a step down; says whether the run must end there."""
-  number = look.number
-  skipped = int(look.values['skipped'])
+  Raises:
+    cli.Stopped: devices hold different copies of an array.
+  """
+  number, skipped = result.number, int(result.metrics['skipped'])
   if skipped:
-    written.incident(number, f'skipped: {skips.REASONS[skipped]}')
-  logged = look.spent or skipped
-  text = ''
-  if logged:
-    spent, tokens = look.spent or (0.0, 0)
-    text = written.step(number, look.rates, look.values, spent, tokens)
-  tell(number, text)
-  apart = look.prints and written.fingerprints(
-    number, look.prints, counts.passed
-  )
-  if apart:
-    written.incident(number, f'replicas differ: {"; ".join(apart)}')
-    raise cli.Stopped(
-      f'step {number}: devices hold different copies of {apart[0]}; suspect '
-      'that device. Nothing was saved since; the same command resumes before'
-    )
-  verdict = counts.saw(skipped, every)
+    recorder.incident(number, f'skipped: {skips.REASONS[skipped]}')
+  if result.lap or skipped:
+    recorder.step(result)
+  else:
+    recorder.advance(number)
+  if result.fingerprints:
+    apart = recorder.fingerprints(result, counts.left_out)
+    if apart:
+      recorder.incident(number, f'replicas differ: {"; ".join(apart)}')
+      raise cli.Stopped(
+        f'step {number}: devices hold different copies of {apart[0]}; suspect '
+        'that device. Nothing was saved since; the same command resumes before'
+      )
+  verdict = counts.add(skipped, run)
   if not verdict:
     return None
   first = number - counts.streak + 1
   if verdict == 'back':
-    return Ended('back', None, first=first)
-  return Ended('halted', None, f'step {number}: {verdict}', first)
+    return End('back', None, first=first)
+  return End('halted', None, f'step {number}: {verdict}', first)
 
 
-def _store(ready, course, saved, written) -> bool:
-  """Saves; a save that fails is an incident, and training goes on."""
+def _attempt(chore, progress: Progress, recorder) -> None:
+  """Does a chore; one that fails is an incident, and training goes on."""
+  number, state, _ = progress
+  try:
+    chore(number, state)
+  except Exception as error:
+    text = ' '.join(str(error).split())[:200]
+    recorder.incident(
+      number, f'{chore.__name__} failed: {type(error).__name__}: {text}'
+    )
+
+
+@contextlib.contextmanager
+def _saving(recorder, number: int):
+  """Makes an incident of a save that fails in the block: training goes on."""
   from mla_moe.checkpoint import store
 
-  bits = written.measured.get(course.number)
-  facts = {
-    'corpus': ready.text.fingerprint,
-    'config': workdir.digest(ready.config),
-    'bits_per_byte': bits,
-    'guard': dataclasses.asdict(course.guard),
+  try:
+    yield
+  except store.NotSaved as error:
+    recorder.incident(number, str(error))
+
+
+def _save(parts: Parts, progress: Progress) -> None:
+  """Begins to save the progress, when the save before it has ended."""
+  with _saving(parts.recorder, progress.number):
+    parts.writer.wait()
+  with _saving(parts.recorder, progress.number):
+    parts.writer.save(progress.number, progress.state, _facts(parts, progress))
+
+
+def _facts(parts: Parts, progress: Progress) -> dict:
+  """Returns what a checkpoint says of its run, beside the state."""
+  return {
+    'corpus': parts.setup.corpus.fingerprint,
+    'config': workdir.digest(parts.setup.config),
+    'bits_per_byte': parts.recorder.bits_per_byte.get(progress.number),
+    'counts': dataclasses.asdict(progress.counts),
   }
-  good = True
-  for attempt in (
-    saved.wait,
-    lambda: saved.save(course.number, course.state, facts),
-  ):
-    try:
-      attempt()
-    except store.NotSaved as error:
-      written.incident(course.number, str(error))
-      good = False
-  return good
 
 
-def _back(ready, saved, written, like, ended: Ended) -> Course:
-  """The course from before a spike, with the text around it left out."""
+def _go_back(parts: Parts, end: End) -> Progress:
+  """Returns the progress from before a series of spikes.
+
+  The text from there to `spike_jump` batches after the last step is left out.
+  """
   from mla_moe.data import batches
 
-  config = ready.config
-  now, counts = ended.course.number, ended.course.guard
-  saved.wait()
-  course = resume(ready, like, before=ended.first, aside=True)
-  if course is None:
+  setup, recorder, writer, *_ = parts
+  config, (number, _, counts) = setup.config, end.progress
+  with _saving(recorder, number):
+    writer.wait()
+  start = resume(setup, before=end.first, move_refused=True)
+  if start is None:
     raise cli.Stopped(
-      f'step {now}: spikes since step {ended.first}, and no checkpoint from '
+      f'step {number}: spikes since step {end.first}, and no checkpoint from '
       'before; lower config.optim.learning_rate or config.run.save_every'
     )
-  ahead = (
-    batches.span(config.data, now)[0]
-    - batches.span(config.data, course.number)[0]
+  first, last = (
+    batches.span(config.data, step)[0] for step in (start.number, number)
   )
-  more = config.run.spike_jump * config.data.batch_size
-  counts = counts.went_back(counts.passed + ahead + more)
-  written.open(course.number)
-  written.incident(
-    now,
-    f'went back to step {course.number}, from before the spikes that began at '
-    f'step {ended.first}; {counts.passed} sequences are left out',
+  jump = config.run.spike_jump * config.data.batch_size
+  counts = counts.after_rollback(counts.left_out + last - first + jump)
+  recorder.rewind(start.number)
+  recorder.incident(
+    number,
+    f'went back to step {start.number}, from before the spikes that began at '
+    f'step {end.first}; {counts.left_out} sequences are left out',
   )
-  return course._replace(guard=counts)
+  return start._replace(counts=counts)
 
 
-def _end(ready, saved, written, ended: Ended) -> None:
-  """The last words of a run, once its last checkpoint is sealed."""
+def _finish(parts: Parts, end: End) -> None:
+  """Waits for the last checkpoint, and prints why a run ends early.
+
+  Raises:
+    cli.Stopped: the run was halted, or its last step could not be saved.
+  """
   from mla_moe.checkpoint import store
 
-  number = ended.course.number
+  number = end.progress.number
   try:
-    if ended.how == 'halted':
-      _store(ready, ended.course, saved, written)
-    saved.wait()
+    if end.kind == 'halted':
+      with _saving(parts.recorder, number):
+        parts.writer.wait()
+      facts = _facts(parts, end.progress)
+      parts.writer.save(number, end.progress.state, facts)
+    parts.writer.wait()
   except store.NotSaved as error:
     raise cli.Stopped(f'{error}; sealed steps are as they were') from None
-  if ended.how == 'halted':
-    written.incident(number, ended.text)
+  if end.kind == 'halted':
+    parts.recorder.incident(number, end.reason)
     raise cli.Stopped(
-      f'{ended.text}; step {number} is saved, and holds the last good numbers'
+      f'{end.reason}; step {number} is saved, and holds the last good numbers'
     )
-  if ended.how == 'stopped':
-    print(f'Stopped by {ended.text} at step {number}: saved.')
+  if end.kind == 'stopped':
+    print(f'Stopped by {end.reason} at step {number}: saved.')
 
 
-def _out_of_memory(config, error) -> str:
-  """What the state alone takes, and what would take less."""
+def _report(path: pathlib.Path) -> None:
+  """Draws the report, and prints where the results are."""
+  from experiments import report
+
+  metrics = path / 'metrics.jsonl'
+  # A run that a signal stops in its first steps may have logged nothing.
+  if distributed.first() and report.logged(workdir.rows(metrics)):
+    files = report.write(path), metrics, path / 'samples.txt'
+    names = [file.name for file in files if file and file.exists()]
+    print(f'Results in {path}: {", ".join(names)}.')
+
+
+def _out_of_memory(config: Config, error: Exception) -> str:
+  """Returns a line with the size of the state, and three ways to need less."""
   from mla_moe import cost
 
   state = sum(cost.training_bytes_per_device(config).values()) / 2**30
@@ -389,7 +412,7 @@ def _out_of_memory(config, error) -> str:
 
 
 def define() -> None:
-  """This program's flags, beside those of a config."""
+  """Defines this program's flags, beside those of a config."""
   cli.define()
   cli.define_unsealed()
   flags.DEFINE_integer('replay', 0, 'Compute this step again, and compare.', 0)
@@ -404,19 +427,22 @@ def define() -> None:
 
 
 def main() -> None:
-  """Runs the flags' config in the flags' folder."""
-  unsealed = flags.FLAGS.allow_unsealed
-  if flags.FLAGS.replay:
+  """Runs the config of the flags in the folder of the flags."""
+  values = flags.FLAGS
+  options = Options(values.profile, values.track, values.allow_unsealed)
+  if values.replay:
     from experiments.training import replay
 
-    path = pathlib.Path(flags.FLAGS.workdir)
-    replay.replay(path, flags.FLAGS.replay, unsealed=unsealed)
+    replay.replay(
+      pathlib.Path(values.workdir),
+      values.replay,
+      allow_unsealed=options.allow_unsealed,
+    )
     return
   config = cli.config()
-  distributed.start(flags.FLAGS.distributed, flags.FLAGS.distributed_timeout)
+  distributed.start(values.distributed, values.distributed_timeout)
   distributed.agree(config)
-  also = Also(flags.FLAGS.profile, flags.FLAGS.track)
-  run(config, flags.FLAGS.workdir, unsealed=unsealed, also=also)
+  run(config, values.workdir, options)
 
 
 if __name__ == '__main__':

@@ -18,18 +18,18 @@ from typing import Any
 from mla_moe import files
 from mla_moe.config import Config, ConfigError, differences, freeze
 
-# What may change between the starts of one run: nothing that the numbers of a
-# step depend on; a mesh changes their last bits alone.
+# Fields that may change when a run resumes. A mesh or a kernel changes the last
+# bits of a step's numbers, and no other field here changes any.
 _HARMLESS = ('config.run.', 'config.mesh.', 'config.model.compute.')
 
-# Starts a digest; another one belongs to another version of `digest`.
+# A digest with another beginning is of another version of `digest`.
 _DIGEST = 'fields:'
 
-# What a disk says when it is full, read-only, failing or gone.
+# The errors of a disk that is full, read-only, failing or gone.
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 DISK |= {errno.ESTALE, errno.ENODEV}
 
-# What services' keys look like. A config is written down, and shared.
+# The forms of services' keys. A config is saved, and may be shared.
 _SECRETS = re.compile(
   r'hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}'
   r'|AKIA[A-Z0-9]{16}|AIza[A-Za-z0-9_-]{30,}'
@@ -43,12 +43,12 @@ _PATH_WORDS = {'PATH', 'DIR', 'FILE'}
 
 @contextlib.contextmanager
 def claim(folder: os.PathLike | str, config: Config):
-  """Makes the folder if need be, holds its lock, and writes config.json.
+  """Yields the folder, made if need be, with its lock and its config.json.
 
   Raises:
-    ConfigError: it is a file, cannot be written, another process writes to it,
-      it holds a run of a different config (says which fields differ), or the
-      config holds what looks like a key.
+    ConfigError: the folder is a file, cannot be written, is locked by another
+      process or holds a run of another config (names the fields); or the
+      config holds a string that looks like a key.
   """
   text = json.dumps(dataclasses.asdict(config), indent=1)
   if redacted(text) != text:
@@ -67,12 +67,12 @@ def claim(folder: os.PathLike | str, config: Config):
 
 @contextlib.contextmanager
 def lock(path: pathlib.Path):
-  """Makes the folder, for this user's eyes, and holds its lock.
+  """Makes the folder, readable by this user only, and holds its lock.
 
-  The lock is the kernel's: it goes when the process goes, however it goes.
+  The lock is the kernel's: it ends with the process, even by SIGKILL.
 
   Raises:
-    ConfigError: it is a file, cannot be written, or is locked.
+    ConfigError: the folder is a file, cannot be written, or is locked.
   """
   if path.exists() and not path.is_dir():
     raise ConfigError(f'workdir={str(path)!r}: is a file; name a folder')
@@ -99,10 +99,10 @@ def lock(path: pathlib.Path):
 
 
 def redacted(text: str) -> str:
-  """The text without what looks like a key, and without the environment's.
+  """Returns the text without keys, of known forms or in the environment.
 
   A variable holds a key if its name has one of `_KEY_WORDS` and its value is no
-  path here. The value is also looked for as JSON spells it.
+  path here. JSON's spelling of the value is removed, too.
   """
   for name, value in os.environ.items():
     words = set(name.upper().split('_'))
@@ -114,10 +114,10 @@ def redacted(text: str) -> str:
 
 
 def digest(config: Config) -> str:
-  """A hash of all that a run is: of its fields that differ from the defaults.
+  """Returns a hash of the fields that make a run the run it is.
 
-  Fields of `_HARMLESS` are left out, as are those at their default, so that a
-  field which a later version adds changes no digest.
+  Fields of `_HARMLESS` are left out. So are fields at their default: a field
+  that a later version adds changes no digest.
   """
   lines = [x for x in differences(config, Config()) if not _is_harmless(x)]
   text = '\n'.join(sorted(lines))
@@ -125,21 +125,21 @@ def digest(config: Config) -> str:
 
 
 def of_another(config: Config, digest_of_run: str) -> bool:
-  """Whether a checkpoint's digest says that its run had another config.
+  """Whether a checkpoint's digest belongs to a run of another config.
 
-  Digests of older versions cannot be computed again and are no sign of it.
+  A digest of an older version cannot be compared: the answer is no.
   """
   comparable = digest_of_run.startswith(_DIGEST)
   return comparable and digest_of_run != digest(config)
 
 
 def _is_harmless(line: str) -> bool:
-  """Whether a run may go on although this field of its config changed."""
+  """Whether a run may resume although this field of its config differs."""
   return line.startswith(_HARMLESS) and not line.startswith('config.run.seed')
 
 
 def trouble(path: os.PathLike | str, error: OSError) -> str:
-  """An error of the disk in one line, with what is free."""
+  """Returns a disk's error as one line, with the free space."""
   try:
     free = f'{shutil.disk_usage(path).free / 2**20:,.0f} MiB are free'
   except OSError:
@@ -149,7 +149,7 @@ def trouble(path: os.PathLike | str, error: OSError) -> str:
 
 
 def read_config(path: pathlib.Path) -> Config:
-  """The config that a run's folder was made with."""
+  """Returns the config of the run in this folder."""
   content = files.read_bytes(path / 'config.json')
   try:
     values = json.loads(content.decode('utf-8'))
@@ -159,7 +159,7 @@ def read_config(path: pathlib.Path) -> Config:
 
 
 def write(path: pathlib.Path, text: str) -> None:
-  """Replaces a file: its name holds the old text or the new, never half."""
+  """Replaces a file; a kill leaves the old text or the new one, whole."""
   scratch = path.with_name(f'{path.name}.new')
   with open(scratch, 'w') as file:
     file.write(text)
@@ -169,6 +169,7 @@ def write(path: pathlib.Path, text: str) -> None:
 
 
 def _bind(path: pathlib.Path, config: Config, text: str):
+  """Writes config.json, unless the folder holds a run of another config."""
   if (path / 'config.json').exists():
     before = read_config(path)
     lines = differences(config, before)
@@ -178,10 +179,10 @@ def _bind(path: pathlib.Path, config: Config, text: str):
         f'workdir={str(path)!r}: holds a run of another config '
         f'({"; ".join(wrong)}); name another folder'
       )
-    computed = config.mesh, config.model.compute
-    if computed != (before.mesh, before.model.compute) and not wrong:
-      what = 'mesh' if config.mesh != before.mesh else 'config.model.compute'
-      print(f'Another {what}: the same losses but for their last digits.')
+    compute = config.mesh, config.model.compute
+    if compute != (before.mesh, before.model.compute) and not wrong:
+      group = 'mesh' if config.mesh != before.mesh else 'config.model.compute'
+      print(f'Another {group}: the same losses but for their last digits.')
   try:
     write(path / 'config.json', text)
   except OSError as error:
@@ -189,19 +190,19 @@ def _bind(path: pathlib.Path, config: Config, text: str):
 
 
 def _begun(path: pathlib.Path) -> bool:
-  """A step was taken or saved: until then a folder may change its config."""
-  saved = path / 'checkpoints'
-  steps = saved.is_dir() and any(saved.iterdir())
+  """Whether a step was logged or saved; before that the config may change."""
+  checkpoints = path / 'checkpoints'
+  steps = checkpoints.is_dir() and any(checkpoints.iterdir())
   return steps or bool(rows(path / 'metrics.jsonl'))
 
 
 def rows(path: pathlib.Path) -> list[dict]:
-  """The rows of a .jsonl file; a torn last line is left out.
+  """Returns the rows of a .jsonl file, without a last line that a kill tore.
 
   A number that is not finite is null in the file (JSON has no NaN) and NaN
   here.
   """
-  found = []
+  rows = []
   if path.exists():
     for line in path.read_text(errors='replace').splitlines():
       try:
@@ -210,12 +211,12 @@ def rows(path: pathlib.Path) -> list[dict]:
         break
       if not isinstance(row, dict):
         break
-      found.append(_with_nan(row) if 'null' in line else row)
-  return found
+      rows.append(_with_nan(row) if 'null' in line else row)
+  return rows
 
 
 def _line(row: dict) -> str:
-  """A row as one line of strict JSON."""
+  """Returns a row as one line of strict JSON."""
   try:
     text = json.dumps(row, allow_nan=False)
   except ValueError:
@@ -224,7 +225,7 @@ def _line(row: dict) -> str:
 
 
 def _without_nan(value: Any) -> Any:
-  """The value with None for every number that is not finite."""
+  """Returns the value with None for every number that is not finite."""
   if isinstance(value, dict):
     return {name: _without_nan(item) for name, item in value.items()}
   if isinstance(value, (list, tuple)):
@@ -234,7 +235,7 @@ def _without_nan(value: Any) -> Any:
 
 
 def _with_nan(value: Any) -> Any:
-  """The value with NaN for every None: the inverse of `_without_nan`."""
+  """Returns the value with NaN for every None: the inverse."""
   if isinstance(value, dict):
     return {name: _with_nan(item) for name, item in value.items()}
   if isinstance(value, list):
@@ -243,19 +244,19 @@ def _with_nan(value: Any) -> Any:
 
 
 def rewind(path: pathlib.Path, step: int) -> list[dict]:
-  """Drops the rows of a .jsonl file after `step`; returns those that stay."""
-  kept = [row for row in rows(path) if row['step'] <= step]
+  """Drops the rows of a .jsonl file after `step`; returns the others."""
+  first = [row for row in rows(path) if row['step'] <= step]
   if path.exists():
-    write(path, ''.join(map(_line, kept)))
-  return kept
+    write(path, ''.join(map(_line, first)))
+  return first
 
 
 class Rows:
-  """Appends rows to a .jsonl file, whole ones only.
+  """Appends rows to a .jsonl file: whole rows, and in order.
 
-  Where the disk is full they wait in memory, are tried again with every row
-  that follows, and `close` raises the OSError if they are still there: no row
-  is lost in silence, and none is torn but by a kill.
+  If the disk is full, a row waits in memory and is tried again with each later
+  row. `close` raises the OSError if rows are still waiting: no row is lost
+  silently, and only a kill can tear one.
   """
 
   def __init__(self, path: pathlib.Path):
@@ -264,7 +265,7 @@ class Rows:
     self._waiting: list[bytes] = []
 
   def append(self, row: dict) -> None:
-    """Writes the row now, or keeps it."""
+    """Writes the row, now or with a later one."""
     self._waiting.append(_line(row).encode())
     try:
       self._flush()
@@ -273,10 +274,10 @@ class Rows:
         print(f'WARNING: {trouble(self._path, error)}; rows wait in memory.')
 
   def close(self) -> None:
-    """Writes what still waits.
+    """Writes the rows that still wait, and closes the file.
 
     Raises:
-      OSError: it cannot be written.
+      OSError: they cannot be written.
     """
     try:
       self._flush()
@@ -287,8 +288,8 @@ class Rows:
     while self._waiting:
       line, end = self._waiting[0], os.fstat(self._file.fileno()).st_size
       try:
-        written = self._file.write(line)
-        if written != len(line):
+        size = self._file.write(line)
+        if size != len(line):
           raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
       except OSError:
         with contextlib.suppress(OSError):  # the first error says more

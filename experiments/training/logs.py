@@ -1,4 +1,9 @@
-"""What a run writes down: metrics.jsonl, load.jsonl, TensorBoard, a bar."""
+"""The rows of a run (metrics.jsonl, load.jsonl, TensorBoard) and its bar.
+
+A run may be killed at any instant and goes on from its last checkpoint, so the
+files are first cut back to that step; then rows are appended, whole ones only
+(`workdir.Rows`).
+"""
 
 from __future__ import annotations
 
@@ -14,10 +19,10 @@ from mla_moe.train import metrics
 
 
 class Logs:
-  """A run's writers, opened at a step: later rows are dropped first.
+  """Writers of rows and loads, opened after the rows behind `step` are dropped.
 
-  Rows go to metrics.jsonl and their numbers to TensorBoard (when it is
-  installed: extra [viz]); loads go to load.jsonl for the heat map.
+  Rows go to metrics.jsonl, and their numbers to TensorBoard if that is
+  installed (extra [viz]); loads go to load.jsonl, for the report's heat map.
   """
 
   def __init__(self, folder: pathlib.Path, step: int):
@@ -31,13 +36,13 @@ class Logs:
     self._events = _tensorboard(folder)
 
   def health(self, step: int, load: np.ndarray) -> dict:
-    """Writes the loads [L, E] of a step and returns its health numbers."""
+    """Writes a step's loads [L, E]; returns `metrics.health` of them."""
     self._running = metrics.running_load(self._running, load)
     self._load.append({'step': step, 'load': np.asarray(load).tolist()})
     return metrics.health(load, self._running)
 
   def write(self, row: dict) -> None:
-    """One row; it must have a 'step'."""
+    """Writes a row, which has a 'step'."""
     self._metrics.append(row)
     if self._events:
       from tensorboard.compat.proto import event_pb2, summary_pb2
@@ -58,21 +63,21 @@ class Logs:
         self._events = None
 
   def close(self) -> None:
-    """Flushes and closes every file.
+    """Writes the rows that wait, and closes every file.
 
     Raises:
       OSError: rows that cannot be written.
     """
-    with contextlib.ExitStack() as every:
+    with contextlib.ExitStack() as stack:
       for file in (self._metrics, self._load, self._events):
         if file:
-          every.callback(file.close)
+          stack.callback(file.close)
 
 
 def fp8_health(values: dict[str, np.ndarray]) -> dict:
-  """A row of `fp8_health.measure`: the worst of all layers, and the layers."""
-  worst = lambda end: max(
-    float(v.max()) for name, v in values.items() if name.endswith(end)
+  """Returns the row of `fp8_health.measure`: worst values, and each layer's."""
+  worst = lambda suffix: max(
+    float(v.max()) for name, v in values.items() if name.endswith(suffix)
   )
   rounded = {
     name: [float(f'{x:.4g}') for x in v.tolist()] for name, v in values.items()
@@ -96,8 +101,8 @@ def _tensorboard(folder: pathlib.Path):
 
 
 @contextlib.contextmanager
-def progress(total: int, done: int):
-  """Yields tell(step, text): a bar with ETA on a terminal, else plain lines."""
+def progress_bar(total: int, done: int):
+  """Yields tell(step, text): a bar with the time left, or lines in a file."""
   if not sys.stdout.isatty():
     yield lambda step, text: text and print(f'step {step}/{total}  {text}')
     return
@@ -113,7 +118,7 @@ def progress(total: int, done: int):
     task = bar.add_task('compiling', total=total, completed=done)
 
     def tell(step, text):
-      described = {'description': text} if text else {}
-      bar.update(task, completed=step, **described)
+      more = {'description': text} if text else {}
+      bar.update(task, completed=step, **more)
 
     yield tell

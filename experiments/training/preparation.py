@@ -1,4 +1,8 @@
-"""All that a run needs before its first step: made once, changed by nothing."""
+"""The setup of a run: text, mesh and compiled programs, all before step 1.
+
+Whatever is wrong with a config or its text is reported here, before anything
+is compiled. Nothing in a `Setup` changes during the run.
+"""
 
 from __future__ import annotations
 
@@ -13,38 +17,47 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from experiments import distributed, runtime
 from mla_moe import cost, fp8, sharding
 from mla_moe.config import Config, RunConfig
-from mla_moe.data import batches, corpus
-from mla_moe.data import tokenizer as tokenizer_lib
+from mla_moe.data import batches, corpus, tokenizer
 from mla_moe.train import fp8_health, step
-from mla_moe.train.state import State, init_state, placement
+from mla_moe.train.state import (
+  State,
+  abstract_state,
+  init_state,
+  placement,
+)
 
 
-class Prepared(NamedTuple):
-  """A checked config, its text, its mesh and its jitted steps."""
+class Setup(NamedTuple):
+  """A checked config with its text, its mesh and its jitted programs.
+
+  byte_lengths: [V], the bytes of each token. part: (i, n), this process reads
+  the i-th of n equal parts of each batch's rows.
+  """
 
   config: Config
   path: pathlib.Path
-  tokenizer: tokenizer_lib.Tokenizer
-  lengths: np.ndarray  # bytes of each token
-  text: corpus.Corpus
+  tokenizer: tokenizer.Tokenizer
+  byte_lengths: np.ndarray
+  corpus: corpus.Corpus
   heldout: list[batches.Batch]
   mesh: jax.sharding.Mesh | None
-  share: tuple[int, int]  # of a batch's rows: this process's, of how many
+  part: tuple[int, int]
   train: Callable
   evaluate: Callable
-  examine: Callable  # FP8's health
+  fp8_health: Callable
 
 
-def prepare(config: Config, path: pathlib.Path) -> Prepared:
-  """Whatever is wrong with the config or its text is said here.
+def prepare(config: Config, path: pathlib.Path) -> Setup:
+  """Returns the setup of a run in the folder `path`.
 
   Raises:
-    ConfigError: before anything is compiled.
+    ConfigError: a config, or a text, that cannot be used.
   """
   runtime.keep_memory()
   runtime.keep_compilations(path.parent / '.jax_cache')
@@ -52,45 +65,39 @@ def prepare(config: Config, path: pathlib.Path) -> Prepared:
   _, slow = fp8.choose(config.model.precision, config.model.compute.fp8)
   if slow:
     print(slow)
-  tokenizer = tokenizer_lib.load(
+  words = tokenizer.load(
     config.data.tokenizer, config.model.bos_id, config.model.eos_id
   )
-  make = functools.partial(
-    corpus.prepare, config.data, tokenizer, path.parent / '.corpus'
+  tokenise = functools.partial(
+    corpus.prepare, config.data, words, path.parent / '.corpus'
   )
-  text = distributed.alone(make) or make()
+  text = distributed.alone(tokenise) or tokenise()
   corpus.check(text, config)
   heldout = batches.eval_batches(
     text.heldout, config.data, text.bos_id, config.run.eval_batches
   )
   mesh = sharding.make_mesh(config.mesh) if config.mesh.devices > 1 else None
-  # How long a run is and how often it speaks is nothing to a step.
-  train, evaluate, examine = _jitted(
-    dataclasses.replace(config, run=RunConfig())
-  )
-  return Prepared(
-    config,
-    path,
-    tokenizer,
-    tokenizer.byte_lengths(),
-    text,
-    heldout,
-    mesh,
-    distributed.share(mesh, config.data.micro_batch or config.data.batch_size),
-    train,
-    evaluate,
-    examine,
+  # A step does not depend on the length of the run or the periods of chores.
+  programs = _jitted(dataclasses.replace(config, run=RunConfig()))
+  rows = config.data.micro_batch or config.data.batch_size
+  part = distributed.part(mesh, rows)
+  lengths = words.byte_lengths()
+  return Setup(
+    config, path, words, lengths, text, heldout, mesh, part, *programs
   )
 
 
 @functools.lru_cache(maxsize=4)
 def _jitted(config: Config) -> tuple[Callable, ...]:
-  """Runs of one process with the same numbers share their programs."""
-  whole, placed = None, None
+  """Returns the jitted (train, evaluate, fp8_health).
+
+  Runs of one process with the same config share them.
+  """
+  replicated, outputs = None, None
   if config.mesh.devices > 1:
     mesh = sharding.make_mesh(config.mesh)
-    whole = NamedSharding(mesh, PartitionSpec())
-    placed = placement(config, mesh), whole
+    replicated = NamedSharding(mesh, PartitionSpec())
+    outputs = placement(config, mesh), replicated
   train = functools.partial(step.train_step, config=config)
   evaluate = functools.partial(step.eval_step, config=config)
   examine = functools.partial(fp8_health.measure, config=config)
@@ -98,55 +105,74 @@ def _jitted(config: Config) -> tuple[Callable, ...]:
     jax.jit(
       train,
       donate_argnums=0,
-      out_shardings=placed,
+      out_shardings=outputs,
       compiler_options=runtime.step_options(),
     ),
-    jax.jit(evaluate, out_shardings=whole),
-    jax.jit(examine, out_shardings=whole),
+    jax.jit(evaluate, out_shardings=replicated),
+    jax.jit(examine, out_shardings=replicated),
   )
 
 
-def fresh(ready: Prepared) -> State:
-  """The state before any step, committed to its device as a restored one is.
+def fresh(setup: Setup) -> State:
+  """Returns the state before the first step.
 
-  jit compiles for committed and for other arrays apart: a run would compile its
-  step once more when it is resumed.
+  It is committed to its device, as a restored state is: jit compiles a step
+  for committed arrays and for others separately.
   """
-  key = jax.random.key(ready.config.run.seed)
-  state = init_state(key, ready.config, ready.mesh)
-  return state if ready.mesh else jax.device_put(state, jax.devices()[0])
+  key = jax.random.key(setup.config.run.seed)
+  state = init_state(key, setup.config, setup.mesh)
+  return state if setup.mesh else jax.device_put(state, jax.devices()[0])
 
 
-def place(ready: Prepared, tree: Any) -> Any:
-  """A batch (or rates) on the device, or split over the mesh's batch axes."""
-  if ready.mesh is None:
+def abstract(setup: Setup) -> State:
+  """Returns the shapes, dtypes and shardings of the state, without arrays."""
+  config = setup.config
+  state = nn.unbox(abstract_state(config))
+  if setup.mesh:
+    places = placement(config, setup.mesh)
+  else:
+    device = SingleDeviceSharding(jax.devices()[0])
+    places = jax.tree.map(lambda _: device, state)
+  return jax.tree.map(
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    state,
+    places,
+  )
+
+
+def place(setup: Setup, tree: Any) -> Any:
+  """Puts a batch, or rates, on the device or on the mesh.
+
+  A batch [n, B, T] is split over the mesh's batch axes; other arrays are copied
+  to all devices. The batch may be whole, or this process's part of the rows.
+  """
+  if setup.mesh is None:
     return jax.device_put(jax.tree.map(np.asarray, tree))
 
-  at, shares = ready.share
-  data = ready.config.data
+  index, parts = setup.part
+  data = setup.config.data
   micro = data.micro_batch or data.batch_size
 
   def one(x):
     x = np.asarray(x)
     if x.ndim != 3:
-      here = NamedSharding(ready.mesh, PartitionSpec())
-      return jax.make_array_from_callback(x.shape, here, lambda index: x[index])
-    here = NamedSharding(ready.mesh, sharding.spec((None, 'batch', None)))
-    # A batch that each process has read its own rows of, or one that all have.
-    before = at * x.shape[1] if x.shape[1] * shares == micro else 0
+      everywhere = NamedSharding(setup.mesh, PartitionSpec())
+      return jax.make_array_from_callback(x.shape, everywhere, lambda i: x[i])
+    split = NamedSharding(setup.mesh, sharding.spec((None, 'batch', None)))
+    first = index * x.shape[1] if x.shape[1] * parts == micro else 0
 
-    def rows(index):
-      start, stop, _ = index[1].indices(micro)
-      return x[:, start - before : stop - before]
+    def rows(slices):
+      start, stop, _ = slices[1].indices(micro)
+      return x[:, start - first : stop - first]
 
     shape = (len(x), micro, x.shape[2])
-    return jax.make_array_from_callback(shape, here, rows)
+    return jax.make_array_from_callback(shape, split, rows)
 
   return jax.tree.map(one, tree)
 
 
 def headline(config: Config) -> str:
-  """The model and the run in a line."""
+  """Returns the sizes of the model and the run in a line."""
   data, counts = config.data, cost.parameters(config)
   return (
     f'{counts.total + counts.mtp:,} parameters, {counts.active:,} active; '
@@ -155,7 +181,10 @@ def headline(config: Config) -> str:
 
 
 def matmul_peak(config: Config) -> float:
-  """FLOP/s of this model's widest dense product, tokens x dim x 2 widths."""
+  """Returns the FLOP/s of all devices in this model's widest dense product.
+
+  That is tokens x dim x 2 widths; a run's MFU is relative to it.
+  """
   model, data = config.model, config.data
   rows = min((data.micro_batch or data.batch_size) * data.seq_len, 8192)
   a = jnp.ones((rows, model.dim), model.dtype)
@@ -164,7 +193,7 @@ def matmul_peak(config: Config) -> float:
   product(a, b).block_until_ready()
   best, began = math.inf, time.perf_counter()
   while time.perf_counter() - began < 0.3:
-    at = time.perf_counter()
+    start = time.perf_counter()
     product(a, b).block_until_ready()
-    best = min(best, time.perf_counter() - at)
+    best = min(best, time.perf_counter() - start)
   return 2.0 * rows * b.size / best * jax.device_count()

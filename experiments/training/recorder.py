@@ -1,157 +1,228 @@
-"""What a run says of itself: rows, samples, fingerprints, incidents."""
+"""The files of a run: rows of metrics, samples, fingerprints, incidents.
+
+The loop calls a `Recorder` for each step and for each chore: evaluation, a
+sample, the health of FP8. The rows after a step are dropped when the run goes
+back to it, except those of incidents.jsonl: an incident has happened.
+"""
 
 from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from experiments import runtime, workdir
-from experiments.training import logs, sample
-from experiments.training.preparation import Prepared, matmul_peak, place
+from experiments.training import logs, steps, tracking
+from experiments.training.preparation import Setup, matmul_peak, place
 from mla_moe import cost
 from mla_moe.checkpoint import fingerprint
 from mla_moe.data import batches
+from mla_moe.decode import generation
+from mla_moe.train import optim
 
+_TEMPERATURE = 0.7  # of the samples
 _FINAL = ('step', 'loss', 'main_loss', 'bits_per_byte')
 
 
-class Recorder:
-  """The files of a run, opened at a step, and `final`, its last numbers.
+class Result(NamedTuple):
+  """A step's results; the device may still be computing them.
 
-  incidents.jsonl keeps what went wrong and fingerprints.jsonl what the state
-  was; the first is never rewound, because what happened has happened.
+  `signal` is of `Stop.share`, before the step; `fingerprints` are of the state
+  after it, or None where none are due; `lap` is (seconds, tokens) since the
+  last logged step, (0, 0) where no step was timed, or None where this one is
+  not logged.
   """
 
-  def __init__(self, ready: Prepared, start: int):
-    self._ready, config = ready, ready.config
+  number: int
+  rates: optim.Rates
+  metrics: dict[str, jax.Array]
+  signal: Any
+  fingerprints: fingerprint.Pending | None
+  lap: tuple[float, int] | None = None
+
+
+class Recorder:
+  """Writes the files of a run into `folder`, from step `start` on.
+
+  `tell(step, text)` shows a line to the person who waits.
+
+  Attributes:
+    final: the last values of the row's main numbers, for the caller of a run.
+    bits_per_byte: {step: of the held-out text}.
+  """
+
+  def __init__(
+    self,
+    setup: Setup,
+    folder: pathlib.Path,
+    start: int,
+    trackers: Sequence[tracking.Tracker],
+    tell: Callable[[int, str], Any],
+  ):
+    config = setup.config
+    self._setup, self._folder = setup, folder
+    self._trackers, self._tell = trackers, tell
     self._flops = cost.train_flops_per_token(
       config, config.data.seq_len, mtp=True
     )
     self._peak = matmul_peak(config)
-    self._incidents = workdir.Rows(ready.path / 'incidents.jsonl')
-    self._logs = self._prints = None
-    self.before = lambda number, state: 0.0  # of each step: a profile
-    self.trackers = []  # who get the rows of metrics.jsonl as well
-    self.measured: dict[int, float] = {}  # held-out bits per byte, by step
-    self.eight = config.model.precision != 'bf16'
-    self.fallen = 0  # products without their kernel, in a compiled step
-    self.open(start)
+    self._is_fp8 = config.model.precision != 'bf16'
+    self._fallbacks = 0
+    self._incidents = workdir.Rows(folder / 'incidents.jsonl')
+    self._logs = self._fingerprints = None
+    self.bits_per_byte: dict[int, float] = {}
+    self.rewind(start)
 
-  def open(self, step: int) -> None:
-    """Goes back to `step`: later rows are dropped, `final` is the others'."""
+  def rewind(self, step: int) -> None:
+    """Drops the rows after `step`; `final` is read from those before."""
     if self._logs:
       self._logs.close()
-      self._prints.close()
-    self._logs = logs.Logs(self._ready.path, step)
+      self._fingerprints.close()
+    self._logs = logs.Logs(self._folder, step)
     self.final = {'step': step}
-    for row in workdir.rows(self._ready.path / 'metrics.jsonl'):
-      self.final |= {name: row[name] for name in _FINAL if name in row}
-    path = self._ready.path / 'fingerprints.jsonl'
+    for row in workdir.rows(self._folder / 'metrics.jsonl'):
+      self._update_final(row)
+    path = self._folder / 'fingerprints.jsonl'
     workdir.rewind(path, step)
-    self._prints = workdir.Rows(path)
-
-  def _write(self, row: dict) -> None:
-    self._logs.write(row)
-    for tracker in self.trackers:
-      tracker.write(row)
+    self._fingerprints = workdir.Rows(path)
 
   def close(self) -> None:
-    """Raises OSError where rows could not be written to the end."""
+    """Closes the files.
+
+    Raises:
+      OSError: rows that cannot be written.
+    """
     self._incidents.close()
-    self._prints.close()
+    self._fingerprints.close()
     self._logs.close()
 
   def incident(self, step: int, text: str) -> None:
-    """Something that a person should know: said, and written down."""
+    """Prints and records something that a person should know."""
     print(f'ATTENTION, step {step}: {text}')
     self._incidents.append({'step': step, 'what': workdir.redacted(text)})
 
-  def fingerprints(
-    self, step: int, pending: fingerprint.Pending, passed: int
-  ) -> list[str]:
-    """Writes them down; returns the leaves whose replicas differ."""
-    values, apart = fingerprint.read(pending)
-    self._prints.append({'step': step, 'passed': passed, 'leaves': values})
+  def fallbacks(self, reasons: Sequence[str]) -> None:
+    """Prints why compiled FP8 products have no kernel, and counts them."""
+    self._fallbacks = len(reasons)
+    print(*sorted(set(reasons)), sep='\n')
+
+  def fingerprints(self, result: Result, left_out: int) -> list[str]:
+    """Records a step's fingerprints; returns the leaves whose copies differ."""
+    leaves, apart = fingerprint.read(result.fingerprints)
+    self._fingerprints.append(
+      {'step': result.number, 'left_out': left_out, 'leaves': leaves}
+    )
     return apart
 
-  def step(self, number, rates, values, seconds, tokens) -> str:
-    """The row of a step, of which `tokens` took `seconds` (0: not timed)."""
-    config = self._ready.config
-    values = jax.device_get(values)
-    scalars = {k: float(v) for k, v in values.items() if v.ndim == 0}
-    seen, size = batches.span(config.data, number - 1)
+  def step(self, result: Result) -> None:
+    """Records and prints a step."""
+    config, number = self._setup.config, result.number
+    metrics = jax.device_get(result.metrics)
+    scalars = {k: float(v) for k, v in metrics.items() if v.ndim == 0}
     row = {
       'step': number,
-      'tokens': (seen + size) * config.data.seq_len,
-      'lr': rates.learning_rate,
+      'tokens': sum(steps.tokens(config, number)),
+      'lr': result.rates.learning_rate,
       **scalars,
       'skipped': int(scalars['skipped']),
       'memory_mib': _memory_mib(),
     }
-    if self.eight:
-      row['fp8_fallbacks'] = self.fallen
+    if self._is_fp8:
+      row['fp8_fallbacks'] = self._fallbacks
     speed = ''
+    seconds, tokens = result.lap or (0.0, 0)
     if seconds:  # the first step compiles: it has no speed
       rate = tokens / seconds
       row |= {'tokens_per_s': rate, 'mfu': rate * self._flops / self._peak}
       speed = f'  {rate:,.0f} tokens/s'
-    if values['load'].size:
-      row |= self._logs.health(number, values['load'])
+    if metrics['load'].size:
+      row |= self._logs.health(number, metrics['load'])
       for name in ('entropy', 'bias_norm'):
-        if name in values:
-          row[name] = np.round(values[name].astype(float), 5).tolist()
+        if name in metrics:
+          row[name] = np.round(metrics[name].astype(float), 5).tolist()
       if config.mesh.expert > 1:
-        row['overflow'] = int(values['overflow'].sum())
+        row['overflow'] = int(metrics['overflow'].sum())
     self._write(row)
-    self.final |= {name: row[name] for name in _FINAL if name in row}
     vio = f'  MaxVio {row["max_vio"]:.2f}' if 'max_vio' in row else ''
-    return f'loss {row["main_loss"]:.3f}{vio}{speed}'
+    self._tell(number, f'loss {row["main_loss"]:.3f}{vio}{speed}')
 
-  def measure(self, number, state) -> str:
-    """Held-out bits per byte."""
-    ready = self._ready
+  def advance(self, number: int) -> None:
+    """Moves the progress bar to a step that is not logged."""
+    self._tell(number, '')
+
+  def chores(self, number: int) -> list[Callable]:
+    """Returns the methods `(number, state)` that are due after a step."""
+    run = self._setup.config.run
+    periods = [
+      (self.evaluate, run.eval_every),
+      (self.sample, run.sample_every),
+      (self.fp8_health, run.health_every if self._is_fp8 else 0),
+    ]
+    due = steps.is_due
+    return [chore for chore, period in periods if due(run, number, period)]
+
+  def evaluate(self, number: int, state: Any) -> None:
+    """Records the held-out bits per byte."""
+    setup = self._setup
     nll, size = 0.0, 0
-    for batch in ready.heldout:
-      nll += float(ready.evaluate(state, place(ready, batch))['nll'])
-      size += int(ready.lengths[batch.targets[batch.targets >= 0]].sum())
-    bits, gzip = batches.bits_per_byte(nll, size), ready.text.gzip_bits_per_byte
+    for batch in setup.heldout:
+      nll += float(setup.evaluate(state, place(setup, batch))['nll'])
+      targets = batch.targets[batch.targets >= 0]
+      size += int(setup.byte_lengths[targets].sum())
+    bits = batches.bits_per_byte(nll, size)
+    gzip = setup.corpus.gzip_bits_per_byte
     self._write(
       {'step': number, 'bits_per_byte': bits, 'gzip_bits_per_byte': gzip}
     )
-    self.final['bits_per_byte'] = self.measured[number] = bits
-    return f'held out: {bits:.3f} bits per byte (gzip -9: {gzip:.3f})'
+    self.bits_per_byte[number] = bits
+    text = f'held out: {bits:.3f} bits per byte (gzip -9: {gzip:.3f})'
+    self._tell(number, text)
 
-  def health(self, number, state) -> str:
-    """FP8's, on a held-out batch that is always the same."""
-    ready = self._ready
-    batch = place(ready, ready.heldout[0])
-    values = ready.examine(state.params, state.router, batch)
-    row = logs.fp8_health(jax.device_get(values))
-    self._write({'step': number, **row})
-    return f'FP8 error {row["fp8_error"]:.3f}, flushed {row["fp8_flushed"]:.1e}'
-
-  def show(self, number, state) -> str:
-    """A sample, into samples.txt."""
-    ready = self._ready
-    window = ready.config.data.seq_len
+  def sample(self, number: int, state: Any) -> None:
+    """Writes a continuation of the held-out text's beginning to samples.txt."""
+    setup = self._setup
+    window = setup.config.data.seq_len
     new = min(200, window // 2)
-    prompt = ready.tokenizer.encode(ready.text.prompt[: window - new])
-    tokens = sample.sample(
-      ready.config.model,
+    prompt = setup.tokenizer.encode(setup.corpus.prompt[: window - new])
+    prompt = prompt[new - window :]
+    rollout = generation.rollout(
+      setup.config.model,
       {'params': state.params, 'router': state.router},
-      prompt,
+      np.array([prompt], np.int32),
       new,
-      window,
+      temperature=_TEMPERATURE,
       seed=number,
     )
-    with open(ready.path / 'samples.txt', 'a') as file:
-      file.write(f'--- step {number}\n{ready.tokenizer.decode(prompt)}')
-      file.write(f'<<<\n{ready.tokenizer.decode(tokens)}\n')
-    return ''
+    text = setup.tokenizer.decode(rollout.tokens[0])
+    with open(self._folder / 'samples.txt', 'a') as file:
+      file.write(f'--- step {number}\n{setup.tokenizer.decode(prompt)}')
+      file.write(f'<<<\n{text}\n')
+
+  def fp8_health(self, number: int, state: Any) -> None:
+    """Records the health of FP8, always on the same held-out batch."""
+    setup = self._setup
+    batch = place(setup, setup.heldout[0])
+    values = setup.fp8_health(state.params, state.router, batch)
+    row = logs.fp8_health(jax.device_get(values))
+    self._write({'step': number, **row})
+    error, flushed = row['fp8_error'], row['fp8_flushed']
+    self._tell(number, f'FP8 error {error:.3f}, flushed {flushed:.1e}')
+
+  def _write(self, row: dict) -> None:
+    self._logs.write(row)
+    for tracker in self._trackers:
+      tracker.write(row)
+    self._update_final(row)
+
+  def _update_final(self, row: dict) -> None:
+    self.final |= {name: row[name] for name in _FINAL if name in row}
 
 
 def _memory_mib() -> float:
-  """Peak MiB of the first accelerator, or of this process on a CPU."""
+  """Returns the peak MiB of the first accelerator, or of a CPU's process."""
   stats = jax.local_devices()[0].memory_stats()
   if stats:
     return round(stats['peak_bytes_in_use'] / 2**20, 1)

@@ -1,8 +1,9 @@
-"""A step computed again: the cheapest check of silent data corruption.
+"""A step computed again: the cheapest check for silent data corruption.
 
-The step starts from the last sealed checkpoint before it, on the same mesh and
-versions, where results are the same bit for bit; so a fingerprint that differs
-from what the run wrote down means that one of the two computed it wrongly.
+The step starts from the last sealed checkpoint before it. On the same mesh and
+versions its result is the same bit for bit; so if a fingerprint of the state
+differs from the one that the run recorded, one of the two computations was
+wrong.
 """
 
 from __future__ import annotations
@@ -10,88 +11,91 @@ from __future__ import annotations
 import contextlib
 import pathlib
 
-from experiments import cli, workdir
-from experiments.training.course import resume, shape
+from experiments import cli, distributed, workdir
+from experiments.training import progress, skips
 from mla_moe.config import ConfigError
 
 
-def replay(folder: pathlib.Path, number: int, *, unsealed: bool) -> None:
+def replay(
+  folder: pathlib.Path, number: int, *, allow_unsealed: bool = False
+) -> None:
   """Computes step `number` of the run again, and compares.
 
   Raises:
-    ConfigError: nothing was written down for the step, or no checkpoint from
-      before it is left.
-    cli.Stopped: the state after the step is not what it was.
+    ConfigError: the run recorded no fingerprints of the step, or has no
+      checkpoint from before it.
+    cli.Stopped: the state after the step differs from the recorded one.
   """
   import jax
 
-  from experiments.training import preparation
+  from experiments.training import preparation, steps
   from mla_moe.checkpoint import fingerprint
-  from mla_moe.data import batches
-  from mla_moe.train import optim
-  from mla_moe.train.state import init_state
 
   config = workdir.read_config(folder)
-  told, passed = _told(folder, number)
-  ready = preparation.prepare(config, folder)
-  with jax.set_mesh(ready.mesh) if ready.mesh else contextlib.nullcontext():
-    state = init_state(jax.random.key(0), config, ready.mesh)
-    like = jax.tree.map(shape, state)
-    del state
-    course = resume(ready, like, before=number, unsealed=unsealed)
-    if course is None:
+  recorded, left_out = _recorded(folder, number)
+  setup = preparation.prepare(config, folder)
+  with jax.set_mesh(setup.mesh) if setup.mesh else contextlib.nullcontext():
+    start = progress.resume(setup, before=number, allow_unsealed=allow_unsealed)
+    if start is None:
       raise ConfigError(
         f'--replay={number}: {folder} has no checkpoint from before it'
       )
-    start, state, counts = course
-    del course
-    stream = batches.batches(
-      ready.text.train,
-      config.data,
-      ready.text.bos_id,
-      start,
-      number,
-      left_out=counts.passed if passed is None else passed,
-    )
-    for i, batch in enumerate(stream, start):
-      seen, _ = batches.span(config.data, i)
-      rates = optim.rates(config.optim, i, seen * config.data.seq_len)
-      state, _ = ready.train(
-        state,
-        preparation.place(ready, batch),
-        preparation.place(ready, rates),
-      )
-    found, apart = fingerprint.read(fingerprint.of(state))
-  wrong = sorted(name for name in found if found[name] != told.get(name))
+    first, state, counts = start
+    del start  # the steps reuse its buffers
+    if left_out is None:
+      left_out = counts.left_out
+    for i, batch in steps.read(setup, first, number, left_out):
+      state, _ = steps.take(setup, state, batch, steps.rates(config, i))
+    computed, apart = fingerprint.read(fingerprint.of(state))
+  wrong = sorted(x for x in computed if computed[x] != recorded.get(x))
   devices = ', '.join(str(d) for d in jax.local_devices())
   if wrong or apart:
     raise cli.Stopped(
-      f'step {number}, computed again from step {start} on {devices}: '
-      f'{len(wrong)} of {len(found)} arrays differ from what the run wrote '
+      f'step {number}, computed again from step {first} on {devices}: '
+      f'{len(wrong)} of {len(computed)} arrays differ from what the run wrote '
       f'down, first {(wrong or apart)[0]}; one of the two is wrong'
     )
-  print(
-    f'Step {number}, computed again from step {start} on {devices}: all '
-    f'{len(found)} arrays are the same.'
-  )
+  if distributed.first():
+    print(
+      f'Step {number}, computed again from step {first} on {devices}: all '
+      f'{len(computed)} arrays are the same.'
+    )
 
 
-def _told(folder: pathlib.Path, number: int) -> tuple[dict, int | None]:
-  """What was written down of the state after a step, and its text's offset."""
+def _recorded(
+  folder: pathlib.Path, number: int
+) -> tuple[dict[str, int], int | None]:
+  """Returns the fingerprints of the state after a step, and its `left_out`.
+
+  They are in fingerprints.jsonl, or in the seal of the step's checkpoint.
+  """
   from mla_moe.checkpoint import folders, store
 
   rows = workdir.rows(folder / 'fingerprints.jsonl')
   for row in rows:
     if row['step'] == number:
-      return row['leaves'], row['passed']
-  saved = folder / 'checkpoints'
-  if number in folders.steps(saved):
-    sealed = store.check(saved, number)
+      left_out = row.get('left_out', row.get('passed'))  # the older name
+      return _renamed(row['leaves']), left_out
+  checkpoints = folder / 'checkpoints'
+  if number in folders.steps(checkpoints):
+    sealed = store.check(checkpoints, number)
     if sealed:
-      return sealed['fingerprints'], sealed['facts']['guard']['passed']
-  known = sorted({*(row['step'] for row in rows), *folders.steps(saved)})
+      left_out = skips.read(sealed['facts']).left_out
+      return _renamed(sealed['fingerprints']), left_out
+  known = sorted({*(row['step'] for row in rows), *folders.steps(checkpoints)})
   near = sorted(known, key=lambda step: abs(step - number))[:3]
   raise ConfigError(
     f'--replay={number}: no fingerprints of this step were kept; near it are '
     f'those of {", ".join(map(str, sorted(near))) or "none"}'
   )
+
+
+def _renamed(leaves: dict[str, int]) -> dict[str, int]:
+  """Returns the fingerprints under today's names of the state's fields."""
+  from mla_moe.train.state import RENAMED
+
+  parts = {name: name.partition('.') for name in leaves}
+  return {
+    RENAMED.get(field, field) + dot + rest: leaves[name]
+    for name, (field, dot, rest) in parts.items()
+  }

@@ -1,8 +1,8 @@
-"""SIGTERM and SIGINT: stop at the next step; a second one ends at once.
+"""SIGTERM and SIGINT: the run saves at the next step; a second one kills it.
 
-Of several processes, any one may be signalled, and all must save the same step.
-So every step each process tells the others whether it was: a maximum over all
-devices, begun behind the step and read after the next, when it is long there.
+Of several processes any one may get the signal, and all must save the same
+step. So before every step the processes share their signals, as a maximum over
+all devices. It is read after the step is dispatched, so that nobody waits.
 """
 
 from __future__ import annotations
@@ -12,52 +12,53 @@ import signal
 
 
 class Stop:
-  """The signal that asked to stop (0: none), agreed among processes."""
+  """The signal that this process got (0: none); use it in a `with` block."""
 
-  asked = 0
+  def __init__(self):
+    self.number = 0
 
   def __enter__(self) -> Stop:
-    self._before = {}
+    self._handlers = {}
     for number in (signal.SIGTERM, signal.SIGINT):
-      self._before[number] = signal.signal(number, self._ask)
+      self._handlers[number] = signal.signal(number, self._handle)
     return self
 
   def __exit__(self, *_) -> None:
-    for number, handler in self._before.items():
+    for number, handler in self._handlers.items():
       signal.signal(number, handler)
 
-  def _ask(self, number, _):
-    self.asked = number
-    for either in self._before:
+  def _handle(self, number, _):
+    self.number = number
+    for either in self._handlers:
       signal.signal(either, signal.SIG_DFL)
 
   def share(self):
-    """This process's answer; `agreed` makes one of all of them."""
+    """Starts to share the signal among processes; `agreed` reads the result."""
     import jax
     import numpy as np
 
     if jax.process_count() == 1:
-      return self.asked
-    split, largest = _everyone()
-    mine = np.full(jax.local_device_count(), self.asked, np.int32)
+      return self.number
+    split, largest = _maximum()
+    mine = np.full(jax.local_device_count(), self.number, np.int32)
     return largest(jax.make_array_from_process_local_data(split, mine))
 
 
 @functools.cache
-def _everyone():
-  """A number for each device of every process, and their maximum on all."""
+def _maximum():
+  """Returns the sharding of one number a device, and the jitted maximum."""
   import jax
   import jax.numpy as jnp
   import numpy as np
   from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
   mesh = Mesh(np.array(jax.devices()), 'device')
-  whole = NamedSharding(mesh, PartitionSpec())
+  replicated = NamedSharding(mesh, PartitionSpec())
   split = NamedSharding(mesh, PartitionSpec('device'))
-  return split, jax.jit(jnp.max, out_shardings=whole)
+  return split, jax.jit(jnp.max, out_shardings=replicated)
 
 
 def agreed(shared) -> str:
-  """The name of a signal that any process had got when it shared, or ''."""
+  """Returns the name of the signal that any process had got, or ''."""
   number = int(shared)
   return signal.Signals(number).name if number else ''

@@ -1,11 +1,11 @@
-"""What the loop does about skipped steps: go on, go back, or give up.
+"""Skipped steps: whether the run goes on, goes back or stops.
 
-A single bad step was skipped inside the compiled step and costs nothing. Some
-in a row say that something is wrong: with the state, if losses are not finite,
-and then a person should look; with the text, if they are spikes, and then what
-PaLM did helps (Chowdhery et al. 2022, section 5.1): start again from before
-the spike and leave that text out. It wasn't the text alone, they found, nor the
-state alone, but the two together.
+A single bad step costs nothing: the compiled step rejects its update. Several
+in a row mean that something is wrong. If their losses are not finite, it is
+the state, and a person should look. If their losses are spikes, this text and
+this state do not go together, though each may be sound (Chowdhery et al. 2022,
+section 5.1). Then the run does what PaLM's did: it restarts from a checkpoint
+before the spikes and leaves their text out.
 """
 
 from __future__ import annotations
@@ -18,16 +18,20 @@ REASONS = {1: 'its loss or gradient is not finite', 2: 'its loss is a spike'}
 
 
 @dataclasses.dataclass
-class Guard:
-  """Counts of one run; saved with every checkpoint, as JSON."""
+class Counts:
+  """The skipped steps of one run; each checkpoint holds them, as JSON."""
 
   streak: int = 0  # steps skipped in a row
-  spikes: int = 0  # of which spikes
+  spikes: int = 0  # spikes among them
   rollbacks: int = 0
-  passed: int = 0  # sequences of text left out
+  left_out: int = 0  # sequences of text that are skipped after rollbacks
 
-  def saw(self, skipped: int, run: RunConfig) -> str:
-    """What to do after a step: '' go on, 'back', or why to 'stop'."""
+  def add(self, skipped: int, run: RunConfig) -> str:
+    """Counts a step, by its metric `skipped`.
+
+    Returns '' if the run goes on, 'back' if it must go back, or the reason why
+    it must stop.
+    """
     if not skipped:
       self.streak = self.spikes = 0
       return ''
@@ -44,6 +48,14 @@ class Guard:
       return f'{self.streak} steps in a row were skipped (config.run.max_skips)'
     return ''
 
-  def went_back(self, passed: int) -> Guard:
-    """The guard after a return that leaves `passed` sequences out."""
-    return Guard(rollbacks=self.rollbacks + 1, passed=passed)
+  def after_rollback(self, left_out: int) -> Counts:
+    """Returns the counts of a run that has gone back once more."""
+    return Counts(rollbacks=self.rollbacks + 1, left_out=left_out)
+
+
+def read(facts: dict) -> Counts:
+  """Returns the counts among a checkpoint's facts, also by older names."""
+  counts = dict(facts.get('counts', facts.get('guard', {})))
+  if 'passed' in counts:
+    counts['left_out'] = counts.pop('passed')
+  return Counts(**counts)

@@ -1,9 +1,8 @@
-"""Metrics sent to a tracker as well: wandb or trackio, when asked for.
+"""Trackers, wandb and trackio: a second home for the rows of metrics.jsonl.
 
   python -m experiments.train --track=trackio ...
 
-metrics.jsonl is always written; a tracker gets the same numbers. Both are
-extras ([wandb], [trackio]), imported here only. WANDB_MODE=offline and
+Both are extras ([wandb], [trackio]), imported here only. WANDB_MODE=offline and
 trackio's own default keep everything on this machine.
 """
 
@@ -18,7 +17,7 @@ TRACKERS = ('', 'wandb', 'trackio')
 
 
 class Tracker:
-  """A run of a tracker; rows as `logs.Logs` writes them."""
+  """A run at the tracker `name`, which resumes with the run in `folder`."""
 
   def __init__(self, name: str, folder: pathlib.Path, config: dict):
     self._library = library(name)
@@ -31,7 +30,7 @@ class Tracker:
     )
 
   def write(self, row: dict) -> None:
-    """Sends a row's numbers under its step."""
+    """Sends the numbers of a row of `logs.Logs`."""
     numbers = {
       key: value
       for key, value in row.items()
@@ -40,17 +39,12 @@ class Tracker:
     self._library.log(numbers, step=row['step'])
 
   def close(self) -> None:
-    """Waits until everything is sent."""
+    """Waits until all rows are sent."""
     self._library.finish()
 
 
-def of(name: str, folder: pathlib.Path, config: dict) -> Tracker | None:
-  """The tracker of that name, None for ''."""
-  return Tracker(name, folder, config) if name else None
-
-
 def library(name: str):
-  """The tracker's module.
+  """Returns the tracker's module.
 
   Raises:
     ConfigError: there is no such tracker, or it is not installed.
@@ -66,6 +60,6 @@ def library(name: str):
 
 
 def _id(folder: pathlib.Path) -> str:
-  """A name of the folder that is the same when the run is resumed."""
+  """Returns the tracker's id for a run in this folder."""
   text = str(folder.resolve())
   return ''.join(c if c.isalnum() else '-' for c in text)[-60:].strip('-')

@@ -1,9 +1,10 @@
-"""Ends a process whose step takes too long, and says where it hangs.
+"""A watchdog ends a process whose step takes too long, and prints its stacks.
 
-A dead peer or a lost device leaves a step waiting for ever, silently, at full
-price. Compilation is no step: arm it only around what has been compiled. Time
-in which this process itself stood still (SIGSTOP, a sleeping laptop) does not
-count: the seconds are counted in slices, and a slice is never longer than that.
+After a peer dies or a device is lost, a step waits for ever, silently and at
+full price. Compilation takes long without any fault: arm the watchdog only for
+a step that is compiled. Time in which the process itself stood still (SIGSTOP,
+a sleeping laptop) does not count: the thread waits in slices, and however long
+one takes it counts as one.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ import sys
 import threading
 
 _SLICES = 20
-_BACKSTOP = 10
+_BACKSTOP = 10  # times the seconds, for the thread of C
 
 
 class Watchdog:
-  """Counts `seconds` (0: for ever) from each `arm`; for a `with` block."""
+  """Counts `seconds` (0: for ever) from each `arm`, in a `with` block."""
 
   def __init__(self, seconds: float):
     self._seconds = seconds
     self._changed = threading.Condition()
-    self._what, self._turn, self._over = '', 0, False
+    self._name, self._turn, self._over = '', 0, False
     self._thread = threading.Thread(target=self._watch, daemon=True)
 
   def __enter__(self) -> Watchdog:
@@ -36,23 +37,23 @@ class Watchdog:
     if self._seconds:
       self._thread.join()
 
-  def arm(self, what: str) -> None:
-    """`what` begins now; what was watched before has ended."""
-    self._set(what)
+  def arm(self, name: str) -> None:
+    """Watches the step `name` from now on, in place of the one before."""
+    self._set(name)
 
   def rest(self) -> None:
-    """Nothing is watched until the next `arm`."""
+    """Watches nothing until the next `arm`."""
     self._set('')
 
-  def _set(self, what, over=False):
+  def _set(self, name, over=False):
     if not self._seconds:
       return
     with self._changed:
-      self._what, self._over = what, over
+      self._name, self._over = name, over
       self._turn += 1
       self._changed.notify()
-    # A thread of C, for when Python's own cannot run.
-    if what:
+    # A thread of C, in case Python's own threads cannot run.
+    if name:
       faulthandler.dump_traceback_later(
         self._seconds * _BACKSTOP, exit=True, file=sys.__stderr__
       )
@@ -62,21 +63,21 @@ class Watchdog:
   def _watch(self):
     with self._changed:
       while not self._over:
-        turn, what = self._turn, self._what
+        turn, name = self._turn, self._name
         moved = lambda turn=turn: self._turn != turn
         slices = 0
-        while what and not moved() and slices < _SLICES:
+        while name and not moved() and slices < _SLICES:
           self._changed.wait_for(moved, self._seconds / _SLICES)
           slices += 1
-        if what and not moved():
-          self._bark(what)
-        if not what:
+        if name and not moved():
+          self._end_process(name)
+        if not name:
           self._changed.wait_for(moved)
 
-  def _bark(self, what):
+  def _end_process(self, name):
     faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
     print(
-      f'error: {what} took longer than config.run.step_timeout='
+      f'error: {name} took longer than config.run.step_timeout='
       f'{self._seconds:g} s; every stack is above. It may wait for a process '
       'or device that is gone; the same command resumes at the last checkpoint',
       file=sys.__stderr__,

@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 ARGUMENTS = (
   '--config=configs/tiny.py:smoke',
   '--config.run.steps=3',
-  '--config.run.sample_every=0',
+  '--config.run.sample_every=3',
   '--config.run.save_every=3',
   '--config.run.eval_every=3',
   '--config.model.layers=2',
@@ -61,9 +61,9 @@ def test_a_coordinator_needs_numbers():
 
 
 def test_one_process_reads_everything():
-  assert distributed.share(None, 8) == (0, 1)
+  assert distributed.part(None, 8) == (0, 1)
   mesh = sharding.make_mesh(MeshConfig(data=2, tensor=4))
-  assert distributed.share(mesh, 8) == (0, 1)
+  assert distributed.part(mesh, 8) == (0, 1)
   assert distributed.alone(lambda: 3) == 3
   assert distributed.processes() == 1 and distributed.first()
   assert jax.process_count() == 1

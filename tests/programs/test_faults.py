@@ -20,7 +20,7 @@ import pytest
 
 from configs import tiny
 from experiments import cli, runtime, soak, train, workdir
-from experiments.training import preparation, skips
+from experiments.training import preparation, recorder, skips
 from mla_moe import ConfigError
 from mla_moe.checkpoint import faults, folders, store
 from mla_moe.config import Config, MeshConfig, MTPConfig, freeze
@@ -348,11 +348,19 @@ def test_row25_after_spikes_the_run_goes_back_and_jumps_the_text(root, fault):
   assert steps == list(range(1, 17))
   assert not any(row['skipped'] for row in rows(root / 'spiked'))
   # What follows is what a run does that never saw the text in between.
-  counts = store.facts(root / 'spiked/checkpoints', 15)['guard']
+  counts = store.facts(root / 'spiked/checkpoints', 15)['counts']
   assert counts['rollbacks'] == 1
   late = [r for r in rows(root / 'spiked', 'fingerprints') if r['step'] > 5]
-  assert {row['passed'] for row in late} == {counts['passed']}
-  assert counts['passed'] % 8 == 0 and counts['passed'] >= (10 - 5 + 5) * 8
+  assert {row['left_out'] for row in late} == {counts['left_out']}
+  assert counts['left_out'] % 8 == 0
+  assert counts['left_out'] >= (10 - 5 + 5) * 8
+
+
+def test_row25_a_save_that_failed_before_the_spikes_is_an_incident(root, fault):
+  fault('full@during_write:6,spike@step:8-9')
+  assert train.run(spiky(10, save_every=3), root / 'unsaved')['step'] == 10
+  text = incidents(root / 'unsaved')
+  assert 'could not be saved' in text and 'went back to step 3' in text
 
 
 def test_row25_going_back_is_bounded(root, fault):
@@ -364,14 +372,22 @@ def test_row25_going_back_is_bounded(root, fault):
 
 def test_guard_counts_by_hand():
   run = micro(max_skips=3, spike_patience=2, max_rollbacks=1).run
-  one = skips.Guard()
-  assert [one.saw(s, run) for s in (1, 0, 2, 0, 1, 1)] == 6 * ['']
-  assert '3 steps in a row' in one.saw(1, run)
-  one = skips.Guard()
-  assert [one.saw(s, run) for s in (2, 1, 2)] == ['', '', 'back']
-  one = one.went_back(40)
-  assert one == skips.Guard(0, 0, 1, 40)
-  assert [one.saw(s, run) for s in (2, 2)][1].startswith('2 spikes in a row')
+  one = skips.Counts()
+  assert [one.add(s, run) for s in (1, 0, 2, 0, 1, 1)] == 6 * ['']
+  assert '3 steps in a row' in one.add(1, run)
+  one = skips.Counts()
+  assert [one.add(s, run) for s in (2, 1, 2)] == ['', '', 'back']
+  one = one.after_rollback(40)
+  assert one == skips.Counts(0, 0, 1, 40)
+  assert [one.add(s, run) for s in (2, 2)][1].startswith('2 spikes in a row')
+
+
+def test_counts_of_older_checkpoints_are_read():
+  older = {'streak': 1, 'spikes': 0, 'rollbacks': 2, 'passed': 40}
+  counts = skips.Counts(1, 0, 2, 40)
+  assert skips.read({'guard': older}) == counts
+  assert skips.read({'counts': dataclasses.asdict(counts)}) == counts
+  assert skips.read({}) == skips.Counts()
 
 
 def test_row28_replay_finds_a_bit_that_flipped_between_two_steps(
@@ -381,7 +397,7 @@ def test_row28_replay_finds_a_bit_that_flipped_between_two_steps(
 
   fault('flip@step:9')
   train.run(micro(15), root / 'flipped')
-  again = functools.partial(replay.replay, root / 'flipped', unsealed=False)
+  again = functools.partial(replay.replay, root / 'flipped')
   again(6)
   again(15)
   assert capsys.readouterr().out.count('arrays are the same') == 2
@@ -391,6 +407,28 @@ def test_row28_replay_finds_a_bit_that_flipped_between_two_steps(
     again(10)
   with pytest.raises(ConfigError, match='no fingerprints .* of 5, 6, 10'):
     again(8)
+  # The record of an older version has other names.
+  file = root / 'flipped/fingerprints.jsonl'
+  file.write_text(file.read_text().replace('left_out', 'passed'))
+  again(6)
+  older = replay._renamed({'guard.seen': 1, 'step': 2, 'opt.0.mu.guard': 3})
+  assert older == {'loss_window.seen': 1, 'step': 2, 'opt.0.mu.guard': 3}
+
+
+@pytest.mark.parametrize('chore', ['evaluate', 'sample'])
+def test_a_chore_that_fails_is_an_incident_and_the_save_follows(
+  root, monkeypatch, chore
+):
+  def broken(self, number, state):
+    raise ConfigError('this model\nis broken')
+
+  broken.__name__ = chore
+  monkeypatch.setattr(recorder.Recorder, chore, broken)
+  config = micro(2, eval_every=2, sample_every=2, save_every=2)
+  assert train.run(config, root / chore)['step'] == 2
+  assert folders.steps(root / chore / 'checkpoints') == [2]
+  text = f'{chore} failed: ConfigError: this model is broken'
+  assert incidents(root / chore) == text
 
 
 def test_row29_replicas_that_differ_end_the_run(spread, fault):
@@ -541,7 +579,7 @@ def listening():
 def test_row41_a_run_listens_on_no_port(root, monkeypatch):
   import socket
 
-  monkeypatch.setattr(train, '_end', ending := Recorded(train._end))
+  monkeypatch.setattr(train, '_finish', ending := Recorded(train._finish))
   train.run(micro(1), root / 'ports')
   assert ending.seen == [[]]
   with socket.socket() as server:

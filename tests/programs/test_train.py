@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from configs import tiny
-from experiments import cli, report, train, workdir
+from experiments import cli, opened, report, train, workdir
 from mla_moe import fp8
 from mla_moe.checkpoint import folders, store
 from mla_moe.config import (
@@ -28,6 +28,8 @@ from mla_moe.config import (
   freeze,
   keys,
 )
+from mla_moe.data import tokenizer
+from mla_moe.decode import generation
 from mla_moe.kernels import block_tpu
 from mla_moe.train import metrics
 from mla_moe.train.state import init_state
@@ -339,6 +341,30 @@ def test_a_run_tells_the_health_of_fp8(tmp_path):
   (row,) = (row for row in rows if 'fp8_error' in row)
   assert row['step'] == 2 and 0.02 < row['fp8_error'] < 0.06
   assert '<h2>FP8</h2>' in (tmp_path / 'run' / 'report.html').read_text()
+
+
+@pytest.mark.slow
+def test_a_mesh_samples_the_text_that_one_device_samples(tmp_path):
+  """Also where stages hold the layers, and devices hold parts of a row."""
+  model = dataclasses.replace(SMOKE.model, mtp=MTPConfig(0))
+  chores = dict(steps=1, eval_every=0, sample_every=1, save_every=1)
+  config = dataclasses.replace(
+    SMOKE,
+    model=model,
+    mesh=MeshConfig(stage=2, context=2, fsdp=2),
+    run=dataclasses.replace(SMOKE.run, **chores),
+  )
+  train.run(config, tmp_path / 'run')
+  assert not workdir.rows(tmp_path / 'run' / 'incidents.jsonl')
+  sample = (tmp_path / 'run' / 'samples.txt').read_text()
+  variables = opened.last_variables(tmp_path / 'run', config)
+  prompt, _, text = sample.removeprefix('--- step 1\n').partition('<<<\n')
+  words = tokenizer.ByteTokenizer()
+  tokens = np.array([words.encode(prompt)], np.int32)
+  rollout = generation.rollout(
+    model, variables, tokens, SMOKE.data.seq_len // 2, temperature=0.7, seed=1
+  )
+  assert text == words.decode(rollout.tokens[0]) + '\n'
 
 
 @pytest.mark.slow

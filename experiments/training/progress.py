@@ -1,0 +1,60 @@
+"""How far a run has come, and how a checkpoint brings it back there."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from experiments import workdir
+from experiments.training import skips
+from mla_moe.config import ConfigError
+
+
+class Progress(NamedTuple):
+  """A run after `number` steps: its state, and its counts of skipped steps."""
+
+  number: int
+  state: Any
+  counts: skips.Counts
+
+
+def resume(
+  setup,
+  *,
+  before: int | None = None,
+  allow_unsealed: bool = False,
+  move_refused: bool = False,
+) -> Progress | None:
+  """Returns the progress at the newest complete checkpoint, or None.
+
+  The arguments are `store.restore`'s.
+
+  Raises:
+    ConfigError: the checkpoint is of another text or another config.
+  """
+  from experiments.training import preparation
+  from mla_moe.checkpoint import store
+  from mla_moe.train.state import RENAMED
+
+  restored = store.restore(
+    setup.path / 'checkpoints',
+    preparation.abstract(setup),
+    before=before,
+    allow_unsealed=allow_unsealed,
+    move_refused=move_refused,
+    renamed=RENAMED,
+  )
+  if restored is None:
+    return None
+  number, state, facts = restored
+  # '' is a converted release: it has seen no text of ours.
+  if facts['corpus'] not in ('', setup.corpus.fingerprint):
+    raise ConfigError(
+      f'data.source={setup.config.data.source!r}: the text has changed since '
+      f'step {number}; restore it, or start in another workdir'
+    )
+  if workdir.of_another(setup.config, facts.get('config', '')):
+    raise ConfigError(
+      f'{setup.path}/checkpoints/{number}: was saved by a run of another '
+      'config than config.json says; put back the one that belongs to it'
+    )
+  return Progress(number, state, skips.read(facts))

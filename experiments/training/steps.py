@@ -1,0 +1,71 @@
+"""One step of a run: its text, its rates and the compiled program.
+
+The loop (`experiments.train`) and the check of a single step (`replay`) take
+their steps from here, so that both compute the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from experiments.training.preparation import Setup, place
+from mla_moe.config import Config, RunConfig
+from mla_moe.data import batches
+from mla_moe.train import optim
+
+
+def read(
+  setup: Setup, start: int, stop: int, left_out: int
+) -> Iterator[tuple[int, batches.Batch]]:
+  """Yields (number, batch) of the steps after `start`, up to `stop`.
+
+  Each batch has this process's rows. `left_out` sequences of text are skipped
+  (see `skips`).
+  """
+  stream = batches.batches(
+    setup.corpus.train,
+    setup.config.data,
+    setup.corpus.bos_id,
+    start,
+    stop,
+    *setup.part,
+    left_out=left_out,
+  )
+  return enumerate(stream, start + 1)
+
+
+def tokens(config: Config, number: int) -> tuple[int, int]:
+  """Returns the tokens of text before step `number` (from 1), and in it."""
+  before, size = batches.span(config.data, number - 1)
+  return before * config.data.seq_len, size * config.data.seq_len
+
+
+def rates(config: Config, number: int) -> optim.Rates:
+  """Returns the values of the schedules at step `number` (from 1)."""
+  return optim.rates(config.optim, number - 1, tokens(config, number)[0])
+
+
+def take(
+  setup: Setup, state: Any, batch: batches.Batch, rates: optim.Rates
+) -> tuple[Any, dict]:
+  """Returns the state after a step, and its metrics; `state` is donated."""
+  return setup.train(state, place(setup, batch), place(setup, rates))
+
+
+def is_due(run: RunConfig, number: int, period: int) -> bool:
+  """Whether a chore of this period (0: never) is due after step `number`.
+
+  After the last step every chore is.
+  """
+  return bool(period) and (number % period == 0 or number == run.steps)
+
+
+def is_checked(run: RunConfig, number: int) -> bool:
+  """Whether the state's fingerprints are recorded after step `number`.
+
+  They are so, too, one step after each save: to replay that step is cheap.
+  """
+  after_save = run.save_every and number % run.save_every == 1
+  due = is_due(run, number, run.check_every) or bool(after_save)
+  return bool(run.check_every) and due

@@ -32,7 +32,7 @@ from mla_moe.config import Config, RunConfig
 
 
 class Options(NamedTuple):
-  """What one start of a run adds to its config.
+  """Choices of one start of a run beside its config.
 
   profile: the steps to trace, FIRST:LAST. track: a tracker that gets the
   metrics, too. allow_unsealed: resume from a checkpoint without a seal.

@@ -44,8 +44,6 @@ NOT_NAMES = set(
   'how every held eight found written told asked fallen dog aside passed saved '
   'kept given made also'.split()
 )
-PARTS = ('bench', 'launch', 'plan', 'serving')
-NAMED = ('mla_moe', *(f'experiments/{part}' for part in PARTS))
 PAGES = (ROOT / 'README.md', ROOT / 'docs' / 'reading.md')
 # A row of their tables: the files, and the number of their lines.
 ROW = re.compile(
@@ -96,9 +94,9 @@ def closure(name):
   return modules
 
 
-def nodes(folders=('mla_moe', 'experiments')):
+def nodes():
   """(file, node) of every node of the package's and the programs' syntax."""
-  for folder in folders:
+  for folder in ('mla_moe', 'experiments'):
     for path in (ROOT / folder).rglob('*.py'):
       for node in ast.walk(ast.parse(path.read_text())):
         yield str(path.relative_to(ROOT)), node
@@ -134,7 +132,7 @@ def test_names_are_nouns_of_the_field():
   assert sorted(filter(is_no_name, wrong)) == ['b_lib', 'dog', 'every', 'how']
   bad = [
     f'{path}:{node.lineno}: {name}'
-    for path, node in nodes(NAMED)
+    for path, node in nodes()
     for name in bindings(node)
     if is_no_name(name)
   ]
@@ -143,7 +141,7 @@ def test_names_are_nouns_of_the_field():
 
 def test_docstrings_begin_with_a_noun_or_a_verb():
   bad, count = [], 0
-  for path, node in nodes(NAMED):
+  for path, node in nodes():
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
       text = ast.get_docstring(node) or ''
       count += bool(text)

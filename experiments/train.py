@@ -19,13 +19,13 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-import time
 from typing import Any, NamedTuple
 
 from absl import flags
 
 from experiments import cli, distributed, profile, workdir
 from experiments.training import signals, skips, tracking
+from experiments.training.clock import Clock
 from experiments.training.progress import Progress, resume
 from experiments.training.watchdog import Watchdog
 from mla_moe.config import Config, RunConfig
@@ -214,44 +214,6 @@ def _dispatch(parts: Parts, clock: Clock, number: int, state, batch):
   )
 
 
-class Clock:
-  """Tokens and seconds between logged steps.
-
-  It runs from the end of the first step, which compiles.
-  """
-
-  def __init__(self):
-    self._began, self._tokens, self.running = 0.0, 0, False
-
-  def add(self, tokens: int, metrics: dict) -> None:
-    """Counts a step's tokens; the first step is waited for instead."""
-    import jax
-
-    if self.running:
-      self._tokens += tokens
-    else:
-      jax.block_until_ready(metrics)
-      self._began, self.running = time.perf_counter(), True
-
-  def lap(self) -> tuple[float, int]:
-    """Returns (seconds, tokens) since the last lap; (0, 0) without a step."""
-    now = time.perf_counter()
-    seconds, tokens = now - self._began, self._tokens
-    self._began, self._tokens = now, 0
-    return (seconds if tokens else 0.0), tokens
-
-  def pause(self, seconds: float) -> None:
-    """Leaves this time out of the lap."""
-    self._began += seconds
-
-  @contextlib.contextmanager
-  def paused(self):
-    """Leaves the time of a `with` block out of the lap."""
-    began = time.perf_counter()
-    yield
-    self.pause(time.perf_counter() - began)
-
-
 def _examine(
   recorder, result, counts: skips.Counts, run: RunConfig
 ) -> End | None:
@@ -430,17 +392,14 @@ def main() -> None:
   """Runs the config of the flags in the folder of the flags."""
   values = flags.FLAGS
   options = Options(values.profile, values.track, values.allow_unsealed)
+  config = cli.config()
+  distributed.start(values.distributed, values.distributed_timeout)
   if values.replay:
     from experiments.training import replay
 
-    replay.replay(
-      pathlib.Path(values.workdir),
-      values.replay,
-      allow_unsealed=options.allow_unsealed,
-    )
+    path = pathlib.Path(values.workdir)
+    replay.replay(path, values.replay, allow_unsealed=options.allow_unsealed)
     return
-  config = cli.config()
-  distributed.start(values.distributed, values.distributed_timeout)
   distributed.agree(config)
   run(config, values.workdir, options)
 

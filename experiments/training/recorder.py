@@ -182,17 +182,21 @@ class Recorder:
     self._tell(number, text)
 
   def sample(self, number: int, state: Any) -> None:
-    """Writes a continuation of the held-out text's beginning to samples.txt."""
+    """Writes a continuation of the held-out text's beginning to samples.txt.
+
+    Decoding unrolls the layers. Where FSDP splits them, a compiler may gather
+    the weights of many at once, unlike a training step's scan.
+    """
     setup = self._setup
     window = setup.config.data.seq_len
-    new = min(200, window // 2)
-    prompt = setup.tokenizer.encode(setup.corpus.prompt[: window - new])
-    prompt = prompt[new - window :]
+    length = min(200, window // 2)
+    prompt = setup.tokenizer.encode(setup.corpus.prompt[: window - length])
+    prompt = prompt[length - window :]
     rollout = generation.rollout(
       setup.config.model,
       {'params': state.params, 'router': state.router},
       np.array([prompt], np.int32),
-      new,
+      length,
       temperature=_TEMPERATURE,
       seed=number,
     )

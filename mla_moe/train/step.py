@@ -68,14 +68,8 @@ def train_step(
   window = state.loss_window
   skipped, window = _judge(window, metrics['loss'], norm, config.optim)
   accept = skipped == 0
-  params, opt = optim.apply(
-    optim.optimizer(config.optim),
-    grads,
-    state.opt,
-    state.params,
-    rates.learning_rate,
-    accept,
-  )
+  tx, rate = optim.optimizer(config.optim), rates.learning_rate
+  params, opt = optim.apply(tx, grads, state.opt, state.params, rate, accept)
   rows = _bias_rows(state.router, config.model)
   biases = _rebalance(state.router, rows, metrics['load'], rates.bias_rate)
   biases, window = jax.tree.map(

@@ -1,4 +1,4 @@
-"""Several processes: who says so, what each reads, and one run of two."""
+"""Several processes: how they are detected, their rows, one run of two."""
 
 import json
 import os
@@ -18,7 +18,7 @@ ARGUMENTS = (
   '--config=configs/tiny.py:smoke',
   '--config.run.steps=3',
   '--config.run.sample_every=3',
-  '--config.run.save_every=3',
+  '--config.run.save_every=2',
   '--config.run.eval_every=3',
   '--config.model.layers=2',
   '--config.model.mtp.depth=0',
@@ -32,7 +32,7 @@ ARGUMENTS = (
 
 
 @pytest.mark.parametrize(
-  'environ, how',
+  'environ, source',
   [
     ({}, ''),
     ({'SLURM_STEP_NUM_TASKS': '1'}, ''),
@@ -42,8 +42,8 @@ ARGUMENTS = (
     ({'TPU_WORKER_HOSTNAMES': 'a,b', 'KUBERNETES_SERVICE_HOST': 'x'}, 'GKE'),
   ],
 )
-def test_who_says_that_there_are_others(environ, how):
-  assert distributed.detect(environ) == (how, {})
+def test_the_environment_names_other_processes(environ, source):
+  assert distributed.detect(environ) == (source, {})
 
 
 def test_a_coordinator_needs_numbers():
@@ -71,12 +71,12 @@ def test_one_process_reads_everything():
 
 @pytest.fixture(autouse=True)
 def no_orphans():
-  """Whatever happens, nobody is left running."""
+  """Ends the processes that a failed test leaves running."""
   yield
   while _STARTED:
-    one = _STARTED.pop()
-    with one:  # closes its pipes, and waits
-      one.kill()
+    child = _STARTED.pop()
+    with child:  # closes its pipes, and waits
+      child.kill()
 
 
 _STARTED = []
@@ -95,7 +95,7 @@ def start(folder, index=None, port=0, more=()):
       'JAX_PROCESS_ID': str(index),
     }
   command = [sys.executable, '-m', 'experiments.train', *ARGUMENTS, *more]
-  one = subprocess.Popen(
+  child = subprocess.Popen(
     [*command, f'--workdir={folder}'],
     cwd=ROOT,
     env=environ,
@@ -103,8 +103,8 @@ def start(folder, index=None, port=0, more=()):
     stderr=subprocess.PIPE,
     text=True,
   )
-  _STARTED.append(one)
-  return one
+  _STARTED.append(child)
+  return child
 
 
 def rows(folder):
@@ -130,6 +130,14 @@ def test_two_processes_train_as_one(tmp_path):
     assert 'overflow' in ours or 'loss' not in ours
     for name in {'loss', 'main_loss', 'bits_per_byte'} & ours.keys():
       assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
+  assert (tmp_path / 'two/run/samples.txt').exists()
+  assert not (tmp_path / 'two/run/incidents.jsonl').read_text()
+  more = ('--replay=3',)
+  both = [start(tmp_path / 'two' / 'run', i, 9384, more) for i in range(2)]
+  texts = [p.communicate(timeout=800) for p in both]
+  assert [p.returncode for p in both] == [0, 0], texts
+  assert 'Step 3, computed again from step 2' in texts[0][0]
+  assert 'Step' not in texts[1][0]
 
 
 @pytest.mark.slow
@@ -146,7 +154,7 @@ def test_processes_of_two_minds_both_stop(tmp_path):
 
 @pytest.mark.slow
 def test_a_process_that_never_comes_is_named(tmp_path):
-  one = start(tmp_path / 'run', 0, 9383, ('--distributed_timeout=5',))
-  text = one.communicate(timeout=200)[1]
+  child = start(tmp_path / 'run', 0, 9383, ('--distributed_timeout=5',))
+  text = child.communicate(timeout=200)[1]
   assert 'process 1 did not arrive within 5 s' in text, text
-  assert one.returncode == 2
+  assert child.returncode == 2

@@ -1,4 +1,4 @@
-"""Faults of a run: numbers, signals, devices, folders (rows 11 to 44).
+"""Faults of a run: numbers, signals, devices, folders (rows 11 to 45).
 
 docs/reliability.md lists every row of the fault matrix and its test.
 """
@@ -39,22 +39,23 @@ pytestmark = pytest.mark.filterwarnings('default')
 
 
 def micro(steps=20, **changes):
-  """MICRO with fields of whichever group has them."""
+  """Returns MICRO with other fields, each in the group that has its name."""
   changes['steps'] = steps
   groups = {}
   for group in ('model', 'optim', 'data', 'mesh', 'run'):
-    old = getattr(MICRO, group)
-    names = {f.name for f in dataclasses.fields(old)} & changes.keys()
-    new = {name: changes[name] for name in names}
-    groups[group] = dataclasses.replace(old, **new)
+    fields = getattr(MICRO, group)
+    names = {f.name for f in dataclasses.fields(fields)} & changes.keys()
+    values = {name: changes[name] for name in names}
+    groups[group] = dataclasses.replace(fields, **values)
   return Config(**groups)
 
 
 @pytest.fixture(scope='module', autouse=True)
 def folder(tmp_path_factory):
-  """Of this file's texts and compiled programs, which child processes share.
+  """The folder of this file's texts and compiled programs.
 
-  They are compiled without optimizations: a row would spend its time on those.
+  Child processes share it. Programs are compiled without optimizations, which
+  would take most of the time.
   """
   global MICRO
   folder = tmp_path_factory.mktemp('faults')
@@ -110,9 +111,9 @@ def program(root, name, *args, fault=''):
 def state_of(folder, number=None):
   like = init_state(jax.random.key(0), MICRO)
   before = None if number is None else number + 1
-  found = store.restore(folder / 'checkpoints', like, before=before)
-  assert number in (None, found.step)
-  return found.state
+  restored = store.restore(folder / 'checkpoints', like, before=before)
+  assert number in (None, restored.step)
+  return restored.state
 
 
 def rows(folder, name='metrics'):
@@ -226,8 +227,8 @@ def test_unset_nothing_of_the_faults_is_in_the_compiled_step(monkeypatch):
 
 def test_a_fault_strikes_once_and_only_where_it_says(fault):
   fault('nan@step:3-4,full@before_seal:7')
-  found = [faults.reach('step', i) for i in (2, 3, 3, 4, 5)]
-  assert found == [set(), {'nan'}, set(), {'nan'}, set()]
+  actions = [faults.reach('step', i) for i in (2, 3, 3, 4, 5)]
+  assert actions == [set(), {'nan'}, set(), {'nan'}, set()]
   assert faults.reach('before_write', 7) == set()
   with pytest.raises(OSError, match='No space left'):
     faults.reach('before_seal', 7)
@@ -246,8 +247,8 @@ def test_row11_and_14_stopped_by_sigterm_and_resumed_bit_for_bit(
   whole = train.run(config, root / 'whole')
   fault('term@step:7')
   assert train.run(config, root / 'stopped')['step'] == 7
-  said = capsys.readouterr().out
-  assert said.count('Stopped by SIGTERM at step 7: saved.') == 1
+  output = capsys.readouterr().out
+  assert output.count('Stopped by SIGTERM at step 7: saved.') == 1
   assert folders.steps(root / 'stopped/checkpoints')[-1] == 7
   assert train.run(config, root / 'stopped') == whole
   for name in ('metrics', 'load'):
@@ -259,8 +260,8 @@ def test_row11_and_14_stopped_by_sigterm_and_resumed_bit_for_bit(
 
 def test_a_finished_run_tells_its_numbers_again(root):
   (row,) = rows(root / 'first')
-  told = train.run(micro(1), root / 'first')
-  assert told == {name: row[name] for name in ('step', 'loss', 'main_loss')}
+  final = train.run(micro(1), root / 'first')
+  assert final == {name: row[name] for name in ('step', 'loss', 'main_loss')}
   assert rows(root / 'first') == [row]
 
 
@@ -319,8 +320,8 @@ def test_row24_bad_steps_in_a_row_stop_the_run_with_its_last_good_state(
   with pytest.raises(cli.Stopped, match='3 steps in a row') as error:
     train.run(config, root / 'bad')
   assert '\n' not in str(error.value)
-  found = rows(root / 'bad')
-  assert [r['skipped'] for r in found][:9] == 6 * [0] + 3 * [1]
+  skipped = [r['skipped'] for r in rows(root / 'bad')]
+  assert skipped[:9] == 6 * [0] + 3 * [1]
   last = folders.steps(root / 'bad/checkpoints')[-1]
   good, bad = state_of(root / 'good'), state_of(root / 'bad', last)
   assert last in (9, 10)
@@ -340,9 +341,9 @@ def test_row25_after_spikes_the_run_goes_back_and_jumps_the_text(root, fault):
   fault('spike@step:9-10')
   spiked = train.run(spiky(16), root / 'spiked')
   assert spiked['step'] == 16
-  said = incidents(root / 'spiked')
+  text = incidents(root / 'spiked')
   assert (
-    'went back to step 5, from before the spikes that began at step 9' in said
+    'went back to step 5, from before the spikes that began at step 9' in text
   )
   steps = [row['step'] for row in rows(root / 'spiked')]
   assert steps == list(range(1, 17))
@@ -372,14 +373,14 @@ def test_row25_going_back_is_bounded(root, fault):
 
 def test_guard_counts_by_hand():
   run = micro(max_skips=3, spike_patience=2, max_rollbacks=1).run
-  one = skips.Counts()
-  assert [one.add(s, run) for s in (1, 0, 2, 0, 1, 1)] == 6 * ['']
-  assert '3 steps in a row' in one.add(1, run)
-  one = skips.Counts()
-  assert [one.add(s, run) for s in (2, 1, 2)] == ['', '', 'back']
-  one = one.after_rollback(40)
-  assert one == skips.Counts(0, 0, 1, 40)
-  assert [one.add(s, run) for s in (2, 2)][1].startswith('2 spikes in a row')
+  counts = skips.Counts()
+  assert [counts.add(s, run) for s in (1, 0, 2, 0, 1, 1)] == 6 * ['']
+  assert '3 steps in a row' in counts.add(1, run)
+  counts = skips.Counts()
+  assert [counts.add(s, run) for s in (2, 1, 2)] == ['', '', 'back']
+  counts = counts.after_rollback(40)
+  assert counts == skips.Counts(0, 0, 1, 40)
+  assert [counts.add(s, run) for s in (2, 2)][1].startswith('2 spikes in a row')
 
 
 def test_counts_of_older_checkpoints_are_read():
@@ -416,7 +417,7 @@ def test_row28_replay_finds_a_bit_that_flipped_between_two_steps(
 
 
 @pytest.mark.parametrize('chore', ['evaluate', 'sample'])
-def test_a_chore_that_fails_is_an_incident_and_the_save_follows(
+def test_row45_a_chore_that_fails_is_an_incident_and_the_save_follows(
   root, monkeypatch, chore
 ):
   def broken(self, number, state):
@@ -457,11 +458,11 @@ def test_row15_a_run_goes_on_on_another_mesh(spread):
   train.run(micro(5), spread / 'moved')
   train.run(dataclasses.replace(micro(9), mesh=MESH), spread / 'moved')
   train.run(micro(9), spread / 'stayed')
-  found, expected = (
+  moved, expected = (
     [row['loss'] for row in rows(spread / name)] for name in ('moved', 'stayed')
   )
-  assert found[:5] == expected[:5]
-  np.testing.assert_allclose(found, expected, rtol=2e-5)
+  assert moved[:5] == expected[:5]
+  np.testing.assert_allclose(moved, expected, rtol=2e-5)
 
 
 def test_row30_a_step_that_hangs_is_ended_with_every_stack(root):
@@ -479,8 +480,8 @@ def test_row09_a_save_that_fails_is_an_incident_and_training_goes_on(
 ):
   fault('full@during_write:5,full@before_seal:10')
   assert train.run(micro(15), root / 'full')['step'] == 15
-  said = incidents(root / 'full')
-  assert said.count('could not be saved') == 2 and 'MiB are free' in said
+  text = incidents(root / 'full')
+  assert text.count('could not be saved') == 2 and 'MiB are free' in text
   assert folders.steps(root / 'full/checkpoints')[-1] == 15
   fault('full@during_write:20')
   with pytest.raises(cli.Stopped, match='could not be saved'):
@@ -493,8 +494,8 @@ def test_row09_rows_wait_for_a_full_disk(tmp_path, capsys):
   real, file._file = file._file, open('/dev/full', 'ab', buffering=0)
   file.append({'step': 2})
   file.append({'step': 3})
-  said = capsys.readouterr().out
-  assert said.count('WARNING') == 1 and 'ENOSPC' in said
+  output = capsys.readouterr().out
+  assert output.count('WARNING') == 1 and 'ENOSPC' in output
   with pytest.raises(OSError, match='No space left'):
     file.close()
   file._file = real
@@ -611,9 +612,9 @@ def test_row42_keys_are_in_no_file_and_no_line(root, monkeypatch, fault, capfd):
   fault('nan@step:1')
   train.run(micro(2), root / 'secrets')
   files = [p for p in (root / 'secrets').rglob('*') if p.is_file()]
-  said = capfd.readouterr()
+  output = capfd.readouterr()
   content = [p.read_bytes() for p in files]
-  content += [said.out.encode(), said.err.encode()]
+  content += [output.out.encode(), output.err.encode()]
   for value in SECRETS.values():
     assert not any(value.encode() in text for text in content)
     assert value not in workdir.redacted(f'refused: {value}!')

@@ -32,21 +32,21 @@ def put(x, spec):
   return jax.make_array_from_callback(x.shape, where, lambda at: x[at])
 state = {'w': put(whole, P('fsdp')), 'n': put(np.float32(0), P())}
 train = jax.jit(lambda s: {'w': s['w'] + 1, 'n': s['n'] + s['w'].sum()})
-with store.Writer(folder, 3) as saved, signals.Stop() as stop:
+with store.Writer(folder, 3) as writer, signals.Stop() as stop:
   for step in itertools.count(1):
     shared = stop.share()
     state = train(state)
-    why = signals.agreed(shared)
+    name = signals.agreed(shared)
     if step == 5:
       print('ready', flush=True)
-    if why:
-      saved.save(step, state, {})
+    if name:
+      writer.save(step, state, {})
       break
     time.sleep(0.05)
-print(why, step, flush=True)
-found = store.restore(folder, state)
-assert found.step == step
-prints, apart = fingerprint.read(fingerprint.of(found.state))
+print(name, step, flush=True)
+restored = store.restore(folder, state)
+assert restored.step == step
+prints, apart = fingerprint.read(fingerprint.of(restored.state))
 assert not apart, apart
 assert prints == fingerprint.read(fingerprint.of(state))[0]
 # One process's copy of the replicated w drifts.
@@ -59,7 +59,7 @@ print(*fingerprint.read(fingerprint.of(state))[1], flush=True)
 
 @pytest.fixture(scope='module')
 def pair(tmp_path_factory):
-  """What two processes said, one of which was sent SIGTERM; their folder."""
+  """The last lines of two processes, one of which got SIGTERM; their folder."""
   folder = tmp_path_factory.mktemp('pair')
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
@@ -81,14 +81,14 @@ def pair(tmp_path_factory):
   ]
   try:
     while children[1].stdout.readline() not in ('ready\n', ''):
-      pass  # gloo speaks, too
+      pass  # gloo prints, too
     children[1].send_signal(signal.SIGTERM)
-    said = [child.communicate() for child in children]
+    outputs = [child.communicate() for child in children]
   finally:
     for child in children:
       child.kill()
-  assert [child.returncode for child in children] == [0, 0], said
-  return [out.splitlines()[-2:] for out, _ in said], folder
+  assert [child.returncode for child in children] == [0, 0], outputs
+  return [out.splitlines()[-2:] for out, _ in outputs], folder
 
 
 def test_row12_a_signal_to_one_process_stops_both_at_the_same_step(pair):
@@ -96,11 +96,11 @@ def test_row12_a_signal_to_one_process_stops_both_at_the_same_step(pair):
   assert first[0] == second[0]
   name, step = first[0].split()
   assert name == 'SIGTERM' and int(step) >= 5
-  # What two processes wrote, one reads.
+  # One process reads the checkpoint of two.
   like = {'w': jnp.zeros(8), 'n': jnp.zeros(())}
-  found = store.restore(folder, like)
-  assert found.step == int(step)
-  np.testing.assert_array_equal(found.state['w'], np.arange(8) + int(step))
+  restored = store.restore(folder, like)
+  assert restored.step == int(step)
+  np.testing.assert_array_equal(restored.state['w'], np.arange(8) + int(step))
 
 
 def test_row29_processes_see_that_their_replicas_differ(pair):

@@ -1,4 +1,4 @@
-"""What a program sets of its process does what it says."""
+"""The settings of a process: memory that stays, options, its peak."""
 
 import subprocess
 import sys
@@ -39,10 +39,10 @@ def test_an_option_that_xla_does_not_know_is_left_out(monkeypatch):
 
 
 def test_peak_memory_is_this_process_alone():
-  """Also where a large one started it, as a benchmark starts its contenders."""
+  """Its parent's peak is left out: a benchmark starts its contenders."""
   large = bytearray(2**29)
   large[:: 2**12] = b'x' * len(large[:: 2**12])
   ask = 'from experiments import runtime; print(runtime.peak_memory())'
-  found = subprocess.run([sys.executable, '-c', ask], stdout=subprocess.PIPE)
-  assert 2**22 < int(found.stdout) < 2**28
+  child = subprocess.run([sys.executable, '-c', ask], stdout=subprocess.PIPE)
+  assert 2**22 < int(child.stdout) < 2**28
   assert runtime.peak_memory() > len(large)

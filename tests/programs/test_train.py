@@ -230,7 +230,7 @@ def test_help_lists_every_key(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-  'asked, said',
+  'key, hint',
   [
     ('config.optim.lr', 'did you mean config.optim.learning_rate?'),
     ('config.top_k', 'did you mean config.model.moe.top_k?'),
@@ -238,9 +238,9 @@ def test_help_lists_every_key(monkeypatch, capsys):
     ('config.colour', '--help lists them'),
   ],
 )
-def test_a_key_is_looked_for_in_every_group(asked, said):
-  text = cli._no_key(['--config.run.steps=3', f'--{asked}=3'])
-  assert text == f'{asked}: there is no such key; {said}'
+def test_a_key_is_looked_for_in_every_group(key, hint):
+  text = cli._no_key(['--config.run.steps=3', f'--{key}=3'])
+  assert text == f'{key}: there is no such key; {hint}'
   assert not cli._no_key(['--config.model.moe.top_k=3', '--workdir=config.x'])
 
 

@@ -1,4 +1,4 @@
-"""The watchdog barks at what hangs, and at nothing else."""
+"""The watchdog ends a process that hangs, and no other."""
 
 import signal
 import subprocess
@@ -11,12 +11,12 @@ from experiments.training import watchdog
 _PROGRAM = """
 import os, signal, sys, time
 from experiments.training import watchdog
-with watchdog.Watchdog(1.0) as dog:
-  dog.rest(); time.sleep(1.5)
+with watchdog.Watchdog(1.0) as guard:
+  guard.rest(); time.sleep(1.5)
   for step in range(5):
-    dog.arm(f'step {step}'); time.sleep(0.4)
+    guard.arm(f'step {step}'); time.sleep(0.4)
   print('alive', flush=True)
-  dog.arm('step 7'); time.sleep(float(sys.argv[1]))
+  guard.arm('step 7'); time.sleep(float(sys.argv[1]))
 print('over')
 """
 
@@ -32,7 +32,6 @@ def test_a_hanging_step_ends_the_process_with_its_stack():
 
 
 def test_the_time_in_which_the_process_stood_still_does_not_count():
-
   child = subprocess.Popen(
     [sys.executable, '-c', _PROGRAM, '0.5'], stdout=subprocess.PIPE, text=True
   )
@@ -45,6 +44,6 @@ def test_the_time_in_which_the_process_stood_still_does_not_count():
 
 def test_zero_seconds_watch_nothing():
   before = threading.active_count()
-  with watchdog.Watchdog(0.0) as dog:
-    dog.arm('step 1')
+  with watchdog.Watchdog(0.0) as guard:
+    guard.arm('step 1')
     assert threading.active_count() == before

@@ -31,8 +31,8 @@ def test_a_checkpoint_with_the_older_name_of_a_field_is_restored(
     for step, tree in ((1, older), (2, state)):
       writer.save(step, tree, {})
       writer.wait()
-      found = store.restore(tmp_path, like, renamed=RENAMED)
-      assert found.step == step and isinstance(found.state, State)
-      chex.assert_trees_all_equal(found.state, state)
+      restored = store.restore(tmp_path, like, renamed=RENAMED)
+      assert restored.step == step and isinstance(restored.state, State)
+      chex.assert_trees_all_equal(restored.state, state)
   with pytest.raises(ConfigError):  # and another tree is still another tree
     store.restore(tmp_path, like.replace(params={}), renamed=RENAMED)

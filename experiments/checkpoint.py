@@ -19,8 +19,9 @@ import shutil
 import sys
 import time
 
-from experiments import workdir
 from mla_moe.config import ConfigError
+
+from . import workdir
 
 
 def main() -> None:

@@ -28,9 +28,10 @@ import shutil
 
 from absl import flags
 
-from experiments import against_transformers, cli, opened, workdir
 from mla_moe.config import Config, ConfigError, ModelConfig, OptimConfig
 from mla_moe.types import PyTree
+
+from . import against_transformers, cli, opened, workdir
 
 FLAGS = flags.FLAGS
 TOLERANCE = 2e-4  # of the logits, with --check

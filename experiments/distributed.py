@@ -30,8 +30,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments import workdir
 from mla_moe.config import Config, ConfigError
+
+from . import workdir
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 _ROOT = pathlib.Path(__file__).parent.parent

@@ -19,8 +19,9 @@ from collections.abc import Sequence
 import numpy as np
 from absl import flags
 
-from experiments import cli, opened, text
 from mla_moe.config import ConfigError
+
+from . import cli, opened, text
 
 FLAGS = flags.FLAGS
 _MULTIPLE = 64  # of the lengths that are compiled

@@ -18,8 +18,9 @@ import time
 import numpy as np
 from absl import flags
 
-from experiments import cli, opened
 from mla_moe.config import ConfigError
+
+from . import cli, opened
 
 FLAGS = flags.FLAGS
 
@@ -43,9 +44,10 @@ def define() -> None:
 
 def run(model: opened.TextModel, prompt: str) -> None:
   """Prints the continuation of `prompt` (the answer to it, with --chat)."""
-  from experiments import chat, text
   from mla_moe import CacheConfig
   from mla_moe.decode import generation
+
+  from . import chat, text
 
   if FLAGS.chat:
     ids = chat.prompt(model.folder, model.tokenizer, prompt, FLAGS.system)

@@ -16,10 +16,11 @@ from typing import NamedTuple
 
 from absl import flags
 
-from experiments import cli, workdir
 from mla_moe.config import Config, ConfigError, ModelConfig
 from mla_moe.data.tokenizer import ByteTokenizer, Tokenizer, load
 from mla_moe.types import PyTree
+
+from . import cli, workdir
 
 FLAGS = flags.FLAGS
 

@@ -22,8 +22,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from experiments import cli
 from mla_moe.config import ConfigError
+
+from . import cli
 
 # An accelerator's operations; its other lines (steps, modules) contain them.
 _LINES = ('XLA Ops', 'Stream')

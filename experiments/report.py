@@ -16,8 +16,9 @@ import sys
 
 import numpy as np
 
-from experiments import cli, page, workdir
 from mla_moe.config import ConfigError
+
+from . import cli, page, workdir
 
 
 def logged(rows: list[dict]) -> list[dict]:

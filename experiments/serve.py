@@ -17,8 +17,9 @@ import pathlib
 
 from absl import flags
 
-from experiments import cli, opened
 from mla_moe.config import ConfigError
+
+from . import cli, opened
 
 FLAGS = flags.FLAGS
 
@@ -45,14 +46,15 @@ def main() -> None:
   try:
     import uvicorn
 
-    from experiments.serving import endpoint
+    from .serving import endpoint
   except ImportError:
     raise ConfigError(
       'serving needs starlette and uvicorn: pip install "mla_moe[serve]"'
     ) from None
-  from experiments.serving.engine import Engine
-  from experiments.serving.scheduler import Scheduler
   from mla_moe import CacheConfig
+
+  from .serving.engine import Engine
+  from .serving.scheduler import Scheduler
 
   model = opened.from_flags()
   scheduler = Scheduler(

@@ -26,9 +26,10 @@ import tempfile
 import time
 from typing import NamedTuple
 
-from experiments import workdir
 from mla_moe.checkpoint import faults
 from mla_moe.config import ConfigError
+
+from . import workdir
 
 _DISASTERS = 6  # of one run, before it may finish
 _TIMED = ('tokens_per_s', 'mfu', 'memory_mib')

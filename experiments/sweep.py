@@ -27,9 +27,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiments import cli, workdir
-from experiments.launch import __main__ as launcher
 from mla_moe.config import ConfigError
+
+from . import cli, workdir
+from .launch import __main__ as launcher
 
 
 def combinations(vary: list[str]) -> list[dict[str, str]]:

@@ -23,12 +23,13 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from experiments import cli, distributed, profile, workdir
-from experiments.training import signals, skips, tracking
-from experiments.training.clock import Clock
-from experiments.training.progress import Progress, resume
-from experiments.training.watchdog import Watchdog
 from mla_moe.config import Config, RunConfig
+
+from . import cli, distributed, profile, workdir
+from .training import signals, skips, tracking
+from .training.clock import Clock
+from .training.progress import Progress, resume
+from .training.watchdog import Watchdog
 
 
 class Options(NamedTuple):
@@ -106,9 +107,10 @@ def _run(
   """
   import jax
 
-  from experiments.training import logs, preparation
-  from experiments.training.recorder import Recorder
   from mla_moe.checkpoint import store
+
+  from .training import logs, preparation
+  from .training.recorder import Recorder
 
   traced = profile.window(options.profile)
   name = options.track if distributed.first() else ''
@@ -152,7 +154,7 @@ def _steps(parts: Parts, start: Progress) -> End:
   """Trains until a signal, skipped steps or the last step end the loop."""
   import jax
 
-  from experiments.training import steps
+  from .training import steps
 
   setup, recorder, run = parts.setup, parts.recorder, parts.setup.config.run
   number, state, counts = start
@@ -190,10 +192,11 @@ def _steps(parts: Parts, start: Progress) -> End:
 
 def _dispatch(parts: Parts, clock: Clock, number: int, state, batch):
   """Starts a step on the devices; returns its state and its `Result`."""
-  from experiments.training import steps
-  from experiments.training.recorder import Result
   from mla_moe import fp8
   from mla_moe.checkpoint import faults, fingerprint
+
+  from .training import steps
+  from .training.recorder import Result
 
   config = parts.setup.config
   rates = steps.rates(config, number)
@@ -347,7 +350,7 @@ def _finish(parts: Parts, end: End) -> None:
 
 def _report(path: pathlib.Path) -> None:
   """Draws the report, and prints where the results are."""
-  from experiments import report
+  from . import report
 
   metrics = path / 'metrics.jsonl'
   # A run that a signal stops in its first steps may have logged nothing.
@@ -395,7 +398,7 @@ def main() -> None:
   config = cli.config()
   distributed.start(values.distributed, values.distributed_timeout)
   if values.replay:
-    from experiments.training import replay
+    from .training import replay
 
     path = pathlib.Path(values.workdir)
     replay.replay(path, values.replay, allow_unsealed=options.allow_unsealed)

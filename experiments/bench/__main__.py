@@ -20,8 +20,9 @@ import importlib
 import pathlib
 import sys
 
-from experiments import cli
 from mla_moe.config import ConfigError
+
+from .. import cli
 
 _BENCHMARKS = {
   'train': 'training beside the peer; memory, experts, compile time (10)',

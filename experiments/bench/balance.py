@@ -15,8 +15,9 @@ from collections.abc import Collection
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench import models, paired
 from mla_moe import config as c
+
+from . import models, paired
 
 # Name: the loss's weight and the bias's rate.
 LOSSES = {f'loss {w}': (w, 0.0) for w in (0.001, 0.003, 0.01, 0.03, 0.1)}

@@ -29,9 +29,10 @@ import subprocess
 import sys
 import time
 
-from experiments import cli
-from experiments.bench import show
 from mla_moe.config import ConfigError
+
+from .. import cli
+from . import show
 
 # Seconds of each part, of eight minutes.
 PARTS = {
@@ -99,7 +100,7 @@ def run_part(part: str, rows: Rows, toy: bool, seconds: int) -> None:
     raise ConfigError(
       'card: needs an NVIDIA GPU, and jax sees none; --toy tries it here'
     )
-  from experiments.bench import card_checks, card_times
+  from . import card_checks, card_times
 
   if part == 'train':
     card_times.make_train(rows, toy, seconds)

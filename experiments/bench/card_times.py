@@ -20,8 +20,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import chips
-from experiments.bench import (
+from mla_moe import cost, fp8
+from mla_moe.config import CacheConfig
+from mla_moe.decode import latent_cache
+from mla_moe.model import experts
+from mla_moe.train import optim
+from mla_moe.train.state import init_state
+
+from .. import chips
+from . import (
   decode,
   layer,
   models,
@@ -29,17 +36,11 @@ from experiments.bench import (
   ours_train,
   show,
 )
-from experiments.bench.card_checks import (
+from .card_checks import (
   latent_attend,
   operands,
   with_gradients,
 )
-from mla_moe import cost, fp8
-from mla_moe.config import CacheConfig
-from mla_moe.decode import latent_cache
-from mla_moe.model import experts
-from mla_moe.train import optim
-from mla_moe.train.state import init_state
 
 PLAIN, COPY = 'plain product, bfloat16', 'copy'
 # V2-Lite's widths with six of its layers: 3.4 B parameters, 78 GiB to train.

@@ -16,7 +16,7 @@ import statistics
 import tempfile
 import time
 
-from experiments import runtime
+from .. import runtime
 
 _PAUSE_MIB, _SEAL_MIB, _PERIOD = 128, 1024, 100.0
 

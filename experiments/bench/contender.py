@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 
-from experiments.bench import models
+from . import models
 
 
 class Contender:

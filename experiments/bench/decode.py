@@ -16,10 +16,11 @@ import sys
 
 import numpy as np
 
-from experiments import page, runtime
-from experiments.bench import contender, layer, models, ours_decode, show
 from mla_moe import cost
 from mla_moe.config import ModelConfig
+
+from .. import page, runtime
+from . import contender, layer, models, ours_decode, show
 
 # tokens/s at batch 1 and 8 that others reached once on two cores, medians.
 OTHERS = {

@@ -28,10 +28,11 @@ import time
 
 import numpy as np
 
-from experiments import runtime
-from experiments.bench import show
 from mla_moe import config as c
 from mla_moe.hf import config_json, fp8_blocks, names, safetensors
+
+from .. import runtime
+from . import show
 
 SHARD = 2 * 10**9
 _HEAD = (

@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench import models
 from mla_moe.config import MLAConfig
 from mla_moe.decode import latent_attention, latent_cache
 from mla_moe.model import layers, products, rope
+
+from . import models
 
 _MLA, _DIM, _CONTEXT = MLAConfig(heads=16, query_rank=0), 2048, 2048
 

@@ -17,12 +17,13 @@ import time
 import jax
 import numpy as np
 
-from experiments.bench import models
 from mla_moe import config as c
 from mla_moe import sharding
 from mla_moe.data import batches
 from mla_moe.train import optim, step
 from mla_moe.train.state import init_state, placement
+
+from . import models
 
 CONFIG = c.Config(
   model=models.MESH, data=c.DataConfig(seq_len=512, batch_size=8)

@@ -12,8 +12,8 @@ import time
 
 import numpy as np
 
-from experiments import runtime
-from experiments.bench import models
+from .. import runtime
+from . import models
 
 
 def weights(config, seed: int = 0):

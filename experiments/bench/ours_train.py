@@ -9,8 +9,8 @@ import time
 
 import numpy as np
 
-from experiments import runtime
-from experiments.bench import models
+from .. import runtime
+from . import models
 
 
 def batch(config, seed: int = 0):

@@ -33,10 +33,11 @@ import pathlib
 
 import numpy as np
 
-from experiments import page, workdir
-from experiments.bench import models, paired, show
 from mla_moe import config as c
 from mla_moe.config import Config, ConfigError, freeze
+
+from .. import page, workdir
+from . import models, paired, show
 
 BOUND = 0.0025
 _REFERENCE, CONTROL = 'bf16', 'control'
@@ -89,7 +90,7 @@ def of(config: Config, name: str) -> Config:
 
 
 def _whole_runs(out: pathlib.Path, args, recipes: list[str]) -> None:
-  from experiments import train
+  from .. import train
 
   config = shortened(_config(args.config), args.steps)
   names = (_REFERENCE, CONTROL, *recipes)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.bench import models
+from . import models
 
 
 class Product(NamedTuple):

@@ -15,8 +15,9 @@ import platform
 import time
 from collections.abc import Callable, Iterable
 
-from experiments import page
 from mla_moe.config import ConfigError
+
+from .. import page
 
 HEAD = ('figure', 'measured', 'beside')
 

@@ -17,9 +17,10 @@ import time
 
 import numpy as np
 
-from experiments import page
-from experiments.bench import contender, models, ours_train, products, show
 from mla_moe import cost
+
+from .. import page
+from . import contender, models, ours_train, products, show
 
 _DTYPES = ('float32', 'bfloat16')
 _PEERS = ('float32', 'float32 compile', 'bf16 autocast')

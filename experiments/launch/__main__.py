@@ -20,10 +20,11 @@ import subprocess
 import sys
 import time
 
-from experiments import cli
-from experiments.launch import cloud_tpu, gke, presets, slurm, vm
-from experiments.launch.job import Command, Job
 from mla_moe.config import ConfigError
+
+from .. import cli
+from . import cloud_tpu, gke, presets, slurm, vm
+from .job import Command, Job
 
 BACKENDS = {'tpu': cloud_tpu, 'gke': gke, 'slurm': slurm, 'vm': vm}
 ACTIONS = ('create', 'install', 'start', 'logs', 'resume', 'delete', 'up')

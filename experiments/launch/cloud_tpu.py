@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import shlex
 
-from experiments.launch.job import (
+from mla_moe.config import ConfigError
+
+from .job import (
   Command,
   Job,
   background,
@@ -19,7 +21,6 @@ from experiments.launch.job import (
   tpu_type,
   unpack,
 )
-from mla_moe.config import ConfigError
 
 _RUNTIME = {
   'v5e': 'v2-alpha-tpuv5-lite',

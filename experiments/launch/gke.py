@@ -7,7 +7,9 @@ resumes from the storage that the pods mount.
 
 from __future__ import annotations
 
-from experiments.launch.job import (
+from mla_moe.config import ConfigError
+
+from .job import (
   Command,
   Job,
   command,
@@ -15,7 +17,6 @@ from experiments.launch.job import (
   tpu_type,
   train_line,
 )
-from mla_moe.config import ConfigError
 
 RESTARTS = 1000
 

@@ -11,9 +11,10 @@ import dataclasses
 import re
 import shlex
 
-from experiments import chips
-from experiments.launch import presets
 from mla_moe.config import ConfigError
+
+from .. import chips
+from . import presets
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,9 @@ itself.
 
 from __future__ import annotations
 
-from experiments.launch.job import Command, Job, command, extras, train_line
 from mla_moe.config import ConfigError
+
+from .job import Command, Job, command, extras, train_line
 
 PER_NODE = 8
 

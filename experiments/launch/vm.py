@@ -6,7 +6,7 @@ starts it again, and training goes on from the last checkpoint.
 
 from __future__ import annotations
 
-from experiments.launch.job import (
+from .job import (
   Command,
   Job,
   background,

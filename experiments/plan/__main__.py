@@ -18,8 +18,9 @@ import pathlib
 
 from absl import flags
 
-from experiments import chips, cli
 from mla_moe.config import ConfigError
+
+from .. import chips, cli
 
 
 def _define() -> None:
@@ -45,7 +46,7 @@ def _main() -> None:
   # Shapes need no accelerator, and libtpu serves one process at a time: the
   # one that compiles.
   jax.config.update('jax_platforms', 'cpu')
-  from experiments.plan import bill, report, search
+  from . import bill, report, search
 
   if values.mesh:
     mesh = search.mesh_of(values.mesh, config.mesh.states)
@@ -73,7 +74,7 @@ def _main() -> None:
     pairs = [(plan, price(plan))]
     report.show(*pairs[0], utilisation)
     if values.compile:
-      from experiments.plan import compiled
+      from . import compiled
 
       report.show_compiled(plan, compiled.run(config, slice_))
   if values.out:

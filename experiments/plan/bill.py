@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from experiments.plan import search, traffic
 from mla_moe import cost
 from mla_moe.data import batches
+
+from . import search, traffic
 
 # DeepSeek-V3's pre-training reached this fraction of the H800's bf16 peak,
 # counting causal attention ("Insights into DeepSeek-V3", Table 4).

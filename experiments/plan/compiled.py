@@ -21,9 +21,10 @@ import subprocess
 import sys
 import time
 
-from experiments import chips
-from experiments.plan import gpus
 from mla_moe.config import Config, ConfigError, freeze
+
+from .. import chips
+from . import gpus
 
 _CUDA = 'jax-cuda13-plugin'
 
@@ -150,7 +151,7 @@ def main() -> None:
   slice_ = chips.parse(job['topology'])
   import jax
 
-  from experiments.plan import hlo
+  from . import hlo
 
   began = time.perf_counter()
   lowered, mesh = lower(config, describe(slice_).devices)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from experiments import chips
+from .. import chips
 
 # Name, compute capability, multiprocessors, GHz, bytes of L2.
 _CARDS = {

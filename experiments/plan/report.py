@@ -8,9 +8,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiments import page
-from experiments.plan import search, traffic
 from mla_moe import cost
+
+from .. import page
+from . import search, traffic
 
 _MEANS = {
   'parameters': 'float32 master weights',

@@ -11,12 +11,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from experiments import chips
-from experiments.plan import memory, traffic
 from mla_moe import sharding
 from mla_moe.config import Config, ConfigError, MeshConfig
 from mla_moe.train.state import abstract_state
 from mla_moe.types import PyTree
+
+from .. import chips
+from . import memory, traffic
 
 AXES = sharding.AXES
 

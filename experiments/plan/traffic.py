@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from experiments.plan import memory
 from mla_moe import cost
 from mla_moe.config import Config
+
+from . import memory
 
 
 def by_axis(config: Config) -> dict[str, float]:

@@ -23,11 +23,12 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
-from experiments import text
-from experiments.opened import TextModel
-from experiments.serving import scheduler, validation
-from experiments.serving.engine import Engine
 from mla_moe.config import ConfigError
+
+from .. import text
+from ..opened import TextModel
+from . import scheduler, validation
+from .engine import Engine
 
 
 def app(

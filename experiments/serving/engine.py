@@ -15,7 +15,7 @@ import queue
 import threading
 from collections.abc import Callable
 
-from experiments.serving.scheduler import Event, Scheduler
+from .scheduler import Event, Scheduler
 
 
 class Engine:

@@ -7,8 +7,9 @@ import dataclasses
 import jax
 import numpy as np
 
-from experiments.serving import programs
 from mla_moe.decode import sampling
+
+from . import programs
 
 
 @dataclasses.dataclass(eq=False)  # a group equals itself alone: it has arrays

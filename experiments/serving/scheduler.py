@@ -29,10 +29,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.serving import page_pool, programs
-from experiments.serving.group import Group
 from mla_moe.config import CacheConfig, ConfigError, ModelConfig
 from mla_moe.decode import forward, latent_cache, sampling
+
+from . import page_pool, programs
+from .group import Group
 
 
 class Full(Exception):

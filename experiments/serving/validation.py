@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from starlette import requests
 
-from experiments import chat
-from experiments.opened import TextModel
+from .. import chat
+from ..opened import TextModel
 
 _KNOBS = {
   'temperature': 1.0,

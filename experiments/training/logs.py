@@ -14,8 +14,9 @@ import time
 
 import numpy as np
 
-from experiments import workdir
 from mla_moe.train import metrics
+
+from .. import workdir
 
 
 class Logs:

@@ -20,7 +20,6 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from experiments import distributed, runtime
 from mla_moe import cost, fp8, sharding
 from mla_moe.config import Config, RunConfig
 from mla_moe.data import batches, corpus, tokenizer
@@ -31,6 +30,8 @@ from mla_moe.train.state import (
   init_state,
   placement,
 )
+
+from .. import distributed, runtime
 
 
 class Setup(NamedTuple):

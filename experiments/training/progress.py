@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from experiments import workdir
-from experiments.training import skips
 from mla_moe.config import ConfigError
+
+from .. import workdir
+from . import skips
 
 
 class Progress(NamedTuple):
@@ -31,9 +32,10 @@ def resume(
   Raises:
     ConfigError: the checkpoint is of another text or another config.
   """
-  from experiments.training import preparation
   from mla_moe.checkpoint import store
   from mla_moe.train.state import RENAMED
+
+  from . import preparation
 
   restored = store.restore(
     setup.path / 'checkpoints',

@@ -14,14 +14,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments import runtime, workdir
-from experiments.training import logs, steps, tracking
-from experiments.training.preparation import Setup, matmul_peak, place
 from mla_moe import cost
 from mla_moe.checkpoint import fingerprint
 from mla_moe.data import batches
 from mla_moe.decode import generation
 from mla_moe.train import optim
+
+from .. import runtime, workdir
+from . import logs, steps, tracking
+from .preparation import Setup, matmul_peak, place
 
 _TEMPERATURE = 0.7  # of the samples
 _FINAL = ('step', 'loss', 'main_loss', 'bits_per_byte')

@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import pathlib
 
-from experiments import cli, distributed, workdir
-from experiments.training import progress, skips
 from mla_moe.config import ConfigError
+
+from .. import cli, distributed, workdir
+from . import progress, skips
 
 
 def replay(
@@ -28,8 +29,9 @@ def replay(
   """
   import jax
 
-  from experiments.training import preparation, steps
   from mla_moe.checkpoint import fingerprint
+
+  from . import preparation, steps
 
   config = workdir.read_config(folder)
   recorded, left_out = _recorded(folder, number)

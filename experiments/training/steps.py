@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from experiments.training.preparation import Setup, place
 from mla_moe.config import Config, RunConfig
 from mla_moe.data import batches
 from mla_moe.train import optim
+
+from .preparation import Setup, place
 
 
 def read(

@@ -47,10 +47,11 @@ def run(model: opened.TextModel, prompt: str) -> None:
   from mla_moe import CacheConfig
   from mla_moe.decode import generation
 
-  from . import chat, text
+  from . import text
+  from .serving import template
 
   if FLAGS.chat:
-    ids = chat.prompt(model.folder, model.tokenizer, prompt, FLAGS.system)
+    ids = template.prompt(model.folder, model.tokenizer, prompt, FLAGS.system)
   else:
     ids = [model.config.bos_id, *model.tokenizer.encode(prompt)]
   opened.check_ids(ids, model.config.vocab)

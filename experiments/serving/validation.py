@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from starlette import requests
 
-from .. import chat
 from ..opened import TextModel
+from . import template
 
 _KNOBS = {
   'temperature': 1.0,
@@ -215,4 +215,4 @@ def _chat_ids(messages: list, model: TextModel) -> list[int]:
     checked.append((_ROLES[message['role']], content))
   if not checked:
     raise Refused(400, 'messages: are empty')
-  return chat.encode(model.folder, model.tokenizer, checked).tolist()
+  return template.encode(model.folder, model.tokenizer, checked).tolist()

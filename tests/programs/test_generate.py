@@ -9,7 +9,8 @@ import bpe_tokenizer
 import numpy as np
 import pytest
 
-from experiments import chat, text
+from experiments import text
+from experiments.serving import template
 from mla_moe import ConfigError
 from mla_moe.data import tokenizer
 
@@ -24,21 +25,21 @@ def words(tmp_path_factory):
   values = json.loads(path.read_text())
   top = max(token['id'] for token in values['added_tokens'])
   top = max(top, *values['model']['vocab'].values())
-  for i, role in enumerate((chat.USER, chat.ASSISTANT), start=1):
+  for i, role in enumerate((template.USER, template.ASSISTANT), start=1):
     like = dict(values['added_tokens'][0], id=top + i, content=role)
     values['added_tokens'].append(like)
   path.write_text(json.dumps(values))
   return tokenizer.load(str(path), 0, 1), top
 
 
-def template(folder, source):
+def write_template(folder, source):
   settings = {'chat_template': source, 'bos_token': {'content': tokenizer.BOS}}
   (folder / 'tokenizer_config.json').write_text(json.dumps(settings))
 
 
 def test_built_in_template_is_that_of_v3(words, tmp_path):
   words, top = words
-  ids = chat.prompt(tmp_path, words, 'hello', system='world')
+  ids = template.prompt(tmp_path, words, 'hello', system='world')
   hello, world = words.encode('hello'), words.encode('world')
   expected = [0, *world, top + 1, *hello, top + 2]
   np.testing.assert_array_equal(ids, expected)
@@ -47,19 +48,21 @@ def test_built_in_template_is_that_of_v3(words, tmp_path):
 def test_folder_s_template_is_rendered(words, tmp_path):
   pytest.importorskip('jinja2')
   words, top = words
-  template(
+  write_template(
     tmp_path,
     '{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}'
-    f'{{% endfor %}}{chat.ASSISTANT}',
+    f'{{% endfor %}}{template.ASSISTANT}',
   )
-  ids = chat.prompt(tmp_path, words, 'hello')
+  ids = template.prompt(tmp_path, words, 'hello')
   expected = [0, *words.encode('user: hello'), top + 2]
   np.testing.assert_array_equal(ids, expected)
 
 
 def test_what_a_person_writes_is_no_special_token(words, tmp_path):
   words, top = words
-  ids = chat.prompt(tmp_path, words, f'a{tokenizer.EOS}{chat.ASSISTANT}b')
+  ids = template.prompt(
+    tmp_path, words, f'a{tokenizer.EOS}{template.ASSISTANT}b'
+  )
   assert 1 not in ids
   assert (ids == top + 2).sum() == 1
 
@@ -69,9 +72,9 @@ def test_what_a_person_writes_is_no_special_token(words, tmp_path):
 )
 def test_templates_cannot_escape(words, tmp_path, text):
   pytest.importorskip('jinja2')
-  template(tmp_path, text)
+  write_template(tmp_path, text)
   with pytest.raises(ConfigError, match='template'):
-    chat.prompt(tmp_path, words[0], 'hello')
+    template.prompt(tmp_path, words[0], 'hello')
 
 
 @pytest.mark.parametrize(
@@ -88,9 +91,9 @@ def test_templates_cannot_escape(words, tmp_path, text):
 )
 def test_a_template_s_failure_is_one_line(words, tmp_path, source):
   pytest.importorskip('jinja2')
-  template(tmp_path, source)
+  write_template(tmp_path, source)
   with pytest.raises(ConfigError, match='template') as error:
-    chat.prompt(tmp_path, words[0], 'hello')
+    template.prompt(tmp_path, words[0], 'hello')
   assert '\n' not in str(error.value) and len(str(error.value)) < 400
 
 
@@ -98,23 +101,29 @@ def test_odd_settings_of_a_template(words, tmp_path):
   pytest.importorskip('jinja2')
   words, top = words
   # No template has the name 'default': that of V3 stands.
-  template(tmp_path, ['a', {'name': 'tools', 'template': 'b'}])
+  write_template(tmp_path, ['a', {'name': 'tools', 'template': 'b'}])
   hello = words.encode('hello')
   expected = [0, top + 1, *hello, top + 2]
-  np.testing.assert_array_equal(chat.prompt(tmp_path, words, 'hello'), expected)
+  np.testing.assert_array_equal(
+    template.prompt(tmp_path, words, 'hello'), expected
+  )
   # A null is no token, as in transformers.
-  template(tmp_path, '{{ bos_token }}{{ messages[0].content }}')
+  write_template(tmp_path, '{{ bos_token }}{{ messages[0].content }}')
   path = tmp_path / 'tokenizer_config.json'
   values = json.loads(path.read_text())
   path.write_text(json.dumps(values | {'bos_token': None}))
-  np.testing.assert_array_equal(chat.prompt(tmp_path, words, 'hello'), hello)
+  np.testing.assert_array_equal(
+    template.prompt(tmp_path, words, 'hello'), hello
+  )
   # A mark in the template that stands for no message is text.
   (tmp_path / 'chat_template.jinja').write_text('\ue0007\ue001', 'utf-8')
   expected = words.encode('\ue0007\ue001')
-  np.testing.assert_array_equal(chat.prompt(tmp_path, words, 'hello'), expected)
+  np.testing.assert_array_equal(
+    template.prompt(tmp_path, words, 'hello'), expected
+  )
   (tmp_path / 'chat_template.jinja').write_bytes(b'\xff')
   with pytest.raises(ConfigError, match='UTF-8'):
-    chat.prompt(tmp_path, words, 'hello')
+    template.prompt(tmp_path, words, 'hello')
 
 
 def sentencepiece():

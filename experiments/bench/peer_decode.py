@@ -11,11 +11,10 @@ import json
 import sys
 import time
 
-import peer_train
-
 
 def main() -> None:
   """The contender; a mode is 'static compile' (static cache) or 'plain'."""
+  import peer_train  # as a script, whose folder is on the path
   import torch
   import transformers
 

@@ -286,8 +286,8 @@ class OptimConfig(Checked):
   weight (lambda) change once, after `bias_tokens` and `mtp_tokens`, to their
   `_final` values.
 
-  A step is skipped if its loss or gradient is not finite, or if its loss
-  exceeds the mean of the last `spike_window` accepted losses by more than
+  A step is skipped if its loss or gradient is not finite, or if its main loss
+  exceeds the mean of the last `spike_window` accepted ones by more than
   `spike_sigma` standard deviations (0: no spike is skipped).
   """
 

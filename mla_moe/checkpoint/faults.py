@@ -12,7 +12,8 @@ faults: numbers are broken by a step's inputs, memory between two steps.
   slow   a sleep of one second
   hang   a sleep of one hour
   nan    the step's loss is NaN
-  spike  the step's loss is huge
+  spike  the step's loss is huge beside the losses of the window, which fall
+         by 10,000 and stay so until the run goes back
   flip   one bit of one parameter is flipped, on one device
 
 Points: `step` (before a step of the loop), `before_write`, `during_write`,
@@ -37,14 +38,16 @@ struck: set[tuple[str, int]] = set()  # (rule, step)
 def disturb(step: int, rates: Any, state: Any) -> tuple[Any, Any]:
   """Returns the step's (rates, state), changed by the faults of the step.
 
-  The loss is broken by `rates.mtp_loss`, the weight of a term of the loss that
-  is an input of the compiled step.
+  A NaN comes by `rates.mtp_loss`, the weight of a term of the loss that is an
+  input of the compiled step.
   """
   actions = reach('step', step)
   if 'nan' in actions:
     rates = rates._replace(mtp_loss=float('nan'))
   if 'spike' in actions:
-    rates = rates._replace(mtp_loss=1e4)
+    window = dict(state.loss_window)
+    window['losses'] = window['losses'] - 1e4
+    state = state.replace(loss_window=window)
   if 'flip' in actions:
     state = state.replace(params=_flipped(state.params))
   return rates, state

@@ -8,8 +8,8 @@ result. The number of micro-batches is a value, not a shape: the batch may grow
 during the run without a new compilation. The router's biases move outside the
 gradient, by the load of the whole step (section 2.1.2).
 
-A step is rejected if its loss or gradient is not finite, or its loss is a
-spike. It is computed all the same, and a `where` over the arrays that the
+A step is rejected if its loss or gradient is not finite, or its main loss
+is a spike. It is computed all the same, and a `where` over the arrays that the
 update writes anyway keeps the old state. (optax.apply_if_finite applies a NaN
 after some rejections in a row.)
 """
@@ -66,7 +66,8 @@ def train_step(
   grads, metrics = _accumulate(objective, state.params, batch)
   grads, norm = optim.clipped(grads, config.optim.clip)
   window = state.loss_window
-  skipped, window = _judge(window, metrics['loss'], norm, config.optim)
+  both = metrics['loss'], metrics['main_loss']
+  skipped, window = _judge(window, *both, norm, config.optim)
   accept = skipped == 0
   tx, rate = optim.optimizer(config.optim), rates.learning_rate
   params, opt = optim.apply(tx, grads, state.opt, state.params, rate, accept)
@@ -123,20 +124,21 @@ def _loss(terms, tokens, part, rates, optim) -> tuple[Array, dict[str, Array]]:
   return loss, {'loss': loss, **terms}
 
 
-def _judge(window, loss, norm, optim) -> tuple[Array, PyTree]:
-  """Returns the metric `skipped`, and the window with this loss in it.
+def _judge(window, loss, main_loss, norm, optim) -> tuple[Array, PyTree]:
+  """Returns the metric `skipped`, and the window with this main loss in it.
 
-  The caller drops that window if the step is rejected: a NaN in it would
-  condemn every step until it had left the ring again.
+  The window is of main losses: a schedule changes the weights of the whole. The
+  caller drops it if the step is rejected: a NaN in it would condemn every step
+  until it had left the ring again.
   """
   wrong = 1.0 - (jnp.isfinite(loss) & jnp.isfinite(norm)).astype(jnp.float32)
   if not window:
     return wrong, window
   losses, seen = window['losses'], window['seen']
   limit = losses.mean() + optim.spike_sigma * losses.std()
-  spike = (seen >= losses.size) & (loss > limit)
+  spike = (seen >= losses.size) & (main_loss > limit)
   skipped = jnp.where(wrong > 0, wrong, 2.0 * spike)
-  losses = losses.at[seen % losses.size].set(loss)
+  losses = losses.at[seen % losses.size].set(main_loss)
   return skipped, {'losses': losses, 'seen': seen + 1}
 
 

@@ -33,9 +33,9 @@ class State:
 
   The fields are trees, not arrays by type: the same structure also holds
   shapes or shardings. `step` counts rejected steps, too; `router` holds the
-  routing biases; `loss_window` the last accepted main losses, by which a spike is
-  recognised: {'losses': [W] float32, a ring; 'seen': their count in all}, or {}
-  where no spikes are looked for.
+  routing biases; `loss_window` the last accepted main losses, by which a spike
+  is recognised: {'losses': [W] float32, a ring; 'seen': their count in all}, or
+  {} where no spikes are looked for.
   """
 
   step: PyTree

@@ -31,6 +31,7 @@ from mla_moe.config import ConfigError
 
 from . import cli, workdir
 from .launch import __main__ as launcher
+from .launch.job import as_typed
 
 
 def combinations(vary: list[str]) -> list[dict[str, str]]:
@@ -91,11 +92,11 @@ def launch(
     job = dataclasses.replace(
       first, name=f'{first.name}-{i}', arguments=arguments
     )
-    for command in launcher.commands(backend, action, job):
-      if dry_run:
-        print(command.as_typed())
-      else:
-        launcher.execute(command)
+    lines = launcher.commands(backend, action, job)
+    if dry_run:
+      print(as_typed(lines))
+    else:
+      launcher.execute(lines)
 
 
 def results(path: pathlib.Path, runs: list[dict]) -> list[dict]:

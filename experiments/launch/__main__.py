@@ -15,16 +15,18 @@ every command and runs none.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import subprocess
 import sys
+import tempfile
 import time
 
 from mla_moe.config import ConfigError
 
 from .. import cli
 from . import cloud_tpu, gke, presets, slurm, vm
-from .job import Command, Job
+from .job import Command, Job, as_typed, in_steps
 
 BACKENDS = {'tpu': cloud_tpu, 'gke': gke, 'slurm': slurm, 'vm': vm}
 ACTIONS = ('create', 'install', 'start', 'logs', 'resume', 'delete', 'up')
@@ -85,32 +87,50 @@ def parse(words: list[str]) -> tuple[str, str, Job, bool]:
   return backend, action, Job(arguments=tuple(arguments), **values), dry_run
 
 
-def execute(command: Command) -> None:
-  """Runs a command; polls with it until it prints `command.wait`, if set.
+def execute(commands: list[Command]) -> None:
+  """Runs the commands in order, those of one step side by side.
 
   Raises:
-    ConfigError: it failed, is not installed, or will never print that.
+    ConfigError: one failed, is not installed, or will never be ready.
   """
-  print(f'$ {command.as_typed()}', flush=True)
+  for step in in_steps(commands):
+    for command in step:
+      print(f'$ {command.as_typed()}', flush=True)
+    if step[0].wait:
+      _poll(step[0])
+      continue
+    processes = [_begin(command) for command in step]
+    codes = [process.wait() for process in processes]
+    for command, code in zip(step, codes, strict=True):
+      if code and not command.may_fail:
+        raise _failure(command, code)
+
+
+def _begin(command: Command) -> subprocess.Popen:
+  """Starts a command; its `stdin` is in a file, so it never waits for us."""
+  with contextlib.ExitStack() as stack:
+    stdin = None
+    if command.source:
+      stdin = stack.enter_context(open(command.source, 'rb'))
+    elif command.stdin:
+      stdin = stack.enter_context(tempfile.TemporaryFile())
+      stdin.write(command.stdin.encode())
+      stdin.seek(0)
+    try:
+      return subprocess.Popen(command.words, stdin=stdin)
+    except FileNotFoundError:
+      raise _absent(command) from None
+
+
+def _poll(command: Command) -> None:
+  """Runs a command until it prints `command.wait`."""
   while True:
     try:
-      process = subprocess.run(
-        command.words,
-        input=command.stdin or None,
-        text=True,
-        stdout=subprocess.PIPE if command.wait else None,
-      )
+      process = subprocess.run(command.words, text=True, stdout=subprocess.PIPE)
     except FileNotFoundError:
-      raise ConfigError(
-        f'{command.words[0]}: is not installed on this machine'
-      ) from None
-    if process.returncode and not command.may_fail:
-      raise ConfigError(
-        f'{command.words[0]} ended with {process.returncode}: nothing after it '
-        'was run'
-      )
-    if not command.wait:
-      return
+      raise _absent(command) from None
+    if process.returncode:
+      raise _failure(command, process.returncode)
     state = process.stdout.strip()
     if state == command.wait:
       return
@@ -120,16 +140,26 @@ def execute(command: Command) -> None:
     time.sleep(30)
 
 
+def _absent(command: Command) -> ConfigError:
+  return ConfigError(f'{command.words[0]}: is not installed on this machine')
+
+
+def _failure(command: Command, code: int) -> ConfigError:
+  return ConfigError(
+    f'{command.words[0]} ended with {code}: nothing after it was run'
+  )
+
+
 def main() -> None:
   """Prints or runs the commands of the command line's action."""
   with cli.edge():
     backend, action, job, dry_run = parse(sys.argv[1:])
     cli.config_file(list(job.arguments))  # before a machine is paid for
-    for command in commands(backend, action, job):
-      if dry_run:
-        print(command.as_typed())
-      else:
-        execute(command)
+    lines = commands(backend, action, job)
+    if dry_run:
+      print(as_typed(lines))
+    else:
+      execute(lines)
 
 
 if __name__ == '__main__':

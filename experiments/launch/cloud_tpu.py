@@ -78,24 +78,25 @@ def install(job: Job) -> list[Command]:
   bucket, _, folder = job.storage.removeprefix('gs://').partition('/')
   only = f'--only-dir={shlex.quote(folder.rstrip("/"))} ' if folder else ''
   mount = (
-    'mountpoint -q storage || gcsfuse --implicit-dirs --rename-dir-limit=1000 '
-    f'{only}{bucket} storage'
+    '{ mountpoint -q storage || gcsfuse --implicit-dirs '
+    f'--rename-dir-limit=1000 {only}{shlex.quote(bucket)} storage; }}'
   )
   line = unpack(job, 'tpu', 'storage', mount)
-  commands = [pack(job)]
-  for node in nodes(job):
-    target = f'{node}:{job.archive}'
-    commands += [
-      command(*_vm('scp', job), '--worker=all', job.archive, target),
-      _ssh(job, node, line),
-    ]
-  return commands
+  copy = (*_vm('scp', job), '--worker=all', job.archive)
+  return [
+    pack(job),
+    *(
+      command(*copy, f'{node}:{job.archive}', beside='copy')
+      for node in nodes(job)
+    ),
+    *(_ssh(job, node, line, beside='install') for node in nodes(job)),
+  ]
 
 
 def start(job: Job) -> list[Command]:
   """Starts every process in the background; the run's folder has its log."""
   line = background(job, 'tpu', 'storage', _LOG)
-  return [_ssh(job, node, line) for node in nodes(job)]
+  return [_ssh(job, node, line, beside='start') for node in nodes(job)]
 
 
 def logs(job: Job) -> list[Command]:
@@ -131,7 +132,8 @@ def _vm(verb: str, job: Job) -> tuple[str, ...]:
   return (*words, *job.where)
 
 
-def _ssh(job: Job, node: str, line: str, worker: str = 'all') -> Command:
-  return command(
-    *_vm('ssh', job), node, f'--worker={worker}', f'--command={line}'
-  )
+def _ssh(
+  job: Job, node: str, line: str, worker: str = 'all', **more
+) -> Command:
+  words = (*_vm('ssh', job), node, f'--worker={worker}', f'--command={line}')
+  return command(*words, **more)

@@ -14,6 +14,7 @@ from .job import (
   Job,
   command,
   extras,
+  pack,
   tpu_type,
   train_line,
 )
@@ -55,15 +56,17 @@ def create(job: Job) -> list[Command]:
 
 
 def install(job: Job) -> list[Command]:
-  """Builds the image of this commit and pushes it."""
+  """Builds the image of this commit, and of nothing else here; pushes it."""
   return [
+    pack(job),
     command(
       'docker',
       'build',
       '--file=experiments/launch/Dockerfile',
       f'--build-arg=EXTRAS={extras("tpu")}',
       f'--tag={job.image}',
-      '.',
+      '-',
+      source=job.archive,
     ),
     command('docker', 'push', job.image),
   ]

@@ -2,12 +2,14 @@
 
 Every command is a list of arguments and never goes through a local shell; the
 text for a remote shell is quoted here, once. So an argument with spaces, quotes
-or `;` arrives unchanged.
+or `;` arrives unchanged. Names of resources have a pattern each (`_PATTERNS`),
+because they pass through programs with quoting rules of their own.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import shlex
 
@@ -15,6 +17,28 @@ from mla_moe.config import ConfigError
 
 from .. import chips
 from . import presets
+
+_NAME = r'[a-z]([a-z0-9-]{0,38}[a-z0-9])?'
+_WORD = r'[A-Za-z0-9][\w.,:/@+-]*'
+# Field: the pattern of the whole value, and its rule in words.
+_PATTERNS = {
+  'name': (
+    _NAME,
+    'must be at most 40 lower-case letters, digits and dashes, and begin with '
+    'a letter, as cloud resources do',
+  ),
+  'storage': (
+    r'gs://[a-z0-9][a-z0-9._-]*(/[^/]+)*/?|/.*',
+    'must be gs://BUCKET[/FOLDER] or a folder that begins with /',
+  ),
+}
+_PATTERNS |= {
+  field: (_WORD, 'must be a word of letters, digits and . , : / @ + -')
+  for field in (
+    *('project', 'zone', 'cluster', 'image', 'reservation'),
+    *('partition', 'account', 'machine'),
+  )
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,18 +67,19 @@ class Job:
   machine: str = 'a3-highgpu-8g'
 
   def __post_init__(self):
-    if not re.fullmatch(r'[a-z]([a-z0-9-]{0,38}[a-z0-9])?', self.name):
-      raise ConfigError(
-        f'--name={self.name!r}: must be at most 40 lower-case letters, digits '
-        'and dashes, and begin with a letter, as cloud resources do'
-      )
+    for field, (pattern, rule) in _PATTERNS.items():
+      value = getattr(self, field)
+      if (value or field == 'name') and not re.fullmatch(pattern, value):
+        raise ConfigError(f'--{field}={value!r}: {rule}')
+    for text in (self.storage, *self.arguments):
+      if not text.isprintable():
+        raise ConfigError(f'{text!r}: must have no line break or other control')
+    if any(re.match('--?workdir', word) for word in self.arguments):
+      raise ConfigError('--workdir: is STORAGE/NAME here; leave it out')
     if self.slices < 1:
       raise ConfigError(f'--slices={self.slices}: must be at least 1')
-    if self.storage and not re.match(r'gs://[a-z0-9]|/', self.storage):
-      raise ConfigError(
-        f'--storage={self.storage!r}: must be gs://BUCKET[/FOLDER] or a folder '
-        'that begins with /'
-      )
+    if not 0 < self.hours < math.inf:
+      raise ConfigError(f'--hours={self.hours}: must be above 0')
 
   def need(self, *names: str) -> None:
     """Raises ConfigError for the first of these fields that is empty."""
@@ -62,9 +87,21 @@ class Job:
       if not getattr(self, name):
         raise ConfigError(f'--{name}: is needed here; --help explains it')
 
+  def check_one_slice(self) -> None:
+    """Raises ConfigError for several slices, which only TPUs have."""
+    if self.slices > 1:
+      raise ConfigError(f'--slices={self.slices}: only TPUs have slices')
+
   @property
   def slice(self) -> chips.Slice:
-    return chips.parse(self.topology)
+    """One slice of the topology."""
+    slice_ = chips.parse(self.topology)
+    if slice_.count > 1:
+      raise ConfigError(
+        f'--topology={self.topology}: is of one slice here; give --slices='
+        f'{slice_.count}'
+      )
+    return slice_
 
   @property
   def folder(self) -> str:
@@ -92,27 +129,53 @@ def tpu_type(slice_: chips.Slice) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-  """An argument list, with the text of its `stdin`.
+  """An argument list, with the text of its `stdin` or the file `source` of it.
 
   With `wait` the command polls: it runs every half minute until its output is
-  `wait`; output that begins with one of `gives_up` ends the launch.
+  `wait`; output that begins with one of `gives_up` ends the launch. Commands in
+  a row with the same text in `beside` run side by side.
   """
 
   words: tuple[str, ...]
   stdin: str = ''
+  source: str = ''
   wait: str = ''
   gives_up: tuple[str, ...] = ()
   may_fail: bool = False
+  beside: str = ''
 
   def as_typed(self) -> str:
     """Returns the command as one would type it."""
     text = shlex.join(self.words)
+    if self.source:
+      text = f'{text} < {shlex.quote(self.source)}'
     if self.wait:
       text = f'{text}  # until it prints {self.wait}'
     if self.stdin:
       body = self.stdin.rstrip('\n')
       text = f"{text} <<'END'\n{body}\nEND"
     return text
+
+
+def in_steps(commands: list[Command]) -> list[list[Command]]:
+  """Returns the commands in groups of those that run side by side."""
+  steps = []
+  for command in commands:
+    if steps and command.beside and command.beside == steps[-1][-1].beside:
+      steps[-1].append(command)
+    else:
+      steps.append([command])
+  return steps
+
+
+def as_typed(commands: list[Command]) -> str:
+  """Returns the lines that one would type for the commands, in order."""
+  lines = []
+  for step in in_steps(commands):
+    end = ' &' if step[1:] else ''
+    lines += [command.as_typed() + end for command in step]
+    lines += ['wait'] if step[1:] else []
+  return '\n'.join(lines)
 
 
 def command(*words: str, **more) -> Command:
@@ -144,12 +207,16 @@ def unpack(job: Job, platform: str, storage: str, *mount: str) -> str:
 
 
 def background(job: Job, platform: str, storage: str, log: str) -> str:
-  """Returns a shell line that trains on after its shell has ended."""
+  """Returns a shell line that starts training and ends at once.
+
+  Only the training is in the background, not the list before it: a list there
+  would be a shell that waits for the end of training and keeps ssh's pipes.
+  """
   workdir = f'../{storage}/{job.name}'
   line = train_line(job, workdir, platform, '.venv/bin/python')
   return (
     f'cd mla_moe && mkdir -p {workdir} && '
-    f'nohup {line} >> {workdir}/{log} 2>&1 < /dev/null &'
+    f'{{ nohup {line} >> {workdir}/{log} 2>&1 < /dev/null & }}'
   )
 
 

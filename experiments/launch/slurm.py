@@ -3,10 +3,14 @@
 The launcher runs on the login node, in a clone on the shared file system. Slurm
 sends SIGTERM two minutes before the time is up or a job is preempted. Training
 then saves and ends, and the job goes back into the queue unless it has ended by
-itself.
+itself. The job's options are words of sbatch's command line, because lines of a
+script (#SBATCH) have quoting rules of their own.
 """
 
 from __future__ import annotations
+
+import math
+import re
 
 from mla_moe.config import ConfigError
 
@@ -18,6 +22,7 @@ PER_NODE = 8
 def check(job: Job) -> None:
   """Raises ConfigError where a field is missing or does not fit."""
   job.need('topology', 'storage')
+  job.check_one_slice()
   slice_ = job.slice
   if slice_.chip.dimensions > 1:
     raise ConfigError(f'--topology={job.topology}: is no GPU; h100:64 is')
@@ -27,14 +32,19 @@ def check(job: Job) -> None:
     )
   if not job.storage.startswith('/'):
     raise ConfigError(f'--storage={job.storage}: must be a shared folder, /...')
+  if re.search(r'[%\\]', job.storage):
+    raise ConfigError(
+      f'--storage={job.storage}: Slurm replaces % and \\ in the name of a log; '
+      'name another folder'
+    )
 
 
-def script(job: Job) -> str:
-  """Returns the batch script."""
+def options(job: Job) -> list[str]:
+  """Returns sbatch's options."""
   count = job.slice.chips
   gpus = min(count, PER_NODE)
-  minutes = round(60 * job.hours)
-  options = [
+  minutes = math.ceil(60 * job.hours)  # 0 would be no limit
+  return [
     f'--job-name={job.name}',
     f'--nodes={count // gpus}',
     f'--ntasks-per-node={gpus}',
@@ -48,10 +58,13 @@ def script(job: Job) -> str:
     f'--account={job.account}' if job.account else '',
     f'--reservation={job.reservation}' if job.reservation else '',
   ]
+
+
+def script(job: Job) -> str:
+  """Returns the batch script."""
   line = train_line(job, job.folder, 'gpu', '.venv/bin/python')
   body = [
     '#!/usr/bin/env bash',
-    *(f'#SBATCH {option}' for option in options if option),
     'set -u',
     'asked=',
     'trap \'asked=yes; scancel --signal=TERM "$SLURM_JOB_ID.0"\' TERM',
@@ -83,7 +96,7 @@ def install(job: Job) -> list[Command]:
 
 def start(job: Job) -> list[Command]:
   """Submits the script."""
-  return [command('sbatch', stdin=script(job))]
+  return [command('sbatch', *options(job), stdin=script(job))]
 
 
 def logs(job: Job) -> list[Command]:

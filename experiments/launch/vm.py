@@ -17,8 +17,9 @@ from .job import (
 
 
 def check(job: Job) -> None:
-  """Raises ConfigError where a field is missing."""
+  """Raises ConfigError where a field is missing or does not fit."""
   job.need('project', 'zone', 'machine')
+  job.check_one_slice()
 
 
 def create(job: Job) -> list[Command]:

@@ -1,9 +1,11 @@
-"""Launchers: every dry run is in golden/launch; odd arguments arrive whole.
+"""Launchers: every dry run is in golden/launch, and its lines run in a shell.
 
+Programs that are not here (gcloud, docker) are stubs that record their words.
 python tests/programs/test_launch.py writes the golden files anew.
 """
 
-import json
+import contextlib
+import dataclasses
 import os
 import pathlib
 import re
@@ -11,8 +13,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = ROOT / 'tests' / 'golden' / 'launch'
@@ -20,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from experiments.launch import __main__ as launch  # noqa: E402
 from experiments.launch import presets, slurm  # noqa: E402
+from experiments.launch.job import Job, as_typed, command  # noqa: E402
 from mla_moe.config import ConfigError  # noqa: E402
 
 WHERE = ('--project=lab', '--zone=us-west4-a')
@@ -76,8 +82,7 @@ def commands(case, action, train=TRAIN):
 def dry_run(case):
   parts = []
   for action in ACTIONS:
-    shown = '\n'.join(c.as_typed() for c in commands(case, action))
-    parts.append(f'# {action}\n{shown}\n')
+    parts.append(f'# {action}\n{as_typed(commands(case, action))}\n')
   return '\n'.join(parts)
 
 
@@ -86,18 +91,63 @@ def test_dry_runs_are_the_golden_ones(case):
   assert dry_run(case) == (GOLDEN / f'{case}.txt').read_text()
 
 
-@pytest.mark.parametrize('case', CASES)
-def test_what_is_shown_is_what_is_run(case):
-  """Bash reads the printed line as the argument list that is executed."""
-  for action in ACTIONS:
-    for command in commands(case, action):
-      shown = (
-        command.as_typed().split('\n')[0]
-        if command.stdin
-        else (command.as_typed())
-      )
-      words = shlex.split(shown.split(" <<'END'")[0], comments=True)
-      assert tuple(words) == command.words
+def stub(path, body=''):
+  """A program that records its words in `calls` of the folder above, and more.
+
+  A record ends with the character 0x1e, a word with a zero.
+  """
+  path.parent.mkdir(parents=True, exist_ok=True)
+  calls = shlex.quote(str(path.parent.parent / 'calls'))
+  path.write_text(
+    f'#!/bin/bash\nprintf "%s\\0" {path.name} "$@" $\'\\x1e\' >> {calls}\n'
+    f'{body}\n'
+  )
+  path.chmod(0o755)
+
+
+def bash(line, folder, **stubs):
+  """Runs a line in `folder` with these programs, through pipes as ssh does."""
+  for name, body in stubs.items():
+    stub(folder / 'bin' / name, body)
+  return subprocess.run(
+    ['bash', '-c', line],
+    cwd=folder,
+    env={**os.environ, 'PATH': f'{folder / "bin"}:{os.environ["PATH"]}'},
+    capture_output=True,
+    text=True,
+    timeout=20,
+  )
+
+
+def calls(folder):
+  """The recorded argument lists, in order; the record begins anew."""
+  path = folder / 'calls'
+  text = path.read_text() if path.exists() else ''
+  path.unlink(missing_ok=True)
+  return [record.split('\0')[:-1] for record in text.split('\x1e\0')[:-1]]
+
+
+def test_what_is_shown_is_what_is_run(tmp_path):
+  """Bash reads the printed lines as the argument lists that are executed."""
+  programs = ('gcloud', 'xpk', 'docker', 'git', 'kubectl', 'sbatch', 'scancel')
+  programs += ('mkdir', 'python3', 'tail')
+  for name in programs:
+    stub(tmp_path / 'bin' / name)
+  stub(tmp_path / '.venv' / 'bin' / 'pip')
+  for case in CASES:
+    backend, *_ = CASES[case]
+    run = [c for action in ACTIONS for c in commands(case, action)]
+    archive = {c.source for c in run if c.source}
+    for name in archive:
+      (tmp_path / name).touch()
+    text = as_typed([dataclasses.replace(c, beside='') for c in run])
+    process = bash(text, tmp_path)
+    assert process.returncode == 0, process.stderr
+    shown = calls(tmp_path)
+    if backend == 'slurm':  # pip, by its path, has a record of its own
+      shown.insert(2, calls(tmp_path / '.venv')[0])
+    words = [[c.words[0].split('/')[-1], *c.words[1:]] for c in run]
+    assert shown == words
 
 
 ODD = (
@@ -107,62 +157,179 @@ ODD = (
   "--config.data.tokenizer=it's `here` $(whoami)\\n",
   '--config.data.seed=7 && true # no',
 )
+# Blanks, quotes and whatever a shell replaces; no control characters.
+TEXTS = st.text(
+  st.sampled_from(' \'"`$(){}[]<>|&;#!*?~\\%-=/aé') | st.characters(),
+  max_size=9,
+)
 
 
-def remote_line(case):
-  """(shell line, stub of python) as the far machine's shell gets it."""
-  (command,) = commands(case, 'start', ODD)
+def remote(case, action, train=ODD):
+  """The shell lines that the other machine gets, in order."""
+  found = commands(case, action, train)
   if case == 'slurm':
-    return command.stdin, '.venv/bin/python'
-  words = [w for w in command.words if w.startswith('--command=')]
-  stub = 'bin/python' if case == 'gke' else 'mla_moe/.venv/bin/python'
-  return words[0].removeprefix('--command='), stub
+    return [c.stdin for c in found if c.stdin]
+  words = [w for c in found for w in c.words if w.startswith('--command=')]
+  return [word.removeprefix('--command=') for word in words]
+
+
+def train_stub(case, folder, body=''):
+  """Puts a stub where the case's line has its python."""
+  places = {'gke': 'bin', 'slurm': '.venv/bin'}
+  place = places.get(case, 'mla_moe/.venv/bin')
+  stub(folder / place / 'python', body)
+  return (folder / place).parent
+
+
+@pytest.mark.parametrize('case', ['tpu', 'tpu-slices', 'vm'])
+def test_start_returns_while_training_goes_on(case, tmp_path):
+  """Otherwise ssh waits for the end of training: it holds the line's pipes."""
+  done, pipes = tmp_path / 'done', {}
+  with contextlib.ExitStack() as stack:
+    for name in ('began', 'gate', 'ended'):
+      os.mkfifo(tmp_path / name)
+      pipes[name] = os.open(tmp_path / name, os.O_RDWR)  # opens at once
+      stack.callback(os.close, pipes[name])
+    body = f'cd {tmp_path}; echo > began; read -r < gate; touch {done}'
+    train_stub(case, tmp_path, f'{body}; echo > ended')
+    for line in remote(case, 'start'):
+      process = bash(line, tmp_path)
+      assert process.returncode == 0 and not process.stderr
+      assert os.read(pipes['began'], 9) == b'\n' and not done.exists()
+      os.write(pipes['gate'], b'\n')
+      assert os.read(pipes['ended'], 9) == b'\n'
+      done.unlink()
 
 
 @pytest.mark.parametrize('case', ['tpu', 'gke', 'slurm', 'vm'])
-def test_row43_odd_arguments_arrive_whole(case, tmp_path):
-  line, stub = remote_line(case)
-  path = tmp_path / stub
-  path.parent.mkdir(parents=True)
-  code = 'import json, os, sys; '
-  code += 'json.dump([sys.argv[1:], dict(os.environ)], open("arrived", "w"))'
-  path.write_text(
-    f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -c '
-    f'{shlex.quote(code)} "$@"\n'
-  )
-  path.chmod(0o755)
-  bin_ = tmp_path / 'bin'
-  bin_.mkdir(exist_ok=True)
-  (bin_ / 'srun').write_text('#!/bin/sh\nexec "$@"\n')
-  (bin_ / 'srun').chmod(0o755)
-  environment = {**os.environ, 'PATH': f'{bin_}:{os.environ["PATH"]}'}
-  process = subprocess.run(
-    ['bash', '-c', f'{line}\nwait'],
-    cwd=tmp_path,
-    env=environment,
-    capture_output=True,
-    text=True,
-    timeout=30,
-  )
+@hypothesis.settings(
+  max_examples=8,
+  deadline=None,
+  derandomize=True,
+  suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+@hypothesis.given(texts=st.lists(TEXTS, min_size=1, max_size=8))
+def test_row43_odd_arguments_arrive_whole(case, texts, tmp_path):
+  texts = [text for text in texts if text.isprintable()]
+  words = (*ODD, *(f'--x={text}' for text in texts))
+  (line,) = remote(case, 'start', words)
+  environ = tmp_path / 'environ'
+  place = train_stub(case, tmp_path, f'env -0 > {environ}')
+  process = bash(f'{line}\nwait', tmp_path, srun='exec "$@"')
   assert process.returncode == 0, process.stderr
-  (arrived,) = list(tmp_path.glob('**/arrived'))
-  words, environ = json.loads(arrived.read_text())
-  assert words[:2] == ['-m', 'experiments.train']
-  assert words[2:-1] == list(ODD[1:])
-  assert words[-1].startswith('--workdir=')
-  preset = dict(zip(CASES, (presets.PRESETS,) * 5, strict=True))[case]
+  arrived = [w for w in calls(place) if w[0] == 'python'][-1]
+  assert arrived[1:3] == ['-m', 'experiments.train']
+  assert arrived[3:-1] == list(words[1:])
+  assert arrived[-1].startswith('--workdir=')
+  settings = dict(
+    line.split('=', 1) for line in environ.read_text().split('\0')[:-1]
+  )
   for flag in CASES[case]:
     if flag.startswith('--preset='):
-      for name, value in preset[flag.split('=')[1]].environment.items():
-        assert environ[name] == value
+      preset = presets.PRESETS[flag.removeprefix('--preset=')].environment
+      assert preset.items() <= settings.items()
+
+
+@pytest.mark.parametrize('case', ['tpu', 'vm'])
+def test_a_failed_part_of_an_install_ends_it(case, tmp_path):
+  (line,) = remote(case, 'install')
+  parts = ['tar', 'gcsfuse', 'python3'] if case == 'tpu' else ['tar', 'python3']
+  good = {name: '' for name in parts} | {'mountpoint': 'exit 1'}
+  stub(tmp_path / 'mla_moe/.venv/bin/pip')
+  assert bash(line, tmp_path, **good).returncode == 0
+  ran = [words[0] for words in calls(tmp_path)]
+  assert [name for name in ran if name != 'mountpoint'] == parts
+  assert calls(tmp_path / 'mla_moe/.venv')
+  for i, name in enumerate(parts):
+    assert bash(line, tmp_path, **good | {name: 'exit 9'}).returncode == 9
+    ran = [words[0] for words in calls(tmp_path) if words[0] != 'mountpoint']
+    assert ran == parts[: i + 1]
+    assert not calls(tmp_path / 'mla_moe/.venv')
+    stub(tmp_path / 'bin' / name)
+  if case == 'tpu':  # what is mounted is not mounted again
+    assert bash(line, tmp_path, mountpoint='exit 0').returncode == 0
+    assert 'gcsfuse' not in [words[0] for words in calls(tmp_path)]
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(
+  case=st.sampled_from(list(CASES)),
+  field=st.sampled_from(
+    [f.name for f in dataclasses.fields(Job) if f.type == 'str']
+  ),
+  prefix=st.sampled_from(['', 'gs://b/', '/', '/shared/', 'a', 'v5e:']),
+  text=TEXTS,
+)
+def test_no_value_of_a_flag_is_read_by_a_shell(case, field, prefix, text):
+  """A value is refused in a line, or arrives as it is, as one word."""
+  value = prefix + text
+  backend, *flags = CASES[case]
+  words = [*flags, f'--{field}={value}']
+  try:
+    job = launch.parse([backend, 'up', *words, *TRAIN])[2]
+    found = [c for a in ACTIONS for c in launch.commands(backend, a, job)]
+  except ConfigError as error:
+    assert str(error).isprintable()
+    return
+  assert getattr(job, field) == value
+  for c in found:
+    first = c.as_typed().split('\n')[0].split(" <<'END'")[0]
+    assert first.isprintable()
+    lines = [w.removeprefix('--command=') for w in c.words if '=' in w]
+    lines = [w for w in lines if ' && ' in w or 'train' in w]
+    for line in [*lines, *filter(None, [c.stdin])]:
+      # Without the quoted parts no character is left that a shell replaces.
+      bare = re.sub(r"'[^']*'|\$\{?\w+\}?|\$\(hostname\)|\$[?!]", '', line)
+      bare = re.sub(r'"[^"`$]*"|\[ -n|\]; then', '', bare)
+      assert not re.search(r'[`$*?\[\]]', bare), line
+
+
+def test_only_the_commit_goes_into_the_image(tmp_path, monkeypatch):
+  """Not .env, runs/ and .venv beside it, whatever .gitignore says."""
+  monkeypatch.chdir(tmp_path)
+  for name in ('GIT_DIR', 'GIT_WORK_TREE', 'GIT_INDEX_FILE'):
+    monkeypatch.delenv(name, raising=False)
+  git = ['git', '-c', 'user.name=a', '-c', 'user.email=a@b.example']
+  (tmp_path / 'tracked.py').write_text('')
+  subprocess.run(['git', 'init', '-q'], check=True)
+  subprocess.run(['git', 'add', '.'], check=True)
+  subprocess.run([*git, 'commit', '-qm', 'one'], check=True)
+  for name in ('.env', 'runs/a/checkpoint', '.venv/lib', 'corpus.txt'):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text('')
+  stub(tmp_path / 'bin' / 'docker', '[ "$1" = push ] || cat > sent')
+  monkeypatch.setenv('PATH', f'{tmp_path / "bin"}:{os.environ["PATH"]}')
+  launch.execute(commands('gke', 'install'))
+  assert [words[1] for words in calls(tmp_path)] == ['build', 'push']
+  with tarfile.open('sent') as archive:
+    assert archive.getnames() == ['tracked.py']
+
+
+def test_slices_are_installed_and_started_side_by_side(tmp_path, monkeypatch):
+  """Each ssh waits for the other: one after the other would never end."""
+  monkeypatch.chdir(tmp_path)
+  stub(tmp_path / 'bin' / 'git')
+  body = """[ "$4" = scp ] && node="${9%%:*}" || node="$7"
+  case "$node" in
+    v3-0) echo up > to-1; read -r < to-0;;
+    v3-1) read -r < to-1; echo up > to-0;;
+  esac"""
+  stub(tmp_path / 'bin' / 'gcloud', body)
+  os.mkfifo('to-0')
+  os.mkfifo('to-1')
+  monkeypatch.setenv('PATH', f'{tmp_path / "bin"}:{os.environ["PATH"]}')
+  launch.execute(commands('tpu-slices', 'install'))
+  launch.execute(commands('tpu-slices', 'start'))
+  assert len(calls(tmp_path)) == 7
+  stub(tmp_path / 'bin' / 'gcloud', 'exit 3')
+  with pytest.raises(ConfigError, match='gcloud ended with 3: nothing after'):
+    launch.execute(commands('tpu-slices', 'start'))
 
 
 @pytest.mark.parametrize('case', ['tpu', 'gke', 'slurm', 'vm'])
 def test_shell_lines_parse_and_shellcheck_is_silent(case, tmp_path):
-  lines = [remote_line(case)[0]]
-  for command in commands(case, 'install'):
-    flags = [w for w in command.words if w.startswith('--command=')]
-    lines += [w.removeprefix('--command=') for w in flags]
+  lines = [line for action in ACTIONS for line in remote(case, action)]
+  assert lines
   checker = shutil.which('shellcheck')
   for i, line in enumerate(lines):
     path = tmp_path / f'{i}.sh'
@@ -231,6 +398,21 @@ def test_slurm_requeues_after_a_signal_and_not_after_the_end(tmp_path):
       'nodes',
     ),
     (['vm', 'start', '--name=a', '--preset=ironwood', *WHERE], 'gpu-overlap'),
+    (
+      ['tpu', 'up', '--name=a', '--topology=v5e:4x4*2', '--storage=gs://b']
+      + list(WHERE),
+      'give --slices=2',
+    ),
+    (['vm', 'up', '--name=a', '--slices=2', *WHERE], 'only TPUs have slices'),
+    (['vm', 'up', '--name=a', '--hours=nan', *WHERE], 'must be above 0'),
+    (['vm', 'up', '--name=a', '--zone=a b', '--project=p'], "--zone='a b'"),
+    (['vm', 'up', '--name=a', '--project=p\n', '--zone=z'], r"--project='p\n'"),
+    (['vm', 'up', '--name=a', *WHERE, '--', '--x=a\nb'], 'line break'),
+    (['vm', 'up', '--name=a', *WHERE, '--', '--workdir=r'], 'leave it out'),
+    (
+      ['slurm', 'up', '--name=a', '--topology=h100:8', '--storage=/a%j'],
+      'Slurm replaces %',
+    ),
   ],
 )
 def test_bad_requests_are_one_line(words, message):
@@ -253,10 +435,8 @@ def test_no_machine_is_asked_for_with_a_config_that_is_not_there(
 
 
 def test_a_missing_program_is_named():
-  from experiments.launch.job import command
-
   with pytest.raises(ConfigError, match='no-such-program: is not installed'):
-    launch.execute(command('no-such-program'))
+    launch.execute([command('no-such-program')])
 
 
 def write() -> None:

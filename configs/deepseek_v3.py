@@ -25,7 +25,7 @@ def get_config(arg=''):
     micro_batch=512,
   )
   run = c.RunConfig(steps=243425)
-  model = c.ModelConfig(precision='fp8_block')
+  model = c.ModelConfig(bos_id=0, eos_id=1, precision='fp8_block')
   pretrain = c.Config(model=model, data=data, run=run)
   return c.thaw(
     c.variant(

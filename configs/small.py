@@ -11,15 +11,13 @@ from mla_moe import config as c
 def get_config(arg=''):
   """Returns DeepSeek-V3's parts at width 512."""
   model = c.ModelConfig(
-    vocab=264,
+    vocab=0,  # the tokenizer's
     dim=512,
     layers=8,
     dense_layers=1,
     dense_width=1536,
     max_positions=8192,
     init_std=0.02,
-    bos_id=256,
-    eos_id=257,
     mla=c.MLAConfig(
       heads=8,
       query_rank=256,

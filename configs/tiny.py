@@ -18,15 +18,13 @@ from mla_moe import config as c
 def get_config(arg=''):
   """Returns V3's parts at width 128: groups, bias, shared expert, MTP."""
   model = c.ModelConfig(
-    vocab=264,
+    vocab=0,  # the tokenizer's
     dim=128,
     layers=4,
     dense_layers=1,
     dense_width=384,
     max_positions=2048,
     init_std=0.04,
-    bos_id=256,
-    eos_id=257,
     dtype='float32',
     compute=c.ComputeConfig(remat='products'),
     mla=c.MLAConfig(

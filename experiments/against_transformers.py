@@ -31,11 +31,10 @@ def compare(folder: pathlib.Path) -> float:
     raise ConfigError(
       '--check needs transformers: pip install torch transformers'
     ) from None
-  from mla_moe import load_huggingface, save_huggingface
-  from mla_moe.hf import config_json
+  from mla_moe import files, load_huggingface, save_huggingface
 
   config, variables = load_huggingface(folder)
-  values = config_json.read_json(folder / 'config.json')
+  values = files.read_json(folder / 'config.json')
   native = values.get('model_type') in ('deepseek_v2', 'deepseek_v3')
   tokens = np.random.default_rng(0).integers(0, config.vocab, (1, 64))
   with tempfile.TemporaryDirectory() as scratch:

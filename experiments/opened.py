@@ -185,12 +185,12 @@ def _tokenizer(name: str, own: str, config: ModelConfig) -> Tokenizer:
 
 def _stop_ids(folder: pathlib.Path, config: ModelConfig) -> tuple[int, ...]:
   """Returns eos_id, and the ids of generation_config.json if there is one."""
-  from mla_moe.hf import config_json
+  from mla_moe import files
 
   ids = {config.eos_id}
   path = folder / 'generation_config.json'
   if path.exists():
-    value = config_json.read_json(path).get('eos_token_id')
+    value = files.read_json(path).get('eos_token_id')
     values = value if isinstance(value, list) else [value]
     ids |= {i for i in values if isinstance(i, int) and 0 <= i < config.vocab}
   return tuple(sorted(ids))

@@ -16,11 +16,13 @@ import shutil
 from typing import Any
 
 from mla_moe import files
-from mla_moe.config import Config, ConfigError, differences, freeze
+from mla_moe.config import Config, ConfigError, ModelConfig, differences, freeze
 
 # Fields that may change when a run resumes. A mesh or a kernel changes the last
 # bits of a step's numbers, and no other field here changes any.
 _HARMLESS = ('config.run.', 'config.mesh.', 'config.model.compute.')
+
+_V3 = dataclasses.replace(Config(), model=ModelConfig(bos_id=0, eos_id=1))
 
 # A digest with another beginning is of another version of `digest`.
 _DIGEST = 'fields:'
@@ -116,10 +118,10 @@ def redacted(text: str) -> str:
 def digest(config: Config) -> str:
   """Returns a hash of the fields that make a run the run it is.
 
-  Fields of `_HARMLESS` are left out. So are fields at their default: a field
+  Fields of `_HARMLESS` are left out. So are fields at V3's values: a field
   that a later version adds changes no digest.
   """
-  lines = [x for x in differences(config, Config()) if not _is_harmless(x)]
+  lines = [x for x in differences(config, _V3) if not _is_harmless(x)]
   text = '\n'.join(sorted(lines))
   return f'{_DIGEST}{hashlib.sha256(text.encode()).hexdigest()}'
 

@@ -29,11 +29,11 @@ def is_number(value: Any) -> bool:
   return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def coerce(name: str, value: Any, kind: Any) -> Any:
+def coerce(name: str, value: Any, kind: Any, least: int = 0) -> Any:
   """Returns `value` as `kind`; ints become floats, lists become tuples.
 
   Raises:
-    ConfigError: `value` is not of this kind.
+    ConfigError: `value` is not of this kind, or a number below `least`.
   """
   if typing.get_origin(kind) is typing.Literal:
     choices = typing.get_args(kind)
@@ -55,8 +55,9 @@ def coerce(name: str, value: Any, kind: Any) -> Any:
       f'{name}={value!r}: must be of type {kind.__name__}, not '
       f'{type(value).__name__}'
     )
-  if kind in (int, float) and value < 0:
-    raise ConfigError(f'{name}={value!r}: must not be negative')
+  if kind in (int, float) and value < least:
+    rule = f'must be {least} or more' if least else 'must not be negative'
+    raise ConfigError(f'{name}={value!r}: {rule}')
   return value
 
 
@@ -73,7 +74,9 @@ class Checked:
   def __post_init__(self):
     hints = typing.get_type_hints(type(self))
     for field in dataclasses.fields(self):
-      value = coerce(field.name, getattr(self, field.name), hints[field.name])
+      least = field.metadata.get('least', 0)
+      value = getattr(self, field.name)
+      value = coerce(field.name, value, hints[field.name], least)
       object.__setattr__(self, field.name, value)
     self._rules()
 

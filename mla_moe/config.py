@@ -7,7 +7,8 @@ valid, and an error is one line with the value, the rule and the fix. At the
 edge (command line, config files, JSON) a config is a `ConfigDict`, which people
 override key by key; `freeze` turns it into the checked dataclass, `thaw` back.
 
-No field is optional: 0 switches a feature off. Numbers are never negative.
+No field is optional: 0 switches a feature off. Numbers are never negative, but
+for an id of -1: it is the tokenizer's, and `freeze` puts the number there.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from mla_moe import checked
+from mla_moe import checked, vocabulary
 from mla_moe.checked import Checked, ConfigError, check_divides, is_number
 from mla_moe.checked import differences as differences
 from mla_moe.checked import thaw as thaw
@@ -189,9 +190,10 @@ class ComputeConfig(Checked):
 class ModelConfig(Checked):
   """The network: `dense_layers` with a dense FFN, then layers with experts.
 
-  `dtype` is that of activations; parameters are float32. `precision` is that of
-  the linear layers' products (`fp8`): output and both gradients. 'bf16' means
-  products in `dtype`.
+  `vocab` 0 is the tokenizer's size, a multiple of 8; `bos_id` and `eos_id` -1
+  are its tokens. `dtype` is that of activations; parameters are float32.
+  `precision` is that of the linear layers' products (`fp8`): output and both
+  gradients. 'bf16' means products in `dtype`.
   """
 
   vocab: int = 129280
@@ -203,8 +205,8 @@ class ModelConfig(Checked):
   max_positions: int = 163840
   tie_embeddings: bool = False
   init_std: float = 0.006
-  bos_id: int = 0
-  eos_id: int = 1
+  bos_id: int = dataclasses.field(default=-1, metadata={'least': -1})
+  eos_id: int = dataclasses.field(default=-1, metadata={'least': -1})
   dtype: Literal['float32', 'bfloat16'] = 'bfloat16'
   precision: Literal['bf16', 'fp8_tensor', 'fp8_channel', 'fp8_block'] = 'bf16'
   compute: ComputeConfig = ComputeConfig()
@@ -217,7 +219,7 @@ class ModelConfig(Checked):
     return self.layers - self.dense_layers
 
   def _rules(self):
-    self._positive('vocab', 'dim', 'layers', 'dense_width', 'max_positions')
+    self._positive('dim', 'layers', 'dense_width', 'max_positions')
     self._require('init_std', self.init_std > 0, 'must be above 0')
     self._require('norm_eps', self.norm_eps > 0, 'must be above 0')
     fp8, experts = self.compute.fp8, self.compute.experts
@@ -241,7 +243,7 @@ class ModelConfig(Checked):
     for name in ('bos_id', 'eos_id'):
       self._require(
         name,
-        getattr(self, name) < self.vocab,
+        not self.vocab or getattr(self, name) < self.vocab,
         f'must be below vocab={self.vocab}',
       )
 
@@ -506,10 +508,19 @@ class Config(Checked):
 def freeze(values: Any) -> Config:
   """Returns the checked Config of a ConfigDict or of a dict from JSON.
 
+  It has the tokenizer's numbers where `values` leave them to the tokenizer.
+  Ids may stay open where its file is on another machine.
+
   Raises:
-    ConfigError: as `checked.freeze`.
+    ConfigError: as `checked.freeze`, or a tokenizer without such tokens.
   """
-  return checked.freeze(_migrated(values), Config, 'config')
+  config = checked.freeze(_migrated(values), Config, 'config')
+  model, name = config.model, config.data.tokenizer
+  is_open = min(model.bos_id, model.eos_id) < 0
+  if not model.vocab or (is_open and vocabulary.exists(name)):
+    ids = vocabulary.fill(name, model.vocab, model.bos_id, model.eos_id)
+    model = dataclasses.replace(model, **ids)
+  return dataclasses.replace(config, model=model)
 
 
 def keys() -> Iterator[str]:

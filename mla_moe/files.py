@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import pathlib
 import stat
+from typing import Any
 
 from mla_moe.checked import ConfigError
 
@@ -46,6 +48,22 @@ def read_bytes(path: pathlib.Path, limit: int = LIMIT) -> bytes:
   if len(content) > limit:
     raise ConfigError(f'{path}: cannot be read (it exceeds {limit} bytes)')
   return content
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """Returns the object in a JSON file.
+
+  Raises:
+    ConfigError: the file cannot be read, or contains no JSON object.
+  """
+  content = read_bytes(path)
+  try:
+    values = json.loads(content.decode('utf-8'))
+  except (ValueError, RecursionError) as error:
+    raise ConfigError(f'{path}: is not JSON ({error})') from None
+  if not isinstance(values, dict):
+    raise ConfigError(f'{path}: is not an object')
+  return values
 
 
 def sync(path: pathlib.Path) -> None:

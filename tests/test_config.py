@@ -66,7 +66,9 @@ def test_released_shapes(name):
 def test_defaults_are_those_of_v3():
   published = load('deepseek_v3').model
   assert published.precision == 'fp8_block'
-  assert dataclasses.replace(published, precision='bf16') == Config().model
+  own = {'bos_id': -1, 'eos_id': -1}  # of the tokenizer, in the defaults
+  plain = dataclasses.replace(published, precision='bf16', **own)
+  assert plain == Config().model
   c = Config()
   assert (c.optim.bias_rate, c.optim.balance_loss) == (0.001, 1e-4)
   assert (c.model.moe.groups, c.model.mtp.depth) == (8, 1)
@@ -93,6 +95,7 @@ BAD = [
   ('model.dtype', 'float16', 'must be one of'),
   ('model.compute.remat', 'some', 'must be one of'),
   ('model.eos_id', 129280, 'below vocab'),
+  ('model.bos_id', -2, 'must be -1 or more'),
   ('model.mla.rope_dim', 63, 'even'),
   ('model.compute.attention', 'magic', 'must be one of'),
   ('model.mla.rope.factor', 40.0, 'YaRN'),
@@ -221,6 +224,15 @@ def test_a_digest_is_of_all_that_changes_a_run():
   assert workdir.of_another(base, 'fields:0')
   assert not workdir.of_another(base, '')
   assert not workdir.of_another(base, '0' * 64)  # an older version's
+
+
+@pytest.mark.parametrize(
+  'name, digest',
+  [('tiny', 'f2e9fd5fcbbe06f8'), ('deepseek_v3', 'af3280b3324aeb60')],
+)
+def test_a_run_of_an_older_version_keeps_its_digest(name, digest):
+  """Its ids and its vocabulary were numbers of the config."""
+  assert workdir.digest(load(name)).startswith(f'fields:{digest}')
 
 
 def test_configs_of_older_versions_are_read():

@@ -14,6 +14,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = (
   'types checked',
   'variants files',
+  'vocabulary',
   'config',
   'cost sharding kernels data checkpoint',
   'fp8',

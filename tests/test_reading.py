@@ -34,6 +34,7 @@ LEFT_OUT = {
   },
   'loops of CPU and GPU': {'model/expert_loop', 'model/flash'},
   'refusals and variants of a config': {'checked', 'variants'},
+  "a tokenizer's ids": {'files', 'vocabulary'},
   'the type of a batch': {'data/batches'},
 }
 MOE = ('model/router', 'model/moe', 'model/experts', 'model/dispatch')

@@ -15,9 +15,9 @@ import re
 
 import numpy as np
 
+from mla_moe import files
 from mla_moe.config import ConfigError
 from mla_moe.data.tokenizer import BOS, EOS, Tokenizer
-from mla_moe.hf import config_json
 from mla_moe.types import Int
 
 USER, ASSISTANT = '<｜User｜>', '<｜Assistant｜>'
@@ -81,7 +81,7 @@ def encode(
 def _settings(folder: pathlib.Path) -> dict:
   """Returns the template ('' if there is none) and the texts of bos and eos."""
   path = folder / 'tokenizer_config.json'
-  values = config_json.read_json(path) if path.exists() else {}
+  values = files.read_json(path) if path.exists() else {}
   template = values.get('chat_template') or ''
   if isinstance(template, list):  # several, by name
     named = [x for x in template if isinstance(x, dict)]

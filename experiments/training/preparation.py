@@ -66,14 +66,15 @@ def prepare(config: Config, path: pathlib.Path) -> Setup:
   _, slow = fp8.choose(config.model.precision, config.model.compute.fp8)
   if slow:
     print(slow)
+  model = config.model
   words = tokenizer.load(
-    config.data.tokenizer, config.model.bos_id, config.model.eos_id
+    config.data.tokenizer, model.bos_id, model.eos_id, model.vocab
   )
   tokenise = functools.partial(
     corpus.prepare, config.data, words, path.parent / '.corpus'
   )
   text = distributed.alone(tokenise) or tokenise()
-  corpus.check(text, config)
+  corpus.check(text, config.data)
   heldout = batches.eval_batches(
     text.heldout, config.data, text.bos_id, config.run.eval_batches
   )

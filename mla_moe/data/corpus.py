@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mla_moe.config import Config, ConfigError, DataConfig
+from mla_moe.config import ConfigError, DataConfig
 from mla_moe.data import documents
 from mla_moe.data.tokenizer import Tokenizer
 
@@ -76,13 +76,12 @@ def prepare(
   return _open(folder, tokenizer, fingerprint)
 
 
-def check(corpus: Corpus, config: Config):
-  """Refuses a corpus that the config cannot train on.
+def check(corpus: Corpus, data: DataConfig) -> None:
+  """Refuses a corpus with too little text.
 
   Raises:
-    ConfigError: fewer tokens than a batch, or ids that the model lacks.
+    ConfigError: fewer tokens than a batch.
   """
-  data = config.data
   batch = data.batch_size * data.seq_len + 1
   for name, stream, least, remedy in (
     ('training', corpus.train, batch, 'lower data.batch_size or data.seq_len'),
@@ -97,12 +96,6 @@ def check(corpus: Corpus, config: Config):
       raise ConfigError(
         f'data.source={data.source!r}: {len(stream)} {name} tokens, but a '
         f'batch needs {least}; give more text, or {remedy}'
-      )
-    largest = int(stream.max())
-    if largest >= config.model.vocab:
-      raise ConfigError(
-        f'model.vocab={config.model.vocab}: the {name} text holds token id '
-        f"{largest}; raise model.vocab to the tokenizer's size"
       )
 
 

@@ -16,18 +16,16 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
-import pathlib
 from typing import Any
 
 import numpy as np
 
-from mla_moe import files
+from mla_moe import files, vocabulary
 from mla_moe.config import ConfigError
 from mla_moe.types import Int
-
-BOS, EOS = '<｜begin▁of▁sentence｜>', '<｜end▁of▁sentence｜>'
-FIM = ('<｜fim▁begin｜>', '<｜fim▁hole｜>', '<｜fim▁end｜>')
+from mla_moe.vocabulary import BOS as BOS
+from mla_moe.vocabulary import EOS as EOS
+from mla_moe.vocabulary import FIM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,19 +98,29 @@ class BPETokenizer:
 Tokenizer = ByteTokenizer | BPETokenizer
 
 
-def load(name: str, bos_id: int, eos_id: int) -> Tokenizer:
+def load(
+  name: str, bos_id: int = -1, eos_id: int = -1, vocab: int = 0
+) -> Tokenizer:
   """Returns a tokenizer by name.
 
   Args:
     name: 'byte', a tokenizer.json, or a folder with one.
-    bos_id, eos_id: the model's; a tokenizer.json does not say which of its
-      tokens begins and ends a document. The ids for fill-in-the-middle are
-      found by DeepSeek's names of the tokens.
+    bos_id, eos_id: the model's; -1 is the tokenizer's own (`vocabulary`). The
+      ids for fill-in-the-middle are found by DeepSeek's names of the tokens.
+    vocab: the model's size, which the tokenizer's must not exceed; 0 is any.
 
   Raises:
-    ConfigError: no such file, not a byte-level tokenizer.json, or ids that are
-      no special tokens of it.
+    ConfigError: no such file, not a byte-level tokenizer.json, too many
+      tokens, or ids that are no special tokens of it.
   """
+  words = vocabulary.read(name)
+  if vocab and vocab < words.size:
+    raise ConfigError(
+      f'model.vocab={vocab}: the tokenizer {name!r} has {words.size} tokens; '
+      'set model.vocab=0, for its size, or a larger number'
+    )
+  ids = vocabulary.fill(name, vocab, bos_id, eos_id)
+  bos_id, eos_id = ids['bos_id'], ids['eos_id']
   if name == 'byte':
     tokenizer = ByteTokenizer()
     for field, index in (('bos_id', bos_id), ('eos_id', eos_id)):
@@ -123,33 +131,31 @@ def load(name: str, bos_id: int, eos_id: int) -> Tokenizer:
           f'model.{field}={own}'
         )
     return tokenizer
-  path = os.path.expanduser(name)
-  if os.path.isdir(path):
-    path = os.path.join(path, 'tokenizer.json')
-  try:
-    content = files.read_bytes(pathlib.Path(path))
-  except ConfigError as error:
-    raise ConfigError(
-      f"data.tokenizer={name!r}: must be 'byte' or a tokenizer.json ({error})"
-    ) from None
-  core = _parse(path, content)
-  added = core.get_added_tokens_decoder()
-  special = {i: token.content for i, token in added.items() if token.special}
+  path = vocabulary.file_of(name)
+  content = files.read_bytes(path)
+  core = _parse(str(path), content)
   for field, index in (('bos_id', bos_id), ('eos_id', eos_id)):
-    if index not in special:
+    if index not in words.special:
       token = core.id_to_token(index)
       said = 'no such token' if token is None else f'the word {token!r} there'
-      choices = ', '.join(f'{i} {t!r}' for i, t in list(special.items())[:8])
       raise ConfigError(
-        f'model.{field}={index}: {path} has {said}; set model.{field} to a '
-        f'special token: {choices or "it has none"}'
+        f'model.{field}={index}: {path} has {said}; set model.{field}=-1, for '
+        "the tokenizer's own, or a special token: "
+        f'{vocabulary.choices(words.special)}'
       )
-  fim = tuple(core.token_to_id(token) for token in FIM)
+  ids_of = {text: index for index, text in words.special.items()}
+  for token in FIM:
+    if token not in ids_of and core.token_to_id(token) is not None:
+      raise ConfigError(
+        f'{path}: {token!r} is a word there, so text would become it; list it '
+        'in added_tokens, as special'
+      )
+  fim = tuple(ids_of.get(token, -1) for token in FIM)
   return BPETokenizer(
-    vocab=max(core.get_vocab().values()) + 1,
+    vocab=words.size,
     bos_id=bos_id,
     eos_id=eos_id,
-    fim_ids=None if None in fim else fim,
+    fim_ids=None if min(fim) < 0 else fim,
     fingerprint=f'{hashlib.sha256(content).hexdigest()}:{bos_id}:{eos_id}',
     core=core,
   )

@@ -10,14 +10,11 @@ code, are never looked at.
 
 from __future__ import annotations
 
-import json
-import pathlib
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from mla_moe import files
 from mla_moe.config import (
   ConfigError,
   MLAConfig,
@@ -79,22 +76,6 @@ def parameter_dtype(dtype: Any) -> np.dtype:
   if parsed not in (F32, BF16):
     raise ConfigError(f'dtype={dtype!r}: must be float32 or bfloat16')
   return parsed
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """Returns the object in a JSON file.
-
-  Raises:
-    ConfigError: the file cannot be read, or contains no JSON object.
-  """
-  content = files.read_bytes(path)
-  try:
-    values = json.loads(content.decode('utf-8'))
-  except (ValueError, RecursionError) as error:
-    raise ConfigError(f'{path}: is not JSON ({error})') from None
-  if not isinstance(values, dict):
-    raise ConfigError(f'{path}: is not an object')
-  return values
 
 
 def read(values: dict[str, Any], dtype: str) -> ModelConfig:
@@ -275,8 +256,8 @@ def write(
     'hidden_act': 'silu',
     'attention_bias': False,
     'attention_dropout': 0.0,
-    'bos_token_id': config.bos_id,
-    'eos_token_id': config.eos_id,
+    'bos_token_id': config.bos_id if config.bos_id >= 0 else None,
+    'eos_token_id': config.eos_id if config.eos_id >= 0 else None,
     'tie_word_embeddings': config.tie_embeddings,
     'initializer_range': config.init_std,
     'use_cache': True,

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from mla_moe.config import ConfigError, ModelConfig, MTPConfig
+from mla_moe.files import read_json
 from mla_moe.hf import config_json, fp8_blocks, names, safetensors
 
 _FLOATS = ('F32', 'F16', 'BF16', 'F8_E4M3')
@@ -44,7 +45,7 @@ class Source:
     self.folder = folder
     if not folder.is_dir():
       raise ConfigError(f'{str(folder)!r}: is no folder')
-    values = config_json.read_json(folder / 'config.json')
+    values = read_json(folder / 'config.json')
     self.files = _open(folder, stack)
     with _errors_in(f'{folder}/config.json'):
       self.config = config_json.read(values, str(dtype))
@@ -283,7 +284,7 @@ def _open(
 
 def _weight_map(index: pathlib.Path) -> dict[str, str]:
   """Returns {tensor: file name} of an index; no file is outside the folder."""
-  shard_of = config_json.read_json(index).get('weight_map')
+  shard_of = read_json(index).get('weight_map')
   if not isinstance(shard_of, dict) or not shard_of:
     raise ConfigError(f'{index}: has no weight_map from tensors to files')
   for name, shard in shard_of.items():

@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax import struct
 
 from mla_moe import fp8, sharding
-from mla_moe.config import ModelConfig
+from mla_moe.config import ConfigError, ModelConfig
 from mla_moe.model import (
   block,
   embedding,
@@ -69,6 +69,8 @@ class Transformer(nn.Module):
 
   def setup(self):
     c = self.config
+    if not c.vocab:
+      raise ConfigError("vocab=0: is a tokenizer's; `freeze` reads its size")
     shape, axes, std = (c.vocab, c.dim), ('vocab', 'embed'), c.init_std
     self.embedding = weights.param(self, 'embedding', shape, axes, std)
     if not c.tie_embeddings:

@@ -22,8 +22,8 @@ from texts import (
   write_folder,
 )
 
-from mla_moe.config import Config, ConfigError, ModelConfig
-from mla_moe.data import corpus
+from mla_moe.config import ConfigError
+from mla_moe.data import corpus, tokenizer
 
 
 def test_a_second_call_reuses_the_files_in_silence(folder, tmp_path, text):
@@ -147,16 +147,14 @@ def test_row21_too_little_text_and_too_small_a_vocabulary_are_said(
   folder, text
 ):
   tokens = len(text.train)
-  model = ModelConfig(vocab=264)
   large = small(source=folder, seq_len=512, batch_size=8)
   with pytest.raises(ConfigError) as caught:
-    corpus.check(text, Config(model=model, data=large))
+    corpus.check(text, large)
   assert f'{tokens} training tokens' in str(caught.value)
   assert f'needs {512 * 8 + 1}' in str(caught.value)
   long = small(source=folder, seq_len=len(text.heldout), batch_size=1)
   with pytest.raises(ConfigError, match='raise data.heldout=0.2, or lower'):
-    corpus.check(text, Config(model=model, data=long))
-  corpus.check(text, Config(model=model, data=small(source=folder)))
-  with pytest.raises(ConfigError, match='model.vocab=200.*257'):
-    less = dataclasses.replace(model, vocab=200)
-    corpus.check(text, Config(model=less, data=small(source=folder)))
+    corpus.check(text, long)
+  corpus.check(text, small(source=folder))
+  with pytest.raises(ConfigError, match='model.vocab=260.*261'):
+    tokenizer.load('byte', vocab=260)

@@ -7,8 +7,10 @@ import bpe_tokenizer
 import numpy as np
 import pytest
 
-from mla_moe.config import ConfigError
+from configs import tiny
+from mla_moe.config import ConfigError, freeze
 from mla_moe.data import tokenizer
+from mla_moe.data.tokenizer import BOS, EOS
 
 TEXTS = (
   '',
@@ -102,6 +104,54 @@ def test_an_ordinary_word_is_no_bos_or_eos(bpe):
   for bos, eos in ((bang, 1), (0, bang)):
     with pytest.raises(ConfigError, match=f"={bang}: .*'!'.* special"):
       tokenizer.load(path, bos, eos)
+
+
+def test_bos_eos_and_the_size_are_the_tokenizer_s(bpe, tmp_path):
+  """A config may name others; the settings beside the file say which."""
+  words, path = bpe
+  values = tiny.get_config()
+  values.data.tokenizer = path
+  model = freeze(values).model
+  assert (model.bos_id, model.eos_id) == (0, 1)
+  assert 0 <= model.vocab - words.vocab < 8 and model.vocab % 8 == 0
+  pad = words.core.token_to_id('<｜▁pad▁｜>')
+  (tmp_path / 'tokenizer.json').write_bytes(pathlib.Path(path).read_bytes())
+  settings = tmp_path / 'tokenizer_config.json'
+  values.data.tokenizer = str(tmp_path)
+  for said, ids in (
+    ({'bos_token': '<｜▁pad▁｜>', 'eos_token': {'content': EOS}}, (pad, 1)),
+    ({'eos_token': '<｜▁pad▁｜>'}, (0, pad)),
+  ):
+    settings.write_text(json.dumps(said))
+    model = freeze(values).model
+    assert (model.bos_id, model.eos_id) == ids
+    loaded = tokenizer.load(str(tmp_path))
+    assert (loaded.bos_id, loaded.eos_id) == ids
+  settings.write_text(json.dumps({'bos_token': None}))
+  with pytest.raises(ConfigError, match=f'model.bos_id: .*one of 0 {BOS!r}'):
+    freeze(values)
+  values.model.bos_id, values.model.vocab = 1, 400
+  model = freeze(values).model
+  assert (model.bos_id, model.eos_id, model.vocab) == (1, 1, 400)
+  with pytest.raises(ConfigError, match=f'vocab=9: .* {words.vocab} tokens'):
+    tokenizer.load(path, vocab=9)
+  # A plan of a machine with other files needs no ids.
+  values.data.tokenizer, values.model.bos_id = '/not/here.json', -1
+  assert freeze(values).model.bos_id == -1
+  values.model.vocab = 0
+  with pytest.raises(ConfigError, match='/not/here.json'):
+    freeze(values)
+
+
+def test_a_fim_token_that_is_a_word_is_refused(bpe, tmp_path):
+  content = json.loads(pathlib.Path(bpe[1]).read_text(encoding='utf-8'))
+  content['added_tokens'] = [
+    x for x in content['added_tokens'] if x['content'] != tokenizer.FIM[1]
+  ]
+  path = tmp_path / 'word.json'
+  path.write_text(json.dumps(content), encoding='utf-8')
+  with pytest.raises(ConfigError, match=f'{tokenizer.FIM[1]}.* is a word'):
+    tokenizer.load(str(path))
 
 
 def test_fim_tokens_without_the_flag_are_special_all_the_same(bpe, tmp_path):

@@ -19,6 +19,7 @@ from mla_moe.config import (
   OptimConfig,
   freeze,
   smoke,
+  thaw,
 )
 from mla_moe.model import transformer
 from mla_moe.train import optim
@@ -195,7 +196,7 @@ def test_only_a_constant_phase_jumps():
 
 def test_every_parameter_is_known_to_both_optimizers():
   """A new weight must be entered in Muon's table, or here."""
-  config = smoke(Config())
+  config = freeze(thaw(smoke(Config())))
   queries = dataclasses.replace(config.model.mla, query_rank=0)
   plain = dataclasses.replace(config.model, mla=queries)
   for c in (config.model, plain):
@@ -328,7 +329,7 @@ def test_adam_from_stored_moments_is_optaxs(decay):
 
 @pytest.mark.slow
 def test_muon_on_a_mesh_lies_where_its_parameters_lie():
-  config = smoke(Config())
+  config = freeze(thaw(smoke(Config())))
   config = dataclasses.replace(
     config,
     model=dataclasses.replace(

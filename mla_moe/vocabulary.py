@@ -1,0 +1,139 @@
+"""The size of a tokenizer, and its tokens that begin and end a text.
+
+A tokenizer.json does not say which of its tokens are bos and eos. The
+tokenizer_config.json beside it does; without one, DeepSeek's names of these
+tokens count. No library is needed: the files are JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+from mla_moe import files
+from mla_moe.checked import ConfigError
+
+BOS, EOS = '<｜begin▁of▁sentence｜>', '<｜end▁of▁sentence｜>'
+FIM = ('<｜fim▁begin｜>', '<｜fim▁hole｜>', '<｜fim▁end｜>')
+BYTES = 256
+
+
+class Vocabulary(NamedTuple):
+  """The names of a tokenizer's tokens.
+
+  size: its largest id + 1. special: {id: text} of the tokens that no text
+  becomes. bos_id, eos_id: -1 where the files name no such token.
+  """
+
+  size: int
+  special: dict[int, str]
+  bos_id: int
+  eos_id: int
+
+
+BYTE = Vocabulary(
+  size=BYTES + 5,
+  special=dict(enumerate((BOS, EOS, *FIM), BYTES)),
+  bos_id=BYTES,
+  eos_id=BYTES + 1,
+)
+
+
+def file_of(name: str) -> pathlib.Path:
+  """Returns the tokenizer.json of a path, which may be its folder."""
+  path = pathlib.Path(os.path.expanduser(name))
+  return path / 'tokenizer.json' if path.is_dir() else path
+
+
+def read(name: str) -> Vocabulary:
+  """Returns the vocabulary of 'byte', of a tokenizer.json, or of its folder.
+
+  Raises:
+    ConfigError: no such file, or no tokenizer.json.
+  """
+  if name == 'byte':
+    return BYTE
+  path = file_of(name)
+  try:
+    content = files.read_bytes(path)
+  except ConfigError as error:
+    raise ConfigError(
+      f"data.tokenizer={name!r}: must be 'byte' or a tokenizer.json ({error})"
+    ) from None
+  try:
+    values = json.loads(content)
+    added = values.get('added_tokens') or ()
+    # Releases may forget FIM's flag, and text would then become these tokens.
+    special = {
+      token['id']: token['content']
+      for token in added
+      if token['special'] or token['content'] in FIM
+    }
+    words = values['model']['vocab']
+    ids = words.values() if hasattr(words, 'values') else range(len(words))
+    size = max([*ids, *(token['id'] for token in added)]) + 1
+  except Exception as error:  # anything may lie there
+    raise ConfigError(
+      f'data.tokenizer={str(path)!r}: not a tokenizer.json '
+      f'({type(error).__name__}: {error})'
+    ) from None
+  return Vocabulary(size, special, *_ends(path, special))
+
+
+def exists(name: str) -> bool:
+  """Returns whether `read` has a file to read."""
+  return name == 'byte' or file_of(name).exists()
+
+
+def fill(name: str, vocab: int, bos_id: int, eos_id: int) -> dict[str, int]:
+  """Returns the fields of a model; 0 and -1 become the tokenizer's numbers.
+
+  The size becomes a multiple of 8, so that devices can split it.
+
+  Raises:
+    ConfigError: as `read`, or the files name no such token.
+  """
+  words = read(name)
+  ids = {'bos_id': bos_id, 'eos_id': eos_id}
+  for field, index in ids.items():
+    ids[field] = index if index >= 0 else getattr(words, field)
+    if ids[field] < 0:
+      raise ConfigError(
+        f'model.{field}: the files of {name!r} do not say which token it is; '
+        f'set model.{field} to one of {choices(words.special)}'
+      )
+  return {'vocab': vocab or -(-words.size // 8) * 8, **ids}
+
+
+def settings(path: pathlib.Path) -> dict[str, Any]:
+  """Returns the tokenizer_config.json beside a tokenizer.json, {} without one.
+
+  Raises:
+    ConfigError: it is no JSON object.
+  """
+  path = path.with_name('tokenizer_config.json')
+  return files.read_json(path) if path.exists() else {}
+
+
+def text_of(token: Any) -> str:
+  """Returns the text of a token of tokenizer_config.json; '' for a null."""
+  token = token.get('content') if isinstance(token, dict) else token
+  return token if isinstance(token, str) else ''
+
+
+def _ends(path: pathlib.Path, special: dict[int, str]) -> tuple[int, int]:
+  """Returns (bos_id, eos_id), -1 where no file names the token."""
+  # Settings beside a file of another name may belong to another tokenizer.
+  values = settings(path) if path.name == 'tokenizer.json' else {}
+  ids = {text: i for i, text in special.items()}
+  bos = text_of(values.get('bos_token', BOS))
+  eos = text_of(values.get('eos_token', EOS))
+  return ids.get(bos, -1), ids.get(eos, -1)
+
+
+def choices(special: dict[int, str]) -> str:
+  """Returns the special tokens for a message, the first eight."""
+  tokens = [f'{i} {text!r}' for i, text in list(special.items())[:8]]
+  return ', '.join(tokens) or 'none: it has no special token'

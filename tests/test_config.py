@@ -246,10 +246,7 @@ def test_configs_of_older_versions_are_read():
   data['loader'] = 'grain'
   config = freeze(json.loads(json.dumps(values)))
   assert config.model.compute == ComputeConfig('full', 'auto', 'loop', 'padded')
-  assert (
-    dataclasses.replace(
-      config, model=dataclasses.replace(config.model, compute=ComputeConfig())
-    )
-    == freeze({})
-  )
+  assert dataclasses.replace(
+    config, model=dataclasses.replace(config.model, compute=ComputeConfig())
+  ) == freeze({})
   assert model['remat'] == 'full'  # the caller's dict is as it was

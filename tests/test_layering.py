@@ -13,13 +13,14 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Each name of a line may import the lines before it, never its neighbours.
 LAYERS = (
   'types checked',
-  'variants files',
+  'variants files rl_config',
   'vocabulary',
   'config',
   'cost sharding kernels data checkpoint',
   'fp8',
   'model',
   'train decode hf',
+  'rl',
 )
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names.split()}
 FILES = [

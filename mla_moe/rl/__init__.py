@@ -1,0 +1,1 @@
+"""Reinforcement learning: tasks, rewards, advantages, and GRPO's objective."""

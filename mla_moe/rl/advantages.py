@@ -1,0 +1,73 @@
+"""Advantages of answers, and the weight of each of their tokens; numpy.
+
+G answers to one question have the rewards r_i, and the advantage of answer i is
+(r_i - mean r) / std r (GRPO; DeepSeekMath, section 4.1). No value network
+exists: the group is the baseline. The standard deviation is that of a sample
+(divisor G - 1). A group whose rewards are all equal has nothing to say: its
+advantages are exactly 0, and not a rounding error over a small number.
+
+A mean over tokens, answers or questions becomes a weight of each token, from
+counts that the host knows. The device only ever adds weight * loss, so that
+micro-batches, packing and shards cannot change the result.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mla_moe.types import Bool, Float, Int
+
+
+def advantages(
+  rewards: Float[np.ndarray, 'Q G'], scale: str
+) -> tuple[Float[np.ndarray, 'Q G'], Bool[np.ndarray, ' Q']]:
+  """Returns the advantages, float64, and which groups have no spread.
+
+  `scale` is 'std' (divided by the spread of the group), 'batch' (of all rewards
+  at once, less their groups' means) or 'none' (Dr. GRPO, V3.2).
+  """
+  rewards = np.asarray(rewards, np.float64)
+  flat = rewards.max(axis=1) == rewards.min(axis=1)
+  centred = rewards - rewards.mean(axis=1, keepdims=True)
+  centred[flat] = 0.0
+  if scale == 'none' or flat.all():
+    return centred, flat
+  if scale == 'batch':
+    return centred / rewards.std(ddof=1), flat
+  spread = rewards.std(axis=1, ddof=1, keepdims=True)
+  return centred / np.where(flat[:, None], 1.0, spread), flat
+
+
+def token_weights(
+  counts: Int[np.ndarray, ' N'],
+  used: Bool[np.ndarray, ' N'],
+  aggregate: str,
+  longest: int,
+) -> Float[np.ndarray, ' N']:
+  """Returns the weight of each token of every answer, float64.
+
+  `counts` are the answers' tokens, `longest` the most that one may have. An
+  answer that is not `used` weighs 0, and is in no denominator. The weights of
+  N answers are those of one update, however it is split.
+  """
+  counts = np.asarray(counts, np.float64)
+  number = max(int(used.sum()), 1)
+  if aggregate == 'token':
+    weight = np.full(counts.shape, 1.0 / max(counts[used].sum(), 1.0))
+  elif aggregate == 'sequence':
+    weight = 1.0 / (number * counts)
+  else:
+    weight = np.full(counts.shape, 1.0 / (number * longest))
+  return np.where(used, weight, 0.0)
+
+
+def overlong_penalty(
+  counts: Int[np.ndarray, ' N'], longest: int, ramp: int
+) -> Float[np.ndarray, ' N']:
+  """Returns DAPO's soft penalty of length in tokens, from 0 to -1.
+
+  It is 0 up to `longest - ramp` tokens and falls to -1 at `longest`.
+  """
+  if not ramp:
+    return np.zeros(len(counts))
+  return np.clip((longest - ramp - np.asarray(counts)) / ramp, -1.0, 0.0)

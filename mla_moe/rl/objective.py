@@ -1,0 +1,109 @@
+"""GRPO's loss and its relatives, one token at a time.
+
+With the ratio r_t = policy / old of a token and its answer's advantage A,
+
+  loss_t = -min(r_t A, clip(r_t, 1 - low, 1 + high) A) + beta D_t
+  D_t    = exp(reference - policy) - (reference - policy) - 1      (k3)
+
+(DeepSeekMath, equations 3 and 4). The loss is the sum of weight * loss_t, where
+`advantages.token_weights` made the weights: nothing is divided here. All arrays
+stand at the place of a token's prediction, so answer token j of a prompt of P
+tokens is in column P + j - 1.
+
+The reference's divergence k3 is R1's. Its gradient is that of the forward KL
+divergence; V3.2 multiplies it by the ratio, which gives the reverse one.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from mla_moe.rl_config import RLConfig
+from mla_moe.types import Array, Float, Int
+
+
+def token_loss(
+  log_probs: Float[Array, 'B T'],
+  old: Float[Array, 'B T'],
+  rollout: Float[Array, 'B T'],
+  reference: Float[Array, 'B T'],
+  advantage: Float[Array, 'B T'],
+  answers: Int[Array, 'B T'],
+  rl: RLConfig,
+) -> tuple[Float[Array, 'B T'], dict[str, Array]]:
+  """Returns the loss of each token, and arrays [B, T] about it.
+
+  Args:
+    log_probs: the policy's, of the tokens drawn, at the rollout's temperature;
+      the only argument that the loss is differentiated by.
+    old, rollout, reference: likewise, of the policy before the update by the
+      trainer's program and by the rollout's, and of the reference.
+    advantage: of the token's answer.
+    answers: the number of the token's answer in its row, from 0, below T; -1
+      for tokens of no answer, whose loss is 0.
+    rl: chooses the variant.
+
+  The arrays: ratio, kl, clipped (the clip stops the gradient), dropped (by
+  `off_policy` or `correct`); float32.
+  """
+  inside = answers >= 0
+  zero = lambda x: jnp.where(inside, x, 0.0)
+  log_ratio = zero(log_probs - (old if rl.old == 'train' else rollout))
+  exponent = log_ratio
+  if rl.ratio == 'sequence':
+    exponent = _answer_mean(log_ratio, answers)
+  ratio = jnp.exp(exponent)
+  loss, clipped = _surrogate(ratio, log_probs, advantage, rl)
+  weight = jnp.ones_like(ratio)
+  if rl.correct != 'none':
+    weight = jnp.exp(zero(jax.lax.stop_gradient(old - rollout)))
+    beyond = weight > rl.correct_limit
+    limit = rl.correct_limit if rl.correct == 'truncate' else 0.0
+    weight = jnp.where(beyond, limit, weight)
+  if rl.off_policy:
+    drop = _answer_mean(zero(rollout - log_probs), answers)
+    stale = (advantage < 0) & (drop > rl.off_policy)
+    weight = jnp.where(stale, 0.0, weight)
+  divergence = zero(_divergence(log_probs, reference, log_ratio, rl.kl_form))
+  loss = zero(jax.lax.stop_gradient(weight) * loss) + rl.beta * divergence
+  arrays = {
+    'ratio': jnp.where(inside, ratio, 1.0),
+    'kl': divergence,
+    'clipped': zero(clipped.astype(jnp.float32)),
+    'dropped': zero((weight == 0).astype(jnp.float32)),
+  }
+  return loss, jax.lax.stop_gradient(arrays)
+
+
+def _surrogate(ratio, log_probs, advantage, rl):
+  """Returns the policy's loss of each token, and where it has no gradient."""
+  if rl.surrogate == 'cispo':
+    capped = jax.lax.stop_gradient(jnp.minimum(ratio, rl.clip_high))
+    return -capped * advantage * log_probs, ratio > rl.clip_high
+  low, high = 1 - rl.clip_low, 1 + rl.clip_high
+  free = ratio * advantage
+  bounded = jnp.clip(ratio, low, high) * advantage
+  return -jnp.minimum(free, bounded), bounded < free
+
+
+def _divergence(log_probs, reference, log_ratio, form):
+  """Returns the KL divergence of each token from the reference, >= 0."""
+  gap = reference - log_probs
+  k3 = jnp.exp(gap) - gap - 1
+  return jnp.exp(log_ratio) * k3 if form == 'unbiased' else k3
+
+
+def _answer_mean(
+  values: Float[Array, 'B T'], answers: Int[Array, 'B T']
+) -> Float[Array, 'B T']:
+  """Returns, for each token, the mean of `values` over its answer."""
+  length = values.shape[1]
+
+  def of_row(values, ids):
+    ids = jnp.where(ids >= 0, ids, length)  # a place of its own for no answer
+    total = jax.ops.segment_sum(values, ids, length + 1)
+    count = jax.ops.segment_sum(jnp.ones_like(values), ids, length + 1)
+    return (total / jnp.maximum(count, 1))[ids]
+
+  return jax.vmap(of_row)(values, answers)

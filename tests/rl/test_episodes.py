@@ -1,0 +1,57 @@
+"""Answers in rows: nothing is lost, shifted, or counted twice."""
+
+import numpy as np
+import pytest
+
+from mla_moe.config import ConfigError
+from mla_moe.rl import episodes
+
+
+def _answer(p, c, start=10):
+  ids = np.arange(start, start + p + c)
+  return episodes.Answer(
+    ids[:p], ids[p:], -np.arange(1.0, c + 1), 0.5 + start, 0.25
+  )
+
+
+def test_one_answer_by_hand():
+  """P = 1 and C = 1: the only target is in column P - 1 = 0."""
+  out = episodes.pack([_answer(1, 1)], 4, 1)
+  assert out.tokens.tolist() == [[[10, 0, 0, 0]]]
+  assert out.targets.tolist() == [[[11, -1, -1, -1]]]
+  assert out.segments.tolist() == [[[0, -1, -1, -1]]]
+  out = episodes.pack([_answer(3, 2)], 5, 1)
+  assert out.tokens.tolist() == [[[10, 11, 12, 13, 0]]]
+  assert out.targets.tolist() == [[[-1, -1, 13, 14, -1]]]
+  assert out.positions.tolist() == [[[0, 1, 2, 3, 0]]]
+  assert out.rollout.tolist() == [[[0, 0, -1, -2, 0]]]
+  assert out.weight.tolist() == [[[0, 0, 0.25, 0.25, 0]]]
+  assert out.advantage.tolist() == [[[0, 0, 10.5, 10.5, 0]]]
+
+
+def test_all_answers_come_back_out_of_the_rows():
+  rng = np.random.default_rng(0)
+  answers = [
+    _answer(*rng.integers(1, 9, 2), start=100 * i) for i in range(1, 40)
+  ]
+  out = episodes.pack(answers, 20, 4)
+  assert out.tokens.shape == (10, 4, 20)  # as many as if each had a row
+  assert out.count < 10
+  flat = [x.reshape(-1, 20) for x in out[:-1]]
+  assert (flat[2][int(out.count) * 4 :] == -1).all()
+  seen = []
+  for tokens, targets, segments, *_, weight in zip(*flat, strict=True):
+    assert (weight[targets < 0] == 0).all()
+    for segment in range(segments.max() + 1):
+      place = segments == segment
+      seen.append((tokens[place].tolist(), targets[place].tolist()))
+  want = []
+  for prompt, ids, *_ in answers:
+    both = [*prompt.tolist(), *ids.tolist()]
+    want.append((both[:-1], [-1] * (len(prompt) - 1) + ids.tolist()))
+  assert sorted(seen) == sorted(want)
+
+
+def test_an_answer_that_no_row_holds():
+  with pytest.raises(ConfigError, match='have 6 tokens: more than'):
+    episodes.pack([_answer(4, 3)], 5, 1)

@@ -3,7 +3,7 @@
 `generate` and `rollout` run the whole loop (`loop.start`, then `loop.advance`
 until every row has stopped) as one compiled program, and nothing comes back to
 the host before its end. `stream` runs the same steps one by one and yields the
-tokens of each. Lengths are rounded up to multiples of 64, so that a prompt of
+tokens of each. Lengths are rounded up to a multiple, so that a prompt of
 another length seldom compiles again.
 """
 
@@ -21,22 +21,23 @@ from mla_moe.config import CacheConfig, ConfigError, ModelConfig
 from mla_moe.decode import forward, loop, sampling
 from mla_moe.types import Array, Int, PyTree
 
-_MULTIPLE = 64  # of the lengths of prompts and outputs
-
 
 class Rollout(NamedTuple):
   """Continuations of a batch of prompts; numpy arrays.
 
   tokens [B, new] int32: the first `counts` [B] of each row are real, the last
   of them may be a stop id, and eos_id fills the rest. log_probs [B, new]
-  float32: the model's own, before every knob; 0 for the rest. passes: passes of
-  the main model, summed over rows, without the prompts'. accepted: drafts
-  accepted, of one a pass.
+  float32: the model's own, before every knob; 0 for the rest. drawn [B, new]:
+  likewise, at the row's temperature. ended [B]: rows with a stop id. passes:
+  passes of the main model, summed over rows, without the prompts'. accepted:
+  drafts accepted, of one a pass.
   """
 
   tokens: np.ndarray
   counts: np.ndarray
   log_probs: np.ndarray
+  drawn: np.ndarray
+  ended: np.ndarray
   passes: int
   accepted: int
 
@@ -85,6 +86,8 @@ def rollout(
   speculative: bool = False,
   stop_ids: Sequence[int] = (),
   cache: CacheConfig = CacheConfig(),
+  samples: int = 1,
+  multiple: int = 64,
   **knobs,
 ) -> Rollout:
   """Continues every row until a stop id or `max_new_tokens`.
@@ -100,6 +103,10 @@ def rollout(
       without; sampled ones have the same distribution.
     stop_ids: a row ends with the first of them.
     cache: type and page size of the latent cache.
+    samples: rows of each prompt, one after the other; the model reads a prompt
+      once.
+    multiple: lengths are rounded up to it; small ones compute less padding, and
+      compile for more lengths.
     **knobs: of `sampling.make_knobs`; one value, or one a row.
 
   Raises:
@@ -107,15 +114,27 @@ def rollout(
     FloatingPointError: logits that are not finite; names the step.
   """
   prompts, job = _prepare(
-    config, prompt, max_new_tokens, lengths, speculative, stop_ids, cache, knobs
+    config,
+    prompt,
+    max_new_tokens,
+    lengths,
+    speculative,
+    stop_ids,
+    cache,
+    knobs,
+    samples,
+    multiple,
   )
   out, broken = jax.device_get(_rollout(variables, *prompts, job))
   _check_finite(broken)
   real = np.arange(max_new_tokens)[None] < out.counts[:, None]
   tokens = np.where(real, out.tokens[:, :max_new_tokens], config.eos_id)
+  last = tokens[np.arange(len(tokens)), out.counts - 1]
   return out._replace(
     tokens=tokens.astype(np.int32),
     log_probs=np.where(real, out.log_probs[:, :max_new_tokens], 0.0),
+    drawn=np.where(real, out.drawn[:, :max_new_tokens], 0.0),
+    ended=np.isin(last, np.asarray(stop_ids, np.int32)),
     passes=int(out.passes),
     accepted=int(out.accepted),
   )
@@ -168,7 +187,16 @@ def stream(
 
 
 def _prepare(
-  config, prompt, max_new_tokens, lengths, speculative, stop_ids, cache, knobs
+  config,
+  prompt,
+  max_new_tokens,
+  lengths,
+  speculative,
+  stop_ids,
+  cache,
+  knobs,
+  samples=1,
+  multiple=64,
 ):
   """Returns ((padded prompts, their lengths), job), checked; numpy arrays."""
   prompt = np.asarray(prompt)
@@ -180,17 +208,22 @@ def _prepare(
       raise ConfigError(f'stop_ids: {stop} is not below vocab={config.vocab}')
   stops = np.full(-(-max(len(stop_ids), 1) // 4) * 4, -1, np.int32)
   stops[: len(stop_ids)] = stop_ids
+  for name, value in {'samples': samples, 'multiple': multiple}.items():
+    if value < 1:
+      raise ConfigError(f'{name}={value}: must be at least 1')
   batch, t = prompt.shape
-  padded = np.zeros((batch, _round_up(t)), np.int32)
+  round_up = lambda n: -(-n // multiple) * multiple
+  padded = np.zeros((batch, round_up(t)), np.int32)
   padded[:, :t] = prompt
   job = loop.Job(
     limit=np.int32(max_new_tokens),
     stop_ids=stops,
-    knobs=sampling.make_knobs(batch, **knobs),
+    knobs=sampling.make_knobs(batch * samples, **knobs),
     config=config,
     cache_config=cache,
-    output_length=_round_up(max_new_tokens),
+    output_length=round_up(max_new_tokens),
     speculative=bool(speculative),
+    samples=samples,
   )
   return (padded, lengths.astype(np.int32)), job
 
@@ -231,10 +264,6 @@ def _check_prompt(config, prompt, limit, lengths) -> np.ndarray:
   return lengths
 
 
-def _round_up(n: int) -> int:
-  return -(-n // _MULTIPLE) * _MULTIPLE
-
-
 def _check_finite(broken):
   if broken >= 0:
     raise FloatingPointError(
@@ -255,7 +284,13 @@ def _rollout(variables, tokens, valid, job):
     loop.start(weights, tokens, valid, job),
   )
   out = Rollout(
-    state.tokens, state.counts, state.log_probs, state.passes, state.accepted
+    tokens=state.tokens,
+    counts=state.counts,
+    log_probs=state.log_probs,
+    drawn=state.drawn,
+    ended=state.done,
+    passes=state.passes,
+    accepted=state.accepted,
   )
   return out, state.broken
 

@@ -98,6 +98,30 @@ def empty(
   )
 
 
+def repeated(cache: Cache, samples: int, length: int) -> Cache:
+  """Returns a cache with each row `samples` times, for up to `length` tokens.
+
+  `cache` is one whose rows are as `empty` made them, page after page. Rows get
+  copies of its pages, so that each can go on by itself.
+  """
+  rows, before = cache.table.shape
+  size = cache.layers[0].page_size
+  after = -(-length // size)
+
+  def pool(x):
+    x = jnp.repeat(x.reshape(rows, before, *x.shape[1:]), samples, axis=0)
+    x = jnp.pad(x, [(0, 0), (0, after - before)] + [(0, 0)] * (x.ndim - 2))
+    return x.reshape(-1, *x.shape[2:])
+
+  pages = jnp.arange(rows * samples * after, dtype=jnp.int32)
+  return Cache(
+    layers=jax.tree.map(pool, cache.layers),
+    table=pages.reshape(rows * samples, after),
+    lengths=jnp.repeat(cache.lengths, samples),
+    impl=cache.impl,
+  )
+
+
 def implementation(cache_config: CacheConfig) -> str:
   """Returns the implementation of absorbed attention: 'xla', 'tpu' or 'gpu'."""
   if cache_config.impl != 'auto':

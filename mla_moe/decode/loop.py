@@ -1,10 +1,10 @@
 """The loop of generation: `start` reads the prompts, `advance` makes one step.
 
-`start` prefills the cache and emits the first token of each row. A step is one
-pass of the main model over every row that is not done: it emits one token a
-row, or up to two where the MTP module drafts (`speculative`). Between two steps
-the last token of a row is emitted but not yet in the cache: the next pass reads
-it, and with it the draft.
+`start` prefills the cache and emits the first token of each row; the samples of
+one prompt share its pass. A step is one pass of the main model over every row
+that is not done: it emits one token a row, or up to two where the MTP module
+drafts (`speculative`). Between two steps the last token of a row is emitted but
+not yet in the cache: the next pass reads it, and with it the draft.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Job:
 
   limit: most tokens of a row, int32, at most `output_length`; stop_ids [S]
   int32: a row ends with the first of them, -1 is none; knobs: of the sampler.
-  Static: the model's config, the cache's, the width of `State.tokens`, and
-  whether the MTP module drafts.
+  Static: the model's config, the cache's, the width of `State.tokens`, whether
+  the MTP module drafts, and the rows (samples) that continue each prompt.
   """
 
   limit: PyTree
@@ -37,6 +37,7 @@ class Job:
   cache_config: CacheConfig = struct.field(pytree_node=False)
   output_length: int = struct.field(pytree_node=False)
   speculative: bool = struct.field(pytree_node=False)
+  samples: int = struct.field(pytree_node=False, default=1)
 
 
 @struct.dataclass
@@ -61,10 +62,10 @@ class State:
   seen [B, V]: tokens of each row, prompt included. mtp_cache and recent are
   None without drafts.
 
-  tokens [B, output_length] int32, log_probs float32 and counts [B] int32: the
-  tokens that rows have emitted; done [B]. passes and accepted: sums over rows,
-  as in `Rollout`; step: steps so far; broken: the step whose logits were not
-  finite, or -1.
+  tokens [B, output_length] int32, log_probs and drawn float32 and counts [B]
+  int32: the tokens that rows have emitted (see `Rollout`); done [B]. passes and
+  accepted: sums over rows, as in `Rollout`; step: steps so far; broken: the
+  step whose logits were not finite, or -1.
   """
 
   cache: PyTree
@@ -74,6 +75,7 @@ class State:
   seen: PyTree
   tokens: PyTree
   log_probs: PyTree
+  drawn: PyTree
   counts: PyTree
   done: PyTree
   passes: PyTree
@@ -107,56 +109,64 @@ def start(
 
   Args:
     weights: of `forward.unstack`.
-    tokens: prompts, padded on the right.
+    tokens: prompts, padded on the right. Rows of the state are the samples of
+      the first prompt, then those of the second, and so on.
     valid: tokens of each prompt.
     job: how rows are continued.
   """
-  config, knobs = job.config, job.knobs
+  config, knobs, samples = job.config, job.knobs, job.samples
   batch, t = tokens.shape
+  rows = batch * samples
   # Two more, for a draft that is checked beyond the limit.
   capacity = t + job.output_length + 2
-  cache = latent_cache.empty(config, batch, capacity, job.cache_config)
+  cache = latent_cache.empty(
+    config, batch, t if samples > 1 else capacity, job.cache_config
+  )
   cache, mtp_cache = forward.split(cache, config)
   x, cache = forward.prefill(weights, cache, tokens, valid, config)
-  logits = forward.logits(weights, forward.last(x, valid))
-  rows = jnp.arange(batch)[:, None]
+  if job.speculative:
+    # The module reads the token after each position; the first token that is
+    # drawn, which follows the last one, it reads with the first draft.
+    after = jnp.roll(tokens, -1, axis=1)
+    _, mtp_cache = forward.draft(
+      weights, mtp_cache, x, after, config, valid=valid - 1, form='fresh'
+    )
+  hidden = forward.last(x, valid)
+  logits = forward.logits(weights, hidden)
   real = jnp.arange(t)[None] < valid[:, None]
   seen = jnp.zeros((batch, config.vocab), bool)
-  seen = seen.at[rows, jnp.where(real, tokens, config.vocab)].set(
-    True, mode='drop'
-  )
+  seen = seen.at[
+    jnp.arange(batch)[:, None], jnp.where(real, tokens, config.vocab)
+  ].set(True, mode='drop')
+  if samples > 1:
+    repeat = lambda x: jnp.repeat(x, samples, axis=0)
+    hidden, logits, seen, valid = map(repeat, (hidden, logits, seen, valid))
+    cache = latent_cache.repeated(cache, samples, capacity)
+    if job.speculative:
+      mtp_cache = latent_cache.repeated(mtp_cache, samples, capacity)
   log_probs = sampling.distribution(logits, seen, knobs)
   first = sampling.draw(log_probs, knobs, valid)
+  pair = lambda x: jnp.stack([x, x], axis=1)  # of which one counts
+  recent = Recent(pair(hidden), pair(first), jnp.ones(rows, jnp.int32))
   state = State(
     cache=cache,
-    mtp_cache=None,
+    mtp_cache=mtp_cache if job.speculative else None,
     last_token=first,
-    recent=None,
+    recent=recent if job.speculative else None,
     seen=seen,
-    tokens=jnp.zeros((batch, job.output_length), jnp.int32),
-    log_probs=jnp.zeros((batch, job.output_length), jnp.float32),
-    counts=jnp.zeros(batch, jnp.int32),
-    done=jnp.zeros(batch, bool),
+    tokens=jnp.zeros((rows, job.output_length), jnp.int32),
+    log_probs=jnp.zeros((rows, job.output_length), jnp.float32),
+    drawn=jnp.zeros((rows, job.output_length), jnp.float32),
+    counts=jnp.zeros(rows, jnp.int32),
+    done=jnp.zeros(rows, bool),
     passes=jnp.int32(0),
     accepted=jnp.int32(0),
     step=jnp.int32(0),
     broken=jnp.int32(-1),
   )
-  all_rows = jnp.ones(batch, bool)
+  all_rows = jnp.ones(rows, bool)
   state = _emit(state, first, logits, all_rows, job)
-  state = dataclasses.replace(state, broken=_broken(logits, all_rows, 0))
-  if not job.speculative:
-    return state
-  # The module reads the token after each position; `first`, which follows the
-  # last one, it reads with the first draft.
-  after = jnp.roll(tokens, -1, axis=1)
-  _, mtp_cache = forward.draft(
-    weights, mtp_cache, x, after, config, valid=valid - 1, form='fresh'
-  )
-  pair = lambda x: jnp.stack([x, x], axis=1)  # of which one counts
-  last = forward.last(x, valid)
-  recent = Recent(pair(last), pair(first), jnp.ones(batch, jnp.int32))
-  return dataclasses.replace(state, mtp_cache=mtp_cache, recent=recent)
+  return dataclasses.replace(state, broken=_broken(logits, all_rows, 0))
 
 
 def advance(weights: PyTree, state: State, job: Job) -> State:
@@ -275,6 +285,8 @@ def _emit(state, tokens, logits, rows, job):
   column = jnp.where(rows, state.counts, state.tokens.shape[1])
   put = lambda x, values: x.at[all_rows, column].set(values, mode='drop')
   counts = state.counts + rows
+  temperature = job.knobs.temperature
+  warmth = jnp.where(temperature == 0, 1.0, temperature)
   stops = (tokens[:, None] == job.stop_ids[None]).any(-1)
   ends = stops | (counts >= job.limit)
   return dataclasses.replace(
@@ -283,6 +295,7 @@ def _emit(state, tokens, logits, rows, job):
     seen=state.seen.at[all_rows, tokens].max(rows),
     tokens=put(state.tokens, tokens),
     log_probs=put(state.log_probs, sampling.log_prob(logits, tokens)),
+    drawn=put(state.drawn, sampling.log_prob(logits / warmth[:, None], tokens)),
     counts=counts,
     done=state.done | (rows & ends),
   )

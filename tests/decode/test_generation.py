@@ -104,6 +104,46 @@ def test_log_probs_are_those_of_the_training_forward():
   wanted = jax.nn.log_softmax(logits[:, 23:-1])
   wanted = jnp.take_along_axis(wanted, out.tokens[..., None], -1)[..., 0]
   np.testing.assert_allclose(out.log_probs, wanted, atol=1e-4)
+  wanted = jax.nn.log_softmax(logits[:, 23:-1] / 1.3)
+  wanted = jnp.take_along_axis(wanted, out.tokens[..., None], -1)[..., 0]
+  np.testing.assert_allclose(out.drawn, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  'case, speculative',
+  [
+    ('v2_lite', False),
+    pytest.param('v3_release', True, marks=pytest.mark.slow),
+  ],
+)
+def test_samples_of_a_prompt_are_rows_of_their_own(case, speculative):
+  """The pass of a prompt is shared, and all its pages are copied."""
+  config, _, expected = golden(case)
+  prompt, lengths = expected['tokens'][:, :20], np.array([20, 9])
+  options = dict(
+    temperature=[1.0, 0.7] * 3,
+    seed=np.arange(6) * 7,
+    multiple=4,
+    speculative=speculative,
+  )
+  alone = rollout(
+    config,
+    weights(case),
+    np.repeat(prompt, 3, axis=0),
+    12,
+    lengths=np.repeat(lengths, 3),
+    **options,
+  )
+  shared = rollout(
+    config, weights(case), prompt, 12, lengths=lengths, samples=3, **options
+  )
+  np.testing.assert_array_equal(shared.tokens, alone.tokens)
+  np.testing.assert_allclose(shared.drawn, alone.drawn, atol=1e-5)
+  assert len(np.unique(shared.tokens[:3], axis=0)) == 3
+  cold = np.array([0, 2, 4])  # at temperature 1 both arrays are the same
+  np.testing.assert_array_equal(shared.drawn[cold], shared.log_probs[cold])
+  with pytest.raises(ConfigError, match='samples=0: must be at least 1'):
+    rollout(config, weights(case), prompt, 12, samples=0)
 
 
 def test_stop_ids_end_rows_and_the_loop():
@@ -120,6 +160,7 @@ def test_stop_ids_end_rows_and_the_loop():
   assert (out.tokens[0, 6:] == config.eos_id).all()
   assert (out.log_probs[0, out.counts[0] :] == 0).all()
   assert out.passes == (out.counts - 1).sum()
+  np.testing.assert_array_equal(out.ended, out.counts < 20)
 
 
 def test_logits_that_are_not_finite_are_named_by_step():

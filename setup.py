@@ -1,7 +1,12 @@
-"""Packaging: the one place for name, version, dependencies and extras."""
+"""Packaging: the one place for name, version, dependencies and extras.
+
+A wheel holds one package, mla_moe: the folders `experiments` and `configs` of
+the repository are its subpackages there, so that no common name is taken.
+"""
 
 from setuptools import find_packages, setup
 
+PROGRAMS = find_packages(include=['experiments*', 'configs'])
 HF = ['tokenizers>=0.20', 'jinja2>=3.1']
 DATA = ['pyarrow>=15']
 SERVE = ['starlette>=0.40', 'uvicorn>=0.30']
@@ -15,7 +20,18 @@ setup(
   description='DeepSeek-V3-style models in JAX and Flax: MLA, MoE, FP8, MTP',
   license='Apache-2.0',
   python_requires='>=3.11',
-  packages=find_packages(include=['mla_moe', 'mla_moe.*', 'experiments*']),
+  packages=[
+    *find_packages(include=['mla_moe*']),
+    *(f'mla_moe.{name}' for name in PROGRAMS),
+  ],
+  package_dir={
+    'mla_moe.experiments': 'experiments',
+    'mla_moe.configs': 'configs',
+  },
+  package_data={'mla_moe.experiments.launch': ['Dockerfile']},
+  entry_points={
+    'console_scripts': ['mla-moe = mla_moe.experiments.__main__:main']
+  },
   install_requires=[
     'jax>=0.10.2',
     'flax>=0.12.8,!=0.12.9',

@@ -21,13 +21,14 @@ import time
 
 from mla_moe.config import ConfigError
 
-from . import workdir
+from . import commands, workdir
 
 
 def main() -> None:
   """Runs the command; exits with 2 on bad input."""
   parser = argparse.ArgumentParser(
-    prog='python -m experiments.checkpoint', description=__doc__.split('\n')[0]
+    prog=commands.typed('python -m experiments.checkpoint'),
+    description=__doc__.split('\n')[0],
   )
   parser.add_argument('command', choices=('ls', 'verify', 'rm'))
   parser.add_argument('folder', metavar='DIR', type=pathlib.Path)

@@ -2,12 +2,16 @@
 
 Exit codes: 0 finished; 2 bad flags, config or input, reported in one line; 1 a
 run that could not go on, in one line, or any other error, with its traceback.
+
+A config is named by its file or, if it is one of ours, by its name: `tiny` is
+configs/tiny.py of a clone, and mla_moe/configs/tiny.py of an installed package.
 """
 
 from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib.util
 import operator
 import os
 import pathlib
@@ -22,9 +26,14 @@ from ml_collections import config_flags
 from mla_moe.config import Config, ConfigError, freeze
 from mla_moe.config import keys as config_keys
 
+from . import commands
+
 FLAGS = flags.FLAGS
+CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
 
 _OURS = f'{ConfigError.__module__}.{ConfigError.__qualname__}: '
+# --config=NAME as a process gets it, words joined by \0.
+_CONFIG = re.compile(r'((?:^|\0)--?config[=\0])([^:\0]*)')
 # The messages of Python's int and float for a text that is no number.
 _NUMBER = re.compile(
   r'flag --(.*?): (?:invalid literal for|could not convert string to) '
@@ -46,7 +55,9 @@ def define_unsealed() -> None:
 def define() -> None:
   """Defines the flags of every program that runs a config."""
   config_flags.DEFINE_config_file(
-    'config', 'configs/tiny.py', 'File of the config, or FILE:variant.'
+    'config',
+    str(CONFIGS / 'tiny.py'),
+    'File of the config, or the name of one of ours: FILE:variant, tiny:smoke.',
   )
   flags.DEFINE_string('workdir', 'runs/tiny', 'Folder of the run.')
 
@@ -97,14 +108,16 @@ def _parse(define: Callable[[], None]) -> None:
   try:
     define()
     if '--help' in sys.argv[1:]:
-      print(sys.modules['__main__'].__doc__)
+      print(commands.typed(sys.modules['__main__'].__doc__))
       print(FLAGS.get_help())
       if 'config' in FLAGS:
         print(_keys())
       sys.exit(0)
     if 'config' in FLAGS:
       name = config_file(sys.argv[1:])
-    rest = FLAGS(sys.argv)[1:]
+      _share_configs()
+    words = with_files(sys.argv) if 'config' in FLAGS else sys.argv
+    rest = FLAGS(words)[1:]
     config = FLAGS.config if 'config' in FLAGS else FLAGS
   except (ConfigError, BrokenPipeError):
     raise
@@ -117,6 +130,12 @@ def _parse(define: Callable[[], None]) -> None:
     )
   if rest:
     raise ConfigError(f'{rest[0]!r}: not a flag; flags have --')
+
+
+def _share_configs() -> None:
+  """Lets a config import ours as `configs`, installed as in a clone."""
+  if importlib.util.find_spec('configs') is None:
+    sys.modules['configs'] = importlib.import_module('..configs', __package__)
 
 
 def _keys() -> str:
@@ -136,14 +155,32 @@ def config_file(words: list[str]) -> str:
   Raises:
     ConfigError: there is no such file; names one with a similar name.
   """
-  flag = re.search(r'(?:^|\0)--?config[=\0]([^:\0]*)', '\0'.join(words))
-  name = flag[1] if flag else ''
-  if flag and not pathlib.Path(name).is_file():
-    files = {path.stem: path for path in pathlib.Path('configs').glob('*.py')}
-    near = difflib.get_close_matches(pathlib.Path(name).stem, files, 1)
-    hint = f'; did you mean {files[near[0]]}?' if near else ''
-    raise ConfigError(f'--config={name}: no such file in {os.getcwd()}{hint}')
-  return name
+  flag = _CONFIG.search('\0'.join(words))
+  return str(file_of(flag[2])) if flag else ''
+
+
+def file_of(name: str) -> pathlib.Path:
+  """Returns the file of a config: `tiny` is one of ours, others are paths.
+
+  Raises:
+    ConfigError: there is none; names one with a similar name.
+  """
+  ours = sorted(path.stem for path in CONFIGS.glob('[a-z]*.py'))
+  if name in ours:
+    return CONFIGS / f'{name}.py'
+  if pathlib.Path(name).is_file():
+    return pathlib.Path(name)
+  if re.fullmatch(r'\w*', name):
+    raise ConfigError(f'--config={name}: is no file; ours: {", ".join(ours)}')
+  near = difflib.get_close_matches(pathlib.Path(name).stem, ours, 1)
+  hint = f'; did you mean {near[0]}?' if near else ''
+  raise ConfigError(f'--config={name}: no such file in {os.getcwd()}{hint}')
+
+
+def with_files(words: list[str]) -> list[str]:
+  """Returns the words with the file of a config in place of its name."""
+  file = lambda flag: f'{flag[1]}{file_of(flag[2])}'
+  return _CONFIG.sub(file, '\0'.join(words)).split('\0')
 
 
 def _message(error: Exception, name: str) -> str:

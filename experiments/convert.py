@@ -31,7 +31,7 @@ from absl import flags
 from mla_moe.config import Config, ConfigError, ModelConfig, OptimConfig
 from mla_moe.types import PyTree
 
-from . import against_transformers, cli, opened, workdir
+from . import against_transformers, cli, commands, opened, workdir
 
 FLAGS = flags.FLAGS
 TOLERANCE = 2e-4  # of the logits, with --check
@@ -135,7 +135,7 @@ def to_run(
 def _config_py(target: pathlib.Path) -> str:
   """Returns the run's config.py, its path escaped for the shell and Python."""
   path = shlex.quote(str(target)).encode('unicode_escape').decode()
-  return _CONFIG.format(path.replace('"', '\\"'))
+  return commands.typed(_CONFIG).format(path.replace('"', '\\"'))
 
 
 def _check_target(
@@ -268,8 +268,8 @@ def _convert() -> None:
       raise ConfigError('--fp8: a run holds float32; it is for the way back')
     to_run(source, target, cli.config(), FLAGS.force)
     print(
-      f'Train it: python -m experiments.train --config={target}/config.py '
-      f'--workdir={target}'
+      commands.typed('Train it: python -m experiments.train'),
+      f'--config={target}/config.py --workdir={target}',
     )
   if FLAGS.check and against_transformers.compare(release) > TOLERANCE:
     raise RuntimeError(f'the logits differ by more than {TOLERANCE}')

@@ -30,12 +30,14 @@ from typing import Any
 
 import numpy as np
 
+from mla_moe import files
 from mla_moe.config import Config, ConfigError
 
 from . import workdir
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
-_ROOT = pathlib.Path(__file__).parent.parent
+# A clone has them beside each other, an installed package one in the other.
+_FOLDERS = pathlib.Path(files.__file__).parent, pathlib.Path(__file__).parent
 
 
 def detect(environ: dict[str, str]) -> tuple[str, dict]:
@@ -200,12 +202,11 @@ def agree(config: Config) -> None:
 def fingerprints(config: Config) -> dict[str, bytes]:
   """Returns SHA-256 of the config, of our sources, and of package versions."""
   digest = lambda text: hashlib.sha256(text.encode()).digest()
-  files = [
-    path
-    for folder in ('mla_moe', 'experiments')
-    for path in sorted((_ROOT / folder).glob('**/*.py'))
+  sources = [
+    f'{path.relative_to(folder)}\n{path.read_text(encoding="utf-8")}'
+    for folder in _FOLDERS
+    for path in sorted(folder.glob('**/*.py'))
   ]
-  sources = [f'{p.relative_to(_ROOT)}\n{p.read_text()}' for p in files]
   versions = [importlib.metadata.version(name) for name in _PACKAGES]
   return {
     'config': digest(json.dumps(dataclasses.asdict(config), sort_keys=True)),

@@ -16,6 +16,8 @@ import shutil
 import subprocess
 import sys
 
+from . import commands
+
 _PACKAGES = (
   'mla_moe',
   'jax',
@@ -117,6 +119,8 @@ def _memory() -> str:
 
 def _commit() -> str:
   root = pathlib.Path(__file__).parent.parent
+  if not (root / '.git').exists():  # another project's may be around it
+    return 'unknown'
   command = ['git', '-C', str(root), 'describe', '--always', '--dirty']
   try:
     git = subprocess.run(command, capture_output=True, text=True, timeout=10)
@@ -128,7 +132,7 @@ def _commit() -> str:
 def main() -> None:
   """Prints the report."""
   if sys.argv[1:]:
-    print(__doc__)
+    print(commands.typed(__doc__))
     sys.exit(0 if sys.argv[1:] == ['--help'] else 2)
   installed = versions()
   print(f'commit    {_commit()}')

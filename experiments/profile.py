@@ -24,7 +24,7 @@ from typing import Any
 
 from mla_moe.config import ConfigError
 
-from . import cli
+from . import cli, commands
 
 # An accelerator's operations; its other lines (steps, modules) contain them.
 _LINES = ('XLA Ops', 'Stream')
@@ -148,10 +148,11 @@ def table(operations: dict[str, tuple[int, float]], most: int = 15) -> str:
 def main() -> None:
   """Prints the table of the newest trace below a folder."""
   if sys.argv[1:] in (['--help'], ['-h']):
-    print(__doc__)
+    print(commands.typed(__doc__))
     return
   if len(sys.argv) != 2 or sys.argv[1].startswith('-'):
-    print('usage: python -m experiments.profile DIR', file=sys.stderr)
+    usage = commands.typed('usage: python -m experiments.profile DIR')
+    print(usage, file=sys.stderr)
     sys.exit(2)
   with cli.edge():
     print(table(operations(pathlib.Path(sys.argv[1]))))

@@ -18,7 +18,7 @@ import numpy as np
 
 from mla_moe.config import ConfigError
 
-from . import cli, page, workdir
+from . import cli, commands, page, workdir
 
 
 def logged(rows: list[dict]) -> list[dict]:
@@ -42,7 +42,7 @@ def write(folder: pathlib.Path) -> pathlib.Path | None:
     import matplotlib
   except ImportError:
     print(
-      'No report.html: pip install "mla_moe[viz]", then experiments.report.'
+      'No report.html: pip install "mla_moe[viz]", then the program report.'
     )
     return None
   if 'MPLBACKEND' not in os.environ:  # a notebook has a screen of its own
@@ -250,10 +250,11 @@ def _load_maps(loads, main_layers: int) -> str:
 def main() -> None:
   """Writes the report of the folder on the command line."""
   if sys.argv[1:] in (['--help'], ['-h']):
-    print(__doc__)
+    print(commands.typed(__doc__))
     return
   if len(sys.argv) != 2 or sys.argv[1].startswith('-'):
-    print('usage: python -m experiments.report DIR', file=sys.stderr)
+    usage = commands.typed('usage: python -m experiments.report DIR')
+    print(usage, file=sys.stderr)
     sys.exit(2)
   with cli.edge():
     path = write(pathlib.Path(sys.argv[1]))

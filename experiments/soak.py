@@ -29,7 +29,7 @@ from typing import NamedTuple
 from mla_moe.checkpoint import faults
 from mla_moe.config import ConfigError
 
-from . import workdir
+from . import commands, workdir
 
 _DISASTERS = 6  # of one run, before it may finish
 _TIMED = ('tokens_per_s', 'mfu', 'memory_mib')
@@ -40,7 +40,8 @@ _WORDS = 'the a of model expert token router latent cache learns sees'.split()
 def main() -> None:
   """Soaks for the command line's minutes."""
   parser = argparse.ArgumentParser(
-    prog='python -m experiments.soak', description=__doc__.split('\n')[0]
+    prog=commands.typed('python -m experiments.soak'),
+    description=__doc__.split('\n')[0],
   )
   parser.add_argument('--minutes', type=float, default=60.0)
   parser.add_argument('--steps', type=int, default=60)
@@ -223,8 +224,8 @@ def _at_end(folder: pathlib.Path, steps: int) -> bool:
 def _start(folder, name, steps, rule='') -> subprocess.Popen:
   environment = dict(os.environ) | {faults.VARIABLE: rule}
   command = [
-    *(sys.executable, '-m', 'experiments.train'),
-    *('--config=configs/tiny.py:micro', f'--workdir={folder / name}'),
+    *commands.program('train'),
+    *('--config=tiny:micro', f'--workdir={folder / name}'),
     f'--config.data.source={folder}/texts',
     f'--config.run.steps={steps}',
   ]
@@ -232,7 +233,6 @@ def _start(folder, name, steps, rule='') -> subprocess.Popen:
   with open(folder / 'stderr.txt', 'w') as file:
     return subprocess.Popen(
       command,
-      cwd=pathlib.Path(__file__).parent.parent,
       env=environment,
       stdout=subprocess.DEVNULL,
       stderr=file,

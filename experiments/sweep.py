@@ -29,7 +29,7 @@ from rich.table import Table
 
 from mla_moe.config import ConfigError
 
-from . import cli, workdir
+from . import cli, commands, workdir
 from .launch import __main__ as launcher
 from .launch.job import as_typed
 
@@ -72,7 +72,7 @@ def run_here(
   """Trains every run, one after the other; `train` are its other flags."""
   for i, values in enumerate(runs, start=1):
     folder = path / name_of(values)
-    command = [sys.executable, '-m', 'experiments.train', *train]
+    command = [*commands.program('train'), *train]
     command += [*overrides(values), f'--workdir={folder}']
     line = shlex.join(['python', *command[1:]])
     print(f'[{i}/{len(runs)}] {line}', flush=True)
@@ -143,8 +143,8 @@ def main() -> None:
   if backends:
     words, launch_words = words[: backends[0]], words[backends[0] :]
   parser = argparse.ArgumentParser(
-    prog='python -m experiments.sweep',
-    description=__doc__,
+    prog=commands.typed('python -m experiments.sweep'),
+    description=commands.typed(__doc__),
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
   )

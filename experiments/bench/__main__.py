@@ -22,7 +22,7 @@ import sys
 
 from mla_moe.config import ConfigError
 
-from .. import cli
+from .. import cli, commands
 
 _BENCHMARKS = {
   'train': 'training beside the peer; memory, experts, compile time (10)',
@@ -42,7 +42,7 @@ def main() -> None:
   about = __doc__.format(benchmarks='\n'.join(lines))
   words = sys.argv[1:]
   if words[:1] in (['--help'], ['-h']):
-    print(about)
+    print(commands.typed(about))
     return
   name = 'train'
   if words and not words[0].startswith('-'):
@@ -60,10 +60,10 @@ def run(name: str, words: list[str]) -> None:
   Raises:
     ConfigError: a number is too small, or --out is no folder.
   """
-  benchmark = importlib.import_module(f'experiments.bench.{name}')
+  benchmark = importlib.import_module(f'{__package__}.{name}')
   parser = argparse.ArgumentParser(
-    prog=f'python -m experiments.bench {name}',
-    description=benchmark.__doc__,
+    prog=commands.typed(f'python -m experiments.bench {name}'),
+    description=commands.typed(benchmark.__doc__),
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
   )

@@ -31,7 +31,7 @@ import time
 
 from mla_moe.config import ConfigError
 
-from .. import cli
+from .. import cli, commands
 from . import show
 
 # Seconds of each part, of eight minutes.
@@ -126,7 +126,7 @@ def process(
     Its exit code, and the last line of its messages; -9 and the limit if it was
     killed at that.
   """
-  command = [sys.executable, '-m', 'experiments.bench', 'card', f'--out={out}']
+  command = [*commands.program('bench'), 'card', f'--out={out}']
   command += [f'--part={name}', f'--seconds={math.ceil(limit)}']
   env = {**os.environ, 'PYTHONUNBUFFERED': '1'}
   env.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.92')

@@ -12,7 +12,6 @@ import functools
 import json
 import pathlib
 import subprocess
-import sys
 import tempfile
 import time
 
@@ -27,7 +26,7 @@ from mla_moe.model import experts
 from mla_moe.train import optim
 from mla_moe.train.state import init_state
 
-from .. import chips
+from .. import chips, commands
 from . import (
   decode,
   layer,
@@ -276,8 +275,8 @@ def time_decoding(shape: models.Shape, context: int, impl: str) -> float:
 
 def make_train(rows, toy: bool, seconds: int) -> None:
   """The run of `make train`, stopped before `seconds` end."""
-  name = 'configs/tiny.py' + ':micro' * toy
-  command = [sys.executable, '-m', 'experiments.train', f'--config={name}']
+  name = 'tiny' + ':micro' * toy
+  command = [*commands.program('train'), f'--config={name}']
   command += ['--config.run.steps=5'] * toy
   with tempfile.TemporaryDirectory() as folder:
     began = time.perf_counter()

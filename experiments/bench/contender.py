@@ -13,9 +13,9 @@ import dataclasses
 import json
 import pathlib
 import subprocess
-import sys
 import time
 
+from .. import commands
 from . import models
 
 
@@ -59,9 +59,8 @@ class Contender:
 
 
 def ours(program: str, shape: models.Shape, mode: str) -> Contender:
-  """Starts the program experiments.bench.`program` at a shape."""
-  command = [sys.executable, '-m', f'experiments.bench.{program}']
-  return Contender(command, shape, mode)
+  """Starts the program `program` of this folder at a shape."""
+  return Contender(commands.program(f'bench.{program}'), shape, mode)
 
 
 def peer(

@@ -23,7 +23,6 @@ import pathlib
 import platform
 import shutil
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -31,7 +30,7 @@ import numpy as np
 from mla_moe import config as c
 from mla_moe.hf import config_json, fp8_blocks, names, safetensors
 
-from .. import runtime
+from .. import commands, runtime
 from . import show
 
 SHARD = 2 * 10**9
@@ -100,7 +99,7 @@ def child(name: str, folder: pathlib.Path, warm: bool) -> dict:
     read_into_buffer(folder)
   touch(sum(path.stat().st_size for path in files(folder)) * 5 // 4)
   command = [
-    *(sys.executable, '-m', 'experiments.bench', 'huggingface_streaming'),
+    *(*commands.program('bench'), 'huggingface_streaming'),
     *(f'--folder={folder}', f'--only={name}'),
   ]
   process = subprocess.run(command, check=True, capture_output=True, text=True)

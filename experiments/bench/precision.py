@@ -36,7 +36,7 @@ import numpy as np
 from mla_moe import config as c
 from mla_moe.config import Config, ConfigError, freeze
 
-from .. import page, workdir
+from .. import cli, page, workdir
 from . import models, paired, show
 
 BOUND = 0.0025
@@ -52,7 +52,7 @@ def flags(parser) -> None:
   """Adds this benchmark's flags."""
   add = parser.add_argument
   add('--only', default='', help='recipes, joined by commas')
-  add('--config', default='configs/tiny.py', help='FILE or FILE:variant')
+  add('--config', default='tiny', help='NAME or FILE, or with :variant')
   add('--steps', type=int, default=0, help="0: the config's, or 200 of a pair")
   add('--seeds', type=int, default=1, help='seeds of each whole run')
   add('--pairs', type=int, default=0, help='seeds of short runs instead')
@@ -133,10 +133,9 @@ def _whole_runs(out: pathlib.Path, args, recipes: list[str]) -> None:
 
 
 def _config(name: str) -> Config:
-  """Returns the config of FILE or FILE:variant."""
+  """Returns the config of a file or a name, with or without :variant."""
   path, _, arg = name.partition(':')
-  if not pathlib.Path(path).is_file():
-    raise ConfigError(f'--config={name!r}: there is no such file')
+  path = cli.file_of(path)
   spec = importlib.util.spec_from_file_location('config_of_bench', path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)

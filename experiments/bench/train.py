@@ -19,7 +19,7 @@ import numpy as np
 
 from mla_moe import cost
 
-from .. import page
+from .. import commands, page
 from . import contender, models, ours_train, products, show
 
 _DTYPES = ('float32', 'bfloat16')
@@ -167,8 +167,8 @@ def _second_start() -> dict:
   with tempfile.TemporaryDirectory() as folder:
     for name in ('first', 'second'):
       command = [
-        *(sys.executable, '-m', 'experiments.train'),
-        *('--config=configs/tiny.py', '--config.run.steps=1'),
+        *commands.program('train'),
+        *('--config=tiny', '--config.run.steps=1'),
         f'--workdir={folder}/{name}',
       ]
       began = time.perf_counter()

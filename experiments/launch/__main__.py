@@ -25,6 +25,7 @@ import time
 from mla_moe.config import ConfigError
 
 from .. import cli
+from ..commands import typed
 from . import cloud_tpu, gke, presets, slurm, vm
 from .job import Command, Job, as_typed, in_steps
 
@@ -63,8 +64,8 @@ def parse(words: list[str]) -> tuple[str, str, Job, bool]:
     end = words.index('--')
     words, arguments = words[:end], words[end + 1 :]
   parser = argparse.ArgumentParser(
-    prog='python -m experiments.launch',
-    description=__doc__,
+    prog=typed('python -m experiments.launch'),
+    description=typed(__doc__),
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
   )

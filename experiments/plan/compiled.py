@@ -23,7 +23,7 @@ import time
 
 from mla_moe.config import Config, ConfigError, freeze
 
-from .. import chips
+from .. import chips, commands
 from . import gpus
 
 _CUDA = 'jax-cuda13-plugin'
@@ -55,7 +55,7 @@ def run(config: Config, slice_: chips.Slice) -> dict:
   }
   job = {'config': dataclasses.asdict(config), 'topology': str(slice_)}
   process = subprocess.run(
-    [sys.executable, '-m', 'experiments.plan.compiled'],
+    commands.program('plan.compiled'),
     input=json.dumps(job),
     capture_output=True,
     text=True,

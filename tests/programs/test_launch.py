@@ -456,7 +456,7 @@ def test_no_machine_is_asked_for_with_a_config_that_is_not_there(
     launch.main()
   message = capsys.readouterr()
   assert ended.value.code == 2 and not message.out
-  assert 'did you mean configs/tiny.py?' in message.err
+  assert 'did you mean tiny?' in message.err
 
 
 def test_a_missing_program_is_named():

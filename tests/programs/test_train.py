@@ -171,7 +171,7 @@ def program(*args):
     ),
     (['--config.model.layers=three'], 'config.model.layers=three: must be an'),
     (['--config.model.moe.top_k=99'], 'config.model.moe.top_k=99'),
-    (['--config', 'configs/tinny.py:smoke'], 'did you mean configs/tiny.py?'),
+    (['--config', 'configs/tinny.py:smoke'], 'did you mean tiny?'),
     (['--config=configs/tiny.py:huge'], "variant 'huge'"),
     (['--confg=x'], 'confg'),
     (['--config.mesh.data=2'], 'devices'),

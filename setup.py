@@ -61,6 +61,7 @@ setup(
       'pytest>=8',
       'pytest-timeout>=2.3',
       'pytest-xdist>=3.6',
+      'setuptools>=70.1',  # builds a wheel without a network
       'hypothesis>=6.100',
       'jaxtyping>=0.3',
       'beartype>=0.20',

@@ -248,9 +248,9 @@ def test_row38_config_that_is_not_computed_is_refused(copy, key, value):
 def test_a_hostile_count_is_compared_before_names_are_made(changes, copy):
   folder = copy('v3_release')
   set_config(folder, **changes)
-  start = time.monotonic()
+  start = time.process_time()
   refused(folder, 'tensors', 'missing')
-  assert time.monotonic() - start < 2
+  assert time.process_time() - start < 2
 
 
 def test_fused_experts_are_counted_by_their_shape(copy):

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test test-all bench docs lint clean
+.PHONY: train test test-all mutants bench docs lint clean
 
 train: $(READY)
 	@$(BIN)/python -m experiments.train --config=configs/tiny.py --workdir=runs/tiny
@@ -17,6 +17,10 @@ test: $(READY)
 
 test-all: $(READY)
 	@$(BIN)/python -m pytest -q
+
+# Wrong programs by the hundred, and the tests that see them: tests/mutants.md.
+mutants: $(READY)
+	@$(BIN)/python tests/mutants.py
 
 bench: $(READY)
 	@$(BIN)/python -m experiments.bench train

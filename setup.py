@@ -58,6 +58,7 @@ setup(
     'wandb': ['wandb>=0.19'],
     'trackio': ['trackio>=0.2'],
     'test': [
+      'coverage>=7.6',
       'pytest>=8',
       'pytest-timeout>=2.3',
       'pytest-xdist>=3.6',

@@ -67,11 +67,20 @@ def config() -> Config:
   return freeze(FLAGS.config)
 
 
-def run(main: Callable[[], None], define: Callable[[], None] = define) -> None:
-  """Defines and parses the flags, and calls `main`; errors end the process."""
+def run(
+  main: Callable[..., None],
+  define: Callable[[], None] = define,
+  has_words: bool = False,
+) -> None:
+  """Defines and parses the flags, and calls `main`; errors end the process.
+
+  With `has_words`, the words without -- are the arguments of `main`.
+  """
   with edge():
-    _parse(define)
-    main()
+    words = _parse(define)
+    if words and not has_words:
+      raise ConfigError(f'{words[0]!r}: not a flag; flags have --')
+    main(*words)
 
 
 @contextlib.contextmanager
@@ -98,8 +107,10 @@ def edge() -> Iterator[None]:
   sys.exit(code)
 
 
-def _parse(define: Callable[[], None]) -> None:
-  """Defines the flags and parses them; this reads config and overrides, too.
+def _parse(define: Callable[[], None]) -> list[str]:
+  """Defines and parses the flags, a config and its overrides, too.
+
+  Returns the words that are no flags.
 
   Raises:
     ConfigError: any mistake in them.
@@ -128,8 +139,7 @@ def _parse(define: Callable[[], None]) -> None:
       f'--config={name}: get_config gives {config!r}; it must return a config, '
       'as that of configs/tiny.py does'
     )
-  if rest:
-    raise ConfigError(f'{rest[0]!r}: not a flag; flags have --')
+  return rest
 
 
 def _share_configs() -> None:

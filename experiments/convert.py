@@ -194,7 +194,7 @@ def to_huggingface(
   from mla_moe import save_huggingface
 
   config = workdir.read_config(source)
-  extras = _extras(source, config.data.tokenizer)
+  extras = _extras(source, config)
   save_huggingface(
     target,
     config.model,
@@ -207,17 +207,26 @@ def to_huggingface(
   )
 
 
-def _extras(run: pathlib.Path, tokenizer: str) -> dict[str, pathlib.Path]:
-  """Returns {name: file} of a run's tokenizer and settings of generation.
+def _extras(
+  run: pathlib.Path, config: Config
+) -> dict[str, pathlib.Path | bytes]:
+  """Returns {name: file or content} of a run's tokenizer and its settings.
 
   A file of another name than tokenizer.json goes alone: settings beside it may
   belong to another tokenizer.
   """
-  from mla_moe.hf import save
+  from mla_moe import vocabulary
+  from mla_moe.hf import save, settings
 
-  folder = run / 'huggingface'
+  folder, tokenizer = run / 'huggingface', config.data.tokenizer
   extras = save.extras_of(folder) if folder.is_dir() else {}
-  if tokenizer == 'byte' or 'tokenizer.json' in extras:
+  if 'tokenizer.json' in extras:
+    return extras
+  if tokenizer == 'byte':
+    # The ids of a release that began as one are of another tokenizer.
+    ends = config.model.bos_id, config.model.eos_id
+    if ends == (vocabulary.BYTE.bos_id, vocabulary.BYTE.eos_id):
+      extras['tokenizer.json'] = settings.byte_tokenizer()
     return extras
   path = pathlib.Path(tokenizer).expanduser()
   if path.is_dir():

@@ -62,6 +62,25 @@ def read(name: str) -> Vocabulary:
     raise ConfigError(
       f"data.tokenizer={name!r}: must be 'byte' or a tokenizer.json ({error})"
     ) from None
+  # Settings beside a file of another name may belong to another tokenizer.
+  beside = path.with_name('tokenizer_config.json')
+  has_settings = path.name == 'tokenizer.json' and beside.exists()
+  return parse(
+    content, str(path), files.read_json(beside) if has_settings else {}
+  )
+
+
+def parse(content: bytes, name: str, settings: dict[str, Any]) -> Vocabulary:
+  """Returns the vocabulary of a tokenizer.json's content.
+
+  Args:
+    content: of the file.
+    name: of the file, for errors.
+    settings: of the tokenizer_config.json beside it, {} without one.
+
+  Raises:
+    ConfigError: no tokenizer.json.
+  """
   try:
     values = json.loads(content)
     added = values.get('added_tokens') or ()
@@ -74,12 +93,15 @@ def read(name: str) -> Vocabulary:
     words = values['model']['vocab']
     ids = words.values() if hasattr(words, 'values') else range(len(words))
     size = max([*ids, *(token['id'] for token in added)]) + 1
+    ends = {text: i for i, text in special.items()}
+    bos = ends.get(text_of(settings.get('bos_token', BOS)), -1)
+    eos = ends.get(text_of(settings.get('eos_token', EOS)), -1)
   except Exception as error:  # anything may lie there
     raise ConfigError(
-      f'data.tokenizer={str(path)!r}: not a tokenizer.json '
+      f'data.tokenizer={name!r}: not a tokenizer.json '
       f'({type(error).__name__}: {error})'
     ) from None
-  return Vocabulary(size, special, *_ends(path, special))
+  return Vocabulary(size, special, bos, eos)
 
 
 def exists(name: str) -> bool:
@@ -107,30 +129,10 @@ def fill(name: str, vocab: int, bos_id: int, eos_id: int) -> dict[str, int]:
   return {'vocab': vocab or -(-words.size // 8) * 8, **ids}
 
 
-def settings(path: pathlib.Path) -> dict[str, Any]:
-  """Returns the tokenizer_config.json beside a tokenizer.json, {} without one.
-
-  Raises:
-    ConfigError: it is no JSON object.
-  """
-  path = path.with_name('tokenizer_config.json')
-  return files.read_json(path) if path.exists() else {}
-
-
 def text_of(token: Any) -> str:
   """Returns the text of a token of tokenizer_config.json; '' for a null."""
   token = token.get('content') if isinstance(token, dict) else token
   return token if isinstance(token, str) else ''
-
-
-def _ends(path: pathlib.Path, special: dict[int, str]) -> tuple[int, int]:
-  """Returns (bos_id, eos_id), -1 where no file names the token."""
-  # Settings beside a file of another name may belong to another tokenizer.
-  values = settings(path) if path.name == 'tokenizer.json' else {}
-  ids = {text: i for i, text in special.items()}
-  bos = text_of(values.get('bos_token', BOS))
-  eos = text_of(values.get('eos_token', EOS))
-  return ids.get(bos, -1), ids.get(eos, -1)
 
 
 def choices(special: dict[int, str]) -> str:

@@ -18,9 +18,10 @@ import numpy as np
 from mla_moe import files
 from mla_moe.config import ConfigError
 from mla_moe.data.tokenizer import BOS, EOS, Tokenizer
+from mla_moe.hf.settings import ASSISTANT as ASSISTANT
+from mla_moe.hf.settings import USER as USER
 from mla_moe.types import Int
 
-USER, ASSISTANT = '<｜User｜>', '<｜Assistant｜>'
 _MARK = re.compile('\ue000([0-9]+)\ue001')
 
 

@@ -167,14 +167,14 @@ def _parse(path: str, content: bytes) -> Any:
   Raises:
     ConfigError: not a tokenizer.json, or its tokens are not bytes.
   """
-  library = _library()
+  modules = library()
   try:
     values = json.loads(content)
     decoder = values['decoder']
     for token in values.get('added_tokens') or ():
       # Releases may forget the flag, and text would then become these tokens.
       token['special'] = token['special'] or token['content'] in FIM
-    core = library.Tokenizer.from_str(json.dumps(values))
+    core = modules.Tokenizer.from_str(json.dumps(values))
   except Exception as error:  # the library raises bare Exceptions
     raise ConfigError(
       f'data.tokenizer={path!r}: not a tokenizer.json ({error})'
@@ -191,7 +191,12 @@ def _parse(path: str, content: bytes) -> Any:
 
 
 @functools.cache
-def _library() -> Any:
+def library() -> Any:
+  """Returns the library `tokenizers`.
+
+  Raises:
+    ConfigError: it is not installed.
+  """
   try:
     import tokenizers
   except ImportError:

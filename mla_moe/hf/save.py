@@ -19,7 +19,7 @@ from typing import Any
 
 from mla_moe import files
 from mla_moe.config import ConfigError, ModelConfig
-from mla_moe.hf import config_json, outgoing
+from mla_moe.hf import config_json, outgoing, settings
 
 # Files that accompany the weights: the tokenizer and settings of generation.
 EXTRAS = (
@@ -44,7 +44,7 @@ def save_huggingface(
   *,
   power_of_two: bool = False,
   dtype: Any = None,
-  extras: os.PathLike | str | Mapping[str, pathlib.Path] | None = None,
+  extras: os.PathLike | str | Mapping[str, pathlib.Path | bytes] | None = None,
   force: bool = False,
   shard_bytes: int = 4 * 10**9,
 ) -> None:
@@ -60,7 +60,8 @@ def save_huggingface(
     power_of_two: new FP8 scales are powers of two (V3.1), not float32 (V3).
     dtype: of the tensors; None keeps that of the variables.
     extras: a folder from which tokenizer and settings of generation are copied,
-      or {name: file} of them.
+      or {name: file or content} of them. Settings that are missing are written
+      (`settings`).
     force: replace an existing export. A folder with any file that an export
       does not write is never replaced.
     shard_bytes: largest size of a file, but for a single larger tensor.
@@ -93,8 +94,11 @@ def save_huggingface(
       for name in shard:
         weight_map[name] = file
         total += tensors.bytes_of(name)
-    for name, file in extras.items():
-      shutil.copyfile(file, scratch / name)
+    for name, file in (settings.missing(config, extras) | extras).items():
+      if isinstance(file, bytes):
+        (scratch / name).write_bytes(file)
+      else:
+        shutil.copyfile(file, scratch / name)
     if len(shards) > 1:
       index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
       _write_json(scratch / config_json.INDEX, index)

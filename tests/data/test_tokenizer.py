@@ -3,11 +3,11 @@
 import json
 import pathlib
 
-import bpe_tokenizer
 import numpy as np
 import pytest
 
 from configs import tiny
+from experiments import tokenizer as trained
 from mla_moe.config import ConfigError, freeze
 from mla_moe.data import tokenizer
 from mla_moe.data.tokenizer import BOS, EOS
@@ -24,9 +24,9 @@ TEXTS = (
 @pytest.fixture(scope='module')
 def bpe(tmp_path_factory):
   pytest.importorskip('tokenizers', reason='the extra [hf] is not installed')
-  path = str(tmp_path_factory.mktemp('bpe') / 'tokenizer.json')
-  bpe_tokenizer.write(path, [' '.join(TEXTS) * 20], 320)
-  return tokenizer.load(path, 0, 1), path
+  path = tmp_path_factory.mktemp('bpe') / 'tokenizer.json'
+  trained.write(path, [' '.join(TEXTS) * 20], 320)
+  return tokenizer.load(str(path), 0, 1), str(path)
 
 
 @pytest.fixture(params=['byte', 'bpe'])
@@ -78,21 +78,19 @@ def test_the_byte_tokenizer_is_the_bytes():
 
 
 def test_bpe_merges_and_is_the_same_from_its_file(bpe):
-  trained, path = bpe
+  words, path = bpe
   again = tokenizer.load(path, 0, 1)
-  assert again.fingerprint == trained.fingerprint
-  assert trained.encode(TEXTS[1]).size < len(TEXTS[1].encode())
-  np.testing.assert_array_equal(
-    again.encode(TEXTS[2]), trained.encode(TEXTS[2])
-  )
+  assert again.fingerprint == words.fingerprint
+  assert words.encode(TEXTS[1]).size < len(TEXTS[1].encode())
+  np.testing.assert_array_equal(again.encode(TEXTS[2]), words.encode(TEXTS[2]))
   folder = path.rsplit('/', 1)[0]
-  assert tokenizer.load(folder, 0, 1).fingerprint == trained.fingerprint
+  assert tokenizer.load(folder, 0, 1).fingerprint == words.fingerprint
 
 
 def test_bpe_splits_as_deepseek_does(bpe):
   """No token holds four digits, or a word and the punctuation after it."""
-  trained, _ = bpe
-  pieces = [trained.decode([i]) for i in trained.encode('12345 ab, cd')]
+  words, _ = bpe
+  pieces = [words.decode([i]) for i in words.encode('12345 ab, cd')]
   assert max(sum(c.isdigit() for c in piece) for piece in pieces) <= 3
   assert not any('b,' in piece for piece in pieces)
 

@@ -1,7 +1,9 @@
 """Converting refuses first, by one line, whatever it could not undo."""
 
 import ast
+import dataclasses
 import errno
+import json
 import os
 import pathlib
 
@@ -9,7 +11,9 @@ import pytest
 from releases import GOLDEN
 
 from experiments import cli, convert, workdir
-from mla_moe.config import Config, ConfigError
+from mla_moe import load_huggingface, save_huggingface, vocabulary
+from mla_moe.config import Config, ConfigError, freeze
+from mla_moe.hf import settings
 
 
 def run(folder):
@@ -47,28 +51,36 @@ def test_a_source_within_the_target_is_not_deleted(tmp_path):
   refuse(target / 'release', target, 'lies in the target')
 
 
+def extras_of(folder, name, **ids):
+  config = freeze({'data': {'tokenizer': name}, 'model': ids})
+  return convert._extras(folder, config)
+
+
 def test_the_tokenizer_of_an_export_is_the_one_of_the_run(tmp_path):
   words, mine = tmp_path / 'words', tmp_path / 'words' / 'bpe32k.json'
   words.mkdir()
   mine.write_text('mine')
   (words / 'tokenizer.json').write_text('another')
+  ids = {'bos_id': 3, 'eos_id': 4}
   (words / 'chat_template.jinja').write_text("the other's")
   folder = tmp_path / 'run'
   both = {name: words / name for name in ('tokenizer.json',)}
   both['chat_template.jinja'] = words / 'chat_template.jinja'
-  assert convert._extras(folder, str(mine)) == {'tokenizer.json': mine}
-  assert convert._extras(folder, str(words)) == both
-  assert convert._extras(folder, str(words / 'tokenizer.json')) == both
-  assert convert._extras(folder, 'byte') == {}
+  assert extras_of(folder, str(mine), **ids) == {'tokenizer.json': mine}
+  assert extras_of(folder, str(words), **ids) == both
+  assert extras_of(folder, str(words / 'tokenizer.json'), **ids) == both
+  byte = extras_of(folder, 'byte')
+  assert byte == {'tokenizer.json': settings.byte_tokenizer()}
+  assert extras_of(folder, 'byte', bos_id=0, eos_id=1) == {}
   (folder / 'huggingface').mkdir(parents=True)
-  settings = folder / 'huggingface' / 'generation_config.json'
-  settings.write_text('{}')
-  extras = convert._extras(folder, str(mine))
-  assert extras == {'tokenizer.json': mine, settings.name: settings}
+  said = folder / 'huggingface' / 'generation_config.json'
+  said.write_text('{}')
+  extras = extras_of(folder, str(mine), **ids)
+  assert extras == {'tokenizer.json': mine, said.name: said}
 
 
 def test_a_tokenizer_that_is_gone_is_told(tmp_path, capsys):
-  assert convert._extras(tmp_path, str(tmp_path / 'gone.json')) == {}
+  assert extras_of(tmp_path, str(tmp_path / 'gone.json')) == {}
   assert 'gone.json' in capsys.readouterr().out
 
 
@@ -91,3 +103,48 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
   with pytest.raises(cli.Stopped, match='ENOSPC; .*MiB are free') as error:
     convert.main()
   assert '\n' not in str(error.value)
+
+
+def test_missing_settings_are_written_and_own_ones_are_carried(tmp_path):
+  """What AutoTokenizer and vLLM begin, end and fill a text with."""
+  words = tmp_path / 'words.json'
+  content = json.loads(settings.byte_tokenizer())
+  names = (settings.PAD, settings.USER, settings.ASSISTANT)
+  for index, name in enumerate(names, start=261):
+    token = dict(content['added_tokens'][0], id=index, content=name)
+    content['added_tokens'].append(token)
+  words.write_text(json.dumps(content))
+  config, variables = load_huggingface(GOLDEN / 'v2_lite')
+  config = dataclasses.replace(config, bos_id=256, eos_id=257)
+  save_huggingface(
+    tmp_path / 'a', config, variables, extras={'tokenizer.json': words}
+  )
+  said = lambda folder, name: json.loads((tmp_path / folder / name).read_text())
+  ids = {'bos_token_id': 256, 'eos_token_id': 257, 'pad_token_id': 261}
+  assert said('a', 'generation_config.json') == ids
+  values = said('a', 'tokenizer_config.json')
+  assert values['bos_token'] == vocabulary.BOS
+  assert values['eos_token'] == vocabulary.EOS
+  assert values['pad_token'] == settings.PAD
+  assert values['model_max_length'] == config.max_positions
+  assert values['chat_template'] == settings.TEMPLATE
+  own = tmp_path / 'a' / 'tokenizer_config.json'
+  own.write_text('{"bos_token": "mine"}')
+  save_huggingface(tmp_path / 'b', config, variables, extras=tmp_path / 'a')
+  assert said('b', own.name) == {'bos_token': 'mine'}
+  assert said('b', 'generation_config.json') == ids
+  # Without a pad token it is eos, and without a chat's tokens no template.
+  byte = {'tokenizer.json': settings.byte_tokenizer()}
+  save_huggingface(tmp_path / 'c', config, variables, extras=byte)
+  values = said('c', own.name)
+  assert values['pad_token'] == vocabulary.EOS
+  assert 'chat_template' not in values
+  assert said('c', 'generation_config.json')['pad_token_id'] == 257
+  # Without a tokenizer the ids alone are known, or nothing.
+  save_huggingface(tmp_path / 'd', config, variables)
+  assert 'pad_token_id' not in said('d', 'generation_config.json')
+  assert not (tmp_path / 'd' / own.name).exists()
+  config = dataclasses.replace(config, bos_id=-1, eos_id=-1)
+  save_huggingface(tmp_path / 'e', config, variables)
+  assert not (tmp_path / 'e' / 'generation_config.json').exists()
+  assert said('e', 'config.json')['eos_token_id'] is None

@@ -5,31 +5,27 @@ import pathlib
 import subprocess
 import sys
 
-import bpe_tokenizer
 import numpy as np
 import pytest
 
 from experiments import text
+from experiments import tokenizer as trained
 from experiments.serving import template
 from mla_moe import ConfigError
 from mla_moe.data import tokenizer
+from mla_moe.hf import settings
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(scope='module')
 def words(tmp_path_factory):
+  """A tokenizer; the id of the user's token is one more than its number."""
   pytest.importorskip('tokenizers')
   path = tmp_path_factory.mktemp('bpe') / 'tokenizer.json'
-  bpe_tokenizer.write(path, ['hello world, hello'], 300)
-  values = json.loads(path.read_text())
-  top = max(token['id'] for token in values['added_tokens'])
-  top = max(top, *values['model']['vocab'].values())
-  for i, role in enumerate((template.USER, template.ASSISTANT), start=1):
-    like = dict(values['added_tokens'][0], id=top + i, content=role)
-    values['added_tokens'].append(like)
-  path.write_text(json.dumps(values))
-  return tokenizer.load(str(path), 0, 1), top
+  trained.write(path, ['hello world, hello'], 300)
+  words = tokenizer.load(str(path))
+  return words, words.core.token_to_id(template.USER) - 1
 
 
 def write_template(folder, source):
@@ -43,6 +39,18 @@ def test_built_in_template_is_that_of_v3(words, tmp_path):
   hello, world = words.encode('hello'), words.encode('world')
   expected = [0, *world, top + 1, *hello, top + 2]
   np.testing.assert_array_equal(ids, expected)
+
+
+def test_the_exported_template_is_the_built_in_one(words, tmp_path):
+  pytest.importorskip('jinja2')
+  words, _ = words
+  turns = [('system', 'hello'), ('user', 'world'), ('assistant', 'hello')]
+  turns.append(('user', 'world'))
+  built_in = template.encode(tmp_path, words, turns)
+  write_template(tmp_path, settings.TEMPLATE)
+  np.testing.assert_array_equal(
+    template.encode(tmp_path, words, turns), built_in
+  )
 
 
 def test_folder_s_template_is_rendered(words, tmp_path):

@@ -1,0 +1,111 @@
+"""The settings beside exported weights, where the model had none of its own.
+
+transformers and vLLM read which tokens begin and end a text from
+tokenizer_config.json and generation_config.json, and how a chat is spelled from
+the first. The chat template is that of V3 and R1. A model of bytes gets a
+tokenizer.json, too: a byte-level BPE without a merge has the same ids.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from mla_moe import files, vocabulary
+from mla_moe.config import ModelConfig
+from mla_moe.vocabulary import BYTE, BYTES, Vocabulary
+
+PAD, USER, ASSISTANT = '<｜▁pad▁｜>', '<｜User｜>', '<｜Assistant｜>'
+TEMPLATE = (
+  '{{ bos_token }}{% for m in messages %}'
+  "{% if m['role'] == 'user' %}{{ '" + USER + "' + m['content'] }}"
+  "{% elif m['role'] == 'assistant' %}"
+  "{{ '" + ASSISTANT + "' + m['content'] + eos_token }}"
+  "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+  "{% if add_generation_prompt %}{{ '" + ASSISTANT + "' }}{% endif %}"
+)
+
+
+def missing(
+  config: ModelConfig, extras: Mapping[str, pathlib.Path | bytes]
+) -> dict[str, bytes]:
+  """Returns {name: content} of the settings that `extras` lacks.
+
+  Args:
+    config: of the model. Its ids may be -1: nothing is said of such a token.
+    extras: {name: file or content} of the other files beside the weights.
+  """
+  ends = {'bos_token_id': config.bos_id, 'eos_token_id': config.eos_id}
+  words = None
+  if 'tokenizer.json' in extras:
+    content = extras['tokenizer.json']
+    if isinstance(content, pathlib.Path):
+      content = files.read_bytes(content)
+    words = vocabulary.parse(content, 'tokenizer.json', {})
+    pad = {text: index for index, text in words.special.items()}.get(PAD, -1)
+    ends['pad_token_id'] = pad if pad >= 0 else config.eos_id
+  ends = {name: index for name, index in ends.items() if index >= 0}
+  wanted = {'generation_config.json': ends}
+  if words:
+    wanted['tokenizer_config.json'] = _tokenizer_config(config, words, ends)
+  return {
+    name: json.dumps(values, indent=2, ensure_ascii=False).encode() + b'\n'
+    for name, values in wanted.items()
+    if name not in extras and values
+  }
+
+
+def _tokenizer_config(
+  config: ModelConfig, words: Vocabulary, ends: dict[str, int]
+) -> dict[str, Any]:
+  values = {
+    'tokenizer_class': 'PreTrainedTokenizerFast',
+    'add_bos_token': True,
+    'add_eos_token': False,
+    'clean_up_tokenization_spaces': False,
+    'model_max_length': config.max_positions,
+  }
+  for name, index in ends.items():
+    if index in words.special:
+      values[name.removesuffix('_id')] = words.special[index]
+  if {USER, ASSISTANT} <= set(words.special.values()):
+    values['chat_template'] = TEMPLATE
+  return values
+
+
+def byte_tokenizer() -> bytes:
+  """Returns the tokenizer.json whose ids are those of the byte tokenizer.
+
+  BPE spells a byte as one printable character: itself, or one from 256 on.
+  """
+  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  others = [byte for byte in range(BYTES) if byte not in printable]
+  spelled = {chr(byte): byte for byte in printable}
+  spelled |= {chr(BYTES + i): byte for i, byte in enumerate(others)}
+  token = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
+  level = {'type': 'ByteLevel', 'add_prefix_space': False, 'use_regex': False}
+  level['trim_offsets'] = True
+  bos = BYTE.special[BYTE.bos_id]
+  first = {'SpecialToken': {'id': bos, 'type_id': 0}}
+  text = lambda name, kind: {'Sequence': {'id': name, 'type_id': kind}}
+  values = {
+    'version': '1.0',
+    'added_tokens': [
+      {'id': index, 'content': content, **token, 'special': True}
+      for index, content in BYTE.special.items()
+    ],
+    'pre_tokenizer': level,
+    'post_processor': {
+      'type': 'TemplateProcessing',
+      'single': [first, text('A', 0)],
+      'pair': [first, text('A', 0), text('B', 1)],
+      'special_tokens': {
+        bos: {'id': bos, 'ids': [BYTE.bos_id], 'tokens': [bos]}
+      },
+    },
+    'decoder': level,
+    'model': {'type': 'BPE', 'vocab': spelled, 'merges': []},
+  }
+  return json.dumps(values, ensure_ascii=False).encode()

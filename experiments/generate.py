@@ -11,7 +11,6 @@ standard error, has the speed and the fraction of accepted drafts.
 
 from __future__ import annotations
 
-import secrets
 import sys
 import time
 
@@ -20,7 +19,8 @@ from absl import flags
 
 from mla_moe.config import ConfigError
 
-from . import cli, opened
+from . import cli, opened, runtime, text
+from .serving import template
 
 FLAGS = flags.FLAGS
 
@@ -30,14 +30,8 @@ def define() -> None:
   opened.define()
   flags.DEFINE_string('prompt', '', 'The text to continue, or to answer.')
   flags.DEFINE_integer('max_new_tokens', 64, 'At most so many.', 1)
-  flags.DEFINE_float('temperature', 0.0, '0 is greedy.', 0.0)
-  flags.DEFINE_integer('top_k', 0, 'Of so many likely tokens; 0 is off.', 0)
-  flags.DEFINE_float('top_p', 1.0, 'Of the likeliest with this mass.', 0.0, 1.0)
-  flags.DEFINE_float('min_p', 0.0, 'A fraction of the likeliest one.', 0.0, 1.0)
-  flags.DEFINE_float('repetition_penalty', 1.0, 'Above 1 repeats less.', 0.0)
-  flags.DEFINE_multi_string('stop', [], 'A text that ends it; repeatable.')
-  flags.DEFINE_integer('seed', -1, 'Of the draws; -1 is another every time.')
-  flags.DEFINE_bool('speculative', False, 'Draft with the MTP module.')
+  opened.define_sampling()
+  template.define()
   flags.DEFINE_bool('chat', False, 'Apply the chat template.')
   flags.DEFINE_string('system', '', "The system's text, with --chat.")
 
@@ -47,11 +41,10 @@ def run(model: opened.TextModel, prompt: str) -> None:
   from mla_moe import CacheConfig
   from mla_moe.decode import generation
 
-  from . import text
-  from .serving import template
-
   if FLAGS.chat:
-    ids = template.prompt(model.folder, model.tokenizer, prompt, FLAGS.system)
+    ids = template.prompt(
+      model.folder, model.tokenizer, prompt, FLAGS.system, model.template
+    )
   else:
     ids = [model.config.bos_id, *model.tokenizer.encode(prompt)]
   opened.check_ids(ids, model.config.vocab)
@@ -63,20 +56,18 @@ def run(model: opened.TextModel, prompt: str) -> None:
     speculative=FLAGS.speculative,
     stop_ids=model.stop_ids,
     cache=CacheConfig(dtype=FLAGS.cache),
-    temperature=FLAGS.temperature,
-    top_k=FLAGS.top_k,
-    top_p=FLAGS.top_p,
-    min_p=FLAGS.min_p,
-    repetition_penalty=FLAGS.repetition_penalty,
-    seed=secrets.randbits(31) if FLAGS.seed < 0 else FLAGS.seed,
+    **opened.knobs(),
   )
   stream = text.TextStream(model.tokenizer, FLAGS.stop)
   start, moments, count = time.perf_counter(), [], 0
+  first = runtime.First()
+  first.begin()
   for step in steps:
     tokens = step.tokens[0]
     count += len(tokens)
     moments.append((time.perf_counter(), count))
     shown = [i for i in tokens if i not in model.stop_ids]
+    first.end()
     print(stream.add(shown), end='', flush=True)
     if stream.ended:
       break
@@ -106,7 +97,8 @@ def main() -> None:
   """Prints the text."""
   if not FLAGS.prompt:
     raise ConfigError('--prompt: is empty')
-  run(opened.from_flags(), FLAGS.prompt)
+  own = template.own()
+  run(opened.from_flags()._replace(template=own), FLAGS.prompt)
 
 
 if __name__ == '__main__':

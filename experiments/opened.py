@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
+import secrets
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -29,7 +30,8 @@ class TextModel(NamedTuple):
   """A model with its tokenizer.
 
   variables: {'params', 'router'}; folder: of the chat template; stop_ids: a
-  text ends with any of them.
+  text ends with any of them; template: a chat template of one's own, in the
+  place of the folder's.
   """
 
   config: ModelConfig
@@ -37,6 +39,7 @@ class TextModel(NamedTuple):
   tokenizer: Tokenizer
   folder: pathlib.Path
   stop_ids: tuple[int, ...]
+  template: str = ''
 
 
 def define() -> None:
@@ -55,6 +58,25 @@ def define() -> None:
     ['auto', 'float32', 'bfloat16', 'int8', 'float8'],
     'Type of the cached latents.',
   )
+
+
+def define_sampling() -> None:
+  """Defines the flags of every program that draws an answer."""
+  flags.DEFINE_float('temperature', 0.0, '0 is greedy.', 0.0)
+  flags.DEFINE_integer('top_k', 0, 'Of so many likely tokens; 0 is off.', 0)
+  flags.DEFINE_float('top_p', 1.0, 'Of the likeliest with this mass.', 0.0, 1.0)
+  flags.DEFINE_float('min_p', 0.0, 'A fraction of the likeliest one.', 0.0, 1.0)
+  flags.DEFINE_float('repetition_penalty', 1.0, 'Above 1 repeats less.', 0.0)
+  flags.DEFINE_multi_string('stop', [], 'A text that ends it; repeatable.')
+  flags.DEFINE_integer('seed', -1, 'Of the draws; -1 is another every time.')
+  flags.DEFINE_bool('speculative', False, 'Draft with the MTP module.')
+
+
+def knobs() -> dict[str, float]:
+  """Returns the sampling parameters of the flags."""
+  names = 'temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty'
+  seed = secrets.randbits(31) if FLAGS.seed < 0 else FLAGS.seed
+  return {name: FLAGS[name].value for name in names} | {'seed': seed}
 
 
 def from_flags() -> TextModel:

@@ -8,6 +8,7 @@ import os
 import pathlib
 import resource
 import sys
+import time
 
 from mla_moe.config import ConfigError
 
@@ -91,3 +92,26 @@ def peak_memory() -> int:
         return int(line.split()[1]) * 2**10
   unit = 1 if sys.platform == 'darwin' else 2**10
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class First:
+  """Says on standard error that a program's first answer compiles."""
+
+  def __init__(self):
+    self._start = 0.0
+    self._is_over = False
+
+  def begin(self) -> None:
+    """Prints a line at its first call; later ones do nothing."""
+    if not self._start:
+      self._start = time.perf_counter()
+      print(
+        'The first answer: compiling, once ...', file=sys.stderr, flush=True
+      )
+
+  def end(self) -> None:
+    """Prints the seconds since `begin`, at its first call."""
+    if not self._is_over:
+      self._is_over = True
+      seconds = time.perf_counter() - self._start
+      print(f'Compiled in {seconds:.1f} s.', file=sys.stderr, flush=True)

@@ -20,6 +20,7 @@ from absl import flags
 from mla_moe.config import ConfigError
 
 from . import cli, opened
+from .serving import template
 
 FLAGS = flags.FLAGS
 
@@ -27,6 +28,7 @@ FLAGS = flags.FLAGS
 def define() -> None:
   """Defines this program's flags."""
   opened.define()
+  template.define()
   flags.DEFINE_string(
     'host',
     '127.0.0.1',
@@ -56,7 +58,8 @@ def main() -> None:
   from .serving.engine import Engine
   from .serving.scheduler import Scheduler
 
-  model = opened.from_flags()
+  own = template.own()
+  model = opened.from_flags()._replace(template=own)
   scheduler = Scheduler(
     model.config,
     model.variables,

@@ -15,6 +15,7 @@ import queue
 import threading
 from collections.abc import Callable
 
+from .. import runtime
 from .scheduler import Event, Scheduler
 
 
@@ -96,6 +97,7 @@ class Engine:
       self.cancel(done.result())
 
   def _run(self) -> None:
+    first = runtime.First()
     try:
       while True:
         while not self._scheduler.busy or not self._inbox.empty():
@@ -106,7 +108,11 @@ class Engine:
             _answer(call, done)
           else:
             call()
-        for event in self._scheduler.step():
+        first.begin()
+        events = self._scheduler.step()
+        if events:
+          first.end()
+        for event in events:
           self._send(event)
     except Exception as error:  # every client must hear of it
       self.failure = error

@@ -1,8 +1,8 @@
 """A chat as token ids: the model's template around people's messages.
 
-The template is that of the folder (chat_template.jinja or
-tokenizer_config.json), run by jinja2 in its sandbox. Without one it is that of
-DeepSeek V3 and R1: bos, the system's text, <｜User｜> text, <｜Assistant｜>. A
+The template is one's own (--chat_template) or that of the folder
+(chat_template.jinja or tokenizer_config.json), run by jinja2 in its sandbox.
+Without one it is that of DeepSeek V3 and R1: bos, the system's text, <｜User｜> text, <｜Assistant｜>. A
 message becomes no special token, even if it spells one: the template gets a
 mark in place of each message, and only the template's own text is searched for
 special tokens.
@@ -12,21 +12,54 @@ from __future__ import annotations
 
 import pathlib
 import re
+from typing import Any
 
 import numpy as np
+from absl import flags
 
-from mla_moe import files
+from mla_moe import files, vocabulary
 from mla_moe.config import ConfigError
 from mla_moe.data.tokenizer import BOS, EOS, Tokenizer
 from mla_moe.hf.settings import ASSISTANT as ASSISTANT
 from mla_moe.hf.settings import USER as USER
 from mla_moe.types import Int
 
+FLAGS = flags.FLAGS
 _MARK = re.compile('\ue000([0-9]+)\ue001')
 
 
+def define() -> None:
+  """Defines the flag of every program that chats."""
+  flags.DEFINE_string(
+    'chat_template', '', "A file with a template in Jinja; '' is the model's."
+  )
+
+
+def own() -> str:
+  """Returns the template of --chat_template, '' without one.
+
+  Raises:
+    ConfigError: no text file, or no template.
+  """
+  if not FLAGS.chat_template:
+    return ''
+  path = pathlib.Path(FLAGS.chat_template).expanduser()
+  try:
+    text = files.read_bytes(path).decode('utf-8')
+  except UnicodeDecodeError:
+    raise ConfigError(f'{path}: is no text in UTF-8') from None
+  if not text.strip():
+    raise ConfigError(f'{path}: is empty')
+  _compiled(text)
+  return text
+
+
 def prompt(
-  folder: pathlib.Path, tokenizer: Tokenizer, text: str, system: str = ''
+  folder: pathlib.Path,
+  tokenizer: Tokenizer,
+  text: str,
+  system: str = '',
+  own: str = '',
 ) -> Int[np.ndarray, ' T']:
   """Returns the ids of a chat with one question, ready for the answer, int32.
 
@@ -34,13 +67,14 @@ def prompt(
     ConfigError: as `encode`.
   """
   messages = [('system', system)] if system else []
-  return encode(folder, tokenizer, [*messages, ('user', text)])
+  return encode(folder, tokenizer, [*messages, ('user', text)], own)
 
 
 def encode(
   folder: pathlib.Path,
   tokenizer: Tokenizer,
   messages: list[tuple[str, str]],
+  own: str = '',
 ) -> Int[np.ndarray, ' T']:
   """Returns the ids of a chat, ready for the next answer, int32.
 
@@ -48,6 +82,7 @@ def encode(
     folder: of the template.
     tokenizer: of the model.
     messages: (role, text) each; roles are system, user and assistant.
+    own: a template in the place of the folder's.
 
   Raises:
     ConfigError: a template that does not run, or a tokenizer without the
@@ -57,9 +92,9 @@ def encode(
     {'role': role, 'content': f'\ue000{i}\ue001'}
     for i, (role, _) in enumerate(messages)
   ]
-  settings = _settings(folder)
-  template = settings['template']
   special = _special_tokens(tokenizer)
+  settings = _settings(folder, tokenizer, special)
+  template = own or settings['template']
   if template:
     rendered = _render(template, marked, settings)
   else:
@@ -79,7 +114,9 @@ def encode(
   return _encode(rendered, [text for _, text in messages], special, tokenizer)
 
 
-def _settings(folder: pathlib.Path) -> dict:
+def _settings(
+  folder: pathlib.Path, tokenizer: Tokenizer, special: dict[str, int]
+) -> dict:
   """Returns the template ('' if there is none) and the texts of bos and eos."""
   path = folder / 'tokenizer_config.json'
   values = files.read_json(path) if path.exists() else {}
@@ -97,15 +134,23 @@ def _settings(folder: pathlib.Path) -> dict:
     except UnicodeDecodeError:
       raise ConfigError(f'{file}: is no text in UTF-8') from None
   content = lambda t: t.get('content') if isinstance(t, dict) else t
+  text_of = {index: text for text, index in special.items()}
+  bos = text_of.get(tokenizer.bos_id, '')
+  eos = text_of.get(tokenizer.eos_id, '')
   return {
     'template': template,
     # A null is a model without such a token.
-    'bos_token': content(values.get('bos_token', BOS)) or '',
-    'eos_token': content(values.get('eos_token', EOS)) or '',
+    'bos_token': content(values.get('bos_token', bos)) or '',
+    'eos_token': content(values.get('eos_token', eos)) or '',
   }
 
 
-def _render(template: str, messages: list[dict], settings: dict) -> str:
+def _compiled(template: str) -> Any:
+  """Returns a template of jinja2, in its sandbox.
+
+  Raises:
+    ConfigError: no jinja2, or no template.
+  """
   try:
     from jinja2 import exceptions, sandbox
   except ImportError:
@@ -121,24 +166,34 @@ def _render(template: str, messages: list[dict], settings: dict) -> str:
   )
   world.globals['raise_exception'] = refuse
   try:
-    return world.from_string(template).render(
+    return world.from_string(template)
+  except Exception as error:  # it is a program: it may raise anything
+    raise _failure(error) from None
+
+
+def _render(template: str, messages: list[dict], settings: dict) -> str:
+  compiled = _compiled(template)
+  try:
+    return compiled.render(
       messages=messages,
       add_generation_prompt=True,
       bos_token=settings['bos_token'],
       eos_token=settings['eos_token'],
     )
-  except Exception as error:  # it is a program: it may raise anything
-    line = ' '.join(f'{type(error).__name__}: {error}'.split())
-    raise ConfigError(
-      f'--chat: the chat template fails ({line[:200]})'
-    ) from None
+  except Exception as error:
+    raise _failure(error) from None
+
+
+def _failure(error: Exception) -> ConfigError:
+  line = ' '.join(f'{type(error).__name__}: {error}'.split())
+  return ConfigError(f'--chat: the chat template fails ({line[:200]})')
 
 
 def _special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
   """Returns the ids of the added tokens, by their text."""
   core = getattr(tokenizer, 'core', None)
   if core is None:
-    return {}
+    return {text: index for index, text in vocabulary.BYTE.special.items()}
   added = core.get_added_tokens_decoder()
   return {token.content: index for index, token in added.items()}
 

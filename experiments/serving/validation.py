@@ -215,4 +215,5 @@ def _chat_ids(messages: list, model: TextModel) -> list[int]:
     checked.append((_ROLES[message['role']], content))
   if not checked:
     raise Refused(400, 'messages: are empty')
-  return template.encode(model.folder, model.tokenizer, checked).tolist()
+  ids = template.encode(model.folder, model.tokenizer, checked, model.template)
+  return ids.tolist()

@@ -11,8 +11,10 @@ standard error, has the speed and the fraction of accepted drafts.
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
+from collections.abc import Iterator
 
 import numpy as np
 from absl import flags
@@ -60,19 +62,26 @@ def run(model: opened.TextModel, prompt: str) -> None:
   )
   stream = text.TextStream(model.tokenizer, FLAGS.stop)
   start, moments, count = time.perf_counter(), [], 0
-  first = runtime.First()
-  first.begin()
-  for step in steps:
+  for step in _compiled(steps):
     tokens = step.tokens[0]
     count += len(tokens)
     moments.append((time.perf_counter(), count))
     shown = [i for i in tokens if i not in model.stop_ids]
-    first.end()
     print(stream.add(shown), end='', flush=True)
     if stream.ended:
       break
   print(stream.add([], last=True))
   print(_speed(start, moments, step), file=sys.stderr)
+
+
+def _compiled(steps: Iterator) -> Iterator:
+  """Yields the steps; the first two, which compile, come together."""
+  first = runtime.First()
+  first.begin()
+  head = list(itertools.islice(steps, 2))
+  first.end()
+  yield from head
+  yield from steps
 
 
 def _speed(start, moments, last) -> str:

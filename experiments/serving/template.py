@@ -2,10 +2,10 @@
 
 The template is one's own (--chat_template) or that of the folder
 (chat_template.jinja or tokenizer_config.json), run by jinja2 in its sandbox.
-Without one it is that of DeepSeek V3 and R1: bos, the system's text, <｜User｜>
-text, <｜Assistant｜>. A message becomes no special token, even if it spells one:
-the template gets a mark in place of each message, and only the template's own
-text is searched for special tokens.
+Without one it is that of DeepSeek V3 and R1: bos, the system's text,
+<｜User｜>, text, <｜Assistant｜>. A message becomes no special token, even if
+it spells one: the template gets a mark in place of each message, and only the
+template's own text is searched for special tokens.
 """
 
 from __future__ import annotations

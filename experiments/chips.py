@@ -1,9 +1,11 @@
 """Accelerators as data: peaks, memory, list prices, and their slices.
 
 Peaks and bandwidths are the makers' (cloud.google.com/tpu/docs: v5e, v5p, v6e,
-tpu7x; NVIDIA's data sheets; read 2026-11-24). A TPU's usable memory is the
-number that libtpu 0.0.50 prints when it refuses a program that is too large. Of
-a GPU's, as its driver reports it, `MEMORY_FRACTION` is assumed, as with
+tpu7x; NVIDIA's and AMD's data sheets; read 2026-11-24 and 29): dense products
+with sums in float32. Ada's GeForce halves that rate, its data-centre cards do
+not (NVIDIA's Ada white paper, appendix A). A TPU's usable memory is the number
+that libtpu 0.0.50 prints when it refuses a program that is too large. Of a
+GPU's, as its driver or data sheet has it, `MEMORY_FRACTION` is assumed, as with
 XLA_PYTHON_CLIENT_MEM_FRACTION=0.92.
 
 A price is that of an on-demand chip's hour in the US, as secondary sources of
@@ -17,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import types
 
 from mla_moe.config import ConfigError
 
@@ -26,7 +29,7 @@ class Chip:
   """One kind of accelerator; numbers are of a device, of which it has `cores`.
 
   Attributes:
-    bf16: peak FLOP/s.
+    bf16: peak FLOP/s; float32's where there is no bfloat16 unit.
     fp8: peak FLOP/s; bf16's where there is no FP8 unit.
     usable: bytes of memory that a program can have.
     bandwidth: bytes a second of that memory.
@@ -37,6 +40,9 @@ class Chip:
     margin: fraction of `usable` that a plan leaves free. Programs compiled for
       GPUs need up to 11 % more than the arithmetic (docs/plan.md), and NCCL and
       cuBLAS take memory of their own; no program for TPUs does either.
+    capability: CUDA's compute capability, by which `fp8.choose` knows the FP8
+      products of a GPU: none below 8.9, one scale along the sum from there on,
+      blocks from 9.0 on. 0 is no NVIDIA GPU.
   """
 
   bf16: float
@@ -48,6 +54,7 @@ class Chip:
   dimensions: int
   cores: int = 1
   margin: float = 0.04
+  capability: float = 0.0
 
   @property
   def planned(self) -> float:
@@ -59,11 +66,16 @@ GIB = 2.0**30
 MEMORY_FRACTION = 0.92
 
 
-def _gpu(bf16, fp8, memory, bandwidth, link, dollars) -> Chip:
+def _gpu(bf16, fp8, memory, bandwidth, link, dollars, capability) -> Chip:
+  more = {'margin': 0.1, 'capability': capability}
   usable = MEMORY_FRACTION * memory
-  return Chip(bf16, fp8, usable, bandwidth, link, dollars, 1, margin=0.1)
+  return Chip(bf16, fp8, usable, bandwidth, link, dollars, 1, **more)
 
 
+# A link is one direction's: NVLink's, or PCIe's 16 lanes where there is none
+# (Gen3 on the T4, Gen5 on the RTX PRO 6000, else Gen4). The T4 multiplies
+# bfloat16 in float32 (openxla/xla issue 12429). AMD's FP8 has another zero
+# (E4M3FNUZ), for which nothing here has a product.
 CHIPS = {
   'v5e': Chip(197e12, 197e12, 15.75 * GIB, 819e9, 200e9, 1.20, 2),
   'v6e': Chip(918e12, 918e12, 31.24 * GIB, 1640e9, 400e9, 2.70, 2),
@@ -71,14 +83,29 @@ CHIPS = {
   'tpu7x': Chip(
     1153.5e12, 2307e12, 94.74 * GIB, 3690e9, 600e9, 12.0, 3, cores=2
   ),
-  'h800': _gpu(989e12, 1979e12, 84978434048, 3350e9, 200e9, 2.0),
-  'h100': _gpu(989e12, 1979e12, 84978434048, 3350e9, 450e9, 3.0),
-  'h200': _gpu(989e12, 1979e12, 139 * GIB, 4800e9, 450e9, 4.0),
-  'b200': _gpu(2250e12, 4500e12, 191514673152, 8000e9, 900e9, 6.0),
+  't4': _gpu(8.1e12, 8.1e12, 15 * GIB, 300e9, 16e9, 0.35, 7.5),
+  'l4': _gpu(121e12, 242e12, 24e9, 300e9, 32e9, 0.7, 8.9),
+  'rtx4090': _gpu(165.2e12, 330.3e12, 24e9, 1008e9, 32e9, 0.4, 8.9),
+  'l40s': _gpu(362e12, 733e12, 48e9, 864e9, 32e9, 1.5, 8.9),
+  'rtxpro6000': _gpu(503.8e12, 1007.6e12, 96e9, 1792e9, 64e9, 1.8, 12.0),
+  'a100-40gb': _gpu(312e12, 312e12, 40 * GIB, 1555e9, 300e9, 1.3, 8.0),
+  'a100-80gb': _gpu(312e12, 312e12, 80 * GIB, 2039e9, 300e9, 1.8, 8.0),
+  'h800': _gpu(989e12, 1979e12, 84978434048, 3350e9, 200e9, 2.0, 9.0),
+  'h100': _gpu(989e12, 1979e12, 84978434048, 3350e9, 450e9, 3.0, 9.0),
+  'h200': _gpu(989e12, 1979e12, 139 * GIB, 4800e9, 450e9, 4.0, 9.0),
+  'b200': _gpu(2250e12, 4500e12, 191514673152, 8000e9, 900e9, 6.0, 10.0),
+  'mi300x': _gpu(1307.4e12, 2614.9e12, 192e9, 5300e9, 448e9, 2.0, 0),
+}
+
+_ALIASES = {
+  'v5litepod': 'v5e',
+  'v5': 'v5p',
+  'v7x': 'tpu7x',
+  'a100': 'a100-80gb',
 }
 
 _SLICES = {
-  1: [(8 * 2**i,) for i in range(9)],
+  1: [(2**i,) for i in range(12)],
   2: [(1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)],
   3: [
     (2, 2, 1),
@@ -123,9 +150,27 @@ class Slice:
   def gpu(self) -> bool:
     return self.chip.dimensions == 1
 
+  @property
+  def device(self) -> types.SimpleNamespace:
+    """What `fp8.choose` reads of a jax.Device."""
+    return types.SimpleNamespace(
+      platform='gpu' if self.gpu else 'tpu',
+      device_kind=self.kind,
+      compute_capability=self.chip.capability,
+    )
+
   def __str__(self):
     more = f'*{self.count}' if self.count > 1 else ''
     return f'{self.kind}:{"x".join(map(str, self.shape))}{more}'
+
+
+def of_device(kind: str) -> Chip | None:
+  """Returns the chip of a GPU's `device_kind`, None if it is not in CHIPS."""
+  words = re.findall('[a-z0-9]+', kind.lower())
+  ends = range(len(words) + 1)
+  joined = {''.join(words[i:j]) for j in ends for i in range(j)}
+  named = (n for n in CHIPS if joined.issuperset(n.split('-')))
+  return CHIPS.get(next(named, ''))
 
 
 def parse(text: str) -> Slice:
@@ -136,9 +181,10 @@ def parse(text: str) -> Slice:
   """
   text, _, count = text.lower().partition('*')
   count = int(count) if count.isdigit() and int(count) else 1
-  match = re.fullmatch(r'([a-z0-9]+)[:-]([0-9]+(?:x[0-9]+)*)', text)
+  pattern = r'([a-z0-9]+(?:-\d+gb)?)[:-]([0-9]+(?:x[0-9]+)*)'
+  match = re.fullmatch(pattern, text)
   kind = match[1] if match else ''
-  kind = {'v5litepod': 'v5e', 'v5': 'v5p', 'v7x': 'tpu7x'}.get(kind, kind)
+  kind = _ALIASES.get(kind, kind)
   if kind not in CHIPS:
     raise ConfigError(
       f'--topology={text!r}: name a chip and its shape, such as v5p:4x4x4, '

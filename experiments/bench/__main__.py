@@ -28,7 +28,7 @@ _BENCHMARKS = {
   'train': 'training beside the peer; memory, experts, compile time (10)',
   'decode': 'decoding beside the peer; the cache, long contexts (10)',
   'checkpoint': 'the pause of a save beside Orbax alone, the seal (1)',
-  'precision': "FP8's loss beside bf16's: whole runs, or --pairs=96 (25; 45)",
+  'precision': "FP8's loss beside bf16's: whole runs, or --pairs=96 (25; 90)",
   'balance': 'balancing by a bias or by a loss: perplexity, MaxVio (45)',
   'mesh': 'a step on 8 fake CPU devices beside one (2)',
   'huggingface_streaming': 'speed and memory of loading a checkpoint (15)',

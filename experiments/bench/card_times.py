@@ -27,6 +27,7 @@ from mla_moe.train import optim
 from mla_moe.train.state import init_state
 
 from .. import chips, commands
+from ..training import program
 from . import (
   decode,
   layer,
@@ -96,8 +97,7 @@ def seconds_of(run, *args, least: float = 0.3, in_flight: int = 1) -> float:
 
 def chip() -> chips.Chip | None:
   """Returns the data sheet of the first device, None if there is none."""
-  kind = jax.devices()[0].device_kind.lower()
-  return next((c for name, c in chips.CHIPS.items() if name in kind), None)
+  return chips.of_device(jax.devices()[0].device_kind)
 
 
 def beside(rows, rate: float) -> str:
@@ -142,7 +142,7 @@ def time_step(rows, shape: models.Shape, precision: str) -> None:
   config = models.config(shape, 'bfloat16')
   model = dataclasses.replace(config.model, precision=precision)
   config = dataclasses.replace(config, model=model)
-  run, batch = ours_train.step_function(config), ours_train.batch(config)
+  run, batch = program.jitted_step(config, None), ours_train.batch(config)
   rates = optim.Rates(1e-4, 1e-3, 0.0)
   state = jax.jit(lambda key: init_state(key, config))(jax.random.key(0))
   times = []

@@ -8,8 +8,8 @@ by a third. Its results stand in mesh.md.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
 import os
 import pathlib
 import time
@@ -20,9 +20,11 @@ import numpy as np
 from mla_moe import config as c
 from mla_moe import sharding
 from mla_moe.data import batches
-from mla_moe.train import optim, step
-from mla_moe.train.state import init_state, placement
+from mla_moe.train import optim
+from mla_moe.train.state import init_state
 
+from ..plan import search
+from ..training import program
 from . import models
 
 CONFIG = c.Config(
@@ -32,7 +34,7 @@ CONFIG = c.Config(
 
 def flags(parser) -> None:
   """Adds this benchmark's flags."""
-  parser.add_argument('--mesh', default='expert:8', help='data:2,expert:4, ...')
+  parser.add_argument('--mesh', default='expert=8', help='data=2,expert=4, ...')
   parser.add_argument('--steps', type=int, default=5)
 
 
@@ -62,19 +64,12 @@ def run(out: pathlib.Path, args) -> None:
 
 
 def mesh_of(text: str) -> c.MeshConfig:
-  """Returns the mesh of 'data:2,expert:4'.
+  """Returns the mesh of 'data=2,expert=4', as `experiments.plan` reads it.
 
   Raises:
-    ConfigError: an axis that does not exist, or a size that is no number.
+    ConfigError: no such axis, or another number of devices than 8.
   """
-  sizes = {}
-  for part in text.split(','):
-    axis, _, size = part.partition(':')
-    if axis not in sharding.AXES or not size.isdigit():
-      axes = ', '.join(sharding.AXES)
-      raise c.ConfigError(f'--mesh={text}: must be AXIS:SIZE,... of {axes}')
-    sizes[axis] = int(size)
-  mesh = c.MeshConfig(**sizes)
+  mesh = search.mesh_of(text)
   if mesh.devices != 8:
     raise c.ConfigError(f'--mesh={text}: is {mesh.devices} devices, must be 8')
   return mesh
@@ -83,20 +78,19 @@ def mesh_of(text: str) -> c.MeshConfig:
 def prepare(config: c.Config):
   """Returns the compiled step, its state and inputs, on the config's mesh."""
   stream = np.random.default_rng(0).integers(0, 512, 40000).astype(np.uint16)
-  batch = batches.batch_at(stream, config.data, 0, 0)
-  rates = optim.Rates(1e-4, 1e-3, 0.0)
-  train = functools.partial(step.train_step, config=config)
-  if config.mesh.devices == 1:
-    state = init_state(jax.random.key(0), config)
-    run = jax.jit(train, donate_argnums=0)
-    return run.lower(state, batch, rates).compile(), state, (batch, rates)
-  mesh = sharding.make_mesh(config.mesh)
-  with jax.set_mesh(mesh):
-    state = init_state(jax.random.key(0), config, mesh)
-    shardings = placement(config, mesh)
+  inputs = (
+    batches.batch_at(stream, config.data, 0, 0),
+    optim.Rates(1e-4, 1e-3, 0),
+  )
+  mesh, context = None, contextlib.nullcontext()
+  if config.mesh.devices > 1:
+    mesh = sharding.make_mesh(config.mesh)
+    context = jax.set_mesh(mesh)
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    run = jax.jit(train, donate_argnums=0, out_shardings=(shardings, whole))
-    rows = jax.sharding.NamedSharding(mesh, sharding.spec((None, 'batch')))
+    rows = program.batch_sharding(mesh)
     put = lambda x: jax.device_put(x, rows if np.ndim(x) == 3 else whole)
-    inputs = jax.tree.map(put, (batch, rates))
-    return run.lower(state, *inputs).compile(), state, inputs
+    inputs = jax.tree.map(put, inputs)
+  with context:
+    state = init_state(jax.random.key(0), config, mesh)
+    run = program.jitted_step(config, mesh).lower(state, *inputs)
+    return run.compile(), state, inputs

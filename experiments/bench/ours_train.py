@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 import time
@@ -35,17 +34,6 @@ def batch(config, seed: int = 0):
   )
 
 
-def step_function(config):
-  """Returns the jitted training step, as the training loop builds it."""
-  import jax
-
-  from mla_moe.train import step
-
-  run = functools.partial(step.train_step, config=config)
-  options = runtime.step_options()
-  return jax.jit(run, donate_argnums=0, compiler_options=options)
-
-
 def main() -> None:
   """The contender; a job's mode is the dtype of the activations."""
   import jax
@@ -53,10 +41,12 @@ def main() -> None:
   from mla_moe.train import optim
   from mla_moe.train.state import init_state
 
+  from ..training import program
+
   job = json.loads(sys.stdin.readline())
   config = models.config(models.Shape(**job['shape']), job['mode'])
   runtime.keep_memory()
-  run, tokens = step_function(config), batch(config)
+  run, tokens = program.jitted_step(config, None), batch(config)
   rates = optim.Rates(1e-4, 1e-3, 0.0)
   state = init_state(jax.random.key(0), config)
 

@@ -121,9 +121,11 @@ def _compiled(shape: models.Shape):
   from mla_moe.train import optim
   from mla_moe.train.state import init_state
 
+  from ..training import program
+
   config = models.config(shape)
   state = jax.eval_shape(lambda: init_state(jax.random.key(0), config))
-  run, batch = ours_train.step_function(config), ours_train.batch(config)
+  run, batch = program.jitted_step(config, None), ours_train.batch(config)
   began = time.perf_counter()
   program = run.lower(state, batch, optim.Rates(1.0, 1.0, 0.0)).compile()
   return program, time.perf_counter() - began

@@ -39,6 +39,7 @@ def _define() -> None:
 def _main() -> None:
   values = cli.FLAGS
   config = cli.config()
+  start = config.mesh
   slice_ = chips.parse(values.topology) if values.topology else None
   _check(values, slice_)
   import jax
@@ -46,10 +47,12 @@ def _main() -> None:
   # Shapes need no accelerator, and libtpu serves one process at a time: the
   # one that compiles.
   jax.config.update('jax_platforms', 'cpu')
+  from mla_moe.train.state import abstract_state
+
   from . import bill, report, search
 
   if values.mesh:
-    mesh = search.mesh_of(values.mesh, config.mesh.states)
+    mesh = search.mesh_of(values.mesh, config.mesh)
     try:
       config = dataclasses.replace(config, mesh=mesh)
     except ConfigError as error:
@@ -57,7 +60,7 @@ def _main() -> None:
   tokens = values.tokens or bill.tokens_of(config)
   utilisation = values.utilisation or bill.UTILISATION
   price = lambda plan: bill.bill(plan, tokens, utilisation, values.dollars)
-  layout = search.layout_of(config)
+  layout = abstract_state(config)
   if slice_ is None:
     kinds = [kind for kind in chips.CHIPS if kind != 'h800']
     plans = [search.smallest(config, kind, layout) for kind in kinds]
@@ -72,7 +75,7 @@ def _main() -> None:
     plan = search.plan(config, slice_, layout)
     search.refuse_if_too_large(plan, layout)
     pairs = [(plan, price(plan))]
-    report.show(*pairs[0], utilisation)
+    report.show(*pairs[0], utilisation, start)
     if values.compile:
       from . import compiled
 
@@ -88,7 +91,7 @@ def _all_fsdp(config, slice_):
   """Returns the config with all devices on fsdp, to refuse if no mesh fits."""
   from mla_moe.config import MeshConfig
 
-  mesh = MeshConfig(fsdp=slice_.devices)
+  mesh = MeshConfig(fsdp=slice_.devices, states=config.mesh.states)
   data = dataclasses.replace(config.data, micro_batch=slice_.devices)
   return dataclasses.replace(config, mesh=mesh, data=data)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 from mla_moe import cost
+from mla_moe.config import Config, MeshConfig
 from mla_moe.data import batches
 
-from . import search, traffic
+from . import memory, search, traffic
 
 # DeepSeek-V3's pre-training reached this fraction of the H800's bf16 peak,
 # counting causal attention ("Insights into DeepSeek-V3", Table 4).
@@ -18,8 +19,9 @@ UTILISATION = 0.3894
 class Bill:
   """Chip hours over all chips, dollars, days; and seconds of one step.
 
-  `sending` is the time of a step's traffic at the links' speed, if none of it
-  hides behind the computing.
+  `computing` and all before it contain a pipeline's bubble. `sending` is the
+  time of a step's traffic at the links' speed, if none of it hides behind the
+  computing.
   """
 
   tokens: float
@@ -51,6 +53,8 @@ def bill(
     utilisation=utilisation,
     dollars_per_hour=dollars or chip.dollars,
   )
+  longer = 1 + _pipelined(config) * (1 / (1 - bubble(config.mesh)) - 1)
+  hours, money = longer * hours, longer * money
   step_tokens = config.data.batch_size * config.data.seq_len
   days = hours / chip_count / 24
   return Bill(
@@ -63,7 +67,28 @@ def bill(
   )
 
 
-def tokens_of(config) -> float:
+def bubble(mesh: MeshConfig) -> float:
+  """Returns the fraction of a pipeline's turns in which a device waits.
+
+  It is (S - 1) / (M + S - 1) of S stages and M micro-batches (`memory.turns`).
+  """
+  micro_batches, turns = memory.turns(mesh)
+  return 1 - micro_batches / turns
+
+
+def _pipelined(config: Config) -> float:
+  """Returns the fraction of the FLOPs in a pipeline, that of its layers."""
+  model = config.model
+  if config.mesh.stage == 1:
+    return 0.0
+  less = dataclasses.replace(model, layers=model.layers - 1)
+  whole, rest = (
+    cost.train_flops_per_token(m, config.data.seq_len) for m in (model, less)
+  )
+  return model.moe_layers * (1 - rest / whole)
+
+
+def tokens_of(config: Config) -> float:
   """Returns the tokens of the config's whole run, its batch ramp included."""
   sequences, _ = batches.span(config.data, config.run.steps)
   return float(sequences * config.data.seq_len)

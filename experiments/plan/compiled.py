@@ -2,8 +2,8 @@
 
 libtpu compiles for TPUs and XLA's CUDA plugin for NVIDIA's GPUs, on any CPU.
 Both need a process of their own, without this one's devices: it reads a config
-as JSON, compiles, and prints the figures as JSON. The program is the real one,
-with the memory and the collectives of a run, but for two things on GPUs: XLA
+as JSON, compiles, and prints the figures as JSON. The program is the one that a
+run makes (`training.program`), but for two things on GPUs: XLA
 cannot measure which form of a product is fastest, and jax asks a card before it
 takes cuDNN's attention, so the portable one stands in its place.
 """
@@ -11,7 +11,6 @@ takes cuDNN's attention, so the portable one stands in its place.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -38,9 +37,14 @@ def run(config: Config, slice_: chips.Slice) -> dict:
   """Returns bytes of arguments and scratch, collectives, versions, seconds.
 
   Raises:
-    ConfigError: the compiler is not installed or too old for the chip, or the
-      program does not fit (with its numbers).
+    ConfigError: the compiler is not installed, too old for the chip or without
+      its description, or the program does not fit (with its numbers).
   """
+  if slice_.gpu and slice_.kind not in gpus.CARDS:
+    raise ConfigError(
+      f'--compile: there is no description of {slice_.kind} for XLA; there is '
+      f'one of {", ".join(gpus.CARDS)}'
+    )
   package = compiler(slice_)
   if importlib.util.find_spec(package.replace('-', '_')) is None:
     extra = 'cuda' if slice_.gpu else 'tpu'
@@ -106,16 +110,15 @@ def describe(slice_: chips.Slice):
 
 
 def lower(config: Config, devices: list):
-  """Returns the step's lowering on a mesh of `devices`, and the mesh."""
+  """Returns the step's lowering on a mesh of `devices`, and the mesh.
+
+  A single device has a mesh, too, unlike in a run: it names the platform.
+  """
   import jax
-  import jax.numpy as jnp
-  from flax import linen as nn
-  from jax.sharding import NamedSharding, PartitionSpec
 
   from mla_moe import fp8, sharding
-  from mla_moe.data import batches
-  from mla_moe.train import optim, step
-  from mla_moe.train.state import abstract_state, placement
+
+  from ..training import program
 
   # 'auto' is resolved for those devices, and not for the one that is here.
   model = config.model
@@ -125,23 +128,9 @@ def lower(config: Config, devices: list):
     model = dataclasses.replace(model, compute=compute)
     config = dataclasses.replace(config, model=model)
   mesh = sharding.make_mesh(config.mesh, devices)
-  replicated = NamedSharding(mesh, PartitionSpec())
-  boxed = abstract_state(config)
-  state = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    nn.unbox(boxed),
-    placement(config, mesh),
-  )
-  rows = config.data.micro_batch or config.data.batch_size
-  shape = (config.data.batch_size // rows, rows, config.data.seq_len)
-  by_row = NamedSharding(mesh, sharding.spec((None, 'batch', None)))
-  array = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=by_row)
-  number = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=replicated)
-  batch = batches.Batch(array, array, array, array, number(jnp.int32))
-  rates = optim.Rates(*(number(jnp.float32),) * len(optim.Rates._fields))
-  train = functools.partial(step.train_step, config=config)
+  train = program.jitted_step(config, mesh)
   with jax.set_mesh(mesh):
-    return jax.jit(train, donate_argnums=0).lower(state, batch, rates), mesh
+    return train.lower(*program.abstract_inputs(config, mesh)), mesh
 
 
 def main() -> None:

@@ -11,12 +11,12 @@ import math
 
 from .. import chips
 
-# Name, compute capability, multiprocessors, GHz, bytes of L2.
-_CARDS = {
-  'h100': ('NVIDIA H100 80GB HBM3', 9, 132, 1.98, 50 * 2**20),
-  'h800': ('NVIDIA H800', 9, 132, 1.98, 50 * 2**20),
-  'h200': ('NVIDIA H200', 9, 132, 1.98, 50 * 2**20),
-  'b200': ('NVIDIA B200', 10, 148, 1.965, 132644864),
+# Name, multiprocessors, GHz, bytes of L2.
+CARDS = {
+  'h100': ('NVIDIA H100 80GB HBM3', 132, 1.98, 50 * 2**20),
+  'h800': ('NVIDIA H800', 132, 1.98, 50 * 2**20),
+  'h200': ('NVIDIA H200', 132, 1.98, 50 * 2**20),
+  'b200': ('NVIDIA B200', 148, 1.965, 132644864),
 }
 _HOST = 8  # GPUs of one machine
 
@@ -33,7 +33,7 @@ def topology(slice_: chips.Slice) -> dict[str, str]:
 
 def _description(kind: str) -> str:
   """Returns XLA's GpuTargetConfigProto as text."""
-  name, capability, cores, clock, cache = _CARDS[kind]
+  name, cores, clock, cache = CARDS[kind]
   chip = chips.CHIPS[kind]
   return f"""
     platform_name: "CUDA"
@@ -41,7 +41,7 @@ def _description(kind: str) -> str:
     runtime_version {{ major: 13 }}
     dnn_version_info {{ major: 9 minor: 13 }}
     gpu_device_info {{
-      cuda_compute_capability {{ major: {capability} }}
+      cuda_compute_capability {{ major: {chip.capability:.0f} }}
       core_count: {cores}
       fpus_per_core: 128
       clock_rate_ghz: {clock}

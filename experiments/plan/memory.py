@@ -119,11 +119,26 @@ def copies_bytes(config: Config, parameters: int) -> int:
 
 
 def tokens_per_device(config: Config) -> int:
-  """Returns the tokens of one micro-batch on one device."""
+  """Returns the tokens of one micro-batch on one device, but for a pipeline's.
+
+  Only `tensor` has the same tokens on all of its devices.
+  """
   data, mesh = config.data, config.mesh
   rows = data.micro_batch or data.batch_size
-  shards = mesh.data * mesh.fsdp * mesh.expert * mesh.context
-  return rows * data.seq_len // shards
+  return rows * data.seq_len * mesh.tensor // mesh.devices
+
+
+def turns(mesh: MeshConfig) -> tuple[int, int]:
+  """Returns the micro-batches M of a pipeline, and its M + S - 1 turns.
+
+  A pipeline is filled and emptied once in each micro-batch of the step; without
+  stages both are 1. In each turn a stage computes, and keeps residuals of,
+  S / M times as many tokens as a device has outside the pipeline.
+  """
+  micro_batches = mesh.pipeline or mesh.stage
+  if mesh.stage == 1:
+    micro_batches = 1
+  return micro_batches, micro_batches + mesh.stage - 1
 
 
 def residuals_per_token(config: Config) -> dict[str, float]:
@@ -184,12 +199,16 @@ def _all_activations(config: Config) -> tuple[float, float]:
 
 
 def residual_bytes(config: Config) -> int:
-  """Returns bytes of all layers' residuals on one device."""
-  model, mesh = config.model, config.mesh
+  """Returns bytes of all layers' residuals on one device.
+
+  A pipeline's turns without a micro-batch leave residuals, too.
+  """
+  model = config.model
   numbers = residuals_per_token(config)
   depth = model.mtp.depth
-  stages = max(mesh.stage, 1)
-  routed = model.moe_layers / stages + depth * (model.moe_layers > 0)
+  micro_batches, times = turns(config.mesh)
+  routed = model.moe_layers * times / micro_batches
+  routed += depth * (model.moe_layers > 0)
   dense = model.dense_layers + depth * (model.moe_layers == 0)
   per_token = dense * numbers['dense'] + routed * numbers['moe']
   return int(per_token * tokens_per_device(config) * WIDTH[model.dtype])
@@ -200,19 +219,27 @@ def working_bytes(config: Config) -> int:
 
   Experts hold their rows twice: the backward pass has values and gradients.
   Where tokens are gathered, those of the whole group are here, too, and the
-  outputs of this device's experts for each of them, float32.
+  outputs of this device's experts for each of them, float32. A pipeline has the
+  stream of all its rows besides: as it enters, as it leaves, and of each turn.
   """
-  model = config.model
+  model, mesh = config.model, config.mesh
   dense, routed = _all_activations(config)
-  most = max(dense if model.dense_layers else 0.0, routed)
-  if not model.moe_layers:
-    most = dense
   width = WIDTH[model.dtype]
-  tokens, group = tokens_per_device(config), config.mesh.expert
-  gathered = 0
-  if model.moe_layers and 1 < group <= model.moe.top_k:
-    gathered = group * tokens * model.dim * (width + 4)
-  return int(2 * most * tokens * width + gathered)
+  tokens = tokens_per_device(config)
+  micro_batches, times = turns(mesh)
+  in_turn = tokens * mesh.stage // micro_batches
+  if model.mtp.depth:  # whose layers are no part of the pipeline
+    in_turn = max(in_turn, tokens)
+  if not model.moe_layers:
+    return int(2 * dense * tokens * width)
+  most = max(dense * tokens if model.dense_layers else 0.0, routed * in_turn)
+  gathered = streams = 0
+  if 1 < mesh.expert <= model.moe.top_k:
+    gathered = mesh.expert * in_turn * model.dim * (width + 4)
+  if mesh.stage > 1:
+    stream = mesh.stage * tokens * model.dim * width / mesh.tensor
+    streams = (2 + times / micro_batches) * stream
+  return int(2 * most * width + gathered + streams)
 
 
 def gathered_bytes(config: Config) -> int:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mla_moe import cost
+from mla_moe import cost, fp8
+from mla_moe.config import Config, ConfigError, MeshConfig
 
-from .. import page
+from .. import chips, page
 from . import search, traffic
+from .bill import bubble
 
 _MEANS = {
   'parameters': 'float32 master weights',
@@ -30,8 +33,25 @@ def wide() -> Console:
   return Console(highlight=False, width=max(Console().width, 110))
 
 
-def show(plan, bill, utilisation: float) -> None:
-  """Prints one config on one slice."""
+def lacking(config: Config, slice_: chips.Slice) -> Iterator[str]:
+  """Yields a line for each number format of the config without hardware there.
+
+  Raises:
+    ConfigError: `compute.fp8` names an implementation that the chip has not.
+  """
+  model, chip = config.model, slice_.chip
+  _, slow = fp8.choose(model.precision, model.compute.fp8, slice_.device)
+  if slow:
+    yield slow
+  if model.dtype == 'bfloat16' and 0 < chip.capability < 8:
+    yield (
+      f'model.dtype=bfloat16 has no hardware on gpu ({slice_.kind}): products '
+      'are float32, and slower than with config.model.dtype=float32'
+    )
+
+
+def show(plan, bill, utilisation: float, start: MeshConfig) -> None:
+  """Prints one config on one slice; `start` is the mesh before planning."""
   console = wide()
   console.print(_headline(plan.config))
   chip, total = plan.slice.chip, plan.footprint.total
@@ -53,9 +73,10 @@ def show(plan, bill, utilisation: float) -> None:
     table.add_row(name, value)
   console.print(table)
   console.print(_money(plan, bill, utilisation))
-  console.print(
-    f'To train it so: {search.training_flags(plan.config)}', soft_wrap=True
-  )
+  for line in lacking(plan.config, plan.slice):
+    console.print(line, soft_wrap=True)
+  flags = search.training_flags(plan.config, start)
+  console.print(f'To train it so: {flags}', soft_wrap=True)
 
 
 def show_choice(config, pairs, utilisation: float) -> None:
@@ -75,6 +96,13 @@ def show_choice(config, pairs, utilisation: float) -> None:
       f'{bill.dollars:,.0f}',
     )
   console.print(table)
+  for plan, _ in pairs:
+    try:
+      lines = list(lacking(config, plan.slice))
+    except ConfigError as error:
+      lines = [str(error)]
+    for line in lines:
+      console.print(line, soft_wrap=True)
   console.print(
     f'{pairs[0][1].tokens:,.4g} tokens at {utilisation:.1%} of the bf16 peak; '
     'list prices (experiments/chips.py), --dollars=N for yours.'
@@ -198,7 +226,7 @@ def _step_rows(plan, bill) -> list[tuple[str, str]]:
     rows.append(
       (
         'pipeline bubble',
-        f'{traffic.bubble(mesh.stage, times):.1%} of the step',
+        f"{bubble(mesh):.1%} of the MoE layers' time, in computing",
       )
     )
   return rows

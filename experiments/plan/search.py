@@ -13,7 +13,6 @@ from collections.abc import Iterator
 
 from mla_moe import sharding
 from mla_moe.config import Config, ConfigError, MeshConfig
-from mla_moe.train.state import abstract_state
 from mla_moe.types import PyTree
 
 from .. import chips
@@ -35,13 +34,15 @@ class Plan:
     return self.footprint.total <= self.slice.chip.planned
 
 
-def mesh_of(text: str, states: str = 'fsdp') -> MeshConfig:
-  """Returns the mesh of 'fsdp=8,expert=8'; other axes are 1.
+def mesh_of(text: str, start: MeshConfig = MeshConfig()) -> MeshConfig:
+  """Returns the mesh of 'fsdp=8,expert=8'; axes that it leaves out are 1.
+
+  All else, such as a pipeline's micro-batches, is as in `start`.
 
   Raises:
     ConfigError: an axis that does not exist, or a size that is no number.
   """
-  sizes = {}
+  sizes = dict.fromkeys(AXES, 1)
   for part in text.split(','):
     axis, _, size = part.partition('=')
     if axis not in AXES or not size.isdigit():
@@ -50,7 +51,7 @@ def mesh_of(text: str, states: str = 'fsdp') -> MeshConfig:
         f'{", ".join(AXES)}'
       )
     sizes[axis] = int(size)
-  return MeshConfig(**sizes, states=states)
+  return dataclasses.replace(start, **sizes)
 
 
 def plan(config: Config, slice_: chips.Slice, layout: PyTree) -> Plan:
@@ -134,10 +135,19 @@ def mesh_text(mesh: MeshConfig) -> str:
   return ','.join(words) or 'data=1'
 
 
-def training_flags(config: Config) -> str:
-  """Returns the flags of `experiments.train` that train as planned."""
-  sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
-  words = [f'--config.mesh.{a}={n}' for a, n in sizes.items() if n > 1]
+def training_flags(config: Config, start: MeshConfig) -> str:
+  """Returns the flags of `experiments.train` that train as planned.
+
+  Typed after flags, or in place of a config file, that make the mesh `start`,
+  they make the planned one.
+  """
+  mesh = dataclasses.asdict(config.mesh)
+  default, start = (dataclasses.asdict(m) for m in (MeshConfig(), start))
+  words = [
+    f'--config.mesh.{name}={value}'
+    for name, value in mesh.items()
+    if not value == start[name] == default[name]
+  ]
   rows = config.data.micro_batch
   return ' '.join([*words, f'--config.data.micro_batch={rows}'])
 
@@ -147,24 +157,15 @@ def gib(size: float) -> str:
   return f'{size / 2**30:.1f} GiB'
 
 
-def layout_of(config: Config) -> PyTree:
-  """Returns shapes and axes of the state, which are the same on every mesh."""
-  return abstract_state(config)
-
-
 def _meshes(config: Config, devices: int) -> Iterator[MeshConfig]:
   experts = config.model.moe.experts if config.model.moe_layers else 1
   for expert in _powers(min(devices, experts, 64)):
     for tensor in _powers(min(devices // expert, 8)):
       left = devices // (expert * tensor)
       for fsdp in _powers(left):
-        yield MeshConfig(
-          data=left // fsdp,
-          fsdp=fsdp,
-          expert=expert,
-          tensor=tensor,
-          states=config.mesh.states,
-        )
+        sizes = dict(data=left // fsdp, fsdp=fsdp, expert=expert, tensor=tensor)
+        others = dict.fromkeys(set(AXES) - set(sizes), 1)
+        yield dataclasses.replace(config.mesh, **sizes, **others)
 
 
 def _powers(most: int) -> list[int]:

@@ -3,16 +3,20 @@
 fsdp brings weights forward and again backward, scatters gradients, and brings
 the embedding's rows. data sums gradients over replicas. expert sends each
 token's rows out and back, forward and backward. tensor sums the stream after
-embedding, attention and FFN. Every micro-batch pays all of it. A ring of n
-devices brings each of them (n-1)/n of a gathered or scattered array, and twice
-that of a sum.
+embedding, attention and FFN. context brings the other parts' latents. stage
+hands the stream on from turn to turn. Every micro-batch pays all of it, and in
+a pipeline the MoE layers pay for their weights and gradients in every turn. A
+ring of n devices brings each of them (n-1)/n of a gathered or scattered array,
+and twice that of a sum.
 """
 
 from __future__ import annotations
 
+import collections
+import math
 from typing import NamedTuple
 
-from mla_moe import cost
+from mla_moe import cost, sharding
 from mla_moe.config import Config
 
 from . import memory
@@ -21,68 +25,121 @@ from . import memory
 def by_axis(config: Config) -> dict[str, float]:
   """Returns bytes that one device receives in a step, over each axis.
 
-  A sum over several axes at once counts as one axis's, as noted below.
+  A sum over several axes at once counts as the first one's, in the order of
+  `sharding.AXES`.
   """
+  one = collections.Counter(dict.fromkeys(sharding.AXES, 0.0))
+  for part in _parts(config):
+    for axis, size in _of_part(config, part).items():
+      one[axis] += part.turns * size
+  one['fsdp'] += _embedded(config)
+  one['tensor'] += _summed_around(config)
+  one['stage'] += _handed_on(config)
   data = config.data
-  weights, stream = _weights(config), _stream_bytes(config)
-  of_data, of_expert = _summed(config, weights)
-  tokens_out, tokens_aside = _exchanged(config, stream)
   micro_batches = data.batch_size / (data.micro_batch or data.batch_size)
-  one = {
-    'fsdp': _gathered(config, weights, stream),
-    'data': of_data,
-    'expert': of_expert + tokens_out,
-    'tensor': _stream_sums(config, stream) + tokens_aside,
-  }
   return {axis: micro_batches * size for axis, size in one.items()}
 
 
-def bubble(stages: int, micro_batches: int) -> float:
-  """Returns the fraction of a pipelined step that a device waits.
+class _Part(NamedTuple):
+  """Layers that compute the same tokens, as one device has them.
 
-  It is (S-1) / (n+S-1) of S stages and n micro-batches.
+  Attributes:
+    tokens: that they compute at a time.
+    turns: how many times in a micro-batch.
+    layers: their number.
+    routed: the number of those with experts.
+    replicas: axes over which the experts' gradients are summed; those of other
+      weights are summed over expert, too.
+    experts: parameters that one device multiplies by, before FSDP.
+    expansion: likewise, of the latents' up-projections.
+    table: of the head, and as many again of the embedding.
+    rest: of everything else.
   """
-  return (stages - 1) / (micro_batches + stages - 1)
 
-
-class _Weights(NamedTuple):
-  """Parameters of all layers that one device multiplies by, before FSDP.
-
-  `expansion` are the latents' up-projections; `table` is the head, and as many
-  again are the embedding; `rest` is everything else.
-  """
-
+  tokens: float
+  turns: int
+  layers: float
+  routed: float
+  replicas: tuple[str, ...]
   experts: float
   expansion: float
   table: float
   rest: float
 
 
-def _weights(config: Config) -> _Weights:
-  model, mesh = config.model, config.mesh
-  counts, mla, depth = cost.parameters(config), model.mla, model.mtp.depth
-  layer = 3 * model.dim * model.moe.width * model.moe.experts
-  experts = _moe_layers(config) * layer
-  expansion = (model.layers + depth) * mla.kv_rank * mla.heads
-  expansion *= mla.nope_dim + mla.value_dim
-  rest = counts.total + counts.mtp - experts - expansion
-  rest -= counts.embedding + counts.head
-  return _Weights(
-    experts / (mesh.expert * mesh.tensor),
-    *(n / mesh.tensor for n in (expansion, model.vocab * model.dim, rest)),
+def _parts(config: Config) -> tuple[_Part, _Part]:
+  """Returns the main model's MoE layers, and everything else.
+
+  The MoE layers are the pipeline where there is one. Everything else is split
+  over stage as over data, its weights have replicas there.
+  """
+  model, mesh, depth = config.model, config.mesh, config.model.mtp.depth
+  counts, mla = cost.parameters(config), model.mla
+  micro_batches, turns = memory.turns(mesh)
+  expert = 3 * model.dim * model.moe.width * model.moe.experts
+  expansion = mla.kv_rank * mla.heads * (mla.nope_dim + mla.value_dim)
+  layer = (counts.attention + counts.norms - model.dim) / model.layers
+  routed = depth * (model.moe_layers > 0)
+  tables = counts.embedding + counts.head
+  total = counts.total + counts.mtp - tables - routed * expert - counts.routed
+  total -= (model.layers + depth) * expansion
+  staged = model.moe_layers * (layer - expansion) + counts.shared
+  staged += counts.router
+  tokens = memory.tokens_per_device(config)
+
+  def part(tokens, turns, layers, routed, replicas, table, rest):
+    size = routed * expert / (mesh.expert * mesh.tensor)
+    others = (layers * expansion, table, rest)
+    others = (n / mesh.tensor for n in others)
+    return _Part(tokens, turns, layers, routed, replicas, size, *others)
+
+  here = model.moe_layers / mesh.stage
+  replicas = ('data', 'context')
+  return (
+    part(
+      tokens * mesh.stage / micro_batches,
+      turns,
+      here,
+      here,
+      replicas,
+      0.0,
+      staged / mesh.stage,
+    ),
+    part(
+      tokens,
+      1,
+      model.dense_layers + depth,
+      routed,
+      (*replicas, 'stage'),
+      model.vocab * model.dim,
+      total - staged,
+    ),
   )
 
 
-def _moe_layers(config: Config) -> int:
-  """Returns the MoE layers, those of the MTP modules included."""
-  model = config.model
-  return model.moe_layers + model.mtp.depth * (model.moe_layers > 0)
-
-
-def _stream_bytes(config: Config) -> int:
-  """Returns bytes of the residual stream of one micro-batch on one device."""
-  width = memory.WIDTH[config.model.dtype]
-  return memory.tokens_per_device(config) * config.model.dim * width
+def _of_part(config: Config, part: _Part) -> collections.Counter:
+  """Returns bytes over each axis, each time that a part computes."""
+  mesh, model = config.mesh, config.model
+  stream = part.tokens * model.dim * memory.WIDTH[model.dtype]
+  sums = 2 * (1 + _passes(config)) * part.layers
+  out = collections.Counter(
+    fsdp=_gathered(config, part) * _others(mesh.fsdp),
+    tensor=2 * stream * _others(mesh.tensor) * sums,
+    context=_latents(config, part),
+  )
+  for axis, size in _exchanged(config, part.routed * stream).items():
+    out[axis] += size
+  # Gradients are scattered over fsdp first.
+  dense = _dense_gradients(config, part) + 4 * part.table
+  for size, axes in (
+    (4 * part.experts, part.replicas),
+    (dense, (*part.replicas, 'expert')),
+  ):
+    among = [a for a in sharding.AXES if a in axes and getattr(mesh, a) > 1]
+    if among:
+      devices = math.prod(getattr(mesh, a) for a in among)
+      out[among[0]] += 2 * size / mesh.fsdp * _others(devices)
+  return out
 
 
 def _others(n: int) -> float:
@@ -95,63 +152,87 @@ def _passes(config: Config) -> int:
   return 1 if config.model.compute.remat == 'none' else 2
 
 
-def _dense_gradients(config: Config, w: _Weights) -> float:
+def _dense_gradients(config: Config, part: _Part) -> float:
   """Returns bytes of the gradients that are scattered, but for the experts'.
 
   Weights that are gathered inside a region (the latents' expansions, the head)
   have float32 gradients, those left to GSPMD gradients as wide as activations.
   """
   width = memory.WIDTH[config.model.dtype]
-  return 4 * (w.expansion + w.table) + width * w.rest
+  return 4 * (part.expansion + part.table) + width * part.rest
 
 
-def _gathered(config: Config, w: _Weights, stream: int) -> float:
-  """Returns bytes over fsdp."""
+def _gathered(config: Config, part: _Part) -> float:
+  """Returns bytes of weights and gradients on all devices along fsdp."""
   model = config.model
   width = memory.WIDTH[model.dtype]
   copy = 1 if model.precision != 'bf16' else width
-  rows = 2 * (1 + model.mtp.depth) * stream  # embedded, and their gradient
-  size = _passes(config) * copy * (w.experts + w.expansion + w.rest)
-  size += width * w.table
-  size += 4 * w.experts + _dense_gradients(config, w) + rows
-  return size * _others(config.mesh.fsdp)
+  weights = part.experts + part.expansion + part.rest
+  size = _passes(config) * copy * weights + width * part.table
+  return size + 4 * part.experts + _dense_gradients(config, part)
 
 
-def _summed(config: Config, w: _Weights) -> tuple[float, float]:
-  """Returns bytes of gradients summed over replicas, by (data, expert).
+def _latents(config: Config, part: _Part) -> float:
+  """Returns bytes over context: latents and shared keys, and their gradients.
 
-  The experts' replicas are the data axis. All else is replicated over data and
-  expert, and both are one sum: it counts as data's if that axis is there.
+  They are gathered again backward: a gathered latent is never saved.
   """
-  mesh = config.mesh
-  size = _dense_gradients(config, w)
-  size += 4 * w.table  # the embedding's: summed, but never scattered
-  experts = 2 * 4 * w.experts / mesh.fsdp * _others(mesh.data)
-  dense = 2 * size / mesh.fsdp * _others(mesh.data * mesh.expert)
-  return (experts + dense, 0.0) if mesh.data > 1 else (experts, dense)
+  model = config.model
+  numbers = part.layers * (model.mla.kv_rank + model.mla.rope_dim)
+  each = part.tokens * numbers * memory.WIDTH[model.dtype]
+  return each * (config.mesh.context - 1) * (_passes(config) + 1)
 
 
-def _exchanged(config: Config, stream: int) -> tuple[float, float]:
-  """Returns bytes of tokens on their way to experts, by (expert, tensor).
+def _exchanged(config: Config, stream: float) -> dict[str, float]:
+  """Returns bytes of tokens on their way to experts, by axis.
 
-  A token's rows travel out and back, forward and backward, and out once more
-  under `remat`; by the cheaper of an all-to-all of its K copies and an
-  all-gather with a reduce-scatter. Tokens that are split over tensor, too, are
-  gathered over both axes at once, which counts as expert's.
+  `stream` has all routed layers' bytes. A token's rows travel out and back,
+  forward and backward, and out once more under `remat`; by the cheaper of an
+  all-to-all of its K copies and an all-gather with a reduce-scatter. Tokens
+  that are split over tensor, too, are gathered over both axes at once, which
+  counts as expert's.
   """
   mesh, top_k = config.mesh, config.model.moe.top_k
-  sent = _moe_layers(config) * (3 + _passes(config)) * stream
+  sent = (3 + _passes(config)) * stream
   if mesh.expert == 1:
-    return 0.0, sent * _others(mesh.tensor)
+    return {'tensor': sent * _others(mesh.tensor)}
   if mesh.expert <= top_k:
-    return sent * (mesh.expert - 1 / mesh.tensor), 0.0
-  return sent * (top_k * _others(mesh.expert)), sent * _others(mesh.tensor)
+    return {'expert': sent * (mesh.expert - 1 / mesh.tensor)}
+  to_experts = sent * top_k * _others(mesh.expert)
+  return {'expert': to_experts, 'tensor': sent * _others(mesh.tensor)}
 
 
-def _stream_sums(config: Config, stream: int) -> float:
-  """Returns bytes of the stream's sums over tensor."""
+def _stream(config: Config) -> float:
+  """Returns bytes of the stream of one micro-batch, outside the pipeline."""
   model = config.model
-  depth = model.mtp.depth
-  blocks = model.layers + depth
-  sums = blocks * 2 * (1 + _passes(config)) + 1 + depth
-  return 2 * stream * _others(config.mesh.tensor) * sums
+  width = memory.WIDTH[model.dtype]
+  return memory.tokens_per_device(config) * model.dim * width
+
+
+def _embedded(config: Config) -> float:
+  """Returns bytes over fsdp of the embedding's rows, and of their gradient."""
+  times = 2 * (1 + config.model.mtp.depth)
+  return times * _stream(config) * _others(config.mesh.fsdp)
+
+
+def _summed_around(config: Config) -> float:
+  """Returns bytes over tensor of the stream's sums outside the layers."""
+  times = 2 * (1 + config.model.mtp.depth)
+  return times * _stream(config) * _others(config.mesh.tensor)
+
+
+def _handed_on(config: Config) -> float:
+  """Returns bytes over stage.
+
+  In each turn, forward and backward, the stream of its rows goes to the next
+  stage. Before the first turn every stage gathers all rows, after the last it
+  has the sum of all stages' outputs; backward there are one gather, and the
+  sums of both ends.
+  """
+  mesh = config.mesh
+  micro_batches, turns = memory.turns(mesh)
+  if mesh.stage == 1:
+    return 0.0
+  rows = mesh.stage * _stream(config) / mesh.tensor
+  ends = (2 + 3 * 2) * _others(mesh.stage)
+  return rows * (2 * turns / micro_batches + ends)

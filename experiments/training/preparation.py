@@ -17,21 +17,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mla_moe import cost, fp8, sharding
 from mla_moe.config import Config, RunConfig
 from mla_moe.data import batches, corpus, tokenizer
 from mla_moe.train import fp8_health, step
-from mla_moe.train.state import (
-  State,
-  abstract_state,
-  init_state,
-  placement,
-)
+from mla_moe.train.state import State, init_state
 
 from .. import distributed, runtime
+from . import program
 
 
 class Setup(NamedTuple):
@@ -95,21 +90,14 @@ def _jitted(config: Config) -> tuple[Callable, ...]:
 
   Runs of one process with the same config share them.
   """
-  replicated, outputs = None, None
+  mesh, replicated = None, None
   if config.mesh.devices > 1:
     mesh = sharding.make_mesh(config.mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
-    outputs = placement(config, mesh), replicated
-  train = functools.partial(step.train_step, config=config)
   evaluate = functools.partial(step.eval_step, config=config)
   examine = functools.partial(fp8_health.measure, config=config)
   return (
-    jax.jit(
-      train,
-      donate_argnums=0,
-      out_shardings=outputs,
-      compiler_options=runtime.step_options(),
-    ),
+    program.jitted_step(config, mesh),
     jax.jit(evaluate, out_shardings=replicated),
     jax.jit(examine, out_shardings=replicated),
   )
@@ -124,22 +112,6 @@ def fresh(setup: Setup) -> State:
   key = jax.random.key(setup.config.run.seed)
   state = init_state(key, setup.config, setup.mesh)
   return state if setup.mesh else jax.device_put(state, jax.devices()[0])
-
-
-def abstract(setup: Setup) -> State:
-  """Returns the shapes, dtypes and shardings of the state, without arrays."""
-  config = setup.config
-  state = nn.unbox(abstract_state(config))
-  if setup.mesh:
-    places = placement(config, setup.mesh)
-  else:
-    device = SingleDeviceSharding(jax.devices()[0])
-    places = jax.tree.map(lambda _: device, state)
-  return jax.tree.map(
-    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-    state,
-    places,
-  )
 
 
 def place(setup: Setup, tree: Any) -> Any:
@@ -160,7 +132,7 @@ def place(setup: Setup, tree: Any) -> Any:
     if x.ndim != 3:
       everywhere = NamedSharding(setup.mesh, PartitionSpec())
       return jax.make_array_from_callback(x.shape, everywhere, lambda i: x[i])
-    split = NamedSharding(setup.mesh, sharding.spec((None, 'batch', None)))
+    split = program.batch_sharding(setup.mesh)
     first = index * x.shape[1] if x.shape[1] * parts == micro else 0
 
     def rows(slices):

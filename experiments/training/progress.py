@@ -35,11 +35,11 @@ def resume(
   from mla_moe.checkpoint import store
   from mla_moe.train.state import RENAMED
 
-  from . import preparation
+  from . import program
 
   restored = store.restore(
     setup.path / 'checkpoints',
-    preparation.abstract(setup),
+    program.abstract(setup.config, setup.mesh),
     before=before,
     allow_unsealed=allow_unsealed,
     move_refused=move_refused,

@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from mla_moe import kernels
 from mla_moe.config import FP8_IMPLS, ConfigError
 from mla_moe.fp8 import quantize as q8
 from mla_moe.fp8.quantize import TILE, Quantized
@@ -99,7 +100,7 @@ def _hardware(device: Any) -> tuple[str, ...]:
   if device.platform == 'tpu':
     generation = ''.join(c for c in device.device_kind if c.isdigit())
     return ('native', 'tpu') if int(generation[:1] or 0) >= 7 else ()
-  capability = float(getattr(device, 'compute_capability', 0) or 0)
+  capability = kernels.cuda_capability(device)
   if capability >= 10:
     return ('native', 'mxfp8')
   if capability >= 9:

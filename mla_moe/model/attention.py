@@ -73,8 +73,7 @@ def choose_core(
   if platform == 'tpu' and q.shape[1] % 128 == 0:
     return 'splash'
   if platform == 'gpu' and segments is None and q.dtype == jnp.bfloat16:
-    device = jax.devices()[0]
-    if float(getattr(device, 'compute_capability', '0')) >= 9.0:
+    if kernels.cuda_capability(jax.devices()[0]) >= 9.0:
       return 'cudnn'
   return 'xla'
 

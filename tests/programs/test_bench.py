@@ -343,7 +343,7 @@ def test_the_command_lists_its_benchmarks_and_each_has_flags(
     (['train', '--rounds=0'], '--rounds=0: must be at least 1'),
     (['precision', '--steps=-1'], '--steps=-1: must be at least 0'),
     (['decode', '--only=sped'], '--only=sped: there is only speed, cache'),
-    (['mesh', '--mesh=expert:4'], 'is 4 devices, must be 8'),
+    (['mesh', '--mesh=expert=4'], 'is 4 devices, must be 8'),
     (['balance', '--table'], '--table: there is no'),
     (['card'], 'needs an NVIDIA GPU, and jax sees none; --toy tries'),
   ],
@@ -365,7 +365,7 @@ def test_bad_requests_are_one_line(
 @pytest.mark.slow
 def test_a_mesh_is_timed_beside_one_device(tmp_path):
   process = bench(
-    'mesh', '--mesh=data:2,expert:4', '--steps=1', f'--out={tmp_path}'
+    'mesh', '--mesh=data=2,expert=4', '--steps=1', f'--out={tmp_path}'
   )
   assert process.returncode == 0, process.stderr
   assert re.search(r'temporary memory 1/\d+\.\d; loss \d', process.stdout)

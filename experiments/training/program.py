@@ -1,0 +1,84 @@
+"""The compiled training step, made in one place.
+
+The loop runs it, benchmarks time it, and the plan compiles it for machines that
+are not here: all of them mean the same program, down to its `out_shardings`.
+Without those a compiler may hand out parameters in the layout of the moments,
+and leave ZeRO-1's second half, the gather over `data`, undone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import (
+  Mesh,
+  NamedSharding,
+  PartitionSpec,
+  SingleDeviceSharding,
+)
+
+from mla_moe import sharding
+from mla_moe.config import Config
+from mla_moe.data import batches
+from mla_moe.train import optim, step
+from mla_moe.train.state import State, abstract_state, placement
+
+from .. import runtime
+
+
+def jitted_step(config: Config, mesh: Mesh | None) -> Callable:
+  """Returns the jitted (state, batch, rates) -> (state, metrics).
+
+  Args:
+    config: of the run.
+    mesh: of its devices, which need not be here; None is the default device.
+  """
+  outputs = None
+  if mesh:
+    outputs = placement(config, mesh), NamedSharding(mesh, PartitionSpec())
+  is_here = mesh is None or mesh.devices.flat[0] in jax.devices()
+  return jax.jit(
+    functools.partial(step.train_step, config=config),
+    donate_argnums=0,
+    out_shardings=outputs,
+    compiler_options=runtime.step_options() if is_here else {},
+  )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Returns the layout of a batch's arrays, [micro-batches, rows, length]."""
+  return NamedSharding(mesh, sharding.spec((None, 'batch', None)))
+
+
+def abstract(config: Config, mesh: Mesh | None) -> State:
+  """Returns the shapes, dtypes and shardings of the state, without arrays."""
+  state = nn.unbox(abstract_state(config))
+  if mesh:
+    places = placement(config, mesh)
+  else:
+    device = SingleDeviceSharding(jax.devices()[0])
+    places = jax.tree.map(lambda _: device, state)
+  return jax.tree.map(
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    state,
+    places,
+  )
+
+
+def abstract_inputs(
+  config: Config, mesh: Mesh
+) -> tuple[State, batches.Batch, optim.Rates]:
+  """Returns the arguments of a step on a mesh, without arrays."""
+  data = config.data
+  rows = data.micro_batch or data.batch_size
+  shape = (data.batch_size // rows, rows, data.seq_len)
+  array = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  number = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=everywhere)
+  batch = batches.Batch(array, array, array, array, number(jnp.int32))
+  rates = optim.Rates(*(number(jnp.float32),) * len(optim.Rates._fields))
+  return abstract(config, mesh), batch, rates

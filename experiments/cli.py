@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib.util
+import inspect
 import operator
 import os
 import pathlib
@@ -117,19 +118,22 @@ def _parse(define: Callable[[], None]) -> list[str]:
   """
   name = ''
   try:
+    libraries = set(FLAGS)
     define()
-    if '--help' in sys.argv[1:]:
-      print(commands.typed(sys.modules['__main__'].__doc__))
-      print(FLAGS.get_help())
-      if 'config' in FLAGS:
-        print(_keys())
-      sys.exit(0)
+    ours = sorted(set(FLAGS) - libraries - {'config'})
+    words = [word for word in sys.argv if word != '--help']
     if 'config' in FLAGS:
-      name = config_file(sys.argv[1:])
+      name = config_file(words[1:])
       _share_configs()
-    words = with_files(sys.argv) if 'config' in FLAGS else sys.argv
+      words = with_files(words)
     rest = FLAGS(words)[1:]
     config = FLAGS.config if 'config' in FLAGS else FLAGS
+    if '--help' in sys.argv:
+      print(commands.typed(sys.modules['__main__'].__doc__))
+      print('\n'.join(_flags(ours)))
+      if config is not FLAGS:
+        print('\n'.join(_keys(name)))
+      sys.exit(0)
   except (ConfigError, BrokenPipeError):
     raise
   except Exception as error:  # a config file may raise anything
@@ -148,15 +152,29 @@ def _share_configs() -> None:
     sys.modules['configs'] = importlib.import_module('..configs', __package__)
 
 
-def _keys() -> str:
-  """Returns every key of a config, as a flag with its default."""
-  lines = [
-    "The keys of a config (mla_moe/config.py), with DeepSeek-V3's values:"
-  ]
+def _flags(names: list[str]) -> Iterator[str]:
+  """Yields each flag with its value, and its meaning below."""
+  for name in names:
+    value = FLAGS[name].value
+    yield f'  --{name}={"" if value is None else value}'
+    yield f'      {FLAGS[name].help}'
+
+
+def _keys(name: str) -> Iterator[str]:
+  """Yields each key of the config as a flag with its value, by group.
+
+  A group's meaning, its class's docstring, stands above it.
+  """
+  yield f'\nThe config, {name or FLAGS["config"].default}'
+  whole, last = config(), None
   for key in config_keys():
-    value = operator.attrgetter(key.partition('.')[2])(Config())
-    lines.append(f'  --{key}={value}')
-  return '\n'.join(lines)
+    path, _, field = key.rpartition('.')
+    read = operator.attrgetter(key.partition('.')[2])
+    if path != last:
+      group = operator.attrgetter(f'{path}.__doc__'.partition('.')[2])(whole)
+      yield f'\n{path}\n{inspect.cleandoc(group)}\n'
+      last = path
+    yield f'  --{key}={read(whole)}'
 
 
 def config_file(words: list[str]) -> str:

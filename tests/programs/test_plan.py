@@ -34,7 +34,8 @@ SMOKE = freeze(small.get_config('smoke'))
 
 
 def on_mesh(config, **mesh):
-  rows = math.prod(mesh.get(a, 1) for a in ('data', 'fsdp', 'expert'))
+  over = ('data', 'fsdp', 'expert', 'stage')
+  rows = math.prod(mesh.get(a, 1) for a in over)
   return dataclasses.replace(
     config,
     mesh=MeshConfig(**mesh),
@@ -134,7 +135,9 @@ def test_zero1_splits_the_moments_alone():
   config = on_mesh(SMOKE, states='zero1')
   best = search.best_on(config, chips.parse('v5e:2x2'), layout)
   assert best.config.mesh.states == 'zero1'
-  assert search.mesh_of('data=4', 'zero1').states == 'zero1'
+  start = MeshConfig(fsdp=8, states='zero1', pipeline=8)
+  mesh = search.mesh_of('data=2,stage=2', start)
+  assert mesh == MeshConfig(data=2, stage=2, states='zero1', pipeline=8)
 
 
 def test_no_matrix_of_v3_is_whole_under_fsdp():
@@ -157,8 +160,8 @@ def test_sharding_more_never_holds_more():
 
 def test_traffic_follows_the_mesh():
   assert not any(traffic.by_axis(on_mesh(LITE)).values())
-  for axis in ('data', 'fsdp', 'expert', 'tensor'):
-    sent = traffic.by_axis(on_mesh(LITE, **{axis: 4}))
+  for axis in sharding.AXES:
+    sent = traffic.by_axis(on_mesh(LITE, **{axis: 2}))
     assert {a for a, size in sent.items() if size} == {axis}
   counts = cost.parameters(LITE)
   sent = traffic.by_axis(on_mesh(LITE, data=2))['data']
@@ -186,6 +189,8 @@ def test_the_smallest_slice_is_the_smallest():
     ('v5e-16', 16),
     ('tpu7x:2x2x1', 8),
     ('h100:64', 64),
+    ('a100-40gb:4', 4),
+    ('rtx4090-2', 2),
     ('v6e:16x16*2', 512),
   ],
 )
@@ -235,6 +240,11 @@ def test_a_missing_compiler_is_named(topology, package, monkeypatch):
     compiled.run(LITE, chips.parse(topology))
 
 
+def test_a_card_without_a_description_is_not_compiled_for():
+  with pytest.raises(ConfigError, match='no description of l4 .* h100'):
+    compiled.run(LITE, chips.parse('l4:8'))
+
+
 def test_a_program_too_large_for_a_gpu_is_refused(monkeypatch):
   answer = {'arguments': 60 * 2**30, 'temporary': 20 * 2**30}
   process = subprocess.CompletedProcess([], 0, json.dumps(answer), '')
@@ -250,7 +260,7 @@ def test_the_page_says_what_the_plan_says():
   row = r'\| (\S+:\S+).*? \| ([a-z]+=[^|]*) \| ([\d.]+) \| ([\d.]+) \|'
   rows = re.findall(row, text)
   assert len(rows) == 7
-  layouts = {config: search.layout_of(config) for config in (V3, LITE)}
+  layouts = {config: abstract_state(config) for config in (V3, LITE)}
   for i, (name, mesh, needs, has) in enumerate(rows):
     config, slice_ = V3 if i < 4 else LITE, chips.parse(name)
     sizes = {k: int(v) for k, v in re.findall(r'(\w+)=(\d+)', mesh)}
@@ -262,7 +272,7 @@ def test_the_page_says_what_the_plan_says():
 def test_no_figure_is_cut_off(capsys, monkeypatch):
   monkeypatch.setenv('COLUMNS', '80')
   config = on_mesh(LITE, fsdp=16, expert=8, tensor=2)
-  plan = search.plan(config, chips.parse('v6e:16x16'), search.layout_of(LITE))
+  plan = search.plan(config, chips.parse('v6e:16x16'), abstract_state(LITE))
   paid = bill.bill(plan, 1e9, 0.4, 0.0)
   report.show_choice(LITE, [(plan, paid)], 0.4)
   output = capsys.readouterr().out
@@ -286,5 +296,90 @@ def test_a_plan_that_fits_writes_a_table_and_a_page(tmp_path):
   assert page.read_text().count('<svg') == 2
 
 
-def test_the_bubble():
-  assert traffic.bubble(4, 12) == 0.2
+def test_a_pipeline_costs_its_bubble():
+  """Filled and emptied in each micro-batch: (S - 1) / (M + S - 1) of turns."""
+  mesh = dict(fsdp=16, stage=2, expert=16)
+  config = on_mesh(LITE, **mesh)
+  assert bill.bubble(config.mesh) == pytest.approx(1 / 3)
+  assert bill.bubble(MeshConfig(stage=4, pipeline=12)) == pytest.approx(0.2)
+  assert bill.bubble(MeshConfig(pipeline=12)) == 0
+  planned = lambda c: bill.bill(
+    search.Plan(c, chips.parse('v5p:8x8x8'), memory.footprint(c)), 1e9, 0.4, 0
+  )
+  flat = planned(on_mesh(LITE, fsdp=32, expert=16))
+  staged = planned(config)
+  # 26 of 27 layers are in it, and the head is not.
+  for name in ('hours', 'dollars', 'days', 'computing'):
+    ratio = getattr(staged, name) / getattr(flat, name)
+    assert ratio == pytest.approx(1.45, abs=0.02), name
+
+
+def test_turns_without_a_micro_batch_leave_residuals():
+  """All else on a stage is split as on a data axis."""
+  data = dataclasses.replace(LITE.data, micro_batch=16)
+  lite = dataclasses.replace(LITE, data=data)
+  numbers = memory.residuals_per_token(lite)
+  dense = lite.model.dense_layers * numbers['dense']
+  moe = lite.model.moe_layers * numbers['moe']
+  token = 4 * 4096 * 2  # bytes of four rows' numbers
+  on = lambda **mesh: dataclasses.replace(lite, mesh=MeshConfig(**mesh))
+  plain = memory.footprint(on(fsdp=4))
+  assert plain.residuals == pytest.approx((dense + moe) * token)
+  for micro_batches, times in ((1, 2), (2, 3 / 2), (8, 9 / 8)):
+    staged = memory.footprint(on(fsdp=2, stage=2, pipeline=micro_batches))
+    assert staged.residuals == pytest.approx((dense + times * moe) * token)
+    assert staged.logits == plain.logits
+
+
+def test_training_flags_undo_the_flags_before_them():
+  mesh = MeshConfig(fsdp=8, stage=2, pipeline=1)
+  config = dataclasses.replace(on_mesh(LITE, fsdp=8, stage=2), mesh=mesh)
+  words = search.training_flags(config, MeshConfig(tensor=2, fsdp=8)).split()
+  assert sorted(words) == [
+    '--config.data.micro_batch=16',
+    '--config.mesh.fsdp=8',
+    '--config.mesh.pipeline=1',
+    '--config.mesh.stage=2',
+    '--config.mesh.tensor=1',
+  ]
+
+
+@pytest.mark.parametrize(
+  'slice_, precision, lines',
+  [
+    ('t4:8', 'fp8_tensor', ['no FP8 hardware on gpu (t4)', 'bfloat16']),
+    ('a100:8', 'fp8_block', ['no FP8 hardware on gpu (a100-80gb)']),
+    ('l4:8', 'fp8_block', ['no FP8 hardware on gpu (l4)']),
+    ('rtx4090:8', 'fp8_tensor', []),
+    ('l40s:8', 'fp8_channel', []),
+    ('rtxpro6000:8', 'fp8_block', []),
+    ('h100:8', 'fp8_block', []),
+    ('mi300x:8', 'fp8_tensor', ['no FP8 hardware on gpu (mi300x)']),
+    ('v5e:2x2', 'fp8_block', ['no FP8 hardware on tpu (v5e)']),
+    ('tpu7x:2x2x1', 'fp8_block', []),
+    ('a100-40gb:8', 'bf16', []),
+  ],
+)
+def test_a_plan_names_the_formats_that_a_chip_has_not(slice_, precision, lines):
+  network = dataclasses.replace(LITE.model, precision=precision)
+  config = dataclasses.replace(LITE, model=network)
+  got = list(report.lacking(config, chips.parse(slice_)))
+  assert len(got) == len(lines)
+  for line, words in zip(got, lines, strict=True):
+    assert words in line
+
+
+@pytest.mark.parametrize(
+  'kind, name',
+  [
+    ('NVIDIA L40S', 'l40s'),
+    ('NVIDIA L40', None),
+    ('NVIDIA A100-SXM4-80GB', 'a100-80gb'),
+    ('NVIDIA GeForce RTX 4090', 'rtx4090'),
+    ('NVIDIA H100 80GB HBM3', 'h100'),
+    ('Tesla T4', 't4'),
+    ('cpu', None),
+  ],
+)
+def test_chips_by_the_names_of_devices(kind, name):
+  assert chips.of_device(kind) is chips.CHIPS.get(name)

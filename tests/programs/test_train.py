@@ -215,18 +215,26 @@ def test_what_is_wrong_with_a_config_file_is_said_with_its_line(
   assert said in str(error.value) and '\n' not in str(error.value)
 
 
-def test_help_lists_every_key(monkeypatch, capsys):
-  monkeypatch.setattr(cli, 'FLAGS', flags.FlagValues())
-  monkeypatch.setattr(sys, 'argv', ['train', '--help'])
+def test_help_is_of_the_config_and_of_our_flags(monkeypatch, capsys):
+  own = flags.FlagValues()
+  monkeypatch.setattr(cli, 'FLAGS', own)
+  words = ['--config=configs/deepseek_v2_lite.py', '--config.run.steps=7']
+  monkeypatch.setattr(sys, 'argv', ['train', *words, '--help'])
+  flags.DEFINE_string('log_dir', '', "A library's.", flag_values=own)
 
   def define():
-    config_flags.DEFINE_config_file('config', '', '', flag_values=cli.FLAGS)
+    config_flags.DEFINE_config_file('config', '', '', flag_values=own)
+    flags.DEFINE_string('workdir', 'here', 'Of the run.', flag_values=own)
 
   with pytest.raises(SystemExit) as ended:
     cli._parse(define)
-  shown = capsys.readouterr().out.split()
-  assert ended.value.code == 0 and '--config.model.moe.top_k=8' in shown
-  assert all(f'--{key}=' in ' '.join(shown) for key in keys())
+  shown = capsys.readouterr().out
+  assert ended.value.code == 0 and 'log_dir' not in shown
+  words = shown.split()
+  assert words.index('--workdir=here') < words.index('--config.run.steps=7')
+  assert '--config.model.moe.top_k=6' in words
+  assert all(f'--{key}=' in shown for key in keys())
+  assert 'Multi-head Latent Attention' in shown  # the group's meaning
 
 
 @pytest.mark.parametrize(

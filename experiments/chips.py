@@ -152,7 +152,7 @@ class Slice:
 
   @property
   def device(self) -> types.SimpleNamespace:
-    """What `fp8.choose` reads of a jax.Device."""
+    """The attributes of a jax.Device that `fp8.choose` reads."""
     return types.SimpleNamespace(
       platform='gpu' if self.gpu else 'tpu',
       device_kind=self.kind,

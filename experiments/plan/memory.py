@@ -201,12 +201,15 @@ def _all_activations(config: Config) -> tuple[float, float]:
 def residual_bytes(config: Config) -> int:
   """Returns bytes of all layers' residuals on one device.
 
-  A pipeline's turns without a micro-batch leave residuals, too.
+  A pipeline's turns without a micro-batch leave residuals, too, and going
+  backward those of one turn are there twice: XLA copies them out of the stack
+  of all turns'.
   """
   model = config.model
   numbers = residuals_per_token(config)
   depth = model.mtp.depth
   micro_batches, times = turns(config.mesh)
+  times += config.mesh.stage > 1
   routed = model.moe_layers * times / micro_batches
   routed += depth * (model.moe_layers > 0)
   dense = model.dense_layers + depth * (model.moe_layers == 0)

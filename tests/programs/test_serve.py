@@ -406,3 +406,34 @@ def test_an_engine_that_fails_tells_everyone():
   engine = asyncio.run(ask())
   engine.close()  # its thread's exception belongs to this test
   assert isinstance(engine.failure, ValueError)
+
+
+def test_the_first_answer_alone_says_that_it_compiles(capfd):
+  """A long prompt takes steps without a token; they belong to it."""
+
+  class Slow:
+    length, free_pages, busy = 64, 0, False
+
+    def submit_all(self, *_, **__):
+      self.busy, self.rest = (
+        True,
+        [[], [], [scheduler.Event(1, 5, 0.0, 'stop')]],
+      )
+      return [1]
+
+    def step(self):
+      events = self.rest.pop(0)
+      self.busy = bool(self.rest)
+      return events
+
+  async def ask():
+    engine = Engine(Slow())
+    for _ in range(2):
+      _, events = await engine.submit([[1]], 1)
+      assert (await asyncio.wait_for(events.get(), 10))[1].token == 5
+    return engine
+
+  asyncio.run(ask()).close()
+  lines = capfd.readouterr().err.splitlines()
+  assert lines[0] == 'The first answer: compiling, once ...'
+  assert lines[1].startswith('Compiled in ') and len(lines) == 2

@@ -24,13 +24,14 @@ from mla_moe import vocabulary
 from mla_moe.config import ConfigError
 from mla_moe.data import documents, tokenizer
 from mla_moe.hf import settings
+from mla_moe.vocabulary import BOS
 
 from . import cli, workdir
 
 FLAGS = flags.FLAGS
 
 # Ids from 0, so that bos and eos are 0 and 1 as in V3.
-SPECIAL = (vocabulary.BOS, vocabulary.EOS, settings.PAD)
+SPECIAL = (BOS, vocabulary.EOS, settings.PAD)
 SPECIAL += (*vocabulary.FIM, settings.USER, settings.ASSISTANT)
 LEAST = len(SPECIAL) + vocabulary.BYTES
 
@@ -69,10 +70,6 @@ def train(texts: Iterable[str], vocab: int) -> Any:
     show_progress=False,
   )
   core.train_from_iterator(texts, trainer)
-  # Other programs begin a text with bos, as this one's corpus does.
-  core.post_processor = library.processors.TemplateProcessing(
-    single=f'{vocabulary.BOS} $A', special_tokens=[(vocabulary.BOS, 0)]
-  )
   return core
 
 
@@ -100,7 +97,9 @@ def write(path: pathlib.Path, texts: Iterable[str], vocab: int) -> None:
   core = train(texts, vocab)
   try:
     file.parent.mkdir(parents=True, exist_ok=True)
-    workdir.write(file, core.to_str(pretty=True))
+    content = core.to_str().encode()
+    content = settings.with_bos(content, SPECIAL.index(BOS), BOS)
+    workdir.write(file, content.decode())
   except OSError as error:
     raise ConfigError(workdir.trouble(file.parent, error)) from None
 

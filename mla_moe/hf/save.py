@@ -94,7 +94,7 @@ def save_huggingface(
       for name in shard:
         weight_map[name] = file
         total += tensors.bytes_of(name)
-    for name, file in (settings.missing(config, extras) | extras).items():
+    for name, file in settings.completed(config, extras).items():
       if isinstance(file, bytes):
         (scratch / name).write_bytes(file)
       else:

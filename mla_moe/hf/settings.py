@@ -28,17 +28,19 @@ TEMPLATE = (
 )
 
 
-def missing(
+def completed(
   config: ModelConfig, extras: Mapping[str, pathlib.Path | bytes]
-) -> dict[str, bytes]:
-  """Returns {name: content} of the settings that `extras` lacks.
+) -> dict[str, pathlib.Path | bytes]:
+  """Returns `extras` with the settings that they lack.
+
+  A tokenizer.json without settings also gets its bos (`with_bos`).
 
   Args:
     config: of the model. Its ids may be -1: nothing is said of such a token.
     extras: {name: file or content} of the other files beside the weights.
   """
+  out, wanted = dict(extras), {}
   ends = {'bos_token_id': config.bos_id, 'eos_token_id': config.eos_id}
-  words = None
   if 'tokenizer.json' in extras:
     content = extras['tokenizer.json']
     if isinstance(content, pathlib.Path):
@@ -46,15 +48,39 @@ def missing(
     words = vocabulary.parse(content, 'tokenizer.json', {})
     pad = {text: index for index, text in words.special.items()}.get(PAD, -1)
     ends['pad_token_id'] = pad if pad >= 0 else config.eos_id
-  ends = {name: index for name, index in ends.items() if index >= 0}
-  wanted = {'generation_config.json': ends}
-  if words:
     wanted['tokenizer_config.json'] = _tokenizer_config(config, words, ends)
-  return {
-    name: json.dumps(values, indent=2, ensure_ascii=False).encode() + b'\n'
-    for name, values in wanted.items()
-    if name not in extras and values
+    bos = words.special.get(config.bos_id)
+    if 'tokenizer_config.json' not in extras and bos:
+      out['tokenizer.json'] = with_bos(content, config.bos_id, bos)
+  ends = {name: index for name, index in ends.items() if index >= 0}
+  wanted |= {'generation_config.json': ends} if ends else {}
+  for name, values in wanted.items():
+    text = json.dumps(values, indent=2, ensure_ascii=False)
+    out.setdefault(name, f'{text}\n'.encode())
+  return out
+
+
+def with_bos(content: bytes, bos_id: int, bos: str) -> bytes:
+  """Returns a tokenizer.json with which other programs begin a text with bos.
+
+  They look at its post_processor alone (transformers 5 drops `add_bos_token`).
+  One that adds tokens already is left as it is.
+  """
+  values = json.loads(content)
+  old = values.get('post_processor')
+  if old and old.get('type') != 'ByteLevel':
+    return content
+  part = lambda name, kind: {'Sequence': {'id': name, 'type_id': kind}}
+  first = [{'SpecialToken': {'id': bos, 'type_id': 0}}, part('A', 0)]
+  template = {
+    'type': 'TemplateProcessing',
+    'single': first,
+    'pair': [*first, part('B', 1)],
+    'special_tokens': {bos: {'id': bos, 'ids': [bos_id], 'tokens': [bos]}},
   }
+  both = {'type': 'Sequence', 'processors': [old, template]}
+  values['post_processor'] = both if old else template
+  return json.dumps(values, indent=1, ensure_ascii=False).encode()
 
 
 def _tokenizer_config(
@@ -87,9 +113,6 @@ def byte_tokenizer() -> bytes:
   token = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
   level = {'type': 'ByteLevel', 'add_prefix_space': False, 'use_regex': False}
   level['trim_offsets'] = True
-  bos = BYTE.special[BYTE.bos_id]
-  first = {'SpecialToken': {'id': bos, 'type_id': 0}}
-  text = lambda name, kind: {'Sequence': {'id': name, 'type_id': kind}}
   values = {
     'version': '1.0',
     'added_tokens': [
@@ -97,14 +120,6 @@ def byte_tokenizer() -> bytes:
       for index, content in BYTE.special.items()
     ],
     'pre_tokenizer': level,
-    'post_processor': {
-      'type': 'TemplateProcessing',
-      'single': [first, text('A', 0)],
-      'pair': [first, text('A', 0), text('B', 1)],
-      'special_tokens': {
-        bos: {'id': bos, 'ids': [BYTE.bos_id], 'tokens': [bos]}
-      },
-    },
     'decoder': level,
     'model': {'type': 'BPE', 'vocab': spelled, 'merges': []},
   }

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from experiments import tokenizer as program
-from mla_moe import ConfigError, vocabulary
+from mla_moe import ConfigError, ModelConfig, vocabulary
 from mla_moe.data import tokenizer
 from mla_moe.hf import settings
 
@@ -58,7 +58,9 @@ def test_mistakes_are_one_line(tmp_path):
 def test_a_model_of_bytes_is_exported_with_its_bytes(tmp_path):
   """The written BPE has the ids of the byte tokenizer, and begins with bos."""
   path = tmp_path / 'tokenizer.json'
-  path.write_bytes(settings.byte_tokenizer())
+  model = ModelConfig(bos_id=256, eos_id=257)
+  extras = {'tokenizer.json': settings.byte_tokenizer()}
+  path.write_bytes(settings.completed(model, extras)['tokenizer.json'])
   words, byte = tokenizer.load(str(path)), tokenizer.load('byte')
   assert vocabulary.read(str(path)) == vocabulary.BYTE
   assert words.fim_ids == byte.fim_ids
@@ -67,3 +69,22 @@ def test_a_model_of_bytes_is_exported_with_its_bytes(tmp_path):
   assert words.decode(byte.encode(text)) == text
   assert words.byte_lengths().tolist() == byte.byte_lengths().tolist()
   assert words.core.encode('a').ids == [byte.bos_id, 97]
+
+
+def test_an_exported_tokenizer_begins_texts_with_bos_once(tmp_path):
+  """Whatever it does after its tokens; settings of its own are not changed."""
+  values = json.loads(settings.byte_tokenizer())
+  level = dict(values['decoder'])
+  one = {'type': 'TemplateProcessing', 'pair': [], 'special_tokens': {}}
+  one['single'] = [{'Sequence': {'id': 'A', 'type_id': 0}}]
+  model = ModelConfig(bos_id=256, eos_id=257)
+  path = tmp_path / 'tokenizer.json'
+  for processor, ids in ((None, [256, 97]), (level, [256, 97]), (one, [97])):
+    content = json.dumps(values | {'post_processor': processor}).encode()
+    extras = {path.name: content}
+    path.write_bytes(settings.completed(model, extras)[path.name])
+    assert tokenizer.load(str(path)).core.encode('a').ids == ids
+    again = settings.completed(model, {path.name: path})
+    assert again[path.name] == path.read_bytes()
+    extras['tokenizer_config.json'] = b'{}'
+    assert settings.completed(model, extras)[path.name] == content

@@ -40,7 +40,9 @@ STYLE = {
 
 def rows(path: pathlib.Path) -> list[dict]:
   """The rows of a .jsonl file."""
-  return [json.loads(line) for line in path.read_text().splitlines()]
+  return [
+    json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()
+  ]
 
 
 def learning(plot, steps, evals):

@@ -235,7 +235,7 @@ def claim(folder: os.PathLike | str, config: Config):
       return
     alone(enter)
     scratch = stack.enter_context(tempfile.TemporaryDirectory())
-    null = stack.enter_context(open(os.devnull, 'w'))
+    null = stack.enter_context(open(os.devnull, 'w', encoding='utf-8'))
     stack.enter_context(contextlib.redirect_stdout(null))
     yield pathlib.Path(folder), pathlib.Path(scratch)
 

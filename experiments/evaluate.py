@@ -270,7 +270,9 @@ def main() -> None:
     for metric, value in row.items():
       print(f'{task:24} {metric:28} {value:.4f}')
   if FLAGS.out:
-    pathlib.Path(FLAGS.out).write_text(json.dumps(results, indent=1))
+    pathlib.Path(FLAGS.out).write_text(
+      json.dumps(results, indent=1), encoding='utf-8'
+    )
 
 
 if __name__ == '__main__':

@@ -16,9 +16,15 @@ import sys
 
 import numpy as np
 
+from mla_moe.checked import is_number
 from mla_moe.config import ConfigError
+from mla_moe.hf import config_json
 
 from . import cli, commands, page, workdir
+
+# Of each logged step.
+_NUMBERS = {'step', 'tokens', 'loss', 'main_loss', 'mtp_loss', 'lr'}
+_NUMBERS |= {'grad_norm', 'memory_mib'}
 
 
 def logged(rows: list[dict]) -> list[dict]:
@@ -47,8 +53,14 @@ def write(folder: pathlib.Path) -> pathlib.Path | None:
     return None
   if 'MPLBACKEND' not in os.environ:  # a notebook has a screen of its own
     matplotlib.use('Agg')
+  for name in sorted(_NUMBERS):
+    for row in steps:
+      if not is_number(row.get(name)):
+        raise ConfigError(
+          f'{folder}/metrics.jsonl: {name}={row.get(name)!r:.40} is no number'
+        )
   evals = [row for row in rows if 'bits_per_byte' in row]
-  config = json.loads((folder / 'config.json').read_text())
+  config = config_json.read_json(folder / 'config.json')
   parts = [
     _numbers(steps, evals),
     '<h2>Learning</h2>',
@@ -60,7 +72,8 @@ def write(folder: pathlib.Path) -> pathlib.Path | None:
     f'<pre>{html.escape(json.dumps(config, indent=1))}</pre>',
   ]
   target = folder / 'report.html'
-  target.write_text(page.page(folder.resolve().name, parts))
+  text = page.page(folder.resolve().name, parts)
+  target.write_text(text, encoding='utf-8', errors='replace')
   return target
 
 
@@ -95,7 +108,9 @@ def _fp8(rows) -> list[str]:
 def _sample(path: pathlib.Path) -> list[str]:
   if not path.exists():
     return []
-  last = path.read_text(errors='replace').split('--- step ')[-1]
+  last = path.read_text(encoding='utf-8', errors='replace').split('--- step ')[
+    -1
+  ]
   return [
     '<h2>A sample</h2>',
     '<p>The model continues after &laquo;&lt;&lt;&lt;&raquo;.</p>',

@@ -87,7 +87,7 @@ def peak_memory() -> int:
   """
   status = pathlib.Path('/proc/self/status')
   if status.exists():
-    for line in status.read_text().splitlines():
+    for line in status.read_text(encoding='utf-8').splitlines():
       if line.startswith('VmHWM:'):
         return int(line.split()[1]) * 2**10
   unit = 1 if sys.platform == 'darwin' else 2**10

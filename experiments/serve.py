@@ -13,6 +13,7 @@ vllm serve DIR, or python -m sglang.launch_server --model-path DIR.
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 
 from absl import flags
@@ -48,7 +49,7 @@ def main() -> None:
   try:
     import uvicorn
 
-    from .serving import endpoint
+    from .serving import connections, endpoint
   except ImportError:
     raise ConfigError(
       'serving needs starlette and uvicorn: pip install "mla_moe[serve]"'
@@ -75,13 +76,9 @@ def main() -> None:
   if FLAGS.host in ('', '0.0.0.0', '::'):  # every address has names of its own
     hosts = ['*']
   app = endpoint.app(Engine(scheduler), model, name, FLAGS.body_limit, hosts)
-  uvicorn.run(
-    app,
-    host=FLAGS.host,
-    port=FLAGS.port,
-    log_level='info',
-    limit_concurrency=512,  # connections, half requests among them
-  )
+  server = uvicorn.Server(connections.settings(app, FLAGS.host, FLAGS.port))
+  with contextlib.suppress(KeyboardInterrupt):  # after a graceful end
+    server.run()
 
 
 if __name__ == '__main__':

@@ -230,7 +230,7 @@ def _start(folder, name, steps, rule='') -> subprocess.Popen:
     f'--config.run.steps={steps}',
   ]
   # A file, for nobody reads along, and a full pipe stops its writer.
-  with open(folder / 'stderr.txt', 'w') as file:
+  with open(folder / 'stderr.txt', 'w', encoding='utf-8') as file:
     return subprocess.Popen(
       command,
       env=environment,

@@ -13,7 +13,7 @@ import os
 import pathlib
 import re
 import shutil
-from typing import Any
+from typing import Any, BinaryIO
 
 from mla_moe import files
 from mla_moe.config import Config, ConfigError, ModelConfig, differences, freeze
@@ -80,7 +80,7 @@ def lock(path: pathlib.Path):
     raise ConfigError(f'workdir={str(path)!r}: is a file; name a folder')
   try:
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    file = open(path / 'lock', 'a+')
+    file = open(path / 'lock', 'a+', encoding='utf-8')
   except OSError as error:
     raise ConfigError(
       f'workdir={str(path)!r}: cannot be written ({error.strerror})'
@@ -163,7 +163,7 @@ def read_config(path: pathlib.Path) -> Config:
 def write(path: pathlib.Path, text: str) -> None:
   """Replaces a file; a kill leaves the old text or the new one, whole."""
   scratch = path.with_name(f'{path.name}.new')
-  with open(scratch, 'w') as file:
+  with open(scratch, 'w', encoding='utf-8') as file:
     file.write(text)
     file.flush()
     os.fsync(file.fileno())
@@ -206,7 +206,8 @@ def rows(path: pathlib.Path) -> list[dict]:
   """
   rows = []
   if path.exists():
-    for line in path.read_text(errors='replace').splitlines():
+    files.check_regular(path)
+    for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
       try:
         row = json.loads(line)
       except (ValueError, RecursionError):
@@ -253,16 +254,33 @@ def rewind(path: pathlib.Path, step: int) -> list[dict]:
   return first
 
 
+def _cut_torn(file: BinaryIO) -> None:
+  """Cuts off the end of a file that follows its last newline."""
+  end = file.seek(0, os.SEEK_END)
+  start = end
+  while start:
+    start = max(0, start - 4096)
+    file.seek(start)
+    place = file.read(4096).rfind(b'\n')
+    if place >= 0:
+      start += place + 1
+      break
+  if start < end:
+    file.truncate(start)
+
+
 class Rows:
   """Appends rows to a .jsonl file: whole rows, and in order.
 
   If the disk is full, a row waits in memory and is tried again with each later
   row. `close` raises the OSError if rows are still waiting: no row is lost
-  silently, and only a kill can tear one.
+  silently, and only a kill can tear one. A torn last row is cut off first:
+  nothing after it could be read.
   """
 
   def __init__(self, path: pathlib.Path):
-    self._file = open(path, 'ab', buffering=0)
+    self._file = open(path, 'a+b', buffering=0)
+    _cut_torn(self._file)
     self._path = path
     self._waiting: list[bytes] = []
 

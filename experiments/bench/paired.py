@@ -82,7 +82,9 @@ def rows(file: pathlib.Path) -> list[dict]:
   """Returns the rows of `file`, each with `name`, `seed` and the loss `nll`."""
   if not file.exists():
     return []
-  return [json.loads(line) for line in file.read_text().splitlines()]
+  return [
+    json.loads(line) for line in file.read_text(encoding='utf-8').splitlines()
+  ]
 
 
 def add(
@@ -97,7 +99,7 @@ def add(
     for name in names:
       if (name, seed) not in done:
         row = {'name': name, 'seed': seed, **measure(name, seed)}
-        with file.open('a') as lines:
+        with file.open('a', encoding='utf-8') as lines:
           lines.write(json.dumps(row) + '\n')
 
 

@@ -29,7 +29,9 @@ def machine() -> dict:
 
   cpu = platform.processor() or platform.machine()
   with contextlib.suppress(OSError):
-    lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
+    lines = (
+      pathlib.Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
+    )
     names = [x.split(':')[1].strip() for x in lines if x.startswith('model n')]
     cpu = names[0] if names else cpu
   return {
@@ -67,7 +69,9 @@ def measure(
     already had.
   """
   some = chosen(only, parts)
-  results = json.loads(file.read_text()) if file.exists() else {}
+  results = (
+    json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
+  )
   for name in some:
     began = time.perf_counter()
     print(f'measuring {name} ...', end=' ', flush=True)
@@ -76,7 +80,7 @@ def measure(
     figures = json.loads(json.dumps(parts[name]()))
     results[name] = {'machine': machine(), 'found': figures}
     print(f'{time.perf_counter() - began:.0f} s')
-    file.write_text(json.dumps(results, indent=1))
+    file.write_text(json.dumps(results, indent=1), encoding='utf-8')
   return results
 
 

@@ -83,7 +83,9 @@ def _main() -> None:
   if values.out:
     path = pathlib.Path(values.out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(report.page_of(config, pairs, utilisation))
+    path.write_text(
+      report.page_of(config, pairs, utilisation), encoding='utf-8'
+    )
     print(path)
 
 

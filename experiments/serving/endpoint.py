@@ -204,9 +204,10 @@ class _Answer:
     self._tokens += 1
     ids = [] if reason == 'stop' else [event.token]
     piece = stream.add(ids, last=bool(reason))
-    if stream.ended and not reason:
+    if stream.ended:  # perhaps by its last token, too
+      if not reason:
+        self._engine.cancel([event.ticket])
       reason = 'stop'
-      self._engine.cancel([event.ticket])
     if reason:
       self._open.discard(i)
     return i, piece, event, reason

@@ -1,18 +1,22 @@
 """A chat as token ids: the model's template around people's messages.
 
 The template is one's own (--chat_template) or that of the folder
-(chat_template.jinja or tokenizer_config.json), run by jinja2 in its sandbox.
-Without one it is that of DeepSeek V3 and R1: bos, the system's text,
-<｜User｜>, text, <｜Assistant｜>. A message becomes no special token, even if
-it spells one: the template gets a mark in place of each message, and only the
-template's own text is searched for special tokens.
+(chat_template.jinja or tokenizer_config.json), run by jinja2 in a process with
+limits (`renderer`). Without one it is that of DeepSeek V3 and R1: bos, the
+system's text, <｜User｜>, text, <｜Assistant｜>. A message becomes no special
+token, even if it spells one: the template gets a mark in place of each message,
+and only the template's own text is searched for special tokens.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import json
 import pathlib
 import re
-from typing import Any
+import subprocess
+import sys
 
 import numpy as np
 from absl import flags
@@ -24,7 +28,10 @@ from mla_moe.hf.settings import ASSISTANT as ASSISTANT
 from mla_moe.hf.settings import USER as USER
 from mla_moe.types import Int
 
+from . import renderer
+
 FLAGS = flags.FLAGS
+_TEMPLATE_BYTES = 2**20
 _MARK = re.compile('\ue000([0-9]+)\ue001')
 
 
@@ -50,7 +57,7 @@ def own() -> str:
     raise ConfigError(f'{path}: is no text in UTF-8') from None
   if not text.strip():
     raise ConfigError(f'{path}: is empty')
-  _compiled(text)
+  _run(text, None)
   return text
 
 
@@ -88,15 +95,14 @@ def encode(
     ConfigError: a template that does not run, or a tokenizer without the
       special tokens that it needs.
   """
-  marked = [
-    {'role': role, 'content': f'\ue000{i}\ue001'}
-    for i, (role, _) in enumerate(messages)
-  ]
+  roles = tuple(role for role, _ in messages)
   special = _special_tokens(tokenizer)
   settings = _settings(folder, tokenizer, special)
   template = own or settings['template']
   if template:
-    rendered = _render(template, marked, settings)
+    rendered = _render(
+      template, roles, settings['bos_token'], settings['eos_token']
+    )
   else:
     for token in (BOS, USER, ASSISTANT):
       if token not in special:
@@ -109,7 +115,7 @@ def encode(
       'user': USER + '{}',
       'assistant': ASSISTANT + '{}' + EOS,
     }
-    turns = (formats[m['role']].format(m['content']) for m in marked)
+    turns = (formats[role].format(_mark(i)) for i, role in enumerate(roles))
     rendered = BOS + ''.join(turns) + ASSISTANT
   return _encode(rendered, [text for _, text in messages], special, tokenizer)
 
@@ -130,7 +136,7 @@ def _settings(
   file = folder / 'chat_template.jinja'
   if file.exists():
     try:
-      template = file.read_text(encoding='utf-8')
+      template = files.read_bytes(file, _TEMPLATE_BYTES).decode('utf-8')
     except UnicodeDecodeError:
       raise ConfigError(f'{file}: is no text in UTF-8') from None
   content = lambda t: t.get('content') if isinstance(t, dict) else t
@@ -145,48 +151,45 @@ def _settings(
   }
 
 
-def _compiled(template: str) -> Any:
-  """Returns a template of jinja2, in its sandbox.
+@functools.lru_cache(maxsize=64)
+def _render(template: str, roles: tuple[str, ...], bos: str, eos: str) -> str:
+  """Returns the template's text, with a mark in place of each message.
+
+  It depends on the roles alone, so that it is made once for many chats.
+  """
+  messages = [
+    {'role': role, 'content': _mark(i)} for i, role in enumerate(roles)
+  ]
+  values = {'messages': messages, 'bos_token': bos, 'eos_token': eos}
+  return _run(template, values | {'add_generation_prompt': True})
+
+
+def _run(template: str, values: dict | None) -> str:
+  """Returns the rendered template; without values it is only compiled.
 
   Raises:
-    ConfigError: no jinja2, or no template.
+    ConfigError: no jinja2, or a template that fails.
   """
-  try:
-    from jinja2 import exceptions, sandbox
-  except ImportError:
-    raise ConfigError(
-      'a chat template needs jinja2: pip install "mla_moe[hf]"'
-    ) from None
-
-  def refuse(message):
-    raise exceptions.TemplateError(message)
-
-  world = sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True
+  if importlib.util.find_spec('jinja2') is None:
+    raise ConfigError('a chat template needs jinja2: pip install "mla_moe[hf]"')
+  request = {'template': template, 'values': values}
+  out = subprocess.run(
+    [sys.executable, '-P', renderer.__file__],
+    input=json.dumps(request | {'seconds': renderer.SECONDS}).encode(),
+    capture_output=True,
   )
-  world.globals['raise_exception'] = refuse
-  try:
-    return world.from_string(template)
-  except Exception as error:  # it is a program: it may raise anything
-    raise _failure(error) from None
+  if out.returncode:  # the kernel has ended it
+    limits = f'{renderer.SECONDS} s or {renderer.MEMORY >> 20} MiB'
+    answer = {'error': f'it needs more than {limits}'}
+  else:
+    answer = json.loads(out.stdout)
+  if 'error' in answer:
+    raise ConfigError(f'--chat: the chat template fails ({answer["error"]})')
+  return answer['text']
 
 
-def _render(template: str, messages: list[dict], settings: dict) -> str:
-  compiled = _compiled(template)
-  try:
-    return compiled.render(
-      messages=messages,
-      add_generation_prompt=True,
-      bos_token=settings['bos_token'],
-      eos_token=settings['eos_token'],
-    )
-  except Exception as error:
-    raise _failure(error) from None
-
-
-def _failure(error: Exception) -> ConfigError:
-  line = ' '.join(f'{type(error).__name__}: {error}'.split())
-  return ConfigError(f'--chat: the chat template fails ({line[:200]})')
+def _mark(i: int) -> str:
+  return f'\ue000{i}\ue001'
 
 
 def _special_tokens(tokenizer: Tokenizer) -> dict[str, int]:

@@ -202,7 +202,7 @@ class Recorder:
       seed=number,
     )
     text = setup.tokenizer.decode(rollout.tokens[0])
-    with open(self._folder / 'samples.txt', 'a') as file:
+    with open(self._folder / 'samples.txt', 'a', encoding='utf-8') as file:
       file.write(f'--- step {number}\n{setup.tokenizer.decode(prompt)}')
       file.write(f'<<<\n{text}\n')
 

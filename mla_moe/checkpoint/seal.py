@@ -35,7 +35,7 @@ def write(folder: pathlib.Path, facts: dict) -> None:
   body = {'format': FORMAT, 'files': _records(folder), **facts}
   body['sha256'] = _hash(body)
   scratch = folder / f'{NAME}.new'
-  with open(scratch, 'w') as file:
+  with open(scratch, 'w', encoding='utf-8') as file:
     json.dump(body, file, indent=1)
     file.flush()
     os.fsync(file.fileno())

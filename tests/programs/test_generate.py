@@ -10,7 +10,7 @@ import pytest
 
 from experiments import text
 from experiments import tokenizer as trained
-from experiments.serving import template
+from experiments.serving import renderer, template
 from mla_moe import ConfigError
 from mla_moe.data import tokenizer
 from mla_moe.hf import settings
@@ -91,14 +91,19 @@ def test_templates_cannot_escape(words, tmp_path, text):
     '{{ 1 / 0 }}',
     '{% for i in range(10**9) %}{% endfor %}',
     '{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}',
+    "{{ 'x' * 10**9 }}",
+    "{{ 'x' * 5 * 10**6 }}",
+    '{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}'
+    '{% endfor %}',
     '{{ messages[5].content }}',
     '{{ raise_exception("two\nlines") }}',
     5,
     {'a': 1},
   ],
 )
-def test_a_template_s_failure_is_one_line(words, tmp_path, source):
+def test_a_template_s_failure_is_one_line(words, tmp_path, source, monkeypatch):
   pytest.importorskip('jinja2')
+  monkeypatch.setattr(renderer, 'SECONDS', 1)
   write_template(tmp_path, source)
   with pytest.raises(ConfigError, match='template') as error:
     template.prompt(tmp_path, words[0], 'hello')

@@ -5,16 +5,21 @@ import http.client
 import json
 import pathlib
 import resource
+import socket
 import threading
 import time
+from unittest import mock
 
+import hypothesis
 import numpy as np
 import openai
 import pytest
 import uvicorn
+from hypothesis import strategies as st
+from uvicorn.server import ServerState
 
 from experiments import opened, text
-from experiments.serving import endpoint, scheduler, validation
+from experiments.serving import connections, endpoint, scheduler, validation
 from experiments.serving.engine import Engine
 from mla_moe import CacheConfig, load_huggingface, rollout
 from mla_moe.data import tokenizer
@@ -43,12 +48,13 @@ class Server:
       cache=CacheConfig(page=8),
     )
     self.engine = Engine(self.work)
-    app = endpoint.app(self.engine, self.model, 'tiny', body_limit=5000)
-    settings = uvicorn.Config(app, port=0, log_level='error', ws='none')
+    self.app = endpoint.app(self.engine, self.model, 'tiny', body_limit=5000)
+    settings = connections.settings(self.app, '127.0.0.1', 0, log_level='error')
     self.core = uvicorn.Server(settings)
     self.thread = threading.Thread(target=self.core.run, daemon=True)
     self.thread.start()
     while not self.core.started:
+      assert self.thread.is_alive()
       time.sleep(0.02)
     self.port = self.core.servers[0].sockets[0].getsockname()[1]
 
@@ -69,11 +75,41 @@ class Server:
 
   def idle(self):
     """Waits until nothing runs."""
-    for _ in range(600):
+    for _ in range(4000):
       if not self.work.busy and self.work.free_pages == PAGES:
         return True
       time.sleep(0.05)
     return False
+
+
+async def call(app, path, data=b'', leaves=False):
+  """(status, JSON or text) of one request, without a socket.
+
+  A client that leaves is gone as soon as its request is sent.
+  """
+  coming = [{'type': 'http.request', 'body': data}]
+  status, body = [], []
+
+  async def receive():
+    if coming:
+      return coming.pop()
+    if not leaves:
+      await asyncio.Event().wait()
+    return {'type': 'http.disconnect'}
+
+  async def send(message):
+    if message['type'] == 'http.response.start':
+      status.append(message['status'])
+    else:
+      body.append(message['body'])
+
+  scope = dict(type='http', http_version='1.1', scheme='http', path=path)
+  scope |= dict(method='POST' if data else 'GET', query_string=b'')
+  scope['headers'] = [(b'host', b'localhost')]
+  scope['headers'] += [(b'content-type', b'application/json')]
+  await app(scope, receive, send)
+  out = b''.join(body).decode()
+  return (*status, json.loads(out) if out.startswith('{') else out)
 
 
 @pytest.fixture(scope='module')
@@ -140,11 +176,11 @@ def test_streamed_pieces_are_the_whole(server):
 
 def test_stop_texts_end_a_sample(server):
   whole = server.ask('/v1/completions', completion())[1]['choices'][0]['text']
-  stop = whole[3:5]
-  out = server.ask('/v1/completions', completion(stop=[stop]))[1]
-  (choice,) = out['choices']
-  assert choice['text'] == whole[: whole.index(stop)]
-  assert choice['finish_reason'] == 'stop'
+  for stop in (whole[3:5], whole[-2:]):  # the latter by the last token
+    out = server.ask('/v1/completions', completion(stop=[stop]))[1]
+    (choice,) = out['choices']
+    assert choice['text'] == whole[: whole.index(stop)]
+    assert choice['finish_reason'] == 'stop'
   assert server.idle()
 
 
@@ -207,29 +243,115 @@ def test_a_client_that_goes_away_frees_its_row(server):
 
 
 def test_many_requests_at_once_are_answered_or_refused(server):
-  # Client and server are one process here: two files a request.
-  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-  resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4096), hard))
+  body = json.dumps(completion(max_tokens=2)).encode()
 
-  async def one():
-    reader, writer = await asyncio.open_connection('127.0.0.1', server.port)
-    body = json.dumps(completion(max_tokens=2)).encode()
-    head = (
-      'POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\n'
-      'connection: close\r\ncontent-type: application/json\r\n'
-      f'content-length: {len(body)}\r\n\r\n'
-    )
-    writer.write(head.encode() + body)
-    answer = await reader.read()
-    writer.close()
-    return int(answer.split()[1])
+  async def flood():
+    requests = [call(server.app, '/v1/completions', body) for _ in range(1000)]
+    return await asyncio.gather(*requests)
 
-  async def every():
-    return await asyncio.gather(*(one() for _ in range(1000)))
-
-  out = asyncio.run(every())
-  assert set(out) == {200, 429} and len(out) == 1000
+  statuses = [status for status, _ in asyncio.run(flood())]
+  assert set(statuses) == {200, 429} and len(statuses) == 1000
   assert server.idle()
+
+
+_ODD = st.one_of(
+  st.none(),
+  st.booleans(),
+  st.integers(max_value=0),
+  st.integers(min_value=2**11),
+  st.just(10**400),
+  st.floats(),
+  st.text(max_size=5),
+  st.lists(st.integers(-1, 300), max_size=3),
+  st.dictionaries(st.text(max_size=3), st.integers(), max_size=1),
+)
+_TEXT = st.text(min_size=1, max_size=9)
+_ROLES = st.sampled_from(['user', 'system', 'tool'])
+_MESSAGE = st.fixed_dictionaries({'role': _ROLES, 'content': _TEXT | _ODD})
+_GOOD = {
+  'prompt': _TEXT | st.lists(_TEXT | _ODD, max_size=3),
+  'messages': st.lists(_MESSAGE | _ODD, max_size=3),
+  'max_tokens': st.integers(1, 70),
+  'n': st.integers(1, 4),
+  'stop': _TEXT | st.lists(_TEXT, max_size=20),
+  'stream': st.booleans(),
+  'stream_options': st.just({'include_usage': True}),
+  'seed': st.integers(),
+  'logprobs': st.booleans() | st.integers(0, 3),
+  'temperature': st.floats(0, 3),
+  'top_k': st.integers(0, 300),
+  'top_p': st.floats(0.01, 1),
+  'min_p': st.floats(0, 1),
+  'repetition_penalty': st.floats(0.5, 2),
+  'echo': st.booleans(),
+}
+# Most fields of most requests are good: others never reach the engine.
+_BODY = st.fixed_dictionaries(
+  {'prompt': _GOOD['prompt']},
+  optional={name: good | good | good | _ODD for name, good in _GOOD.items()},
+)
+_PATHS = st.sampled_from(['/v1/completions'] * 4 + ['/v1/chat/completions'])
+
+
+@hypothesis.settings(
+  max_examples=120, derandomize=True, deadline=None, database=None
+)
+@hypothesis.given(_PATHS, _BODY, st.sampled_from([False] * 3 + [True]))
+def walk(server, answers, path, body, leaves):
+  data = json.dumps(body).encode()
+  ask = call(server.app, path, data, leaves)
+  status, answer = asyncio.run(asyncio.wait_for(ask, 120))
+  answers.append(status)
+  if status != 200:
+    assert status in (400, 413, 429)
+    line = answer['error']['message']
+    assert line and '\n' not in line and len(line) < 400
+  elif not body.get('stream') and not leaves:
+    assert all(choice['finish_reason'] for choice in answer['choices'])
+  status, health = asyncio.run(call(server.app, '/healthz'))
+  assert status == 200 and health['status'] == 'ok'
+
+
+def test_a_random_walk_of_requests_leaves_the_server_whole(server):
+  answers = []
+  walk(server, answers)
+  assert server.idle() and server.engine.failure is None
+  assert answers.count(200) > 20 and answers.count(400) > 20
+
+
+def test_a_client_that_stalls_has_a_timer():
+  """It owes a head, or does not read; a byte more starts no other timer."""
+
+  async def drive():
+    ready = asyncio.Event()
+
+    async def app(scope, receive, send):
+      await ready.wait()
+      await send({'type': 'http.response.start', 'status': 200})
+      await send({'type': 'http.response.body'})
+
+    settings = connections.settings(app, 'x', 0, log_config=None)
+    line = connections.Protocol(settings, ServerState(), {})
+    line.connection_made(
+      mock.Mock(is_closing=lambda: False, get_extra_info=lambda _: None)
+    )
+    timer = line._timer
+    line.data_received(b'GET / HTTP/1.1\r\nhost: x\r\n')
+    assert line._timer is timer and not timer.cancelled()
+    line.data_received(b'\r\n')  # the head is whole: the server's turn
+    assert line._timer is None and timer.cancelled()
+    line.pause_writing()
+    assert not line._timer.cancelled()
+    line.resume_writing()
+    assert line._timer is None
+    ready.set()
+    await asyncio.gather(*line.tasks)
+    timer = line._timer  # of the next head
+    assert not timer.cancelled()
+    line.connection_lost(None)
+    assert timer.cancelled()
+
+  asyncio.run(drive())
 
 
 def test_openai_s_own_client(server):
@@ -287,6 +409,14 @@ def test_half_a_request_ends(server, monkeypatch):
   assert answer.status == 408 and b'0.2 seconds' in answer.read()
   assert line.sock is None or line.sock.recv(1) == b''  # it is closed, too
   line.close()
+
+
+def test_half_a_head_ends(server, monkeypatch):
+  monkeypatch.setattr(connections.Protocol, 'seconds', 0.2)
+  for start in (b'', b'POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n'):
+    with socket.create_connection(('127.0.0.1', server.port)) as line:
+      line.sendall(start)
+      assert line.recv(1) == b''
 
 
 def test_waiting_clients_that_go_away_leave_the_engine_whole(server):

@@ -1,11 +1,16 @@
 """A run's files: rows are strict JSON, errors one line, keys are redacted."""
 
+import collections
+import contextlib
 import json
 import math
+import shutil
 
+import numpy as np
 import pytest
 
-from experiments import workdir
+from experiments import checkpoint, workdir
+from mla_moe.checkpoint import faults, folders, seal, store
 from mla_moe.config import ConfigError, DataConfig, freeze
 
 
@@ -70,3 +75,171 @@ def test_a_key_with_a_quote_is_not_written(tmp_path, monkeypatch):
     with workdir.claim(tmp_path / 'run', config):
       pass
   assert not (tmp_path / 'run').exists()
+
+
+def test_a_torn_last_row_hides_no_later_one(tmp_path):
+  path = tmp_path / 'rows.jsonl'
+  for torn in ('', '{"step": 1}\n{"step": 2, "wh', '{"step": 1}\n' * 999 + '{'):
+    path.write_text(torn)
+    file = workdir.Rows(path)
+    file.append({'step': 3})
+    file.close()
+    *first, last = workdir.rows(path)
+    assert last == {'step': 3} and len(first) == torn.count('\n')
+
+
+class Killed(BaseException):
+  """The end of a process, wherever it is."""
+
+
+class Process:
+  """A process that trains in the folder: it holds the lock, or none."""
+
+  def __init__(self, root):
+    self.root, self.folder = root, root / 'checkpoints'
+    self.stack = None
+
+  def begin(self):
+    """Claims the folder; returns the step that it goes on from."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(workdir.claim(self.root, CONFIG))
+    restored = read(self.folder, move_refused=True)
+    self.step = restored.step if restored else 0
+    workdir.rewind(self.root / 'rows.jsonl', self.step)
+    self.rows = workdir.Rows(self.root / 'rows.jsonl')
+    self.writer = store.Writer(self.folder, 1, keep_best=1)
+    self.stack = stack
+
+  def save(self, score, steps):
+    for step in range(self.step + 1, self.step + steps + 1):
+      self.rows.append({'step': step})
+    self.step += steps
+    state = {'w': np.arange(8.0) + self.step}
+    self.writer.save(self.step, state, {'bits_per_byte': score})
+    self.writer.wait()
+
+  def end(self):
+    """Ends without a word: the kernel frees the lock."""
+    self.writer._thread.shutdown()
+    self.writer._orbax.wait_until_finished()
+    self.writer._orbax.close()
+    self.rows._file.close()
+    self.stack.close()
+    self.stack = None
+
+
+CONFIG = freeze({})
+
+
+def read(folder, **options):
+  """Returns what `restore` does; the arrays are those of the step."""
+  like = {'w': np.zeros(8)}
+  restored = store.restore(folder, like, say=lambda _: None, **options)
+  if restored:
+    expected = np.arange(8.0) + restored.step
+    np.testing.assert_array_equal(restored.state['w'], expected)
+  return restored
+
+
+def tear(process, draws):
+  """Leaves the remains of a kill: a torn row, and a torn unsealed step."""
+  with open(process.root / 'rows.jsonl', 'ab') as file:
+    file.write(b'{"step": 7, "lo'[: draws.integers(16)])
+  folder = process.folder / str(process.step)
+  if folder.exists() and not (folder / seal.NAME).exists():
+    files = sorted(p for p in folder.rglob('*') if p.is_file())
+    for path in draws.permutation(files)[: draws.integers(len(files) + 1)]:
+      path.unlink()
+
+
+@pytest.mark.filterwarnings('default')  # of Orbax
+def test_a_random_walk_of_two_processes_loses_no_step(tmp_path, monkeypatch):
+  """They train, are killed, prune, delete and read in one folder."""
+  draws = np.random.default_rng(0)
+  both = [Process(tmp_path), Process(tmp_path)]
+  folder = both[0].folder
+  scores = {}  # of the steps that are whole, as the folder must have them
+
+  def staying(scores):
+    """The newest step and the best one; of equal ones the newer."""
+    best = [(scores[s], -s) for s in scores if scores[s] in (1.0, 2.0)]
+    numbers = {max(scores), *(-step for _, step in sorted(best)[:1])}
+    return {step: scores[step] for step in sorted(numbers)}
+
+  def strike(target, name, condition=lambda *_: True):
+    """Kills the process at its next call of this function."""
+    real = getattr(target, name)
+
+    def killed(*args, **options):
+      if condition(*args):
+        monkeypatch.undo()
+        raise Killed
+      return real(*args, **options)
+
+    monkeypatch.setattr(target, name, killed)
+
+  ends = collections.Counter()
+  for _ in range(36):
+    process = both[draws.integers(2)]
+    holder = next((p for p in both if p.stack), None)
+    if holder is None:
+      process.begin()
+      assert process.step == max(scores, default=0)
+      rows = workdir.rows(tmp_path / 'rows.jsonl')
+      assert [row['step'] for row in rows] == [*range(1, process.step + 1)]
+      ends['begins'] += 1
+      continue
+    if process is not holder:  # reads, or does what the lock forbids
+      with pytest.raises(ConfigError, match='is writing to it'):
+        process.begin()
+      if scores:
+        with pytest.raises(ConfigError, match='is writing to it'):
+          checkpoint.rm(folder, [max(scores)], refused=False, force=True)
+    score = [None, math.nan, 2.0, 1.0][draws.integers(4)]
+    step = holder.step + (steps := int(draws.integers(1, 4)))
+    point = draws.choice(['', '', *faults.POINTS[1:], 'prune', 'beside'])
+    if point == 'beside':  # the reader has listed the steps before the save
+      listed = folders.steps
+
+      def stale(path, listed=listed, score=score, steps=steps, holder=holder):
+        monkeypatch.undo()
+        steps_before = listed(path)
+        holder.save(score, steps)
+        return steps_before
+
+      monkeypatch.setattr(folders, 'steps', stale)
+      restored = read(folder)
+      assert restored is None or restored.step in (*scores, step)
+      scores = staying(scores | {step: score})
+    elif not point:
+      holder.save(score, steps)
+      scores = staying(scores | {step: score})
+    else:
+      if point == 'prune':
+        strike(shutil, 'rmtree', lambda path, *_: 'removed' in str(path))
+      else:
+        strike(faults, 'reach', lambda name, _, point=point: name == point)
+      try:
+        holder.save(score, steps)
+        monkeypatch.undo()  # nothing was to be deleted
+        scores = staying(scores | {step: score})
+      except Killed:
+        ends[point] += 1
+        if point in ('after_seal', 'prune'):
+          scores |= {step: score}
+        if point == 'prune':
+          scores = {s: scores[s] for s in folders.steps(folder)}
+          assert staying(scores) == staying(scores | {step: score})
+        holder.end()
+        tear(holder, draws)
+    restored = read(folder)
+    assert (restored.step if restored else 0) == max(scores, default=0)
+    whole = [s for s in folders.steps(folder) if checkpoint._intact(folder, s)]
+    assert whole == sorted(scores)
+    if not any(p.stack for p in both) and len(scores) > 1:
+      checkpoint.rm(folder, [min(scores)], refused=False, force=False)
+      del scores[min(scores)]
+  assert len(ends) == 6 and scores
+  for process in both:
+    if process.stack:
+      process.end()

@@ -16,6 +16,7 @@ import sys
 
 import numpy as np
 
+from mla_moe import files
 from mla_moe.checked import is_number
 from mla_moe.config import ConfigError
 from mla_moe.hf import config_json
@@ -61,11 +62,14 @@ def write(folder: pathlib.Path) -> pathlib.Path | None:
         )
   evals = [row for row in rows if 'bits_per_byte' in row]
   config = config_json.read_json(folder / 'config.json')
+  model = config.get('model')
+  if not isinstance(model, dict) or not {'layers', 'dense_layers'} <= {*model}:
+    raise ConfigError(f'{folder}/config.json: describes no model')
   parts = [
     _numbers(steps, evals),
     '<h2>Learning</h2>',
     _learning(steps, evals),
-    *_experts(steps, workdir.rows(folder / 'load.jsonl'), config['model']),
+    *_experts(steps, workdir.rows(folder / 'load.jsonl'), model),
     *_fp8([row for row in rows if 'fp8_layers' in row]),
     *_sample(folder / 'samples.txt'),
     '<h2>Config</h2>',
@@ -108,9 +112,9 @@ def _fp8(rows) -> list[str]:
 def _sample(path: pathlib.Path) -> list[str]:
   if not path.exists():
     return []
-  last = path.read_text(encoding='utf-8', errors='replace').split('--- step ')[
-    -1
-  ]
+  files.check_regular(path)
+  text = path.read_text(encoding='utf-8', errors='replace')
+  last = text.split('--- step ')[-1]
   return [
     '<h2>A sample</h2>',
     '<p>The model continues after &laquo;&lt;&lt;&lt;&raquo;.</p>',

@@ -22,6 +22,7 @@ NAME = 'seal.json'
 FORMAT = 1
 _THREADS = 4
 _BLOCK = 1 << 22
+_NO_SEAL = ValueError, KeyError, TypeError, AttributeError, RecursionError
 
 
 class Damaged(ConfigError):
@@ -52,12 +53,12 @@ def read(folder: pathlib.Path) -> dict | None:
   """
   path = folder / NAME
   try:
-    body = json.loads(path.read_bytes())
+    if not path.exists():
+      return None
+    body = json.loads(files.read_bytes(path))
     expected = body.pop('sha256')
     version = body['format']
-  except FileNotFoundError:
-    return None
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+  except _NO_SEAL as error:
     raise Damaged(f'{path}: cannot be read ({error!r})') from None
   if expected != _hash(body):
     raise Damaged(f'{path}: is not as it was written')
@@ -120,6 +121,8 @@ def _records(folder: pathlib.Path) -> dict[str, list]:
 
 def _record(path: pathlib.Path) -> list:
   digest, size = hashlib.sha256(), 0
+  if not path.is_file():  # a device never ends, and a pipe never begins
+    raise Damaged(f'{path}: is no regular file')
   with open(path, 'rb') as file:
     while block := file.read(_BLOCK):
       digest.update(block)

@@ -64,8 +64,15 @@ def prepare(
   """Returns the corpus of `data.source`; tokenises it if `cache` has it not.
 
   Raises:
-    ConfigError: no text, unreadable text, a damaged cache.
+    ConfigError: no text, unreadable text, a damaged cache, or one token that
+      begins and ends documents, which packing 'separate' cannot tell apart.
   """
+  bos = tokenizer.bos_id
+  if data.packing == 'separate' and bos == tokenizer.eos_id:
+    raise ConfigError(
+      f"data.packing='separate': bos_id={bos} is eos_id, too, so ends would "
+      "begin documents; use 'joined', or another token"
+    )
   files = documents.files(data.source)
   fingerprint = _fingerprint(files, data, tokenizer)
   folder = pathlib.Path(cache) / fingerprint

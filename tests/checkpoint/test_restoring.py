@@ -173,6 +173,17 @@ def test_a_seal_that_was_edited_is_refused(damaged):
   assert step == 1 and 'not as it was written' in said
 
 
+@pytest.mark.parametrize('name', [seal.NAME, 'facts/metadata'])
+def test_a_device_in_place_of_a_file_is_refused(damaged, name):
+  (damaged / '2' / name).unlink()
+  (damaged / '2' / name).symlink_to('/dev/zero')
+  step, said = restored(damaged)
+  assert step == 1 and 'REFUSED' in said
+  (damaged / '2' / name).unlink()
+  os.mkfifo(damaged / '2' / name)
+  assert restored(damaged)[0] == 1
+
+
 def test_what_is_restored_is_what_was_on_the_device(damaged):
   """The files match the seal, but not the numbers on the devices."""
   sealed = seal.read(damaged / '2')

@@ -143,6 +143,17 @@ def test_fim_rate_is_a_share_and_its_dice_are_keyed(tmp_path):
   assert 0.1 < np.mean(changed) < 0.3
 
 
+def test_a_token_that_begins_and_ends_documents_needs_joined_rows(
+  folder, tmp_path
+):
+  """An end would begin a document of its own, and would be no target."""
+  words = dataclasses.replace(tokenizer.ByteTokenizer(), eos_id=256)
+  corpus.prepare(small(source=folder), words, tmp_path, say=str)
+  with pytest.raises(ConfigError, match='is eos_id, too'):
+    data = small(source=folder, packing='separate')
+    corpus.prepare(data, words, tmp_path, say=str)
+
+
 def test_row21_too_little_text_and_too_small_a_vocabulary_are_said(
   folder, text
 ):

@@ -246,11 +246,11 @@ def test_many_requests_at_once_are_answered_or_refused(server):
   body = json.dumps(completion(max_tokens=2)).encode()
 
   async def flood():
-    requests = [call(server.app, '/v1/completions', body) for _ in range(1000)]
+    requests = [call(server.app, '/v1/completions', body) for _ in range(400)]
     return await asyncio.gather(*requests)
 
   statuses = [status for status, _ in asyncio.run(flood())]
-  assert set(statuses) == {200, 429} and len(statuses) == 1000
+  assert set(statuses) == {200, 429} and len(statuses) == 400
   assert server.idle()
 
 
@@ -271,9 +271,9 @@ _MESSAGE = st.fixed_dictionaries({'role': _ROLES, 'content': _TEXT | _ODD})
 _GOOD = {
   'prompt': _TEXT | st.lists(_TEXT | _ODD, max_size=3),
   'messages': st.lists(_MESSAGE | _ODD, max_size=3),
-  'max_tokens': st.integers(1, 70),
+  'max_tokens': st.integers(1, 60),
   'n': st.integers(1, 4),
-  'stop': _TEXT | st.lists(_TEXT, max_size=20),
+  'stop': _TEXT | st.lists(_TEXT, max_size=9),
   'stream': st.booleans(),
   'stream_options': st.just({'include_usage': True}),
   'seed': st.integers(),
@@ -283,18 +283,21 @@ _GOOD = {
   'top_p': st.floats(0.01, 1),
   'min_p': st.floats(0, 1),
   'repetition_penalty': st.floats(0.5, 2),
-  'echo': st.booleans(),
+  'echo': st.just(False),
 }
 # Most fields of most requests are good: others never reach the engine.
+_FIELDS = {
+  name: st.sampled_from([good] * 15 + [_ODD]).flatmap(lambda kind: kind)
+  for name, good in _GOOD.items()
+}
 _BODY = st.fixed_dictionaries(
-  {'prompt': _GOOD['prompt']},
-  optional={name: good | good | good | _ODD for name, good in _GOOD.items()},
+  {'prompt': _FIELDS.pop('prompt')}, optional=_FIELDS
 )
 _PATHS = st.sampled_from(['/v1/completions'] * 4 + ['/v1/chat/completions'])
 
 
 @hypothesis.settings(
-  max_examples=120, derandomize=True, deadline=None, database=None
+  max_examples=100, derandomize=True, deadline=None, database=None
 )
 @hypothesis.given(_PATHS, _BODY, st.sampled_from([False] * 3 + [True]))
 def walk(server, answers, path, body, leaves):

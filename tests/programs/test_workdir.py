@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 
-from experiments import checkpoint, workdir
+from experiments import checkpoint, report, workdir
 from mla_moe.checkpoint import faults, folders, seal, store
 from mla_moe.config import ConfigError, DataConfig, freeze
 
@@ -75,6 +75,32 @@ def test_a_key_with_a_quote_is_not_written(tmp_path, monkeypatch):
     with workdir.claim(tmp_path / 'run', config):
       pass
   assert not (tmp_path / 'run').exists()
+
+
+def test_a_report_of_odd_files_is_one_line(tmp_path):
+  pytest.importorskip('matplotlib')
+  row = dict.fromkeys(report._NUMBERS, 1)
+  odd = [
+    ('metrics.jsonl', json.dumps(row | {'step': '<b>'}), 'step='),
+    ('metrics.jsonl', '[1]\n', 'logged step'),
+    ('config.json', '[' * 10**5, 'not JSON'),
+    ('config.json', '{"model": 3}', 'no model'),
+    ('config.json', '/dev/zero', 'regular'),
+    ('metrics.jsonl', '/dev/zero', 'regular'),
+  ]
+  for i, (name, content, words) in enumerate(odd):
+    folder = tmp_path / str(i)
+    folder.mkdir()
+    (folder / 'metrics.jsonl').write_text(json.dumps(row))
+    path = folder / name
+    path.unlink(missing_ok=True)
+    if content.startswith('/'):
+      path.symlink_to(content)
+    else:
+      path.write_text(content)
+    with pytest.raises(ConfigError, match=words) as error:
+      report.write(folder)
+    assert '\n' not in str(error.value)
 
 
 def test_a_torn_last_row_hides_no_later_one(tmp_path):

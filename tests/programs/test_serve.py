@@ -271,7 +271,7 @@ _MESSAGE = st.fixed_dictionaries({'role': _ROLES, 'content': _TEXT | _ODD})
 _GOOD = {
   'prompt': _TEXT | st.lists(_TEXT | _ODD, max_size=3),
   'messages': st.lists(_MESSAGE | _ODD, max_size=3),
-  'max_tokens': st.integers(1, 60),
+  'max_tokens': st.integers(1, 20),
   'n': st.integers(1, 4),
   'stop': _TEXT | st.lists(_TEXT, max_size=9),
   'stream': st.booleans(),

@@ -19,7 +19,6 @@ import numpy as np
 from mla_moe import files
 from mla_moe.checked import is_number
 from mla_moe.config import ConfigError
-from mla_moe.hf import config_json
 
 from . import cli, commands, page, workdir
 
@@ -61,7 +60,7 @@ def write(folder: pathlib.Path) -> pathlib.Path | None:
           f'{folder}/metrics.jsonl: {name}={row.get(name)!r:.40} is no number'
         )
   evals = [row for row in rows if 'bits_per_byte' in row]
-  config = config_json.read_json(folder / 'config.json')
+  config = files.read_json(folder / 'config.json')
   model = config.get('model')
   if not isinstance(model, dict) or not {'layers', 'dense_layers'} <= {*model}:
     raise ConfigError(f'{folder}/config.json: describes no model')

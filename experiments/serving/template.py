@@ -52,7 +52,7 @@ def own() -> str:
     return ''
   path = pathlib.Path(FLAGS.chat_template).expanduser()
   try:
-    text = files.read_bytes(path).decode('utf-8')
+    text = files.read_bytes(path, _TEMPLATE_BYTES).decode('utf-8')
   except UnicodeDecodeError:
     raise ConfigError(f'{path}: is no text in UTF-8') from None
   if not text.strip():

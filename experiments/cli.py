@@ -19,7 +19,7 @@ import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from absl import flags
 from ml_collections import config_flags
@@ -55,17 +55,41 @@ def define_unsealed() -> None:
 
 def define() -> None:
   """Defines the flags of every program that runs a config."""
+  _define_config()
+  flags.DEFINE_string('workdir', 'runs/tiny', 'Folder of the run.')
+
+
+def _define_config(**more) -> None:
   config_flags.DEFINE_config_file(
     'config',
     str(CONFIGS / 'tiny.py'),
     'File of the config, or the name of one of ours: FILE:variant, tiny:smoke.',
+    **more,
   )
-  flags.DEFINE_string('workdir', 'runs/tiny', 'Folder of the run.')
 
 
 def config() -> Config:
   """Returns the checked config of the flags."""
   return freeze(FLAGS.config)
+
+
+def config_of(words: Sequence[str]) -> Config:
+  """Returns the checked config of the flags among a program's words.
+
+  Raises:
+    ConfigError: any mistake in its flags.
+  """
+  name, values = config_file(words), flags.FlagValues()
+  try:
+    words = with_files(['', *words])
+    _share_configs()
+    _define_config(flag_values=values, sys_argv=words)
+    values(words, known_only=True)
+    return freeze(values.config)
+  except ConfigError:
+    raise
+  except Exception as error:  # a config file may raise anything
+    raise ConfigError(_message(error, name, words)) from None
 
 
 def run(
@@ -137,7 +161,7 @@ def _parse(define: Callable[[], None]) -> list[str]:
   except (ConfigError, BrokenPipeError):
     raise
   except Exception as error:  # a config file may raise anything
-    raise ConfigError(_message(error, name)) from None
+    raise ConfigError(_message(error, name, sys.argv)) from None
   if not hasattr(config, 'keys') and config is not FLAGS:
     raise ConfigError(
       f'--config={name}: get_config gives {config!r}; it must return a config, '
@@ -177,7 +201,7 @@ def _keys(name: str) -> Iterator[str]:
     yield f'  --{key}={read(whole)}'
 
 
-def config_file(words: list[str]) -> str:
+def config_file(words: Sequence[str]) -> str:
   """Returns the config file that the command line names, or ''.
 
   Raises:
@@ -205,14 +229,14 @@ def file_of(name: str) -> pathlib.Path:
   raise ConfigError(f'--config={name}: no such file in {os.getcwd()}{hint}')
 
 
-def with_files(words: list[str]) -> list[str]:
+def with_files(words: Sequence[str]) -> list[str]:
   """Returns the words with the file of a config in place of its name."""
   file = lambda flag: f'{flag[1]}{file_of(flag[2])}'
   return _CONFIG.sub(file, '\0'.join(words)).split('\0')
 
 
-def _message(error: Exception, name: str) -> str:
-  """Returns one line for an error of the flags or of the config file `name`."""
+def _message(error: Exception, name: str, words: Sequence[str]) -> str:
+  """Returns one line for an error of `words` or of the config file `name`."""
   text = str(error).replace(r'\n', '; ').strip()
   # ml_collections puts the traceback of some errors into its own message: the
   # last line is the error itself.
@@ -230,7 +254,7 @@ def _message(error: Exception, name: str) -> str:
     line = f', line {lines[-1]}' if lines else ''
     return f'--config={name}{line}: {last}'
   if isinstance(error, (AttributeError, KeyError)):
-    return _no_key(sys.argv[1:]) or f'config: {text}'
+    return _no_key(words) or f'config: {text}'
   text = ' '.join(text.split())
   return _NUMBER.sub(r'\1: must be a \2', text).replace('a int', 'an int')
 
@@ -242,7 +266,7 @@ def _alike(word: str, name: str) -> bool:
   return word.replace('_', '') in (''.join(parts), short if parts[1:] else '')
 
 
-def _no_key(words: list[str]) -> str:
+def _no_key(words: Sequence[str]) -> str:
   """Returns a line on the first unknown --config.KEY, with the likeliest key.
 
   The same name in another group comes before a similar name: people forget the

@@ -31,6 +31,7 @@ from mla_moe.config import ConfigError
 
 from . import cli, commands, workdir
 from .launch import __main__ as launcher
+from .launch import preflight
 from .launch.job import as_typed
 
 
@@ -84,15 +85,22 @@ def launch(
   runs: list[dict], words: list[str], train: list[str], dry_run: bool
 ) -> None:
   """Starts every run on other machines; `words` are experiments.launch's."""
-  backend, action, first, _ = launcher.parse(
+  backend, action, first, _, force = launcher.parse(
     [words[0], 'up', *words[1:], '--', *train]
   )
-  for i, values in enumerate(runs):
-    arguments = (*first.arguments, *overrides(values))
-    job = dataclasses.replace(
-      first, name=f'{first.name}-{i}', arguments=arguments
+  jobs = [
+    dataclasses.replace(
+      first,
+      name=f'{first.name}-{i}',
+      arguments=(*first.arguments, *overrides(values)),
     )
-    lines = launcher.commands(backend, action, job)
+    for i, values in enumerate(runs)
+  ]
+  plans = [launcher.commands(backend, action, job) for job in jobs]
+  module = launcher.BACKENDS[backend]
+  faults = [preflight.findings(module, action, job) for job in jobs]
+  launcher.refuse(list(dict.fromkeys(itertools.chain(*faults))), force)
+  for lines in plans:
     if dry_run:
       print(as_typed(lines))
     else:

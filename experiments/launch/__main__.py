@@ -9,7 +9,8 @@ Backends: tpu (queued resources: v5e, v5p, v6e), gke (xpk: Ironwood too), slurm
 this commit on them, start training, follow its logs, resume on new machines
 after the old ones were taken away, delete everything but the run's folder; up
 is the first three. Words after -- go to experiments.train. --dry-run prints
-every command and runs none.
+every command and runs none. A launch that cannot train is refused before it
+costs money (`preflight`); --force launches it all the same.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from mla_moe.config import ConfigError
 
 from .. import cli
 from ..commands import typed
-from . import cloud_tpu, gke, presets, slurm, vm
+from . import cloud_tpu, gke, preflight, presets, slurm, vm
 from .job import Command, Job, as_typed, in_steps
 
 BACKENDS = {'tpu': cloud_tpu, 'gke': gke, 'slurm': slurm, 'vm': vm}
@@ -57,8 +58,17 @@ def commands(backend: str, action: str, job: Job) -> list[Command]:
   return [c for name in actions for c in getattr(module, name)(job)]
 
 
-def parse(words: list[str]) -> tuple[str, str, Job, bool]:
-  """Returns the backend, the action, the job, and whether it is a dry run."""
+def refuse(findings: list[str], force: bool) -> None:
+  """Prints the findings, and ends the process unless there are none."""
+  for line in findings:
+    head, end = ('WARNING', '') if force else ('error', ' (--force overrides)')
+    print(f'{head}: {line}{end}', file=sys.stderr)
+  if findings and not force:
+    sys.exit(2)
+
+
+def parse(words: list[str]) -> tuple[str, str, Job, bool, bool]:
+  """Returns the backend, the action, the job, and the two switches."""
   arguments = []
   if '--' in words:
     end = words.index('--')
@@ -71,7 +81,12 @@ def parse(words: list[str]) -> tuple[str, str, Job, bool]:
   )
   parser.add_argument('backend', choices=BACKENDS)
   parser.add_argument('action', choices=ACTIONS)
-  parser.add_argument('--dry-run', action='store_true')
+  parser.add_argument(
+    '--dry-run', action='store_true', help='print the commands, run none'
+  )
+  parser.add_argument(
+    '--force', action='store_true', help='launch in spite of a fault'
+  )
   for field in dataclasses.fields(Job):
     if field.name == 'arguments':
       continue
@@ -84,8 +99,8 @@ def parse(words: list[str]) -> tuple[str, str, Job, bool]:
     parser.add_argument(f'--{field.name}', **options)
   values = vars(parser.parse_args(words))
   backend, action = values.pop('backend'), values.pop('action')
-  dry_run = values.pop('dry_run')
-  return backend, action, Job(arguments=tuple(arguments), **values), dry_run
+  switches = values.pop('dry_run'), values.pop('force')
+  return backend, action, Job(arguments=tuple(arguments), **values), *switches
 
 
 def execute(commands: list[Command]) -> None:
@@ -154,9 +169,9 @@ def _failure(command: Command, code: int) -> ConfigError:
 def main() -> None:
   """Prints or runs the commands of the command line's action."""
   with cli.edge():
-    backend, action, job, dry_run = parse(sys.argv[1:])
-    cli.config_file(list(job.arguments))  # before a machine is paid for
+    backend, action, job, dry_run, force = parse(sys.argv[1:])
     lines = commands(backend, action, job)
+    refuse(preflight.findings(BACKENDS[backend], action, job), force)
     if dry_run:
       print(as_typed(lines))
     else:

@@ -8,10 +8,12 @@ has no queued resources: it is GKE's (`gke`).
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 
 from mla_moe.config import ConfigError
 
+from .. import chips
 from .job import (
   Command,
   Job,
@@ -47,6 +49,16 @@ def check(job: Job) -> None:
       f'--storage={job.storage}: a slice vanishes with its disks; give a '
       'bucket, gs://BUCKET[/FOLDER]'
     )
+
+
+def devices(job: Job) -> chips.Slice:
+  """Returns the slices as one."""
+  return dataclasses.replace(job.slice, count=job.slices)
+
+
+def folders(job: Job, action: str) -> dict[str, str]:
+  """Returns the folders beside the commit, and the place that each shows."""
+  return {'../storage': job.storage}
 
 
 def create(job: Job) -> list[Command]:

@@ -7,8 +7,11 @@ resumes from the storage that the pods mount.
 
 from __future__ import annotations
 
+import dataclasses
+
 from mla_moe.config import ConfigError
 
+from .. import chips
 from .job import (
   Command,
   Job,
@@ -32,6 +35,16 @@ def check(job: Job) -> None:
       f'--storage={job.storage}: name the folder where the pods mount it '
       '(xpk storage attach), such as /storage'
     )
+
+
+def devices(job: Job) -> chips.Slice:
+  """Returns the slices as one."""
+  return dataclasses.replace(job.slice, count=job.slices)
+
+
+def folders(job: Job, action: str) -> dict[str, str]:
+  """Returns the folder beside the commit, and the place that it shows."""
+  return {job.storage.rstrip('/'): 'the storage'}
 
 
 def device(job: Job) -> str:

@@ -14,6 +14,7 @@ import re
 
 from mla_moe.config import ConfigError
 
+from .. import chips
 from .job import Command, Job, command, extras, train_line
 
 PER_NODE = 8
@@ -37,6 +38,15 @@ def check(job: Job) -> None:
       f'--storage={job.storage}: Slurm replaces % and \\ in the name of a log; '
       'name another folder'
     )
+
+
+def devices(job: Job) -> chips.Slice:
+  """Returns the GPUs."""
+  return job.slice
+
+
+def folders(job: Job, action: str) -> None:
+  """Returns None: all nodes have this machine's files."""
 
 
 def options(job: Job) -> list[str]:

@@ -6,6 +6,11 @@ starts it again, and training goes on from the last checkpoint.
 
 from __future__ import annotations
 
+import re
+
+from mla_moe.config import ConfigError
+
+from .. import chips
 from .job import (
   Command,
   Job,
@@ -15,11 +20,44 @@ from .job import (
   unpack,
 )
 
+# Of cloud.google.com/compute/docs/gpus: names end with the number of GPUs.
+_GPUS = {
+  'a2-highgpu': 'a100-40gb',
+  'a2-megagpu': 'a100-40gb',
+  'a2-ultragpu': 'a100-80gb',
+  'a3-highgpu': 'h100',
+  'a3-megagpu': 'h100',
+  'a3-edgegpu': 'h100',
+  'a3-ultragpu': 'h200',
+  'a4-highgpu': 'b200',
+}
+
 
 def check(job: Job) -> None:
   """Raises ConfigError where a field is missing or does not fit."""
   job.need('project', 'zone', 'machine')
   job.check_one_slice()
+
+
+def devices(job: Job) -> chips.Slice:
+  """Returns the machine's GPUs, by --topology or by the name of its type."""
+  if job.topology:
+    return job.slice
+  family, _, size = job.machine.rpartition('-')
+  if family not in _GPUS or not re.fullmatch('[0-9]+g', size):
+    raise ConfigError(
+      f'--machine={job.machine}: its GPUs are not known here; name them, such '
+      'as --topology=h100:8'
+    )
+  return chips.parse(f'{_GPUS[family]}:{size[:-1]}')
+
+
+def folders(job: Job, action: str) -> dict[str, str]:
+  """Returns the home folder, where files may lie before training starts.
+
+  Nobody has copied any to a machine that is created and started at once.
+  """
+  return {} if action == 'up' else {'..': 'the home folder'}
 
 
 def create(job: Job) -> list[Command]:

@@ -6,6 +6,8 @@ python tests/programs/test_launch.py writes the golden files anew.
 
 import contextlib
 import dataclasses
+import importlib
+import json
 import os
 import pathlib
 import re
@@ -26,8 +28,11 @@ sys.path.insert(0, str(ROOT))
 from experiments.launch import __main__ as launch  # noqa: E402
 from experiments.launch import presets, slurm  # noqa: E402
 from experiments.launch.job import Job, as_typed, command  # noqa: E402
+from mla_moe import vocabulary  # noqa: E402
 from mla_moe.config import ConfigError  # noqa: E402
 
+# ml_collections reads a config so.
+pytestmark = pytest.mark.filterwarnings('ignore:the load_module')
 WHERE = ('--project=lab', '--zone=us-west4-a')
 TRAIN = ('--', '--config=configs/deepseek_v2_lite.py', '--config.mesh.fsdp=16')
 CASES = {
@@ -457,6 +462,139 @@ def test_no_machine_is_asked_for_with_a_config_that_is_not_there(
   message = capsys.readouterr()
   assert ended.value.code == 2 and not message.out
   assert 'did you mean tiny?' in message.err
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+  """A folder with git, where a config and a text are committed."""
+  monkeypatch.chdir(tmp_path)
+  for name in ('GIT_DIR', 'GIT_WORK_TREE', 'GIT_INDEX_FILE'):
+    monkeypatch.delenv(name, raising=False)
+  config = 'from configs import tiny\n\n\ndef get_config(arg=""):\n'
+  config += '  return tiny.get_config("micro")\n'
+  files = {'experiments/train.py': '', 'mine.py': config, 'text/a.txt': 'a'}
+  for name, text in files.items():
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(text)
+  git = ['git', '-c', 'user.name=a', '-c', 'user.email=a@b.example']
+  for words in (['init', '-q'], ['add', '.'], ['commit', '-qm', 'one']):
+    subprocess.run([*git, *words], check=True)
+  return tmp_path
+
+
+def faults(case, *train, action='up', flags=(), config='mine.py'):
+  """Findings of a launch of mine.py, on eight devices without other words."""
+  words = [w for w in CASES[case] if not w.startswith('--topology')]
+  words[1:1] = [action]
+  train = [f'--config={config}', '--config.mesh.fsdp=8', *train]
+  backend, action, job, *_ = launch.parse([*words, *flags, '--', *train])
+  return launch.preflight.findings(launch.BACKENDS[backend], action, job)
+
+
+SIZES = {'tpu': 'v5e:2x4', 'gke': 'tpu7x:2x2x1', 'slurm': 'h100:8'}
+
+
+@pytest.mark.parametrize('case', ['tpu', 'gke', 'slurm', 'vm'])
+def test_a_launch_that_can_train_has_no_fault(case, clone):
+  flags = [f'--topology={SIZES[case]}'] if case in SIZES else []
+  assert faults(case, flags=flags) == []
+  assert faults(case, '--config.data.source=text', flags=flags) == []
+
+
+def test_a_config_that_is_not_sent_is_a_fault(clone, monkeypatch):
+  flags = ['--topology=v5e:2x4']
+  (clone / 'mine.py').rename(clone / 'other.py')
+  with pytest.raises(ConfigError, match='no such file'):
+    faults('tpu', flags=flags)
+  (line,) = faults('tpu', config='other.py', flags=flags)
+  assert line.startswith('--config=other.py: is not in the commit')
+  gpus = ['--topology=h100:8']
+  assert faults('slurm', config='other.py', flags=gpus) == []
+  (clone / 'mine.py').write_text((clone / 'other.py').read_text() + '\n')
+  (line,) = faults('tpu', flags=flags)
+  assert line == 'mine.py: changed since the commit that is sent; commit first'
+  (clone / 'imported_by_mine.py').write_text('')
+  monkeypatch.syspath_prepend(clone)
+  importlib.import_module('imported_by_mine')
+  first, _ = faults('tpu', flags=flags)
+  assert first.startswith('imported_by_mine.py: not in the commit that is sent')
+  (line,) = faults('tpu', config=f'{clone}/mine.py', flags=flags)[:1]
+  assert line.endswith('/mine.py: other machines have it as mine.py; say so')
+  os.chdir(clone / 'text')
+  (line,) = faults('tpu', config='../other.py', flags=flags)
+  assert 'is not the root of a git clone' in line
+
+
+def test_a_mesh_of_another_size_is_a_fault_whose_cure_is_one(clone):
+  (line,) = faults('tpu', flags=['--topology=v5e:2x2', '--slices=1'])
+  assert 'product is 8, v5e:2x2 has 4 devices; ' in line
+  cure = line.split('; ')[1].removesuffix(' fits').split()
+  assert len(cure) >= 2
+  reset = '--config.mesh.fsdp=1'
+  assert faults('tpu', reset, *cure, flags=['--topology=v5e:2x2']) == []
+  assert (
+    'has 8 devices' in faults('tpu', reset, flags=['--topology=v5e:2x4'])[0]
+  )
+  (line,) = faults('vm', flags=['--machine=n1-standard-8'])
+  assert 'name them, such as --topology=h100:8' in line
+
+
+def test_a_step_that_does_not_fit_is_a_fault(clone):
+  large = '--config.model.vocab=150000000'
+  (line,) = faults('tpu', large, flags=['--topology=v5e:2x4'])
+  assert 'a device needs' in line and 'the smallest that fits is' in line
+
+
+def test_a_path_of_this_machine_is_a_fault_on_others(clone):
+  (clone / 'here.txt').write_text('a')
+  ends = [
+    {'id': i, 'content': text, 'special': True}
+    for i, text in enumerate((vocabulary.BOS, vocabulary.EOS))
+  ]
+  words = {'model': {'vocab': {'a': 2}}, 'added_tokens': ends}
+  (clone / 'words.json').write_text(json.dumps(words))
+  source = lambda path: f'--config.data.source={path}'
+  for case, folder in (('tpu', '../storage'), ('gke', '/storage')):
+    flags = [f'--topology={SIZES[case]}']
+    for path in ('here.txt', f'{clone}/here.txt', '/data', f'{folder}/../x'):
+      (line,) = faults(case, source(path), flags=flags)
+      assert line.startswith(f'config.data.source={path}: is not on those')
+      assert folder in line
+    assert faults(case, source(f'{folder}/text/*.txt'), flags=flags) == []
+    (line,) = faults(case, '--config.data.tokenizer=words.json', flags=flags)
+    assert line.startswith('config.data.tokenizer=words.json: is not on those')
+    (line,) = faults(case, '--init=here.txt', flags=flags)
+    assert line.startswith('init=here.txt: is not on those')
+  assert faults('vm', source('../x'))[0].endswith('they have the commit')
+  assert faults('vm', source('../x'), action='start') == []
+  flags = ['--topology=h100:8']
+  assert faults('slurm', source(f'{clone}/here.txt'), flags=flags) == []
+  (line,) = faults('slurm', source('/absent/*.txt'), flags=flags)
+  assert line.startswith("data.source='/absent/*.txt': ")
+
+
+@pytest.mark.parametrize('dry', [['--dry-run'], []])
+def test_faults_end_a_launch_before_its_first_command(
+  dry, clone, monkeypatch, capsys
+):
+  stub(clone / 'bin' / 'gcloud')
+  monkeypatch.setenv('PATH', f'{clone / "bin"}:{os.environ["PATH"]}')
+  flags = ['vm', 'create', '--name=a', *WHERE, '--topology=h100:4', *dry]
+  train = ['--', '--config=mine.py', '--config.data.source=/absent']
+  monkeypatch.setattr(sys, 'argv', ['launch', *flags, *train])
+  with pytest.raises(SystemExit) as ended:
+    launch.main()
+  message = capsys.readouterr()
+  assert ended.value.code == 2 and not message.out and not calls(clone)
+  first, second = message.err.splitlines()
+  assert first.startswith('error: config.mesh: its product is 1, h100:4 has 4')
+  assert second.startswith('error: config.data.source=/absent: is not')
+  if dry:
+    monkeypatch.setattr(sys, 'argv', ['launch', *flags, '--force', *train])
+    launch.main()
+    message = capsys.readouterr()
+    assert message.err.count('WARNING: ') == 2
+    assert message.out.startswith('gcloud compute instances create a ')
 
 
 def test_a_missing_program_is_named():

@@ -56,17 +56,26 @@ def sweep_of(*words):
   return subprocess.run(command, capture_output=True, text=True, timeout=250)
 
 
-def test_dry_runs_here_and_there():
-  local = sweep_of('--vary=run.seed=0,1', '--dry-run', '--', '--config=c.py')
-  assert local.returncode == 0 and local.stdout.count('experiments.train') == 2
+@pytest.mark.filterwarnings('ignore:the load_module')
+def test_dry_runs_here_and_there(monkeypatch, capsys):
+  def output(*words):
+    vary = ['--vary=run.seed=0,1', '--dry-run']
+    monkeypatch.setattr(sys, 'argv', ['sweep', *vary, *words])
+    sweep.main()
+    return capsys.readouterr().out
+
+  assert output('--', '--config=c.py').count('experiments.train') == 2
   flags = ('slurm', '--name=s', '--topology=h100:8', '--storage=/runs')
-  remote = sweep_of(
-    '--vary=run.seed=0,1', '--dry-run', *flags, '--', '--config=c.py'
-  )
-  assert remote.returncode == 0, remote.stderr
-  assert remote.stdout.count('sbatch <<') == 2
+  train = ('--', '--config=configs/tiny.py:micro', '--config.mesh.fsdp=8')
+  remote = output(*flags, *train)
+  assert remote.count('sbatch --job-name=s-') == 2
   for i in (0, 1):
-    assert f'--config.run.seed={i} --workdir=/runs/s-{i}' in remote.stdout
+    assert f'--config.run.seed={i} --workdir=/runs/s-{i}' in remote
+  with pytest.raises(SystemExit) as ended:  # both, and nothing is started
+    output(*flags, *train[:-1])
+  message = capsys.readouterr()
+  assert ended.value.code == 2 and not message.out
+  assert message.err.count('its product is 1, h100:8 has 8 devices') == 1
 
 
 @pytest.mark.slow

@@ -126,7 +126,11 @@ def _check_fit(config: Config, slice_: chips.Slice) -> None:
   )
   if config.mesh.devices != slice_.devices:
     best = search.best_on(config, slice_, layout)
-    hint = f'; {search.training_flags(best.config)} fits' if best else ''
+    hint = (
+      f'; {search.training_flags(best.config, config.mesh)} fits'
+      if best
+      else ''
+    )
     raise ConfigError(
       f'config.mesh: its product is {config.mesh.devices}, {slice_} has '
       f'{slice_.devices} devices{hint}'

@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import importlib
 import pathlib
+import re
+import secrets
 
 from mla_moe.config import ConfigError
+
+from .. import workdir
 
 TRACKERS = ('', 'wandb', 'trackio')
 
@@ -21,12 +25,11 @@ class Tracker:
 
   def __init__(self, name: str, folder: pathlib.Path, config: dict):
     self._library = library(name)
-    more = {'id': _id(folder), 'resume': 'allow', 'dir': str(folder)}
+    more = {}
+    if name == 'wandb':
+      more = {'id': identity(folder), 'resume': 'allow', 'dir': str(folder)}
     self._run = self._library.init(
-      project='mla_moe',
-      name=folder.resolve().name,
-      config=config,
-      **(more if name == 'wandb' else {}),
+      project='mla_moe', name=folder.resolve().name, config=config, **more
     )
 
   def write(self, row: dict) -> None:
@@ -59,7 +62,15 @@ def library(name: str):
     ) from None
 
 
-def _id(folder: pathlib.Path) -> str:
-  """Returns the tracker's id for a run in this folder."""
-  text = str(folder.resolve())
-  return ''.join(c if c.isalnum() else '-' for c in text)[-60:].strip('-')
+def identity(folder: pathlib.Path) -> str:
+  """Returns the tracker's id of the run in this folder, which is made once.
+
+  It lies in the folder: runs of equal paths on two machines, or a run begun
+  anew in the place of another, are different runs.
+  """
+  path = folder / 'tracker_id'
+  text = path.read_text(encoding='utf-8').strip() if path.exists() else ''
+  if not re.fullmatch('[0-9a-f]{16}', text):
+    text = secrets.token_hex(8)
+    workdir.write(path, text)
+  return text

@@ -531,7 +531,7 @@ def test_a_mesh_of_another_size_is_a_fault_whose_cure_is_one(clone):
   cure = line.split('; ')[1].removesuffix(' fits').split()
   assert len(cure) >= 2
   reset = '--config.mesh.fsdp=1'
-  assert faults('tpu', reset, *cure, flags=['--topology=v5e:2x2']) == []
+  assert faults('tpu', *cure, flags=['--topology=v5e:2x2']) == []
   assert (
     'has 8 devices' in faults('tpu', reset, flags=['--topology=v5e:2x4'])[0]
   )

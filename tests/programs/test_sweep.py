@@ -169,7 +169,23 @@ def test_trackers_get_the_numbers_of_a_row(name, tmp_path, monkeypatch):
   tracker.close()
   assert calls[0][1]['config'] == {'seed': 1}
   assert ('resume' in calls[0][1]) == (name == 'wandb')
+  if name == 'wandb':
+    assert calls[0][1]['id'] == tracking.identity(tmp_path)
   assert calls[1:] == [('log', {'loss': 2.5}, 3), ('finish',)]
+
+
+def test_a_trackers_id_belongs_to_the_folder_and_not_to_its_path(tmp_path):
+  paths = [tmp_path / 'content' / 'runs', tmp_path / 'content-runs']
+  for path in paths:
+    path.mkdir(parents=True)
+  first, second = map(tracking.identity, paths)
+  assert first != second and [first, second] == [*map(tracking.identity, paths)]
+  moved = paths[0].rename(tmp_path / 'moved')
+  assert tracking.identity(moved) == first
+  paths[0].mkdir()  # begun anew
+  assert tracking.identity(paths[0]) not in (first, second)
+  (moved / 'tracker_id').write_text('a/b', encoding='utf-8')  # no id
+  assert tracking.identity(moved).isalnum()
 
 
 def test_a_tracker_that_is_not_there_names_its_extra(monkeypatch):

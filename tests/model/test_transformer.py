@@ -13,7 +13,14 @@ import pytest
 from flax import linen as nn
 
 from mla_moe import cost, load_huggingface
-from mla_moe.config import ComputeConfig, Config, MTPConfig, freeze, smoke
+from mla_moe.config import (
+  ComputeConfig,
+  Config,
+  ConfigError,
+  MTPConfig,
+  freeze,
+  smoke,
+)
 from mla_moe.model import block, rope, transformer
 
 SLOW = pytest.mark.slow
@@ -121,6 +128,13 @@ def gradients(remat):
 def test_remat_changes_no_gradient(remat):
   expected = gradients('none')
   chex.assert_trees_all_close(gradients(remat), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_vocabulary_that_is_left_to_a_tokenizer_is_no_size():
+  model = transformer.Transformer(smoke(Config()).model)
+  tokens = jnp.zeros((1, 4), jnp.int32)
+  with pytest.raises(ConfigError, match='vocab=0: .*`freeze`'):
+    jax.eval_shape(model.init, jax.random.key(0), tokens)
 
 
 def test_a_single_layer_is_made_again_too():

@@ -149,7 +149,7 @@ def _print(pieces: Iterator[str]) -> None:
   """Prints an answer as it comes; Ctrl-C ends it after its step."""
   with contextlib.closing(pieces), _interrupts() as interrupts:
     for piece in pieces:
-      print(piece, end='', flush=True)
+      text.show(piece)
       if interrupts:
         break
   print(flush=True)

@@ -67,10 +67,10 @@ def run(model: opened.TextModel, prompt: str) -> None:
     count += len(tokens)
     moments.append((time.perf_counter(), count))
     shown = [i for i in tokens if i not in model.stop_ids]
-    print(stream.add(shown), end='', flush=True)
+    text.show(stream.add(shown))
     if stream.ended:
       break
-  print(stream.add([], last=True))
+  text.show(stream.add([], last=True) + '\n')
   print(_speed(start, moments, step), file=sys.stderr)
 
 

@@ -7,11 +7,22 @@ decoded with those of the last piece alone, however long the text is.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from mla_moe.data.tokenizer import Tokenizer
 
 _HALF = '\ufffd'  # decodes from a part of a character
+# A terminal obeys control characters, and a model may write any.
+_CONTROLS = dict.fromkeys([*range(32), *range(127, 160)], '\ufffd')
+_CONTROLS = {i: x for i, x in _CONTROLS.items() if chr(i) not in '\n\t'}
+
+
+def show(text: str) -> None:
+  """Prints a piece of text at once; a terminal gets no control characters."""
+  if sys.stdout.isatty():
+    text = text.replace('\r\n', '\n').translate(_CONTROLS)
+  print(text, end='', flush=True)
 
 
 class TextStream:

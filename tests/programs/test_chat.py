@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-from experiments import chat, cli, opened
+from experiments import chat, cli, opened, text
 from experiments.serving import scheduler, template
 from mla_moe import ConfigError, ModelConfig
 from mla_moe.data import tokenizer
@@ -101,6 +101,15 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(tmp_path, capsys):
   assert talk.messages[1::2] == [('assistant', 'a'), ('assistant', 'c')]
   assert work.ended == [1, 2] and not work.busy
   assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_terminal_obeys_no_model(monkeypatch, capsys):
+  piece = 'a\x1b[2J\x07\r\nb\tc\x9b\n'
+  text.show(piece)  # a pipe gets all bytes
+  monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
+  text.show(piece)
+  whole = 'a\ufffd[2J\ufffd\nb\tc\ufffd\n'
+  assert capsys.readouterr().out == piece + whole
 
 
 def test_a_chat_without_room_is_refused_in_one_line(tmp_path, capsys):

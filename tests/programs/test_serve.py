@@ -229,6 +229,9 @@ def test_bodies_that_are_no_json(server):
     '/v1/chat/completions', {'messages': [{'role': 'user', 'content': 'hi'}]}
   )  # bytes have no chat tokens
   assert status == 400 and 'token' in out['error']['message']
+  model = server.model._replace(template='{{ messages[0].content }}')
+  body = {'messages': [{'role': 'user', 'content': 'hi'}]}
+  assert validation.parse(body, model, True, 64).prompts == [list(b'hi')]
 
 
 def test_a_client_that_goes_away_frees_its_row(server):

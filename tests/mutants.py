@@ -28,7 +28,7 @@ import ast
 import dataclasses
 import functools
 import hashlib
-import importlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -166,8 +166,11 @@ def _import_package(tree):
   del sys.path[:2], sys.modules['conftest'], sys.modules['checking']
 
 
-def _drop(name: str) -> None:
-  """Unloads a module and those that import it, at any depth; '' is all."""
+def _drop(name: str, tree: pathlib.Path) -> None:
+  """Unloads a module and those that import it, at any depth; '' is all.
+
+  They will come from `tree`, also where their package came from another one.
+  """
   loaded = [m for m in sys.modules if m.split('.')[0] == 'mla_moe']
   imported = {m: set(_imports(sys.modules[m])) for m in loaded}
   dropped = set() if name else set(loaded)
@@ -181,7 +184,12 @@ def _drop(name: str) -> None:
     del sys.modules[module]
     package, _, attribute = module.rpartition('.')
     vars(sys.modules.get(package, os)).pop(attribute, None)
+  for module in set(loaded) - dropped:
+    if hasattr(sys.modules[module], '__path__'):
+      sys.modules[module].__path__ = [str(tree.joinpath(*module.split('.')))]
   importlib.invalidate_caches()
+  origin = importlib.util.find_spec(name or 'mla_moe').origin
+  assert pathlib.Path(origin).is_relative_to(tree), origin
 
 
 def _imports(module) -> Iterator[str]:
@@ -263,7 +271,7 @@ def _fork(tree, tests, report, limit, slow, plugin, changed=''):
     here = str(pathlib.Path(__file__).parent)
     sys.path[:] = [str(tree), *(p for p in sys.path if p not in (here, ''))]
     os.environ['PYTHONPATH'] = str(tree)
-    _drop(changed)
+    _drop(changed, tree)
     import pytest
 
     plugin = plugin()

@@ -28,7 +28,7 @@ import ast
 import dataclasses
 import functools
 import hashlib
-import importlib.util
+import importlib
 import json
 import os
 import pathlib
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
   trees = [_copy(args.work / f'tree{i}') for i in range(args.workers)]
   _import_package(trees[0])
   tests = _baseline(trees, args)
-  record, sample = args.work / 'results.jsonl', _sample(args)
+  record, sample = args.work / 'results.jsonl', _stored_sample(args)
   rows = record.read_text().splitlines() if record.exists() else []
   results = {row['key']: row for row in map(json.loads, rows)}
   missing = [m for m in sample if m.key not in results]
@@ -188,8 +188,6 @@ def _drop(name: str, tree: pathlib.Path) -> None:
     if hasattr(sys.modules[module], '__path__'):
       sys.modules[module].__path__ = [str(tree.joinpath(*module.split('.')))]
   importlib.invalidate_caches()
-  origin = importlib.util.find_spec(name or 'mla_moe').origin
-  assert pathlib.Path(origin).is_relative_to(tree), origin
 
 
 def _imports(module) -> Iterator[str]:
@@ -203,14 +201,29 @@ def _imports(module) -> Iterator[str]:
       yield from (alias.name for alias in node.names)
 
 
-def _sample(args) -> list[mutations.Mutation]:
-  """Returns mutations of all files, each file's number by its size."""
-  files = sorted(p for s in SOURCES for p in (ROOT / 'mla_moe').glob(s))
+def _stored_sample(args) -> list[mutations.Mutation]:
+  """Returns the run's sample, drawn by its first start.
+
+  A later start finds it again in a tree whose tests, or other lines, differ.
+  """
   groups = []
-  for path in files:
+  for path in sorted(p for s in SOURCES for p in (ROOT / 'mla_moe').glob(s)):
     name = str(path.relative_to(ROOT))
-    found = {m.key: m for m in mutations.mutations(name, path.read_text())}
-    groups.append(list(found.values()))
+    by_key = {m.key: m for m in mutations.mutations(name, path.read_text())}
+    groups.append(list(by_key.values()))
+  store = args.work / 'sample.json'
+  if not store.exists():
+    store.write_text(json.dumps([m.key for m in _sample(groups, args)]))
+  mutants = {m.key: m for group in groups for m in group}
+  keys = json.loads(store.read_text())
+  for key in keys:
+    if key not in mutants:
+      print(f'no longer in the tree: {key}')
+  return [mutants[key] for key in keys if key in mutants]
+
+
+def _sample(groups, args) -> list[mutations.Mutation]:
+  """Returns mutations of each file's group, their number by its size."""
   total = sum(map(len, groups))
   draw, sample = random.Random(args.seed), []
   for group in groups:
@@ -279,6 +292,9 @@ def _fork(tree, tests, report, limit, slow, plugin, changed=''):
     options += ['-W', 'ignore::pytest.PytestAssertRewriteWarning']
     options += [] if slow else ['-m', 'not slow']
     code = int(pytest.main([*options, *tests], plugins=[plugin]))
+    if changed in sys.modules:
+      origin = pathlib.Path(sys.modules[changed].__file__)
+      assert origin.is_relative_to(tree), origin
     pathlib.Path(report).write_text(json.dumps(plugin.result()))
     sys.stdout.flush()
   except BaseException:

@@ -6,7 +6,14 @@ import importlib
 import pytest
 
 from mla_moe import Config, cost
-from mla_moe.config import MeshConfig, freeze
+from mla_moe.config import (
+  MeshConfig,
+  MLAConfig,
+  ModelConfig,
+  MoEConfig,
+  MTPConfig,
+  freeze,
+)
 from mla_moe.data import batches
 
 
@@ -39,6 +46,41 @@ def test_the_parts_sum_to_the_total():
   parts = 'embedding head attention dense routed shared router norms'.split()
   assert sum(getattr(counts, part) for part in parts) == counts.total
   assert round(counts.active / 1e9, 1) == 37.6  # with the embedding
+
+
+@pytest.mark.parametrize('dense_layers', [1, 3], ids=['experts', 'dense'])
+@pytest.mark.parametrize('method', ['noaux_tc', 'greedy'])
+def test_an_mtp_module_is_one_more_layer_with_a_join_and_the_head(
+  dense_layers, method
+):
+  moe = MoEConfig(
+    experts=8, top_k=2, width=5, groups=1, top_groups=1, method=method
+  )
+  mla = MLAConfig(3, 0, 8, nope_dim=4, rope_dim=2, value_dim=6)
+  model = ModelConfig(
+    vocab=64, dim=16, layers=3, dense_layers=dense_layers, dense_width=24,
+    mla=mla, moe=moe, mtp=MTPConfig(depth=0),
+  )  # fmt: skip
+  dense = model.moe_layers == 0
+  longer = dataclasses.replace(
+    model, layers=4, dense_layers=dense_layers + dense
+  )
+  two = dataclasses.replace(model, mtp=MTPConfig(depth=2))
+  base, plus, counts = map(cost.parameters, (model, longer, two))
+  join, norms = 2 * 16 * 16, 3 * 16
+  assert counts.mtp == 2 * (plus.total - base.total + join + norms)
+  assert counts.mtp_active == 2 * (plus.active - base.active + join + norms)
+  assert (counts.total, counts.active) == (base.total, base.active)
+  flops = lambda model, mtp: cost.train_flops_per_token(model, 10, mtp)
+  layer = flops(longer, False) - flops(model, False)
+  head = 64 * 16
+  assert flops(two, True) - flops(two, False) == 2 * (layer + 6 * (join + head))
+  assert flops(model, True) == flops(model, False) == flops(two, False)
+  # By hand: 3 heads, queries and keys of 6, values of 6; 5 tokens on average.
+  q, kv, up, out = 16 * 18, 16 * (8 + 2), 8 * 3 * (4 + 6), 18 * 16
+  ffn = 3 * 16 * 24 if dense else 8 * 16 + (2 + moe.shared) * 3 * 16 * 5
+  attention = 6 * 3 * (4 + 2 + 6) * 5
+  assert layer == 6 * (q + kv + up + out + ffn) + attention
 
 
 TOKENS = {

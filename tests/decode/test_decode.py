@@ -12,7 +12,7 @@ import pytest
 
 from mla_moe import CacheConfig, load_huggingface
 from mla_moe.decode import forward, latent_cache
-from mla_moe.model import transformer
+from mla_moe.model import experts, router, transformer
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 CASES = ('v2_lite', 'v3_yarn', 'v3_release')
@@ -202,3 +202,17 @@ def test_the_mtp_module_over_its_cache_equals_training():
   chex.assert_trees_all_close(
     out, expected['mtp_logits'][..., :94, :], atol=2e-4
   )
+
+
+def test_few_rows_equal_the_dense_sum():
+  """Also where rows choose the same experts: each expert counts once."""
+  random = np.random.default_rng(0)
+  normal = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)
+  x, gates = normal(3, 8), normal(3, 2)
+  up, down = normal(5, 8, 12), normal(5, 6, 8)
+  for chosen in ([[3, 1], [1, 3], [0, 3]], [[4, 4], [2, 0], [2, 2]]):
+    chosen = jnp.array(chosen)
+    routing = router.Routing(gates, chosen, normal(3, 5))
+    out = forward.few_rows(x, routing, up, down)
+    wanted = experts.feed_forward(x, gates, chosen, up, down, impl='dense')
+    chex.assert_trees_all_close(out, wanted, atol=1e-4, rtol=1e-5)

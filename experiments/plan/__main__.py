@@ -47,6 +47,7 @@ def _main() -> None:
   # Shapes need no accelerator, and libtpu serves one process at a time: the
   # one that compiles.
   jax.config.update('jax_platforms', 'cpu')
+  from mla_moe import fp8
   from mla_moe.train.state import abstract_state
 
   from . import bill, report, search
@@ -69,6 +70,7 @@ def _main() -> None:
       raise ConfigError('no slice of any chip holds this config; shorten it')
     report.show_choice(config, pairs, utilisation)
   else:
+    fp8.choose(config.model.precision, config.model.compute.fp8, slice_.device)
     if config.mesh.devices == 1 < slice_.devices:
       best = search.best_on(config, slice_, layout)
       config = best.config if best else _all_fsdp(config, slice_)

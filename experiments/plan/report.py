@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mla_moe import cost, fp8
-from mla_moe.config import Config, ConfigError, MeshConfig
+from mla_moe.config import Config, MeshConfig
 
 from .. import chips, page
 from . import search, traffic
@@ -33,20 +33,21 @@ def wide() -> Console:
   return Console(highlight=False, width=max(Console().width, 110))
 
 
-def lacking(config: Config, slice_: chips.Slice) -> Iterator[str]:
-  """Yields a line for each number format of the config without hardware there.
-
-  Raises:
-    ConfigError: `compute.fp8` names an implementation that the chip has not.
-  """
-  model, chip = config.model, slice_.chip
-  _, slow = fp8.choose(model.precision, model.compute.fp8, slice_.device)
-  if slow:
-    yield slow
-  if model.dtype == 'bfloat16' and 0 < chip.capability < 8:
+def lacking(config: Config, slices: list[chips.Slice]) -> Iterator[str]:
+  """Yields a line for each number format that some slices do not multiply."""
+  model = config.model
+  slow = lambda s: fp8.choose(model.precision, device=s.device)[1]
+  kinds = [s.kind for s in slices if slow(s)]
+  if kinds:
     yield (
-      f'model.dtype=bfloat16 has no hardware on gpu ({slice_.kind}): products '
-      'are float32, and slower than with config.model.dtype=float32'
+      f'precision={model.precision} has no FP8 hardware on {", ".join(kinds)}: '
+      'numbers are rounded to FP8 and multiplied wider'
+    )
+  kinds = [s.kind for s in slices if 0 < s.chip.capability < 8]
+  if kinds and model.dtype == 'bfloat16':
+    yield (
+      f'dtype=bfloat16 has no hardware on {", ".join(kinds)}: products are '
+      'float32, and no faster than with config.model.dtype=float32'
     )
 
 
@@ -73,7 +74,7 @@ def show(plan, bill, utilisation: float, start: MeshConfig) -> None:
     table.add_row(name, value)
   console.print(table)
   console.print(_money(plan, bill, utilisation))
-  for line in lacking(plan.config, plan.slice):
+  for line in lacking(plan.config, [plan.slice]):
     console.print(line, soft_wrap=True)
   flags = search.training_flags(plan.config, start)
   console.print(f'To train it so: {flags}', soft_wrap=True)
@@ -96,13 +97,8 @@ def show_choice(config, pairs, utilisation: float) -> None:
       f'{bill.dollars:,.0f}',
     )
   console.print(table)
-  for plan, _ in pairs:
-    try:
-      lines = list(lacking(config, plan.slice))
-    except ConfigError as error:
-      lines = [str(error)]
-    for line in lines:
-      console.print(line, soft_wrap=True)
+  for line in lacking(config, [plan.slice for plan, _ in pairs]):
+    console.print(line, soft_wrap=True)
   console.print(
     f'{pairs[0][1].tokens:,.4g} tokens at {utilisation:.1%} of the bf16 peak; '
     'list prices (experiments/chips.py), --dollars=N for yours.'

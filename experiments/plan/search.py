@@ -77,6 +77,11 @@ def plan(config: Config, slice_: chips.Slice, layout: PyTree) -> Plan:
 def best_on(config: Config, slice_: chips.Slice, layout: PyTree) -> Plan | None:
   """Returns the plan that fits a slice with the least traffic, or None."""
   fitting = []
+  # No mesh holds less than an even part of the state.
+  if memory.state_bytes(layout, MeshConfig()) > slice_.devices * (
+    slice_.chip.planned
+  ):
+    return None
   for mesh in _meshes(config, slice_.devices):
     on_mesh = _on_mesh(config, mesh, slice_.count)
     if on_mesh is None:

@@ -347,15 +347,15 @@ def test_training_flags_undo_the_flags_before_them():
 @pytest.mark.parametrize(
   'slice_, precision, lines',
   [
-    ('t4:8', 'fp8_tensor', ['no FP8 hardware on gpu (t4)', 'bfloat16']),
-    ('a100:8', 'fp8_block', ['no FP8 hardware on gpu (a100-80gb)']),
-    ('l4:8', 'fp8_block', ['no FP8 hardware on gpu (l4)']),
+    ('t4:8', 'fp8_tensor', ['no FP8 hardware on t4:', 'bfloat16']),
+    ('a100:8', 'fp8_block', ['no FP8 hardware on a100-80gb:']),
+    ('l4:8', 'fp8_block', ['no FP8 hardware on l4:']),
     ('rtx4090:8', 'fp8_tensor', []),
     ('l40s:8', 'fp8_channel', []),
     ('rtxpro6000:8', 'fp8_block', []),
     ('h100:8', 'fp8_block', []),
-    ('mi300x:8', 'fp8_tensor', ['no FP8 hardware on gpu (mi300x)']),
-    ('v5e:2x2', 'fp8_block', ['no FP8 hardware on tpu (v5e)']),
+    ('mi300x:8', 'fp8_tensor', ['no FP8 hardware on mi300x:']),
+    ('v5e:2x2', 'fp8_block', ['no FP8 hardware on v5e:']),
     ('tpu7x:2x2x1', 'fp8_block', []),
     ('a100-40gb:8', 'bf16', []),
   ],
@@ -363,7 +363,7 @@ def test_training_flags_undo_the_flags_before_them():
 def test_a_plan_names_the_formats_that_a_chip_has_not(slice_, precision, lines):
   network = dataclasses.replace(LITE.model, precision=precision)
   config = dataclasses.replace(LITE, model=network)
-  got = list(report.lacking(config, chips.parse(slice_)))
+  got = list(report.lacking(config, [chips.parse(slice_)]))
   assert len(got) == len(lines)
   for line, words in zip(got, lines, strict=True):
     assert words in line

@@ -140,7 +140,7 @@ def mesh_text(mesh: MeshConfig) -> str:
   return ','.join(words) or 'data=1'
 
 
-def training_flags(config: Config, start: MeshConfig) -> str:
+def training_flags(config: Config, start: MeshConfig = MeshConfig()) -> str:
   """Returns the flags of `experiments.train` that train as planned.
 
   Typed after flags, or in place of a config file, that make the mesh `start`,

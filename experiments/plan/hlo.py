@@ -25,6 +25,9 @@ _KINDS = (
 )
 _OPERATION = re.compile(rf'= (.*?) ({_KINDS})(-start)?\((.*)')
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
+# A sparse core's computation has its thread there. A kernel's own text has
+# lines of '}}, ...', which end nothing.
+_END = re.compile(r'\}(, execution_thread="\w+")?\s*$')
 _CALLED = re.compile(
   r'(?:calls|to_apply|body|condition|true_computation|false_computation)='
   r'%?([\w.\-]+)'
@@ -86,7 +89,7 @@ def _bodies(text: str) -> tuple[dict[str, list[str]], str]:
         name = match[2]
         bodies[name] = []
         entry = name if match[1] else entry
-    elif line.rstrip() == '}':  # a kernel's own text has lines of '}}, ...'
+    elif _END.match(line):
       name = None
     else:
       bodies[name].append(line)
@@ -130,7 +133,7 @@ def _turns(line: str, bodies) -> int:
   """Returns how often a loop turns, if the text says so; 0 if it does not.
 
   A TPU's program has no such note; there the comparison that ends the loop has
-  the number.
+  the number, and the body the step: libtpu's windowed products count by twos.
   """
   known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line)
   if known:
@@ -141,9 +144,16 @@ def _turns(line: str, bodies) -> int:
     r'ROOT .* compare\([^,]*, %?([\w.\-]+)\), direction=LT', text
   )
   bound = less and re.search(
-    rf'%?{re.escape(less[1])} = s32\[\]\S* constant\((\d+)\)', text
+    rf'%?{re.escape(less[1])} = [su]32\[\]\S* constant\((\d+)\)', text
   )
-  return int(bound[1]) if bound else 0
+  if not bound:
+    return 0
+  body = '\n'.join(bodies[re.search(r'body=%?([\w.\-]+)', line)[1]])
+  twos = re.findall(r'%([\w.\-]+) = u32\[\]\S* constant\(2\)', body)
+  step = 1
+  if any(re.search(rf' add\([^)]*%{re.escape(two)}\)', body) for two in twos):
+    step = 2
+  return -(-int(bound[1]) // step)
 
 
 def _group(line: str, devices: int) -> list[int]:

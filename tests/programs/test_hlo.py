@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from experiments.plan import hlo
@@ -101,3 +102,42 @@ def test_what_is_started_is_counted_by_its_results():
   ):
     assert hlo._received(kind, shape, True, 4, False) == received, kind
   assert hlo._received('all-to-all', part, False, 4, False) == 3 / 4 * size
+
+
+WINDOWED = """
+%sum (a: f32[], b: f32[]) -> f32[] {
+  ROOT %add.1 = f32[] add(%a, %b)
+}, execution_thread="sparsecore"
+
+%cond (p: (u32[], f32[64])) -> pred[] {
+  %i.1 = u32[] get-tuple-element(%p), index=0
+  %end = u32[]{:T(128)} constant(8)
+  ROOT %less = pred[] compare(%i.1, %end), direction=LT
+}
+
+%body (p: (u32[], f32[64])) -> (u32[], f32[64]) {
+  %i.2 = u32[] get-tuple-element(%p), index=0
+  %step = u32[]{:T(128)} constant(STEP)
+  %next = u32[] add(%i.2, %step)
+  %x = f32[64]{0} get-tuple-element(%p), index=1
+  %y = f32[64]{0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}
+  ROOT %t = (u32[], f32[64]) tuple(%next, %y)
+}
+
+ENTRY %main (x: f32[64]) -> f32[64] {
+  %x = f32[64]{0} parameter(0)
+  %zero = u32[] constant(0)
+  %start = (u32[], f32[64]) tuple(%zero, %x)
+  %loop = (u32[], f32[64]) while(%start), condition=%cond, body=%body
+  ROOT %out = f32[64]{0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+@pytest.mark.parametrize('step, count', [(1, 8), (2, 4)])
+def test_windowed_loops_after_a_sparse_core(step, count):
+  """As libtpu writes them: unsigned counters, and a thread behind a brace."""
+  text = WINDOWED.replace('STEP', str(step))
+  (row,) = hlo.collectives(text, AXES, SIZES, unknown=100)
+  assert row['kind'] == 'collective-permute'
+  assert row['count'] == count and row['bytes'] == count * 64 * 4

@@ -164,7 +164,7 @@ class Rows:
 
   def read(self, part: str = '') -> list[dict]:
     """Returns the rows of a part, by default this one."""
-    return self._all().get(part or self._part, {}).get('found', [])
+    return self._all().get(part or self._part, {}).get('figures', [])
 
   def value(self, part: str, figure: str) -> float | None:
     """Returns the value of a row of any part, None if there is no such row."""
@@ -180,7 +180,7 @@ class Rows:
   def machine(self, machine: dict) -> None:
     """Writes the machine that the part's figures come from."""
     results = self._all()
-    results[self._part] = {'machine': machine, 'found': self.read()}
+    results[self._part] = {'machine': machine, 'figures': self.read()}
     self._write(results)
 
   def add(
@@ -196,8 +196,8 @@ class Rows:
       value, good, beside = None, False, f'{value} {unit}; {beside}'
     row = {'figure': figure, 'value': value, 'unit': unit, 'beside': beside}
     results = self._all()
-    part = results.setdefault(self._part, {'machine': {}, 'found': []})
-    part['found'].append({**row, 'good': good})
+    part = results.setdefault(self._part, {'machine': {}, 'figures': []})
+    part['figures'].append({**row, 'good': good})
     self._write(results)
     mark = {True: 'ok', False: 'BAD', None: ''}[good]
     text = 'failed' if value is None else f'{_number(value)} {unit}'

@@ -47,7 +47,7 @@ def run(out: pathlib.Path, args) -> None:
     f'until it is safe: {pause["ours"]["safe"]:.2f} s, Orbax alone until it is '
     f'committed {pause["orbax"]["safe"]:.2f} s\n'
     f'seal of {_SEAL_MIB} MiB: {sealing["seconds"]:.2f} s, of processor time '
-    f'{sealing["processor"]:.2f} s: {100 * sealing["share"]:.2f} % of '
+    f'{sealing["processor"]:.2f} s: {100 * sealing["fraction"]:.2f} % of '
     f'{_PERIOD:.0f} s between saves'
   )
 
@@ -103,7 +103,7 @@ def seals(folder: pathlib.Path, rounds: int) -> dict:
     seconds.append(time.perf_counter() - began)
     processor.append(time.process_time() - of_process)
   whole, busy = statistics.median(seconds), statistics.median(processor)
-  return {'seconds': whole, 'processor': busy, 'share': busy / _PERIOD}
+  return {'seconds': whole, 'processor': busy, 'fraction': busy / _PERIOD}
 
 
 def _arrays(mib: int) -> dict:

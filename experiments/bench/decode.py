@@ -29,7 +29,7 @@ OTHERS = {
   'jax-llm-examples': (46, 312),
 }
 
-_NEW = 64
+_STEPS = 64
 _BATCHES = (1, 8)
 _CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384)
 
@@ -38,7 +38,7 @@ _CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384)
 class _Job(models.Shape):
   """A shape with the tokens that are decoded after `length` of context."""
 
-  new: int = _NEW
+  steps: int = _STEPS
 
 
 def flags(parser) -> None:
@@ -107,8 +107,8 @@ def _speed(python: str, rounds: int) -> dict:
   rates = []
   for (name, batch), racer in racers.items():
     prefill, steps = np.array(racer.seconds).T
-    rate = batch * _NEW / steps
-    read = step_bytes(_Job(batch=batch), _Job.length + _NEW // 2)
+    rate = batch * _STEPS / steps
+    read = step_bytes(_Job(batch=batch), _Job.length + _STEPS // 2)
     rates.append(
       {
         'name': name,
@@ -116,7 +116,7 @@ def _speed(python: str, rounds: int) -> dict:
         'tokens_per_s': float(np.median(rate)),
         'fastest': float(rate.max()),
         'prefill': float(batch * _Job.length / np.median(prefill)),
-        'share': float(read * _NEW / np.median(steps) / bandwidth),
+        'fraction': float(read * _STEPS / np.median(steps) / bandwidth),
         'versions': racer.versions,
       }
     )
@@ -182,7 +182,7 @@ def _by_context(rounds: int) -> dict:
 
 def rows(results: dict) -> list[tuple[str, str, str]]:
   """Returns (figure, its value, a figure to compare it with), in order."""
-  figures = {name: part['found'] for name, part in results.items()}
+  figures = {name: part['figures'] for name, part in results.items()}
   rows = []
   if 'speed' in figures:
     rows += _speed_rows(figures['speed']['rates'])
@@ -190,7 +190,9 @@ def rows(results: dict) -> list[tuple[str, str, str]]:
     kinds = ', '.join(f'{k}: {v:,}' for k, v in one.items() if k != 'model')
     rows.append((f'cache of {one["model"]}', kinds, 'B a token and layer'))
   for batch, one in figures.get('layer', {}).items():
-    ms = f'{1e3 * one["latent"]:.2f} ms, {one["share"]:.0%} of copy bandwidth'
+    ms = (
+      f'{1e3 * one["latent"]:.2f} ms, {one["fraction"]:.0%} of copy bandwidth'
+    )
     beside = f'per-head cache {one["heads"] / one["latent"]:.1f}x'
     rows.append((f'absorbed layer, batch {batch}', ms, beside))
   for context, one in figures.get('context', {}).items():
@@ -203,7 +205,7 @@ def _speed_rows(rates):
   for one in rates:
     beside = f'best {one["fastest"]:.0f}, prefill {one["prefill"]:,.0f}'
     if one['name'] == 'mla_moe':
-      beside += f', {one["share"]:.0%} of copy bandwidth ({one["versions"]})'
+      beside += f', {one["fraction"]:.0%} of copy bandwidth ({one["versions"]})'
     name = f'{one["name"]}, batch {one["batch"]}'
     yield name, f'{one["tokens_per_s"]:.0f} tokens/s', beside
   for name, values in OTHERS.items():
@@ -214,7 +216,7 @@ def draw(results: dict):
   """Returns a figure of a step's time by context, or None without that part."""
   if 'context' not in results:
     return None
-  by_context = results['context']['found']
+  by_context = results['context']['figures']
   contexts = [int(context) for context in by_context]
   measured = [one['ms'] for one in by_context.values()]
   floor = [one['floor_ms'] for one in by_context.values()]

@@ -55,10 +55,10 @@ def in_turns(calls: dict, rounds: int, times: int) -> dict:
 
 
 def measure(batches: tuple[int, ...], rounds: int) -> dict:
-  """Returns, by batch, seconds with both caches and a share of the bandwidth.
+  """Returns, by batch, seconds with both caches, and a fraction.
 
-  The share is of what the absorbed layer must read, its weights and the
-  latents, in its time.
+  It is that of the copy bandwidth at which an absorbed layer reads the bytes
+  that it must, its weights and the latents.
   """
   keys = iter(jax.random.split(jax.random.key(0), 9))
   random = lambda *size: 0.02 * jax.random.normal(next(keys), size)
@@ -69,7 +69,7 @@ def measure(batches: tuple[int, ...], rounds: int) -> dict:
     x = random(batch, 1, _DIM)
     seconds, cached = _both(w, x, rounds)
     rate = (cached + read) / seconds['latent'] / copy_bandwidth()
-    figures[batch] = {**seconds, 'share': rate}
+    figures[batch] = {**seconds, 'fraction': rate}
   return figures
 
 

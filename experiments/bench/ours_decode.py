@@ -67,13 +67,13 @@ def prefill_function(config):
 
 
 def main() -> None:
-  """The contender; a job's shape has `new`, its steps after the prompt."""
+  """The contender; a job's shape has `steps`, those after the prompt."""
   import jax
 
   from mla_moe.decode import latent_cache
 
   job = json.loads(sys.stdin.readline())
-  new = job['shape'].pop('new')
+  steps = job['shape'].pop('steps')
   shape = models.Shape(**job['shape'])
   config = models.config(shape, job['mode']).model
   runtime.keep_memory()
@@ -83,7 +83,7 @@ def main() -> None:
   prompts = random.integers(0, config.vocab, size).astype(np.int32)
   lengths = np.full(shape.batch, shape.length, np.int32)
   prefill, step = prefill_function(config), step_function(config)
-  cache = latent_cache.empty(config, shape.batch, shape.length + new)
+  cache = latent_cache.empty(config, shape.batch, shape.length + steps)
 
   def once():
     nonlocal cache
@@ -92,7 +92,7 @@ def main() -> None:
       prefill(params, cache, prompts, lengths)
     )
     between = time.perf_counter()
-    for _ in range(new):
+    for _ in range(steps):
       tokens, cache = step(params, cache, tokens)
       tokens.block_until_ready()
     return between - began, time.perf_counter() - between

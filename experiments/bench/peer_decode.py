@@ -20,7 +20,7 @@ def main() -> None:
 
   job = json.loads(sys.stdin.readline())
   shape, mode = job['shape'], job['mode']
-  new = shape['new']
+  steps = shape['steps']
   torch.manual_seed(0)
   model = transformers.AutoModelForCausalLM.from_config(
     peer_train.config(shape, use_cache=True),
@@ -29,7 +29,7 @@ def main() -> None:
   model.eval()
   size = (shape['batch'], shape['length'])
   prompts = torch.randint(0, shape['vocab'], size)
-  longest = shape['length'] + new
+  longest = shape['length'] + steps
   if 'static' in mode:
     cache = transformers.StaticCache(config=model.config, max_cache_len=longest)
   run = torch.compile(model) if 'compile' in mode else model
@@ -46,7 +46,7 @@ def main() -> None:
     tokens = logits[:, -1].argmax(-1, keepdim=True)
     tokens[0].item()
     between = time.perf_counter()
-    for _ in range(new):
+    for _ in range(steps):
       logits = run(tokens, past_key_values=cache).logits
       tokens = logits[:, -1].argmax(-1, keepdim=True)
     tokens[0].item()

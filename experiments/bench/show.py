@@ -65,20 +65,21 @@ def measure(
   """Runs the parts that `only` names and writes their figures into `file`.
 
   Returns:
-    {part: {'machine': ..., 'found': its figures}}, with the parts that the file
-    already had.
+    {part: {'machine': ..., 'figures': ...}}, with those that the file has.
   """
   some = chosen(only, parts)
-  results = (
-    json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
-  )
+  results = {}
+  if file.exists():
+    results = json.loads(file.read_text(encoding='utf-8'))
+    # An older version's figures have another key.
+    results = {k: v for k, v in results.items() if 'figures' in v}
   for name in some:
     began = time.perf_counter()
     print(f'measuring {name} ...', end=' ', flush=True)
     # Through JSON, so that new figures are as those that are read: keys are
     # strings, tuples lists.
     figures = json.loads(json.dumps(parts[name]()))
-    results[name] = {'machine': machine(), 'found': figures}
+    results[name] = {'machine': machine(), 'figures': figures}
     print(f'{time.perf_counter() - began:.0f} s')
     file.write_text(json.dumps(results, indent=1), encoding='utf-8')
   return results

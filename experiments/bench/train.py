@@ -108,7 +108,7 @@ def _products() -> dict:
     'flops_per_step': work,
     'step_rate': step_rate,
     'products_rate': products_rate,
-    'share': step_rate / products_rate,
+    'fraction': step_rate / products_rate,
     'widest': max(rate for _, rate in rates),
     'each': {product.name: rate for product, rate in rates},
   }
@@ -193,7 +193,7 @@ def rows(results: dict) -> list[tuple[str, str, str]]:
     'start': _start_rows,
   }
   parts = [name for name in rows_of if name in results]
-  return [r for name in parts for r in rows_of[name](results[name]['found'])]
+  return [r for name in parts for r in rows_of[name](results[name]['figures'])]
 
 
 def _speed_rows(speed):
@@ -211,7 +211,7 @@ def _speed_rows(speed):
 
 def _product_rows(p):
   note = (
-    f'{p["share"]:.0%} of its own products run alone '
+    f'{p["fraction"]:.0%} of its own products run alone '
     f'({p["products_rate"] / 1e9:.0f}); the widest one reaches '
     f'{p["widest"] / 1e9:.0f}'
   )
@@ -262,7 +262,7 @@ def draw(results: dict):
   for plot in axes.flat[len(parts) :]:
     plot.set_axis_off()
   for name, plot in zip(parts, axes.flat, strict=False):
-    plots[name](plot, results[name]['found'])
+    plots[name](plot, results[name]['figures'])
   return figure
 
 

@@ -75,7 +75,7 @@ def test_every_measurement_has_its_rows_and_the_page_its_pictures():
   parts = {
     'speed': {name: speed for name in peers},
     'products': {
-      'share': 0.5,
+      'fraction': 0.5,
       'step_rate': 1e9,
       'products_rate': 2e9,
       'widest': 3e9,
@@ -85,7 +85,9 @@ def test_every_measurement_has_its_rows_and_the_page_its_pictures():
     'layers': {'2': 4.0, '16': 5.0},
     'start': {'first': 10.0, 'second': 4.0},
   }
-  results = {k: {'machine': {'cores': 2}, 'found': v} for k, v in parts.items()}
+  results = {
+    k: {'machine': {'cores': 2}, 'figures': v} for k, v in parts.items()
+  }
   rows = train.rows(results)
   text = '\n'.join(' '.join(row) for row in rows)
   for words in ('16.0 x for 16 x', '1.20 x that of 16', '0.40 of the first'):
@@ -107,7 +109,7 @@ def test_the_price_of_a_seal_is_measured(tmp_path, monkeypatch, capsys):
   program.main()
   results = json.loads((tmp_path / 'found/checkpoint.json').read_text())
   seal, pause = results['seal'], results['pause']
-  assert 0 < seal['share'] == pytest.approx(seal['processor'] / 100)
+  assert 0 < seal['fraction'] == pytest.approx(seal['processor'] / 100)
   for one in pause.values():
     assert 0 < one['pause'] < one['safe']
   assert 'Orbax alone' in capsys.readouterr().out
@@ -172,16 +174,18 @@ def test_the_decoding_page_has_every_measurement():
     'tokens_per_s': 900.0,
     'fastest': 950.0,
     'prefill': 9000.0,
-    'share': 0.4,
+    'fraction': 0.4,
     'versions': 'jax',
   }
   parts = {
     'speed': {'rates': [rate], 'bandwidth': 1e10},
     'cache': decode.cache_table(),
-    'layer': {'8': {'latent': 0.002, 'heads': 0.006, 'share': 0.5}},
+    'layer': {'8': {'latent': 0.002, 'heads': 0.006, 'fraction': 0.5}},
     'context': {'512': {'ms': 2.0, 'floor_ms': 2.0}},
   }
-  results = {k: {'machine': {'cores': 2}, 'found': v} for k, v in parts.items()}
+  results = {
+    k: {'machine': {'cores': 2}, 'figures': v} for k, v in parts.items()
+  }
   text = '\n'.join(' '.join(row) for row in decode.rows(results))
   # V3 caches 576 numbers of two bytes, 71 times fewer than its heads have.
   for words in ('900 tokens/s', '(MLA): 1,152', 'head: 81,920', '3.0x'):
@@ -248,7 +252,7 @@ def card_words(monkeypatch, folder, *words):
     program.main()
   assert ended.value.code == 1
   results = json.loads((folder / 'card.json').read_text())
-  return {name: part['found'] for name, part in results.items()}
+  return {name: part['figures'] for name, part in results.items()}
 
 
 def test_a_part_that_fails_is_a_row_and_the_next_parts_have_its_time(
@@ -300,7 +304,7 @@ def test_all_parts_of_a_card_run_at_toy_size(tmp_path):
   assert process.returncode == 0, process.stdout + process.stderr
   results = json.loads((tmp_path / 'card.json').read_text())
   assert list(results) == list(card.PARTS)
-  rows = [row for part in results.values() for row in part['found']]
+  rows = [row for part in results.values() for row in part['figures']]
   assert len(rows) >= 25 and all(row['value'] is not None for row in rows)
   assert all(part['machine']['jax'] for part in results.values())
 

@@ -32,7 +32,7 @@ class Footprint:
 
   Attributes:
     parameters: float32, as gradients and optimizer are.
-    gradients: summed over micro-batches.
+    gradients: summed over micro-batches, and over a pipeline's turns.
     optimizer: its moments.
     copies: of the parameters, as narrow as the products read them. XLA makes
       those of all layers at once, before their loop.
@@ -66,13 +66,16 @@ def footprint(config: Config, layout: PyTree | None = None) -> Footprint:
       the arithmetic of `cost`.
 
   Gradients are there once for the step and, with more than one micro-batch,
-  once more for the micro-batch that is added.
+  once more for the micro-batch that is added. A pipeline's layers have them
+  once more for the turn that is added.
   """
   if layout is None:
     even = cost.training_bytes_per_device(config)
     parameters, optimizer = even['parameters'], even['optimizer']
+    staged = parameters
   else:
     parameters = state_bytes((layout.params, layout.router), config.mesh)
+    staged = state_bytes(layout.params.get('moe', {}), config.mesh)
     zero1 = config.mesh.states == 'zero1'
     table = sharding.ZERO1 if zero1 else sharding.RULES
     optimizer = state_bytes(layout.opt, config.mesh, table)
@@ -80,7 +83,7 @@ def footprint(config: Config, layout: PyTree | None = None) -> Footprint:
   sums = 2 if micro < config.data.batch_size else 1
   return Footprint(
     parameters=parameters,
-    gradients=sums * parameters,
+    gradients=sums * parameters + (staged if config.mesh.stage > 1 else 0),
     optimizer=optimizer,
     copies=copies_bytes(config, parameters),
     residuals=residual_bytes(config),

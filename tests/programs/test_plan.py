@@ -331,6 +331,18 @@ def test_turns_without_a_micro_batch_leave_residuals():
     assert staged.logits == plain.logits
 
 
+def test_a_stage_has_the_gradients_of_its_layers_twice():
+  """One sum of all turns, and the turn that is added to it."""
+  data = dataclasses.replace(LITE.data, batch_size=16, micro_batch=16)
+  mesh = MeshConfig(stage=2, expert=2)
+  config = dataclasses.replace(LITE, data=data, mesh=mesh)
+  got = memory.footprint(config, abstract_state(config))
+  a_layer = cost.parameters(LITE).routed / 26 / 64
+  experts = 26 / 2 * a_layer * 64 / 2
+  assert got.gradients - got.parameters > 4 * experts
+  assert got.gradients - got.parameters < 1.1 * 4 * experts
+
+
 def test_training_flags_undo_the_flags_before_them():
   mesh = MeshConfig(fsdp=8, stage=2, pipeline=1)
   config = dataclasses.replace(on_mesh(LITE, fsdp=8, stage=2), mesh=mesh)

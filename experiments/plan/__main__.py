@@ -25,7 +25,9 @@ from .. import chips, cli
 
 def _define() -> None:
   cli.define()
-  flags.DEFINE_string('topology', '', 'Slice: v5p:4x4x4, v5e-16, h100:64.')
+  flags.DEFINE_string(
+    'topology', '', 'Slice: v5p:4x4x4, v5e-16, h100:64, a100-40gb:4.'
+  )
   flags.DEFINE_string('mesh', '', 'Axes: fsdp=8,expert=8; else the best.')
   flags.DEFINE_float('tokens', 0, "Token budget; 0: the config's run.")
   flags.DEFINE_float('utilisation', 0, "Fraction of the peak; 0: V3's.")

@@ -39,14 +39,26 @@ def setup(app):
 
 
 def list_modules(app, page: str, source: list[str]) -> None:
-  """Replaces the line MODULES of api.md by a section for each module."""
+  """Replaces two lines of api.md: NAMES by a table, MODULES by sections."""
   if page == 'api':
+    source[0] = source[0].replace('\nNAMES\n', f'\n{exported()}\n')
     sections = [
       f'{"##" if name.count(".") < 2 else "###"} {name}\n\n'
       f'```{{eval-rst}}\n.. automodule:: {name}\n```\n'
       for name in public_modules()
     ]
     source[0] = source[0].replace('MODULES', '\n'.join(sections))
+
+
+def exported() -> str:
+  """Returns a table of `mla_moe.__all__` with each name's first line."""
+  import mla_moe
+
+  rows = ['| `mla_moe.` | |', '| --- | --- |']
+  for name in mla_moe.__all__:
+    first = (getattr(mla_moe, name).__doc__ or '').strip().splitlines()[0]
+    rows.append(f'| `{name}` | {first.replace("|", "or")} |')
+  return '\n'.join(rows)
 
 
 def public_modules() -> list[str]:

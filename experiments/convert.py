@@ -31,7 +31,7 @@ from absl import flags
 from mla_moe.config import Config, ConfigError, ModelConfig, OptimConfig
 from mla_moe.types import PyTree
 
-from . import against_transformers, cli, commands, opened, workdir
+from . import against_transformers, cli, commands, workdir
 
 FLAGS = flags.FLAGS
 TOLERANCE = 2e-4  # of the logits, with --check
@@ -191,14 +191,14 @@ def to_huggingface(
     ConfigError: no checkpoint, a target that exists, a model that no release
       computes.
   """
-  from mla_moe import save_huggingface
+  from mla_moe import load_run, save_huggingface
 
-  config = workdir.read_config(source)
+  config, variables = load_run(source, allow_unsealed=allow_unsealed)
   extras = _extras(source, config)
   save_huggingface(
     target,
     config.model,
-    opened.last_variables(source, config, allow_unsealed),
+    variables,
     fp8,
     power_of_two=power_of_two,
     dtype=None if fp8 and dtype == 'float32' else dtype,

@@ -8,7 +8,6 @@ files in its folder `huggingface`.
 
 from __future__ import annotations
 
-import functools
 import os
 import pathlib
 import secrets
@@ -17,11 +16,12 @@ from typing import NamedTuple
 
 from absl import flags
 
-from mla_moe.config import Config, ConfigError, ModelConfig
+from mla_moe import files
+from mla_moe.config import ConfigError, ModelConfig
 from mla_moe.data.tokenizer import ByteTokenizer, Tokenizer, load
 from mla_moe.types import PyTree
 
-from . import cli, workdir
+from . import cli
 
 FLAGS = flags.FLAGS
 
@@ -135,12 +135,11 @@ def load_variables(
   """
   if not folder.is_dir():
     raise ConfigError(f'--checkpoint={str(folder)!r}: is no folder')
-  if (folder / 'checkpoints').is_dir():
-    config = workdir.read_config(folder)
-    variables = last_variables(folder, config, allow_unsealed)
-    return config.model, variables, config.data.tokenizer
-  from mla_moe import load_huggingface
+  from mla_moe import load_huggingface, load_run
 
+  if (folder / 'checkpoints').is_dir():
+    run, variables = load_run(folder, allow_unsealed=allow_unsealed)
+    return run.model, variables, run.data.tokenizer
   if not list(folder.glob('*.safetensors*')):
     raise ConfigError(
       f'--checkpoint={str(folder)!r}: holds neither a run with a checkpoint '
@@ -162,36 +161,6 @@ def check_ids(ids: Sequence[int], vocab: int) -> None:
     )
 
 
-def last_variables(
-  folder: pathlib.Path, config: Config, allow_unsealed: bool = False
-) -> PyTree:
-  """Returns {'params', 'router'} of a run's last checkpoint that is whole.
-
-  Raises:
-    ConfigError: no checkpoint, or one of another config.
-  """
-  import jax
-
-  from mla_moe.checkpoint import store
-  from mla_moe.train.state import RENAMED, init_state
-
-  make = functools.partial(init_state, config=config)
-  shapes = jax.eval_shape(make, jax.random.key(0))
-  # A shape without a device would be restored onto those that it was saved on.
-  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  shapes = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes
-  )
-  checkpoints = folder / 'checkpoints'
-  restored = store.restore(
-    checkpoints, shapes, allow_unsealed=allow_unsealed, renamed=RENAMED
-  )
-  if restored is None:
-    raise ConfigError(f'{folder}: has no checkpoint yet')
-  state = restored.state
-  return {'params': state.params, 'router': state.router}
-
-
 def _tokenizer(name: str, own: str, config: ModelConfig) -> Tokenizer:
   """Returns the tokenizer `name`, or the model's own if that is ''."""
   if not name and own != 'byte' and not os.path.exists(own):
@@ -207,8 +176,6 @@ def _tokenizer(name: str, own: str, config: ModelConfig) -> Tokenizer:
 
 def _stop_ids(folder: pathlib.Path, config: ModelConfig) -> tuple[int, ...]:
   """Returns eos_id, and the ids of generation_config.json if there is one."""
-  from mla_moe import files
-
   ids = {config.eos_id}
   path = folder / 'generation_config.json'
   if path.exists():

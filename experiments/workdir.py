@@ -152,12 +152,7 @@ def trouble(path: os.PathLike | str, error: OSError) -> str:
 
 def read_config(path: pathlib.Path) -> Config:
   """Returns the config of the run in this folder."""
-  content = files.read_bytes(path / 'config.json')
-  try:
-    values = json.loads(content.decode('utf-8'))
-  except (ValueError, RecursionError) as error:
-    raise ConfigError(f'{path}/config.json: cannot be read ({error})') from None
-  return freeze(values)
+  return freeze(files.read_json(path / 'config.json'))
 
 
 def write(path: pathlib.Path, text: str) -> None:

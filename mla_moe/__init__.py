@@ -1,29 +1,43 @@
 """DeepSeek-V3-style models in JAX and Flax: MLA, fine-grained MoE, MTP.
 
-    from mla_moe import Config, Transformer, cost, generate, load_huggingface
+    from mla_moe import Transformer, generate, load_huggingface, train_step
 
 Importing this package does nothing else: no flags, no logging, no devices.
 """
 
 from __future__ import annotations
 
-from mla_moe import cost
+from mla_moe import cost, fp8
 from mla_moe.config import CacheConfig, Config, ConfigError, ModelConfig
 from mla_moe.decode.generation import generate, rollout
 from mla_moe.hf.load import load_huggingface
 from mla_moe.hf.save import save_huggingface
+from mla_moe.model.block import Functions
+from mla_moe.model.trace import Trace, trace
 from mla_moe.model.transformer import Output, Transformer
+from mla_moe.train.load import load_run
+from mla_moe.train.state import init_state
+from mla_moe.train.step import predictions, pretraining, train_step
 
 __all__ = [
   'CacheConfig',
   'Config',
   'ConfigError',
+  'Functions',
   'ModelConfig',
   'Output',
+  'Trace',
   'Transformer',
   'cost',
+  'fp8',
   'generate',
+  'init_state',
   'load_huggingface',
+  'load_run',
+  'predictions',
+  'pretraining',
   'rollout',
   'save_huggingface',
+  'trace',
+  'train_step',
 ]

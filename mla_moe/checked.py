@@ -5,11 +5,12 @@ A field's annotation is its rule: `int` and `float` (finite, never negative),
 choices. Rules that an annotation cannot express are in a class's `_rules`. An
 error is one line for people, with the value, the rule and the fix. `thaw` and
 `freeze` turn such a dataclass into a ConfigDict, whose keys people override,
-and back.
+and back; `migrated` moves the keys of older versions.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import math
@@ -150,3 +151,37 @@ def differences(ours: Any, theirs: Any, path: str = 'config') -> list[str]:
     elif a != b:
       lines.append(f'{here}: {a!r} != {b!r}')
   return lines
+
+
+# Keys of older versions, and their new places ('' is none).
+_MOVED = {
+  'model.remat': 'model.compute.remat',
+  'model.fp8_impl': 'model.compute.fp8',
+  'model.mla.impl': 'model.compute.attention',
+  'model.moe.impl': 'model.compute.experts',
+  'model.moe.exchange': 'model.compute.exchange',
+  'data.loader': '',
+}
+
+
+def migrated(values: Any) -> Any:
+  """Returns a copy with the keys of older versions in their new places."""
+  values = copy.deepcopy(values)
+  for old, new in _MOVED.items():
+    *groups, name = old.split('.')
+    group = values
+    for key in groups:
+      group = group.get(key) if hasattr(group, 'get') else None
+    if not hasattr(group, 'get') or name not in group:
+      continue
+    value = group[name]
+    del group[name]
+    if not new:
+      continue
+    *groups, name = new.split('.')
+    group = values
+    for key in groups:
+      group = group.setdefault(key, {})
+    # 'tokamax' was a library's attention kernel.
+    group[name] = 'auto' if value == 'tokamax' else value
+  return values

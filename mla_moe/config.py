@@ -13,7 +13,6 @@ for an id of -1: it is the tokenizer's, and `freeze` puts the number there.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -514,7 +513,7 @@ def freeze(values: Any) -> Config:
   Raises:
     ConfigError: as `checked.freeze`, or a tokenizer without such tokens.
   """
-  config = checked.freeze(_migrated(values), Config, 'config')
+  config = checked.freeze(checked.migrated(values), Config, 'config')
   model, name = config.model, config.data.tokenizer
   is_open = min(model.bos_id, model.eos_id) < 0
   if not model.vocab or (is_open and vocabulary.exists(name)):
@@ -526,37 +525,3 @@ def freeze(values: Any) -> Config:
 def keys() -> Iterator[str]:
   """Yields every key of a Config: `config.model.dim` and so on."""
   return checked.keys(Config, 'config')
-
-
-# Keys of older versions, and their new places ('' is none).
-_MOVED = {
-  'model.remat': 'model.compute.remat',
-  'model.fp8_impl': 'model.compute.fp8',
-  'model.mla.impl': 'model.compute.attention',
-  'model.moe.impl': 'model.compute.experts',
-  'model.moe.exchange': 'model.compute.exchange',
-  'data.loader': '',
-}
-
-
-def _migrated(values: Any) -> Any:
-  """Returns a copy with the keys of older versions in their new places."""
-  values = copy.deepcopy(values)
-  for old, new in _MOVED.items():
-    *groups, name = old.split('.')
-    group = values
-    for key in groups:
-      group = group.get(key) if hasattr(group, 'get') else None
-    if not hasattr(group, 'get') or name not in group:
-      continue
-    value = group[name]
-    del group[name]
-    if not new:
-      continue
-    *groups, name = new.split('.')
-    group = values
-    for key in groups:
-      group = group.setdefault(key, {})
-    # 'tokamax' was a library's attention kernel.
-    group[name] = 'auto' if value == 'tokamax' else value
-  return values

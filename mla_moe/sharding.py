@@ -265,8 +265,19 @@ def bytes_per_device(tree: PyTree, shardings: PyTree) -> int:
 
 
 def auto_axes() -> tuple[str, ...]:
-  """Returns the mesh axes that are GSPMD's here; none without a mesh."""
+  """Returns the mesh axes that are GSPMD's here; none without a mesh.
+
+  Raises:
+    ConfigError: a mesh with other axes than `make_mesh` gives it.
+  """
   mesh = jax.sharding.get_abstract_mesh()
+  own = zip(mesh.axis_names, mesh.axis_types or (), strict=True)
+  fits = {*AXES} == {n for n, t in own if t != AxisType.Explicit}
+  if mesh.axis_names and not fits:
+    raise ConfigError(
+      f'the mesh has the axes {", ".join(mesh.axis_names)}: they must be '
+      f'{", ".join(AXES)}, of type Auto; sharding.make_mesh makes such a mesh'
+    )
   return tuple(a for a in mesh.axis_names if a not in mesh.manual_axes)
 
 

@@ -17,10 +17,10 @@ import numpy as np
 from matplotlib import pyplot
 
 from configs import tiny
-from experiments import opened, train
+from experiments import train
 from experiments.page import COLOURS
 from mla_moe import config as c
-from mla_moe import rollout
+from mla_moe import load_run, rollout
 from mla_moe.data import tokenizer
 from mla_moe.decode import generation
 from notebooks import look
@@ -81,7 +81,7 @@ print(f'held out: {final["bits_per_byte"]:.2f} bits a byte')
 
 # %%
 words = tokenizer.ByteTokenizer()
-variables = opened.last_variables(FOLDER, config)
+_, variables = load_run(FOLDER)
 PROMPT = 'def __init__(self, '
 prompt = np.array([[config.model.bos_id, *words.encode(PROMPT)]], np.int32)
 greedy = rollout(config.model, variables, prompt, 48)

@@ -13,19 +13,18 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax.sharding import (
   Mesh,
   NamedSharding,
   PartitionSpec,
-  SingleDeviceSharding,
 )
 
 from mla_moe import sharding
 from mla_moe.config import Config
 from mla_moe.data import batches
 from mla_moe.train import optim, step
-from mla_moe.train.state import State, abstract_state, placement
+from mla_moe.train.load import shapes
+from mla_moe.train.state import State, placement
 
 from .. import runtime
 
@@ -54,21 +53,6 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, sharding.spec((None, 'batch', None)))
 
 
-def abstract(config: Config, mesh: Mesh | None) -> State:
-  """Returns the shapes, dtypes and shardings of the state, without arrays."""
-  state = nn.unbox(abstract_state(config))
-  if mesh:
-    places = placement(config, mesh)
-  else:
-    device = SingleDeviceSharding(jax.devices()[0])
-    places = jax.tree.map(lambda _: device, state)
-  return jax.tree.map(
-    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-    state,
-    places,
-  )
-
-
 def abstract_inputs(
   config: Config, mesh: Mesh
 ) -> tuple[State, batches.Batch, optim.Rates]:
@@ -81,4 +65,4 @@ def abstract_inputs(
   number = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=everywhere)
   batch = batches.Batch(array, array, array, array, number(jnp.int32))
   rates = optim.Rates(*(number(jnp.float32),) * len(optim.Rates._fields))
-  return abstract(config, mesh), batch, rates
+  return shapes(config, mesh), batch, rates

@@ -33,13 +33,12 @@ def resume(
     ConfigError: the checkpoint is of another text or another config.
   """
   from mla_moe.checkpoint import store
+  from mla_moe.train.load import shapes
   from mla_moe.train.state import RENAMED
-
-  from . import program
 
   restored = store.restore(
     setup.path / 'checkpoints',
-    program.abstract(setup.config, setup.mesh),
+    shapes(setup.config, setup.mesh),
     before=before,
     allow_unsealed=allow_unsealed,
     move_refused=move_refused,

@@ -252,6 +252,9 @@ class DotGeneral:
   precision: str = 'fp8_block'
   impl: str = 'auto'
 
+  def __post_init__(self):
+    Recipe(self.precision, self.impl)  # refuses an unknown name
+
   def __call__(
     self,
     lhs: Float[Array, '*left'],

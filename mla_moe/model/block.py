@@ -6,15 +6,25 @@ that neither the program nor its compile time grows with depth.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 from flax import linen as nn
 
 from mla_moe import sharding
 from mla_moe.config import ModelConfig
-from mla_moe.model import layers, mla, moe, products
+from mla_moe.model import attention, layers, mla, moe, products, router
 from mla_moe.types import Array, Float, Int
 
 _STREAM = ('batch', 'length', 'stream')
+
+
+class Functions(NamedTuple):
+  """The functions of a layer that a caller may replace by others like them."""
+
+  attend: Callable = attention.attend
+  route: Callable = router.route
 
 
 class Block(nn.Module):
@@ -26,6 +36,7 @@ class Block(nn.Module):
 
   config: ModelConfig
   routed: bool
+  functions: Functions = Functions()
 
   @nn.compact
   def __call__(
@@ -40,12 +51,13 @@ class Block(nn.Module):
     norm = lambda name: layers.RMSNorm(c.norm_eps, name=name)
     h = sharding.constrain(norm('attention_norm')(x), *_STREAM)
     with jax.named_scope('attention'):
-      y = mla.Attention(c, name='attention')(h, cos, sin, segments)
+      core = self.functions.attend
+      y = mla.Attention(c, core, name='attention')(h, cos, sin, segments)
     x = x + sharding.constrain(y, *_STREAM)
     h = sharding.constrain(norm('ffn_norm')(x), *_STREAM)
     with jax.named_scope('ffn'):
       if self.routed:
-        y, stats = moe.MoE(c, name='ffn')(h, mask)
+        y, stats = moe.MoE(c, self.functions.route, name='ffn')(h, mask)
       else:
         ffn = layers.FeedForward(
           c.dense_width, c.init_std, products.recipe(c), name='ffn'
@@ -78,7 +90,11 @@ def remat_block(config: ModelConfig, length: int = 1) -> type[nn.Module]:
 
 
 def stack(
-  config: ModelConfig, routed: bool, length: int, name: str
+  config: ModelConfig,
+  routed: bool,
+  length: int,
+  name: str,
+  functions: Functions,
 ) -> nn.Module:
   """Returns `length` blocks as one scan; stats get a leading layer axis."""
   return nn.scan(
@@ -90,4 +106,4 @@ def stack(
     metadata_params={
       nn.PARTITION_NAME: 'routed_layers' if routed else 'layers'
     },
-  )(config, routed, name=name)
+  )(config, routed, functions, name=name)

@@ -10,6 +10,8 @@ Both latents have a norm of their own, the shared key has none.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -39,6 +41,7 @@ class Attention(nn.Module):
   """MLA of one layer: the stream in, the stream's change out."""
 
   config: ModelConfig
+  attend: Callable = attention.attend
 
   @nn.compact
   def __call__(
@@ -90,9 +93,8 @@ class Attention(nn.Module):
     w_v_up = weight('w_v_up', (rank, heads, mla.value_dim), *_UP)
     latent = norm('kv_norm')(latent)
     k_rope = checkpoint_name(rope.rotate(k_rope, cos, sin), 'k_rope')
-    y = attend_latents(
-      q, latent, k_rope, (w_k_up, w_v_up), segments, self.config, recipe
-    )
+    args = q, latent, k_rope, (w_k_up, w_v_up), segments, self.config, recipe
+    y = attend_latents(*args, self.attend)
     shape = (heads, mla.value_dim, dim)
     w_out = weight('w_out', shape, 'heads', 'head_dim', 'embed')
     return products.einsum('btnu,nud->btd', y, w_out, recipe)
@@ -106,6 +108,7 @@ def attend_latents(
   segments: Int[Array, 'B T'] | None,
   config: ModelConfig,
   recipe: fp8.Recipe,
+  attend: Callable = attention.attend,
 ) -> Float[Array, 'B T N U']:
   """Returns attention over latents that `ws` expand to keys and values.
 
@@ -121,6 +124,7 @@ def attend_latents(
     segments: numbers of documents; None is one document.
     config: the model's.
     recipe: of the products with `ws`.
+    attend: `attention.attend`, or another with its arguments.
   """
   parts = sequence.parts(q.shape[1])
   core = attention.choose_core(config.compute.attention, q, segments, parts)
@@ -142,9 +146,7 @@ def attend_latents(
     k, v = _expand(latent, k_rope, ws, recipe, name)
     part, scale = sequence.this_part(parts), rope.softmax_scale(config.mla)
     with jax.named_scope('attend'):
-      y = attention.attend(
-        q, k, v, scale=scale, segments=segments, part=part, impl=core
-      )
+      y = attend(q, k, v, scale=scale, segments=segments, part=part, impl=core)
     return sharding.pmean(y, equal)
 
   spec = sharding.array_spec

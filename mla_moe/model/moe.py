@@ -10,6 +10,7 @@ their experts and back. Down from here: exchange, experts, dispatch.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -41,6 +42,7 @@ class MoE(nn.Module):
   """The shared expert plus the routed experts of one layer."""
 
   config: ModelConfig
+  route: Callable = router.route
 
   @nn.compact
   def __call__(
@@ -67,7 +69,7 @@ class MoE(nn.Module):
       width = moe.shared * width
       shared = layers.FeedForward(width, std, recipe, name='shared')(x)
     args = x, mask, w_router, bias, ws, self.config, recipe, shared
-    out, stats = routed(*args)
+    out, stats = routed(*args, self.route)
     return out if shared is None else out + shared, stats
 
 
@@ -80,6 +82,7 @@ def routed(
   config: ModelConfig,
   recipe: fp8.Recipe,
   shared: Float[Array, 'B T D'] | None = None,
+  route: Callable = router.route,
 ) -> tuple[Float[Array, 'B T D'], Stats]:
   """Returns the sum of each token's routed experts by gates, and the Stats.
 
@@ -95,11 +98,10 @@ def routed(
 
   def region(x, mask, w_router, bias, ws, shared):
     b, t, dim = x.shape
-    flat, flat_mask = x.reshape(b * t, dim), None
-    if mask is not None:
-      flat_mask = mask.reshape(-1)
+    flat = x.reshape(b * t, dim)
+    flat_mask = None if mask is None else mask.reshape(-1)
     with jax.named_scope('route'):
-      routing = router.route(flat, w_router, bias, moe)
+      routing = route(flat, w_router, bias, moe)
     pairs = zip(ws, splits, strict=True)
     ws = tuple(weights.gather(w, split, x.dtype) for w, split in pairs)
     with jax.named_scope('experts'):

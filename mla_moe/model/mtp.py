@@ -22,6 +22,7 @@ class MTP(nn.Module):
   """One prediction module; embedding and head are the main model's."""
 
   config: ModelConfig
+  functions: block.Functions = block.Functions()
 
   @nn.compact
   def __call__(
@@ -41,6 +42,8 @@ class MTP(nn.Module):
     w_join = weights.param(self, 'w_join', (2 * c.dim, c.dim), axes, c.init_std)
     x = jnp.concatenate(pair, axis=-1)
     x = jnp.einsum('btd,de->bte', x, w_join.astype(x.dtype))
-    one = block.remat_block(c)(c, c.moe_layers > 0, name='block')
-    x, stats = one(x, cos, sin, segments, mask)
+    args = c, c.moe_layers > 0, self.functions
+    x, stats = block.remat_block(c)(*args, name='block')(
+      x, cos, sin, segments, mask
+    )
     return x, norm('final_norm')(x), stats

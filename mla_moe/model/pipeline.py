@@ -41,6 +41,7 @@ def run(
   sin: Float[Array, 'B T half'],
   segments: Int[Array, 'B T'] | None,
   micro_batches: int = 0,
+  functions: block.Functions = block.Functions(),
 ) -> tuple[Float[Array, 'B T D'], moe.Stats]:
   """Returns the output of the MoE stack, `block.stack`, computed by all stages.
 
@@ -52,6 +53,7 @@ def run(
     sin: of the rotation.
     segments: numbers of documents, or None.
     micro_batches: M; 0 is one a stage.
+    functions: of the layers.
 
   Raises:
     ConfigError: M does not divide the rows of a device.
@@ -65,7 +67,8 @@ def run(
       f'must divide the {x.shape[0]} rows of a batch'
     )
   length = jax.tree.leaves(variables)[0].shape[0] // count
-  layer = block.remat_block(config, length)(config, True, parent=None)
+  args = config, True, functions
+  layer = block.remat_block(config, length)(*args, parent=None)
   region = functools.partial(_region, layer, count, micro_batches)
   shard_map = jax.shard_map(
     region,

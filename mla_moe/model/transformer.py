@@ -63,12 +63,16 @@ class Output:
 
 
 class Transformer(nn.Module):
-  """A DeepSeek-V3-style model; variables are `params` and `router` (biases)."""
+  """A DeepSeek-V3-style model; variables are `params` and `router` (biases).
+
+  `functions` of one's own replace the attention core and the router.
+  """
 
   config: ModelConfig
+  functions: block.Functions = block.Functions()
 
   def setup(self):
-    c = self.config
+    c, own = self.config, self.functions
     if not c.vocab:
       raise ConfigError("vocab=0: is a tokenizer's; `freeze` reads its size")
     shape, axes, std = (c.vocab, c.dim), ('vocab', 'embed'), c.init_std
@@ -76,11 +80,11 @@ class Transformer(nn.Module):
     if not c.tie_embeddings:
       self.w_head = weights.param(self, 'w_head', shape[::-1], axes[::-1], std)
     if c.dense_layers:
-      self.dense = block.stack(c, False, c.dense_layers, 'dense')
+      self.dense = block.stack(c, False, c.dense_layers, 'dense', own)
     if c.moe_layers:
-      self.moe = block.stack(c, True, c.moe_layers, 'moe')
+      self.moe = block.stack(c, True, c.moe_layers, 'moe', own)
     self.final_norm = layers.RMSNorm(c.norm_eps)
-    self.mtp = [mtp.MTP(c) for _ in range(c.mtp.depth)]
+    self.mtp = [mtp.MTP(c, own) for _ in range(c.mtp.depth)]
 
   def __call__(
     self,
@@ -139,7 +143,8 @@ class Transformer(nn.Module):
     if c.dense_layers:
       x, _ = self.dense(x, *context, None)
     if c.moe_layers and pipeline.stages() > 1 and not self.is_initializing():
-      x, stats = pipeline.run(self.moe.variables, c, x, *context, micro_batches)
+      args = self.moe.variables, c, x, *context, micro_batches
+      x, stats = pipeline.run(*args, self.functions)
       x = sharding.constrain(x, 'batch', 'length', 'stream')
     elif c.moe_layers:
       x, stats = self.moe(x, *context, None)

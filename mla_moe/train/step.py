@@ -8,6 +8,11 @@ result. The number of micro-batches is a value, not a shape: the batch may grow
 during the run without a new compilation. The router's biases move outside the
 gradient, by the load of the whole step (section 2.1.2).
 
+The loss is an argument, `objective`, a function of `Predictions`: the negative
+log-likelihoods of the targets, without the logits. It returns a micro-batch's
+part of the loss, and the parts are summed, so it divides by numbers of the
+whole step (`Whole`, or arrays of the batch that the host has computed).
+
 A step is rejected if its loss or gradient is not finite, or its main loss
 is a spike. It is computed all the same, and a `where` over the arrays that the
 update writes anyway keeps the old state. (optax.apply_if_finite applies a NaN
@@ -18,34 +23,82 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from mla_moe.config import Config, ModelConfig, MTPConfig
 from mla_moe.data import batches
-from mla_moe.model import moe, router, sequence, transformer
+from mla_moe.model import block, moe, router, sequence, transformer
 from mla_moe.train import losses, optim
 from mla_moe.train.state import State
 from mla_moe.types import Array, Int, PyTree
 
 
+class Predictions(NamedTuple):
+  """The log-likelihoods of a micro-batch, row 0 the model's, then the MTP's.
+
+  On a mesh that splits sequences, tokens are in the order of its devices
+  (`sequence.arrange`). In an objective, the means over sequences in `stats` are
+  multiplied by `Whole.part`, so that their sum over micro-batches is a mean.
+  """
+
+  nll: Array  # [1 + depth, B, T] float32, nats; 0 where there is no target
+  lse: Array  # [1 + depth, B, T] float32: the logits' logsumexp
+  targets: Array  # [1 + depth, B, T] int32; -1 is none
+  stats: moe.Stats  # with an axis of MoE layers, MTP modules last
+
+
+class Whole(NamedTuple):
+  """Numbers of the whole step, by which an objective weighs a micro-batch."""
+
+  tokens: Array  # [] float32: targets in all real micro-batches
+  part: Array  # [] float32: this micro-batch's part of their sequences
+  rates: optim.Rates
+
+
+def pretraining(
+  out: Predictions, micro: PyTree, whole: Whole, config: Config
+) -> tuple[Array, dict[str, Array]]:
+  """Returns V3's loss of a micro-batch, and metrics: an `objective`."""
+  z = jnp.where(out.targets[0] >= 0, jnp.square(out.lse[0]), 0)
+  main = out.nll[0].sum() / whole.tokens
+  mtp = out.nll[1:].sum() / max(len(out.nll) - 1, 1) / whole.tokens
+  loss = (
+    main
+    + whole.rates.mtp_loss * mtp
+    + config.optim.z_loss * (z.sum() / whole.tokens)
+    + config.optim.balance_loss * out.stats.balance.sum()
+  )
+  return loss, {'main_loss': main, 'mtp_loss': mtp}
+
+
 def train_step(
   state: State,
-  batch: batches.Batch,
+  batch: PyTree,
   rates: optim.Rates,
   *,
   config: Config,
+  objective: Callable = pretraining,
+  functions: block.Functions = block.Functions(),
 ) -> tuple[State, dict[str, Array]]:
   """Returns the state after one update from a whole global batch, and metrics.
 
   A rejected update changes nothing but the count of steps.
 
-  Metrics: float32 scalars loss (the weighted sum), main_loss and mtp_loss (nats
-  per token), balance_loss (mean over MoE layers; 1 is balanced), grad_norm,
-  skipped (0: accepted; 1: not finite; 2: a spike); per MoE layer, MTP modules
-  last: load [L, E] int32, entropy [L], bias_norm [L] and overflow [L] int32
-  (`moe.Stats`).
+  Args:
+    batch: a `batches.Batch`, or a NamedTuple with its fields and others, each
+      [n, ...], or a scalar that all micro-batches get.
+    objective: the loss, called as `pretraining` is.
+    functions: of the layers.
+
+  Metrics: those of the objective (`pretraining`: main_loss and mtp_loss in nats
+  per token) and float32 scalars loss, balance_loss (mean over MoE layers; 1 is
+  balanced), grad_norm, skipped (0: accepted; 1: not finite; 2: a spike); per
+  MoE layer, MTP modules last: load [L, E] int32, entropy [L], bias_norm [L] and
+  overflow [L] int32 (`moe.Stats`).
   """
   used = jnp.arange(batch.tokens.shape[0]) < batch.count
   targets = batch.targets >= 0
@@ -56,17 +109,26 @@ def train_step(
   if config.model.precision != 'bf16':
     copies = transformer.fp8_copies(state.params, config.model)
 
-  def objective(params, micro):
+  def part_of_loss(params, micro):
     if copies is not None:
       params = transformer.with_copies(params, copies)
-    terms = _terms(params, state.router, micro, config)
-    part = batch.tokens.shape[1] / sequences
-    return _loss(terms, tokens, part, rates, config.optim)
+    out = predictions(params, state.router, micro, config, functions)
+    whole = Whole(tokens, batch.tokens.shape[1] / sequences, rates)
+    stats = out.stats._replace(
+      balance=out.stats.balance * whole.part,
+      entropy=out.stats.entropy * whole.part,
+    )
+    out = out._replace(stats=stats)
+    loss, metrics = objective(out, micro, whole, config)
+    metrics |= {'loss': loss, 'balance_loss': stats.balance}
+    return loss, metrics | {
+      name: getattr(stats, name) for name in ('entropy', 'load', 'overflow')
+    }
 
-  grads, metrics = _accumulate(objective, state.params, batch)
+  grads, metrics = _accumulate(part_of_loss, state.params, batch)
   grads, norm = optim.clipped(grads, config.optim.clip)
   window = state.loss_window
-  both = metrics['loss'], metrics['main_loss']
+  both = metrics['loss'], metrics.get('main_loss', metrics['loss'])
   skipped, window = _judge(window, *both, norm, config.optim)
   accept = skipped == 0
   tx, rate = optim.optimizer(config.optim), rates.learning_rate
@@ -80,7 +142,6 @@ def train_step(
   )
   leaves = [x for name in rows for x in jax.tree.leaves(biases[name])]
   norms = [jnp.linalg.norm(x, axis=-1).reshape(-1) for x in leaves]
-  metrics.pop('z_loss')
   metrics['balance_loss'] = jnp.mean(metrics['balance_loss'])
   metrics |= {'grad_norm': norm, 'skipped': skipped}
   if norms:
@@ -97,31 +158,12 @@ def eval_step(
   config = dataclasses.replace(config, model=main)
 
   def one(micro):
-    terms = _terms(state.params, state.router, micro, config)
-    return terms['main_loss'], jnp.sum(micro.targets >= 0)
+    out = predictions(state.params, state.router, micro, config)
+    return out.nll[0].sum(), jnp.sum(micro.targets >= 0)
 
   parts = batch._replace(count=jnp.zeros(len(batch.tokens)))
   nll, tokens = jax.lax.map(one, parts)
   return {'nll': nll.sum(), 'tokens': tokens.sum()}
-
-
-def _loss(terms, tokens, part, rates, optim) -> tuple[Array, dict[str, Array]]:
-  """Returns a micro-batch's part of the step's loss, and of its metrics.
-
-  `tokens` are the whole step's; `part` is this micro-batch's part of its
-  sequences.
-  """
-  for name in ('main_loss', 'mtp_loss', 'z_loss'):
-    terms[name] = terms[name] / tokens
-  for name in ('balance_loss', 'entropy'):
-    terms[name] = terms[name] * part
-  loss = (
-    terms['main_loss']
-    + rates.mtp_loss * terms['mtp_loss']
-    + optim.z_loss * terms['z_loss']
-    + optim.balance_loss * terms['balance_loss'].sum()
-  )
-  return loss, {'loss': loss, **terms}
 
 
 def _judge(window, loss, main_loss, norm, optim) -> tuple[Array, PyTree]:
@@ -142,13 +184,13 @@ def _judge(window, loss, main_loss, norm, optim) -> tuple[Array, PyTree]:
   return skipped, {'losses': losses, 'seen': seen + 1}
 
 
-def _accumulate(objective, params, batch) -> tuple[PyTree, dict[str, Array]]:
+def _accumulate(part_of_loss, params, batch) -> tuple[PyTree, dict]:
   """Returns gradients and metrics, summed over the real micro-batches."""
-  part = jax.jit(jax.value_and_grad(objective, has_aux=True))
+  part = jax.jit(jax.value_and_grad(part_of_loss, has_aux=True))
 
   def micro(i):
     take = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
-    return batches.Batch(*(take(x) for x in batch[:-1]), batch.count)
+    return jax.tree.map(lambda x: take(x) if jnp.ndim(x) else x, batch)
 
   if batch.tokens.shape[0] == 1:
     (_, metrics), grads = part(params, micro(0))
@@ -164,14 +206,18 @@ def _accumulate(objective, params, batch) -> tuple[PyTree, dict[str, Array]]:
   return jax.lax.fori_loop(0, batch.count, add, start)
 
 
-def _terms(params, biases, micro, config) -> dict[str, Array]:
-  """Returns the parts of the loss, and statistics, of one micro-batch.
+def predictions(
+  params: PyTree,
+  biases: PyTree,
+  micro: PyTree,
+  config: Config,
+  functions: block.Functions = block.Functions(),
+) -> Predictions:
+  """Returns the log-likelihoods of one micro-batch's targets, and statistics.
 
-  main_loss, mtp_loss (mean over the modules) and z_loss are sums over tokens;
-  balance_loss and entropy are means over sequences, and load and overflow
-  counts, each with an axis of MoE layers.
+  `micro` has the fields of a `batches.Batch` without the axis of micro-batches.
   """
-  network = transformer.Transformer(config.model)
+  network = transformer.Transformer(config.model, functions)
   variables = {'params': params, 'router': biases}
   joined = config.data.packing == 'joined'
   out = network.apply(
@@ -189,16 +235,7 @@ def _terms(params, biases, micro, config) -> dict[str, Array]:
   hidden = jnp.stack([out.hidden, *out.mtp_hidden])
   targets = jnp.stack([sequence.arrange(t) for t in targets])
   nll, lse = losses.sharded_token_nll(hidden, head, targets)
-  stats = _joined_stats(out)
-  return {
-    'main_loss': nll[0].sum(),
-    'mtp_loss': nll[1:].sum() / max(len(out.mtp_hidden), 1),
-    'z_loss': jnp.where(targets[0] >= 0, jnp.square(lse[0]), 0).sum(),
-    'balance_loss': stats.balance,
-    'entropy': stats.entropy,
-    'load': stats.load,
-    'overflow': stats.overflow,
-  }
+  return Predictions(nll, lse, targets, _joined_stats(out))
 
 
 def _ahead(

@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from configs import tiny
-from experiments import cli, opened, report, train, workdir
+from experiments import cli, report, train, workdir
 from mla_moe import fp8
 from mla_moe.checkpoint import folders, store
 from mla_moe.config import (
@@ -31,7 +31,7 @@ from mla_moe.config import (
 from mla_moe.data import tokenizer
 from mla_moe.decode import generation
 from mla_moe.kernels import block_tpu
-from mla_moe.train import metrics
+from mla_moe.train import load, metrics
 from mla_moe.train.state import init_state
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -365,7 +365,7 @@ def test_a_mesh_samples_the_text_that_one_device_samples(tmp_path):
   train.run(config, tmp_path / 'run')
   assert not workdir.rows(tmp_path / 'run' / 'incidents.jsonl')
   sample = (tmp_path / 'run' / 'samples.txt').read_text()
-  variables = opened.last_variables(tmp_path / 'run', config)
+  _, variables = load.load_run(tmp_path / 'run')
   prompt, _, text = sample.removeprefix('--- step 1\n').partition('<<<\n')
   words = tokenizer.ByteTokenizer()
   tokens = np.array([words.encode(prompt)], np.int32)

@@ -1,0 +1,68 @@
+"""Loads the model of a run's folder: the counterpart of `hf.load`.
+
+A run has its config in config.json and its states in `checkpoints`. The newest
+one that is whole is read and compared with its seal (`checkpoint.store`); the
+optimizer's state is read with it and dropped.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+import jax
+from flax import linen as nn
+
+from mla_moe import files
+from mla_moe.config import Config, ConfigError, freeze
+from mla_moe.train.state import RENAMED, State, abstract_state, placement
+from mla_moe.types import PyTree
+
+
+def load_run(
+  folder: os.PathLike | str,
+  *,
+  mesh: jax.sharding.Mesh | None = None,
+  allow_unsealed: bool = False,
+) -> tuple[Config, dict[str, PyTree]]:
+  """Returns (config, {'params', 'router'}) of a run's last trusted checkpoint.
+
+  Args:
+    folder: the `--workdir` of a training.
+    mesh: of `sharding.make_mesh`; the leaves are laid on it. Without it they
+      lie on one device.
+    allow_unsealed: trust a checkpoint that was never sealed.
+
+  Raises:
+    ConfigError: no run, no checkpoint, or one of another config.
+    store.Damaged: no checkpoint can be trusted.
+  """
+  from mla_moe.checkpoint import store  # orbax is slow to import
+
+  folder = pathlib.Path(folder)
+  config = freeze(files.read_json(folder / 'config.json'))
+  restored = store.restore(
+    folder / 'checkpoints',
+    shapes(config, mesh),
+    allow_unsealed=allow_unsealed,
+    renamed=RENAMED,
+  )
+  if restored is None:
+    raise ConfigError(f'{folder}: has no checkpoint yet')
+  state = restored.state
+  return config, {'params': state.params, 'router': state.router}
+
+
+def shapes(config: Config, mesh: jax.sharding.Mesh | None = None) -> State:
+  """Returns the shapes, dtypes and shardings of the state, without arrays.
+
+  A shape without a device would be restored onto those that it was saved on.
+  """
+  state = nn.unbox(abstract_state(config))
+  if mesh is None:
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    places = jax.tree.map(lambda _: device, state)
+  else:
+    places = placement(config, mesh)
+  place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+  return jax.tree.map(place, state, places)

@@ -120,10 +120,7 @@ def train_step(
     )
     out = out._replace(stats=stats)
     loss, metrics = objective(out, micro, whole, config)
-    metrics |= {'loss': loss, 'balance_loss': stats.balance}
-    return loss, metrics | {
-      name: getattr(stats, name) for name in ('entropy', 'load', 'overflow')
-    }
+    return loss, {'loss': loss, **metrics, **stats._asdict()}
 
   grads, metrics = _accumulate(part_of_loss, state.params, batch)
   grads, norm = optim.clipped(grads, config.optim.clip)
@@ -142,7 +139,7 @@ def train_step(
   )
   leaves = [x for name in rows for x in jax.tree.leaves(biases[name])]
   norms = [jnp.linalg.norm(x, axis=-1).reshape(-1) for x in leaves]
-  metrics['balance_loss'] = jnp.mean(metrics['balance_loss'])
+  metrics['balance_loss'] = jnp.mean(metrics.pop('balance'))
   metrics |= {'grad_norm': norm, 'skipped': skipped}
   if norms:
     metrics['bias_norm'] = jnp.concatenate(norms)

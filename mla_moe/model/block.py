@@ -89,21 +89,16 @@ def remat_block(config: ModelConfig, length: int = 1) -> type[nn.Module]:
   return nn.remat(Block, prevent_cse=length == 1, policy=policy)
 
 
-def stack(
-  config: ModelConfig,
-  routed: bool,
-  length: int,
-  name: str,
-  functions: Functions,
-) -> nn.Module:
-  """Returns `length` blocks as one scan; stats get a leading layer axis."""
+def stack(config: ModelConfig, routed: bool, functions: Functions) -> nn.Module:
+  """Returns a config's MoE or dense blocks as a scan; stats get a layer axis."""
+  length, axis = config.dense_layers, 'layers'
+  if routed:
+    length, axis = config.moe_layers, 'routed_layers'
   return nn.scan(
     remat_block(config, length),
     length=length,
     variable_axes={'params': 0, 'router': 0},
     split_rngs={'params': True},
     in_axes=nn.broadcast,
-    metadata_params={
-      nn.PARTITION_NAME: 'routed_layers' if routed else 'layers'
-    },
-  )(config, routed, functions, name=name)
+    metadata_params={nn.PARTITION_NAME: axis},
+  )(config, routed, functions, name='moe' if routed else 'dense')

@@ -63,13 +63,10 @@ class Output:
 
 
 class Transformer(nn.Module):
-  """A DeepSeek-V3-style model; variables are `params` and `router` (biases).
-
-  `functions` of one's own replace the attention core and the router.
-  """
+  """A DeepSeek-V3-style model; variables are `params` and `router` (biases)."""
 
   config: ModelConfig
-  functions: block.Functions = block.Functions()
+  functions: block.Functions = block.Functions()  # of each layer
 
   def setup(self):
     c, own = self.config, self.functions
@@ -80,9 +77,9 @@ class Transformer(nn.Module):
     if not c.tie_embeddings:
       self.w_head = weights.param(self, 'w_head', shape[::-1], axes[::-1], std)
     if c.dense_layers:
-      self.dense = block.stack(c, False, c.dense_layers, 'dense', own)
+      self.dense = block.stack(c, False, own)
     if c.moe_layers:
-      self.moe = block.stack(c, True, c.moe_layers, 'moe', own)
+      self.moe = block.stack(c, True, own)
     self.final_norm = layers.RMSNorm(c.norm_eps)
     self.mtp = [mtp.MTP(c, own) for _ in range(c.mtp.depth)]
 

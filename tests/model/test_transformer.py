@@ -146,8 +146,7 @@ def test_a_single_layer_is_made_again_too():
     run = block.stack(
       dataclasses.replace(config, compute=ComputeConfig(remat=remat)),
       False,
-      1,
-      'dense',
+      block.Functions(),
     )
     x = jax.ShapeDtypeStruct((1, 64, config.dim), jnp.float32)
     angles = rope.angles(

@@ -113,7 +113,7 @@ def test_the_plan_compiles_the_program_of_a_run(states):
     run, *_ = preparation._jitted(config)
     args = (batch, steps.rates(config, 1))
     args = [preparation.place(setup, x) for x in args]
-    text = run.lower(training.abstract(config, mesh), *args).as_text()
+    text = run.lower(training.shapes(config, mesh), *args).as_text()
   assert lowered.as_text() == text
 
 

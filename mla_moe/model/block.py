@@ -90,7 +90,7 @@ def remat_block(config: ModelConfig, length: int = 1) -> type[nn.Module]:
 
 
 def stack(config: ModelConfig, routed: bool, functions: Functions) -> nn.Module:
-  """Returns the MoE or the dense blocks as a scan; stats get an axis of layers."""
+  """Returns the MoE or the dense blocks as a scan; stats get a layer axis."""
   length, axis = config.dense_layers, 'layers'
   if routed:
     length, axis = config.moe_layers, 'routed_layers'

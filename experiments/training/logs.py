@@ -14,9 +14,8 @@ import time
 
 import numpy as np
 
-from mla_moe.train import metrics
-
 from .. import workdir
+from . import metrics
 
 
 class Logs:

@@ -22,11 +22,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mla_moe import cost, fp8, sharding
 from mla_moe.config import Config, RunConfig
 from mla_moe.data import batches, corpus, tokenizer
-from mla_moe.train import fp8_health, step
+from mla_moe.train import step
 from mla_moe.train.state import State, init_state
 
 from .. import distributed, runtime
-from . import program
+from . import fp8_health, program
 
 
 class Setup(NamedTuple):

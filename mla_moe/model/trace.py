@@ -1,9 +1,8 @@
 """The inner choices of a model: each token's experts, each head's entropy.
 
-Training never returns them, because they are larger than the stream between the
-layers. `trace` runs the same layers on one device with `block.Functions` of its
-own. They call the usual ones and note the results, which leave each layer of
-the scan as arrays. From outside it is a pure function, under `jit`, too.
+`trace` runs a model's layers with `block.Functions` of its own. They call the
+usual ones and note the results, which leave the scan over layers as arrays: so
+it is a pure function, and the training step knows nothing of it.
 """
 
 from __future__ import annotations
@@ -20,18 +19,13 @@ from mla_moe.types import Array, Float, Int, PyTree
 
 
 class Trace(NamedTuple):
-  """The choices of all layers; those of L experts' layers are None if L = 0.
-
-  The gates multiply the experts' outputs. The entropy is that of a query's
-  probabilities over the keys that it sees, in nats: at position i at most
-  ln(i + 1).
-  """
+  """The choices of all layers; experts are those of the L layers with experts."""
 
   logits: Array  # [B, T, V] float32, as `Transformer` has them
-  entropy: Array  # [layers, B, T, N] float32: of attention
-  chosen: Array | None  # [L, B, T, K] int32: the experts' ids
+  entropy: Array  # [layers, B, T, N] float32, nats: of attention
+  chosen: Array | None  # [L, B, T, K] int32: experts' ids; None if L = 0
   gates: Array | None  # [L, B, T, K] float32
-  scores: Array | None  # [L, B, T, E] float32: of all experts
+  scores: Array | None  # [L, B, T, E] float32
 
 
 def trace(
@@ -42,10 +36,7 @@ def trace(
   segments: Int[Array, 'B T'] | None = None,
   functions: block.Functions = block.Functions(),
 ) -> Trace:
-  """Returns the Trace of whole sequences, without the MTP modules.
-
-  The other arguments are those of `Transformer.features`. Entropies take a
-  matrix [B, T, T] in memory, one head at a time.
+  """Returns the Trace of whole sequences, without MTP; see `features`.
 
   Raises:
     ConfigError: there is a mesh.

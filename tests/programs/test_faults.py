@@ -21,6 +21,7 @@ import pytest
 from configs import tiny
 from experiments import cli, runtime, soak, train, workdir
 from experiments.training import (
+  metrics,
   preparation,
   progress,
   recorder,
@@ -31,7 +32,7 @@ from mla_moe import ConfigError
 from mla_moe.checkpoint import faults, folders, store
 from mla_moe.config import Config, MeshConfig, freeze
 from mla_moe.data import batches
-from mla_moe.train import metrics, optim, step
+from mla_moe.train import optim, step
 from mla_moe.train.state import init_state
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -19,7 +19,7 @@ from mla_moe.types import Array, Float, Int, PyTree
 
 
 class Trace(NamedTuple):
-  """The choices of all layers; experts are those of the L layers with experts."""
+  """The choices of all layers, of which L have experts."""
 
   logits: Array  # [B, T, V] float32, as `Transformer` has them
   entropy: Array  # [layers, B, T, N] float32, nats: of attention

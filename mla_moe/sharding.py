@@ -20,7 +20,6 @@ import math
 from collections.abc import Callable
 
 import jax
-import numpy as np
 from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -249,16 +248,6 @@ def shardings(
 
   is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
   return jax.tree.map(one, boxed, is_leaf=is_box)
-
-
-def bytes_per_device(tree: PyTree, shardings: PyTree) -> int:
-  """Returns the bytes of `tree` (arrays or shapes) on one device."""
-
-  def one(leaf, sharding):
-    size = math.prod(sharding.shard_shape(leaf.shape))
-    return size * np.dtype(leaf.dtype).itemsize
-
-  return sum(jax.tree.leaves(jax.tree.map(one, tree, shardings)))
 
 
 # ---------------------------------------------------------------- regions

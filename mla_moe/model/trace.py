@@ -50,8 +50,7 @@ def trace(
   cos, sin = rope.angles(positions, config.mla.rope_dim, config.mla.rope)
   x = embedding.lookup(params['embedding'], tokens, config.dtype)
   noted = {}
-  counts = {'dense': config.dense_layers, 'moe': config.moe_layers}
-  for name in [name for name, count in counts.items() if count]:
+  for name in filter(params.get, ('dense', 'moe')):
 
     def layer(x, variables, routed=name == 'moe'):
       notes, noting = _noting(functions)

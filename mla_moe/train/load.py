@@ -29,8 +29,7 @@ def load_run(
 
   Args:
     folder: the `--workdir` of a training.
-    mesh: of `sharding.make_mesh`; the leaves are laid on it. Without it they
-      lie on one device.
+    mesh: of `sharding.make_mesh`, for the leaves; None is one device.
     allow_unsealed: trust a checkpoint that was never sealed.
 
   Raises:
@@ -59,10 +58,9 @@ def shapes(config: Config, mesh: jax.sharding.Mesh | None = None) -> State:
   A shape without a device would be restored onto those that it was saved on.
   """
   state = nn.unbox(abstract_state(config))
-  if mesh is None:
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    places = jax.tree.map(lambda _: device, state)
-  else:
-    places = placement(config, mesh)
+  one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  places = (
+    placement(config, mesh) if mesh else jax.tree.map(lambda _: one, state)
+  )
   place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
   return jax.tree.map(place, state, places)

@@ -12,32 +12,17 @@ nn.Dense(width, dot_general=fp8.DotGeneral('fp8_block'))
 
 from __future__ import annotations
 
-from mla_moe.fp8.gemm import choose, collect_fallbacks
-from mla_moe.fp8.linear import (
-  SAVED,
-  DotGeneral,
-  Weight,
-  dot,
-  dots,
-  prepare,
-  ragged_dot,
-)
-from mla_moe.fp8.quantize import Quantized, dequantize, retile
-from mla_moe.fp8.recipe import Recipe, Rounding
-
-__all__ = [
-  'SAVED',
-  'DotGeneral',
-  'Quantized',
-  'Recipe',
-  'Rounding',
-  'Weight',
-  'choose',
-  'collect_fallbacks',
-  'dequantize',
-  'dot',
-  'dots',
-  'prepare',
-  'ragged_dot',
-  'retile',
-]
+from mla_moe.fp8.gemm import choose as choose
+from mla_moe.fp8.gemm import collect_fallbacks as collect_fallbacks
+from mla_moe.fp8.linear import SAVED as SAVED
+from mla_moe.fp8.linear import DotGeneral as DotGeneral
+from mla_moe.fp8.linear import Weight as Weight
+from mla_moe.fp8.linear import dot as dot
+from mla_moe.fp8.linear import dots as dots
+from mla_moe.fp8.linear import prepare as prepare
+from mla_moe.fp8.linear import ragged_dot as ragged_dot
+from mla_moe.fp8.quantize import Quantized as Quantized
+from mla_moe.fp8.quantize import dequantize as dequantize
+from mla_moe.fp8.quantize import retile as retile
+from mla_moe.fp8.recipe import Recipe as Recipe
+from mla_moe.fp8.recipe import Rounding as Rounding

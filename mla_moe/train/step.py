@@ -55,7 +55,7 @@ class Whole(NamedTuple):
   """Numbers of the whole step, by which an objective weighs a micro-batch."""
 
   tokens: Array  # [] float32: targets in all real micro-batches
-  part: Array  # [] float32: this micro-batch's part of their sequences
+  part: Array  # [] float32: a micro-batch's part of their sequences
   rates: optim.Rates
 
 
@@ -89,8 +89,7 @@ def train_step(
   A rejected update changes nothing but the count of steps.
 
   Args:
-    batch: a `batches.Batch`, or a NamedTuple with its fields and others, each
-      [n, ...], or a scalar that all micro-batches get.
+    batch: `batches.Batch`, or a NamedTuple with more fields: [n, ...], scalars.
     objective: the loss, called as `pretraining` is.
     functions: of the layers.
 
@@ -100,11 +99,7 @@ def train_step(
   MoE layer, MTP modules last: load [L, E] int32, entropy [L], bias_norm [L] and
   overflow [L] int32 (`moe.Stats`).
   """
-  used = jnp.arange(batch.tokens.shape[0]) < batch.count
-  targets = batch.targets >= 0
-  tokens = jnp.sum(targets & used[:, None, None], dtype=jnp.float32)
-  sequences = batch.count * batch.tokens.shape[1]
-
+  whole = _whole(batch, rates)
   copies = None
   if config.model.precision != 'bf16':
     copies = transformer.fp8_copies(state.params, config.model)
@@ -113,7 +108,6 @@ def train_step(
     if copies is not None:
       params = transformer.with_copies(params, copies)
     out = predictions(params, state.router, micro, config, functions)
-    whole = Whole(tokens, batch.tokens.shape[1] / sequences, rates)
     stats = out.stats._replace(
       balance=out.stats.balance * whole.part,
       entropy=out.stats.entropy * whole.part,
@@ -124,9 +118,7 @@ def train_step(
 
   grads, metrics = _accumulate(part_of_loss, state.params, batch)
   grads, norm = optim.clipped(grads, config.optim.clip)
-  window = state.loss_window
-  both = metrics['loss'], metrics.get('main_loss', metrics['loss'])
-  skipped, window = _judge(window, *both, norm, config.optim)
+  skipped, window = _judge(state.loss_window, metrics, norm, config.optim)
   accept = skipped == 0
   tx, rate = optim.optimizer(config.optim), rates.learning_rate
   params, opt = optim.apply(tx, grads, state.opt, state.params, rate, accept)
@@ -137,12 +129,8 @@ def train_step(
     (biases, window),
     (state.router, state.loss_window),
   )
-  leaves = [x for name in rows for x in jax.tree.leaves(biases[name])]
-  norms = [jnp.linalg.norm(x, axis=-1).reshape(-1) for x in leaves]
   metrics['balance_loss'] = jnp.mean(metrics.pop('balance'))
-  metrics |= {'grad_norm': norm, 'skipped': skipped}
-  if norms:
-    metrics['bias_norm'] = jnp.concatenate(norms)
+  metrics |= {'grad_norm': norm, 'skipped': skipped, **_norms(biases, rows)}
   return State(state.step + 1, params, biases, opt, window), metrics
 
 
@@ -163,13 +151,23 @@ def eval_step(
   return {'nll': nll.sum(), 'tokens': tokens.sum()}
 
 
-def _judge(window, loss, main_loss, norm, optim) -> tuple[Array, PyTree]:
+def _whole(batch, rates) -> Whole:
+  used = jnp.arange(batch.tokens.shape[0]) < batch.count
+  targets = batch.targets >= 0
+  tokens = jnp.sum(targets & used[:, None, None], dtype=jnp.float32)
+  sequences = batch.count * batch.tokens.shape[1]
+  return Whole(tokens, batch.tokens.shape[1] / sequences, rates)
+
+
+def _judge(window, metrics, norm, optim) -> tuple[Array, PyTree]:
   """Returns the metric `skipped`, and the window with this main loss in it.
 
   The window is of main losses: a schedule changes the weights of the whole. The
   caller drops it if the step is rejected: a NaN in it would condemn every step
   until it had left the ring again.
   """
+  loss = metrics['loss']
+  main_loss = metrics.get('main_loss', loss)  # an objective may have no other
   wrong = 1.0 - (jnp.isfinite(loss) & jnp.isfinite(norm)).astype(jnp.float32)
   if not window:
     return wrong, window
@@ -272,3 +270,9 @@ def _rebalance(biases, rows, load, rate) -> PyTree:
     move = functools.partial(router.rebalance, load=load[row], rate=rate)
     moved[name] = jax.tree.map(move, biases[name])
   return moved
+
+
+def _norms(biases, rows) -> dict[str, Array]:
+  leaves = [x for name in rows for x in jax.tree.leaves(biases[name])]
+  norms = [jnp.linalg.norm(x, axis=-1).reshape(-1) for x in leaves]
+  return {'bias_norm': jnp.concatenate(norms)} if norms else {}

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -107,6 +108,13 @@ def start(folder, index=None, port=0, more=()):
   return child
 
 
+def free_port():
+  """A port that nobody has now, and that few will choose by chance."""
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    return free.getsockname()[1]
+
+
 def rows(folder):
   text = (folder / 'metrics.jsonl').read_text()
   return [json.loads(line) for line in text.splitlines()]
@@ -115,7 +123,8 @@ def rows(folder):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_processes_train_as_one(tmp_path):
-  both = [start(tmp_path / 'two' / 'run', i, 9381) for i in range(2)]
+  port = free_port()
+  both = [start(tmp_path / 'two' / 'run', i, port) for i in range(2)]
   texts = [p.communicate(timeout=800) for p in both]
   assert [p.returncode for p in both] == [0, 0], texts
   assert '2 processes (found by environment)' in texts[0][0]
@@ -133,7 +142,8 @@ def test_two_processes_train_as_one(tmp_path):
   assert (tmp_path / 'two/run/samples.txt').exists()
   assert not (tmp_path / 'two/run/incidents.jsonl').read_text()
   more = ('--replay=3',)
-  both = [start(tmp_path / 'two' / 'run', i, 9384, more) for i in range(2)]
+  port = free_port()
+  both = [start(tmp_path / 'two' / 'run', i, port, more) for i in range(2)]
   texts = [p.communicate(timeout=800) for p in both]
   assert [p.returncode for p in both] == [0, 0], texts
   assert 'Step 3, computed again from step 2' in texts[0][0]
@@ -144,8 +154,9 @@ def test_two_processes_train_as_one(tmp_path):
 @pytest.mark.timeout(900)
 def test_processes_of_two_minds_both_stop(tmp_path):
   other = ('--config.optim.learning_rate=0.5',)
+  port = free_port()
   both = [
-    start(tmp_path / 'run', i, 9382, other if i else ()) for i in range(2)
+    start(tmp_path / 'run', i, port, other if i else ()) for i in range(2)
   ]
   texts = [p.communicate(timeout=800)[1] for p in both]
   assert [p.returncode for p in both] == [2, 2], texts
@@ -154,7 +165,7 @@ def test_processes_of_two_minds_both_stop(tmp_path):
 
 @pytest.mark.slow
 def test_a_process_that_never_comes_is_named(tmp_path):
-  child = start(tmp_path / 'run', 0, 9383, ('--distributed_timeout=5',))
+  child = start(tmp_path / 'run', 0, free_port(), ('--distributed_timeout=5',))
   text = child.communicate(timeout=200)[1]
   assert 'process 1 did not arrive within 5 s' in text, text
   assert child.returncode == 2

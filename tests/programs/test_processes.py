@@ -3,7 +3,6 @@
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 
@@ -19,9 +18,11 @@ _PROGRAM = """
 import itertools, sys, time
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-rank, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+rank, folder = int(sys.argv[1]), sys.argv[2]
+address = f'unix:{folder}/socket'  # no port that another program may have
 jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-jax.distributed.initialize(f'127.0.0.1:{port}', 2, rank)
+jax.distributed.initialize(
+  address, 2, rank, coordinator_bind_address=address)
 from experiments.training import signals
 from mla_moe.checkpoint import fingerprint, store
 
@@ -61,9 +62,6 @@ print(*fingerprint.read(fingerprint.of(state))[1], flush=True)
 def pair(tmp_path_factory):
   """The last lines of two processes, one of which got SIGTERM; their folder."""
   folder = tmp_path_factory.mktemp('pair')
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    port = free.getsockname()[1]
   environment = dict(
     os.environ,
     PYTHONPATH=str(ROOT),
@@ -71,7 +69,7 @@ def pair(tmp_path_factory):
   )
   children = [
     subprocess.Popen(
-      [sys.executable, '-c', _PROGRAM, str(rank), str(port), str(folder)],
+      [sys.executable, '-c', _PROGRAM, str(rank), str(folder)],
       env=environment,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,

@@ -22,7 +22,16 @@ import ml_collections
 
 
 class ConfigError(ValueError):
-  """A configuration that cannot be run; the message is one line for people."""
+  """A configuration that cannot be run; the message is one line for people.
+
+  It may quote names of files that other people made, so that characters which
+  a terminal would obey are escaped.
+  """
+
+  def __init__(self, message: str = ''):
+    line = ' '.join(str(message).splitlines())
+    escaped = (c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    super().__init__(''.join(escaped))
 
 
 def is_number(value: Any) -> bool:

@@ -108,7 +108,7 @@ class Source:
       if not names.ignored(name)
     }
     parts = [
-      f'{word}: {", ".join(map(_shown, sorted(wrong)))}'
+      f'{word}: {", ".join(sorted(wrong))}'
       for word, wrong in (('missing', missing), ('left over', extra))
       if wrong
     ]
@@ -225,11 +225,6 @@ def _is_fused(name: str) -> bool:
   return name.endswith('.mlp.experts.gate_up_proj')
 
 
-def _shown(name: str) -> str:
-  """Returns a name of a file, without control characters for a terminal."""
-  return name if name.isprintable() else repr(name)
-
-
 @contextlib.contextmanager
 def _errors_in(place: str) -> Iterator[None]:
   """Puts the place in front of a ConfigError's line."""
@@ -266,8 +261,7 @@ def _open(
   shards = sorted(set(shard_of.values()))
   absent = [shard for shard in shards if not (folder / shard).is_file()]
   if absent:
-    absent = ', '.join(map(_shown, absent))
-    raise ConfigError(f'{folder}: shards are missing: {absent}')
+    raise ConfigError(f'{folder}: shards are missing: {", ".join(absent)}')
   files = {
     shard: stack.enter_context(safetensors.File(folder / shard))
     for shard in shards
@@ -275,8 +269,7 @@ def _open(
   missing = sorted(n for n, s in shard_of.items() if n not in files[s].entries)
   if missing:
     raise ConfigError(
-      f'{index}: its shards do not hold, missing: '
-      f'{", ".join(map(_shown, missing))}'
+      f'{index}: its shards do not hold, missing: {", ".join(missing)}'
     )
   present = {name: file for file in files.values() for name in file.entries}
   return present | {name: files[shard] for name, shard in shard_of.items()}

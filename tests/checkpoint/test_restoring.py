@@ -184,6 +184,13 @@ def test_a_device_in_place_of_a_file_is_refused(damaged, name):
   assert restored(damaged)[0] == 1
 
 
+def test_a_file_s_name_cannot_write_to_the_terminal(damaged):
+  (damaged / '2' / 'a\x1b]0;owned\nCHECKPOINT 3 REFUSED\udcff').touch()
+  step, said = restored(damaged)
+  assert step == 1 and said.isprintable()
+  assert r'a\x1b]0;owned CHECKPOINT 3 REFUSED\udcff' in said
+
+
 def test_what_is_restored_is_what_was_on_the_device(damaged):
   """The files match the seal, but not the numbers on the devices."""
   sealed = seal.read(damaged / '2')

@@ -117,7 +117,8 @@ def _memory() -> str:
   return f'{pages / 2**30:.1f} GiB'
 
 
-def _commit() -> str:
+def commit() -> str:
+  """Returns the clone's commit, or 'unknown'."""
   root = pathlib.Path(__file__).parent.parent
   if not (root / '.git').exists():  # another project's may be around it
     return 'unknown'
@@ -135,7 +136,7 @@ def main() -> None:
     print(commands.typed(__doc__))
     sys.exit(0 if sys.argv[1:] == ['--help'] else 2)
   installed = versions()
-  print(f'commit    {_commit()}')
+  print(f'commit    {commit()}')
   print(f'python    {platform.python_version()} on {platform.platform()}')
   print(f'machine   {os.cpu_count()} cores, {_memory()} memory')
   free = shutil.disk_usage('.').free / 2**30

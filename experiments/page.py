@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import io
+import os
 
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1d2330;--soft:#667085;--paper:#fbfaf7;
@@ -27,13 +28,25 @@ figure{margin:0 0 18px;background:#fff;border:1px solid var(--line);
 border-radius:10px;padding:8px;overflow:hidden}
 figure svg{width:100%;height:auto;display:block}
 table{border-collapse:collapse;width:100%}
-td{padding:4px 12px;border-bottom:1px solid var(--line);vertical-align:top}
+td,th{padding:4px 12px;border-bottom:1px solid var(--line);vertical-align:top;
+text-align:left;font-size:14px}
+.wide{overflow-x:auto}
 pre{background:var(--card);border:1px solid var(--line);border-radius:10px;
 padding:14px;white-space:pre-wrap;overflow-wrap:anywhere;font-size:13px}
 """
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
+
+
+def colours(count: int) -> list[str]:
+  """Returns a colour for each of `count` curves; many are shades of a map."""
+  if count <= len(COLOURS):
+    return list(COLOURS[:count])
+  from matplotlib import colors, pyplot
+
+  shades = pyplot.get_cmap('turbo')
+  return [colors.to_hex(shades(i / (count - 1))) for i in range(count)]
 
 
 def page(title: str, parts: list[str]) -> str:
@@ -53,6 +66,27 @@ def numbers(cards: list[tuple[str, str]]) -> str:
     f'<div><b>{value}</b><span>{name}</span></div>' for name, value in cards
   )
   return f'<div class="numbers">{"".join(cells)}</div>'
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+  """Returns a table; the cells are HTML, and the first of a row is its name."""
+  line = lambda tag, cells: ''.join(f'<{tag}>{cell}</{tag}>' for cell in cells)
+  body = ''.join(f'<tr>{line("td", row)}</tr>' for row in rows)
+  return (
+    f'<div class="wide"><table><tr>{line("th", head)}</tr>{body}</table></div>'
+  )
+
+
+def can_draw() -> bool:
+  """Whether matplotlib is here; it then draws into files, unless told else."""
+  try:
+    import matplotlib
+  except ImportError:
+    print('No page: pip install "mla_moe[viz]", then the program report.')
+    return False
+  if 'MPLBACKEND' not in os.environ:  # a notebook has a screen of its own
+    matplotlib.use('Agg')
+  return True
 
 
 def figure(columns: int, height: float = 3.0, lines: int = 1):
@@ -77,6 +111,22 @@ def figure(columns: int, height: float = 3.0, lines: int = 1):
     figsize=(10.4, height * lines),
     layout='constrained',
     squeeze=False,
+  )
+
+
+def legend(plot) -> None:
+  """Puts the legend of an axes below it, off the curves, if they have names."""
+  handles, labels = plot.get_legend_handles_labels()
+  if not handles:
+    return
+  plot.legend(
+    handles,
+    labels,
+    frameon=False,
+    loc='upper center',
+    bbox_to_anchor=(0.5, -0.24),
+    ncols=3,
+    fontsize=9,
   )
 
 

@@ -1,35 +1,25 @@
 """report.html of a run: one self-contained page of curves and heat maps.
 
   python -m experiments.report DIR
+  python -m experiments.report A B C
 
-Matplotlib (extra [viz]) draws them into the page as SVG; nothing is loaded from
-anywhere.
+Of several runs, or of a sweep's folder, it is comparison.html: the runs' curves
+over each other, and the fields in which their configs differ. Matplotlib (extra
+[viz]) draws the curves into the page as SVG; nothing is loaded from anywhere.
 """
 
 from __future__ import annotations
 
 import html
 import json
-import os
 import pathlib
 import sys
 
 import numpy as np
 
 from mla_moe import files
-from mla_moe.checked import is_number
-from mla_moe.config import ConfigError
 
-from . import cli, commands, page, workdir
-
-# Of each logged step.
-_NUMBERS = {'step', 'tokens', 'loss', 'main_loss', 'mtp_loss', 'lr'}
-_NUMBERS |= {'grad_norm', 'memory_mib'}
-
-
-def logged(rows: list[dict]) -> list[dict]:
-  """Returns the rows of steps; without one there is nothing to draw."""
-  return [row for row in rows if 'loss' in row]
+from . import cli, commands, comparison, history, page
 
 
 def write(folder: pathlib.Path) -> pathlib.Path | None:
@@ -38,46 +28,37 @@ def write(folder: pathlib.Path) -> pathlib.Path | None:
   Raises:
     ConfigError: the folder holds no run.
   """
-  rows = workdir.rows(folder / 'metrics.jsonl')
-  steps = logged(rows)
-  if not steps:
-    raise ConfigError(
-      f'{str(folder)!r}: holds no metrics.jsonl of a run with a logged step'
-    )
-  try:
-    import matplotlib
-  except ImportError:
-    print(
-      'No report.html: pip install "mla_moe[viz]", then the program report.'
-    )
+  run = history.read(folder)
+  if not page.can_draw():
     return None
-  if 'MPLBACKEND' not in os.environ:  # a notebook has a screen of its own
-    matplotlib.use('Agg')
-  for name in sorted(_NUMBERS):
-    for row in steps:
-      if not is_number(row.get(name)):
-        raise ConfigError(
-          f'{folder}/metrics.jsonl: {name}={row.get(name)!r:.40} is no number'
-        )
-  evals = [row for row in rows if 'bits_per_byte' in row]
-  config = files.read_json(folder / 'config.json')
-  model = config.get('model')
-  if not isinstance(model, dict) or not {'layers', 'dense_layers'} <= {*model}:
-    raise ConfigError(f'{folder}/config.json: describes no model')
+  config = json.dumps(run.config, indent=1)
   parts = [
-    _numbers(steps, evals),
+    *(f'<p>{html.escape(line)}</p>' for line in origin(run)),
+    _numbers(run.steps, run.evaluations),
     '<h2>Learning</h2>',
-    _learning(steps, evals),
-    *_experts(steps, workdir.rows(folder / 'load.jsonl'), model),
-    *_fp8([row for row in rows if 'fp8_layers' in row]),
+    _learning(run.steps, run.evaluations),
+    *_experts(run.steps, history.loads(folder), run.config['model']),
+    *_fp8(run.fp8),
     *_sample(folder / 'samples.txt'),
     '<h2>Config</h2>',
-    f'<pre>{html.escape(json.dumps(config, indent=1))}</pre>',
+    f'<pre>{html.escape(config)}</pre>',
   ]
   target = folder / 'report.html'
-  text = page.page(folder.resolve().name, parts)
+  text = page.page(run.name, parts)
   target.write_text(text, encoding='utf-8', errors='replace')
   return target
+
+
+def origin(run: history.History) -> list[str]:
+  """Returns a line of date, versions, mesh and device for the latest start."""
+  if not run.starts:
+    return []
+  resumed = len(run.starts) - 1
+  more = f', resumed {resumed} times, last on' if resumed else ''
+  dates = [str(row['date']) for row in run.starts]
+  date = f'{dates[0]}{more} {dates[-1]}' if resumed else dates[0]
+  facts = history.facts(run)
+  return [' \N{MIDDLE DOT} '.join([f'{date} UTC', *list(facts.values())[1:]])]
 
 
 def _experts(steps, loads, model: dict) -> list[str]:
@@ -123,16 +104,15 @@ def _sample(path: pathlib.Path) -> list[str]:
 
 def _numbers(steps, evals) -> str:
   last = steps[-1]
-  timed = [row for row in steps if 'mfu' in row]
-  rates = [row['tokens_per_s'] for row in timed] or [0]
+  column = lambda name: [row[name] for row in steps if name in row] or [0]
   cards = [
     ('steps', f'{last["step"]:,}'),
     ('tokens', f'{last["tokens"]:,}'),
     ('training loss, nats', f'{last["main_loss"]:.3f}'),
-    ('tokens/s, median', f'{np.median(rates):,.0f}'),
+    ('tokens/s, median', f'{np.median(column("tokens_per_s")):,.0f}'),
     (
       'of the matmul peak',
-      f'{np.median([r["mfu"] for r in timed] or [0]):.0%}',
+      f'{np.median(column("mfu")):.0%}',
     ),
     ('peak memory, MiB', f'{last["memory_mib"]:,.0f}'),
   ]
@@ -156,7 +136,7 @@ def _learning(steps, evals) -> str:
     mtp = [row['mtp_loss'] / bits for row in steps]
     plot.plot(x, mtp, label='MTP (the token after)', alpha=0.7)
   plot.set(title='Loss', xlabel='step', ylabel='bits per token')
-  plot.legend(frameon=False)
+  page.legend(plot)
   plot = axes[0, 1]
   if evals:
     evaluated = [row['step'] for row in evals]
@@ -165,7 +145,7 @@ def _learning(steps, evals) -> str:
     level = evals[-1]['gzip_bits_per_byte']
     plot.axhline(level, color=page.COLOURS[1], ls='--', label='gzip -9')
     plot.set_ylim(0, None)
-    plot.legend(frameon=False)
+    page.legend(plot)
   plot.set(title='Held-out text', xlabel='step', ylabel='bits per byte')
   for plot, name, unit in (
     (axes[1, 0], 'lr', 'learning rate'),
@@ -196,7 +176,7 @@ def _balance(steps, main_layers: int) -> str:
     plot.plot(x, batch[:, layer], color=colour, alpha=0.25, lw=0.8)
     plot.plot(x, smooth[:, layer], color=colour, label=label)
   if batch.shape[1] <= len(page.COLOURS):  # more would share a colour
-    plot.legend(frameon=False)
+    page.legend(plot)
   plot.set(title='MaxVio by layer (thin: one batch)', xlabel='step')
   plot.set_ylim(0, None)
   names = (('entropy', 'Router entropy, nats'), ('bias_norm', 'Bias norm'))
@@ -227,7 +207,7 @@ def _fp8_curves(rows) -> str:
       plot.plot(x, layers, color=colour, alpha=0.25, lw=0.8)
       plot.plot(x, worst, 'o-', color=colour, label=label)
     plot.set(title=title, xlabel='step')
-    plot.legend(frameon=False)
+    page.legend(plot)
   return page.svg(figure)
 
 
@@ -266,16 +246,22 @@ def _load_maps(loads, main_layers: int) -> str:
 
 
 def main() -> None:
-  """Writes the report of the folder on the command line."""
-  if sys.argv[1:] in (['--help'], ['-h']):
+  """Writes the report of the folder on the command line, or a comparison."""
+  names = sys.argv[1:]
+  if names in (['--help'], ['-h']):
     print(commands.typed(__doc__))
     return
-  if len(sys.argv) != 2 or sys.argv[1].startswith('-'):
-    usage = commands.typed('usage: python -m experiments.report DIR')
+  if not names or any(name.startswith('-') for name in names):
+    usage = commands.typed('usage: python -m experiments.report DIR [DIR ...]')
     print(usage, file=sys.stderr)
     sys.exit(2)
+  folders = [pathlib.Path(name) for name in names]
   with cli.edge():
-    path = write(pathlib.Path(sys.argv[1]))
+    inside = comparison.runs_in(folders[0]) if not folders[1:] else []
+    if folders[1:] or inside:
+      path = comparison.write(inside or folders)
+    else:
+      path = write(folders[0])
     if path:
       print(path)
 

@@ -354,7 +354,8 @@ def _report(path: pathlib.Path) -> None:
 
   metrics = path / 'metrics.jsonl'
   # A run that a signal stops in its first steps may have logged nothing.
-  if distributed.first() and report.logged(workdir.rows(metrics)):
+  logged = any('loss' in row for row in workdir.rows(metrics))
+  if distributed.first() and logged:
     files = report.write(path), metrics, path / 'samples.txt'
     names = [file.name for file in files if file and file.exists()]
     print(f'Results in {path}: {", ".join(names)}.')

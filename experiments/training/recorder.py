@@ -21,7 +21,7 @@ from mla_moe.decode import generation
 from mla_moe.train import optim
 
 from .. import runtime, workdir
-from . import logs, steps, tracking
+from . import logs, starts, steps, tracking
 from .preparation import Setup, matmul_peak, place
 
 _TEMPERATURE = 0.7  # of the samples
@@ -76,6 +76,7 @@ class Recorder:
     self._logs = self._fingerprints = None
     self.bits_per_byte: dict[int, float] = {}
     self.rewind(start)
+    starts.record(folder, start)
 
   def rewind(self, step: int) -> None:
     """Drops the rows after `step`; `final` is read from those before."""

@@ -200,6 +200,29 @@ def test_arranging_is_undone_and_parts_see_equally_much():
   chex.assert_trees_all_equal(sequence.arrange(x), x)  # without a mesh
 
 
+def test_a_region_gathers_its_parts_in_natural_order():
+  """Device p of 2 has pieces p and 3 - p of 4."""
+  x = np.arange(24, dtype=np.int32).reshape(1, 12, 2)
+
+  def region(x):
+    part = sequence.this_part(2)
+    return x, sequence.gather(x, 2), jnp.stack(part.pieces())
+
+  with jax.set_mesh(
+    sharding.make_mesh(MeshConfig(context=2), jax.devices()[:2])
+  ):
+    rows = jax.P(None, 'context')
+    run = jax.shard_map(
+      region, in_specs=rows, out_specs=(rows, jax.P(), jax.P('context')),
+      check_vma=False,
+    )  # fmt: skip
+    there, whole, pieces = jax.jit(lambda x: run(sequence.arrange(x)))(x)
+  order = [0, 1, 2, 9, 10, 11, 3, 4, 5, 6, 7, 8]
+  np.testing.assert_array_equal(there, x[:, order])
+  np.testing.assert_array_equal(whole, x)
+  np.testing.assert_array_equal(pieces, [0, 3, 1, 2])
+
+
 BAD = [
   (dict(data=3), 'mesh=data:3 is of 3 devices, but 8 are here; data:8 fits'),
   (dict(data=2, tensor=8), 'tensor:8 fits'),

@@ -97,6 +97,14 @@ def test_each_key_permutes_all_rows(rows):
       assert (np.diff(a) == np.diff(b)).mean() < 0.2
 
 
+def test_the_order_of_a_run_is_that_of_older_versions():
+  """A run that resumes goes on in the order in which it began."""
+  order = lambda size, key: batches.permute(np.arange(size), size, key).tolist()
+  assert order(10, 0) == [1, 9, 2, 8, 5, 3, 0, 7, 4, 6]
+  assert order(10, 7 << 20) == [5, 0, 1, 9, 7, 8, 2, 4, 3, 6]
+  assert order(1000, 3)[:5] == [754, 353, 831, 900, 532]
+
+
 def test_permutations_spread_evenly():
   """Row 0's place, and row 1's distance from it, are uniform over the keys."""
   rows, keys, bins = 1001, 3000, 20

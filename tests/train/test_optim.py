@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import math
 
 import chex
 import jax
@@ -15,6 +16,8 @@ from mla_moe import sharding
 from mla_moe.config import (
   Config,
   MeshConfig,
+  MLAConfig,
+  MoEConfig,
   MTPConfig,
   OptimConfig,
   freeze,
@@ -194,12 +197,26 @@ def test_only_a_constant_phase_jumps():
     assert optim.decay(phases, tokens) == pytest.approx(fraction)
 
 
+# Rows, which a product with the matrix sums, and columns; width is 18 or 22.
+SIZES = {
+  'w_q_down': (32, 10), 'w_q_up': (10, 30), 'w_q': (32, 30),
+  'w_kv_down': (32, 14), 'w_k_rope': (32, 4), 'w_k_up': (14, 18),
+  'w_v_up': (14, 15), 'w_out': (15, 32), 'w_router': (32, 8),
+  'w_join': (64, 32), 'w_gate_up': (32, 'width'), 'w_down': ('width', 32),
+}  # fmt: skip
+
+
 def test_every_parameter_is_known_to_both_optimizers():
   """A new weight must be entered in Muon's table, or here."""
-  config = freeze(thaw(smoke(Config())))
-  queries = dataclasses.replace(config.model.mla, query_rank=0)
-  plain = dataclasses.replace(config.model, mla=queries)
-  for c in (config.model, plain):
+  mla = MLAConfig(3, 10, 14, nope_dim=6, rope_dim=4, value_dim=5)
+  moe = MoEConfig(experts=8, top_k=2, width=18, groups=2, top_groups=1)
+  model = dataclasses.replace(
+    freeze(thaw(smoke(Config()))).model,
+    **dict(dim=32, dense_width=22, mla=mla, moe=moe),
+  )
+  plain = dataclasses.replace(mla, query_rank=0)
+  sizes = set()
+  for c in (model, dataclasses.replace(model, mla=plain)):
     shapes = jax.eval_shape(
       transformer.Transformer(c).init,
       jax.random.key(0),
@@ -211,10 +228,18 @@ def test_every_parameter_is_known_to_both_optimizers():
     assert names - set(optim._MATRICES) == {'embedding', 'w_head', 'scale'}
     mask = jax.tree_util.tree_flatten_with_path(optim.decayed(params))[0]
     assert {p[-1].key for p, decays in mask if not decays} == {'scale'}
-    # Whole matrices: rows and columns leave only stack axes out.
     for path, leaf in paths:
-      axes = sum(optim._MATRICES.get(path[-1].key, ()), ())
-      assert len(set(axes)) == len(axes) and all(-leaf.ndim <= a for a in axes)
+      for axes in optim._MATRICES.get(path[-1].key, ()):
+        size = math.prod(leaf.shape[a] for a in axes)
+        is_width = 'w_gate_up' == path[-1].key and axes == (-1,)
+        is_width |= 'w_down' == path[-1].key and axes == (-2,)
+        assert not is_width or size in (18, 22)
+        sizes.add((path[-1].key, axes, 'width' if is_width else size))
+  assert sizes == {
+    (name, *pair)
+    for name, axes in optim._MATRICES.items()
+    for pair in zip(axes, SIZES[name], strict=True)
+  }
 
 
 def test_muon_of_a_stack_is_muon_of_each_layer():

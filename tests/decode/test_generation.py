@@ -1,5 +1,6 @@
 """Generation: transformers' continuations, ragged rows, samplers, drafts."""
 
+import dataclasses
 import functools
 import pathlib
 
@@ -15,7 +16,15 @@ from mla_moe import (
   load_huggingface,
   rollout,
 )
-from mla_moe.decode import forward, generation, sampling, speculative
+from mla_moe.config import ModelConfig
+from mla_moe.decode import (
+  forward,
+  generation,
+  latent_cache,
+  loop,
+  sampling,
+  speculative,
+)
 from mla_moe.model import transformer
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
@@ -163,15 +172,19 @@ def test_stop_ids_end_rows_and_the_loop():
   np.testing.assert_array_equal(out.ended, out.counts < 20)
 
 
-def test_logits_that_are_not_finite_are_named_by_step():
-  config, _, expected = golden('v2_lite')
-  bad = jax.tree.map(lambda x: x, weights('v2_lite'))
-  token = int(expected['greedy'][0, 26])  # the third: emitted in step 2
+@pytest.mark.parametrize(
+  'case, speculative', [('v2_lite', False), ('v3_release', True)]
+)
+def test_logits_that_are_not_finite_are_named_by_step(case, speculative):
+  config, _, expected = golden(case)
+  bad = jax.tree.map(lambda x: x, weights(case))
+  greedy = expected['greedy']
+  prompt, count = greedy[:, :24], greedy.shape[1] - 24
+  token = int(greedy[0, 26])  # the third: emitted in step 2
   bad['embedding'] = bad['embedding'].at[token].set(jnp.nan)
-  prompt = expected['greedy'][[0, 0], :24]
   assert token not in prompt
   with pytest.raises(FloatingPointError, match='step 3 '):
-    rollout(config, bad, prompt, 20)
+    rollout(config, bad, prompt, count, speculative=speculative)
 
 
 @pytest.mark.parametrize(
@@ -294,6 +307,42 @@ def test_an_accepted_draft_is_penalised_in_the_token_after_it():
   out = speculative.verify(logits, zero, log_q, seen, knobs, zero + 3)
   assert out.accepted.tolist() == [True]
   assert out.tokens.tolist() == [[0, 1]]
+
+
+def test_a_pass_reads_what_is_recent_and_checks_the_draft(monkeypatch):
+  """A main model that counts up modulo 4, and a module that repeats its input.
+
+  Row 0 has two recent states, the last of which says 3; row 1 has one, which
+  says 2; row 2 is done, so nothing of it is read or written.
+  """
+
+  def draft(weights, mtp, hidden, tokens, config, *, valid):
+    return hidden, valid
+
+  def hidden(weights, main, pair, config, *, valid):
+    main = dataclasses.replace(main, table=valid)
+    return jax.nn.one_hot((pair + 1) % 4, 4), main
+
+  monkeypatch.setattr(forward, 'draft', draft)
+  monkeypatch.setattr(forward, 'hidden', hidden)
+  monkeypatch.setattr(forward, 'logits', lambda weights, x: x)
+  recent = loop.Recent(
+    hidden=np.eye(4, dtype=np.float32)[np.array([[1, 3], [2, 0], [1, 1]])],
+    tokens=np.array([[1, 2], [0, 3], [1, 1]], np.int32),
+    counts=np.array([2, 1, 1], np.int32),
+  )
+  main = latent_cache.Cache((), None, np.array([7, 5, 6], np.int32))
+  knobs, seen = sampling.make_knobs(3), jnp.zeros((3, 4), bool)
+  run = lambda recent, alive: loop.draft_and_verify(
+    None, main, main, recent, seen, knobs, alive, ModelConfig()
+  )
+  attempt = jax.jit(run)(recent, np.array([True, True, False]))
+  assert attempt.mtp.tolist() == [2, 1, 0]
+  assert attempt.main.table.tolist() == [2, 2, 0]
+  assert attempt.main.lengths.tolist() == [7, 5, 6]
+  tokens, accepted = attempt.verdict
+  assert accepted[:2].tolist() == [True, False]
+  assert tokens[0].tolist() == [3, 0] and tokens[1, 0] == 1
 
 
 def test_draws_depend_on_seed_and_position_alone():

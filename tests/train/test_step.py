@@ -14,6 +14,7 @@ from configs import tiny
 from mla_moe import sharding
 from mla_moe.config import ComputeConfig, MeshConfig, MTPConfig, freeze
 from mla_moe.data import batches
+from mla_moe.model import moe, transformer
 from mla_moe.train import optim, step
 from mla_moe.train.state import abstract_state, init_state
 
@@ -163,6 +164,19 @@ def test_targets_of_the_modules_end_with_the_row_and_the_document():
   rows = [[5, 6, 7, 8]], [[0, 0, 0, 0]]
   np.testing.assert_array_equal(ahead(*rows, 1), [[6, 7, 8, -1]])
   np.testing.assert_array_equal(ahead(*rows, 2), [[7, 8, -1, -1]])
+
+
+def test_a_model_without_experts_has_statistics_of_no_layers():
+  fields = dataclasses.fields(transformer.Features)
+  none = transformer.Features(*[None] * len(fields))
+  stats = step._joined_stats(none)
+  assert [x.shape for x in stats] == [(0, 1), (0,), (0,), (0,)]
+  one = moe.Stats(jnp.ones((2, 4)), jnp.ones(2), jnp.ones(2), jnp.ones(2))
+  last = jax.tree.map(lambda x: 5 * x[:1], one)
+  both = step._joined_stats(
+    dataclasses.replace(none, stats=one, mtp_stats=last)
+  )
+  assert both.balance.tolist() == [1, 1, 5] and both.load.shape == (3, 4)
 
 
 def test_a_step_is_judged_by_its_loss_its_gradient_and_its_main_loss():

@@ -216,3 +216,17 @@ def test_few_rows_equal_the_dense_sum():
     out = forward.few_rows(x, routing, up, down)
     wanted = experts.feed_forward(x, gates, chosen, up, down, impl='dense')
     chex.assert_trees_all_close(out, wanted, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize('tokens, few', [(4, True), (5, False)])
+def test_few_tokens_read_the_chosen_experts_alone(tokens, few, monkeypatch):
+  config, _, weights, _ = golden('v2_lite')
+  rows = []
+  monkeypatch.setattr(
+    forward, 'few_rows', lambda x, *_: rows.append(x.shape) or x
+  )
+  run = functools.partial(forward.extend, config=config)
+  ids = np.zeros((2, tokens), np.int32)
+  main, _ = forward.split(empty(config), config)
+  jax.eval_shape(run, weights, main, ids)
+  assert rows == [(2 * tokens, config.dim)] * config.moe_layers * few

@@ -131,4 +131,4 @@ def draw() -> str:
 
 if __name__ == '__main__':
   path = pathlib.Path(__file__).parent / '_static' / 'architecture.svg'
-  path.write_text(draw())
+  path.write_text(draw(), encoding='utf-8')

@@ -110,7 +110,9 @@ def draw(folder: pathlib.Path):
   steps = [row for row in metrics if 'loss' in row]
   evals = [row for row in metrics if 'bits_per_byte' in row]
   loads = rows(folder / 'load.jsonl')
-  config = json.loads((folder / 'config.json').read_text())['model']
+  config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))[
+    'model'
+  ]
   main = config['layers'] - config['dense_layers']
   layers = len(loads[0]['load'])
   names = [f'MoE layer {i + 1}' for i in range(main)]

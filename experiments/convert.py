@@ -50,7 +50,8 @@ from mla_moe import config as c
 def get_config(arg=''):
   """config.json, beside this file."""
   path = pathlib.Path(__file__).with_name('config.json')
-  return c.thaw(c.variant(c.freeze(json.loads(path.read_text())), arg))
+  values = json.loads(path.read_text(encoding='utf-8'))
+  return c.thaw(c.variant(c.freeze(values), arg))
 '''
 
 
@@ -125,7 +126,7 @@ def to_run(
       (path / 'huggingface').mkdir()
       for name, file in extras.items():
         shutil.copyfile(file, path / 'huggingface' / name)
-      (path / 'config.py').write_text(_config_py(target))
+      (path / 'config.py').write_text(_config_py(target), encoding='utf-8')
       with store.Writer(path / 'checkpoints', config.run.keep) as writer:
         # The empty corpus: the run may train on any text.
         facts = {'corpus': '', 'config': workdir.digest(config)}

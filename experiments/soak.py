@@ -67,7 +67,7 @@ def texts(folder: pathlib.Path) -> pathlib.Path:
   dice = random.Random(0)
   for i in range(60):
     words = ' '.join(dice.choices(_WORDS, k=200))
-    (folder / f'{i:02}.txt').write_text(words)
+    (folder / f'{i:02}.txt').write_text(words, encoding='utf-8')
   return folder
 
 
@@ -240,7 +240,7 @@ def _start(folder, name, steps, rule='') -> subprocess.Popen:
 
 
 def _stderr(folder: pathlib.Path) -> str:
-  return (folder / 'stderr.txt').read_text()
+  return (folder / 'stderr.txt').read_text(encoding='utf-8')
 
 
 def _wait(child: subprocess.Popen, delay: float = 0.0) -> int:

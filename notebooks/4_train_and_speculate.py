@@ -63,7 +63,9 @@ final = train.run(config, FOLDER)
 # that of the token after it, which the MTP module predicts.
 
 # %%
-rows = [json.loads(row) for row in open(FOLDER / 'metrics.jsonl')]
+rows = [
+  json.loads(row) for row in open(FOLDER / 'metrics.jsonl', encoding='utf-8')
+]
 steps = [row for row in rows if 'main_loss' in row]
 x = [row['step'] for row in steps]
 figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 3.6))

@@ -39,7 +39,9 @@ def run(out: pathlib.Path, args) -> None:
     'pause': pause,
     'seal': sealing,
   }
-  (out / 'checkpoint.json').write_text(json.dumps(results, indent=1))
+  (out / 'checkpoint.json').write_text(
+    json.dumps(results, indent=1), encoding='utf-8'
+  )
   ms = {name: 1e3 * pause[name]['pause'] for name in ('ours', 'orbax')}
   print(
     f'pause of a save of {_PAUSE_MIB} MiB: {ms["ours"]:.0f} ms, Orbax alone '

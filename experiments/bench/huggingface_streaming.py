@@ -172,9 +172,9 @@ def write(folder: pathlib.Path, layers: int, fp8: bool) -> int:
         del array
   index = {'metadata': {'total_size': total}, 'weight_map': places}
   path = folder / 'model.safetensors.index.json'
-  path.write_text(json.dumps(index))
+  path.write_text(json.dumps(index), encoding='utf-8')
   values = config_json.write(config, 'bfloat16', fp8)
-  (folder / 'config.json').write_text(json.dumps(values))
+  (folder / 'config.json').write_text(json.dumps(values), encoding='utf-8')
   return total
 
 

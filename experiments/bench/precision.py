@@ -119,7 +119,9 @@ def _whole_runs(out: pathlib.Path, args, recipes: list[str]) -> None:
     'loss': losses,
     'gap': {name: [gap(*pair) for pair in pairs(name)] for name in names[1:]},
   }
-  (out / 'precision.json').write_text(json.dumps(results, indent=1))
+  (out / 'precision.json').write_text(
+    json.dumps(results, indent=1), encoding='utf-8'
+  )
   show.results(
     out,
     'precision',

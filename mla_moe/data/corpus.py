@@ -147,7 +147,7 @@ def _write(folder, files, data, tokenizer, say):
       prompt=counts.prompt,
       checksums={part: _checksums(path) for part, path in paths.items()},
     )
-    (scratch / 'corpus.json').write_text(json.dumps(facts))
+    (scratch / 'corpus.json').write_text(json.dumps(facts), encoding='utf-8')
     try:
       os.rename(scratch, folder)
     except OSError:  # another process was first, with the same content
@@ -260,7 +260,7 @@ def _open(folder: pathlib.Path, tokenizer, fingerprint: str) -> Corpus:
   Raises:
     ConfigError: names the first MiB that differs.
   """
-  facts = json.loads((folder / 'corpus.json').read_text())
+  facts = json.loads((folder / 'corpus.json').read_text(encoding='utf-8'))
   streams = {}
   for part, expected in facts['checksums'].items():
     path = folder / f'{part}.bin'

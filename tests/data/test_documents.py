@@ -98,7 +98,7 @@ def test_each_row_is_a_document_keyed_by_its_text(kind, tmp_path):
 def test_globs_and_folders_take_what_can_be_read(folder):
   (os.mkdir(os.path.join(folder, 'deep')))
   for name in ('deep/a.jsonl', 'deep/b.bin', '.hidden.txt'):
-    with open(os.path.join(folder, name), 'w') as file:
+    with open(os.path.join(folder, name), 'w', encoding='utf-8') as file:
       file.write('{"text": "t"}\n')
   names = [file.name for file in documents.files(folder)]
   assert len(names) == 41 and 'deep/a.jsonl' in names

@@ -54,7 +54,7 @@ def runs(tmp_path_factory):
   root = tmp_path_factory.mktemp('runs')
   whole = train.run(SMOKE, root / 'whole')
   train.run(shorter(10), root / 'halves')
-  with open(root / 'halves' / 'metrics.jsonl', 'a') as file:
+  with open(root / 'halves' / 'metrics.jsonl', 'a', encoding='utf-8') as file:
     file.write('{"step": 11, "loss": 1.0}\n{"step": 12, "lo')  # torn
   resumed = train.run(SMOKE, root / 'halves')
   assert train.run(SMOKE, root / 'halves') == resumed  # finished: nothing to do

@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
   jobs = [functools.partial(_try, m, tests, args) for m in missing]
   for count, result in enumerate(_parallel(jobs, trees), 1):
     results[result['key']] = result
-    with open(record, 'a') as f:
+    with open(record, 'a', encoding='utf-8') as f:
       f.write(json.dumps(result) + '\n')
     word = 'killed' if result['test'] else 'SURVIVED'
     line = f'{count}/{len(jobs)} {word} {result["seconds"]:.0f} s'
@@ -192,7 +192,9 @@ def _drop(name: str, tree: pathlib.Path) -> None:
 
 def _imports(module) -> Iterator[str]:
   """Names of the modules that a module imports."""
-  for node in ast.walk(ast.parse(pathlib.Path(module.__file__).read_text())):
+  for node in ast.walk(
+    ast.parse(pathlib.Path(module.__file__).read_text(encoding='utf-8'))
+  ):
     if isinstance(node, ast.ImportFrom) and node.module:
       for alias in node.names:
         below = f'{node.module}.{alias.name}'
@@ -295,7 +297,9 @@ def _fork(tree, tests, report, limit, slow, plugin, changed=''):
     if changed in sys.modules:
       origin = pathlib.Path(sys.modules[changed].__file__)
       assert origin.is_relative_to(tree), origin
-    pathlib.Path(report).write_text(json.dumps(plugin.result()))
+    pathlib.Path(report).write_text(
+      json.dumps(plugin.result()), encoding='utf-8'
+    )
     sys.stdout.flush()
   except BaseException:
     traceback.print_exc()
@@ -459,7 +463,7 @@ def _try(mutation, tests, args, tree):
   _forget(path)
   code = os.waitstatus_to_exitcode(status)
   if code == BROKEN:
-    raise SystemExit(pathlib.Path(f'{report}.log').read_text())
+    raise SystemExit(pathlib.Path(f'{report}.log').read_text(encoding='utf-8'))
   result = {'test': '', 'error': ''}
   if chosen and code:
     result = {'test': 'process', 'error': f'exit code {code}'}

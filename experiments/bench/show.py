@@ -123,7 +123,7 @@ def results(
 
     matplotlib.use('Agg')
     text = html(title, rows, notes, draw(), head)
-    (out / f'{name}.html').write_text(text)
+    (out / f'{name}.html').write_text(text, encoding='utf-8')
     print(f'Results: {out / f"{name}.html"} and {name}.json.')
 
 

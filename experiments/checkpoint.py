@@ -21,7 +21,7 @@ import time
 
 from mla_moe.config import ConfigError
 
-from . import commands, workdir
+from . import cli, commands, workdir
 
 
 def main() -> None:
@@ -36,18 +36,18 @@ def main() -> None:
   parser.add_argument('--refused', action='store_true', help='rm: also these')
   parser.add_argument('--force', action='store_true', help='rm: the last one')
   args = parser.parse_args()
-  try:
-    folder = find(args.folder.expanduser())
-    chosen = _chosen(folder, args.steps)
-    if args.command == 'ls':
-      ls(folder, chosen)
-    elif args.command == 'verify':
-      sys.exit(0 if verify(folder, chosen) else 1)
-    else:
-      rm(folder, args.steps, refused=args.refused, force=args.force)
-  except (ConfigError, OSError) as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
+  with cli.edge():
+    try:
+      folder = find(args.folder.expanduser())
+      chosen = _chosen(folder, args.steps)
+      if args.command == 'ls':
+        ls(folder, chosen)
+      elif args.command == 'verify':
+        sys.exit(0 if verify(folder, chosen) else 1)
+      else:
+        rm(folder, args.steps, refused=args.refused, force=args.force)
+    except OSError as error:
+      raise ConfigError(str(error)) from None
 
 
 def find(folder: pathlib.Path) -> pathlib.Path:

@@ -114,6 +114,7 @@ def edge() -> Iterator[None]:
   code, text = 2, ''
   try:
     try:
+      _check_system()
       yield
     finally:
       sys.stdout.flush()  # here, where its errors can still be reported
@@ -130,6 +131,16 @@ def edge() -> Iterator[None]:
     code, text = 1, 'Ended: nobody reads the output any more.'
   print(text, file=sys.stderr)
   sys.exit(code)
+
+
+def _check_system() -> None:
+  """Refuses a system without the locks and limits of Unix: Windows."""
+  for module in ('fcntl', 'resource'):
+    if importlib.util.find_spec(module) is None:
+      raise ConfigError(
+        f'{sys.platform}: Python has no {module} here, which a run needs; use '
+        'Linux or macOS, and WSL2 on Windows'
+      )
 
 
 def _parse(define: Callable[[], None]) -> list[str]:

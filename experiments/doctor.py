@@ -9,6 +9,7 @@ pair of versions that is known not to work.
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import pathlib
 import platform
@@ -38,6 +39,21 @@ _PACKAGES = (
   'torch',
 )
 _FLAGS = ('JAX_', 'XLA_', 'LIBTPU_', 'TPU_', 'NCCL_', 'CUDA_VISIBLE', 'TF_CPP')
+_NVIDIA = (
+  'dev/nvidia[0-9]*',
+  'proc/driver/nvidia/version',
+  'usr/lib/wsl/lib/libcuda.so.1',
+)
+_GOOGLE = '0x1ae0'
+# The extra, its package, and the hint where that is installed.
+_CURES = {
+  'gpu': (
+    'cuda',
+    'jax-cuda',
+    'CUDA 13 needs driver 580, which nvidia-smi shows',
+  ),
+  'tpu': ('tpu', 'libtpu', 'another process may have it, for it has one user'),
+}
 _DEVICES = """
 import jax
 for d in jax.devices():
@@ -109,6 +125,54 @@ def devices(seconds: float = 60) -> list[str]:
   return process.stdout.strip().splitlines()
 
 
+def accelerators(root: pathlib.Path = pathlib.Path('/')) -> dict[str, str]:
+  """Returns a file that shows an accelerator, by jax's name of its platform.
+
+  `root` is the folder of dev, proc, sys and usr. Chips of newer TPUs are
+  devices of VFIO, as others' may be: then the bus must have one of Google's.
+  """
+  shows = {}
+  for pattern in _NVIDIA:
+    for path in sorted(root.glob(pattern))[:1]:
+      shows.setdefault('gpu', f'/{path.relative_to(root)}')
+  chips = sorted(root.glob('dev/accel[0-9]*'))
+  if any(
+    path.read_text(encoding='utf-8').strip() == _GOOGLE
+    for path in root.glob('sys/bus/pci/devices/*/vendor')
+  ):
+    chips += sorted(root.glob('dev/vfio/[0-9]*'))
+  if chips:
+    shows['tpu'] = f'/{chips[0].relative_to(root)}'
+  return shows
+
+
+def unseen(
+  shows: dict[str, str], lines: list[str], installed: dict[str, str], only: str
+) -> list[str]:
+  """Returns a line for each accelerator that jax does not see, and its cure.
+
+  Args:
+    shows: of `accelerators`.
+    lines: of `devices`; each begins with a platform.
+    installed: of `versions`.
+    only: JAX_PLATFORMS.
+  """
+  seen = {line.split(';')[0] for line in lines}
+  troubles = []
+  for kind in sorted(set(shows) - seen):
+    extra, package, hint = _CURES[kind]
+    if only and kind not in only.replace('cuda', 'gpu').split(','):
+      cure = f'JAX_PLATFORMS={only} hides it'
+    elif not any(name.startswith(package) for name in installed):
+      cure = f'pip install "mla_moe[{extra}]"'
+    else:
+      cure = hint
+    troubles.append(
+      f'{shows[kind]} is there, and jax sees no {kind.upper()}: {cure}'
+    )
+  return troubles
+
+
 def _memory() -> str:
   try:
     pages = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
@@ -145,9 +209,16 @@ def main() -> None:
   flags = {k: v for k, v in os.environ.items() if k.startswith(_FLAGS)}
   for name, value in sorted(flags.items()):
     print(f'flag      {name}={value}')
-  for line in devices():
+  seen = devices()
+  for line in seen:
     print(f'device    {line}')
   lines = trouble(installed, sys.version_info[:3])
+  only = os.environ.get('JAX_PLATFORMS', '')
+  if only:
+    lines = [line for line in lines if 'set JAX_PLATFORMS' not in line]
+  lines += unseen(accelerators(), seen, installed, only)
+  if importlib.util.find_spec('fcntl') is None:
+    lines.append('a run needs Linux or macOS, and WSL2 on Windows')
   if free < 2:
     lines.append('less than 2 GiB of disk are free: a checkpoint may not fit')
   for line in lines:

@@ -6,7 +6,6 @@ import ctypes
 import functools
 import os
 import pathlib
-import resource
 import sys
 import time
 
@@ -90,6 +89,8 @@ def peak_memory() -> int:
     for line in status.read_text(encoding='utf-8').splitlines():
       if line.startswith('VmHWM:'):
         return int(line.split()[1]) * 2**10
+  import resource  # Windows has none: `cli` says so
+
   unit = 1 if sys.platform == 'darwin' else 2**10
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

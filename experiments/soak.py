@@ -29,7 +29,7 @@ from typing import NamedTuple
 from mla_moe.checkpoint import faults
 from mla_moe.config import ConfigError
 
-from . import commands, workdir
+from . import cli, commands, workdir
 
 _DISASTERS = 6  # of one run, before it may finish
 _TIMED = ('tokens_per_s', 'mfu', 'memory_mib')
@@ -50,15 +50,15 @@ def main() -> None:
     '--out', type=pathlib.Path, help='else a temporary folder'
   )
   args = parser.parse_args()
-  if args.minutes <= 0 or args.steps < 10:
-    print('error: --minutes must be above 0, --steps at least 10')
-    sys.exit(2)
-  folder = args.out or pathlib.Path(tempfile.mkdtemp(prefix='soak-'))
-  folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-  good = soak(folder.resolve(), args.minutes * 60, args.steps, args.seed)
-  if good and args.out is None:
-    shutil.rmtree(folder)
-  sys.exit(0 if good else 1)
+  with cli.edge():
+    if args.minutes <= 0 or args.steps < 10:
+      raise ConfigError('--minutes must be above 0, --steps at least 10')
+    folder = args.out or pathlib.Path(tempfile.mkdtemp(prefix='soak-'))
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    good = soak(folder.resolve(), args.minutes * 60, args.steps, args.seed)
+    if good and args.out is None:
+      shutil.rmtree(folder)
+    sys.exit(0 if good else 1)
 
 
 def texts(folder: pathlib.Path) -> pathlib.Path:

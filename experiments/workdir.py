@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -76,6 +75,8 @@ def lock(path: pathlib.Path):
   Raises:
     ConfigError: the folder is a file, cannot be written, or is locked.
   """
+  import fcntl  # Windows has none: `cli` says so
+
   if path.exists() and not path.is_dir():
     raise ConfigError(f'workdir={str(path)!r}: is a file; name a folder')
   try:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import resource
 import sys
 
 SECONDS = 5  # of a processor
@@ -19,6 +18,8 @@ LENGTH = 2**22  # characters of the chat
 
 
 def _limit(seconds: int) -> None:
+  import resource  # Windows has none: `cli` says so
+
   with contextlib.suppress(ValueError, OSError):  # macOS has not all of them
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))

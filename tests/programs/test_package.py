@@ -191,3 +191,29 @@ def test_the_wheel_works_in_an_empty_folder(tmp_path):
     assert done.returncode == 0, f'{words}\n{done.stderr[-3000:]}'
     assert shown in done.stdout, f'{words}\n{done.stdout[-3000:]}'
   assert (empty / 'b' / 'seed=3' / 'checkpoints' / '2').is_dir()
+
+
+_WITHOUT = """
+import jax, runpy, sys
+sys.modules |= {'fcntl': None, 'resource': None}  # as on Windows
+for words in (['train'], ['plan'], ['serve'], ['sweep', '--vary=run.seed=1'],
+  ['checkpoint', 'ls', '.'], ['report', '.'], ['soak'], ['chat']):
+  sys.argv = words
+  try:
+    runpy.run_module(f'experiments.{words[0]}', run_name='__main__')
+  except SystemExit as ended:
+    print(words[0], ended.code)
+"""
+
+
+def test_a_system_without_locks_or_limits_is_refused_in_a_line(monkeypatch):
+  command = [sys.executable, '-c', _WITHOUT]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  codes = done.stdout.splitlines()
+  assert len(codes) == 8 and all(line.endswith(' 2') for line in codes), done
+  lines = done.stderr.splitlines()
+  assert len(lines) == 8, done.stderr
+  assert all('no fcntl here' in line and 'WSL2' in line for line in lines)
+  monkeypatch.setitem(sys.modules, 'resource', None)
+  with pytest.raises(ConfigError, match='no resource here'):
+    cli._check_system()

@@ -194,3 +194,33 @@ def test_a_tracker_that_is_not_there_names_its_extra(monkeypatch):
     tracking.library('wandb')
   with pytest.raises(ConfigError, match='must be wandb or trackio'):
     tracking.library('mlflow')
+
+
+def device_files(root, *names):
+  for name in names:
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    vendor = '0x1ae0\n' if 'google' in name else '0x8086\n'
+    path.write_text(vendor, encoding='utf-8')
+  return doctor.accelerators(root)
+
+
+def test_an_accelerator_that_jax_does_not_see_is_named(tmp_path):
+  root = lambda name: tmp_path / name
+  assert device_files(root('none'), 'dev/nvidiactl', 'dev/accel/accel0') == {}
+  gpu = device_files(root('gpu'), 'proc/driver/nvidia/version', 'dev/nvidia0')
+  assert gpu == {'gpu': '/dev/nvidia0'}
+  bus = 'sys/bus/pci/devices'
+  assert not device_files(root('vm'), 'dev/vfio/0', f'{bus}/intel/vendor')
+  tpu = device_files(root('tpu'), 'dev/vfio/0', f'{bus}/google/vendor')
+  assert tpu == {'tpu': '/dev/vfio/0'}
+  assert device_files(root('v4'), 'dev/accel0') == {'tpu': '/dev/accel0'}
+  says = lambda *args: doctor.unseen(*args)[0].partition(': ')[2]
+  assert doctor.unseen(gpu | tpu, ['gpu; H100', 'tpu; v5e'], {}, '') == []
+  assert doctor.unseen(gpu, ['gpu; H100'], {}, 'cuda') == []
+  assert says(gpu, ['cpu'], {}, '') == 'pip install "mla_moe[cuda]"'
+  assert says(tpu, ['cpu'], {}, '') == 'pip install "mla_moe[tpu]"'
+  assert says(gpu, ['cpu'], {}, 'cpu') == 'JAX_PLATFORMS=cpu hides it'
+  assert 'driver' in says(gpu, ['cpu'], {'jax-cuda13-plugin': '1'}, '')
+  assert 'driver' in says(gpu, [], {'jax-cuda13-plugin': '1'}, 'cuda,cpu')
+  assert 'another process' in says(tpu, ['cpu'], {'libtpu': '1'}, '')

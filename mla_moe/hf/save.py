@@ -75,6 +75,7 @@ def save_huggingface(
   _check_target(target, force)
   if not isinstance(extras, Mapping):
     extras = extras_of(extras) if extras is not None else {}
+  extras = settings.completed(config, extras)
   if dtype is not None:
     dtype = config_json.parameter_dtype(dtype)
   tensors = outgoing.Tensors(config, variables, fp8, power_of_two, dtype)
@@ -94,7 +95,7 @@ def save_huggingface(
       for name in shard:
         weight_map[name] = file
         total += tensors.bytes_of(name)
-    for name, file in settings.completed(config, extras).items():
+    for name, file in extras.items():
       if isinstance(file, bytes):
         (scratch / name).write_bytes(file)
       else:

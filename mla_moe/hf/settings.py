@@ -38,14 +38,19 @@ def completed(
   Args:
     config: of the model. Its ids may be -1: nothing is said of such a token.
     extras: {name: file or content} of the other files beside the weights.
+
+  Raises:
+    ConfigError: the tokenizer.json is none.
   """
   out, wanted = dict(extras), {}
+  if {'tokenizer_config.json', 'generation_config.json'} <= out.keys():
+    return out
   ends = {'bos_token_id': config.bos_id, 'eos_token_id': config.eos_id}
   if 'tokenizer.json' in extras:
-    content = extras['tokenizer.json']
+    content, name = extras['tokenizer.json'], 'tokenizer.json'
     if isinstance(content, pathlib.Path):
-      content = files.read_bytes(content)
-    words = vocabulary.parse(content, 'tokenizer.json', {})
+      content, name = files.read_bytes(content), str(content)
+    words = vocabulary.parse(content, name, {})
     pad = {text: index for index, text in words.special.items()}.get(PAD, -1)
     ends['pad_token_id'] = pad if pad >= 0 else config.eos_id
     wanted['tokenizer_config.json'] = _tokenizer_config(config, words, ends)

@@ -133,6 +133,12 @@ def test_missing_settings_are_written_and_own_ones_are_carried(tmp_path):
   save_huggingface(tmp_path / 'b', config, variables, extras=tmp_path / 'a')
   assert said('b', own.name) == {'bos_token': 'mine'}
   assert said('b', 'generation_config.json') == ids
+  words.write_text('{}')
+  with pytest.raises(ConfigError, match='words.json.*not a tokenizer.json'):
+    save_huggingface(
+      tmp_path / 'z', config, variables, extras={'tokenizer.json': words}
+    )
+  assert not (tmp_path / 'z').exists()
   # Without a pad token it is eos, and without a chat's tokens no template.
   byte = {'tokenizer.json': settings.byte_tokenizer()}
   save_huggingface(tmp_path / 'c', config, variables, extras=byte)

@@ -206,7 +206,8 @@ def test_target_is_only_replaced_by_force(tmp_path):
     save_huggingface(target, config, variables)
   save_huggingface(target, config, variables, force=True)
   names = {path.name for path in target.iterdir()}
-  assert names == {'config.json', 'model.safetensors'}
+  written = {'config.json', 'generation_config.json', 'model.safetensors'}
+  assert names == written
   assert list(tmp_path.iterdir()) == [target]
 
 

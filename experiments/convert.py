@@ -31,7 +31,7 @@ from absl import flags
 from mla_moe.config import Config, ConfigError, ModelConfig, OptimConfig
 from mla_moe.types import PyTree
 
-from . import against_transformers, cli, commands, workdir
+from . import against_transformers, cli, commands, tokenizer, workdir
 
 FLAGS = flags.FLAGS
 TOLERANCE = 2e-4  # of the logits, with --check
@@ -217,23 +217,23 @@ def _extras(
   belong to another tokenizer.
   """
   from mla_moe import vocabulary
-  from mla_moe.hf import save, settings
+  from mla_moe.hf import save
 
-  folder, tokenizer = run / 'huggingface', config.data.tokenizer
+  folder, name = run / 'huggingface', config.data.tokenizer
   extras = save.extras_of(folder) if folder.is_dir() else {}
   if 'tokenizer.json' in extras:
     return extras
-  if tokenizer == 'byte':
+  if name == 'byte':
     # The ids of a release that began as one are of another tokenizer.
     ends = config.model.bos_id, config.model.eos_id
     if ends == (vocabulary.BYTE.bos_id, vocabulary.BYTE.eos_id):
-      extras['tokenizer.json'] = settings.byte_tokenizer()
+      extras['tokenizer.json'] = tokenizer.byte_tokenizer()
     return extras
-  path = pathlib.Path(tokenizer).expanduser()
+  path = pathlib.Path(name).expanduser()
   if path.is_dir():
     return save.extras_of(path) | extras
   if not path.is_file():
-    print(f'WARNING: data.tokenizer={tokenizer!r} is gone: none is exported.')
+    print(f'WARNING: data.tokenizer={name!r} is gone: none is exported.')
     return extras
   if path.name == 'tokenizer.json':
     return save.extras_of(path.parent) | extras

@@ -14,6 +14,7 @@ file whose name ends in .json.
 
 from __future__ import annotations
 
+import json
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -102,6 +103,32 @@ def write(path: pathlib.Path, texts: Iterable[str], vocab: int) -> None:
     workdir.write(file, content.decode())
   except OSError as error:
     raise ConfigError(workdir.trouble(file.parent, error)) from None
+
+
+def byte_tokenizer() -> bytes:
+  """Returns the tokenizer.json whose ids are those of the byte tokenizer.
+
+  It is a byte-level BPE without a merge, for exports of models of bytes. BPE
+  spells a byte as one printable character: itself, or one from 256 on.
+  """
+  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  others = [byte for byte in range(vocabulary.BYTES) if byte not in printable]
+  spelled = {chr(byte): byte for byte in printable}
+  spelled |= {chr(vocabulary.BYTES + i): byte for i, byte in enumerate(others)}
+  token = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
+  level = {'type': 'ByteLevel', 'add_prefix_space': False, 'use_regex': False}
+  level['trim_offsets'] = True
+  values = {
+    'version': '1.0',
+    'added_tokens': [
+      {'id': index, 'content': content, **token, 'special': True}
+      for index, content in vocabulary.BYTE.special.items()
+    ],
+    'pre_tokenizer': level,
+    'decoder': level,
+    'model': {'type': 'BPE', 'vocab': spelled, 'merges': []},
+  }
+  return json.dumps(values, ensure_ascii=False).encode()
 
 
 def define() -> None:

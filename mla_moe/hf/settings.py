@@ -2,8 +2,7 @@
 
 transformers and vLLM read which tokens begin and end a text from
 tokenizer_config.json and generation_config.json, and how a chat is spelled from
-the first. The chat template is that of V3 and R1. A model of bytes gets a
-tokenizer.json, too: a byte-level BPE without a merge has the same ids.
+the first. The chat template is that of V3 and R1.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 
 from mla_moe import files, vocabulary
 from mla_moe.config import ModelConfig
-from mla_moe.vocabulary import BYTE, BYTES, Vocabulary
+from mla_moe.vocabulary import Vocabulary
 
 PAD, USER, ASSISTANT = '<｜▁pad▁｜>', '<｜User｜>', '<｜Assistant｜>'
 TEMPLATE = (
@@ -104,28 +103,3 @@ def _tokenizer_config(
   if {USER, ASSISTANT} <= set(words.special.values()):
     values['chat_template'] = TEMPLATE
   return values
-
-
-def byte_tokenizer() -> bytes:
-  """Returns the tokenizer.json whose ids are those of the byte tokenizer.
-
-  BPE spells a byte as one printable character: itself, or one from 256 on.
-  """
-  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-  others = [byte for byte in range(BYTES) if byte not in printable]
-  spelled = {chr(byte): byte for byte in printable}
-  spelled |= {chr(BYTES + i): byte for i, byte in enumerate(others)}
-  token = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
-  level = {'type': 'ByteLevel', 'add_prefix_space': False, 'use_regex': False}
-  level['trim_offsets'] = True
-  values = {
-    'version': '1.0',
-    'added_tokens': [
-      {'id': index, 'content': content, **token, 'special': True}
-      for index, content in BYTE.special.items()
-    ],
-    'pre_tokenizer': level,
-    'decoder': level,
-    'model': {'type': 'BPE', 'vocab': spelled, 'merges': []},
-  }
-  return json.dumps(values, ensure_ascii=False).encode()

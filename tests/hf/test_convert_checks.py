@@ -11,6 +11,7 @@ import pytest
 from releases import GOLDEN
 
 from experiments import cli, convert, workdir
+from experiments import tokenizer as program
 from mla_moe import load_huggingface, save_huggingface, vocabulary
 from mla_moe.config import Config, ConfigError, freeze
 from mla_moe.hf import settings
@@ -70,7 +71,7 @@ def test_the_tokenizer_of_an_export_is_the_one_of_the_run(tmp_path):
   assert extras_of(folder, str(words), **ids) == both
   assert extras_of(folder, str(words / 'tokenizer.json'), **ids) == both
   byte = extras_of(folder, 'byte')
-  assert byte == {'tokenizer.json': settings.byte_tokenizer()}
+  assert byte == {'tokenizer.json': program.byte_tokenizer()}
   assert extras_of(folder, 'byte', bos_id=0, eos_id=1) == {}
   (folder / 'huggingface').mkdir(parents=True)
   said = folder / 'huggingface' / 'generation_config.json'
@@ -108,7 +109,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
 def test_missing_settings_are_written_and_own_ones_are_carried(tmp_path):
   """What AutoTokenizer and vLLM begin, end and fill a text with."""
   words = tmp_path / 'words.json'
-  content = json.loads(settings.byte_tokenizer())
+  content = json.loads(program.byte_tokenizer())
   names = (settings.PAD, settings.USER, settings.ASSISTANT)
   for index, name in enumerate(names, start=261):
     token = dict(content['added_tokens'][0], id=index, content=name)
@@ -140,7 +141,7 @@ def test_missing_settings_are_written_and_own_ones_are_carried(tmp_path):
     )
   assert not (tmp_path / 'z').exists()
   # Without a pad token it is eos, and without a chat's tokens no template.
-  byte = {'tokenizer.json': settings.byte_tokenizer()}
+  byte = {'tokenizer.json': program.byte_tokenizer()}
   save_huggingface(tmp_path / 'c', config, variables, extras=byte)
   values = said('c', own.name)
   assert values['pad_token'] == vocabulary.EOS

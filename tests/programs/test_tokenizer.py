@@ -59,7 +59,7 @@ def test_a_model_of_bytes_is_exported_with_its_bytes(tmp_path):
   """The written BPE has the ids of the byte tokenizer, and begins with bos."""
   path = tmp_path / 'tokenizer.json'
   model = ModelConfig(bos_id=256, eos_id=257)
-  extras = {'tokenizer.json': settings.byte_tokenizer()}
+  extras = {'tokenizer.json': program.byte_tokenizer()}
   path.write_bytes(settings.completed(model, extras)['tokenizer.json'])
   words, byte = tokenizer.load(str(path)), tokenizer.load('byte')
   assert vocabulary.read(str(path)) == vocabulary.BYTE
@@ -73,7 +73,7 @@ def test_a_model_of_bytes_is_exported_with_its_bytes(tmp_path):
 
 def test_an_exported_tokenizer_begins_texts_with_bos_once(tmp_path):
   """Whatever it does after its tokens; settings of its own are not changed."""
-  values = json.loads(settings.byte_tokenizer())
+  values = json.loads(program.byte_tokenizer())
   level = dict(values['decoder'])
   one = {'type': 'TemplateProcessing', 'pair': [], 'special_tokens': {}}
   one['single'] = [{'Sequence': {'id': 'A', 'type_id': 0}}]

@@ -46,25 +46,32 @@ class Stopped(RuntimeError):
   """A run that could not go on: the message is one line, the exit code 1."""
 
 
-def define_unsealed() -> None:
+def define_unsealed(values: flags.FlagValues = FLAGS) -> None:
   """Defines the flag of every program that reads a run's checkpoint."""
   flags.DEFINE_bool(
-    'allow_unsealed', False, 'Trust a checkpoint that was never sealed.'
+    'allow_unsealed',
+    False,
+    'Trust a checkpoint that was never sealed.',
+    flag_values=values,
   )
 
 
-def define() -> None:
-  """Defines the flags of every program that runs a config."""
-  _define_config()
-  flags.DEFINE_string('workdir', 'runs/tiny', 'Folder of the run.')
+def define(
+  values: flags.FlagValues = FLAGS, words: list[str] | None = None
+) -> None:
+  """Defines the flags of every program that runs a config.
 
-
-def _define_config(**more) -> None:
+  `words` are the command line, without which it is this process's.
+  """
   config_flags.DEFINE_config_file(
     'config',
     str(CONFIGS / 'tiny.py'),
     'File of the config, or the name of one of ours: FILE:variant, tiny:smoke.',
-    **more,
+    flag_values=values,
+    sys_argv=words,
+  )
+  flags.DEFINE_string(
+    'workdir', 'runs/tiny', 'Folder of the run.', flag_values=values
   )
 
 
@@ -73,18 +80,22 @@ def config() -> Config:
   return freeze(FLAGS.config)
 
 
-def config_of(words: Sequence[str]) -> Config:
-  """Returns the checked config of the flags among a program's words.
+def config_of(words: Sequence[str], define: Callable) -> Config:
+  """Returns the checked config that a program's words give.
+
+  `define(values, words)` defines the program's flags in `values`.
 
   Raises:
-    ConfigError: any mistake in its flags.
+    ConfigError: any mistake in the words.
   """
   name, values = config_file(words), flags.FlagValues()
   try:
     words = with_files(['', *words])
     _share_configs()
-    _define_config(flag_values=values, sys_argv=words)
-    values(words, known_only=True)
+    define(values, words)
+    rest = values(words)[1:]
+    if rest:
+      raise ConfigError(f'{rest[0]!r}: not a flag; flags have --')
     return freeze(values.config)
   except ConfigError:
     raise

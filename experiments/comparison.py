@@ -16,7 +16,7 @@ import numpy as np
 
 from mla_moe.config import ConfigError
 
-from . import history, page
+from . import history, page, workdir
 
 # Title, ordinate, and its value in a row, which may lack it.
 _CURVES: tuple[tuple[str, str, Callable[[dict], Any]], ...] = (
@@ -30,10 +30,12 @@ _CURVES: tuple[tuple[str, str, Callable[[dict], Any]], ...] = (
 
 
 def runs_in(folder: pathlib.Path) -> list[pathlib.Path]:
-  """Returns the runs below a sweep's folder, which is no run itself."""
+  """Returns the runs with a logged step below a folder that is no run."""
   if (folder / 'metrics.jsonl').exists() or not folder.is_dir():
     return []
-  return sorted(path.parent for path in folder.glob('*/metrics.jsonl'))
+  files = sorted(folder.glob('*/metrics.jsonl'))
+  logged = lambda path: any('loss' in row for row in workdir.rows(path))
+  return [path.parent for path in files if logged(path)]
 
 
 def write(folders: list[pathlib.Path]) -> pathlib.Path | None:

@@ -377,19 +377,27 @@ def _out_of_memory(config: Config, error: Exception) -> str:
   )
 
 
-def define() -> None:
-  """Defines this program's flags, beside those of a config."""
-  cli.define()
-  cli.define_unsealed()
-  flags.DEFINE_integer('replay', 0, 'Compute this step again, and compare.', 0)
+def define(
+  values: flags.FlagValues = flags.FLAGS, words: list[str] | None = None
+) -> None:
+  """Defines this program's flags, beside those of a config, in `values`.
+
+  `words` are the command line, without which it is this process's.
+  """
+  cli.define(values, words)
+  cli.define_unsealed(values)
+  own = dict(flag_values=values)
+  text = 'Compute this step again, and compare.'
+  flags.DEFINE_integer('replay', 0, text, 0, **own)
+  modes = ['auto', 'on', 'off']
   flags.DEFINE_enum(
-    'distributed', 'auto', ['auto', 'on', 'off'], 'Join other processes.'
+    'distributed', 'auto', modes, 'Join other processes.', **own
   )
-  flags.DEFINE_integer(
-    'distributed_timeout', 300, 'Seconds to wait for them.', 1
-  )
-  flags.DEFINE_string('profile', '', 'Trace these steps: FIRST:LAST.')
-  flags.DEFINE_enum('track', '', tracking.TRACKERS, 'Tracker to tell as well.')
+  text = 'Seconds to wait for them.'
+  flags.DEFINE_integer('distributed_timeout', 300, text, 1, **own)
+  flags.DEFINE_string('profile', '', 'Trace these steps: FIRST:LAST.', **own)
+  text = 'Tracker to tell as well.'
+  flags.DEFINE_enum('track', '', tracking.TRACKERS, text, **own)
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from types import ModuleType
 from mla_moe.config import Config, ConfigError, MeshConfig, RunConfig
 from mla_moe.types import PyTree
 
-from .. import chips, cli
+from .. import chips, cli, train
 from .job import Job
 
 ACTIONS = ('create', 'install', 'start', 'resume', 'up')  # that cost money
@@ -38,7 +38,7 @@ def findings(backend: ModuleType, action: str, job: Job) -> list[str]:
   """
   if action not in ACTIONS:
     return []
-  config = cli.config_of(job.arguments)
+  config = cli.config_of(job.arguments, train.define)
   folders = backend.folders(job, action)
   lines = [] if folders is None else _commit(job)
   try:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tarfile
 
+import absl.flags
 import hypothesis
 import pytest
 from hypothesis import strategies as st
@@ -25,6 +26,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = ROOT / 'tests' / 'golden' / 'launch'
 sys.path.insert(0, str(ROOT))
 
+from experiments import train  # noqa: E402
 from experiments.launch import __main__ as launch  # noqa: E402
 from experiments.launch import presets, slurm  # noqa: E402
 from experiments.launch.job import Job, as_typed, command  # noqa: E402
@@ -501,6 +503,29 @@ def test_a_launch_that_can_train_has_no_fault(case, clone):
   assert faults(case, '--config.data.source=text', flags=flags) == []
 
 
+@pytest.mark.parametrize(
+  'word, message',
+  [
+    ('--trak=wandb', "Unknown command line flag 'trak'. Did you mean: track"),
+    ('--config.model.moe.topk=3', 'did you mean config.model.moe.top_k?'),
+    ('--config.run.steps=x', 'config.run.steps=x: must be an int'),
+    ('--config.run.steps=0', 'config.run.steps=0'),
+    ('--track=x', 'track'),
+    ('seed=1', "'seed=1': not a flag; flags have --"),
+  ],
+)
+def test_words_that_training_would_refuse_are_refused(word, message, clone):
+  """By the flags of the program itself, none of which is defined here."""
+  before = {*absl.flags.FLAGS}
+  with pytest.raises(ConfigError, match=re.escape(message)) as refused:
+    faults('slurm', word, flags=['--topology=h100:8'])
+  assert str(refused.value).isprintable()
+  assert {*absl.flags.FLAGS} == before
+  values = absl.flags.FlagValues()
+  train.define(values, [])
+  assert {'config', 'workdir', 'replay', 'track'} <= {*values}
+
+
 def test_a_config_that_is_not_sent_is_a_fault(clone, monkeypatch):
   flags = ['--topology=v5e:2x4']
   (clone / 'mine.py').rename(clone / 'other.py')
@@ -563,8 +588,8 @@ def test_a_path_of_this_machine_is_a_fault_on_others(clone):
     assert faults(case, source(f'{folder}/text/*.txt'), flags=flags) == []
     (line,) = faults(case, '--config.data.tokenizer=words.json', flags=flags)
     assert line.startswith('config.data.tokenizer=words.json: is not on those')
-    (line,) = faults(case, '--init=here.txt', flags=flags)
-    assert line.startswith('init=here.txt: is not on those')
+    (line,) = faults(case, '--profile=here.txt', flags=flags)
+    assert line.startswith('profile=here.txt: is not on those')
   assert faults('vm', source('../x'))[0].endswith('they have the commit')
   assert faults('vm', source('../x'), action='start') == []
   flags = ['--topology=h100:8']

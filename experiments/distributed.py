@@ -129,7 +129,14 @@ def absent(address: str, me: int, count: int, timeout: float) -> list[int]:
 def _listen(port: int, count: int, end: float) -> list[int]:
   here = {}
   with contextlib.ExitStack() as stack:
-    server = stack.enter_context(socket.create_server(('', port), backlog=64))
+    try:
+      server = socket.create_server(('', port), backlog=64)
+    except OSError as error:
+      raise ConfigError(
+        f'port {port}, of the roll call: {error.strerror}; name another in '
+        'JAX_COORDINATOR_ADDRESS (the roll call has the port after it)'
+      ) from None
+    stack.enter_context(server)
     while len(here) < count - 1 and time.monotonic() < end:
       server.settimeout(max(end - time.monotonic(), 0.01))
       try:
@@ -266,24 +273,18 @@ def alone(do: Callable[[], Any]) -> Any:
   return result
 
 
-def part(mesh, micro: int) -> tuple[int, int]:
-  """Returns (i, n): this process reads the i-th of n equal parts of the rows.
+def rows(mesh, micro: int, devices: list) -> np.ndarray:
+  """Returns the numbers of the rows, of `micro`, that these devices hold.
 
-  `micro` is the number of rows. Processes whose devices split the model, and
-  not the rows, read the same part. (0, 1) means all rows: where those of this
-  process's devices are not one interval.
+  They need not be neighbours: the stages of a pipeline share the rows one by
+  one. Devices that split the model, and not the rows, hold the same.
   """
   from jax.sharding import NamedSharding
 
   from mla_moe import sharding
 
   if mesh is None:
-    return 0, 1
-  rows = NamedSharding(mesh, sharding.spec(('batch',)))
-  mine = rows.addressable_devices_indices_map((micro,)).values()
-  intervals = sorted({index[0].indices(micro)[:2] for index in mine})
-  first, last = intervals[0][0], intervals[-1][1]
-  size = sum(stop - start for start, stop in intervals)
-  if size != last - first or first % size or micro % size:
-    return 0, 1
-  return first // size, micro // size
+    return np.arange(micro)
+  split = NamedSharding(mesh, sharding.spec(('batch',)))
+  places = split.devices_indices_map((micro,))
+  return np.unique([np.arange(micro)[places[device]] for device in devices])

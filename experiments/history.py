@@ -29,6 +29,7 @@ _VIO |= {'max_vio_layers': 1, 'max_vio_running_layers': 1}
 _OPTIONAL = {'tokens_per_s': 0, 'mfu': 0, 'entropy': 1, 'bias_norm': 1}
 _OPTIONAL |= {'load': 2} | _VIO
 _LIMIT = 2**32  # bytes of a file of rows
+_MAPPED = 200  # at most so many columns of a heat map
 
 
 class History(NamedTuple):
@@ -77,8 +78,8 @@ def read(folder: pathlib.Path) -> History:
 
 
 def loads(folder: pathlib.Path) -> list[dict]:
-  """Returns the rows of load.jsonl."""
-  return drawable(workdir.rows(folder / 'load.jsonl'), 'load')
+  """Returns rows of load.jsonl, evenly spaced."""
+  return drawable(workdir.rows(folder / 'load.jsonl', _MAPPED), 'load')
 
 
 def facts(run: History) -> dict[str, str]:

@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 import shutil
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from mla_moe import files
@@ -25,6 +26,9 @@ _V3 = dataclasses.replace(Config(), model=ModelConfig(bos_id=0, eos_id=1))
 
 # A digest with another beginning is of another version of `digest`.
 _DIGEST = 'fields:'
+
+# Bytes of a file that are read at once.
+_BLOCK = 2**20
 
 # The errors of a disk that is full, read-only, failing or gone.
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
@@ -191,27 +195,68 @@ def _begun(path: pathlib.Path) -> bool:
   """Whether a step was logged or saved; before that the config may change."""
   checkpoints = path / 'checkpoints'
   steps = checkpoints.is_dir() and any(checkpoints.iterdir())
-  return steps or bool(rows(path / 'metrics.jsonl'))
+  return steps or any(backwards(path / 'metrics.jsonl'))
 
 
-def rows(path: pathlib.Path) -> list[dict]:
+def rows(path: pathlib.Path, most: int = 0) -> list[dict]:
   """Returns the rows of a .jsonl file, without a last line that a kill tore.
+
+  With `most`, it is at most that many, evenly spaced from the first: every
+  row, every second, every fourth. Others are not parsed, and not in memory.
+  """
+  rows, spacing = [], 1
+  if path.exists():
+    files.check_regular(path)
+    with open(path, 'rb') as file:
+      for number, line in enumerate(file):
+        if number % spacing:
+          continue
+        row = _row(line)
+        if row is None:
+          break
+        rows.append(row)
+        if len(rows) > most > 0:
+          rows, spacing = rows[::2], 2 * spacing
+  return rows
+
+
+def backwards(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
+  """Yields (the offset of its end, the row) from the last row to the first.
+
+  The file may be larger than the memory.
+  """
+  if not path.exists():
+    return
+  files.check_regular(path)
+  with open(path, 'rb') as file:
+    rest, start = b'', file.seek(0, os.SEEK_END)
+    end = start
+    while start:
+      size = min(start, _BLOCK)
+      start -= size
+      file.seek(start)
+      lines = (file.read(size) + rest).splitlines(keepends=True)
+      rest = lines.pop(0) if start else b''
+      for line in reversed(lines):
+        row = _row(line)
+        if row is not None:
+          yield end, row
+        end -= len(line)
+
+
+def _row(line: bytes) -> dict | None:
+  """Returns the row of a line; None for a line that is none.
 
   A number that is not finite is null in the file (JSON has no NaN) and NaN
   here.
   """
-  rows = []
-  if path.exists():
-    files.check_regular(path)
-    for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
-      try:
-        row = json.loads(line)
-      except (ValueError, RecursionError):
-        break
-      if not isinstance(row, dict):
-        break
-      rows.append(_with_nan(row) if 'null' in line else row)
-  return rows
+  try:
+    row = json.loads(line)
+  except (ValueError, RecursionError):
+    return None
+  if not isinstance(row, dict):
+    return None
+  return _with_nan(row) if b'null' in line else row
 
 
 def _line(row: dict) -> str:
@@ -242,12 +287,22 @@ def _with_nan(value: Any) -> Any:
   return math.nan if value is None else value
 
 
-def rewind(path: pathlib.Path, step: int) -> list[dict]:
-  """Drops the rows of a .jsonl file after `step`; returns the others."""
-  first = [row for row in rows(path) if row['step'] <= step]
-  if path.exists():
-    write(path, ''.join(map(_line, first)))
-  return first
+def rewind(path: pathlib.Path, step: int) -> None:
+  """Drops the rows of a .jsonl file after `step`.
+
+  It looks for them from the end: the file may be larger than the memory.
+  """
+  if not path.exists():
+    return
+  earlier = (end for end, row in backwards(path) if row['step'] <= step)
+  end = next(earlier, 0)
+  with open(path, 'r+b') as file:
+    file.seek(max(end - 1, 0))
+    torn = file.read(min(end, 1)) not in (b'', b'\n')
+    file.truncate(end)
+    file.write(b'\n' * torn)
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _cut_torn(file: BinaryIO) -> None:

@@ -17,6 +17,7 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
 os.environ['XLA_FLAGS'] = ' '.join(_FLAGS).strip()
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
@@ -25,6 +26,9 @@ from skips import (  # noqa: E402, F401
   pytest_runtest_makereport,
 )
 
+# A red test can be repeated: the draws are the same in every run.
+hypothesis.settings.register_profile('fixed', derandomize=True, database=None)
+hypothesis.settings.load_profile('fixed')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 # Every module but config, whose classes check their own types and say so in

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from mla_moe import sharding
 from mla_moe.config import (
@@ -21,9 +22,10 @@ from mla_moe.config import (
   MLAConfig,
   ModelConfig,
   MoEConfig,
+  MTPConfig,
 )
 from mla_moe.data import batches
-from mla_moe.model import collectives, moe, pipeline, sequence
+from mla_moe.model import collectives, moe, pipeline, sequence, transformer
 from mla_moe.train import optim, step
 from mla_moe.train.state import init_state, placement
 
@@ -163,6 +165,39 @@ def test_another_mesh_continues():
   sizes = MeshConfig(fsdp=2, context=2, tensor=2)
   (_, n), _ = on_mesh(dataclasses.replace(TINY, mesh=sizes), after)
   assert float(n['loss']) == pytest.approx(float(m['loss']), rel=1e-5)
+
+
+def test_features_are_in_natural_order_where_devices_split_a_row():
+  compute = ComputeConfig(remat='none', attention='reference')
+  model = dict(layers=1, mtp=MTPConfig(depth=0), compute=compute)
+  network = transformer.Transformer(dataclasses.replace(MODEL, **model))
+  tokens = np.random.default_rng(0).integers(0, 264, (1, 16)).astype(np.int32)
+  shapes = jax.eval_shape(network.init, jax.random.key(0), tokens)
+  random = np.random.default_rng(1)
+  normal = lambda x: random.normal(0, 0.1, x.shape).astype(np.float32)
+  variables = jax.tree.map(normal, nn.unbox(shapes))
+  take = lambda *args: network.apply(*args, method=network.features).hidden
+  alone = jax.jit(take)(variables, tokens)
+  with jax.set_mesh(
+    sharding.make_mesh(MeshConfig(context=2), jax.devices()[:2])
+  ):
+    split = jax.jit(take)(variables, tokens)
+  np.testing.assert_allclose(split, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'rows, micro_batches, right',
+  [(8, 0, True), (4, 0, True), (1, 0, False), (6, 0, False), (6, 3, True)],
+)
+def test_a_pipeline_takes_the_rows_that_its_micro_batches_divide(
+  rows, micro_batches, right
+):
+  """The stack of layers computes the others: a sample's single row."""
+  mesh = sharding.make_mesh(MeshConfig(stage=4, fsdp=2))
+  assert not pipeline.takes(rows, micro_batches)
+  with jax.set_mesh(mesh):
+    micro_batches = micro_batches or 2
+    assert pipeline.takes(rows, micro_batches) == right
 
 
 class Affine:

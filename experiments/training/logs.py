@@ -7,7 +7,10 @@ files are first cut back to that step; then rows are appended, whole ones only
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import functools
+import itertools
 import pathlib
 import sys
 import time
@@ -16,6 +19,10 @@ import numpy as np
 
 from .. import workdir
 from . import metrics
+
+# The running mean of the loads is of so many logged steps: the weight of those
+# before would be 0.6 %, and a run that resumes reads no more.
+_RECENT = 100
 
 
 class Logs:
@@ -27,19 +34,20 @@ class Logs:
 
   def __init__(self, folder: pathlib.Path, step: int):
     workdir.rewind(folder / 'metrics.jsonl', step)
-    self._running = None
-    for row in workdir.rewind(folder / 'load.jsonl', step):
-      load = np.array(row['load'])
-      self._running = metrics.running_load(self._running, load)
+    workdir.rewind(folder / 'load.jsonl', step)
+    last = workdir.backwards(folder / 'load.jsonl')
+    loads = [row['load'] for _, row in itertools.islice(last, _RECENT)]
+    self._recent = collections.deque(map(np.array, loads[::-1]), _RECENT)
     self._metrics = workdir.Rows(folder / 'metrics.jsonl')
     self._load = workdir.Rows(folder / 'load.jsonl')
     self._events = _tensorboard(folder)
 
   def health(self, step: int, load: np.ndarray) -> dict:
     """Writes a step's loads [L, E]; returns `metrics.health` of them."""
-    self._running = metrics.running_load(self._running, load)
+    self._recent.append(np.asarray(load))
+    running = functools.reduce(metrics.running_load, self._recent, None)
     self._load.append({'step': step, 'load': np.asarray(load).tolist()})
-    return metrics.health(load, self._running)
+    return metrics.health(load, running)
 
   def write(self, row: dict) -> None:
     """Writes a row, which has a 'step'."""

@@ -32,8 +32,8 @@ from . import fp8_health, program
 class Setup(NamedTuple):
   """A checked config with its text, its mesh and its jitted programs.
 
-  byte_lengths: [V], the bytes of each token. part: (i, n), this process reads
-  the i-th of n equal parts of each batch's rows.
+  byte_lengths: [V], the bytes of each token. rows: numbers of the rows of a
+  micro-batch that this process reads.
   """
 
   config: Config
@@ -43,7 +43,7 @@ class Setup(NamedTuple):
   corpus: corpus.Corpus
   heldout: list[batches.Batch]
   mesh: jax.sharding.Mesh | None
-  part: tuple[int, int]
+  rows: np.ndarray
   train: Callable
   evaluate: Callable
   fp8_health: Callable
@@ -76,11 +76,11 @@ def prepare(config: Config, path: pathlib.Path) -> Setup:
   mesh = sharding.make_mesh(config.mesh) if config.mesh.devices > 1 else None
   # A step does not depend on the length of the run or the periods of chores.
   programs = _jitted(dataclasses.replace(config, run=RunConfig()))
-  rows = config.data.micro_batch or config.data.batch_size
-  part = distributed.part(mesh, rows)
+  micro = config.data.micro_batch or config.data.batch_size
+  rows = distributed.rows(mesh, micro, jax.local_devices())
   lengths = words.byte_lengths()
   return Setup(
-    config, path, words, lengths, text, heldout, mesh, part, *programs
+    config, path, words, lengths, text, heldout, mesh, rows, *programs
   )
 
 
@@ -118,12 +118,11 @@ def place(setup: Setup, tree: Any) -> Any:
   """Puts a batch, or rates, on the device or on the mesh.
 
   A batch [n, B, T] is split over the mesh's batch axes; other arrays are copied
-  to all devices. The batch may be whole, or this process's part of the rows.
+  to all devices. The batch may be whole, or this process's rows.
   """
   if setup.mesh is None:
     return jax.device_put(jax.tree.map(np.asarray, tree))
 
-  index, parts = setup.part
   data = setup.config.data
   micro = data.micro_batch or data.batch_size
 
@@ -133,16 +132,19 @@ def place(setup: Setup, tree: Any) -> Any:
       everywhere = NamedSharding(setup.mesh, PartitionSpec())
       return jax.make_array_from_callback(x.shape, everywhere, lambda i: x[i])
     split = program.batch_sharding(setup.mesh)
-    first = index * x.shape[1] if x.shape[1] * parts == micro else 0
-
-    def rows(slices):
-      start, stop, _ = slices[1].indices(micro)
-      return x[:, start - first : stop - first]
-
+    rows = np.arange(micro) if x.shape[1] == micro else setup.rows
     shape = (len(x), micro, x.shape[2])
-    return jax.make_array_from_callback(shape, split, rows)
+    take = functools.partial(_of_device, x, rows)
+    return jax.make_array_from_callback(shape, split, take)
 
   return jax.tree.map(one, tree)
+
+
+def _of_device(x: np.ndarray, rows: np.ndarray, index: tuple) -> np.ndarray:
+  """Returns a device's part of a batch of which `x` has these rows."""
+  start, stop, _ = index[1].indices(rows[-1] + 1)
+  first, last = np.searchsorted(rows, [start, stop])
+  return x[:, first:last]
 
 
 def headline(config: Config) -> str:

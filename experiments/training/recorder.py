@@ -84,9 +84,12 @@ class Recorder:
       self._logs.close()
       self._fingerprints.close()
     self._logs = logs.Logs(self._folder, step)
-    self.final = {'step': step}
-    for row in workdir.rows(self._folder / 'metrics.jsonl'):
-      self._update_final(row)
+    latest: dict = {}
+    for _, row in workdir.backwards(self._folder / 'metrics.jsonl'):
+      latest = _numbers(row) | latest
+      if len(latest) == len(_FINAL):
+        break
+    self.final = {'step': step} | latest
     path = self._folder / 'fingerprints.jsonl'
     workdir.rewind(path, step)
     self._fingerprints = workdir.Rows(path)
@@ -221,10 +224,12 @@ class Recorder:
     self._logs.write(row)
     for tracker in self._trackers:
       tracker.write(row)
-    self._update_final(row)
+    self.final |= _numbers(row)
 
-  def _update_final(self, row: dict) -> None:
-    self.final |= {name: row[name] for name in _FINAL if name in row}
+
+def _numbers(row: dict) -> dict:
+  """Returns those of a row that the caller of a run gets."""
+  return {name: row[name] for name in _FINAL if name in row}
 
 
 def _memory_mib() -> float:

@@ -30,7 +30,7 @@ def read(
     setup.corpus.bos_id,
     start,
     stop,
-    *setup.part,
+    setup.rows,
     left_out=left_out,
   )
   return enumerate(stream, start + 1)
@@ -67,6 +67,6 @@ def is_checked(run: RunConfig, number: int) -> bool:
 
   They are so, too, one step after each save: to replay that step is cheap.
   """
-  after_save = run.save_every and number % run.save_every == 1
+  after_save = run.save_every and (number - 1) % run.save_every == 0
   due = is_due(run, number, run.check_every) or bool(after_save)
   return bool(run.check_every) and due

@@ -13,16 +13,27 @@ import faulthandler
 import os
 import sys
 import threading
+from collections.abc import Callable
+from typing import Any
 
 _SLICES = 20
 _BACKSTOP = 10  # times the seconds, for the thread of C
 
 
 class Watchdog:
-  """Counts `seconds` (0: for ever) from each `arm`, in a `with` block."""
+  """Counts `seconds` (0: for ever) from each `arm`, in a `with` block.
 
-  def __init__(self, seconds: float):
-    self._seconds = seconds
+  `wait(condition, predicate, timeout)` is its clock, and `end(code)` ends the
+  process.
+  """
+
+  def __init__(
+    self,
+    seconds: float,
+    wait: Callable[..., bool] = threading.Condition.wait_for,
+    end: Callable[[int], Any] = os._exit,
+  ):
+    self._seconds, self._wait, self._end = seconds, wait, end
     self._changed = threading.Condition()
     self._name, self._turn, self._over = '', 0, False
     self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -67,12 +78,12 @@ class Watchdog:
         moved = lambda turn=turn: self._turn != turn
         slices = 0
         while name and not moved() and slices < _SLICES:
-          self._changed.wait_for(moved, self._seconds / _SLICES)
+          self._wait(self._changed, moved, self._seconds / _SLICES)
           slices += 1
         if name and not moved():
           self._end_process(name)
         if not name:
-          self._changed.wait_for(moved)
+          self._wait(self._changed, moved, None)
 
   def _end_process(self, name):
     faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
@@ -83,4 +94,4 @@ class Watchdog:
       file=sys.__stderr__,
       flush=True,
     )
-    os._exit(1)
+    self._end(1)

@@ -4,7 +4,7 @@ The token stream is cut into rows of T+1 tokens that overlap by one token, so
 each token is predicted once per epoch. A keyed permutation of the row numbers,
 computed and not stored, is the order of an epoch. So `batch_at(step)` needs no
 state, a run resumes without reading what came before, and the global batch does
-not depend on the number of hosts.
+not depend on the hosts that read its rows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mla_moe.config import ConfigError, DataConfig
+from mla_moe.config import DataConfig
 
 
 class Batch(NamedTuple):
@@ -67,36 +67,29 @@ def batch_at(
   data: DataConfig,
   step: int,
   bos_id: int,
-  host: int = 0,
-  hosts: int = 1,
+  rows: np.ndarray | slice = slice(None),
   left_out: int = 0,
 ) -> Batch:
-  """Returns the batch of a step, or this host's columns of each micro-batch.
+  """Returns the batch of a step, or these rows of each micro-batch.
 
   Args:
     stream: [tokens], the corpus.
     bos_id: begins a document, for packing 'separate'.
+    rows: numbers of rows of a micro-batch.
     left_out: number of sequences to skip before this step. After a roll-back a
       run continues elsewhere in the text, with its schedules unchanged.
-
-  Raises:
-    ConfigError: hosts that do not divide the micro-batch.
   """
   micro = data.micro_batch or data.batch_size
-  if micro % hosts:
-    raise ConfigError(f'{hosts} hosts: must divide data.micro_batch={micro}')
   first, size = span(data, step)
-  most, columns = data.batch_size // micro, micro // hosts
-  sequences = first + left_out + np.arange(size).reshape(-1, micro)
-  sequences = sequences[:, host * columns : (host + 1) * columns]
-  rows = (len(stream) - 1) // data.seq_len
-  epochs, index = np.divmod(sequences, rows)
+  sequences = first + left_out + np.arange(size).reshape(-1, micro)[:, rows]
+  total = (len(stream) - 1) // data.seq_len
+  epochs, index = np.divmod(sequences, total)
   order = np.zeros_like(index)
   for epoch in np.unique(epochs):
     mask = epochs == epoch
-    order[mask] = permute(index[mask], rows, (data.seed << 20) + int(epoch))
+    order[mask] = permute(index[mask], total, (data.seed << 20) + int(epoch))
   batch = _rows(stream, data, order, bos_id)
-  padding = most - len(sequences)
+  padding = data.batch_size // micro - len(sequences)
   if not padding:
     return batch
   pad = lambda x, fill: np.pad(
@@ -113,8 +106,7 @@ def batches(
   bos_id: int,
   start: int,
   stop: int,
-  host: int = 0,
-  hosts: int = 1,
+  rows: np.ndarray | slice = slice(None),
   left_out: int = 0,
 ) -> Iterator[Batch]:
   """Yields the batches of steps start..stop-1; each is read when needed."""
@@ -123,8 +115,7 @@ def batches(
     stream,
     data,
     bos_id=bos_id,
-    host=host,
-    hosts=hosts,
+    rows=rows,
     left_out=left_out,
   )
   return map(read, range(start, stop))

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from mla_moe import sharding
-from mla_moe.config import ConfigError, ModelConfig
+from mla_moe.config import ModelConfig
 from mla_moe.model import block, moe
 from mla_moe.types import Array, Float, Int, PyTree
 
@@ -31,6 +31,16 @@ def stages() -> int:
   """Returns the number of stages of the mesh, 1 where there is none."""
   mesh = jax.sharding.get_abstract_mesh()
   return 1 if 'stage' in mesh.manual_axes else mesh.shape.get('stage', 1)
+
+
+def takes(rows: int, micro_batches: int = 0) -> bool:
+  """Whether there is a pipeline, and a batch of so many rows can go through it.
+
+  The stack of layers itself computes other batches, its weights gathered.
+  """
+  count = stages()
+  shards = sharding.axis_size(('data', 'fsdp', 'expert')) if count > 1 else 1
+  return count > 1 and rows % ((micro_batches or count) * shards) == 0
 
 
 def run(
@@ -52,20 +62,11 @@ def run(
     cos: of the rotation.
     sin: of the rotation.
     segments: numbers of documents, or None.
-    micro_batches: M; 0 is one a stage.
+    micro_batches: M, which `takes` these rows; 0 is one a stage.
     functions: of the layers.
-
-  Raises:
-    ConfigError: M does not divide the rows of a device.
   """
   count = stages()
   micro_batches = micro_batches or count
-  shards = sharding.axis_size(('data', 'fsdp', 'expert'))
-  if x.shape[0] % (micro_batches * shards):
-    raise ConfigError(
-      f'config.mesh.pipeline={micro_batches} micro-batches of {shards} shards: '
-      f'must divide the {x.shape[0]} rows of a batch'
-    )
   length = jax.tree.leaves(variables)[0].shape[0] // count
   args = config, True, functions
   layer = block.remat_block(config, length)(*args, parent=None)

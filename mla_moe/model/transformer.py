@@ -92,7 +92,7 @@ class Transformer(nn.Module):
     """Returns the logits of whole sequences; the arguments of `features`."""
     out = self.features(tokens, positions, segments)
     w_head = self.head().astype(self.config.dtype)
-    logits = lambda h: products.dot('btd,dv->btv', sequence.restore(h), w_head)
+    logits = lambda h: products.dot('btd,dv->btv', h, w_head)
     mtp_logits = None
     if out.mtp_hidden:
       mtp_logits = jnp.stack([logits(h)[:, :-1] for h in out.mtp_hidden])
@@ -112,12 +112,25 @@ class Transformer(nn.Module):
     tokens: Int[Array, 'B T'],
     positions: Int[Array, 'B T'] | None = None,
     segments: Int[Array, 'B T'] | None = None,
+  ) -> Features:
+    """Returns everything but the head's logits, on any mesh in natural order.
+
+    The arguments are those of `arranged_features`.
+    """
+    out = self.arranged_features(tokens, positions, segments)
+    hidden, ahead = jax.tree.map(sequence.restore, (out.hidden, out.mtp_hidden))
+    return out.replace(hidden=hidden, mtp_hidden=ahead)
+
+  def arranged_features(
+    self,
+    tokens: Int[Array, 'B T'],
+    positions: Int[Array, 'B T'] | None = None,
+    segments: Int[Array, 'B T'] | None = None,
     micro_batches: int = 0,
   ) -> Features:
-    """Returns everything but the head's logits.
+    """Returns `features`, the hidden states of a row in its devices' order.
 
-    On a mesh that splits sequences, the hidden states of a row are in the order
-    of its devices (`sequence.arrange`).
+    The loss arranges its targets likewise (`sequence.arrange`).
 
     Args:
       tokens: ids; those beyond the vocabulary are clipped by the gather.
@@ -139,7 +152,8 @@ class Transformer(nn.Module):
     stats = None
     if c.dense_layers:
       x, _ = self.dense(x, *context, None)
-    if c.moe_layers and pipeline.stages() > 1 and not self.is_initializing():
+    in_pipeline = pipeline.takes(b, micro_batches)
+    if c.moe_layers and in_pipeline and not self.is_initializing():
       args = self.moe.variables, c, x, *context, micro_batches
       x, stats = pipeline.run(*args, self.functions)
       x = sharding.constrain(x, 'batch', 'length', 'stream')

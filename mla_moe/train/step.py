@@ -221,7 +221,7 @@ def predictions(
     micro.positions,
     None if joined else micro.segments,
     config.mesh.pipeline,
-    method=network.features,
+    method=network.arranged_features,
   )
   head = network.apply(variables, method=network.head)
   targets = [micro.targets]

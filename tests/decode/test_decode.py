@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from mla_moe import CacheConfig, load_huggingface
-from mla_moe.decode import forward, latent_cache
+from mla_moe.config import MLAConfig
+from mla_moe.decode import forward, latent_attention, latent_cache
 from mla_moe.model import experts, router, transformer
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
@@ -230,3 +231,25 @@ def test_few_tokens_read_the_chosen_experts_alone(tokens, few, monkeypatch):
   main, _ = forward.split(empty(config), config)
   jax.eval_shape(run, weights, main, ids)
   assert rows == [(2 * tokens, config.dim)] * config.moe_layers * few
+
+
+def test_a_shards_page_ids_are_those_of_its_own_pool():
+  """The second of two devices has pages 4 to 7 of 8, as 0 to 3."""
+  pages = latent_cache.Pages(jnp.zeros((4, 2, 3)))
+  table, lengths = jnp.array([[5, 4], [6, 7]]), jnp.array([2, 1])
+  cache = latent_cache.Cache((pages,), table, lengths)
+  new = jnp.full((2, 1, 2), 7.0), jnp.full((2, 1, 1), 9.0)
+  core = lambda q, kv, up, cache, valid, scale: cache.table
+  table, pages = latent_attention._write_and_attend(
+    core,
+    MLAConfig(),
+    None,
+    new,
+    None,
+    cache.replace(layers=(pages,)),
+    jnp.array([1, 1]),
+  )
+  np.testing.assert_array_equal(table, [[1, 0], [2, 3]])
+  right = np.zeros((4, 2, 3))
+  right[0, 0] = right[2, 1] = [7, 7, 9]
+  np.testing.assert_array_equal(pages.values, right)

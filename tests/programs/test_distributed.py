@@ -3,14 +3,16 @@
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 
 import jax
+import numpy as np
+import ports
 import pytest
 
 from experiments import distributed
+from experiments.training import preparation
 from mla_moe import sharding
 from mla_moe.config import ConfigError, MeshConfig
 
@@ -62,12 +64,38 @@ def test_a_coordinator_needs_numbers():
 
 
 def test_one_process_reads_everything():
-  assert distributed.part(None, 8) == (0, 1)
+  devices = jax.devices()
+  assert distributed.rows(None, 8, devices).tolist() == list(range(8))
   mesh = sharding.make_mesh(MeshConfig(data=2, tensor=4))
-  assert distributed.part(mesh, 8) == (0, 1)
+  assert distributed.rows(mesh, 8, devices).tolist() == list(range(8))
   assert distributed.alone(lambda: 3) == 3
   assert distributed.processes() == 1 and distributed.first()
   assert jax.process_count() == 1
+
+
+@pytest.mark.parametrize(
+  'sizes, right',
+  [
+    (dict(fsdp=8), [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    (dict(fsdp=2, tensor=4), [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    (dict(tensor=8), [list(range(8))] * 2),
+    (dict(stage=2, fsdp=4), [[0, 2, 4, 6], [1, 3, 5, 7]]),
+    (dict(data=2, stage=4), [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    (dict(stage=2, fsdp=2, expert=2), [[0, 2, 4, 6], [1, 3, 5, 7]]),
+  ],
+)
+def test_a_host_reads_the_rows_of_its_devices_alone(sizes, right):
+  """Also those of a pipeline's stage, which are not neighbours."""
+  mesh = sharding.make_mesh(MeshConfig(**sizes))
+  whole = np.arange(2 * 8 * 3).reshape(2, 8, 3)
+  split = jax.NamedSharding(mesh, sharding.spec((None, 'batch', None)))
+  places = split.devices_indices_map(whole.shape)
+  for devices, numbers in zip(mesh.devices.reshape(2, 4), right, strict=True):
+    rows = distributed.rows(mesh, 8, list(devices))
+    assert rows.tolist() == numbers
+    for device in devices:
+      part = preparation._of_device(whole[:, rows], rows, places[device])
+      np.testing.assert_array_equal(part, whole[places[device]])
 
 
 @pytest.fixture(autouse=True)
@@ -108,11 +136,15 @@ def start(folder, index=None, port=0, more=()):
   return child
 
 
-def free_port():
-  """A port that nobody has now, and that few will choose by chance."""
-  with socket.socket() as free:
-    free.bind(('localhost', 0))
-    return free.getsockname()[1]
+def ended(folder, more=(), other=()):
+  """The processes of a run of two, ended, and their (output, errors)."""
+
+  def both(port):
+    flags = more, (*more, *other)
+    started = [start(folder, i, port, flags[i]) for i in range(2)]
+    return started, [child.communicate(timeout=800) for child in started]
+
+  return ports.tried(both)
 
 
 def rows(folder):
@@ -123,9 +155,7 @@ def rows(folder):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_processes_train_as_one(tmp_path):
-  port = free_port()
-  both = [start(tmp_path / 'two' / 'run', i, port) for i in range(2)]
-  texts = [p.communicate(timeout=800) for p in both]
+  both, texts = ended(tmp_path / 'two' / 'run')
   assert [p.returncode for p in both] == [0, 0], texts
   assert '2 processes (found by environment)' in texts[0][0]
   assert 'step' not in texts[1][0]
@@ -141,10 +171,7 @@ def test_two_processes_train_as_one(tmp_path):
       assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
   assert (tmp_path / 'two/run/samples.txt').exists()
   assert not (tmp_path / 'two/run/incidents.jsonl').read_text()
-  more = ('--replay=3',)
-  port = free_port()
-  both = [start(tmp_path / 'two' / 'run', i, port, more) for i in range(2)]
-  texts = [p.communicate(timeout=800) for p in both]
+  both, texts = ended(tmp_path / 'two' / 'run', ('--replay=3',))
   assert [p.returncode for p in both] == [0, 0], texts
   assert 'Step 3, computed again from step 2' in texts[0][0]
   assert 'Step' not in texts[1][0]
@@ -154,18 +181,26 @@ def test_two_processes_train_as_one(tmp_path):
 @pytest.mark.timeout(900)
 def test_processes_of_two_minds_both_stop(tmp_path):
   other = ('--config.optim.learning_rate=0.5',)
-  port = free_port()
-  both = [
-    start(tmp_path / 'run', i, port, other if i else ()) for i in range(2)
-  ]
-  texts = [p.communicate(timeout=800)[1] for p in both]
+  both, texts = ended(tmp_path / 'run', other=other)
   assert [p.returncode for p in both] == [2, 2], texts
-  assert all('process 1 has another config' in text for text in texts)
+  assert all('process 1 has another config' in text for _, text in texts)
 
 
 @pytest.mark.slow
 def test_a_process_that_never_comes_is_named(tmp_path):
-  child = start(tmp_path / 'run', 0, free_port(), ('--distributed_timeout=5',))
-  text = child.communicate(timeout=200)[1]
+  flags = ('--distributed_timeout=5',)
+
+  def alone(port):
+    child = start(tmp_path / 'run', 0, port, flags)
+    return [child], [child.communicate(timeout=200)]
+
+  (child,), ((_, text),) = ports.tried(alone)
   assert 'process 1 did not arrive within 5 s' in text, text
   assert child.returncode == 2
+
+
+def test_a_port_that_is_taken_is_one_line():
+  with ports.held() as port:
+    with pytest.raises(ConfigError, match=f'port {port}, of the roll') as error:
+      distributed.absent(f'localhost:{port - 1}', 0, 2, 5)
+  assert '\n' not in str(error.value)

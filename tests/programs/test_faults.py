@@ -485,12 +485,12 @@ def test_row15_a_run_goes_on_on_another_mesh(spread):
 
 def test_row30_a_step_that_hangs_is_ended_with_every_stack(root):
   child = program(
-    *(root, 'hung', '--config.run.step_timeout=2'), fault='hang@step:4'
+    *(root, 'hung', '--config.run.step_timeout=4'), fault='hang@step:4'
   )
   _, err = child.communicate()
   assert child.returncode == 1
   assert 'error: step 3' in err or 'error: step 4' in err
-  assert 'step_timeout=2 s' in err and 'faults.py' in err and 'Thread' in err
+  assert 'step_timeout=4 s' in err and 'faults.py' in err and 'Thread' in err
 
 
 def test_row09_a_save_that_fails_is_an_incident_and_training_goes_on(
@@ -525,7 +525,7 @@ def test_row09_rows_wait_for_a_full_disk(tmp_path, capsys):
 def test_a_torn_last_row_is_dropped_and_the_others_stay(tmp_path):
   path = tmp_path / 'metrics.jsonl'
   path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
-  assert workdir.rewind(path, 9) == [{'step': 1}, {'step': 2}]
+  workdir.rewind(path, 9)
   assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import checkpoint, report, workdir
+from experiments.training import logs
 from mla_moe.checkpoint import faults, folders, seal, store
 from mla_moe.config import ConfigError, DataConfig, freeze
 
@@ -31,6 +32,60 @@ def test_rows_are_strict_json_and_nan_comes_back(tmp_path):
   path.write_text('{"step": 1, "loss": NaN}\n[3]\n')  # of an older version
   (old,) = workdir.rows(path)
   assert math.isnan(old['loss'])
+
+
+@pytest.mark.parametrize('block', [1, 7, 2**20])
+def test_rows_are_read_and_dropped_from_the_end(tmp_path, monkeypatch, block):
+  """The end of a long file is all that is read."""
+  path = tmp_path / 'rows.jsonl'
+  lines = [f'{{"step": {i}, "x": [{"7, " * i}null]}}\n' for i in range(6)]
+  path.write_text(''.join(lines) + '{"step": 6, "x"\n[1]\n\0\0')
+  monkeypatch.setattr(workdir, '_BLOCK', block)
+  last = list(workdir.backwards(path))
+  ends = np.cumsum([len(line) for line in lines])
+  assert [end for end, _ in last] == ends[::-1].tolist()
+  assert [row['step'] for _, row in last] == [5, 4, 3, 2, 1, 0]
+  assert math.isnan(last[0][1]['x'][5])
+  for step in (5, 3, 3, -1):
+    workdir.rewind(path, step)
+    assert path.read_text() == ''.join(lines[: step + 1])
+  path.write_text('{"step": 1}')  # whole, but for the end of its line
+  workdir.rewind(path, 2)
+  assert path.read_text() == '{"step": 1}\n'
+  assert not list(workdir.backwards(tmp_path / 'none'))
+
+
+def test_a_long_file_is_read_at_even_distances(tmp_path):
+  path = tmp_path / 'rows.jsonl'
+  path.write_text(''.join(f'{{"step": {i}}}\n' for i in range(100)))
+  steps = lambda *most: [row['step'] for row in workdir.rows(path, *most)]
+  assert steps() == steps(100) == list(range(100))
+  assert steps(99) == list(range(0, 100, 2))
+  assert steps(7) == list(range(0, 100, 16))
+
+
+def test_the_running_load_of_a_run_that_resumes_is_the_same(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(logs, '_tensorboard', lambda _: None)
+  loads = np.random.default_rng(0).integers(0, 9, (130, 1, 4))
+
+  def healths(start):
+    file = logs.Logs(tmp_path, start)
+    values = [
+      file.health(i, load) for i, load in enumerate(loads[start:], start + 1)
+    ]
+    file.close()
+    return values
+
+  whole = healths(0)
+  assert healths(115) == whole[115:]
+  one, two = (loads[i].max() / loads[i].mean() for i in (0, 1))
+  np.testing.assert_allclose(whole[0]['max_vio_running'], one - 1)
+  mean = 0.95 * loads[0] + 0.05 * loads[1]
+  right = mean.max() / mean.mean() - 1
+  np.testing.assert_allclose(whole[1]['max_vio_running'], right)
+  np.testing.assert_allclose(whole[1]['max_vio'], two - 1)
 
 
 @pytest.mark.parametrize(

@@ -112,25 +112,10 @@ class Transformer(nn.Module):
     tokens: Int[Array, 'B T'],
     positions: Int[Array, 'B T'] | None = None,
     segments: Int[Array, 'B T'] | None = None,
-  ) -> Features:
-    """Returns everything but the head's logits, on any mesh in natural order.
-
-    The arguments are those of `arranged_features`.
-    """
-    out = self.arranged_features(tokens, positions, segments)
-    hidden, ahead = jax.tree.map(sequence.restore, (out.hidden, out.mtp_hidden))
-    return out.replace(hidden=hidden, mtp_hidden=ahead)
-
-  def arranged_features(
-    self,
-    tokens: Int[Array, 'B T'],
-    positions: Int[Array, 'B T'] | None = None,
-    segments: Int[Array, 'B T'] | None = None,
     micro_batches: int = 0,
+    arranged: bool = False,
   ) -> Features:
-    """Returns `features`, the hidden states of a row in its devices' order.
-
-    The loss arranges its targets likewise (`sequence.arrange`).
+    """Returns everything but the head's logits.
 
     Args:
       tokens: ids; those beyond the vocabulary are clipped by the gather.
@@ -138,6 +123,7 @@ class Transformer(nn.Module):
       segments: numbers of documents: tokens of a row attend within theirs. None
         is one document.
       micro_batches: of a pipeline (0: one a stage), on a mesh with stages.
+      arranged: leave rows in the order of their devices (`sequence.arrange`).
     """
     c = self.config
     b, t = tokens.shape
@@ -152,16 +138,18 @@ class Transformer(nn.Module):
     stats = None
     if c.dense_layers:
       x, _ = self.dense(x, *context, None)
-    in_pipeline = pipeline.takes(b, micro_batches)
-    if c.moe_layers and in_pipeline and not self.is_initializing():
+    run_stages = pipeline.takes(b, micro_batches) and not self.is_initializing()
+    if c.moe_layers and run_stages:
       args = self.moe.variables, c, x, *context, micro_batches
       x, stats = pipeline.run(*args, self.functions)
       x = sharding.constrain(x, 'batch', 'length', 'stream')
     elif c.moe_layers:
       x, stats = self.moe(x, *context, None)
     hidden = self.final_norm(x)
-    mtp_hidden, mtp_stats = self._predict_ahead(tokens, hidden, context)
-    return Features(hidden, mtp_hidden, stats, mtp_stats)
+    ahead, mtp_stats = self._predict_ahead(tokens, hidden, context)
+    if not arranged:
+      hidden, ahead = jax.tree.map(sequence.restore, (hidden, ahead))
+    return Features(hidden, ahead, stats, mtp_stats)
 
   def _embed(self, tokens):
     arranged = sequence.arrange(tokens)
@@ -173,8 +161,7 @@ class Transformer(nn.Module):
     b, t = tokens.shape
     for k, module in enumerate(self.mtp, start=1):
       # The last k tokens have no successor in the row: no expert counts them.
-      mask = (jnp.arange(t) < t - k).astype(jnp.float32)[None]
-      mask = jnp.broadcast_to(mask, (b, t))
+      mask = jnp.broadcast_to(jnp.arange(t) < t - k, (b, t)) * 1.0
       ahead = self._embed(jnp.roll(tokens, -k, axis=1))
       x, normed, report = module(x, ahead, *context, sequence.arrange(mask))
       outputs.append(normed)

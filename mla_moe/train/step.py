@@ -221,7 +221,8 @@ def predictions(
     micro.positions,
     None if joined else micro.segments,
     config.mesh.pipeline,
-    method=network.arranged_features,
+    arranged=True,
+    method=network.features,
   )
   head = network.apply(variables, method=network.head)
   targets = [micro.targets]

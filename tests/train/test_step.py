@@ -180,7 +180,10 @@ def test_a_model_without_experts_has_statistics_of_no_layers():
 
 
 def test_a_step_is_judged_by_its_loss_its_gradient_and_its_main_loss():
-  judge = lambda *args: float(step._judge(*args, watched)[0])
+  named = lambda loss, main: {'loss': loss, 'main_loss': main}
+  judge = lambda window, loss, main, norm: float(
+    step._judge(window, named(loss, main), norm, watched)[0]
+  )
   watched = dataclasses.replace(MICRO.optim, spike_sigma=2.0, spike_window=2)
   nan, one = jnp.nan, jnp.float32(1)
   assert judge({}, one, one, one) == 0
@@ -190,7 +193,7 @@ def test_a_step_is_judged_by_its_loss_its_gradient_and_its_main_loss():
   assert judge(window, one * 9, one * 3.9, one) == 0
   assert judge(window, one, one * 4.1, one) == 2
   assert judge(window, nan, one * 4.1, one) == 1
-  _, after = step._judge(window, one * 9, one * 3.5, one, watched)
+  _, after = step._judge(window, named(one * 9, one * 3.5), one, watched)
   np.testing.assert_array_equal(after['losses'], [3.5, 3.0])
   assert judge(window | {'seen': jnp.int32(1)}, one, one * 9, one) == 0
 

@@ -345,3 +345,15 @@ def target_platform() -> str:
   device = jax.sharding.get_abstract_mesh().abstract_device
   name = jax.default_backend() if device is None else device.platform
   return {'cuda': 'gpu', 'rocm': 'gpu'}.get(name, name)
+
+
+def ragged_exchange() -> bool:
+  """Returns whether the devices of the program have a ragged all-to-all.
+
+  XLA has none for CPUs, and libtpu (0.0.50) none for a v5e larger than 4x4:
+  "not supported in limited ICI routing settings".
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  kind = getattr(mesh.abstract_device, 'device_kind', '')
+  too_large = kind == 'TPU v5 lite' and mesh.size > 16
+  return target_platform() != 'cpu' and not too_large

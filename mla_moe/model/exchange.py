@@ -12,8 +12,8 @@ back. Three kinds give the same numbers:
   times the balanced number of rows. Rows that exceed a buffer go in further
   rounds of the same buffers: memory is bounded and no row is dropped. A step
   with balanced load has no further round.
-* ragged: the same buffers, but only real rows travel. XLA has this collective
-  on TPUs and GPUs alone.
+* ragged: the same buffers, but only real rows travel. Not all devices have
+  this collective (`sharding.ragged_exchange`).
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _kind(config: ModelConfig, devices: int, tokens_are_split: bool) -> str:
     return config.compute.exchange
   if devices <= config.moe.top_k:
     return 'gather'
-  return 'padded' if sharding.target_platform() == 'cpu' else 'ragged'
+  return 'ragged' if sharding.ragged_exchange() else 'padded'
 
 
 def _all_devices(rows: Array, axes: TokenAxes) -> Array:

@@ -18,7 +18,7 @@ from mla_moe.config import (
   ModelConfig,
   MoEConfig,
 )
-from mla_moe.model import collectives, moe, products, weights
+from mla_moe.model import collectives, exchange, moe, products, weights
 
 SIZES = ModelConfig(
   moe=MoEConfig(experts=16, top_k=2, width=8, groups=1, top_groups=1, shared=0)
@@ -116,6 +116,29 @@ def test_a_cpu_refuses_the_ragged_exchange():
   run = compiled(MeshConfig(**MESHES['data']), computed(exchange='ragged'))
   with pytest.raises(ConfigError, match="exchange='ragged': a CPU has no"):
     run(args, mask, bias, g)
+
+
+@pytest.mark.parametrize(
+  'device, size, kind',
+  [
+    (('TPU v5 lite', 1, 'tpu'), 16, 'ragged'),
+    (('TPU v5 lite', 1, 'tpu'), 32, 'padded'),  # which libtpu cannot compile
+    (('TPU v6 lite', 1, 'tpu'), 32, 'ragged'),
+    (('TPU v5', 1, 'tpu'), 32, 'ragged'),
+    (('NVIDIA H100', 1, 'cuda'), 32, 'ragged'),
+    (('cpu', None, 'cpu'), 16, 'padded'),
+  ],
+)
+def test_auto_takes_an_exchange_that_the_devices_have(device, size, kind):
+  config = dataclasses.replace(SIZES, moe=MoEConfig())
+  mesh = jax.sharding.AbstractMesh(
+    (2, size // 2),
+    ('fsdp', 'expert'),
+    abstract_device=jax.sharding.AbstractDevice(*device),
+  )
+  with jax.sharding.use_abstract_mesh(mesh):
+    assert exchange._kind(config, 16, True) == kind
+    assert exchange._kind(config, 8, True) == 'gather'
 
 
 def test_a_batch_that_nothing_divides_is_computed_whole():

@@ -17,8 +17,8 @@ dataclasses, and its trampolines break under jit and a custom_vjp; Cosmic Ray
 starts Python anew for each mutant, with the same tests for all files.
 
   python tests/mutants.py              # a sample; a stopped run continues
-  python tests/mutants.py --again      # survivors alone, with all their tests
-  python tests/mutants.py --again --slow    # and with the slow ones
+  python tests/mutants.py --again --budget 500       # survivors alone
+  python tests/mutants.py --again --slow --tests tests/test_sharding.py
 """
 
 from __future__ import annotations
@@ -86,13 +86,15 @@ def main(argv: list[str] | None = None) -> int:
     importlib.import_module(module)
   trees = [_copy(args.work / f'tree{i}') for i in range(args.workers)]
   _import_package(trees[0])
-  tests = _baseline(trees, args)
+  named = [Test(name, 60.0, {}) for name in args.tests]
+  tests = named or _baseline(trees, args)
   record, sample = args.work / 'results.jsonl', _stored_sample(args)
   rows = record.read_text().splitlines() if record.exists() else []
   results = {row['key']: row for row in map(json.loads, rows)}
   missing = [m for m in sample if m.key not in results]
   if args.again:
     missing = [m for m in sample if results.get(m.key, {}).get('test') == '']
+    missing = [m for m in missing if args.files in m.file]
   jobs = [functools.partial(_try, m, tests, args) for m in missing]
   for count, result in enumerate(_parallel(jobs, trees), 1):
     results[result['key']] = result
@@ -101,8 +103,8 @@ def main(argv: list[str] | None = None) -> int:
     word = 'killed' if result['test'] else 'SURVIVED'
     line = f'{count}/{len(jobs)} {word} {result["seconds"]:.0f} s'
     print(f'{line} {result["line"]} | {result["key"]}', flush=True)
-  rows = [results[m.key] for m in sample]
-  _control(rows, trees)
+  rows = [results[m.key] for m in sample if m.key in results]
+  _control(rows, trees, args)
   return _report(rows)
 
 
@@ -120,8 +122,9 @@ def _parse(argv):
   parser.add_argument(
     '--files', default='', help='only sources with this in their path'
   )
+  parser.add_argument('--again', action='store_true', help='survivors alone')
   parser.add_argument(
-    '--again', action='store_true', help='survivors alone, without a budget'
+    '--tests', nargs='*', default=[], help='these, not those of the lines'
   )
   parser.add_argument('--slow', action='store_true', help='slow tests, too')
   parser.add_argument(
@@ -143,6 +146,9 @@ def _copy(tree: pathlib.Path) -> pathlib.Path:
       if not target.exists() or source.read_bytes() != target.read_bytes():
         shutil.copy2(source, target)
         _forget(target)
+  for path in tree.rglob('*.py'):  # of a run before this one
+    if str(path.relative_to(tree)) not in files:
+      path.unlink()
   return tree
 
 
@@ -162,7 +168,8 @@ def _import_package(tree):
   importlib.import_module('conftest')
   for path in sorted((tree / 'mla_moe').rglob('*.py')):
     name = '.'.join(path.relative_to(tree).with_suffix('').parts)
-    importlib.import_module(name.removesuffix('.__init__'))
+    if path.stem != '__main__':
+      importlib.import_module(name.removesuffix('.__init__'))
   del sys.path[:2], sys.modules['conftest'], sys.modules['checking']
 
 
@@ -446,7 +453,7 @@ def choose(
 
 def _try(mutation, tests, args, tree):
   """A job: runs the tests of a mutant, and yields its result at the end."""
-  chosen = choose(mutation, tests, 1e9 if args.again else args.budget)
+  chosen = tests if args.tests else choose(mutation, tests, args.budget)
   path, report = tree / mutation.file, tree / 'mutant.json'
   original = path.read_text()
   report.unlink(missing_ok=True)
@@ -478,9 +485,11 @@ def _try(mutation, tests, args, tree):
   }
 
 
-def _control(results, trees):
+def _control(results, trees, args):
   """Runs each test that killed on the unchanged tree: all must pass."""
-  names = sorted({r['test'] for r in results if '::' in r['test']})
+  store = args.work / 'control.json'
+  passing = set(json.loads(store.read_text()) if store.exists() else ())
+  names = sorted({r['test'] for r in results if '::' in r['test']} - passing)
   groups = {}
   for name in names:
     groups.setdefault(name.split('::')[0], []).append(name)
@@ -497,6 +506,7 @@ def _control(results, trees):
 
   for _ in _parallel([run(names) for names in groups.values()], trees):
     pass
+  store.write_text(json.dumps(sorted(passing | set(names))))
 
 
 def _report(results) -> int:

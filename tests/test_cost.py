@@ -130,3 +130,14 @@ def test_the_bill_of_v3():
   )
   assert hours == pytest.approx(2.664e6, rel=0.01)
   assert dollars == pytest.approx(5.328e6, rel=0.01)
+
+
+def test_hours_and_dollars_by_hand():
+  config = load('deepseek_v2_lite')
+  flops = 3e9 * cost.train_flops_per_token(config, 512)
+  sizes = dict(devices=7, peak_flops=2e12, utilisation=0.25)
+  hours, dollars = cost.hours_and_money(
+    config, 3e9, 512, dollars_per_hour=1.5, **sizes
+  )
+  assert hours == pytest.approx(flops / 5e11 / 3600, rel=1e-9)
+  assert dollars == pytest.approx(1.5 * hours, rel=1e-9)

@@ -18,7 +18,10 @@ def inputs(m=20, d=6, v=37, dtype=jnp.float32):
   keys = jax.random.split(jax.random.key(0), 4)
   hidden = jax.random.normal(keys[0], (m, d), dtype)
   head = jax.random.normal(keys[1], (d, v))
-  targets = jax.random.randint(keys[2], (m,), 0, v).at[3].set(-1)
+  # One is no token, one the first: a loss may confuse them.
+  targets = (
+    jax.random.randint(keys[2], (m,), 1, v).at[3:5].set(jnp.arange(-1, 1))
+  )
   return hidden, head, targets, jax.random.normal(keys[3], (2, m))
 
 
@@ -100,13 +103,17 @@ def test_the_first_token_id_costs_as_the_others(block):
   np.testing.assert_allclose(lse, [2.0064] * 3, atol=1e-4)
 
 
-def test_the_first_token_id_costs_as_the_others_on_a_mesh():
-  hidden, ids = jnp.ones((1, 2, 2, 2)), jnp.array([[[0, 1], [2, -1]]])
+def test_each_token_has_its_own_logit_on_a_mesh():
+  """Ids 0 and 1 lie on one device, 2 and 3 on another."""
+  head = jnp.log(jnp.array([[1.0, 2.0, 3.0, 4.0]]))
+  hidden, ids = jnp.ones((1, 2, 3, 1)), jnp.array([[[0, 1, 2], [3, -1, 0]]])
   with jax.set_mesh(
     sharding.make_mesh(MeshConfig(tensor=2), jax.devices()[:2])
   ):
-    nll, _ = jax.jit(losses.sharded_token_nll)(hidden, jnp.eye(2, 4), ids)
-  np.testing.assert_allclose(nll, [[[1.0064] * 2, [2.0064, 0]]], atol=1e-4)
+    nll, lse = jax.jit(losses.sharded_token_nll)(hidden, head, ids)
+  right = np.log([[[10, 5, 10 / 3], [2.5, 1, 10]]])
+  np.testing.assert_allclose(nll, right, atol=1e-5)
+  np.testing.assert_allclose(lse, np.full(ids.shape, np.log(10)), atol=1e-5)
 
 
 @pytest.mark.parametrize('block', [8, 37])

@@ -146,6 +146,8 @@ def test_biases_of_a_module_follow_its_own_row_of_the_load():
   np.testing.assert_array_equal(moved['moe']['bias'], right[:1])
   np.testing.assert_array_equal(moved['mtp_0']['bias'], right[1])
   np.testing.assert_array_equal(moved['mtp_1']['bias'], right[2])
+  assert step._norms(moved, rows)['bias_norm'].tolist() == [2, 2, 2]
+  assert step._norms({}, {}) == {}
 
 
 @pytest.mark.parametrize('count, right', [(1, 1), (2, 3), (3, 7)])

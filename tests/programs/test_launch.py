@@ -165,7 +165,7 @@ ODD = (
   '--config.data.seed=7 && true # no',
 )
 DERANDOMIZED = hypothesis.settings(
-  max_examples=8,
+  max_examples=4,
   deadline=None,
   derandomize=True,
   suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
@@ -570,7 +570,8 @@ def test_a_step_that_does_not_fit_is_a_fault(clone):
   assert 'a device needs' in line and 'the smallest that fits is' in line
 
 
-def test_a_path_of_this_machine_is_a_fault_on_others(clone):
+def test_a_path_of_this_machine_is_a_fault_on_others(clone, monkeypatch):
+  monkeypatch.setattr(launch.preflight, '_check_fit', lambda *_: None)
   (clone / 'here.txt').write_text('a')
   ends = [
     {'id': i, 'content': text, 'special': True}

@@ -18,6 +18,7 @@ from mla_moe.checked import ConfigError
 BOS, EOS = '<｜begin▁of▁sentence｜>', '<｜end▁of▁sentence｜>'
 FIM = ('<｜fim▁begin｜>', '<｜fim▁hole｜>', '<｜fim▁end｜>')
 BYTES = 256
+_LARGEST = 2**24  # a larger vocabulary would only fill the memory
 
 
 class Vocabulary(NamedTuple):
@@ -93,6 +94,8 @@ def parse(content: bytes, name: str, settings: dict[str, Any]) -> Vocabulary:
     words = values['model']['vocab']
     ids = words.values() if hasattr(words, 'values') else range(len(words))
     size = max([*ids, *(token['id'] for token in added)]) + 1
+    if not 0 < size <= _LARGEST:
+      raise ValueError(f'its largest id is {size - 1}')
     ends = {text: i for i, text in special.items()}
     bos = ends.get(text_of(settings.get('bos_token', BOS)), -1)
     eos = ends.get(text_of(settings.get('eos_token', EOS)), -1)

@@ -139,15 +139,14 @@ def _settings(
       template = files.read_bytes(file, _TEMPLATE_BYTES).decode('utf-8')
     except UnicodeDecodeError:
       raise ConfigError(f'{file}: is no text in UTF-8') from None
-  content = lambda t: t.get('content') if isinstance(t, dict) else t
   text_of = {index: text for text, index in special.items()}
   bos = text_of.get(tokenizer.bos_id, '')
   eos = text_of.get(tokenizer.eos_id, '')
   return {
     'template': template,
     # A null is a model without such a token.
-    'bos_token': content(values.get('bos_token', bos)) or '',
-    'eos_token': content(values.get('eos_token', eos)) or '',
+    'bos_token': vocabulary.text_of(values.get('bos_token', bos)),
+    'eos_token': vocabulary.text_of(values.get('eos_token', eos)),
   }
 
 

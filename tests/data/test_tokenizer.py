@@ -183,12 +183,16 @@ def test_bad_input_is_one_line(bpe, tmp_path):
   content = json.loads(pathlib.Path(bpe[1]).read_text(encoding='utf-8'))
   words = tmp_path / 'words.json'
   words.write_text(json.dumps(content | {'decoder': {'type': 'Fuse'}}))
+  huge = tmp_path / 'huge.json'
+  many = {'model': {'vocab': {'a': 10**12}}, 'decoder': {}}
+  huge.write_text(json.dumps(many))
   for name, bos, eos, says in (
     ('byte', 0, 257, 'model.bos_id=256'),
     ('byte', 256, 1, 'model.eos_id=257'),
     (str(tmp_path / 'none.json'), 0, 1, 'none.json'),
     (str(broken), 0, 1, 'not a tokenizer.json'),
     (str(words), 0, 1, 'byte-level'),
+    (str(huge), 0, 1, 'its largest id is 1000000000000'),
     (bpe[1], 0, 9999, 'model.eos_id=9999'),
   ):
     with pytest.raises(ConfigError) as caught:

@@ -101,7 +101,9 @@ def test_templates_cannot_escape(words, tmp_path, text):
     {'a': 1},
   ],
 )
-def test_a_template_s_failure_is_one_line(words, tmp_path, source, monkeypatch):
+def test_row49_a_template_s_failure_is_one_line(
+  words, tmp_path, source, monkeypatch
+):
   pytest.importorskip('jinja2')
   monkeypatch.setattr(renderer, 'SECONDS', 1)
   write_template(tmp_path, source)

@@ -318,7 +318,7 @@ def walk(server, answers, path, body, leaves):
   assert status == 200 and health['status'] == 'ok'
 
 
-def test_a_random_walk_of_requests_leaves_the_server_whole(server):
+def test_row47_a_random_walk_of_requests_leaves_the_server_whole(server):
   answers = []
   walk(server, answers)
   assert server.idle() and server.engine.failure is None
@@ -404,7 +404,7 @@ def test_a_web_page_is_no_client(server, status, headers):
     assert server.ask('/healthz', headers=headers)[0] == status
 
 
-def test_half_a_request_ends(server, monkeypatch):
+def test_row48_half_a_request_ends(server, monkeypatch):
   monkeypatch.setattr(validation, '_BODY_SECONDS', 0.2)
   line = server.connect(timeout=20)
   line.putrequest('POST', '/v1/completions')
@@ -417,7 +417,7 @@ def test_half_a_request_ends(server, monkeypatch):
   line.close()
 
 
-def test_half_a_head_ends(server, monkeypatch):
+def test_row48_half_a_head_ends(server, monkeypatch):
   monkeypatch.setattr(connections.Protocol, 'seconds', 0.2)
   for start in (b'', b'POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n'):
     with socket.create_connection(('127.0.0.1', server.port)) as line:

@@ -234,7 +234,9 @@ def tear(process, draws):
 
 
 @pytest.mark.filterwarnings('default')  # of Orbax
-def test_a_random_walk_of_two_processes_loses_no_step(tmp_path, monkeypatch):
+def test_row46_a_random_walk_of_two_processes_loses_no_step(
+  tmp_path, monkeypatch
+):
   """They train, are killed, prune, delete and read in one folder."""
   draws = np.random.default_rng(0)
   both = [Process(tmp_path), Process(tmp_path)]

@@ -181,5 +181,5 @@ def _stop_ids(folder: pathlib.Path, config: ModelConfig) -> tuple[int, ...]:
   if path.exists():
     value = files.read_json(path).get('eos_token_id')
     values = value if isinstance(value, list) else [value]
-    ids |= {i for i in values if isinstance(i, int) and 0 <= i < config.vocab}
+    ids |= {i for i in values if type(i) is int and 0 <= i < config.vocab}
   return tuple(sorted(ids))

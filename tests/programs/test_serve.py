@@ -406,6 +406,7 @@ def test_a_web_page_is_no_client(server, status, headers):
 
 def test_row48_half_a_request_ends(server, monkeypatch):
   monkeypatch.setattr(validation, '_BODY_SECONDS', 0.2)
+  monkeypatch.setattr(connections.Protocol, 'seconds', 0.2)  # of the next head
   line = server.connect(timeout=20)
   line.putrequest('POST', '/v1/completions')
   for name, value in {**JSON, 'content-length': '100'}.items():

@@ -126,6 +126,12 @@ def test_the_table_of_extras_is_setups(monkeypatch):
   for name, items in extras.items():
     inside = set(items) <= set(extras['test'])
     assert inside != (name in absent) or name == 'ci', name
+  for path in [
+    *ROOT.glob('mla_moe/**/*.py'),
+    *ROOT.glob('experiments/**/*.py'),
+  ]:
+    named = re.findall(r'mla_moe\[(\w+)\]', path.read_text(encoding='utf-8'))
+    assert set(named) <= set(extras), path
   own = set(map(bare, extras['ci'])) - set(map(bare, extras['test']))
   parts = re.findall(r'`(\w+)`', rows['ci'])
   named = set(rows['ci'].split(', ')[len(parts) :])

@@ -78,8 +78,12 @@ def read(folder: pathlib.Path) -> History:
 
 
 def loads(folder: pathlib.Path) -> list[dict]:
-  """Returns rows of load.jsonl, evenly spaced."""
-  return drawable(workdir.rows(folder / 'load.jsonl', _MAPPED), 'load')
+  """Returns rows of load.jsonl, evenly spaced; prints how many are bad."""
+  rows = workdir.rows(folder / 'load.jsonl', _MAPPED)
+  good = drawable([row for row in rows if 'load' in row], 'load')
+  if len(good) < len(rows):
+    print(f'{folder}/load.jsonl: left out {len(rows) - len(good)} bad rows.')
+  return good
 
 
 def facts(run: History) -> dict[str, str]:
@@ -144,8 +148,10 @@ def _clean(value: Any) -> Any:
 
 def _shapes(row: dict, kind: str) -> tuple | None:
   """Returns the shapes of a row's lists, or None if it cannot be drawn."""
-  tokens = row.get('tokens', 0)
-  if _shape(tokens) != () or not tokens >= 0 or not 0 <= row['step'] < 2**53:
+  step, tokens = row.get('step'), row.get('tokens', 0)
+  if type(step) is not int or not 0 <= step < 2**53:
+    return None
+  if _shape(tokens) != () or not tokens >= 0:
     return None
   if any(_shape(row.get(name)) != () for name in _NUMBERS.get(kind, ())):
     return None

@@ -105,6 +105,16 @@ def test_numbers_that_are_not_finite_are_gaps(tmp_path):
     history.read(write(tmp_path / 'none', BAD[:7]))
 
 
+def test_bad_rows_of_loads_are_left_out_and_counted(tmp_path, capsys):
+  folder = write(tmp_path / 'run', GOOD)
+  bad = [{'load': [[1, 3], [2, 2]]}, {'step': '3', 'load': [[1, 3], [2, 2]]}]
+  bad += [{'step': 3, 'load': x} for x in ([1, 2], [[1], [2, 3]], 'a', [[1]])]
+  with open(folder / 'load.jsonl', 'a', encoding='utf-8') as file:
+    file.writelines(f'{json.dumps(row)}\n' for row in [*bad, {'step': 4}])
+  assert [row['step'] for row in history.loads(folder)] == [1, 2]
+  assert capsys.readouterr().out.endswith('load.jsonl: left out 7 bad rows.\n')
+
+
 JSON = st.recursive(
   st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=3),
   lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(), x, max_size=2),

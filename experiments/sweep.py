@@ -7,7 +7,8 @@ They run here one after the other. With words of experiments.launch before the
 --, each run starts on other machines instead, its number appended to --name:
 
   python -m experiments.sweep --vary=run.seed=0,1 slurm --name=seeds \\
-    --topology=h100:8 --storage=/shared/runs -- --config=configs/small.py
+    --topology=h100:8 --storage=/shared/runs -- --config=configs/small.py \\
+    --config.mesh.fsdp=8
 
 --table only reads the runs in --workdir. A sweep that was stopped goes on from
 there: finished runs are skipped, others resume.

@@ -1,8 +1,9 @@
 """Trains a config on other machines: gcloud, xpk, sbatch.
 
-  python -m experiments.launch tpu up --name=lite --topology=v5e:4x4 \\
-    --project=P --zone=us-west4-a --storage=gs://B --spot --dry-run \\
-    -- --config=configs/deepseek_v2_lite.py --config.mesh.fsdp=16
+  python -m experiments.launch tpu up --name=lite --topology=v5e:8x8 \\
+    --project=p --zone=us-west4-a --storage=gs://b --spot --dry-run \\
+    -- --config=configs/deepseek_v2_lite.py --config.mesh.fsdp=16 \\
+    --config.mesh.expert=4 --config.data.micro_batch=64
 
 Backends: tpu (queued resources: v5e, v5p, v6e), gke (xpk: Ironwood too), slurm
 (GPUs), vm (one machine). Actions, in this order: create the machines, install

@@ -26,7 +26,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = ROOT / 'tests' / 'golden' / 'launch'
 sys.path.insert(0, str(ROOT))
 
-from experiments import train  # noqa: E402
+from experiments import sweep, train  # noqa: E402
 from experiments.launch import __main__ as launch  # noqa: E402
 from experiments.launch import presets, slurm  # noqa: E402
 from experiments.launch.job import Job, as_typed, command  # noqa: E402
@@ -621,6 +621,25 @@ def test_faults_end_a_launch_before_its_first_command(
     message = capsys.readouterr()
     assert message.err.count('WARNING: ') == 2
     assert message.out.startswith('gcloud compute instances create a ')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('program', [launch, sweep])
+def test_the_examples_of_a_docstring_can_train(program, monkeypatch, capsys):
+  monkeypatch.chdir(ROOT)
+  text = program.__doc__.replace('\\\n', '')
+  lines = re.findall(r'^  python -m experiments\.(.*)', text, re.M)
+  assert lines
+  for line in lines:
+    words = shlex.split(line)
+    force = ['--force'] if {'tpu', 'slurm'} & {*words} else []
+    words[words.index('--') : words.index('--')] = force
+    monkeypatch.setattr(sys, 'argv', [words[0], '--dry-run', *words[1:]])
+    program.main()
+    message = capsys.readouterr()
+    assert message.out
+    # This clone may have changes that are not committed, or no git.
+    assert all('commit' in fault for fault in message.err.splitlines())
 
 
 def test_a_missing_program_is_named():

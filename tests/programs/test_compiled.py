@@ -102,12 +102,9 @@ def received(*text_and_mesh):
 )
 def test_the_plan_compiles_the_program_of_a_run(states):
   config = freeze(tiny.get_config('micro'))
-  model = dataclasses.replace(
-    config.model, layers=1, dense_layers=0, mtp=MTPConfig(0)
-  )
   data = dataclasses.replace(config.data, batch_size=16, micro_batch=8)
   mesh = MeshConfig(data=2, fsdp=4, states=states)
-  config = dataclasses.replace(config, model=model, data=data, mesh=mesh)
+  config = dataclasses.replace(config, data=data, mesh=mesh)
   lowered, mesh = compiled.lower(config, jax.devices())
   setup = types.SimpleNamespace(config=config, mesh=mesh, part=(0, 1))
   stream = np.zeros(10000, np.uint16)

@@ -6,6 +6,7 @@ Not run to its end yet. Variants: smoke.
 """
 
 from mla_moe import config as c
+from mla_moe.variants import follow_run
 
 
 def get_config(arg=''):
@@ -46,4 +47,5 @@ def get_config(arg=''):
     steps=steps, eval_every=250, sample_every=500, save_every=250
   )
   config = c.Config(model=model, optim=optim, data=data, run=run)
-  return c.thaw(c.variant(config, arg))
+  values = c.thaw(c.variant(config, arg))
+  return values if arg else follow_run(values)

@@ -13,6 +13,7 @@ with a dense and a MoE layer and steps of milliseconds, for fault tests.
 import dataclasses
 
 from mla_moe import config as c
+from mla_moe.variants import follow_run
 
 
 def get_config(arg=''):
@@ -57,7 +58,8 @@ def get_config(arg=''):
     steps=steps, eval_every=100, sample_every=300, save_every=200
   )
   config = c.Config(model=model, optim=optim, data=data, run=run)
-  return c.thaw(c.variant(config, arg, micro=micro(config)))
+  values = c.thaw(c.variant(config, arg, micro=micro(config)))
+  return values if arg else follow_run(values)
 
 
 def micro(config):

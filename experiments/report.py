@@ -20,6 +20,7 @@ import numpy as np
 from mla_moe import files
 
 from . import cli, commands, comparison, history, page
+from .training import warm_start
 
 
 def write(folder: pathlib.Path) -> pathlib.Path | None:
@@ -31,9 +32,10 @@ def write(folder: pathlib.Path) -> pathlib.Path | None:
   run = history.read(folder)
   if not page.can_draw():
     return None
-  config = json.dumps(run.config, indent=1)
+  config, began = json.dumps(run.config, indent=1), warm_start.recorded(folder)
+  lines = origin(run) + [f'Began from {began}.'] * bool(began)
   parts = [
-    *(f'<p>{html.escape(line)}</p>' for line in origin(run)),
+    *(f'<p>{html.escape(line)}</p>' for line in lines),
     _numbers(run.steps, run.evaluations),
     '<h2>Learning</h2>',
     _learning(run.steps, run.evaluations),

@@ -36,12 +36,14 @@ class Options(NamedTuple):
   """Choices of one start of a run beside its config.
 
   profile: the steps to trace, FIRST:LAST. track: a tracker that gets the
-  metrics, too. allow_unsealed: resume from a checkpoint without a seal.
+  metrics, too. allow_unsealed: resume from a checkpoint without a seal. init:
+  the run or release whose weights a run begins from (`warm_start`).
   """
 
   profile: str = ''
   track: str = ''
   allow_unsealed: bool = False
+  init: str = ''
 
 
 class Parts(NamedTuple):
@@ -109,7 +111,7 @@ def _run(
 
   from mla_moe.checkpoint import store
 
-  from .training import logs, preparation
+  from .training import logs, preparation, steps
   from .training.recorder import Recorder
 
   traced = profile.window(options.profile)
@@ -127,19 +129,17 @@ def _run(
     keep = dict(keep_every=run.keep_every, keep_best=run.keep_best)
     writer = enter(store.Writer(path / 'checkpoints', run.keep, **keep))
     watchdog = enter(Watchdog(run.step_timeout))
-    start = resume(
-      setup, allow_unsealed=options.allow_unsealed, move_refused=True
-    )
-    if start:
-      print(f'Resuming {path} at step {start.number}.')
-    else:
-      start = Progress(0, preparation.fresh(setup), skips.Counts())
+    start, is_warm = _start(setup, options)
     print(preparation.headline(config))
+    if steps.schedule_end(config):
+      print(steps.schedule_end(config))
     with logs.progress_bar(run.steps, start.number) as tell:
       recorder = Recorder(setup, records, start.number, trackers, tell)
       stack.callback(recorder.close)
       trace = enter(profile.steps(path / 'profile', *traced, watchdog.rest))
       parts = Parts(setup, recorder, writer, watchdog, stop, trace)
+      if is_warm:
+        _save(parts, start)
       end = _steps(parts, start)
       while end.kind == 'back':
         end = _steps(parts, _go_back(parts, end))
@@ -148,6 +148,26 @@ def _run(
     finally:
       _report(path)
   return recorder.final
+
+
+def _start(setup, options: Options) -> tuple[Progress, bool]:
+  """Returns the progress from which a run goes on, and if it is a warm start.
+
+  Step 0 of a warm start must be saved.
+  """
+  from .training import preparation, warm_start
+
+  unsealed = options.allow_unsealed
+  start = resume(setup, allow_unsealed=unsealed, move_refused=True)
+  origin = warm_start.chosen(setup.path, options.init, begun=bool(start))
+  if start:
+    print(f'Resuming {setup.path} at step {start.number}.')
+    return start, False
+  if origin:
+    state = warm_start.begin(setup, origin, allow_unsealed=unsealed)
+  else:
+    state = preparation.fresh(setup)
+  return Progress(0, state, skips.Counts()), bool(origin)
 
 
 def _steps(parts: Parts, start: Progress) -> End:
@@ -395,6 +415,8 @@ def define(
   )
   text = 'Seconds to wait for them.'
   flags.DEFINE_integer('distributed_timeout', 300, text, 1, **own)
+  text = 'Begin from the weights of this run or Hugging Face folder.'
+  flags.DEFINE_string('init', '', text, **own)
   flags.DEFINE_string('profile', '', 'Trace these steps: FIRST:LAST.', **own)
   text = 'Tracker to tell as well.'
   flags.DEFINE_enum('track', '', tracking.TRACKERS, text, **own)
@@ -403,7 +425,9 @@ def define(
 def main() -> None:
   """Runs the config of the flags in the folder of the flags."""
   values = flags.FLAGS
-  options = Options(values.profile, values.track, values.allow_unsealed)
+  options = Options(
+    values.profile, values.track, values.allow_unsealed, values.init
+  )
   config = cli.config()
   distributed.start(values.distributed, values.distributed_timeout)
   if values.replay:

@@ -179,7 +179,8 @@ def _bind(path: pathlib.Path, config: Config, text: str):
     if wrong and _begun(path):
       raise ConfigError(
         f'workdir={str(path)!r}: holds a run of another config '
-        f'({"; ".join(wrong)}); name another folder'
+        f'({"; ".join(wrong)}); name another folder, and start anew from its '
+        f'weights if you like: --init={path}'
       )
     compute = config.mesh, config.model.compute
     if compute != (before.mesh, before.model.compute) and not wrong:

@@ -131,12 +131,20 @@ def freeze(values: Any, cls: type, path: str) -> Any:
       raise ConfigError(f'{path}.{name}: there is no such key{hint}')
     nested = dataclasses.is_dataclass(hints[name])
     kwargs[name] = (
-      freeze(value, hints[name], f'{path}.{name}') if nested else value
+      freeze(value, hints[name], f'{path}.{name}') if nested else _number(value)
     )
   try:
     return cls(**kwargs)
   except ConfigError as error:
     raise ConfigError(f'{path}.{error}') from None
+
+
+def _number(value: Any) -> Any:
+  """Returns the value, with numbers for references in it (`follow_run`)."""
+  if isinstance(value, tuple):
+    return tuple(map(_number, value))
+  is_reference = isinstance(value, ml_collections.FieldReference)
+  return value.get() if is_reference else value
 
 
 def keys(cls: type, path: str) -> Iterator[str]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import ml_collections
+
 from mla_moe.checked import Checked, ConfigError
 
 
@@ -27,6 +29,31 @@ def variant(config: Checked, arg: str, **variants: Checked) -> Checked:
       raise ConfigError(f'variant {part!r}: there is only {known}')
     config = variants.get(part, config)
   return smoke(config) if 'smoke' in parts else config
+
+
+def follow_run(
+  values: ml_collections.ConfigDict,
+) -> ml_collections.ConfigDict:
+  """Makes the schedules of `thaw`'s values follow the tokens of the run.
+
+  An override of run.steps, data.batch_size or data.seq_len then stretches the
+  warm-up, the phases, and the tokens of bias, MTP weight and batch ramp. The
+  `Config` of `freeze` has numbers of tokens again: it is a run of that length.
+  """
+  run, data, optim = values.run, values.data, values.optim
+  tokens = run.get_ref('steps') * data.get_ref('batch_size')
+  tokens *= data.get_ref('seq_len')
+  stretch = tokens / tokens.get()
+  along = lambda length: ml_collections.FieldReference(length) * stretch
+  optim.warmup_steps = along(optim.warmup_steps).to_int()
+  optim.phases = tuple(
+    (shape, along(float(length)), target)
+    for shape, length, target in optim.phases
+  )
+  optim.bias_tokens = along(optim.bias_tokens)
+  optim.mtp_tokens = along(optim.mtp_tokens)
+  data.ramp_tokens = along(data.ramp_tokens)
+  return values
 
 
 def smoke(config: Checked) -> Checked:

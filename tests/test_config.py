@@ -8,6 +8,7 @@ import pathlib
 
 import pytest
 
+from configs import tiny
 from experiments import convert, workdir
 from mla_moe import Config, checked
 from mla_moe.config import (
@@ -250,3 +251,22 @@ def test_configs_of_older_versions_are_read():
     config, model=dataclasses.replace(config.model, compute=ComputeConfig())
   ) == freeze({})
   assert model['remat'] == 'full'  # the caller's dict is as it was
+
+
+def test_schedules_of_the_small_configs_follow_the_run():
+  whole = freeze(tiny.get_config())
+  for changes, stretch in ((dict(steps=300), 0.5), (dict(batch_size=32), 4)):
+    values = tiny.get_config()
+    for group in (values.run, values.data):
+      group.update({k: v for k, v in changes.items() if k in group})
+    half = freeze(values)
+    lengths = [length for _, length, _ in half.optim.phases]
+    right = [length * stretch for _, length, _ in whole.optim.phases]
+    assert lengths == right and sum(right) == 600 * 8 * 256 * stretch
+    assert half.optim.warmup_steps == 30 * stretch
+    assert half.optim.bias_tokens == whole.optim.bias_tokens * stretch
+    assert half.optim.mtp_tokens == whole.optim.mtp_tokens * stretch
+  values = tiny.get_config()
+  values.optim.phases = (('constant', 7.0, 1.0),)
+  values.run.steps = 3
+  assert freeze(values).optim.phases == (('constant', 7.0, 1.0),)

@@ -51,11 +51,13 @@ def resume(
   if facts['corpus'] not in ('', setup.corpus.fingerprint):
     raise ConfigError(
       f'data.source={setup.config.data.source!r}: the text has changed since '
-      f'step {number}; restore it, or start in another workdir'
+      f'step {number}; restore it, or start anew from its weights in another '
+      f'--workdir: --init={setup.path}'
     )
   if workdir.of_another(setup.config, facts.get('config', '')):
     raise ConfigError(
       f'{setup.path}/checkpoints/{number}: was saved by a run of another '
-      'config than config.json says; put back the one that belongs to it'
+      'config than config.json says; put back the one that belongs to it, or '
+      f'start anew from its weights in another --workdir: --init={setup.path}'
     )
   return Progress(number, state, skips.read(facts))

@@ -6,6 +6,7 @@ their steps from here, so that both compute the same bits.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,6 +46,21 @@ def tokens(config: Config, number: int) -> tuple[int, int]:
 def rates(config: Config, number: int) -> optim.Rates:
   """Returns the values of the schedules at step `number` (from 1)."""
   return optim.rates(config.optim, number - 1, tokens(config, number)[0])
+
+
+def schedule_end(config: Config) -> str:
+  """Returns a line about a schedule that does not end with the run, or ''."""
+  last = config.run.steps
+  end = sum(length for _, length, _ in config.optim.phases)
+  if abs(end - sum(tokens(config, last))) <= 0.01 * end:
+    return ''
+  before = lambda number: tokens(config, number)[0]
+  steps = bisect.bisect_left(range(1, 10**15), end, key=before)
+  rate = rates(config, last).learning_rate / config.optim.learning_rate
+  return (
+    f'The schedule ends at step {steps:,} of {last:,}: the learning rate is '
+    f'{rate:.0%} of its peak at the end.'
+  )
 
 
 def take(

@@ -1,4 +1,4 @@
-"""Faults of a run: numbers, signals, devices, folders (rows 11 to 45).
+"""Faults of a run: numbers, signals, devices, folders (rows 11 to 50).
 
 docs/reliability.md lists every row of the fault matrix and its test.
 """
@@ -8,9 +8,11 @@ import functools
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import chex
 import jax
@@ -27,8 +29,9 @@ from experiments.training import (
   recorder,
   skips,
   steps,
+  warm_start,
 )
-from mla_moe import ConfigError
+from mla_moe import ConfigError, load_huggingface
 from mla_moe.checkpoint import faults, folders, store
 from mla_moe.config import Config, MeshConfig, freeze
 from mla_moe.data import batches
@@ -260,6 +263,10 @@ def test_row11_and_14_stopped_by_sigterm_and_resumed_bit_for_bit(
   assert train.run(config, root / 'stopped') == whole
   for name in ('metrics', 'load'):
     assert rows(root / 'whole', name) == rows(root / 'stopped', name)
+  warm = [min(number / 5, 1) for number in range(1, 13)]
+  np.testing.assert_allclose(
+    [row['lr'] for row in rows(root / 'whole')], 8e-3 * np.array(warm)
+  )
   chex.assert_trees_all_equal(
     state_of(root / 'whole'), state_of(root / 'stopped')
   )
@@ -469,6 +476,84 @@ def test_row11_a_run_that_is_stopped_at_once_is_no_failure(root, fault, capsys):
   assert not (root / 'at_once/report.html').exists()
   train.run(micro(9, log_every=9, eval_every=0), root / 'at_once')
   assert (root / 'at_once/report.html').exists()
+
+
+def test_row50_a_run_begins_from_the_weights_of_another(
+  root, monkeypatch, capsys
+):
+  """Killed before it has saved them, it begins from the same once more."""
+  shutil.copytree(root / 'first', root / 'origin')
+  config = micro(4)
+  config = dataclasses.replace(
+    config, run=dataclasses.replace(config.run, seed=7)
+  )
+  warm = train.Options(init=str(root / 'origin'))
+  train.run(config, root / 'warm', warm)
+  theirs, ours = state_of(root / 'origin', 1), state_of(root / 'warm', 0)
+  assert int(ours.step) == 0 and int(theirs.step) == 1
+  chex.assert_trees_all_equal(ours, theirs.replace(step=ours.step))
+  assert rows(root / 'warm')[0]['lr'] == 8e-3 / 5
+  words = f'from {root / "origin"} at step 1, weights and moments.'
+  assert f'Begins {words}' in capsys.readouterr().out
+  assert f'Began {words}' in (root / 'warm/report.html').read_text()
+
+  def killed(*_):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(train, '_save', killed)
+    train.run(config, root / 'again', warm)
+  assert not folders.steps(root / 'again/checkpoints')
+  train.run(micro(2), root / 'origin')  # it moves on
+  train.run(config, root / 'again')
+  assert rows(root / 'warm') == rows(root / 'again')
+  chex.assert_trees_all_equal(
+    state_of(root / 'warm', 4), state_of(root / 'again', 4)
+  )
+  # The same command resumes; another origin comes too late.
+  choose = functools.partial(warm_start.chosen, begun=True)
+  origin = warm_start.Origin(str(root / 'origin'), 1, True)
+  assert choose(root / 'warm', str(root / 'origin')) == origin
+  assert choose(root / 'warm', '') == origin
+  assert choose(root / 'first', '') is None
+  for folder, source in (('warm', 'first'), ('first', 'origin')):
+    with pytest.raises(ConfigError, match='has begun, from .*another --workd'):
+      choose(root / folder, str(root / source))
+
+
+def beginning(config, path, source):
+  """The state of a run that begins from `source`; nothing is trained."""
+  setup = types.SimpleNamespace(config=config, mesh=None, path=path)
+  return warm_start.begin(setup, warm_start.Origin(str(source)))
+
+
+def test_a_warm_start_says_what_does_not_come_along(root, tmp_path, capsys):
+  changed = micro(optimizer='muon', top_k=3)
+  moe = dataclasses.replace(MICRO.model.moe, top_k=3)
+  model = dataclasses.replace(changed.model, moe=moe, dtype='bfloat16')
+  changed = dataclasses.replace(changed, model=model)
+  state = beginning(changed, tmp_path, root / 'first')
+  chex.assert_trees_all_equal(state.params, state_of(root / 'first', 1).params)
+  assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(state.opt))
+  output = capsys.readouterr().out
+  assert 'at step 1, weights alone.' in output
+  line = f'computed otherwise than in {root / "first"}: config.model.moe.top_k:'
+  assert f'{line} 3 != 2.' in output
+  wrong = dataclasses.replace(MICRO.model, dim=32)
+  with pytest.raises(ConfigError, match=r'shapes \(config.model.dim: 32 != 16'):
+    beginning(dataclasses.replace(MICRO, model=wrong), tmp_path, root / 'first')
+  with pytest.raises(ConfigError, match='neither a run'):
+    beginning(MICRO, tmp_path, tmp_path)
+
+
+def test_a_run_begins_from_a_release(tmp_path):
+  release = ROOT / 'tests/golden/v3_release'
+  model, variables = load_huggingface(release)
+  state = beginning(dataclasses.replace(MICRO, model=model), tmp_path, release)
+  assert int(state.step) == 0
+  chex.assert_trees_all_equal(state.params, variables['params'])
+  chex.assert_trees_all_equal(state.router, variables['router'])
+  assert warm_start.recorded(tmp_path) == warm_start.Origin(str(release))
 
 
 def test_row15_a_run_goes_on_on_another_mesh(spread):

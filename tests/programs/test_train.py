@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from ml_collections import config_flags
 
 from configs import tiny
 from experiments import cli, report, train, workdir
-from experiments.training import metrics
+from experiments.training import metrics, steps
 from mla_moe import fp8
 from mla_moe.checkpoint import folders, store
 from mla_moe.config import (
@@ -395,6 +396,43 @@ def test_sigterm_saves_and_exits_0(tmp_path):
   assert 'Stopped by SIGTERM at step' in out
   last = json.loads((folder / 'metrics.jsonl').read_text().splitlines()[-1])
   assert folders.steps(folder / 'checkpoints')[-1] == last['step']
+
+
+def test_schedules_get_the_tokens_before_a_step():
+  tokens = SMOKE.data.batch_size * SMOKE.data.seq_len
+  phases = ('constant', 2 * tokens, 1.0), ('linear', 2 * tokens, 0.0)
+  optim = dataclasses.replace(SMOKE.optim, warmup_steps=0, phases=phases)
+  config = dataclasses.replace(shorter(4), optim=optim)
+  rates = [steps.rates(config, number) for number in range(1, 6)]
+  right = optim.learning_rate * np.array([1, 1, 1, 0.5, 0])
+  np.testing.assert_allclose([r.learning_rate for r in rates], right)
+
+
+@pytest.mark.parametrize(
+  'count, words', [(4, ''), (3, '4 of 3: .* 100% '), (8, '4 of 8: .* 0% ')]
+)
+def test_a_schedule_that_does_not_end_with_the_run_is_said(count, words):
+  tokens = SMOKE.data.batch_size * SMOKE.data.seq_len
+  phases = ('constant', 2 * tokens, 1.0), ('linear', 2 * tokens, 0.0)
+  optim = dataclasses.replace(SMOKE.optim, warmup_steps=0, phases=phases)
+  config = dataclasses.replace(shorter(count), optim=optim)
+  line = steps.schedule_end(config)
+  assert re.search(words, line) and bool(line) == bool(words)
+
+
+@pytest.mark.parametrize(
+  'save_every, check_every, right',
+  [
+    (1, 9, {1, 2, 3, 4, 5, 6}),
+    (3, 9, {1, 4, 6}),
+    (0, 2, {2, 4, 6}),
+    (1, 0, set()),
+  ],
+)
+def test_fingerprints_are_due_behind_each_save(save_every, check_every, right):
+  run = dict(steps=6, save_every=save_every, check_every=check_every)
+  run = dataclasses.replace(SMOKE.run, **run)
+  assert {n for n in range(1, 7) if steps.is_checked(run, n)} == set(right)
 
 
 def test_max_violation_by_hand():

@@ -1,0 +1,184 @@
+"""A warm start: a run that begins from the weights of another run or a release.
+
+It begins at step 0 with a text, schedules and a length of its own; only the
+shapes of the model must be the same. The optimizer's moments come along if the
+other run had the same optimizer. The run saves step 0 before it takes a step,
+and depends on its origin no more; a run that is killed before that begins again
+from the very checkpoint that its folder names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+from mla_moe import files
+from mla_moe.config import Config, ConfigError, ModelConfig, differences
+
+from .. import distributed, workdir
+
+_FILE = 'init.json'
+# Fields that say only with which numbers a model is computed or begins.
+_NUMBERS = ('compute', 'dtype', 'precision', 'init_std')
+
+
+class Origin(NamedTuple):
+  """Where a run's weights are from.
+
+  source: the other run's folder, or the release's. step: of the checkpoint, or
+  None for a release. moments: whether the optimizer's came along.
+  """
+
+  source: str
+  step: int | None = None
+  moments: bool = False
+
+  def __str__(self) -> str:
+    place = '' if self.step is None else f' at step {self.step}'
+    part = 'weights and moments' if self.moments else 'weights alone'
+    return f'{self.source}{place}, {part}'
+
+
+def recorded(path: pathlib.Path) -> Origin | None:
+  """Returns the origin of the run in this folder, or None.
+
+  Raises:
+    ConfigError: a record that cannot be read.
+  """
+  if not (path / _FILE).exists():
+    return None
+  try:
+    return Origin(**json.loads(files.read_bytes(path / _FILE)))
+  except (ValueError, TypeError, RecursionError) as error:
+    raise ConfigError(f'{path}/{_FILE}: cannot be read ({error})') from None
+
+
+def chosen(path: pathlib.Path, init: str, begun: bool) -> Origin | None:
+  """Returns the origin of a run by its flag `init` ('': none) and its record.
+
+  Raises:
+    ConfigError: the run has begun, and not from there.
+  """
+  origin = recorded(path)
+  if not init:
+    return origin
+  source = str(pathlib.Path(init).expanduser().resolve())
+  if origin and origin.source == source:
+    return origin
+  if begun:
+    raise ConfigError(
+      f'--init={init}: the run in {path} has begun, from '
+      f'{origin.source if origin else "random weights"}; name another --workdir'
+    )
+  return Origin(source)
+
+
+def begin(setup, origin: Origin, *, allow_unsealed: bool = False) -> Any:
+  """Returns the state at step 0, and records the origin in the run's folder.
+
+  Raises:
+    ConfigError: no checkpoint there, or a model of another shape.
+  """
+  folder = pathlib.Path(origin.source)
+  if (folder / 'checkpoints').is_dir():
+    state, origin = _of_run(setup, folder, origin.step, allow_unsealed)
+  elif list(folder.glob('*.safetensors*')):
+    state, origin = _of_release(setup, folder), Origin(origin.source)
+  else:
+    raise ConfigError(
+      f'--init={origin.source}: holds neither a run with a checkpoint nor a '
+      'release in .safetensors'
+    )
+  if distributed.first():
+    workdir.write(setup.path / _FILE, json.dumps(origin._asdict()))
+    print(f'Begins from {origin}.')
+  return state
+
+
+def _of_run(setup, folder, step, allow_unsealed) -> tuple[Any, Origin]:
+  from mla_moe.checkpoint import store
+  from mla_moe.train.load import shapes
+  from mla_moe.train.state import RENAMED
+
+  config, theirs = setup.config, workdir.read_config(folder)
+  check(config.model, theirs.model, str(folder))
+  like = dataclasses.replace(config, optim=theirs.optim)
+  restored = store.restore(
+    folder / 'checkpoints',
+    shapes(like, setup.mesh),
+    before=None if step is None else step + 1,
+    allow_unsealed=allow_unsealed,
+    renamed=RENAMED,
+  )
+  if restored is None or step not in (None, restored.step):
+    raise ConfigError(
+      f'--init={folder}: has no checkpoint {"yet" if step is None else step}'
+    )
+  state = restored.state
+  moments = config.optim.optimizer == theirs.optim.optimizer
+  opt = state.opt if moments else None
+  origin = Origin(str(folder), restored.step, moments)
+  return _at_step_0(setup, state.params, state.router, opt), origin
+
+
+def _of_release(setup, folder: pathlib.Path) -> Any:
+  from mla_moe import load_huggingface
+
+  model, variables = load_huggingface(folder, mesh=setup.mesh)
+  check(setup.config.model, model, str(folder))
+  return _at_step_0(setup, variables['params'], variables['router'], None)
+
+
+def _at_step_0(setup, params: Any, router: Any, opt: Any) -> Any:
+  """Returns the state, laid out as the run's; `opt` is fresh where None."""
+  import jax
+  import jax.numpy as jnp
+
+  from mla_moe.train import optim
+  from mla_moe.train.load import shapes
+  from mla_moe.train.state import State, empty_window
+
+  config: Config = setup.config
+  layout = shapes(config, setup.mesh)
+  places = jax.tree.map(lambda x: x.sharding, layout)
+  if opt is None:
+    init = optim.optimizer(config.optim).init
+    opt = jax.jit(init, out_shardings=places.opt)(params)
+  zero, window = jnp.zeros((), jnp.int32), empty_window(config.optim)
+  return jax.device_put(State(zero, params, router, opt, window), places)
+
+
+def check(ours: ModelConfig, theirs: ModelConfig, source: str) -> None:
+  """Refuses a model of other shapes, and prints what else differs.
+
+  Raises:
+    ConfigError: names the differing fields.
+  """
+  same = {name: getattr(ours, name) for name in _NUMBERS}
+  lines = differences(ours, dataclasses.replace(theirs, **same), 'config.model')
+  if not lines:
+    return
+  text = '; '.join(lines)
+  if _shapes(ours) != _shapes(theirs):
+    raise ConfigError(
+      f'--init={source}: its model has other shapes ({text}); set these fields '
+      'as they are there'
+    )
+  if distributed.first():
+    print(f'The model is computed otherwise than in {source}: {text}.')
+
+
+def _shapes(model: ModelConfig) -> dict[str, tuple]:
+  import jax
+  import jax.numpy as jnp
+  from flax import linen as nn
+
+  from mla_moe.model import transformer
+
+  tokens = jnp.zeros((1, model.mtp.depth + 2), jnp.int32)
+  init = transformer.Transformer(model).init
+  shapes = nn.unbox(jax.eval_shape(init, jax.random.key(0), tokens))
+  leaves = jax.tree_util.tree_flatten_with_path(shapes)[0]
+  return {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}

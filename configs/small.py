@@ -6,7 +6,6 @@ Not run to its end yet. Variants: smoke.
 """
 
 from mla_moe import config as c
-from mla_moe.variants import follow_run
 
 
 def get_config(arg=''):
@@ -48,4 +47,4 @@ def get_config(arg=''):
   )
   config = c.Config(model=model, optim=optim, data=data, run=run)
   values = c.thaw(c.variant(config, arg))
-  return values if arg else follow_run(values)
+  return values if arg else c.follow_run(values)

@@ -13,7 +13,6 @@ with a dense and a MoE layer and steps of milliseconds, for fault tests.
 import dataclasses
 
 from mla_moe import config as c
-from mla_moe.variants import follow_run
 
 
 def get_config(arg=''):
@@ -59,7 +58,7 @@ def get_config(arg=''):
   )
   config = c.Config(model=model, optim=optim, data=data, run=run)
   values = c.thaw(c.variant(config, arg, micro=micro(config)))
-  return values if arg else follow_run(values)
+  return values if arg else c.follow_run(values)
 
 
 def micro(config):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-import ml_collections
+from ml_collections import ConfigDict, FieldReference
 
 from mla_moe.checked import Checked, ConfigError
 
@@ -31,28 +31,21 @@ def variant(config: Checked, arg: str, **variants: Checked) -> Checked:
   return smoke(config) if 'smoke' in parts else config
 
 
-def follow_run(
-  values: ml_collections.ConfigDict,
-) -> ml_collections.ConfigDict:
+def follow_run(values: ConfigDict) -> ConfigDict:
   """Makes the schedules of `thaw`'s values follow the tokens of the run.
 
-  An override of run.steps, data.batch_size or data.seq_len then stretches the
-  warm-up, the phases, and the tokens of bias, MTP weight and batch ramp. The
-  `Config` of `freeze` has numbers of tokens again: it is a run of that length.
+  An override of run.steps, data.batch_size or data.seq_len stretches warm-up,
+  phases, and the tokens of bias, MTP weight and ramp. `freeze` has numbers.
   """
   run, data, optim = values.run, values.data, values.optim
-  tokens = run.get_ref('steps') * data.get_ref('batch_size')
-  tokens *= data.get_ref('seq_len')
-  stretch = tokens / tokens.get()
-  along = lambda length: ml_collections.FieldReference(length) * stretch
+  rows = run.get_ref('steps') * data.get_ref('batch_size')
+  tokens = rows * data.get_ref('seq_len')
+  along = lambda length: FieldReference(length) * (tokens / tokens.get())
+  phases = [(kind, along(float(n)), end) for kind, n, end in optim.phases]
   optim.warmup_steps = along(optim.warmup_steps).to_int()
-  optim.phases = tuple(
-    (shape, along(float(length)), target)
-    for shape, length, target in optim.phases
-  )
+  optim.phases, data.ramp_tokens = tuple(phases), along(data.ramp_tokens)
   optim.bias_tokens = along(optim.bias_tokens)
   optim.mtp_tokens = along(optim.mtp_tokens)
-  data.ramp_tokens = along(data.ramp_tokens)
   return values
 
 
@@ -64,20 +57,11 @@ def smoke(config: Checked) -> Checked:
   model, moe = config.model, config.model.moe
   experts = 4 * moe.groups
   small_moe = dataclasses.replace(
-    moe,
-    experts=max(experts, 8),
-    top_k=min(moe.top_k, 4),
-    width=32,
+    moe, experts=max(experts, 8), top_k=min(moe.top_k, 4), width=32
   )
-  small_mla = dataclasses.replace(
-    model.mla,
-    heads=4,
-    query_rank=min(model.mla.query_rank, 48),
-    kv_rank=32,
-    nope_dim=16,
-    rope_dim=8,
-    value_dim=16,
-  )
+  sizes = dict(heads=4, kv_rank=32, nope_dim=16, rope_dim=8, value_dim=16)
+  sizes['query_rank'] = min(model.mla.query_rank, 48)
+  small_mla = dataclasses.replace(model.mla, **sizes)
   small_model = dataclasses.replace(
     model,
     vocab=0,

@@ -110,15 +110,8 @@ def batches(
   left_out: int = 0,
 ) -> Iterator[Batch]:
   """Yields the batches of steps start..stop-1; each is read when needed."""
-  read = functools.partial(
-    batch_at,
-    stream,
-    data,
-    bos_id=bos_id,
-    rows=rows,
-    left_out=left_out,
-  )
-  return map(read, range(start, stop))
+  fixed = dict(bos_id=bos_id, rows=rows, left_out=left_out)
+  return (batch_at(stream, data, i, **fixed) for i in range(start, stop))
 
 
 def eval_batches(

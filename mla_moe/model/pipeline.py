@@ -34,10 +34,7 @@ def stages() -> int:
 
 
 def takes(rows: int, micro_batches: int = 0) -> bool:
-  """Whether there is a pipeline, and a batch of so many rows can go through it.
-
-  The stack of layers itself computes other batches, its weights gathered.
-  """
+  """Whether a pipeline takes this many rows; the stack computes others."""
   count = stages()
   shards = sharding.axis_size(('data', 'fsdp', 'expert')) if count > 1 else 1
   return count > 1 and rows % ((micro_batches or count) * shards) == 0

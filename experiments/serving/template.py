@@ -108,7 +108,8 @@ def encode(
       if token not in special:
         raise ConfigError(
           f'--chat: the tokenizer has no token {token!r}, which the template '
-          'of V3 and R1 needs; continue texts with it, without --chat'
+          'of V3 and R1 needs; name another one by --chat_template=FILE, or '
+          'continue texts without a chat'
         )
     formats = {
       'system': '{}',

@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 
-from experiments import checkpoint, report, workdir
+from experiments import checkpoint, history, report, workdir
 from experiments.training import logs
 from mla_moe.checkpoint import faults, folders, seal, store
 from mla_moe.config import ConfigError, DataConfig, freeze
@@ -134,9 +134,9 @@ def test_a_key_with_a_quote_is_not_written(tmp_path, monkeypatch):
 
 def test_a_report_of_odd_files_is_one_line(tmp_path):
   pytest.importorskip('matplotlib')
-  row = dict.fromkeys(report._NUMBERS, 1)
+  row = dict.fromkeys((*history._NUMBERS['loss'], 'step'), 1)
   odd = [
-    ('metrics.jsonl', json.dumps(row | {'step': '<b>'}), 'step='),
+    ('metrics.jsonl', json.dumps(row | {'step': '<b>'}), 'logged step'),
     ('metrics.jsonl', '[1]\n', 'logged step'),
     ('config.json', '[' * 10**5, 'not JSON'),
     ('config.json', '{"model": 3}', 'no model'),

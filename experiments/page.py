@@ -49,6 +49,22 @@ def colours(count: int) -> list[str]:
   return [colors.to_hex(shades(i / (count - 1))) for i in range(count)]
 
 
+def draw_plainly() -> None:
+  """Sets matplotlib's style of all pictures from here on, for notebooks."""
+  from matplotlib import pyplot
+
+  pyplot.rcParams.update(
+    {
+      'figure.dpi': 110,
+      'font.size': 11,
+      'axes.spines.top': False,
+      'axes.spines.right': False,
+      'axes.prop_cycle': pyplot.cycler(color=COLOURS),
+      'figure.constrained_layout.use': True,
+    }
+  )
+
+
 def page(title: str, parts: list[str]) -> str:
   """Returns the HTML of a whole page; `parts` are HTML, too."""
   title = html.escape(title)

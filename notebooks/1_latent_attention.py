@@ -15,12 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib import pyplot
 
-from experiments.page import COLOURS
+from experiments.page import COLOURS, draw_plainly
 from mla_moe import Config, cost
 from mla_moe.model import attention
-from notebooks import look
 
-look.use()
+draw_plainly()
 V3 = Config().model
 
 # %% [markdown]

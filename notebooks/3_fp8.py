@@ -20,15 +20,14 @@ import numpy as np
 from matplotlib import pyplot
 
 from experiments.bench import models
-from experiments.page import COLOURS
+from experiments.page import COLOURS, draw_plainly
 from mla_moe import config as c
 from mla_moe import fp8
 from mla_moe.data import batches, corpus, tokenizer
 from mla_moe.train import optim, step
 from mla_moe.train.state import init_state
-from notebooks import look
 
-look.use()
+draw_plainly()
 
 # %% [markdown]
 # ## All numbers of E4M3

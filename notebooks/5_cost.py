@@ -16,11 +16,10 @@ import numpy as np
 from matplotlib import pyplot
 
 from experiments import chips
-from experiments.page import COLOURS
+from experiments.page import COLOURS, draw_plainly
 from mla_moe import Config, cost
-from notebooks import look
 
-look.use()
+draw_plainly()
 V3 = Config().model
 H800 = chips.CHIPS['h800']
 

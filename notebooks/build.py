@@ -15,20 +15,36 @@ import time
 # The badges and the first cells name this repository; a fork has another.
 REPOSITORY = 'mla-moe/mla_moe'
 FOLDER = pathlib.Path(__file__).parent
-# The first cell of code of each notebook; the sources do not have it.
-COLAB = f"""\
-# On Colab, what is missing there: its own jax stays. Elsewhere: nothing.
+# The first cell of code of each notebook, which the sources do not have: a
+# notebook may be opened anywhere, and its imports and folders are the clone's.
+SETUP = f"""\
+# Set-up: works in the clone above this notebook, or in one that Colab or Kaggle
+# (with Internet switched on) fetches, or with the installed package.
+import importlib.util
+import os
 import pathlib
 import subprocess
 import sys
 
-if 'google.colab' in sys.modules:
-  if not pathlib.Path('src').exists():
+here = pathlib.Path.cwd()
+folders = here, here / 'src', *here.parents
+clones = [f for f in folders if (f / 'notebooks/build.py').exists()]
+if 'google.colab' in sys.modules or 'KAGGLE_KERNEL_RUN_TYPE' in os.environ:
+  if not clones:
+    clones = [here / 'src']
     where = 'https://github.com/{REPOSITORY}'
     subprocess.run(['git', 'clone', '-q', where, 'src'], check=True)
     pip = [sys.executable, '-m', 'pip', 'install', '-q', '-e', 'src']
     subprocess.run(pip, check=True)
-  sys.path.insert(0, 'src')"""
+if clones:
+  os.chdir(clones[0])
+  sys.path.insert(0, str(clones[0]))
+else:
+  package = importlib.util.find_spec('mla_moe')
+  if not package:
+    raise ModuleNotFoundError('open it in a clone, or: pip install mla_moe')
+  # A wheel has the programs and configs within the package.
+  sys.path += package.submodule_search_locations"""
 
 
 def sources() -> list[pathlib.Path]:
@@ -44,7 +60,7 @@ def read(path: pathlib.Path):
   notebook = jupytext.read(path)
   imports = notebook.cells[1]
   imports.source = imports.source.split('"""\n\n', 1)[1]  # the title says it
-  notebook.cells.insert(1, nbformat.v4.new_code_cell(COLAB))
+  notebook.cells.insert(1, nbformat.v4.new_code_cell(SETUP))
   for i, cell in enumerate(notebook.cells):
     cell['id'] = f'cell-{i}'
   kernel = {'display_name': 'Python 3', 'language': 'python', 'name': 'python3'}
@@ -53,11 +69,11 @@ def read(path: pathlib.Path):
 
 
 def run(path: pathlib.Path, seconds: int = 600):
-  """Returns the notebook of a source, executed in the repository's root."""
+  """Returns the notebook of a source, run in its own folder as in Jupyter."""
   from nbclient import NotebookClient
 
   notebook = read(path)
-  where = {'metadata': {'path': str(FOLDER.parent)}}
+  where = {'metadata': {'path': str(FOLDER)}}
   NotebookClient(notebook, timeout=seconds, resources=where).execute()
   return clean(notebook)
 

@@ -269,9 +269,6 @@ plot.set_xticks(range(len(share)), [*range(len(share) - 1), 'text'])
 plot.set(title='Kinds of bytes of each expert, last layer', xlabel='expert')
 figure.legend(frameon=False, loc='outside right upper')
 pyplot.show()
-print(
-  f'tokens of the text whose kind is theirs most often: {share.max(1).mean():.0%}'
-)
 nats = np.asarray(seen.entropy).mean((1, 2))
 for layer, heads in enumerate(nats):
   print(f'attention of layer {layer}:', *(f'{x:.2f}' for x in heads), 'nats')
@@ -279,8 +276,8 @@ assert (share[:-1].max(1) > share[-1].max() + 0.1).any()
 
 # %% [markdown]
 # Nobody told the experts to divide the alphabet: 150 steps of the next-token
-# loss are enough for it. An entropy of 0 nats would be a head that looks at one
-# token, ln 64 = 4.2 one that looks at 64 alike.
+# loss are enough for it. An attention of 0 nats looks at one token alone; at the
+# end of a row, ln 128 = 4.9 would be all tokens alike.
 #
 # ## What group limiting does
 #

@@ -276,8 +276,8 @@ assert (share[:-1].max(1) > share[-1].max() + 0.1).any()
 
 # %% [markdown]
 # Nobody told the experts to divide the alphabet: 150 steps of the next-token
-# loss are enough for it. An attention of 0 nats looks at one token alone; at the
-# end of a row, ln 128 = 4.9 would be all tokens alike.
+# loss are enough for it. An attention of 0 nats looks at one token alone; at
+# the end of a row, ln 128 = 4.9 nats would be all tokens alike.
 #
 # ## What group limiting does
 #

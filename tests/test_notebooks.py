@@ -1,7 +1,9 @@
 """Notebooks are what their sources say, were run, and run."""
 
+import importlib.machinery
 import importlib.util
 import json
+import pathlib
 import re
 import runpy
 import subprocess
@@ -43,27 +45,94 @@ def test_it_was_run_whole_and_shows_pictures(path):
   assert sum('image/png' in o.get('data', {}) for o in outputs) >= 2
   badge = f'colab.research.google.com/github/{build.REPOSITORY}/blob/main/'
   assert f'{badge}notebooks/{path.stem}.ipynb' in ''.join(cells[0]['source'])
-  assert ''.join(code[0]['source']) == build.COLAB
+  assert ''.join(code[0]['source']) == build.SETUP
 
 
-def test_the_first_cell_fetches_only_on_colab_and_only_once(
-  tmp_path, monkeypatch
-):
-  ran = []
-  monkeypatch.chdir(tmp_path)
+@pytest.fixture
+def opened(tmp_path, monkeypatch):
+  """Runs the first cell as in a folder; returns the commands that it calls."""
+  (tmp_path / 'cell.py').write_text(build.SETUP)
+
+  def run(folder):
+    ran = []
+    monkeypatch.chdir(folder)
+    call = lambda words, check: ran.append(words)
+    monkeypatch.setattr(subprocess, 'run', call)
+    runpy.run_path(str(tmp_path / 'cell.py'))
+    return ran
+
   monkeypatch.setattr(sys, 'path', list(sys.path))
-  monkeypatch.setattr(subprocess, 'run', lambda words, check: ran.append(words))
-  (tmp_path / 'cell.py').write_text(build.COLAB)
-  runpy.run_path('cell.py')
-  assert not ran and 'src' not in sys.path
-  monkeypatch.setitem(sys.modules, 'google.colab', sys)
-  runpy.run_path('cell.py')
-  clone, install = ran
+  return run
+
+
+@pytest.mark.parametrize('folder', ['.', 'notebooks', 'docs/_static'])
+def test_a_notebook_of_a_clone_works_in_its_root(folder, opened, monkeypatch):
+  root = build.FOLDER.parent
+  # Neither the folder nor its packages are there before the cell.
+  monkeypatch.setattr(sys, 'path', [p for p in sys.path if not of_root(p)])
+  assert not opened(root / folder)
+  assert pathlib.Path.cwd() == root
+  assert not missing(roots_of_imports())
+
+
+def test_an_installed_package_has_the_imports_of_all_notebooks(
+  opened, tmp_path, monkeypatch
+):
+  """A wheel: `experiments` and `configs` are folders of mla_moe."""
+  package = tmp_path / 'site' / 'mla_moe'
+  package.mkdir(parents=True)
+  (package / '__init__.py').write_text('')
+  for name in ('experiments', 'configs'):
+    (package / name).symlink_to(build.FOLDER.parent / name)
+  empty = tmp_path / 'empty'
+  empty.mkdir()
+  others = [p for p in sys.path if not of_root(p)]
+  monkeypatch.setattr(sys, 'path', [str(package.parent), *others])
+  assert not opened(empty)
+  assert pathlib.Path.cwd() == empty
+  assert not missing(roots_of_imports())
+  monkeypatch.setattr(sys, 'path', others)
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(ModuleNotFoundError, match='pip install mla_moe'):
+    opened(empty)
+
+
+@pytest.mark.parametrize('host', ['colab', 'kaggle'])
+def test_a_host_fetches_the_clone_once(host, opened, tmp_path, monkeypatch):
+  monkeypatch.delenv('KAGGLE_KERNEL_RUN_TYPE', raising=False)
+  if host == 'colab':
+    monkeypatch.setitem(sys.modules, 'google.colab', sys)
+  else:
+    monkeypatch.setenv('KAGGLE_KERNEL_RUN_TYPE', 'Interactive')
+  (tmp_path / 'src' / 'notebooks').mkdir(parents=True)
+  clone, install = opened(tmp_path)
   assert clone[-2:] == [f'https://github.com/{build.REPOSITORY}', 'src']
-  assert install[-2:] == ['-e', 'src'] and sys.path[0] == 'src'
-  (tmp_path / 'src').mkdir()
-  runpy.run_path('cell.py')
-  assert len(ran) == 2
+  assert install[-2:] == ['-e', 'src']
+  assert pathlib.Path.cwd() == tmp_path / 'src' == pathlib.Path(sys.path[0])
+  (tmp_path / 'src' / 'notebooks' / 'build.py').write_text('')
+  for folder in (tmp_path, tmp_path / 'src'):  # another kernel, or a second run
+    assert not opened(folder)
+    assert pathlib.Path.cwd() == tmp_path / 'src'
+
+
+def of_root(entry):
+  """Whether an entry of sys.path is the clone, or the working folder."""
+  return not entry or pathlib.Path(entry).resolve() == build.FOLDER.parent
+
+
+def roots_of_imports():
+  """The packages of this repository that the notebooks import."""
+  text = '\n'.join(path.read_text() for path in SOURCES)
+  names = set(re.findall(r'^(?:from|import) (\w+)', text, re.M))
+  own = names & {'mla_moe', 'experiments', 'configs', 'notebooks'}
+  assert own == {'mla_moe', 'experiments', 'configs'}
+  return own
+
+
+def missing(names):
+  """The packages that no entry of sys.path has; what is imported is no help."""
+  finder = importlib.machinery.PathFinder
+  return [name for name in names if not finder.find_spec(name, sys.path)]
 
 
 def test_only_notebooks_that_are_there_are_built():

@@ -17,7 +17,7 @@ import pytest
 from flax import linen as nn
 
 from configs import tiny
-from mla_moe import Functions, Transformer, fp8, sharding
+from mla_moe import Functions, Transformer, fp8, init_state, sharding
 from mla_moe.checkpoint import store
 from mla_moe.config import ConfigError, MeshConfig, freeze
 from mla_moe.model import attention, router, trace
@@ -159,3 +159,28 @@ def test_a_mesh_of_other_axes_is_refused_in_one_line(kind):
 def test_an_unknown_precision_is_refused_where_it_is_written(words):
   with pytest.raises(ConfigError, match='must be one of|needs one of'):
     fp8.DotGeneral(*words)
+
+
+@pytest.mark.slow
+def test_an_objective_is_the_same_in_any_micro_batches(page):
+  """The host's denominators and weights come along with the rows."""
+  two = page['episodes']
+  join = lambda x: np.asarray(x).reshape(1, 4, *x.shape[2:]) if x.ndim else x
+  one = jax.tree.map(join, two)._replace(count=np.int32(1))
+  assert two.count == 2 and two.old.shape == (2, 2, 16)
+  start = init_state(jax.random.key(3), page['config'])
+  results = [
+    page['train'](
+      start,
+      batch,
+      page['rates'],
+      config=page['config'],
+      objective=page['policy_gradient'],
+      functions=page['own'],
+    )
+    for batch in (one, two)
+  ]
+  (a, m), (b, n) = results
+  chex.assert_trees_all_close(m, n, rtol=1e-4, atol=1e-6)
+  chex.assert_trees_all_close(a.params, b.params, atol=1e-5)
+  assert float(m['clipped']) > 0

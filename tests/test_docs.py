@@ -32,6 +32,17 @@ DROPPED = (
 # Steps of `tiny`, and the steps of its smoke variant in their place.
 STEPS = {'400': '20', '--replay=201': '--replay=11'}
 
+# Files that a person has, and those of this repository in their place.
+STANDINS = (
+  ('Moonlight-16B-A3B/tokenizer.json', 'byte'),
+  ('Moonlight-16B-A3B', 'tests/golden/v2_lite'),
+  ('my/texts', 'docs'),
+)
+
+
+def _put_in(word, standin):
+  return word.replace(*standin)
+
 
 def commands():
   """Returns {command: page} of the documented commands, in their order."""
@@ -50,7 +61,12 @@ def smoke(line, folder):
   assert words[:2] == ['python', '-m'], line
   words = [word.replace('runs/', f'{folder}/') for word in words]
   words = [STEPS.get(word, word) for word in words]
-  trains = words[2] in ('experiments.train', 'experiments.sweep')
+  words = [functools.reduce(_put_in, STANDINS, word) for word in words]
+  trains = words[2] in (
+    'experiments.train',
+    'experiments.sweep',
+    'experiments.convert',
+  )
   if trains:
     words = [w for w in words if not w.startswith(DROPPED)]
     join = lambda w: w + (',smoke' if ':' in w else ':smoke')

@@ -68,7 +68,7 @@ def read(path: pathlib.Path):
   return notebook
 
 
-def run(path: pathlib.Path, seconds: int = 600):
+def run(path: pathlib.Path, seconds: int = 1800):
   """Returns the notebook of a source, run in its own folder as in Jupyter."""
   from nbclient import NotebookClient
 

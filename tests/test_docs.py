@@ -35,7 +35,7 @@ STEPS = {'400': '20', '--replay=201': '--replay=11'}
 # Files that a person has, and those of this repository in their place.
 STANDINS = (
   ('Moonlight-16B-A3B/tokenizer.json', 'byte'),
-  ('Moonlight-16B-A3B', 'tests/golden/v2_lite'),
+  ('Moonlight-16B-A3B', 'runs/release'),  # as docs/checkpoints.md makes it
   ('my/texts', 'docs'),
 )
 
@@ -59,9 +59,9 @@ def smoke(line, folder):
   """Returns the command's words in a smoke variant, folders below `folder`."""
   words = shlex.split(line)
   assert words[:2] == ['python', '-m'], line
+  words = [functools.reduce(_put_in, STANDINS, word) for word in words]
   words = [word.replace('runs/', f'{folder}/') for word in words]
   words = [STEPS.get(word, word) for word in words]
-  words = [functools.reduce(_put_in, STANDINS, word) for word in words]
   trains = words[2] in (
     'experiments.train',
     'experiments.sweep',

@@ -24,7 +24,6 @@ for each mutant, with the same tests for all files.
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
 import functools
 import hashlib
@@ -85,7 +84,6 @@ def main(argv: list[str] | None = None) -> int:
   for module in WARM:
     importlib.import_module(module)
   trees = [_copy(args.work / f'tree{i}') for i in range(args.workers)]
-  _import_package(trees[0])
   named = [Test(name, 60.0, {}) for name in args.tests]
   tests = named or _baseline(trees, args)
   record, sample = args.work / 'results.jsonl', _stored_sample(args)
@@ -158,58 +156,6 @@ def _forget(path):
     code.unlink()
 
 
-def _import_package(tree):
-  """Imports all of mla_moe, its annotations checked as in the tests.
-
-  Compiling the checks is most of an import's time; `_drop` removes from a fork
-  the modules that a mutation concerns.
-  """
-  sys.path[:0] = [str(tree), str(tree / 'tests')]
-  importlib.import_module('conftest')
-  for path in sorted((tree / 'mla_moe').rglob('*.py')):
-    name = '.'.join(path.relative_to(tree).with_suffix('').parts)
-    if path.stem != '__main__':
-      importlib.import_module(name.removesuffix('.__init__'))
-  del sys.path[:2], sys.modules['conftest'], sys.modules['checking']
-
-
-def _drop(name: str, tree: pathlib.Path) -> None:
-  """Unloads a module and those that import it, at any depth; '' is all.
-
-  They will come from `tree`, also where their package came from another one.
-  """
-  loaded = [m for m in sys.modules if m.split('.')[0] == 'mla_moe']
-  imported = {m: set(_imports(sys.modules[m])) for m in loaded}
-  dropped = set() if name else set(loaded)
-  ahead = [name]
-  while ahead:
-    module = ahead.pop()
-    if module in imported and module not in dropped:
-      dropped.add(module)
-      ahead += [m for m in loaded if module in imported[m]]
-  for module in dropped:
-    del sys.modules[module]
-    package, _, attribute = module.rpartition('.')
-    vars(sys.modules.get(package, os)).pop(attribute, None)
-  for module in set(loaded) - dropped:
-    if hasattr(sys.modules[module], '__path__'):
-      sys.modules[module].__path__ = [str(tree.joinpath(*module.split('.')))]
-  importlib.invalidate_caches()
-
-
-def _imports(module) -> Iterator[str]:
-  """Names of the modules that a module imports."""
-  for node in ast.walk(
-    ast.parse(pathlib.Path(module.__file__).read_text(encoding='utf-8'))
-  ):
-    if isinstance(node, ast.ImportFrom) and node.module:
-      for alias in node.names:
-        below = f'{node.module}.{alias.name}'
-        yield below if below in sys.modules else node.module
-    elif isinstance(node, ast.Import):
-      yield from (alias.name for alias in node.names)
-
-
 def _stored_sample(args) -> list[mutations.Mutation]:
   """Returns the run's sample, drawn by its first start.
 
@@ -270,11 +216,11 @@ def _turns(jobs, running, idle):
       time.sleep(0.05)
 
 
-def _fork(tree, tests, report, limit, slow, plugin, changed=''):
+def _fork(tree, tests, report, limit, slow, plugin):
   """Returns the pid of a fork that runs `tests` on `tree` and reports.
 
-  It imports the module `changed`, and all that import it, from the tree; all of
-  the package if that is ''.
+  The package is imported there, all of it: checks of annotations that were made
+  before would look for the classes of another import.
   """
   pid = os.fork()
   if pid:
@@ -293,7 +239,6 @@ def _fork(tree, tests, report, limit, slow, plugin, changed=''):
     here = str(pathlib.Path(__file__).parent)
     sys.path[:] = [str(tree), *(p for p in sys.path if p not in (here, ''))]
     os.environ['PYTHONPATH'] = str(tree)
-    _drop(changed, tree)
     import pytest
 
     plugin = plugin()
@@ -301,9 +246,6 @@ def _fork(tree, tests, report, limit, slow, plugin, changed=''):
     options += ['-W', 'ignore::pytest.PytestAssertRewriteWarning']
     options += [] if slow else ['-m', 'not slow']
     code = int(pytest.main([*options, *tests], plugins=[plugin]))
-    if changed in sys.modules:
-      origin = pathlib.Path(sys.modules[changed].__file__)
-      assert origin.is_relative_to(tree), origin
     pathlib.Path(report).write_text(
       json.dumps(plugin.result()), encoding='utf-8'
     )
@@ -463,11 +405,7 @@ def _try(mutation, tests, args, tree):
   path.write_text(mutation.apply(original))
   limit = SPARE_SECONDS + 4 * sum(test.seconds for test in chosen)
   names = [test.name for test in chosen] or ['tests/checking.py']
-  module = '.'.join(pathlib.Path(mutation.file).with_suffix('').parts)
-  changed = module.removesuffix('.__init__')
-  status, seconds = yield _fork(
-    tree, names, report, limit, args.slow, _Failure, changed
-  )
+  status, seconds = yield _fork(tree, names, report, limit, args.slow, _Failure)
   path.write_text(original)
   _forget(path)
   code = os.waitstatus_to_exitcode(status)

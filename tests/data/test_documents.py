@@ -183,3 +183,16 @@ def test_invalid_utf8_is_replaced_counted_and_said_once(folder, tmp_path):
   rows = documents_of(text.train) + documents_of(text.heldout)
   content = 'genuine \ufffd, broken \ufffd and \ufffd('.encode()
   assert rows.count([BOS, *content, EOS]) == 2
+
+
+def test_invalid_bytes_of_a_row_and_halves_of_a_pair_are_both_counted(tmp_path):
+  path = tmp_path / 'a.jsonl'
+  path.write_bytes(b'{"text": "a\xff"}\n{"text": "b\\ud800 \xff"}\n')
+  (file,) = documents.files(str(path))
+  counts = [document.replaced for document in documents.read(file)]
+  assert counts[0] == 1 and counts[1] > 1
+
+
+def test_the_standard_library_has_modules():
+  files = documents.files('stdlib')
+  assert len(files) > 100 and all(f.path.endswith('.py') for f in files)

@@ -284,7 +284,7 @@ def test_knobs_that_float32_cannot_hold_are_refused():
   for knob, value in [
     ('temperature', 1e-60), ('temperature', 10**400), ('temperature', 1e300),
     ('repetition_penalty', 1e-60), ('repetition_penalty', 1e300),
-    ('top_p', 1e-60), ('top_k', 10**400), ('top_k', 2**31),
+    ('top_p', 1e-60), ('top_k', 10**400), ('top_k', 2**31), ('top_k', True),
   ]:  # fmt: skip
     with pytest.raises(ConfigError, match=f'{knob}=.*: must be'):
       sampling.make_knobs(1, **{knob: value})

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mla_moe import sharding
 from mla_moe.config import MLAConfig, RopeConfig
 from mla_moe.model import attention, flash, rope, sequence
 
@@ -166,3 +167,19 @@ def test_rotated_products_depend_on_distance_alone():
 
   chex.assert_trees_all_close(product(5, 2), product(905, 902), rtol=1e-4)
   chex.assert_trees_all_close(product(0, 0), (x * y).sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'platform, length, parts, core',
+  [
+    ('cpu', 256, 1, 'xla'), ('tpu', 256, 1, 'splash'), ('tpu', 200, 1, 'xla'),
+    ('tpu', 256, 2, 'xla'), ('gpu', 256, 1, 'xla'),
+  ],
+)  # fmt: skip
+def test_the_fastest_core_is_the_platform_s(
+  platform, length, parts, core, monkeypatch
+):
+  monkeypatch.setattr(sharding, 'target_platform', lambda: platform)
+  q = jnp.zeros((1, length, 1, 8))
+  assert attention.choose_core('auto', q, None, parts) == core
+  assert attention.choose_core('cudnn', q, None, parts) == 'cudnn'

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mla_moe import fp8
-from mla_moe.config import ModelConfig, MoEConfig
-from mla_moe.model import experts, moe, products, router
+from mla_moe import fp8, sharding
+from mla_moe.config import MeshConfig, ModelConfig, MoEConfig
+from mla_moe.model import expert_loop, experts, moe, products, router
 
 V3 = MoEConfig(experts=16, top_k=4, width=8, groups=4, top_groups=2, shared=0)
 VARIANTS = {
@@ -277,3 +277,63 @@ def test_experts_in_bfloat16():
   expected = run('dense', *args)
   error = got.astype(jnp.float32) - expected
   assert jnp.sqrt((error**2).mean() / (expected**2).mean()) < 0.02
+
+
+@pytest.mark.parametrize(
+  'platform, precision, form',
+  [
+    ('cpu', 'bf16', 'loop'), ('cpu', 'fp8_block', 'loop'),
+    ('gpu', 'bf16', 'padded'), ('gpu', 'fp8_block', 'ragged'),
+    ('tpu', 'bf16', 'ragged'), ('tpu', 'fp8_block', 'ragged'),
+  ],
+)  # fmt: skip
+def test_each_platform_has_its_form(platform, precision, form, monkeypatch):
+  taken = []
+  record = lambda name: lambda x, *_: taken.append(name) or x
+  monkeypatch.setattr(experts, '_ragged', record('ragged'))
+  monkeypatch.setattr(experts, '_padded', record('padded'))
+  monkeypatch.setattr(expert_loop, 'feed_forward', record('loop'))
+  monkeypatch.setattr(sharding, 'target_platform', lambda: platform)
+  x, up, down = jnp.ones((2, 4)), jnp.ones((3, 4, 10)), jnp.ones((3, 5, 4))
+  gates, ids = jnp.ones((2, 1)), jnp.zeros((2, 1), jnp.int32)
+  if precision != 'bf16':
+    up, down = (fp8.Weight(w, ()) for w in (up, down))
+  recipe = fp8.Recipe(precision)
+  experts.feed_forward(x, gates, ids, up, down, recipe=recipe)
+  assert taken == [form]
+
+
+@pytest.mark.parametrize(
+  'expected, block', [(0, 8), (63, 8), (72, 16), (136, 32), (9000, 128)]
+)
+def test_a_block_of_the_loop_is_about_the_mean_load(
+  expected, block, monkeypatch
+):
+  """A power of two, at least as many rows as the mean of 8 experts."""
+  blocks = []
+  monkeypatch.setattr(
+    expert_loop, 'cut', lambda chosen, order, block, skip: blocks.append(block)
+  )
+  monkeypatch.setattr(expert_loop, 'over_blocks', lambda x, *_: (x, None, None))
+  x, up, down = jnp.ones((2, 4)), jnp.ones((8, 4, 10)), jnp.ones((8, 5, 4))
+  gates, ids = jnp.ones((2, 1)), jnp.zeros((2, 1), jnp.int32)
+  run = expert_loop.feed_forward
+  run(x, gates, ids, up, down, expected, products.NO_FP8)
+  assert blocks == [block]
+
+
+def test_products_of_few_rows_read_weights_line_by_line_on_a_cpu():
+  w = jnp.ones((3, 4))
+  for rows, few in ((16, True), (17, False)):
+    program = jax.make_jaxpr(products.matmul_transposed)(jnp.ones((rows, 4)), w)
+    assert ('optimization_barrier' in str(program)) == few
+
+
+def test_products_are_one_matmul_where_no_mesh_splits_them():
+  ws = jnp.ones((4, 3)), jnp.ones((4, 5))
+  run = lambda x, *ws: products.einsums(('bd,dn->bn', 'bd,dm->bm'), x, ws)
+  x = jnp.ones((8, 4))
+  assert str(jax.make_jaxpr(run)(x, *ws)).count('dot_general') == 1
+  mesh = sharding.make_mesh(MeshConfig(data=2), jax.devices()[:2])
+  with jax.set_mesh(mesh):
+    assert str(jax.make_jaxpr(run)(x, *ws)).count('dot_general') == 2

@@ -32,7 +32,6 @@ from . import commands
 FLAGS = flags.FLAGS
 CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
 
-_OURS = f'{ConfigError.__module__}.{ConfigError.__qualname__}: '
 # --config=NAME as a process gets it, words joined by \0.
 _CONFIG = re.compile(r'((?:^|\0)--?config[=\0])([^:\0]*)')
 # The messages of Python's int and float for a text that is no number.
@@ -259,13 +258,17 @@ def with_files(words: Sequence[str]) -> list[str]:
 
 def _message(error: Exception, name: str, words: Sequence[str]) -> str:
   """Returns one line for an error of `words` or of the config file `name`."""
+  cause, ours = error, None
+  while cause:  # absl and ml_collections raise ours again, with its traceback
+    ours = cause if isinstance(cause, ConfigError) else ours
+    cause = None if cause.__suppress_context__ else cause.__context__
+  if ours:
+    return str(ours)
   text = str(error).replace(r'\n', '; ').strip()
   # ml_collections puts the traceback of some errors into its own message: the
   # last line is the error itself.
   wrapped = 'Traceback' in text
   last = text.splitlines()[-1].strip() if text else ''
-  if last.startswith(_OURS) and wrapped:
-    return last.removeprefix(_OURS)
   whole = ''.join(traceback.format_exception(error))
   lines = re.findall(rf'File "{re.escape(name)}", line (\d+)', whole)
   if "no attribute 'get_config'" in text:

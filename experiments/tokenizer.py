@@ -133,7 +133,7 @@ def byte_tokenizer() -> bytes:
 
 def define() -> None:
   """Defines this program's flags."""
-  flags.DEFINE_integer('vocab', 8192, 'Tokens, special ones included.', LEAST)
+  flags.DEFINE_integer('vocab', 8192, 'Tokens, special ones included.')
   flags.DEFINE_string('out', '', 'The folder, or the .json file, to make.')
 
 

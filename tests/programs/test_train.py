@@ -174,7 +174,7 @@ def program(*args):
     (['--config.model.layers=three'], 'config.model.layers=three: must be an'),
     (['--config.model.moe.top_k=99'], 'config.model.moe.top_k=99'),
     (['--config', 'configs/tinny.py:smoke'], 'did you mean tiny?'),
-    (['--config=configs/tiny.py:huge'], "variant 'huge'"),
+    (['--config=tiny:huge'], "error: variant 'huge': there is only micro, s"),
     (['--confg=x'], 'confg'),
     (['--config.mesh.data=2'], 'devices'),
     (['--config.data.source=/nowhere'], 'no such file'),
@@ -200,6 +200,10 @@ def test_row31_bad_input_is_one_line_and_exit_code_2(tmp_path, args, words):
     ("def get_config(arg=''):\n  return 3\n", 'gives 3; it must return'),
     ("def get_config(arg=''):\n  return {}['x']\n", "line 2: KeyError: 'x'"),
     ("def get_config(arg=''):\n  return 1 + 'x'\n", 'line 2: TypeError: uns'),
+    (
+      "def get_config(arg=''):\n  raise ValueError(3)\n",
+      'line 2: ValueError: 3',
+    ),
   ],
 )
 def test_what_is_wrong_with_a_config_file_is_said_with_its_line(
@@ -215,6 +219,19 @@ def test_what_is_wrong_with_a_config_file_is_said_with_its_line(
   with pytest.raises(ConfigError) as error:
     cli._parse(define)
   assert said in str(error.value) and '\n' not in str(error.value)
+  assert 'Traceback' not in str(error.value)
+
+
+def test_ours_is_all_that_is_said_of_an_error_in_a_config_file(tmp_path):
+  name = tmp_path / 'mine.py'
+  name.write_text(
+    'from configs import tiny\n\n\ndef get_config(arg):\n'
+    '  return tiny.get_config(arg)\n'
+  )
+  for flag in (f'--config={name}:huge', '--config=tiny:huge'):
+    with pytest.raises(ConfigError) as error:
+      cli.config_of([flag], cli.define)
+    assert str(error.value) == "variant 'huge': there is only micro, smoke"
 
 
 def test_help_is_of_the_config_and_of_our_flags(monkeypatch, capsys):

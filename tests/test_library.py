@@ -73,7 +73,7 @@ def program(config, functions, variables):
   return str(jax.make_jaxpr(run)(variables, jnp.zeros((2, 8), jnp.int32)))
 
 
-@pytest.mark.parametrize('stages', [1, 2])
+@pytest.mark.parametrize('stages', [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_functions_reach_every_layer(stages):
   """Dense, MoE, MTP, pipeline: as a config's field that means the same does."""
   model = dataclasses.replace(

@@ -67,7 +67,7 @@ def define_sampling() -> None:
   flags.DEFINE_float('top_p', 1.0, 'Of the likeliest with this mass.', 0.0, 1.0)
   flags.DEFINE_float('min_p', 0.0, 'A fraction of the likeliest one.', 0.0, 1.0)
   flags.DEFINE_float('repetition_penalty', 1.0, 'Above 1 repeats less.', 0.0)
-  flags.DEFINE_multi_string('stop', [], 'A text that ends it; repeatable.')
+  flags.DEFINE_multi_string('stop', [], 'A text that ends it')
   flags.DEFINE_integer('seed', -1, 'Of the draws; -1 is another every time.')
   flags.DEFINE_bool('speculative', False, 'Draft with the MTP module.')
 

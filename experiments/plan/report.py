@@ -73,7 +73,7 @@ def show(plan, bill, utilisation: float, start: MeshConfig) -> None:
   for name, value in _step_rows(plan, bill):
     table.add_row(name, value)
   console.print(table)
-  console.print(_money(plan, bill, utilisation))
+  console.print(_money(bill, utilisation))
   for line in lacking(plan.config, [plan.slice]):
     console.print(line, soft_wrap=True)
   flags = search.training_flags(plan.config, start)
@@ -92,9 +92,9 @@ def show_choice(config, pairs, utilisation: float) -> None:
       search.mesh_text(plan.config.mesh),
       _gib(plan.footprint.total),
       _gib(plan.slice.chip.usable),
-      f'{bill.days:,.1f}',
-      f'{bill.hours:,.0f}',
-      f'{bill.dollars:,.0f}',
+      _figure(bill.days),
+      _figure(bill.hours),
+      _figure(bill.dollars),
     )
   console.print(table)
   for line in lacking(config, [plan.slice for plan, _ in pairs]):
@@ -140,13 +140,13 @@ def page_of(config, pairs, utilisation: float) -> str:
   parts = [
     page.numbers(
       [
-        ('parameters', f'{counts.total / 1e9:,.1f} B'),
-        ('active', f'{counts.active / 1e9:,.1f} B'),
-        ('tokens', f'{bill.tokens / 1e9:,.4g} B'),
+        ('parameters', _count(counts.total)),
+        ('active', _count(counts.active)),
+        ('tokens', _count(bill.tokens)),
         ('slice', str(cheapest[0].slice)),
-        ('chip hours', f'{cheapest[1].hours:,.0f}'),
-        ('dollars', f'{cheapest[1].dollars:,.0f}'),
-        ('days', f'{cheapest[1].days:,.1f}'),
+        ('chip hours', _figure(cheapest[1].hours)),
+        ('dollars', _figure(cheapest[1].dollars)),
+        ('days', _figure(cheapest[1].days)),
       ]
     ),
     f'<p>{utilisation:.1%} of the bf16 peak is assumed, and list prices.</p>',
@@ -232,19 +232,38 @@ def _headline(config) -> str:
   counts = cost.parameters(config)
   flops = cost.train_flops_per_token(config, config.data.seq_len)
   cache = cost.cache_bytes_per_token(config)
-  extra = f' + {counts.mtp / 1e9:,.1f} B of MTP' if counts.mtp else ''
+  extra = f' + {_count(counts.mtp)} of MTP' if counts.mtp else ''
   return (
-    f'{counts.total / 1e9:,.2f} B parameters{extra}, {counts.active / 1e9:,.2f}'
-    f' B active; {flops / 1e9:,.1f} GFLOP to train on a token of '
+    f'{_count(counts.total)} parameters{extra}, {_count(counts.active)} '
+    f'active; {_figure(flops / 1e9)} GFLOP to train on a token of '
     f'{config.data.seq_len:,}; {cache:,} bytes of cache a token'
   )
 
 
-def _money(plan, bill, utilisation: float) -> str:
+def _money(bill, utilisation: float) -> str:
   return (
-    f'{bill.tokens:,.4g} tokens: {bill.days:,.1f} days, {bill.hours:,.0f} chip '
-    f'hours, ${bill.dollars:,.0f} at {utilisation:.1%} of the bf16 peak.'
+    f'{bill.tokens:,.4g} tokens: {_time(bill.days)}, {_figure(bill.hours)} '
+    f'chip hours, ${_figure(bill.dollars)} at {utilisation:.1%} of the bf16 '
+    'peak.'
   )
+
+
+def _count(number: float) -> str:
+  if number < 1e9:
+    return f'{number / 1e6:,.2f} M'
+  return f'{number / 1e9:,.2f} B'
+
+
+def _figure(amount: float) -> str:
+  """Returns three digits of a small amount, and the whole of a large one."""
+  return f'{amount:,.0f}' if amount >= 100 else f'{amount:.3g}'
+
+
+def _time(days: float) -> str:
+  for unit, size in (('days', 1), ('hours', 24), ('minutes', 24 * 60)):
+    if days * size >= 1:
+      return f'{_figure(days * size)} {unit}'
+  return f'{_figure(days * 24 * 3600)} seconds'
 
 
 def _table(title: str, columns: tuple[str, ...]) -> Table:

@@ -296,6 +296,26 @@ def test_a_plan_that_fits_writes_a_table_and_a_page(tmp_path):
   assert page.read_text().count('<svg') == 2
 
 
+@pytest.mark.parametrize(
+  'days, shown',
+  [
+    (1113.6, '1,114 days'),
+    (54.27, '54.3 days'),
+    (0.25, '6 hours'),
+    (0.01, '14.4 minutes'),
+    (1e-4, '8.64 seconds'),
+  ],
+)
+def test_small_and_large_plans_have_figures(days, shown):
+  paid = bill.Bill(1e9, 0.25, 0.5, days, computing=0, sending=0)
+  text = report._money(paid, 0.4)
+  assert text == (
+    f'1e+09 tokens: {shown}, 0.25 chip hours, $0.5 at 40.0% of the bf16 peak.'
+  )
+  assert report._count(2_310_000) == '2.31 M'
+  assert report._count(671e9) == '671.00 B'
+
+
 def test_a_pipeline_costs_its_bubble():
   """Filled and emptied in each micro-batch: (S - 1) / (M + S - 1) of turns."""
   mesh = dict(fsdp=16, stage=2, expert=16)

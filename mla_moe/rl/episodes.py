@@ -1,14 +1,8 @@
 """Answers packed into the rows of updates, every array at its target's place.
 
-Column t of a row predicts token t + 1. So answer token j of a prompt of P
-tokens stands in column P + j - 1 of its stretch: there are its target, its
-log-probabilities, its advantage and its weight. The mask comes from lengths,
-never from token values, so an end token that is also the padding is learned.
-
-Rows are filled first-fit, longest answer first; attention and positions end
-with each answer. An update has as many rows as its answers alone would need,
-and `count` says how many micro-batches are real: the shapes of all updates of a
-run are the same, and only real micro-batches are computed.
+An update has as many rows as its answers alone would need, and `count` says how
+many micro-batches are real: the shapes of all updates of a run are the same,
+and only real micro-batches are computed. See `data.packing` for the columns.
 """
 
 from __future__ import annotations
@@ -19,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mla_moe.config import ConfigError
+from mla_moe.data import packing
 from mla_moe.types import Float, Int
 
 
@@ -57,31 +52,6 @@ class Episodes(NamedTuple):
   count: np.ndarray
 
 
-def first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
-  """Returns rows of indices whose lengths fit `room`; longest first.
-
-  Raises:
-    ConfigError: one is longer than `room`.
-  """
-  rows: list[list[int]] = []
-  free: list[int] = []
-  for index in np.argsort(np.asarray(lengths), kind='stable')[::-1].tolist():
-    length = int(lengths[index])
-    if length > room:
-      raise ConfigError(
-        f'a prompt and its answer have {length} tokens: more than the '
-        f'data.seq_len={room} of a row'
-      )
-    row = next((i for i, rest in enumerate(free) if rest >= length), None)
-    if row is None:
-      row = len(rows)
-      rows.append([])
-      free.append(room)
-    rows[row].append(index)
-    free[row] -= length
-  return rows
-
-
 def pack(answers: Sequence[Answer], length: int, micro: int) -> Episodes:
   """Returns the answers in rows of `length`, `micro` rows a micro-batch.
 
@@ -91,27 +61,23 @@ def pack(answers: Sequence[Answer], length: int, micro: int) -> Episodes:
   Raises:
     ConfigError: an answer that no row can hold.
   """
-  rows = first_fit([len(a.prompt) + len(a.tokens) - 1 for a in answers], length)
+  pairs = [(answer.prompt, answer.tokens) for answer in answers]
+  lengths = [packing.columns(len(p), len(c)) for p, c in pairs]
+  if max(lengths) > length:
+    raise ConfigError(
+      f'a prompt and its answer need {max(lengths)} columns: more than the '
+      f'data.seq_len={length} of a row'
+    )
+  rows = packing.best_fit(lengths, length)
   most = -(-len(answers) // micro)
-  shape = most * micro, length
-  ints = {name: np.zeros(shape, np.int32) for name in Episodes._fields[:4]}
-  ints['targets'][:], ints['segments'][:] = -1, -1
-  floats = {name: np.zeros(shape, np.float32) for name in Episodes._fields[4:9]}
-  for row, members in enumerate(rows):
-    start = 0
-    for segment, index in enumerate(members):
-      answer = answers[index]
-      ids = np.concatenate([answer.prompt, answer.tokens])
-      stop = start + len(ids) - 1
-      first = start + len(answer.prompt) - 1
-      ints['tokens'][row, start:stop] = ids[:-1]
-      ints['targets'][row, first:stop] = answer.tokens
-      ints['segments'][row, start:stop] = segment
-      ints['positions'][row, start:stop] = np.arange(stop - start)
-      floats['rollout'][row, first:stop] = answer.rollout
-      floats['advantage'][row, first:stop] = answer.advantage
-      floats['weight'][row, first:stop] = answer.weight
-      start = stop
-  arrays = (ints | floats).values()
-  arrays = (x.reshape(most, micro, length) for x in arrays)
-  return Episodes(*arrays, np.int32(-(-len(rows) // micro)))
+  real = -(-len(rows) // micro)
+  rows += [[]] * (most * micro - len(rows))
+  packed, places = packing.fill(pairs, rows, length)
+  floats = np.zeros((5, most * micro, length), np.float32)
+  rollout, _, _, advantage, weight = floats
+  for index, row, first, stop in places:
+    rollout[row, first:stop] = answers[index].rollout
+    advantage[row, first:stop] = answers[index].advantage
+    weight[row, first:stop] = answers[index].weight
+  arrays = (x.reshape(most, micro, length) for x in (*packed, *floats))
+  return Episodes(*arrays, np.int32(real))

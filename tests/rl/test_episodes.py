@@ -53,5 +53,5 @@ def test_all_answers_come_back_out_of_the_rows():
 
 
 def test_an_answer_that_no_row_holds():
-  with pytest.raises(ConfigError, match='have 6 tokens: more than'):
+  with pytest.raises(ConfigError, match='need 6 columns: more than'):
     episodes.pack([_answer(4, 3)], 5, 1)

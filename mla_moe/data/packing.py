@@ -72,7 +72,7 @@ def fill(
   rows: Sequence[Sequence[int]],
   length: int,
 ) -> tuple[Rows, list[Place]]:
-  """Returns rows of `length` columns, with the pairs that `rows` lists for each.
+  """Returns rows of `length` columns with the pairs that `rows` lists.
 
   `pairs` are (prompt [P], completion [C]) of token ids. The places are in the
   order of the rows.

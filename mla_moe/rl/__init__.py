@@ -1,1 +1,1 @@
-"""Reinforcement learning: tasks, rewards, advantages, and GRPO's objective."""
+"""Reinforcement learning: advantages, packed answers, GRPO's objective."""

@@ -21,7 +21,8 @@ import re
 from typing import NamedTuple
 
 from mla_moe.config import ConfigError
-from mla_moe.rl import arithmetic
+
+from . import arithmetic
 
 # The prompt that DeepSeek-R1-Zero was trained with (report, table 1). The
 # question goes in by concatenation: it may hold braces.

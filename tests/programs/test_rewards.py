@@ -5,8 +5,8 @@ from fractions import Fraction
 
 import pytest
 
+from experiments.rl import arithmetic, rewards, tasks
 from mla_moe.config import ConfigError
-from mla_moe.rl import arithmetic, rewards, tasks
 
 GOOD = '<think>3*7 is 21</think> <answer> 3*7+4 </answer>'
 

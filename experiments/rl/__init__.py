@@ -1,0 +1,1 @@
+"""Reinforcement learning: questions, and rewards of the answers as text."""

@@ -11,11 +11,12 @@ stays on its side of the split when others come or go, and equal rows are never
 on both sides.
 
 Files are read as bytes and decoded here. Bytes that are not UTF-8 become U+FFFD
-and are counted.
+and are counted; text in UTF-16 is refused, as every second byte would be 0.
 """
 
 from __future__ import annotations
 
+import codecs
 import glob
 import hashlib
 import json
@@ -112,7 +113,8 @@ def read(file: File) -> Iterator[Document]:
   """Yields the file's documents in order, without the empty ones.
 
   Raises:
-    ConfigError: the file cannot be opened or parsed (with its line or row).
+    ConfigError: the file cannot be opened or parsed (with its line or row), or
+      is UTF-16.
   """
   try:
     if file.path.lower().endswith('.parquet'):
@@ -180,6 +182,9 @@ def _document(hashed: bytes, content: bytes) -> Document:
 
 def _text(file: File) -> Iterator[Document]:
   with open(file.path, 'rb') as opened:
+    if opened.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+      raise ConfigError(f'{file.path}: is UTF-16; write it as UTF-8 (iconv)')
+    opened.seek(0)
     if file.is_document:
       content = opened.read()
       if content:

@@ -172,6 +172,16 @@ def test_a_file_that_cannot_be_opened_is_named(folder, tmp_path):
     list(documents.read(file))
 
 
+@pytest.mark.parametrize('encoding', ['utf-16-le', 'utf-16-be'])
+def test_utf16_is_refused(folder, encoding):
+  path = os.path.join(folder, '00.txt')
+  with open(path, 'wb') as file:
+    file.write('\ufefftext'.encode(encoding))
+  for source in (folder, path):  # one of many, and the only one
+    with pytest.raises(ConfigError, match=r'00\.txt: is UTF-16; write it as'):
+      list(documents.read(documents.files(source)[0]))
+
+
 def test_invalid_utf8_is_replaced_counted_and_said_once(folder, tmp_path):
   for name in ('a.txt', 'b.txt'):
     with open(os.path.join(folder, name), 'wb') as file:

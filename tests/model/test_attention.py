@@ -183,3 +183,15 @@ def test_the_fastest_core_is_the_platform_s(
   q = jnp.zeros((1, length, 1, 8))
   assert attention.choose_core('auto', q, None, parts) == core
   assert attention.choose_core('cudnn', q, None, parts) == 'cudnn'
+
+
+def test_a_ramp_without_length_is_a_step():
+  """The context is so short that the ramp begins and ends at pair 0."""
+  yarn = RopeConfig(factor=4.0, original_positions=4)
+  plain = rope.frequencies(32, RopeConfig())
+  assert rope._ramp(32, yarn) == (0.0, 0.001)
+  short = rope.frequencies(32, yarn)
+  np.testing.assert_allclose(short, [plain[0], *plain[1:] / 4], rtol=1e-6)
+  slight = rope.frequencies(32, RopeConfig(factor=1.5, original_positions=4))
+  np.testing.assert_allclose(slight[1:], plain[1:] / 1.5, rtol=1e-6)
+  assert rope.magnitude(1.5, 1.0) == pytest.approx(1 + 0.1 * np.log(1.5))

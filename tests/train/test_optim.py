@@ -222,6 +222,7 @@ def test_every_parameter_is_known_to_both_optimizers():
       jax.random.key(0),
       jnp.zeros((1, 8), jnp.int32),
     )['params']
+    assert shapes['w_head'].names == shapes['embedding'].names[::-1]
     params = nn.unbox(shapes)
     paths = jax.tree_util.tree_flatten_with_path(params)[0]
     names = {path[-1].key for path, _ in paths}

@@ -65,3 +65,11 @@ def test_a_released_checkpoints_blocks_are_read():
     expected[j, i] = np.float32(weight[i, j]) * scale[i // 128, j // 128]
   ours = fp8.Quantized(jnp.asarray(weight.T), jnp.asarray(scale.T), (128, 128))
   chex.assert_trees_all_equal(fp8.dequantize(ours), expected)
+
+
+def test_gate_and_up_have_scales_of_their_own():
+  w = oracle.normal(0, 130, 2, 140)
+  shapes = lambda p: [q.scales.shape for q in fp8.Recipe(p).weights(w)]
+  assert shapes('fp8_block') == [(2, 2, 2)]
+  assert shapes('fp8_channel') == [(1, 2, 140), (130, 1, 1)]
+  assert shapes('fp8_tensor') == [(1, 1, 1)]

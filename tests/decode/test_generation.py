@@ -188,6 +188,12 @@ def test_logits_that_are_not_finite_are_named_by_step(case, speculative):
       rollout(config, bad, prompt, count, speculative=speculative)
 
 
+def test_a_step_is_broken_by_the_rows_that_count():
+  logits = jnp.array([[1.0, 2.0], [1.0, jnp.inf]])
+  broken = lambda *rows: int(loop._broken(logits, jnp.array(rows), 4))
+  assert (broken(True, True), broken(True, False)) == (4, -1)
+
+
 @pytest.mark.parametrize(
   'words, change',
   [

@@ -203,6 +203,7 @@ def test_invalid_bytes_of_a_row_and_halves_of_a_pair_are_both_counted(tmp_path):
   assert counts[0] == 1 and counts[1] > 1
 
 
-def test_the_standard_library_has_modules():
+def test_a_module_of_the_standard_library_is_a_document():
   files = documents.files('stdlib')
   assert len(files) > 100 and all(f.path.endswith('.py') for f in files)
+  assert all(file.is_document for file in files)

@@ -73,3 +73,12 @@ def test_gate_and_up_have_scales_of_their_own():
   assert shapes('fp8_block') == [(2, 2, 2)]
   assert shapes('fp8_channel') == [(1, 2, 140), (130, 1, 1)]
   assert shapes('fp8_tensor') == [(1, 1, 1)]
+
+
+@pytest.mark.parametrize('blocks, tile', [(2, 128), (3, 128), (2, -1)])
+def test_a_block_of_rows_has_its_own_scales(blocks, tile):
+  q = fp8.quantize.quantize(oracle.hard((128 * blocks, 3)), (tile, 1))
+  whole = fp8.dequantize(q)
+  for i in range(blocks):
+    block = fp8.dequantize(fp8.grouped._block(q, jnp.int32(i)))
+    chex.assert_trees_all_equal(block, whole[128 * i : 128 * (i + 1)])

@@ -304,3 +304,12 @@ def test_the_outermost_axis_goes_across_slices():
   assert sharding.slice_axis(MeshConfig(fsdp=8, stage=2), 2) == 'stage'
   with pytest.raises(ConfigError, match='slow network'):
     sharding.slice_axis(MeshConfig(expert=8), 2)
+
+
+def test_rows_that_no_axis_splits_are_the_same_on_every_device():
+  """One row on two devices: regions must say that their outputs are equal."""
+  network = transformer.Transformer(MODEL)
+  tokens = jnp.zeros((1, 8), jnp.int32)
+  with jax.set_mesh(sharding.make_mesh(MeshConfig(data=2), jax.devices()[:2])):
+    shapes = jax.eval_shape(network.init, jax.random.key(0), tokens)
+  assert shapes['params']

@@ -58,8 +58,8 @@ def schedule_end(config: Config) -> str:
   steps = bisect.bisect_left(range(1, 10**15), end, key=before)
   rate = rates(config, last).learning_rate / config.optim.learning_rate
   return (
-    f'The schedule ends at step {steps:,} of {last:,}: the learning rate is '
-    f'{rate:.0%} of its peak at the end.'
+    f'The schedule ends at step {steps:,}, the run at {last:,}: there the '
+    f'learning rate is {rate:.0%} of its peak.'
   )
 
 

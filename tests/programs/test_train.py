@@ -426,7 +426,8 @@ def test_schedules_get_the_tokens_before_a_step():
 
 
 @pytest.mark.parametrize(
-  'count, words', [(4, ''), (3, '4 of 3: .* 100% '), (8, '4 of 8: .* 0% ')]
+  'count, words',
+  [(4, ''), (3, '4, the run at 3: .* 100% '), (8, '4, the run at 8: .* 0% ')],
 )
 def test_a_schedule_that_does_not_end_with_the_run_is_said(count, words):
   tokens = SMOKE.data.batch_size * SMOKE.data.seq_len

@@ -161,7 +161,15 @@ def libtpu(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('mesh', MESHES)
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+  'mesh',
+  [
+    *('expert', 'both'),
+    pytest.param('data', marks=pytest.mark.by_hand),
+    pytest.param('tensor', marks=pytest.mark.by_hand),
+  ],
+)
 def test_a_tpu_receives_what_the_arithmetic_says(mesh, libtpu):
   config, text_and_mesh = tpu(mesh)
   no_experts_are_gathered(config, *text_and_mesh)
@@ -173,6 +181,7 @@ def test_a_tpu_receives_what_the_arithmetic_says(mesh, libtpu):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize('mesh', ['both', 'expert'])
 def test_a_tpu_computes_the_shared_expert_while_tokens_travel(mesh, libtpu):
   """Tokens' gather is cut into fusions: its start, products, its end."""
@@ -195,6 +204,7 @@ def test_a_tpu_computes_the_shared_expert_while_tokens_travel(mesh, libtpu):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_tpu_decodes_without_moving_or_copying_experts(libtpu):
   from jax.experimental import topologies
 

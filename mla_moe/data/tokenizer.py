@@ -114,15 +114,19 @@ def load(
       tokens, or ids that are no special tokens of it.
   """
   words = vocabulary.read(name)
-  if vocab and vocab < words.size:
+  # Bytes can do without the last three: a small model fills in no middle.
+  least = words.eos_id + 1 if name == 'byte' else words.size
+  if vocab and vocab < least:
     raise ConfigError(
-      f'model.vocab={vocab}: the tokenizer {name!r} has {words.size} tokens; '
+      f'model.vocab={vocab}: the tokenizer {name!r} has {least} tokens; '
       'set model.vocab=0, for its size, or a larger number'
     )
   ids = vocabulary.fill(name, vocab, bos_id, eos_id)
   bos_id, eos_id = ids['bos_id'], ids['eos_id']
   if name == 'byte':
     tokenizer = ByteTokenizer()
+    if vocab and vocab < words.size:
+      tokenizer = ByteTokenizer(least, fim_ids=None)
     for field, index in (('bos_id', bos_id), ('eos_id', eos_id)):
       own = getattr(tokenizer, field)
       if index != own:

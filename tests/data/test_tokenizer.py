@@ -75,6 +75,8 @@ def test_the_byte_tokenizer_is_the_bytes():
   byte = tokenizer.load('byte', 256, 257)
   np.testing.assert_array_equal(byte.encode('é\n'), [0xC3, 0xA9, 10])
   assert (byte.vocab, byte.fim_ids) == (261, (258, 259, 260))
+  small = tokenizer.load('byte', 256, 257, 259)  # fills in no middle
+  assert (small.vocab, small.fim_ids) == (258, None)
 
 
 def test_bpe_merges_and_is_the_same_from_its_file(bpe):

@@ -357,6 +357,7 @@ def test_bad_requests_are_one_line(
 ):
   monkeypatch.setattr(decode.runtime, 'keep_memory', lambda: None)
   monkeypatch.setenv('XLA_FLAGS', os.environ.get('XLA_FLAGS', ''))
+  monkeypatch.setenv('PYTHONPATH', str(ROOT))  # of a part in a process
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(sys, 'argv', ['bench', *words])
   with pytest.raises(SystemExit) as ended:

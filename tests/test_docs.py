@@ -137,6 +137,15 @@ def test_the_docs_build_with_warnings_as_errors(tmp_path):
   assert 'train_step' in (tmp_path / 'api.html').read_text()
 
 
+def test_the_sidebar_lists_each_page_once():
+  trees = re.findall(
+    r'```{toctree}\n(.*?)```', (DOCS / 'index.md').read_text(), re.S
+  )
+  listed = [page for tree in trees for page in tree.split('\n\n')[1].split()]
+  pages = {page.stem for page in DOCS.glob('*.md')} - {'index'}
+  assert sorted(listed) == sorted(pages)
+
+
 @pytest.mark.parametrize('page', [*PAGES, READER], ids=lambda p: p.name)
 def test_links_exist(page):
   """Offline: files of the repository and their anchors; hosts have a dot."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 
@@ -285,8 +286,14 @@ def _emit(state, tokens, logits, rows, job):
   column = jnp.where(rows, state.counts, state.tokens.shape[1])
   put = lambda x, values: x.at[all_rows, column].set(values, mode='drop')
   counts = state.counts + rows
+  log_probs = sampling.log_prob(logits, tokens)
   temperature = job.knobs.temperature
   warmth = jnp.where(temperature == 0, 1.0, temperature)
+  drawn = jax.lax.cond(
+    jnp.all(warmth == 1),
+    lambda: log_probs,
+    lambda: sampling.log_prob(logits / warmth[:, None], tokens),
+  )
   stops = (tokens[:, None] == job.stop_ids[None]).any(-1)
   ends = stops | (counts >= job.limit)
   return dataclasses.replace(
@@ -294,8 +301,8 @@ def _emit(state, tokens, logits, rows, job):
     last_token=jnp.where(rows, tokens, state.last_token),
     seen=state.seen.at[all_rows, tokens].max(rows),
     tokens=put(state.tokens, tokens),
-    log_probs=put(state.log_probs, sampling.log_prob(logits, tokens)),
-    drawn=put(state.drawn, sampling.log_prob(logits / warmth[:, None], tokens)),
+    log_probs=put(state.log_probs, log_probs),
+    drawn=put(state.drawn, drawn),
     counts=counts,
     done=state.done | (rows & ends),
   )

@@ -1,4 +1,4 @@
-"""Faults of a run: numbers, signals, devices, folders (rows 11 to 50).
+"""Faults of a run: numbers, signals, devices, folders (rows 11 to 45).
 
 docs/reliability.md lists every row of the fault matrix and its test.
 """
@@ -478,7 +478,7 @@ def test_row11_a_run_that_is_stopped_at_once_is_no_failure(root, fault, capsys):
   assert (root / 'at_once/report.html').exists()
 
 
-def test_row50_a_run_begins_from_the_weights_of_another(
+def test_row40_a_run_begins_from_the_weights_of_another(
   root, monkeypatch, capsys
 ):
   """Killed before it has saved them, it begins from the same once more."""

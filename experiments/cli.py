@@ -192,7 +192,12 @@ def _parse(define: Callable[[], None]) -> list[str]:
 
 
 def _share_configs() -> None:
-  """Lets a config import ours as `configs`, installed as in a clone."""
+  """Lets a config import ours as `configs`, installed as in a clone.
+
+  ml_collections executes a config in the module of the one before it, whose
+  get_config would stand in for one that is missing: that module goes.
+  """
+  sys.modules.pop('config_config', None)
   if importlib.util.find_spec('configs') is None:
     sys.modules['configs'] = importlib.import_module('..configs', __package__)
 

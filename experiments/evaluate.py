@@ -234,7 +234,8 @@ def run(model: opened.TextModel) -> dict:
   """Returns {task: {metric: value}} of the flags' tasks.
 
   Raises:
-    ConfigError: no tasks, or some that are not there.
+    ConfigError: no tasks, some that are not there, or data that only a network
+      brings.
   """
   adapted = adapter(model, FLAGS.batch)
   if not FLAGS.tasks:
@@ -248,14 +249,20 @@ def run(model: opened.TextModel) -> dict:
   missing = [name for name in FLAGS.tasks if name not in manager.all_tasks]
   if missing:
     raise ConfigError(f'--tasks={missing[0]!r}: there is no such task')
-  out = lm_eval.simple_evaluate(
-    model=adapted,
-    tasks=FLAGS.tasks,
-    limit=FLAGS.limit or None,
-    num_fewshot=None if FLAGS.fewshot < 0 else FLAGS.fewshot,
-    task_manager=manager,
-    bootstrap_iters=0,
-  )
+  try:
+    out = lm_eval.simple_evaluate(
+      model=adapted,
+      tasks=FLAGS.tasks,
+      limit=FLAGS.limit or None,
+      num_fewshot=None if FLAGS.fewshot < 0 else FLAGS.fewshot,
+      task_manager=manager,
+      bootstrap_iters=0,
+    )
+  except ConnectionError as error:  # of the library `datasets`
+    raise ConfigError(
+      f'--tasks={",".join(FLAGS.tasks)}: {error}; a task of your own with '
+      'local data needs no network: --include=FOLDER (docs/evaluation.md)'
+    ) from None
   number = lambda value: isinstance(value, (int, float))
   return {
     task: {key: value for key, value in row.items() if number(value)}

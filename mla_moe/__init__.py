@@ -7,6 +7,9 @@ Importing this package does nothing else: no flags, no logging, no devices.
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from mla_moe import cost, fp8
 from mla_moe.config import CacheConfig, Config, ConfigError, ModelConfig
 from mla_moe.decode.generation import generate, rollout
@@ -15,9 +18,20 @@ from mla_moe.hf.save import save_huggingface
 from mla_moe.model.block import Functions
 from mla_moe.model.trace import Trace, trace
 from mla_moe.model.transformer import Output, Transformer
-from mla_moe.train.load import load_run
-from mla_moe.train.state import init_state
-from mla_moe.train.step import predictions, pretraining, train_step
+
+if TYPE_CHECKING:
+  from mla_moe.train.load import load_run
+  from mla_moe.train.state import init_state
+  from mla_moe.train.step import predictions, pretraining, train_step
+
+# Imported at their first use: optax doubles the modules, and not all train.
+_TRAINING = {
+  'init_state': 'state',
+  'load_run': 'load',
+  'predictions': 'step',
+  'pretraining': 'step',
+  'train_step': 'step',
+}
 
 __all__ = [
   'CacheConfig',
@@ -41,3 +55,10 @@ __all__ = [
   'trace',
   'train_step',
 ]
+
+
+def __getattr__(name: str) -> Any:
+  if name not in _TRAINING:
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  module = importlib.import_module(f'mla_moe.train.{_TRAINING[name]}')
+  return getattr(module, name)

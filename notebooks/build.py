@@ -43,8 +43,9 @@ else:
   package = importlib.util.find_spec('mla_moe')
   if not package:
     raise ModuleNotFoundError('open it in a clone, or: pip install mla_moe')
-  # A wheel has the programs and configs within the package.
-  sys.path += package.submodule_search_locations"""
+  # A wheel has the programs and configs within the package, a clone beside it.
+  for place in package.submodule_search_locations:
+    sys.path += [place, os.path.dirname(place)]"""
 
 
 def sources() -> list[pathlib.Path]:

@@ -88,6 +88,7 @@ def test_an_installed_package_has_the_imports_of_all_notebooks(
   empty.mkdir()
   others = [p for p in sys.path if not of_root(p)]
   monkeypatch.setattr(sys, 'path', [str(package.parent), *others])
+  monkeypatch.delitem(sys.modules, 'mla_moe', raising=False)  # a new kernel
   assert not opened(empty)
   assert pathlib.Path.cwd() == empty
   assert not missing(roots_of_imports())

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import pathlib
+import re
 import types
 
 import jax
@@ -87,23 +89,33 @@ def test_without_lm_eval_the_extra_is_named(model, monkeypatch):
     evaluate.adapter(model, 2)
 
 
-TASK = """
-task: capitals
-dataset_path: json
-dataset_kwargs: {data_files: {test: %s}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{question}}"
-doc_to_choice: "{{choices}}"
-doc_to_target: "{{answer}}"
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
-metadata: {version: 1}
-"""
-
-
-@pytest.mark.skipif(
+# Without a network, as docs/evaluation.md has it.
+PAGE = (pathlib.Path(__file__).parents[2] / 'docs/evaluation.md').read_text()
+TASK = re.search(r'```yaml\n(.*?)```', PAGE, re.S)[1]
+ROW = re.search(r'```json\n(.*?)```', PAGE, re.S)[1]
+HAS_LM_EVAL = pytest.mark.skipif(
   importlib.util.find_spec('lm_eval') is None, reason='extra [eval]'
 )
+
+
+@HAS_LM_EVAL
+@pytest.mark.filterwarnings('ignore')  # of lm-eval and datasets
+def test_a_task_that_no_network_brings_is_one_line(model, monkeypatch):
+  import lm_eval
+
+  def simple_evaluate(**_):
+    raise ConnectionError("Couldn't reach 'allenai/ai2_arc' on the Hub")
+
+  monkeypatch.setattr(lm_eval, 'simple_evaluate', simple_evaluate)
+  flags = types.SimpleNamespace(
+    batch=4, tasks=['arc_easy'], include='', limit=0, fewshot=-1
+  )
+  monkeypatch.setattr(evaluate, 'FLAGS', flags)
+  with pytest.raises(ConfigError, match="tasks=arc_easy: Couldn't .*--include"):
+    evaluate.run(model)
+
+
+@HAS_LM_EVAL
 @pytest.mark.filterwarnings('ignore')  # of lm-eval and datasets
 def test_a_local_task_runs_offline(tmp_path, monkeypatch):
   """All of lm-eval's way; the likelihoods are the sums of the bytes."""
@@ -124,9 +136,12 @@ def test_a_local_task_runs_offline(tmp_path, monkeypatch):
     {'question': f'{i} and', 'choices': ['a', 'bb'], 'answer': i % 2}
     for i in range(6)
   ]
-  data = tmp_path / 'capitals.json'
+  assert rows[0].keys() == json.loads(ROW).keys()
+  data = tmp_path / 'capitals.jsonl'
   data.write_text('\n'.join(map(json.dumps, rows)))
-  (tmp_path / 'capitals.yaml').write_text(TASK % data)
+  (tmp_path / 'capitals.yaml').write_text(
+    TASK.replace('my/capitals.jsonl', str(data))
+  )
   flags = types.SimpleNamespace(
     batch=4, tasks=['capitals'], include=str(tmp_path), limit=0, fewshot=-1
   )

@@ -44,6 +44,7 @@ def test_programs_start_each_other_by_the_name_of_their_own_package():
 
 def test_mla_moe_runs_the_program_that_it_names(monkeypatch, capsys):
   monkeypatch.setattr(sys, 'argv', ['mla-moe', 'report'])
+  monkeypatch.delitem(sys.modules, 'experiments.report', raising=False)
   with pytest.raises(SystemExit) as ended:
     programs.main()
   assert ended.value.code == 2

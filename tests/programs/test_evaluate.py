@@ -140,7 +140,7 @@ def test_a_local_task_runs_offline(tmp_path, monkeypatch):
   data = tmp_path / 'capitals.jsonl'
   data.write_text('\n'.join(map(json.dumps, rows)))
   (tmp_path / 'capitals.yaml').write_text(
-    TASK.replace('my/capitals.jsonl', str(data))
+    TASK.replace('texts/capitals.jsonl', str(data))
   )
   flags = types.SimpleNamespace(
     batch=4, tasks=['capitals'], include=str(tmp_path), limit=0, fewshot=-1

@@ -55,30 +55,32 @@ class Alarms:
 
   def _judge(self, row: dict) -> dict[str, str]:
     """Returns {alarm: its line, or '' for off} of the numbers in the row."""
-    found = {name: _number(row, name) for name in row}
-    found = {name: x for name, x in found.items() if x is not None}
+    values = {name: _number(row, name) for name in row}
+    values = {name: x for name, x in values.items() if x is not None}
     judged = {}
-    if {'zero_right', 'zero_wrong'} <= found.keys():
-      judged['spread'] = self._spread(found['zero_right'], found['zero_wrong'])
-    if 'entropy' in found:
-      judged['entropy'] = self._entropy(found['entropy'])
-    if 'ended' in found:
-      x = found['ended']
+    if {'zero_right', 'zero_wrong'} <= values.keys():
+      judged['spread'] = self._spread(
+        values['zero_right'], values['zero_wrong']
+      )
+    if 'entropy' in values:
+      judged['entropy'] = self._entropy(values['entropy'])
+    if 'ended' in values:
+      x = values['ended']
       judged['ended'] = _unless(
         x >= ENDED,
         f'only {x:.0%} of the answers ended, below {ENDED:.0%}: raise max_new, '
         'or teach the model to end by fine-tuning first',
       )
-    if 'mismatch_k3' in found:
-      x = found['mismatch_k3']
+    if 'mismatch_k3' in values:
+      x = values['mismatch_k3']
       judged['mismatch'] = _unless(
         x <= MISMATCH,
         f'rollout and trainer differ by k3 = {x:.2g} nats a token, above '
         f'{MISMATCH:g}: the ratios are wrong; roll out in a finer dtype, or '
         'correct by rl.correct',
       )
-    if 'grader_errors' in found:
-      x = found['grader_errors']
+    if 'grader_errors' in values:
+      x = values['grader_errors']
       judged['grader'] = _unless(
         x <= ERRORS,
         f'the grader failed on {x:.0%} of the answers, above {ERRORS:.0%}: '

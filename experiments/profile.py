@@ -97,6 +97,23 @@ def steps(
       end()
 
 
+def _of_devices(planes: list) -> Iterator[Any]:
+  """Yields the operations of accelerators."""
+  for plane in planes:
+    for line in plane.lines if plane.name.startswith('/device:') else ():
+      if any(name in line.name for name in _LINES):
+        yield from line.events
+
+
+def _of_host(planes: list) -> Iterator[Any]:
+  """Yields the operations of a CPU; its other events have no `hlo_op`."""
+  for plane in planes:
+    for line in plane.lines:
+      for event in line.events:
+        if any(name == 'hlo_op' for name, _ in event.stats):
+          yield event
+
+
 def operations(folder: pathlib.Path) -> dict[str, tuple[int, float]]:
   """Returns the newest trace's operations: count and seconds, longest first.
 
@@ -112,24 +129,12 @@ def operations(folder: pathlib.Path) -> dict[str, tuple[int, float]]:
     raise ConfigError(f'{str(folder)!r}: holds no trace (*.xplane.pb)')
   rows = collections.defaultdict(lambda: [0, 0.0])
   planes = list(ProfileData.from_file(str(files[-1])).planes)
-  devices = [p for p in planes if p.name.startswith('/device:')]
-  # A CPU marks the end of each operation with another event, which can lie on
-  # another thread's line.
-  hosts = [] if devices else planes
-  lines = [line for plane in hosts for line in plane.lines]
-  names = {event.name for line in lines for event in line.events}
-  ended = {n.removeprefix('end: ') for n in names if n.startswith('end: ')}
-  for plane in devices or planes:
-    for line in plane.lines:
-      if devices and not any(name in line.name for name in _LINES):
-        continue
-      for event in line.events:
-        if not devices and event.name not in ended:
-          continue
-        name = event.name.partition(' = ')[0].lstrip('%')
-        row = rows[re.sub(r'[.\d]+$', '', name) or name]
-        row[0] += 1
-        row[1] += event.duration_ns / 1e9
+  # A compiler's library that is only loaded adds a device without operations.
+  for event in list(_of_devices(planes)) or _of_host(planes):
+    name = event.name.partition(' = ')[0].lstrip('%')
+    row = rows[re.sub(r'[.\d]+$', '', name) or name]
+    row[0] += 1
+    row[1] += event.duration_ns / 1e9
   order = sorted(rows.items(), key=lambda item: -item[1][1])
   return {name: (count, seconds) for name, (count, seconds) in order}
 

@@ -140,19 +140,42 @@ def test_a_trace_names_the_operations(tmp_path, capsys):
   assert not any(name.startswith('end') for name in rows)
 
 
-def test_an_operation_may_end_on_another_thread(tmp_path, monkeypatch):
-  """As one of a CPU's sometimes does: it counts all the same."""
+def _operations(folder, monkeypatch, **planes):
+  """The table of a made trace: {plane: {line: {event: its hlo_op or ''}}}."""
   space = types.SimpleNamespace
-  event = lambda name: space(name=name, duration_ns=1e6)
-  lines = [
-    space(name='0', events=[event('sine.1'), event('wait'), event('dot')]),
-    space(name='1', events=[event('end: sine.1'), event('end: dot')]),
+  event = lambda name, op: space(
+    name=name, duration_ns=1e6, stats=[('run_id', 3)] + bool(op) * [op]
+  )
+  line = lambda name, events: space(
+    name=name, events=[event(*item) for item in events.items()]
+  )
+  trace = [
+    space(
+      name=f'/{name.replace("_", ":")}',
+      lines=[line(*item) for item in lines.items()],
+    )
+    for name, lines in planes.items()
   ]
-  trace = space(planes=[space(name='/host:CPU', lines=lines)])
-  file = space(from_file=lambda _: trace)
-  monkeypatch.setattr(jax.profiler, 'ProfileData', file)
-  (tmp_path / 'host.xplane.pb').touch()
-  assert profile.operations(tmp_path) == {'sine': (1, 1e-3), 'dot': (1, 1e-3)}
+  from_file = lambda _: space(planes=trace)
+  monkeypatch.setattr(jax.profiler, 'ProfileData', space(from_file=from_file))
+  (folder / 'host.xplane.pb').touch()
+  return profile.operations(folder)
+
+
+def test_operations_of_a_cpu_have_a_name_of_hlo(tmp_path, monkeypatch):
+  """Their ends lie on any thread; a loaded compiler adds an empty device."""
+  of = lambda name: ('hlo_op', name)
+  threads = {
+    '0': {'sine.1': of('sine.1'), 'wait': '', 'dot': of('dot')},
+    '1': {'end: sine.1': '', 'end: dot': '', 'sine.2': of('sine.2')},
+  }
+  rows = {'sine': (2, 2e-3), 'dot': (1, 1e-3)}
+  table = lambda **planes: _operations(tmp_path, monkeypatch, **planes)
+  assert table(host_CPU=threads) == rows
+  assert table(device_CUSTOM={}, host_CPU=threads) == rows
+  assert table(device_CUSTOM={'Steps': {'1': ''}}, host_CPU=threads) == rows
+  device = {'XLA Ops': {'fusion.7': ''}, 'Steps': {'1': ''}}
+  assert table(host_CPU=threads, device_TPU=device) == {'fusion': (1, 1e-3)}
 
 
 @pytest.mark.parametrize('name', ['wandb', 'trackio'])

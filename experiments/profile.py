@@ -106,12 +106,16 @@ def _of_devices(planes: list) -> Iterator[Any]:
 
 
 def _of_host(planes: list) -> Iterator[Any]:
-  """Yields the operations of a CPU; its other events have no `hlo_op`."""
-  for plane in planes:
-    for line in plane.lines:
-      for event in line.events:
-        if any(name == 'hlo_op' for name, _ in event.stats):
-          yield event
+  """Yields the operations of a CPU.
+
+  Another event, which can lie on another thread's line, marks the end of each.
+  """
+  lines = [line for plane in planes for line in plane.lines]
+  names = {event.name for line in lines for event in line.events}
+  for line in lines:
+    for event in line.events:
+      if f'end: {event.name}' in names:
+        yield event
 
 
 def operations(folder: pathlib.Path) -> dict[str, tuple[int, float]]:

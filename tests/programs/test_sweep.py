@@ -141,14 +141,10 @@ def test_a_trace_names_the_operations(tmp_path, capsys):
 
 
 def _operations(folder, monkeypatch, **planes):
-  """The table of a made trace: {plane: {line: {event: its hlo_op or ''}}}."""
+  """The table of a made trace: {plane: {line: names of events}}."""
   space = types.SimpleNamespace
-  event = lambda name, op: space(
-    name=name, duration_ns=1e6, stats=[('run_id', 3)] + bool(op) * [op]
-  )
-  line = lambda name, events: space(
-    name=name, events=[event(*item) for item in events.items()]
-  )
+  event = lambda name: space(name=name, duration_ns=1e6)
+  line = lambda name, events: space(name=name, events=[*map(event, events)])
   trace = [
     space(
       name=f'/{name.replace("_", ":")}',
@@ -162,19 +158,18 @@ def _operations(folder, monkeypatch, **planes):
   return profile.operations(folder)
 
 
-def test_operations_of_a_cpu_have_a_name_of_hlo(tmp_path, monkeypatch):
-  """Their ends lie on any thread; a loaded compiler adds an empty device."""
-  of = lambda name: ('hlo_op', name)
+def test_operations_of_a_cpu_are_those_that_end(tmp_path, monkeypatch):
+  """On whichever thread; a compiler that is loaded adds an empty device."""
   threads = {
-    '0': {'sine.1': of('sine.1'), 'wait': '', 'dot': of('dot')},
-    '1': {'end: sine.1': '', 'end: dot': '', 'sine.2': of('sine.2')},
+    '0': ['sine.1', 'wait', 'dot'],
+    '1': ['end: sine.1', 'end: dot', 'sine.2', 'end: sine.2'],
   }
   rows = {'sine': (2, 2e-3), 'dot': (1, 1e-3)}
   table = lambda **planes: _operations(tmp_path, monkeypatch, **planes)
   assert table(host_CPU=threads) == rows
   assert table(device_CUSTOM={}, host_CPU=threads) == rows
-  assert table(device_CUSTOM={'Steps': {'1': ''}}, host_CPU=threads) == rows
-  device = {'XLA Ops': {'fusion.7': ''}, 'Steps': {'1': ''}}
+  assert table(device_CUSTOM={'Steps': ['1']}, host_CPU=threads) == rows
+  device = {'XLA Ops': ['fusion.7'], 'Steps': ['1']}
   assert table(host_CPU=threads, device_TPU=device) == {'fusion': (1, 1e-3)}
 
 

@@ -14,7 +14,8 @@ as it is measured.
 Each part is a process of its own with a limit of time, since a kernel that
 reads a wrong address spoils the device for its whole process. A part that fails
 is a row that says so (its messages are in OUT/card-PART.log), and the next part
-runs. Time that a part leaves goes to the parts after it.
+runs. Time that a part leaves goes to the parts after it. The longest operations
+of the training steps are in OUT/card-step-PRECISION.txt.
 """
 
 from __future__ import annotations
@@ -209,6 +210,11 @@ class Rows:
     if isinstance(reason, Exception):
       text = f'{type(reason).__name__}: {text}'
     self.add(figure, None, beside=text.splitlines()[0][:200], good=False)
+
+  def text(self, name: str, text: str) -> None:
+    """Writes a text beside the rows, OUT/card-NAME.txt."""
+    file = self._file.with_name(f'card-{name}.txt')
+    file.write_text(text, encoding='utf-8')
 
   @contextlib.contextmanager
   def attempt(self, figure: str):

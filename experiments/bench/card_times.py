@@ -26,7 +26,7 @@ from mla_moe.model import experts
 from mla_moe.train import optim
 from mla_moe.train.state import init_state
 
-from .. import chips, commands
+from .. import chips, commands, profile
 from ..training import program
 from . import (
   decode,
@@ -162,6 +162,13 @@ def time_step(rows, shape: models.Shape, precision: str) -> None:
   )
   figure = f'step, {precision}, {shape.batch} x {shape.length}'
   rows.add(figure, 1e3 * step, 'ms', note, bool(np.isfinite(loss)))
+  with rows.attempt(f'trace, {precision}'):
+    with tempfile.TemporaryDirectory() as folder:
+      with jax.profiler.trace(folder):
+        state, values = run(state, batch, rates)
+        jax.block_until_ready(state)
+      operations = profile.operations(pathlib.Path(folder))
+    rows.text(f'step-{precision}', profile.table(operations, 40))
 
 
 def products(rows, toy: bool) -> None:

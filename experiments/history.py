@@ -22,12 +22,20 @@ _STEP = ('tokens', 'loss', 'main_loss', 'mtp_loss', 'lr', 'grad_norm')
 _NUMBERS = {
   'loss': (*_STEP, 'memory_mib'),
   'bits_per_byte': ('bits_per_byte', 'gzip_bits_per_byte'),
+  'reward': ('reward',),
+  'pass_at_1': ('pass_at_1',),
 }
 # Values that a row may have, with their dimensions; all four of MaxVio or none.
 _VIO = {'max_vio': 0, 'max_vio_running': 0}
 _VIO |= {'max_vio_layers': 1, 'max_vio_running_layers': 1}
 _OPTIONAL = {'tokens_per_s': 0, 'mfu': 0, 'entropy': 1, 'bias_norm': 1}
 _OPTIONAL |= {'load': 2} | _VIO
+# The same of a step of reinforcement learning, where `entropy` is the policy's.
+_RL = 'loss grad_norm lr skipped reward_std completion_length length_max ended '
+_RL += 'entropy kl kl_old clipped max_ratio zero_right zero_wrong dropped '
+_RL += 'mismatch_k3 mismatch_max mismatch_extreme grader_errors'
+_RL_OPTIONAL = _OPTIONAL | dict.fromkeys(_RL.split(), 0)
+_PARTS = ('rewards', 'seconds')  # numbers by name
 _LIMIT = 2**32  # bytes of a file of rows
 _MAPPED = 200  # at most so many columns of a heat map
 
@@ -35,8 +43,9 @@ _MAPPED = 200  # at most so many columns of a heat map
 class History(NamedTuple):
   """The rows of a run, and the values of its config.json.
 
-  steps, evaluations, fp8: rows of metrics.jsonl. starts: rows of starts.jsonl,
-  which older runs lack.
+  steps, evaluations, fp8, passes: rows of metrics.jsonl. starts: rows of
+  starts.jsonl, which older runs lack. The steps of a run of reinforcement
+  learning (`is_rl`) have a reward; `passes` are its evaluations.
   """
 
   folder: pathlib.Path
@@ -44,7 +53,12 @@ class History(NamedTuple):
   steps: list[dict]
   evaluations: list[dict]
   fp8: list[dict]
+  passes: list[dict]
   starts: list[dict]
+
+  @property
+  def is_rl(self) -> bool:
+    return 'reward' in self.steps[0]
 
   @property
   def name(self) -> str:
@@ -58,13 +72,16 @@ def read(folder: pathlib.Path) -> History:
     ConfigError: the folder holds no run with a logged step, or no config.
   """
   rows, bad = _rows(folder / 'metrics.jsonl')
+  rewards = sum('reward' in row for row in rows)
+  losses = sum('loss' in row for row in rows if 'reward' not in row)
+  step = 'reward' if rewards > losses else 'loss'  # a file may be mixed
   kinds = {}
-  for kind in ('loss', 'bits_per_byte', 'fp8_layers'):
+  for kind in (step, 'bits_per_byte', 'fp8_layers', 'pass_at_1'):
     kinds[kind] = drawable([row for row in rows if kind in row], kind)
     bad += sum(kind in row for row in rows) - len(kinds[kind])
   if bad:
     print(f'{folder}/metrics.jsonl: left out {bad} bad rows.')
-  if not kinds['loss']:
+  if not kinds[step]:
     raise ConfigError(
       f'{str(folder)!r}: holds no metrics.jsonl of a run with a logged step'
     )
@@ -108,7 +125,7 @@ def drawable(rows: list[dict], kind: str) -> list[dict]:
   Numbers that are not finite are NaN in them, and leave gaps in a curve. The
   step and the count of tokens must be finite.
   """
-  clean = [_clean(row) for row in rows]
+  clean = [clean(row) for row in rows]
   shapes = [_shapes(row, kind) for row in clean]
   counts = collections.Counter(shape for shape in shapes if shape)
   if not counts:
@@ -135,12 +152,12 @@ def _rows(path: pathlib.Path) -> tuple[list[dict], int]:
   return rows, bad
 
 
-def _clean(value: Any) -> Any:
+def clean(value: Any) -> Any:
   """Returns the value with NaN for null and for numbers that are not finite."""
   if isinstance(value, dict):
-    return {name: _clean(item) for name, item in value.items()}
+    return {name: clean(item) for name, item in value.items()}
   if isinstance(value, list):
-    return [_clean(item) for item in value]
+    return [clean(item) for item in value]
   if value is None or type(value) in (int, float):
     return value if value is not None and abs(value) < 1e300 else math.nan
   return value
@@ -157,17 +174,27 @@ def _shapes(row: dict, kind: str) -> tuple | None:
     return None
   if any(name in row for name in _VIO) and not all(n in row for n in _VIO):
     return None
-  shapes = {name: _shape(row[name]) for name in _OPTIONAL if name in row}
+  optional = _RL_OPTIONAL if kind == 'reward' else _OPTIONAL
+  shapes = {name: _shape(row[name]) for name in optional if name in row}
+  if kind == 'reward' and not all(_are_numbers(row, name) for name in _PARTS):
+    return None
   if kind == 'fp8_layers':
     layers = row[kind] if isinstance(row[kind], dict) else {'': None}
     curves = {f'{kind}.{name}': _shape(layers[name]) for name in layers}
   else:
     curves = {}
   for name, shape in [*shapes.items(), *curves.items()]:
-    if shape is None or len(shape) != _OPTIONAL.get(name, 1):
+    if shape is None or len(shape) != optional.get(name, 1):
       return None
   lists = {name: shape for name, shape in shapes.items() if shape}
   return (kind, *sorted((lists | curves).items()))
+
+
+def _are_numbers(row: dict, name: str) -> bool:
+  parts = row.get(name, {})
+  if not isinstance(parts, dict):
+    return False
+  return all(type(value) in (int, float) for value in parts.values())
 
 
 def _shape(value: Any) -> tuple | None:

@@ -3,6 +3,7 @@
   python -m experiments.report DIR
   python -m experiments.report A B C
 
+A run of reinforcement learning has other curves, and a viewer of its answers.
 Of several runs, or of a sweep's folder, it is comparison.html: the runs' curves
 over each other, and the fields in which their configs differ. Matplotlib (extra
 [viz]) draws the curves into the page as SVG; nothing is loaded from anywhere.
@@ -19,8 +20,11 @@ import numpy as np
 
 from mla_moe import files
 
-from . import cli, commands, comparison, history, page
+from . import cli, commands, comparison, history, page, workdir
+from .rl import charts, viewer
 from .training import warm_start
+
+_INCIDENTS = 50  # the last ones
 
 
 def write(folder: pathlib.Path) -> pathlib.Path | None:
@@ -34,19 +38,20 @@ def write(folder: pathlib.Path) -> pathlib.Path | None:
     return None
   config, began = json.dumps(run.config, indent=1), warm_start.recorded(folder)
   lines = origin(run) + [f'Began from {began}.'] * bool(began)
+  answers = viewer.parts(viewer.read(folder / 'groups.jsonl'))
   parts = [
     *(f'<p>{html.escape(line)}</p>' for line in lines),
-    _numbers(run.steps, run.evaluations),
-    '<h2>Learning</h2>',
-    _learning(run.steps, run.evaluations),
+    *(_reinforced(run) if run.is_rl else _trained(run)),
+    *_incidents(folder / 'incidents.jsonl'),
     *_experts(run.steps, history.loads(folder), run.config['model']),
     *_fp8(run.fp8),
+    *answers,
     *_sample(folder / 'samples.txt'),
     '<h2>Config</h2>',
     f'<pre>{html.escape(config)}</pre>',
   ]
   target = folder / 'report.html'
-  text = page.page(run.name, parts)
+  text = page.page(run.name, parts, viewer.SCRIPT if answers else '')
   target.write_text(text, encoding='utf-8', errors='replace')
   return target
 
@@ -61,6 +66,41 @@ def origin(run: history.History) -> list[str]:
   date = f'{dates[0]}{more} {dates[-1]}' if resumed else dates[0]
   facts = history.facts(run)
   return [' \N{MIDDLE DOT} '.join([f'{date} UTC', *list(facts.values())[1:]])]
+
+
+def _trained(run: history.History) -> list[str]:
+  return [
+    _numbers(run.steps, run.evaluations),
+    '<h2>Learning</h2>',
+    _learning(run.steps, run.evaluations),
+  ]
+
+
+def _reinforced(run: history.History) -> list[str]:
+  learning, updates = map(page.svg, charts.draw(run.steps, run.passes))
+  return [
+    charts.cards(run.steps, run.passes),
+    '<h2>Learning</h2>',
+    '<p>Held-out questions are answered greedily and are never trained on. A '
+    'dotted line is the limit of an alarm.</p>',
+    learning,
+    '<h2>Updates</h2>',
+    updates,
+  ]
+
+
+def _incidents(path: pathlib.Path) -> list[str]:
+  rows = workdir.rows(path)
+  if not rows:
+    return []
+  cells = [[str(row.get('step')), str(row.get('what'))] for row in rows]
+  return [
+    '<h2>Incidents</h2>',
+    page.table(
+      ['step', 'incident'],
+      [list(map(html.escape, row)) for row in cells[-_INCIDENTS:]],
+    ),
+  ]
 
 
 def _experts(steps, loads, model: dict) -> list[str]:
@@ -183,7 +223,8 @@ def _balance(steps, main_layers: int) -> str:
   plot.set_ylim(0, None)
   names = (('entropy', 'Router entropy, nats'), ('bias_norm', 'Bias norm'))
   for plot, (name, title) in zip(axes[0, 1:], names, strict=True):
-    if name in steps[-1]:
+    # The entropy of reinforcement learning is a number, the policy's.
+    if isinstance(steps[-1].get(name), list):
       plot.plot(x, [row[name] for row in steps])
     plot.set(title=f'{title}, by layer', xlabel='step')
   return _over_steps(figure, axes)

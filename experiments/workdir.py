@@ -12,7 +12,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from mla_moe import files
@@ -199,11 +199,16 @@ def _begun(path: pathlib.Path) -> bool:
   return steps or any(backwards(path / 'metrics.jsonl'))
 
 
-def rows(path: pathlib.Path, most: int = 0) -> list[dict]:
+def rows(
+  path: pathlib.Path,
+  most: int = 0,
+  change: Callable[[dict], Any] = lambda row: row,
+) -> list:
   """Returns the rows of a .jsonl file, without a last line that a kill tore.
 
   With `most`, it is at most that many, evenly spaced from the first: every
   row, every second, every fourth. Others are not parsed, and not in memory.
+  Of a row, the list has `change(row)`, which may be much smaller.
   """
   rows, spacing = [], 1
   if path.exists():
@@ -215,7 +220,7 @@ def rows(path: pathlib.Path, most: int = 0) -> list[dict]:
         row = _row(line)
         if row is None:
           break
-        rows.append(row)
+        rows.append(change(row))
         if len(rows) > most > 0:
           rows, spacing = rows[::2], 2 * spacing
   return rows

@@ -1,13 +1,13 @@
 """comparison.html: several runs' curves over each other, and their configs.
 
 The abscissa is the tokens that a run has read, because runs with other batches
-have other steps. Names and colours of the runs are in the table on top.
+have other steps; where a run learns by reinforcement, it is the step. Names and
+colours of the runs are in the table on top.
 """
 
 from __future__ import annotations
 
 import html
-import math
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,16 @@ from mla_moe.config import ConfigError
 from . import history, page, workdir
 
 # Title, ordinate, and its value in a row, which may lack it.
-_CURVES: tuple[tuple[str, str, Callable[[dict], Any]], ...] = (
+_Curves = tuple[tuple[str, str, Callable[[dict], Any]], ...]
+_RL_CURVES: _Curves = (
+  ('Reward', 'mean', lambda row: row['reward']),
+  ('Held-out questions', 'pass@1', lambda row: row['pass_at_1']),
+  ('Length of an answer', 'tokens', lambda row: row['completion_length']),
+  ('Entropy', 'nats', lambda row: row['entropy']),
+  ('KL to the reference', 'nats', lambda row: row['kl']),
+  ('Gradient norm', 'gradient norm', lambda row: row['grad_norm']),
+)
+_CURVES: _Curves = (
   ('Loss', 'bits per token', lambda row: row['main_loss'] / np.log(2)),
   ('Held-out text', 'bits per byte', lambda row: row['bits_per_byte']),
   ('Learning rate', 'learning rate', lambda row: row['lr']),
@@ -34,7 +43,9 @@ def runs_in(folder: pathlib.Path) -> list[pathlib.Path]:
   if (folder / 'metrics.jsonl').exists() or not folder.is_dir():
     return []
   files = sorted(folder.glob('*/metrics.jsonl'))
-  logged = lambda path: any('loss' in row for row in workdir.rows(path))
+  logged = lambda path: any(
+    'loss' in row or 'reward' in row for row in workdir.rows(path)
+  )
   return [path.parent for path in files if logged(path)]
 
 
@@ -84,19 +95,27 @@ def differences(configs: list[dict]) -> dict[str, list[str]]:
 
 
 def draw(runs: list[history.History], names: list[str], colours: list):
-  """Returns matplotlib's figure of the runs' curves, its legend below them."""
+  """Returns matplotlib's figure of the runs' curves, its legend below them.
+
+  Runs of reinforcement learning beside others have their curves above those.
+  """
   from matplotlib import ticker
 
-  figure, axes = page.figure(2, lines=3)
-  for plot, (title, unit, value) in zip(axes.flat, _CURVES, strict=True):
+  of_rl = [run.is_rl for run in runs]
+  curves = (_RL_CURVES if any(of_rl) else ()) + (() if all(of_rl) else _CURVES)
+  abscissa = 'step' if any(of_rl) else 'tokens'
+  figure, axes = page.figure(2, lines=len(curves) // 2)
+  for plot, (title, unit, value) in zip(axes.flat, curves, strict=True):
     for run, colour in zip(runs, colours, strict=True):
-      rows = run.evaluations if title == 'Held-out text' else run.steps
-      x, y = _curve(run, rows, value)
+      x, y = [], []
+      if run.is_rl == ((title, unit, value) in _RL_CURVES):
+        x, y = _curve(run, _rows(run, title), value, abscissa)
       style = 'o-' if len(x) < 40 else '-'
       plot.plot(x, y, style, color=colour, lw=1.2, ms=3)
-    plot.set(title=title, xlabel='tokens', ylabel=unit)
+    plot.set(title=title, xlabel=abscissa, ylabel=unit)
     plot.xaxis.set_major_formatter(ticker.EngFormatter())  # 40 k, 5 T
-  axes[1, 1].set_yscale('log')
+    if title == 'Gradient norm':
+      plot.set_yscale('log')
   figure.legend(
     axes[0, 0].lines,
     [f' {name}' for name in names],  # one that begins with _ is left out
@@ -109,44 +128,66 @@ def draw(runs: list[history.History], names: list[str], colours: list):
   return figure
 
 
-def _curve(run, rows: list[dict], value) -> tuple[list[float], list[float]]:
-  """Returns the tokens and the values of the rows that have one.
+def _rows(run: history.History, title: str) -> list[dict]:
+  """Returns the rows of a run that a chart draws."""
+  of_title = {
+    'Held-out text': run.evaluations,
+    'Held-out questions': run.passes,
+  }
+  return of_title.get(title, run.steps)
+
+
+def _curve(
+  run, rows: list[dict], value, abscissa: str
+) -> tuple[list[float], list[float]]:
+  """Returns the abscissas and the values of the rows that have one.
 
   Rows of evaluations have no tokens: their steps are looked up.
   """
   steps = [row['step'] for row in run.steps]
-  tokens = [row['tokens'] for row in run.steps]
+  places = [row[abscissa] for row in run.steps]
   x, y = [], []
   for row in rows:
     try:
       y.append(value(row))
     except KeyError:
       continue
-    x.append(row.get('tokens', float(np.interp(row['step'], steps, tokens))))
+    x.append(row.get(abscissa, float(np.interp(row['step'], steps, places))))
   return x, y
 
 
 def _runs_table(runs, names: list[str], colours: list[str]) -> str:
-  """Returns the table of the runs: where they ran, and their last numbers."""
-  head = ['run', *history.facts(runs[0]), 'steps', 'tokens']
-  head += ['loss, nats', 'bits per byte', 'tokens/s']
-  rows = []
-  for run, name, colour in zip(runs, names, colours, strict=True):
-    last = run.steps[-1]
-    rates = [r['tokens_per_s'] for r in run.steps if 'tokens_per_s' in r]
-    bits = [row['bits_per_byte'] for row in run.evaluations]
-    rows.append(
-      [
-        f'<b style="color:{colour}">&#9679;</b> {html.escape(name)}',
-        *map(html.escape, history.facts(run).values()),
-        f'{last["step"]:,}',
-        f'{last["tokens"]:,}',
-        f'{last["main_loss"]:.3f}',
-        f'{bits[-1]:.3f}' if bits else '-',
-        f'{np.median(rates or [math.nan]):,.0f}',
-      ]
-    )
-  return page.table(head, rows)
+  """Returns the table of the runs: where they ran, and their last numbers.
+
+  A column that no run has a number for is left out.
+  """
+  columns: dict[str, list[str]] = {
+    'run': [
+      f'<b style="color:{colour}">&#9679;</b> {html.escape(name)}'
+      for name, colour in zip(names, colours, strict=True)
+    ]
+  }
+  facts = [history.facts(run) for run in runs]
+  for name in facts[0]:
+    columns[name] = [html.escape(row[name]) for row in facts]
+  for name, form, kind, field in (
+    ('steps', ',', 'steps', 'step'),
+    ('tokens', ',', 'steps', 'tokens'),
+    ('loss, nats', '.3f', 'steps', 'main_loss'),
+    ('bits per byte', '.3f', 'evaluations', 'bits_per_byte'),
+    ('reward', '.3f', 'steps', 'reward'),
+    ('pass@1', '.1%', 'passes', 'pass_at_1'),
+  ):
+    last = [(getattr(run, kind) or [{}])[-1].get(field) for run in runs]
+    columns[name] = ['-' if x is None else format(x, form) for x in last]
+  rates = [
+    [row['tokens_per_s'] for row in run.steps if 'tokens_per_s' in row]
+    for run in runs
+  ]
+  columns['tokens/s'] = [f'{np.median(x):,.0f}' if x else '-' for x in rates]
+  columns = {n: x for n, x in columns.items() if set(x) != {'-'}}
+  rows = list(map(list, zip(*columns.values(), strict=True)))
+  return page.table(list(columns), rows)
 
 
 def _names(runs: list[history.History]) -> list[str]:

@@ -125,13 +125,13 @@ def drawable(rows: list[dict], kind: str) -> list[dict]:
   Numbers that are not finite are NaN in them, and leave gaps in a curve. The
   step and the count of tokens must be finite.
   """
-  clean = [clean(row) for row in rows]
-  shapes = [_shapes(row, kind) for row in clean]
+  cleaned = [clean(row) for row in rows]
+  shapes = [_shapes(row, kind) for row in cleaned]
   counts = collections.Counter(shape for shape in shapes if shape)
   if not counts:
     return []
   commonest = counts.most_common(1)[0][0]
-  pairs = zip(clean, shapes, strict=True)
+  pairs = zip(cleaned, shapes, strict=True)
   return [row for row, shape in pairs if shape == commonest]
 
 

@@ -45,6 +45,7 @@ def test_commands_run(tmp_path):
     subprocess.run(words, check=True, cwd=ROOT, timeout=280)
 
 
+@pytest.mark.slow
 def test_the_example_runs(tmp_path):
   """Its comments are true: shapes, and a folder with FP8 blocks at the end."""
   (example,) = blocks('python')

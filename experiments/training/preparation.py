@@ -159,12 +159,19 @@ def headline(config: Config) -> str:
 def matmul_peak(config: Config) -> float:
   """Returns the FLOP/s of all devices in this model's widest dense product.
 
-  That is tokens x dim x 2 widths; a run's MFU is relative to it.
+  That is tokens x dim x 2 widths; a run's MFU is relative to it. Runs of one
+  process measure it once.
   """
   model, data = config.model, config.data
   rows = min((data.micro_batch or data.batch_size) * data.seq_len, 8192)
-  a = jnp.ones((rows, model.dim), model.dtype)
-  b = jnp.ones((model.dim, 2 * model.dense_width), model.dtype)
+  return _peak(rows, model.dim, 2 * model.dense_width, model.dtype)
+
+
+@functools.cache
+def _peak(rows: int, dim: int, width: int, dtype: str) -> float:
+  """Returns the FLOP/s of all devices in a product of these sizes."""
+  a = jnp.ones((rows, dim), dtype)
+  b = jnp.ones((dim, width), dtype)
   product = jax.jit(jnp.matmul)
   product(a, b).block_until_ready()
   best, began = math.inf, time.perf_counter()

@@ -117,9 +117,8 @@ def test_the_plan_compiles_the_program_of_a_run(states):
   assert lowered.as_text() == text
 
 
-@pytest.mark.parametrize(
-  'mesh', [pytest.param('expert', marks=pytest.mark.slow), 'both']
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('mesh', ['expert', 'both'])
 def test_tokens_travel_and_experts_do_not(mesh):
   config = step_of(mesh, 'float32', 256, 96, 128)
   text_and_mesh = program(config, jax.devices())

@@ -457,6 +457,7 @@ def test_row45_a_chore_that_fails_is_an_incident_and_the_save_follows(
   assert incidents(root / chore) == text
 
 
+@pytest.mark.slow
 def test_row29_replicas_that_differ_end_the_run(spread, fault):
   config = dataclasses.replace(micro(12), mesh=MESH)
   fault('flip@step:8')
@@ -478,6 +479,7 @@ def test_row11_a_run_that_is_stopped_at_once_is_no_failure(root, fault, capsys):
   assert (root / 'at_once/report.html').exists()
 
 
+@pytest.mark.slow
 def test_row40_a_run_begins_from_the_weights_of_another(
   root, monkeypatch, capsys
 ):
@@ -557,6 +559,7 @@ def test_a_run_begins_from_a_release(tmp_path):
   assert warm_start.recorded(tmp_path) == warm_start.Origin(str(release))
 
 
+@pytest.mark.slow
 def test_row15_a_run_goes_on_on_another_mesh(spread):
   """The same losses within rounding, from the very same state."""
   train.run(micro(5), spread / 'moved')

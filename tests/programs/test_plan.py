@@ -6,7 +6,6 @@ import math
 import pathlib
 import re
 import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -204,11 +203,6 @@ def test_slices_that_there_are_not(text):
     chips.parse(text)
 
 
-def plan(*args):
-  command = [sys.executable, '-m', 'experiments.plan', *args]
-  return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-
 @pytest.mark.parametrize(
   'args, message',
   [
@@ -223,10 +217,10 @@ def plan(*args):
     ),
   ],
 )
-def test_bad_plans_are_one_line(args, message):
-  process = plan(*args)
-  assert process.returncode == 2
-  assert re.search(message, process.stderr) and process.stderr.count('\n') == 1
+def test_bad_plans_are_one_line(call, args, message):
+  code, _, err = call('plan', *args)
+  assert code == 2
+  assert re.search(message, err) and err.count('\n') == 1
 
 
 @pytest.mark.parametrize(
@@ -279,18 +273,17 @@ def test_no_figure_is_cut_off(capsys, monkeypatch):
   assert '…' not in output and str(plan.slice) in output
 
 
-def test_a_plan_that_fits_writes_a_table_and_a_page(tmp_path):
+def test_a_plan_that_fits_writes_a_table_and_a_page(tmp_path, call):
   page = tmp_path / 'plan.html'
-  process = plan(
-    '--config=configs/small.py', '--topology=v5e:2x2', f'--out={page}'
-  )
-  assert process.returncode == 0, process.stderr
-  assert '…' not in process.stdout
+  words = '--config=configs/small.py', '--topology=v5e:2x2', f'--out={page}'
+  code, out, err = call('plan', *words)
+  assert code == 0, err
+  assert '…' not in out
   for word in ('parameters', 'optimizer', 'there is', 'chip hours'):
-    assert word in process.stdout
+    assert word in out
   assert re.search(
     r'^To train it so: --config.mesh.\w+=.* --config.data.micro_batch=\d+$',
-    process.stdout,
+    out,
     re.M,
   )
   assert page.read_text().count('<svg') == 2

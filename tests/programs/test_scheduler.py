@@ -214,7 +214,7 @@ def test_what_cannot_be_served_is_refused():
 
 def test_any_waiting_prompt_can_be_cancelled():
   _, _, tokens = golden()
-  server = make(rows=1)
+  server = make(rows=1, pages=9)
   server.submit(tokens[0, :3], 30)
   server.step()
   # Of one length and of another, one token long, and equal ones.
@@ -229,17 +229,19 @@ def test_any_waiting_prompt_can_be_cancelled():
   out = {t: x for t, (x, _) in drain(server)[0].items()}
   assert out[tickets[0]] == alone([4, 5, 6], 3)
   assert out[tickets[3]] == alone([4], 3)
-  assert server.free_pages == PAGES
+  assert server.free_pages == 9
   # No comparison of two of them looks at an array.
   assert scheduler.Group.__eq__ is scheduler._Sample.__eq__ is object.__eq__
 
 
-@pytest.mark.parametrize('drafts', [False, True])
+@pytest.mark.parametrize(
+  'drafts', [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_a_pool_serves_all_that_it_takes(drafts):
   """At every length beside a page's edge, with the fewest pages that are said
   to be enough; with one less the request is refused."""
   case = 'v3_release' if drafts else 'v2_lite'
-  server = make(case=case, rows=1, pages=8, speculative=drafts)
+  server = make(case=case, rows=1, pages=9, speculative=drafts)
   # Eight tokens fill a page. Drafts write beside the prompt's last token.
   whole = {5: 0, 7: 0, 8: 1 - drafts, 9: 1, 16: 2 - drafts, 17: 2}
   for length, shared in whole.items():
@@ -339,7 +341,10 @@ def walk(server, draws, steps):
   return finished
 
 
-@pytest.mark.parametrize('case, drafts', [('v2_lite', 0), ('v3_release', 1)])
+@pytest.mark.parametrize(
+  'case, drafts',
+  [('v2_lite', 0), pytest.param('v3_release', 1, marks=pytest.mark.slow)],
+)
 def test_a_random_walk_loses_no_page_and_changes_no_token(case, drafts):
   config, weights, _ = golden(case)
   server = make(case=case, speculative=bool(drafts))

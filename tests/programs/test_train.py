@@ -184,11 +184,19 @@ def program(*args):
     ),
   ],
 )
-def test_row31_bad_input_is_one_line_and_exit_code_2(tmp_path, args, words):
-  ran = program(f'--workdir={tmp_path}/run', *args)
-  out, err = ran.communicate(timeout=60)
-  assert ran.returncode == 2, err
+def test_row31_bad_input_is_one_line_and_exit_code_2(
+  tmp_path, call, args, words
+):
+  code, _, err = call('train', f'--workdir={tmp_path}/run', *args)
+  assert code == 2, err
   assert words in err and len(err.strip().splitlines()) == 1, err
+
+
+def test_row31_bad_input_ends_a_process_without_a_traceback(tmp_path):
+  ran = program(f'--workdir={tmp_path}/run', '--config.mesh.data=2')
+  _, err = ran.communicate(timeout=60)
+  assert ran.returncode == 2 and 'devices' in err
+  assert len(err.strip().splitlines()) == 1, err
 
 
 @pytest.mark.parametrize(
@@ -317,10 +325,9 @@ def test_a_run_that_never_began_binds_its_folder_to_nothing(tmp_path):
       pass
 
 
-def test_fp8_without_its_hardware_says_so_in_one_line(tmp_path):
+def test_fp8_without_its_hardware_says_so_in_one_line(tmp_path, call):
   where = f'--workdir={tmp_path}/run', '--config.data.source=/nowhere'
-  ran = program(*where, '--config.model.precision=fp8_block')
-  out, _ = ran.communicate(timeout=60)
+  _, out, _ = call('train', *where, '--config.model.precision=fp8_block')
   line = 'precision=fp8_block has no FP8 hardware on cpu (cpu): dequant'
   assert out.splitlines() == [line]
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import chex
 import jax
+import numpy as np
 import pytest
 
 from configs import tiny
@@ -15,18 +16,23 @@ from mla_moe.train.state import RENAMED, State, init_state
 MICRO = freeze(tiny.get_config('micro'))
 
 
+def _filled(shape, by):
+  """An array of this shape and type with numbers from `by` on."""
+  numbers = by + np.arange(shape.size).reshape(shape.shape)
+  return jax.device_put(numbers.astype(shape.dtype))
+
+
 @pytest.mark.parametrize('sigma', [0.0, 4.0], ids=['plain', 'guarded'])
 def test_a_checkpoint_with_the_older_name_of_a_field_is_restored(
   tmp_path, sigma
 ):
   optim = dataclasses.replace(MICRO.optim, spike_sigma=sigma, spike_window=4)
   config = dataclasses.replace(MICRO, optim=optim)
-  state = init_state(jax.random.key(0), config)
-  window = jax.tree.map(lambda x: x + 3, state.loss_window)
-  state = state.replace(loss_window=window)
+  shapes = jax.eval_shape(lambda: init_state(jax.random.key(0), config))
+  filled = lambda by: jax.tree.map(lambda s: _filled(s, by), shapes)
+  state, like = filled(3), filled(0)
   older = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
   older['guard'] = older.pop('loss_window')
-  like = init_state(jax.random.key(1), config)
   with store.Writer(tmp_path, 3) as writer:
     for step, tree in ((1, older), (2, state)):
       writer.save(step, tree, {})

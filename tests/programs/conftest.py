@@ -1,0 +1,38 @@
+"""Programs in the process of the tests, where nothing is imported again."""
+
+import pathlib
+import runpy
+import sys
+import warnings
+
+import pytest
+
+from experiments import cli
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+  """Runs a program's words in this process: its exit code, output, errors."""
+
+  def run(program, *words):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, 'argv', [program, *words])
+    before, code = set(cli.FLAGS), 0
+    try:
+      with warnings.catch_warnings():
+        # ml_collections'; and runpy's, of a module that is imported already.
+        for others in ('the load_module', '.*found in sys.modules'):
+          warnings.filterwarnings('ignore', message=others)
+        name = f'experiments.{program}'
+        runpy.run_module(name, run_name='__main__', alter_sys=True)
+    except SystemExit as ended:
+      code = ended.code or 0
+    finally:
+      for name in set(cli.FLAGS) - before:
+        delattr(cli.FLAGS, name)
+      cli.FLAGS.unparse_flags()
+    return code, *capsys.readouterr()
+
+  return run

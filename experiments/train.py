@@ -71,9 +71,15 @@ class End(NamedTuple):
 
 
 def run(
-  config: Config, folder: os.PathLike | str, options: Options = Options()
+  config: Config,
+  folder: os.PathLike | str,
+  options: Options = Options(),
+  open_source: Any = None,
 ) -> dict:
   """Trains in `folder`; returns the last numbers (step, loss, bits_per_byte).
+
+  `open_source` makes the source of the batches (`training.source`): without
+  one, the text of the config is read.
 
   Raises:
     ConfigError: a config, a text or a checkpoint that cannot be used.
@@ -84,7 +90,7 @@ def run(
     signals.Stop() as stop,
   ):
     try:
-      return _run(config, path, records, stop, options)
+      return _run(config, path, records, stop, options, open_source)
     except RuntimeError as error:
       if 'RESOURCE_EXHAUSTED' not in str(error):
         raise
@@ -101,6 +107,7 @@ def _run(
   records: pathlib.Path,
   stop: signals.Stop,
   options: Options,
+  open_source: Any,
 ) -> dict:
   """Opens the parts of a run, trains, and closes them.
 
@@ -111,7 +118,7 @@ def _run(
 
   from mla_moe.checkpoint import store
 
-  from .training import logs, preparation, steps
+  from .training import logs, preparation, source, steps
   from .training.recorder import Recorder
 
   traced = profile.window(options.profile)
@@ -122,7 +129,8 @@ def _run(
     if name:
       trackers.append(tracking.Tracker(name, path, dataclasses.asdict(config)))
       stack.callback(trackers[0].close)
-    setup = preparation.prepare(config, path)
+    open_source = open_source or source.open_text
+    setup = preparation.prepare(config, path, open_source)
     if setup.mesh:
       enter(jax.set_mesh(setup.mesh))
     run = config.run
@@ -177,19 +185,21 @@ def _steps(parts: Parts, start: Progress) -> End:
   from .training import steps
 
   setup, recorder, run = parts.setup, parts.recorder, parts.setup.config.run
-  number, state, counts = start
-  text = steps.read(setup, number, run.steps, counts.left_out)
+  (number, state, counts), source = start, setup.source
   clock, previous = Clock(), None
-  for number, batch in text:
+  while number < run.steps:
+    number += 1
+    batch = source.batch(setup, number, state, counts.left_out)
     state, result = _dispatch(parts, clock, number, state, batch)
     end = previous and _examine(recorder, previous, counts, run)
-    clock.add(steps.tokens(setup.config, number)[1], result.metrics)
+    clock.add(source.tokens(setup.config, number), result.metrics)
     if number % run.log_every == 0 or number == run.steps:
       jax.block_until_ready(result.metrics['loss'])
       result = result._replace(lap=clock.lap())
     previous = result
 
-    signal = signals.agreed(result.signal)
+    may_stop = source.may_stop(number)
+    signal = signals.agreed(result.signal) if may_stop else ''
     chores = recorder.chores(number)
     saves = steps.is_due(run, number, run.save_every) or signal
     if end or chores or saves or number == run.steps:
@@ -303,7 +313,7 @@ def _save(parts: Parts, progress: Progress) -> None:
 def _facts(parts: Parts, progress: Progress) -> dict:
   """Returns what a checkpoint says of its run, beside the state."""
   return {
-    'corpus': parts.setup.corpus.fingerprint,
+    'corpus': parts.setup.source.fingerprint,
     'config': workdir.digest(parts.setup.config),
     'bits_per_byte': parts.recorder.bits_per_byte.get(progress.number),
     'counts': dataclasses.asdict(progress.counts),

@@ -22,6 +22,8 @@ from mla_moe import checked, vocabulary
 from mla_moe.checked import Checked, ConfigError, check_divides, is_number
 from mla_moe.checked import differences as differences
 from mla_moe.checked import thaw as thaw
+from mla_moe.rl_config import RLConfig
+from mla_moe.run_config import RunConfig
 from mla_moe.variants import follow_run as follow_run
 from mla_moe.variants import smoke as smoke
 from mla_moe.variants import variant as variant
@@ -422,54 +424,18 @@ class MeshConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class RunConfig(Checked):
-  """The loop: its length, and the steps between logs, checkpoints, evaluations.
-
-  An interval of 0 means never. Three kinds of checkpoints are kept: the newest
-  `keep`, those of steps that `keep_every` divides, and the `keep_best` with the
-  lowest held-out bits per byte. Every `check_every` steps the state's
-  fingerprints are recorded, and replicas compared. A step that takes
-  `step_timeout` seconds ends the run. Every `health_every` steps the error of
-  the FP8 products is measured, where the model has any.
-
-  After `max_skips` skipped steps in a row the run stops. After `spike_patience`
-  spikes in a row it rolls back to the checkpoint before the first and continues
-  with the text `spike_jump` batches later (PaLM, section 5.1), at most
-  `max_rollbacks` times.
-  """
-
-  steps: int = 243425
-  seed: int = 0
-  log_every: int = 10
-  eval_every: int = 1000
-  eval_batches: int = 16
-  sample_every: int = 1000
-  health_every: int = 100
-  save_every: int = 1000
-  keep: int = 3
-  keep_every: int = 0
-  keep_best: int = 0
-  check_every: int = 100
-  step_timeout: float = 1800.0
-  max_skips: int = 5
-  spike_patience: int = 3
-  spike_jump: int = 200
-  max_rollbacks: int = 3
-
-  def _rules(self):
-    self._positive('steps', 'log_every', 'eval_batches', 'keep')
-    self._positive('max_skips', 'spike_patience')
-
-
-@dataclasses.dataclass(frozen=True)
 class Config(Checked):
-  """One run: the model, its training, its text, its devices and its loop."""
+  """One run: the model, its training, its text, its devices and its loop.
+
+  With `rl.task` it is reinforcement learning, and the text is not read.
+  """
 
   model: ModelConfig = ModelConfig()
   optim: OptimConfig = OptimConfig()
   data: DataConfig = DataConfig()
   mesh: MeshConfig = MeshConfig()
   run: RunConfig = RunConfig()
+  rl: RLConfig = RLConfig()
 
   def _rules(self):
     model, data, mesh = self.model, self.data, self.mesh

@@ -11,20 +11,27 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from mla_moe.checked import Checked, check_divides
+from mla_moe.checked import Checked, check_divides, is_number
 
 
 @dataclasses.dataclass(frozen=True)
 class RLConfig(Checked):
   """One rollout and its updates (DeepSeek-R1, section 2.2 and supplement).
 
+  `task` is the source of the questions ('' is no reinforcement learning): a
+  task of `experiments.rl.tasks` such as 'sort8', or a .jsonl file. `template`
+  makes a prompt of a question: the question alone, R1-Zero's, or the chat
+  template of the tokenizer. `rewards` are (name, weight) pairs, whose weighted
+  sum is an answer's reward.
+
   A rollout draws `samples` answers to each of `prompts` questions, of at most
   `max_new` tokens, at `temperature`; `minibatches` updates follow, each of as
-  many whole questions. `aggregate` says over what the loss of a token is
-  averaged: all tokens ('token', DAPO), its answer and then the answers
-  ('sequence', DeepSeekMath), or the constant answers x max_new ('constant', Dr.
-  GRPO). `scale` divides advantages by the spread of the question's rewards
-  ('std'), of the rollout's ('batch'), or not at all ('none').
+  many whole questions. `rows` answers are drawn at a time (0: all). `aggregate`
+  says over what the loss of a token is averaged: all tokens ('token', DAPO),
+  its answer and then the answers ('sequence', DeepSeekMath), or the constant
+  answers x max_new ('constant', Dr. GRPO). `scale` divides advantages by the
+  spread of the question's rewards ('std'), of the rollout's ('batch'), or not
+  at all ('none').
 
   `clip_low` and `clip_high` bound the ratio to [1 - low, 1 + high]; with
   surrogate 'cispo' `clip_high` is the ceiling itself. `ratio` is each token's
@@ -40,13 +47,18 @@ class RLConfig(Checked):
   `dynamic` (0: off) draws up to so many rollouts until `prompts` questions have
   both right and wrong answers (DAPO). `truncated` answers, those without an
   end, can be dropped. `overlong` is the length of DAPO's ramp before `max_new`.
+  At an evaluation, `heldout` questions are answered greedily.
   """
 
+  task: str = ''
+  template: Literal['plain', 'r1_zero', 'chat'] = 'r1_zero'
+  rewards: tuple = (('accuracy', 1.0), ('format', 1.0))
   prompts: int = 512
   samples: int = 16
   minibatches: int = 16
   max_new: int = 32768
   temperature: float = 1.0
+  rows: int = 0
   aggregate: Literal['sequence', 'token', 'constant'] = 'sequence'
   scale: Literal['std', 'batch', 'none'] = 'std'
   clip_low: float = 10.0
@@ -63,15 +75,33 @@ class RLConfig(Checked):
   dynamic: int = 0
   truncated: Literal['keep', 'drop'] = 'keep'
   overlong: int = 0
+  heldout: int = 256
 
   def _rules(self):
-    self._positive('prompts', 'samples', 'minibatches', 'max_new')
+    self._positive('prompts', 'samples', 'minibatches', 'max_new', 'heldout')
     self._require(
       'samples',
       self.samples > 1 or self.scale == 'none',
       f'scale={self.scale!r} needs at least 2 answers to a question',
     )
     check_divides('minibatches', self.minibatches, 'prompts', self.prompts)
+    self._require(
+      'rows',
+      self.rows % self.samples == 0,
+      f'must be a multiple of samples={self.samples}, or 0 for all',
+    )
+    self._require(
+      'rewards',
+      all(
+        isinstance(pair, tuple)
+        and len(pair) == 2
+        and isinstance(pair[0], str)
+        and is_number(pair[1])
+        for pair in self.rewards
+      )
+      and any(weight for _, weight in self.rewards),
+      'must be (name, weight) pairs, and some weight not 0',
+    )
     self._require(
       'temperature',
       self.temperature > 0,

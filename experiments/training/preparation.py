@@ -1,4 +1,4 @@
-"""The setup of a run: text, mesh and compiled programs, all before step 1.
+"""The setup of a run: source, mesh and compiled programs, all before step 1.
 
 Whatever is wrong with a config or its text is reported here, before anything
 is compiled. Nothing in a `Setup` changes during the run.
@@ -21,16 +21,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mla_moe import cost, fp8, sharding
 from mla_moe.config import Config, RunConfig
-from mla_moe.data import batches, corpus, tokenizer
+from mla_moe.data import tokenizer
 from mla_moe.train import step
 from mla_moe.train.state import State, init_state
 
 from .. import distributed, runtime
-from . import fp8_health, program
+from . import fp8_health, program, source
 
 
 class Setup(NamedTuple):
-  """A checked config with its text, its mesh and its jitted programs.
+  """A checked config with its source, its mesh and its jitted programs.
 
   byte_lengths: [V], the bytes of each token. rows: numbers of the rows of a
   micro-batch that this process reads.
@@ -40,20 +40,27 @@ class Setup(NamedTuple):
   path: pathlib.Path
   tokenizer: tokenizer.Tokenizer
   byte_lengths: np.ndarray
-  corpus: corpus.Corpus
-  heldout: list[batches.Batch]
+  source: source.Source
   mesh: jax.sharding.Mesh | None
   rows: np.ndarray
   train: Callable
   evaluate: Callable
   fp8_health: Callable
 
+  def place(self, tree: Any) -> Any:
+    """Puts a batch, or rates, on the device or on the mesh: see `place`."""
+    return place(self, tree)
 
-def prepare(config: Config, path: pathlib.Path) -> Setup:
+
+def prepare(
+  config: Config,
+  path: pathlib.Path,
+  open_source: source.Open = source.open_text,
+) -> Setup:
   """Returns the setup of a run in the folder `path`.
 
   Raises:
-    ConfigError: a config, or a text, that cannot be used.
+    ConfigError: a config, or a source, that cannot be used.
   """
   runtime.keep_memory()
   runtime.keep_compilations(path.parent / '.jax_cache')
@@ -65,23 +72,14 @@ def prepare(config: Config, path: pathlib.Path) -> Setup:
   words = tokenizer.load(
     config.data.tokenizer, model.bos_id, model.eos_id, model.vocab
   )
-  tokenise = functools.partial(
-    corpus.prepare, config.data, words, path.parent / '.corpus'
-  )
-  text = distributed.alone(tokenise) or tokenise()
-  corpus.check(text, config.data)
-  heldout = batches.eval_batches(
-    text.heldout, config.data, text.bos_id, config.run.eval_batches
-  )
+  data = open_source(config, words, path)
   mesh = sharding.make_mesh(config.mesh) if config.mesh.devices > 1 else None
   # A step does not depend on the length of the run or the periods of chores.
   programs = _jitted(dataclasses.replace(config, run=RunConfig()))
   micro = config.data.micro_batch or config.data.batch_size
   rows = distributed.rows(mesh, micro, jax.local_devices())
   lengths = words.byte_lengths()
-  return Setup(
-    config, path, words, lengths, text, heldout, mesh, rows, *programs
-  )
+  return Setup(config, path, words, lengths, data, mesh, rows, *programs)
 
 
 @functools.lru_cache(maxsize=4)

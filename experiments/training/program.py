@@ -22,6 +22,7 @@ from jax.sharding import (
 from mla_moe import sharding
 from mla_moe.config import Config
 from mla_moe.data import batches
+from mla_moe.rl import objective
 from mla_moe.train import optim, step
 from mla_moe.train.load import shapes
 from mla_moe.train.state import State, placement
@@ -33,15 +34,17 @@ def jitted_step(config: Config, mesh: Mesh | None) -> Callable:
   """Returns the jitted (state, batch, rates) -> (state, metrics).
 
   Args:
-    config: of the run.
+    config: of the run; with `rl.task` the loss is GRPO's and the batch
+      `rl.episodes.Episodes`.
     mesh: of its devices, which need not be here; None is the default device.
   """
   outputs = None
   if mesh:
     outputs = placement(config, mesh), NamedSharding(mesh, PartitionSpec())
   is_here = mesh is None or mesh.devices.flat[0] in jax.devices()
+  own = {'objective': objective.grpo} if config.rl.task else {}
   return jax.jit(
-    functools.partial(step.train_step, config=config),
+    functools.partial(step.train_step, config=config, **own),
     donate_argnums=0,
     out_shardings=outputs,
     compiler_options=runtime.step_options() if is_here else {},

@@ -48,9 +48,13 @@ def resume(
     return None
   number, state, facts = restored
   # '' is a converted release: it has seen no text of ours.
-  if facts['corpus'] not in ('', setup.corpus.fingerprint):
+  if facts['corpus'] not in ('', setup.source.fingerprint):
+    config = setup.config
+    name = f'rl.task={config.rl.task!r}'
+    if not config.rl.task:
+      name = f'data.source={config.data.source!r}'
     raise ConfigError(
-      f'data.source={setup.config.data.source!r}: the text has changed since '
+      f'{name}: the text has changed since '
       f'step {number}; restore it, or start anew from its weights in another '
       f'--workdir: --init={setup.path}'
     )

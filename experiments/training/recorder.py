@@ -16,15 +16,12 @@ import numpy as np
 
 from mla_moe import cost
 from mla_moe.checkpoint import fingerprint
-from mla_moe.data import batches
-from mla_moe.decode import generation
 from mla_moe.train import optim
 
 from .. import runtime, workdir
 from . import logs, starts, steps, tracking
 from .preparation import Setup, matmul_peak, place
 
-_TEMPERATURE = 0.7  # of the samples
 _FINAL = ('step', 'loss', 'main_loss', 'bits_per_byte')
 
 
@@ -124,7 +121,8 @@ class Recorder:
 
   def step(self, result: Result) -> None:
     """Records and prints a step."""
-    config, number = self._setup.config, result.number
+    setup, number = self._setup, result.number
+    config = setup.config
     metrics = jax.device_get(result.metrics)
     scalars = {k: float(v) for k, v in metrics.items() if v.ndim == 0}
     row = {
@@ -150,9 +148,9 @@ class Recorder:
           row[name] = np.round(metrics[name].astype(float), 5).tolist()
       if config.mesh.expert > 1:
         row['overflow'] = int(metrics['overflow'].sum())
+    row |= setup.source.row(number)
     self._write(row)
-    vio = f'  MaxVio {row["max_vio"]:.2f}' if 'max_vio' in row else ''
-    self._tell(number, f'loss {row["main_loss"]:.3f}{vio}{speed}')
+    self._tell(number, setup.source.headline(row) + speed)
 
   def advance(self, number: int) -> None:
     """Moves the progress bar to a step that is not logged."""
@@ -161,59 +159,31 @@ class Recorder:
   def chores(self, number: int) -> list[Callable]:
     """Returns the methods `(number, state)` that are due after a step."""
     run = self._setup.config.run
+    has_fp8 = self._is_fp8 and self._setup.source.heldout
     periods = [
       (self.evaluate, run.eval_every),
       (self.sample, run.sample_every),
-      (self.fp8_health, run.health_every if self._is_fp8 else 0),
+      (self.fp8_health, run.health_every if has_fp8 else 0),
     ]
     due = steps.is_due
     return [chore for chore, period in periods if due(run, number, period)]
 
   def evaluate(self, number: int, state: Any) -> None:
-    """Records the held-out bits per byte."""
-    setup = self._setup
-    nll, size = 0.0, 0
-    for batch in setup.heldout:
-      nll += float(setup.evaluate(state, place(setup, batch))['nll'])
-      targets = batch.targets[batch.targets >= 0]
-      size += int(setup.byte_lengths[targets].sum())
-    bits = batches.bits_per_byte(nll, size)
-    gzip = setup.corpus.gzip_bits_per_byte
-    self._write(
-      {'step': number, 'bits_per_byte': bits, 'gzip_bits_per_byte': gzip}
-    )
-    self.bits_per_byte[number] = bits
-    text = f'held out: {bits:.3f} bits per byte (gzip -9: {gzip:.3f})'
+    """Records the source's numbers of held-out text."""
+    row, text = self._setup.source.evaluate(self._setup, number, state)
+    self._write({'step': number, **row})
+    if 'bits_per_byte' in row:
+      self.bits_per_byte[number] = row['bits_per_byte']
     self._tell(number, text)
 
   def sample(self, number: int, state: Any) -> None:
-    """Writes a continuation of the held-out text's beginning to samples.txt.
-
-    Decoding unrolls the layers. Where FSDP splits them, a compiler may gather
-    the weights of many at once, unlike a training step's scan.
-    """
-    setup = self._setup
-    window = setup.config.data.seq_len
-    length = min(200, window // 2)
-    prompt = setup.tokenizer.encode(setup.corpus.prompt[: window - length])
-    prompt = prompt[length - window :]
-    rollout = generation.rollout(
-      setup.config.model,
-      {'params': state.params, 'router': state.router},
-      np.array([prompt], np.int32),
-      length,
-      temperature=_TEMPERATURE,
-      seed=number,
-    )
-    text = setup.tokenizer.decode(rollout.tokens[0])
-    with open(self._folder / 'samples.txt', 'a', encoding='utf-8') as file:
-      file.write(f'--- step {number}\n{setup.tokenizer.decode(prompt)}')
-      file.write(f'<<<\n{text}\n')
+    """Lets the source write a sample."""
+    self._setup.source.sample(self._setup, number, state, self._folder)
 
   def fp8_health(self, number: int, state: Any) -> None:
     """Records the health of FP8, always on the same held-out batch."""
     setup = self._setup
-    batch = place(setup, setup.heldout[0])
+    batch = place(setup, setup.source.heldout[0])
     values = setup.fp8_health(state.params, state.router, batch)
     row = logs.fp8_health(jax.device_get(values))
     self._write({'step': number, **row})

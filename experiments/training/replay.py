@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+from typing import Any
 
 from mla_moe.config import ConfigError
 
@@ -18,9 +19,15 @@ from . import progress, skips
 
 
 def replay(
-  folder: pathlib.Path, number: int, *, allow_unsealed: bool = False
+  folder: pathlib.Path,
+  number: int,
+  *,
+  allow_unsealed: bool = False,
+  open_source: Any = None,
 ) -> None:
   """Computes step `number` of the run again, and compares.
+
+  `open_source` is that of `preparation.prepare`.
 
   Raises:
     ConfigError: the run recorded no fingerprints of the step, or has no
@@ -31,11 +38,12 @@ def replay(
 
   from mla_moe.checkpoint import fingerprint
 
-  from . import preparation, steps
+  from . import preparation, source, steps
 
   config = workdir.read_config(folder)
   recorded, left_out = _recorded(folder, number)
-  setup = preparation.prepare(config, folder)
+  open_source = open_source or source.open_text
+  setup = preparation.prepare(config, folder, open_source)
   with jax.set_mesh(setup.mesh) if setup.mesh else contextlib.nullcontext():
     start = progress.resume(setup, before=number, allow_unsealed=allow_unsealed)
     if start is None:
@@ -46,7 +54,8 @@ def replay(
     del start  # the steps reuse its buffers
     if left_out is None:
       left_out = counts.left_out
-    for i, batch in steps.read(setup, first, number, left_out):
+    for i in range(first + 1, number + 1):
+      batch = setup.source.batch(setup, i, state, left_out)
       state, _ = steps.take(setup, state, batch, steps.rates(config, i))
     computed, apart = fingerprint.read(fingerprint.of(state))
   wrong = sorted(x for x in computed if computed[x] != recorded.get(x))

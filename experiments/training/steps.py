@@ -1,4 +1,4 @@
-"""One step of a run: its text, its rates and the compiled program.
+"""One step of a run: its tokens, its rates and the compiled program.
 
 The loop (`experiments.train`) and the check of a single step (`replay`) take
 their steps from here, so that both compute the same bits.
@@ -7,7 +7,6 @@ their steps from here, so that both compute the same bits.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
 from typing import Any
 
 from mla_moe.config import Config, RunConfig
@@ -15,26 +14,6 @@ from mla_moe.data import batches
 from mla_moe.train import optim
 
 from .preparation import Setup, place
-
-
-def read(
-  setup: Setup, start: int, stop: int, left_out: int
-) -> Iterator[tuple[int, batches.Batch]]:
-  """Yields (number, batch) of the steps after `start`, up to `stop`.
-
-  Each batch has this process's rows. `left_out` sequences of text are skipped
-  (see `skips`).
-  """
-  stream = batches.batches(
-    setup.corpus.train,
-    setup.config.data,
-    setup.corpus.bos_id,
-    start,
-    stop,
-    setup.rows,
-    left_out=left_out,
-  )
-  return enumerate(stream, start + 1)
 
 
 def tokens(config: Config, number: int) -> tuple[int, int]:

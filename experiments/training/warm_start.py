@@ -104,7 +104,7 @@ def _of_run(setup, folder, step, allow_unsealed) -> tuple[Any, Origin]:
 
   config, theirs = setup.config, workdir.read_config(folder)
   check(config.model, theirs.model, str(folder))
-  like = dataclasses.replace(config, optim=theirs.optim)
+  like = dataclasses.replace(config, optim=theirs.optim, rl=theirs.rl)
   restored = store.restore(
     folder / 'checkpoints',
     shapes(like, setup.mesh),
@@ -138,7 +138,7 @@ def _at_step_0(setup, params: Any, router: Any, opt: Any) -> Any:
 
   from mla_moe.train import optim
   from mla_moe.train.load import shapes
-  from mla_moe.train.state import State, empty_window
+  from mla_moe.train.state import State, empty_window, reference_of
 
   config: Config = setup.config
   layout = shapes(config, setup.mesh)
@@ -147,7 +147,11 @@ def _at_step_0(setup, params: Any, router: Any, opt: Any) -> Any:
     init = optim.optimizer(config.optim).init
     opt = jax.jit(init, out_shardings=places.opt)(params)
   zero, window = jnp.zeros((), jnp.int32), empty_window(config.optim)
-  return jax.device_put(State(zero, params, router, opt, window), places)
+  reference = reference_of(params, router, config)
+  state = State(zero, params, router, opt, window, reference)
+  state = jax.device_put(state, places)
+  # A step gives its state's buffers away: the reference needs its own.
+  return state.replace(reference=jax.tree.map(jnp.copy, state.reference))
 
 
 def check(ours: ModelConfig, theirs: ModelConfig, source: str) -> None:

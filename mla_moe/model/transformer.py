@@ -120,8 +120,8 @@ class Transformer(nn.Module):
     Args:
       tokens: ids; those beyond the vocabulary are clipped by the gather.
       positions: for the rotation; 0..T-1 when None.
-      segments: numbers of documents: tokens of a row attend within theirs. None
-        is one document.
+      segments: numbers of documents: tokens of a row attend within theirs, and
+        no expert counts those of a negative one. None is one document.
       micro_batches: of a pipeline (0: one a stage), on a mesh with stages.
       arranged: leave rows in the order of their devices (`sequence.arrange`).
     """
@@ -129,8 +129,10 @@ class Transformer(nn.Module):
     b, t = tokens.shape
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], (b, t))
+    mask = None
     if segments is not None:
       segments = sequence.arrange(segments)
+      mask = (segments >= 0) * 1.0
     positions = sequence.arrange(positions)
     cos, sin = rope.angles(positions, c.mla.rope_dim, c.mla.rope)
     context = cos, sin, segments
@@ -144,9 +146,9 @@ class Transformer(nn.Module):
       x, stats = pipeline.run(*args, self.functions)
       x = sharding.constrain(x, 'batch', 'length', 'stream')
     elif c.moe_layers:
-      x, stats = self.moe(x, *context, None)
+      x, stats = self.moe(x, *context, mask)
     hidden = self.final_norm(x)
-    ahead, mtp_stats = self._predict_ahead(tokens, hidden, context)
+    ahead, mtp_stats = self._predict_ahead(tokens, hidden, context, mask)
     if not arranged:
       hidden, ahead = jax.tree.map(sequence.restore, (hidden, ahead))
     return Features(hidden, ahead, stats, mtp_stats)
@@ -155,15 +157,16 @@ class Transformer(nn.Module):
     arranged = sequence.arrange(tokens)
     return embedding.lookup(self.embedding, arranged, self.config.dtype)
 
-  def _predict_ahead(self, tokens, hidden, context):
+  def _predict_ahead(self, tokens, hidden, context, mask):
     """Returns the MTP modules' hidden states and stats, see `Features`."""
     outputs, stats, x = [], [], hidden
     b, t = tokens.shape
     for k, module in enumerate(self.mtp, start=1):
       # The last k tokens have no successor in the row: no expert counts them.
-      mask = jnp.broadcast_to(jnp.arange(t) < t - k, (b, t)) * 1.0
+      inside = jnp.broadcast_to(jnp.arange(t) < t - k, (b, t)) * 1.0
+      inside = sequence.arrange(inside) * (1.0 if mask is None else mask)
       ahead = self._embed(jnp.roll(tokens, -k, axis=1))
-      x, normed, report = module(x, ahead, *context, sequence.arrange(mask))
+      x, normed, report = module(x, ahead, *context, inside)
       outputs.append(normed)
       stats.append(report)
     if not stats or not self.config.moe_layers:

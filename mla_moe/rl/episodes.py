@@ -37,7 +37,9 @@ class Episodes(NamedTuple):
 
   tokens, targets (-1: none), segments (-1: padding) and positions are [n, B, T]
   int32; rollout, old, reference, advantage and weight [n, B, T] float32, 0
-  where there is no target. count: the number of real micro-batches.
+  where there is no target. count: the number of real micro-batches. fresh: 1
+  where no update has followed the rollout yet, so that the old policy is the
+  policy, and `old` is not read.
   """
 
   tokens: np.ndarray
@@ -50,9 +52,12 @@ class Episodes(NamedTuple):
   advantage: np.ndarray
   weight: np.ndarray
   count: np.ndarray
+  fresh: np.ndarray
 
 
-def pack(answers: Sequence[Answer], length: int, micro: int) -> Episodes:
+def pack(
+  answers: Sequence[Answer], length: int, micro: int, fresh: bool = True
+) -> Episodes:
   """Returns the answers in rows of `length`, `micro` rows a micro-batch.
 
   A prompt and its answer take P + C - 1 columns: the last token is predicted,
@@ -80,4 +85,4 @@ def pack(answers: Sequence[Answer], length: int, micro: int) -> Episodes:
     advantage[row, first:stop] = answers[index].advantage
     weight[row, first:stop] = answers[index].weight
   arrays = (x.reshape(most, micro, length) for x in (*packed, *floats))
-  return Episodes(*arrays, np.int32(real))
+  return Episodes(*arrays, np.int32(real), np.int32(fresh))

@@ -16,11 +16,75 @@ divergence; V3.2 multiplies it by the ratio, which gives the reverse one.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
+from mla_moe.config import Config, MTPConfig
+from mla_moe.data import batches
+from mla_moe.model import sequence
+from mla_moe.rl.episodes import Episodes
 from mla_moe.rl_config import RLConfig
-from mla_moe.types import Array, Float, Int
+from mla_moe.train import step
+from mla_moe.types import Array, Float, Int, PyTree
+
+
+def grpo(
+  out: step.Predictions, micro: Episodes, whole: step.Whole, config: Config
+) -> tuple[Array, dict[str, Array]]:
+  """Returns the loss of a micro-batch, and metrics: an objective of a step.
+
+  The MTP modules, the balance loss and the z-loss have no part in it. Means are
+  over the tokens of the step's answers: kl (from the reference), kl_old (k3,
+  from the policy before the updates), clipped, dropped; mismatch_k3 and
+  mismatch_extreme (the part of ratios outside 1/2 to 2) compare the trainer's
+  likelihoods with the rollout's. Of the ratio and of the difference in nats,
+  max_ratio and max_mismatch are the largest.
+  """
+  log_probs, inside = -out.nll[0], out.targets[0] >= 0
+  place = lambda name: sequence.arrange(getattr(micro, name))
+  rollout = place('rollout')
+  current = jax.lax.stop_gradient(log_probs)
+  old = jnp.where(micro.fresh > 0, current, place('old'))
+  answers = jnp.where(inside, place('segments'), -1)
+  loss, arrays = token_loss(
+    log_probs,
+    old,
+    rollout,
+    place('reference'),
+    place('advantage'),
+    answers,
+    config.rl,
+  )
+  mean = lambda x: jnp.where(inside, x, 0.0).sum() / whole.tokens
+  k3 = lambda gap: jnp.exp(gap) - gap - 1
+  gap = jnp.where(inside, old - rollout, 0.0)  # two programs, one policy
+  metrics = {name: mean(arrays[name]) for name in ('kl', 'clipped', 'dropped')}
+  metrics |= {
+    'kl_old': mean(k3(old - current)),
+    'mismatch_k3': mean(k3(gap)),
+    'mismatch_extreme': mean((jnp.abs(gap) > jnp.log(2.0)) * 1.0),
+    'max_ratio': arrays['ratio'].max(),
+    'max_mismatch': jnp.abs(gap).max(),
+  }
+  return (place('weight') * loss).sum(), metrics
+
+
+def log_probs(
+  variables: PyTree, batch: Episodes, *, config: Config
+) -> Float[Array, 'n B T']:
+  """Returns the log-probabilities of the targets; 0 where there is none."""
+  main = dataclasses.replace(config.model, mtp=MTPConfig(depth=0))
+  config = dataclasses.replace(config, model=main)
+
+  def one(micro):
+    params, router = variables['params'], variables['router']
+    out = step.predictions(params, router, micro, config)
+    return -sequence.restore(out.nll[0])
+
+  each = jnp.zeros(len(batch.tokens))
+  return jax.lax.map(one, batches.Batch(*batch[:4], each))
 
 
 def token_loss(
@@ -65,7 +129,9 @@ def token_loss(
     drop = _answer_mean(zero(rollout - log_probs), answers)
     stale = (advantage < 0) & (drop > rl.off_policy)
     weight = jnp.where(stale, 0.0, weight)
-  divergence = zero(_divergence(log_probs, reference, log_ratio, rl.kl_form))
+  divergence = jnp.zeros_like(loss)
+  if rl.beta:
+    divergence = zero(_divergence(log_probs, reference, log_ratio, rl.kl_form))
   loss = zero(jax.lax.stop_gradient(weight) * loss) + rl.beta * divergence
   arrays = {
     'ratio': jnp.where(inside, ratio, 1.0),

@@ -35,7 +35,8 @@ class State:
   shapes or shardings. `step` counts rejected steps, too; `router` holds the
   routing biases; `loss_window` the last accepted main losses, by which a spike
   is recognised: {'losses': [W] float32, a ring; 'seen': their count in all}, or
-  {} where no spikes are looked for.
+  {} where no spikes are looked for; `reference` the {'params', 'router'} from
+  which reinforcement learning measures its divergence, or {}.
   """
 
   step: PyTree
@@ -43,6 +44,7 @@ class State:
   router: PyTree
   opt: PyTree
   loss_window: PyTree = struct.field(default_factory=dict)
+  reference: PyTree = struct.field(default_factory=dict)
 
 
 def init_state(
@@ -58,6 +60,13 @@ def empty_window(optim: OptimConfig) -> PyTree:
     return {}
   losses = jnp.zeros((optim.spike_window,), jnp.float32)
   return {'losses': losses, 'seen': jnp.zeros((), jnp.int32)}
+
+
+def reference_of(params: PyTree, router: PyTree, config: Config) -> PyTree:
+  """Returns the reference policy of a run at its first step, or {}."""
+  if not (config.rl.task and config.rl.beta):
+    return {}
+  return {'params': params, 'router': router}
 
 
 def placement(config: Config, mesh: jax.sharding.Mesh) -> State:
@@ -108,4 +117,5 @@ def _boxed(key: Array, config: Config) -> State:
   zero = jnp.zeros((), jnp.int32)
   biases = boxed.get('router', {})
   window = empty_window(config.optim)
-  return State(zero, boxed['params'], biases, opt, window)
+  reference = reference_of(boxed['params'], biases, config)
+  return State(zero, boxed['params'], biases, opt, window, reference)

@@ -11,7 +11,8 @@ gradient, by the load of the whole step (section 2.1.2).
 The loss is an argument, `objective`, a function of `Predictions`: the negative
 log-likelihoods of the targets, without the logits. It returns a micro-batch's
 part of the loss, and the parts are summed, so it divides by numbers of the
-whole step (`Whole`, or arrays of the batch that the host has computed).
+whole step (`Whole`, or arrays of the batch that the host has computed). So are
+metrics, but for the largest of those whose names begin with max_.
 
 A step is rejected if its loss or gradient is not finite, or its main loss
 is a spike. It is computed all the same, and a `where` over the arrays that the
@@ -131,7 +132,10 @@ def train_step(
   )
   metrics['balance_loss'] = jnp.mean(metrics.pop('balance'))
   metrics |= {'grad_norm': norm, 'skipped': skipped, **_norms(biases, rows)}
-  return State(state.step + 1, params, biases, opt, window), metrics
+  number = state.step + 1
+  latest = {'params': params, 'router': biases}
+  reference = _refreshed(state.reference, latest, number, config.rl.refresh)
+  return State(number, params, biases, opt, window, reference), metrics
 
 
 def eval_step(
@@ -149,6 +153,14 @@ def eval_step(
   parts = batch._replace(count=jnp.zeros(len(batch.tokens)))
   nll, tokens = jax.lax.map(one, parts)
   return {'nll': nll.sum(), 'tokens': tokens.sum()}
+
+
+def _refreshed(reference, latest, number, period) -> PyTree:
+  """Returns the reference policy: every `period` steps it is the latest one."""
+  if not (reference and period):
+    return reference
+  choose = lambda new, old: jnp.where(number % period == 0, new, old)
+  return jax.tree.map(choose, latest, reference)
 
 
 def _whole(batch, rates) -> Whole:
@@ -193,7 +205,12 @@ def _accumulate(part_of_loss, params, batch) -> tuple[PyTree, dict]:
 
   def add(i, sums):
     (_, metrics), grads = part(params, micro(i))
-    return jax.tree.map(jnp.add, sums, (grads, metrics))
+    largest = {k: v for k, v in metrics.items() if k.startswith('max_')}
+    largest = jax.tree.map(
+      jnp.maximum, largest, {k: sums[1][k] for k in largest}
+    )
+    grads, metrics = jax.tree.map(jnp.add, sums, (grads, metrics))
+    return grads, metrics | largest
 
   (_, metrics), grads = jax.eval_shape(part, params, micro(0))
   zeros = lambda x: jnp.zeros(x.shape, x.dtype)
@@ -229,6 +246,8 @@ def predictions(
   for k in range(1, 1 + len(out.mtp_hidden)):
     targets.append(_ahead(micro.targets, micro.segments, k))
   hidden = jnp.stack([out.hidden, *out.mtp_hidden])
+  if config.rl.task:  # likelihoods at the temperature of the answers
+    hidden = hidden / config.rl.temperature
   targets = jnp.stack([sequence.arrange(t) for t in targets])
   nll, lse = losses.sharded_token_nll(hidden, head, targets)
   return Predictions(nll, lse, targets, _joined_stats(out))

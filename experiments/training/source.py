@@ -1,0 +1,148 @@
+"""Sources: where the batches of a run come from, and what it is judged by.
+
+The loop asks a `Source` for the batch of each step, with the state before it: a
+corpus ignores the state, and reinforcement learning draws its answers with it.
+Whatever the source, a batch is a function of the config, the number of the step
+and the state alone, so that a run resumes bit for bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mla_moe.config import Config, ConfigError
+from mla_moe.data import batches, corpus, tokenizer
+from mla_moe.decode import generation
+
+from .. import distributed
+
+_TEMPERATURE = 0.7  # of the samples
+
+
+class Source:
+  """Batches of a run by arithmetic, held-out text, and the numbers about them.
+
+  Attributes:
+    fingerprint: of the data; a run resumes with the same one alone.
+    heldout: micro-batches for evaluation.
+    prompt: text whose beginning a sample continues.
+    gzip_bits_per_byte: of the held-out text, or None.
+  """
+
+  fingerprint: str
+  heldout: list[batches.Batch]
+  prompt: str
+  gzip_bits_per_byte: float | None = None
+
+  def batch(self, setup, number: int, state: Any, left_out: int) -> NamedTuple:
+    """Returns this process's rows of the batch of step `number`, from 1.
+
+    `state` is the one before the step; `left_out` sequences of text are skipped
+    (see `skips`).
+    """
+    raise NotImplementedError
+
+  def tokens(self, config: Config, number: int) -> int:
+    """Returns the tokens that step `number` computes, for its speed."""
+    return batches.span(config.data, number - 1)[1] * config.data.seq_len
+
+  def may_stop(self, number: int) -> bool:
+    """Whether a run can be saved after this step, and resumed there."""
+    return True
+
+  def row(self, number: int) -> dict:
+    """Returns the source's own numbers in the row of a step."""
+    return {}
+
+  def headline(self, row: dict) -> str:
+    """Returns the main numbers of a step's row, for the person who waits."""
+    vio = f'  MaxVio {row["max_vio"]:.2f}' if 'max_vio' in row else ''
+    return f'loss {row["main_loss"]:.3f}{vio}'
+
+  def evaluate(self, setup, number: int, state: Any) -> tuple[dict, str]:
+    """Returns the numbers of the held-out text, and a line about them."""
+    nll, size = 0.0, 0
+    for batch in self.heldout:
+      nll += float(setup.evaluate(state, setup.place(batch))['nll'])
+      targets = batch.targets[batch.targets >= 0]
+      size += int(setup.byte_lengths[targets].sum())
+    bits, gzip = batches.bits_per_byte(nll, size), self.gzip_bits_per_byte
+    row, beside = {'bits_per_byte': bits}, ''
+    if gzip is not None:
+      row['gzip_bits_per_byte'] = gzip
+      beside = f' (gzip -9: {gzip:.3f})'
+    return row, f'held out: {bits:.3f} bits per byte{beside}'
+
+  def sample(self, setup, number: int, state: Any, folder: pathlib.Path):
+    """Writes a continuation of the prompt's beginning to samples.txt.
+
+    Decoding unrolls the layers. Where FSDP splits them, a compiler may gather
+    the weights of many at once, unlike a training step's scan.
+    """
+    window = setup.config.data.seq_len
+    length = min(200, window // 2)
+    prompt = setup.tokenizer.encode(self.prompt[: window - length])
+    prompt = prompt[length - window :]
+    rollout = generation.rollout(
+      setup.config.model,
+      {'params': state.params, 'router': state.router},
+      np.array([prompt], np.int32),
+      length,
+      temperature=_TEMPERATURE,
+      seed=number,
+    )
+    text = setup.tokenizer.decode(rollout.tokens[0])
+    with open(folder / 'samples.txt', 'a', encoding='utf-8') as file:
+      file.write(f'--- step {number}\n{setup.tokenizer.decode(prompt)}')
+      file.write(f'<<<\n{text}\n')
+
+
+Open = Callable[[Config, tokenizer.Tokenizer, pathlib.Path], Source]
+
+
+class Text(Source):
+  """The stream of a corpus, for pre-training."""
+
+  def __init__(self, text: corpus.Corpus, config: Config):
+    self._text = text
+    self.fingerprint, self.prompt = text.fingerprint, text.prompt
+    self.gzip_bits_per_byte = text.gzip_bits_per_byte
+    self.heldout = batches.eval_batches(
+      text.heldout, config.data, text.bos_id, config.run.eval_batches
+    )
+
+  def batch(self, setup, number: int, state: Any, left_out: int):
+    return batches.batch_at(
+      self._text.train,
+      setup.config.data,
+      number - 1,
+      self._text.bos_id,
+      setup.rows,
+      left_out,
+    )
+
+
+def open_text(
+  config: Config, words: tokenizer.Tokenizer, path: pathlib.Path
+) -> Source:
+  """Returns the source of a pre-training run in the folder `path`.
+
+  Raises:
+    ConfigError: a text that cannot be used.
+  """
+  if config.rl.task:
+    raise ConfigError(
+      f'rl.task={config.rl.task!r}: is for python -m experiments.rl; leave it '
+      'empty to train on text'
+    )
+  tokenise = functools.partial(
+    corpus.prepare, config.data, words, path.parent / '.corpus'
+  )
+  text = distributed.alone(tokenise) or tokenise()
+  corpus.check(text, config.data)
+  return Text(text, config)

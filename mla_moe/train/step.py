@@ -205,12 +205,10 @@ def _accumulate(part_of_loss, params, batch) -> tuple[PyTree, dict]:
 
   def add(i, sums):
     (_, metrics), grads = part(params, micro(i))
-    largest = {k: v for k, v in metrics.items() if k.startswith('max_')}
-    largest = jax.tree.map(
-      jnp.maximum, largest, {k: sums[1][k] for k in largest}
-    )
-    grads, metrics = jax.tree.map(jnp.add, sums, (grads, metrics))
-    return grads, metrics | largest
+    total = jax.tree.map(jnp.add, sums, (grads, metrics))
+    largest = [name for name in metrics if name.startswith('max_')]
+    pairs = {name: (sums[1][name], metrics[name]) for name in largest}
+    return total[0], total[1] | {k: jnp.maximum(*v) for k, v in pairs.items()}
 
   (_, metrics), grads = jax.eval_shape(part, params, micro(0))
   zeros = lambda x: jnp.zeros(x.shape, x.dtype)

@@ -37,7 +37,7 @@ def test_all_answers_come_back_out_of_the_rows():
   out = episodes.pack(answers, 20, 4)
   assert out.tokens.shape == (10, 4, 20)  # as many as if each had a row
   assert out.count < 10
-  flat = [x.reshape(-1, 20) for x in out[:-1]]
+  flat = [x.reshape(-1, 20) for x in out[:-2]]
   assert (flat[2][int(out.count) * 4 :] == -1).all()
   seen = []
   for tokens, targets, segments, *_, weight in zip(*flat, strict=True):

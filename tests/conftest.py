@@ -34,10 +34,8 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 # Every module but config, whose classes check their own types and say so in
 # a line for people. A folder's name stands for all that it holds.
 _PACKAGE = pathlib.Path(__file__).parent.parent / 'mla_moe'
-_OWN = '__init__', '__pycache__', 'checked', 'config', 'variants'
-_OWN += 'run_config', 'rl_config'
-  '__init__ __pycache__ checked config variants run_config rl_config'.split()
-)
+_OWN = {'__init__', '__pycache__', 'checked', 'config', 'variants'}
+_OWN |= {'run_config', 'rl_config'}
 _CHECKED = [
   f'mla_moe.{path.stem}' for path in _PACKAGE.iterdir() if path.stem not in _OWN
 ]

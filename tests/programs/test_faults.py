@@ -374,9 +374,9 @@ def test_row25_after_spikes_the_run_goes_back_and_jumps_the_text(root, fault):
   number, state, _ = progress.resume(setup, before=6)
   assert number == 5
   for number in (6, 7, 8):
-    text = setup.corpus.train, config.data, number - 1, setup.corpus.bos_id
-    jumped = batches.batch_at(*text, left_out=counts['left_out'])
-    assert (jumped.tokens != batches.batch_at(*text).tokens).any()
+    batch = functools.partial(setup.source.batch, setup, number, state)
+    jumped = batch(counts['left_out'])
+    assert (jumped.tokens != batch(0).tokens).any()
     rates = steps.rates(config, number)
     state, values = steps.take(setup, state, jumped, rates)
     assert float(values['loss']) == written[number - 1]['loss']

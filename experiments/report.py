@@ -82,7 +82,8 @@ def _reinforced(run: history.History) -> list[str]:
     charts.cards(run.steps, run.passes),
     '<h2>Learning</h2>',
     '<p>Held-out questions are answered greedily and are never trained on. A '
-    'dotted line is the limit of an alarm.</p>',
+    'dotted line is the limit of an alarm; a mismatch of 0 is at the bottom.'
+    '</p>',
     learning,
     '<h2>Updates</h2>',
     updates,

@@ -9,6 +9,7 @@ much it still learns from, and the mismatch whether its ratios are right.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from .. import page
 from . import alarms
 
 _FLOOR = 1e-9  # a logarithm has no zero: smaller differences stand here
-_BARS = 60  # at most; more steps are means of neighbours
+_BARS = 60  # at most; of more steps they are means of neighbours
 
 
 def cards(steps: list[dict], passes: list[dict]) -> str:
@@ -65,7 +66,7 @@ def draw(steps: list[dict], passes: list[dict]) -> list:
   _curves(more[1, 1], x, steps, {'max_ratio': ''}, 'Largest ratio')
   for plot in [*axes.flat, *more.flat]:
     plot.set_xlabel('step')
-    plot.xaxis.get_major_locator().set_params(integer=True)
+    plot.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     page.legend(plot)
   return [learning, updates]
 
@@ -75,17 +76,20 @@ def _reward(plot, x, steps, passes):
     _names(steps, 'rewards'), page.COLOURS[2:] * 9, strict=False
   ):
     values = _column(steps, name, 'rewards')
-    plot.plot(x, values, color=colour, lw=0.9, alpha=0.7, label=f' {name}')
+    style = {'lw': 0.9, 'alpha': 0.7, **_point(x)}
+    plot.plot(x, values, color=colour, label=f' {name}', **style)
   mean = _column(steps, 'reward')
-  plot.plot(x, mean, color=page.COLOURS[0], label='reward')
+  plot.plot(
+    x, mean, **_point(x), color=page.COLOURS[0], label='reward', zorder=3
+  )
   evaluated = [row['step'] for row in passes]
   names = sorted({n for row in passes for n in row if _is_pass(n)})
-  for name, style in zip(names, ('o-', 's--', '^:', 'v-.') * 9, strict=False):
+  for name in names:
+    style = {'lw': 1.6 if name == 'pass_at_1' else 0.7, 'zorder': 4}
+    style |= _point(passes)
     label = f'held-out {name.replace("_at_", "@")}'
     values = _column(passes, name)
-    plot.plot(
-      evaluated, values, style, color=page.COLOURS[1], ms=4, label=label
-    )
+    plot.plot(evaluated, values, color=page.COLOURS[1], label=label, **style)
   plot.set(title='Reward and held-out questions', ylabel='mean')
 
 
@@ -100,7 +104,7 @@ def _length(plot, x, steps):
   ended = _column(steps, 'ended')
   if np.isfinite(ended).any():
     other = _second(plot, 'share that ended', page.COLOURS[2])
-    other.plot(x, ended, color=page.COLOURS[2], lw=1)
+    other.plot(x, ended, color=page.COLOURS[2], lw=1, **_point(x))
     other.set_ylim(0, 1.05)
 
 
@@ -108,27 +112,23 @@ def _entropy(plot, x, steps):
   _curves(plot, x, steps, {'entropy': ''}, 'Entropy and KL', 'entropy, nats')
   plot.set_ylim(0, None)
   plot.yaxis.label.set_color(page.COLOURS[0])
-  names = {'kl': 'KL to the reference', 'kl_old': 'KL to the rollout'}
+  names = {'kl': 'KL to the reference', 'kl_old': 'KL of an update'}
   colours = page.COLOURS[1:3]
   other = _second(plot, 'KL, nats', page.COLOURS[1])
   for (name, label), colour in zip(names.items(), colours, strict=True):
     values = _column(steps, name)
     if np.isfinite(values).any():
-      other.plot(x, values, color=colour, lw=1)
+      other.plot(x, values, color=colour, lw=1, **_point(x))
       plot.plot([], [], color=colour, lw=1, label=label)  # for the legend
   other.set_ylim(0, None)
 
 
 def _spread(plot, x, steps):
-  right = np.nan_to_num(_column(steps, 'zero_right'))
-  wrong = np.nan_to_num(_column(steps, 'zero_wrong'))
-  plot.stackplot(
-    x,
-    [right, wrong],
-    labels=['all right', 'all wrong'],
-    colors=[page.COLOURS[2], page.COLOURS[3]],
-    alpha=0.7,
-  )
+  columns = {
+    'all right': _column(steps, 'zero_right'),
+    'all wrong': _column(steps, 'zero_wrong'),
+  }
+  _stack(plot, x, columns, page.COLOURS[2:4])
   plot.axhline(alarms.FLAT, color='#888', ls=':', lw=1)
   plot.set(title='Questions that teach nothing', ylabel='share', ylim=(0, 1))
 
@@ -142,25 +142,30 @@ def _mismatch(plot, x, steps):
   for name, label in names.items():
     values = _column(steps, name)
     if np.isfinite(values).any():
-      plot.plot(x, np.maximum(values, _FLOOR), label=label)
+      plot.plot(x, np.maximum(values, _FLOOR), label=label, **_point(x))
   plot.axhline(alarms.MISMATCH, color='#888', ls=':', lw=1)
   plot.set(title='Mismatch of rollout and trainer', yscale='log')
   plot.set_ylim(_FLOOR / 2, None)
 
 
 def _seconds(plot, x, steps):
-  """Draws bars of the seconds of each step, or of neighbours' means."""
   names = _names(steps, 'seconds')
-  bins = np.array_split(np.arange(len(x)), min(len(x), _BARS))
-  places = [np.mean([x[i] for i in part]) for part in bins]
-  width = 0.9 * (places[1] - places[0] if len(places) > 1 else 1.0)
-  bottom = np.zeros(len(bins))
-  for name in names:
-    values = np.nan_to_num(_column(steps, name, 'seconds'))
-    heights = np.array([values[part].mean() for part in bins])
-    plot.bar(places, heights, width, bottom, label=f' {name}')
-    bottom += heights
+  columns = {f' {name}': _column(steps, name, 'seconds') for name in names}
+  _stack(plot, x, columns, page.colours(len(names)))
   plot.set(title='Time of a step', ylabel='seconds')
+
+
+def _stack(plot, x, columns: dict[str, np.ndarray], colours: Sequence[str]):
+  """Draws bars {label: values} on each other, a bar of a step or of a few."""
+  size = -(-len(x) // _BARS)
+  bins = [slice(i, i + size) for i in range(0, len(x), size)]
+  places = [np.mean(x[part]) for part in bins]
+  width = places[1] - places[0] if len(places) > 1 else 1.0
+  bottom = np.zeros(len(bins))
+  for (label, values), colour in zip(columns.items(), colours, strict=True):
+    heights = [np.nan_to_num(values[part]).mean() for part in bins]
+    plot.bar(places, heights, 0.9 * width, bottom, color=colour, label=label)
+    bottom += heights
 
 
 def _curves(plot, x, steps, names: dict[str, str], title: str, unit: str = ''):
@@ -168,8 +173,13 @@ def _curves(plot, x, steps, names: dict[str, str], title: str, unit: str = ''):
   for name, label in names.items():
     values = _column(steps, name)
     if np.isfinite(values).any():
-      plot.plot(x, values, label=label)
+      plot.plot(x, values, label=label, **_point(x))
   plot.set(title=title, ylabel=unit)
+
+
+def _point(rows: Sequence) -> dict:
+  """Returns the style of a curve's points, seen where they are few."""
+  return {'marker': 'o' if len(rows) < 40 else '', 'ms': 3}
 
 
 def _second(plot, unit: str, colour: str):
@@ -188,4 +198,5 @@ def _names(steps: list[dict], group: str) -> list[str]:
 def _column(rows: list[dict], name: str, group: str = '') -> np.ndarray:
   """Returns the number of each row, NaN where it lacks one."""
   rows = [row.get(group, {}) for row in rows] if group else rows
-  return np.array([row.get(name, np.nan) for row in rows], float)
+  values = [row.get(name) for row in rows]
+  return np.array([x if type(x) in (int, float) else np.nan for x in values])

@@ -13,10 +13,12 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import os
 import pathlib
 import re
 import subprocess
 import sys
+from typing import NamedTuple
 
 import numpy as np
 from absl import flags
@@ -32,6 +34,7 @@ from . import renderer
 
 FLAGS = flags.FLAGS
 _TEMPLATE_BYTES = 2**20
+_THINK = '<think>'  # R1's template opens a thought for the model
 _MARK = re.compile('\ue000([0-9]+)\ue001')
 
 
@@ -95,17 +98,64 @@ def encode(
     ConfigError: a template that does not run, or a tokenizer without the
       special tokens that it needs.
   """
-  roles = tuple(role for role, _ in messages)
-  special = _special_tokens(tokenizer)
-  settings = _settings(folder, tokenizer, special)
-  template = own or settings['template']
-  if template:
-    rendered = _render(
-      template, roles, settings['bos_token'], settings['eos_token']
-    )
-  else:
+  return opened(folder, tokenizer, own).prompt(messages)
+
+
+class Template(NamedTuple):
+  """A model's template, read once for many chats.
+
+  text: in Jinja; '' is that of V3 and R1. bos, eos: the texts of these tokens.
+  special: ids of the added tokens, by their text.
+  """
+
+  tokenizer: Tokenizer
+  text: str
+  bos: str
+  eos: str
+  special: dict[str, int]
+
+  def prompt(self, messages: list[tuple[str, str]]) -> Int[np.ndarray, ' T']:
+    """Returns the ids of a chat as `encode` does."""
+    rendered = self._rendered(messages, True)
+    texts = [text for _, text in messages]
+    return _encode(rendered, texts, self.special, self.tokenizer)
+
+  def answer(self, messages: list[tuple[str, str]]) -> Int[np.ndarray, ' T']:
+    """Returns the ids of the last message, an answer, with its end token.
+
+    They follow those of `prompt(messages[:-1])`. If that prompt opens a thought
+    already, the answer does not open it again.
+
+    Raises:
+      ConfigError: as `encode`, or an answer that does not end in eos.
+    """
+    text = messages[-1][1]
+    opening = self._rendered(messages[:-1], True)
+    if opening.rstrip().endswith(_THINK) and text.lstrip().startswith(_THINK):
+      text = text.lstrip().removeprefix(_THINK)
+      text = text.removeprefix('\n' if opening.endswith('\n') else '')
+    mark = _mark(len(messages) - 1)
+    _, found, end = self._rendered(messages, False).rpartition(mark)
+    if not found:
+      raise ConfigError('the chat template leaves out an answer')
+    special = re.search(_any_of(self.special), end) if self.special else None
+    end = end[: special.end()] if special else ''
+    ids = _encode(_mark(0) + end, [text], self.special, self.tokenizer)
+    eos = self.tokenizer.eos_id
+    if end and ids[-1] != eos:
+      raise ConfigError(
+        f'the chat template ends an answer with token {ids[-1]}, and the model '
+        f'stops after {eos}; set config.model.eos_id={ids[-1]}'
+      )
+    return ids if end else np.append(ids, np.int32(eos))
+
+  def _rendered(self, messages: list[tuple[str, str]], ready: bool) -> str:
+    """Returns the template's text with marks, `ready` for the next answer."""
+    roles = tuple(role for role, _ in messages)
+    if self.text:
+      return _render(self.text, roles, self.bos, self.eos, ready)
     for token in (BOS, USER, ASSISTANT):
-      if token not in special:
+      if token not in self.special:
         raise ConfigError(
           f'--chat: the tokenizer has no token {token!r}, which the template '
           'of V3 and R1 needs; name another one by --chat_template=FILE, or '
@@ -117,8 +167,18 @@ def encode(
       'assistant': ASSISTANT + '{}' + EOS,
     }
     turns = (formats[role].format(_mark(i)) for i, role in enumerate(roles))
-    rendered = BOS + ''.join(turns) + ASSISTANT
-  return _encode(rendered, [text for _, text in messages], special, tokenizer)
+    return BOS + ''.join(turns) + (ASSISTANT if ready else '')
+
+
+def opened(
+  folder: pathlib.Path | None, tokenizer: Tokenizer, own: str = ''
+) -> Template:
+  """Returns the template `own`, or without one that of the folder."""
+  special = _special_tokens(tokenizer)
+  settings = _settings(folder or pathlib.Path(os.devnull), tokenizer, special)
+  text = own or settings['template']
+  ends = settings['bos_token'], settings['eos_token']
+  return Template(tokenizer, text, *ends, special)
 
 
 def _settings(
@@ -151,8 +211,10 @@ def _settings(
   }
 
 
-@functools.lru_cache(maxsize=64)
-def _render(template: str, roles: tuple[str, ...], bos: str, eos: str) -> str:
+@functools.lru_cache(maxsize=1024)
+def _render(
+  template: str, roles: tuple[str, ...], bos: str, eos: str, ready: bool
+) -> str:
   """Returns the template's text, with a mark in place of each message.
 
   It depends on the roles alone, so that it is made once for many chats.
@@ -161,7 +223,7 @@ def _render(template: str, roles: tuple[str, ...], bos: str, eos: str) -> str:
     {'role': role, 'content': _mark(i)} for i, role in enumerate(roles)
   ]
   values = {'messages': messages, 'bos_token': bos, 'eos_token': eos}
-  return _run(template, values | {'add_generation_prompt': True})
+  return _run(template, values | {'add_generation_prompt': ready})
 
 
 def _run(template: str, values: dict | None) -> str:
@@ -201,6 +263,11 @@ def _special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
   return {token.content: index for index, token in added.items()}
 
 
+def _any_of(special: dict[str, int]) -> str:
+  """Returns the pattern of any of these tokens, a longer one first."""
+  return '|'.join(sorted(map(re.escape, special), key=len, reverse=True))
+
+
 def _encode(rendered, texts, special, tokenizer) -> np.ndarray:
   """Returns the ids of the template's special tokens, and of the text between
   them, where marks stand for `texts`."""
@@ -212,8 +279,7 @@ def _encode(rendered, texts, special, tokenizer) -> np.ndarray:
     ids.extend(tokenizer.encode(plain).tolist())
     plain = ''
 
-  names = sorted(map(re.escape, special), key=len, reverse=True)
-  pieces = '|'.join([*names, _MARK.pattern])
+  pieces = '|'.join([*filter(None, [_any_of(special)]), _MARK.pattern])
   start = 0
   for piece in re.finditer(pieces, rendered):
     plain += rendered[start : piece.start()]

@@ -79,17 +79,37 @@ def batch_at(
     left_out: number of sequences to skip before this step. After a roll-back a
       run continues elsewhere in the text, with its schedules unchanged.
   """
+  total = (len(stream) - 1) // data.seq_len
+  order = order_at(total, data, step, rows, left_out)
+  return with_padding(_rows(stream, data, order, bos_id), data)
+
+
+def order_at(
+  total: int,
+  data: DataConfig,
+  step: int,
+  rows: np.ndarray | slice = slice(None),
+  left_out: int = 0,
+) -> np.ndarray:
+  """Returns the numbers [n, B] of a step's sequences, of `total` an epoch.
+
+  The other arguments are `batch_at`'s.
+  """
   micro = data.micro_batch or data.batch_size
   first, size = span(data, step)
   sequences = first + left_out + np.arange(size).reshape(-1, micro)[:, rows]
-  total = (len(stream) - 1) // data.seq_len
   epochs, index = np.divmod(sequences, total)
   order = np.zeros_like(index)
   for epoch in np.unique(epochs):
     mask = epochs == epoch
     order[mask] = permute(index[mask], total, (data.seed << 20) + int(epoch))
-  batch = _rows(stream, data, order, bos_id)
-  padding = data.batch_size // micro - len(sequences)
+  return order
+
+
+def with_padding(batch: Batch, data: DataConfig) -> Batch:
+  """Returns the batch with the micro-batches that a ramp leaves empty."""
+  micro = data.micro_batch or data.batch_size
+  padding = data.batch_size // micro - len(batch.tokens)
   if not padding:
     return batch
   pad = lambda x, fill: np.pad(

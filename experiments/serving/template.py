@@ -135,8 +135,8 @@ class Template(NamedTuple):
       text = text.lstrip().removeprefix(_THINK)
       text = text.removeprefix('\n' if opening.endswith('\n') else '')
     mark = _mark(len(messages) - 1)
-    _, found, end = self._rendered(messages, False).rpartition(mark)
-    if not found:
+    _, mark, end = self._rendered(messages, False).rpartition(mark)
+    if not mark:
       raise ConfigError('the chat template leaves out an answer')
     special = re.search(_any_of(self.special), end) if self.special else None
     end = end[: special.end()] if special else ''

@@ -62,10 +62,10 @@ class ExampleSource:
     folder = None
     if data.tokenizer != 'byte':
       folder = vocabulary.file_of(data.tokenizer).parent
-    found = examples.read(data.source, tokenizer, own, folder, say)
-    fit = examples.fitting(found, length, say)
+    whole = examples.read(data.source, tokenizer, own, folder, say)
+    fit = examples.fitting(whole, length, say)
     train, heldout = examples.split(fit, data.heldout)
-    self.fingerprint = _fingerprint(found, config)
+    self.fingerprint = _fingerprint(whole, config)
     self.prompt = tokenizer.decode(heldout[0].prompt)
     self._data = data
     self._pairs = [(x.prompt, x.completion) for x in train]
@@ -147,13 +147,13 @@ def _summary(pairs, rows: int, heldout: int, config: Config) -> str:
   )
 
 
-def _fingerprint(found: Sequence[examples.Example], config: Config) -> str:
+def _fingerprint(whole: Sequence[examples.Example], config: Config) -> str:
   """Returns a hash of the token ids and of the options that place them."""
   data = config.data
   digest = hashlib.sha256(
     json.dumps(['examples', data.seq_len, data.heldout, data.seed]).encode()
   )
-  for x in found:
+  for x in whole:
     digest.update(np.array([len(x.prompt), len(x.completion)], '<i4').tobytes())
     digest.update(x.prompt.astype('<i4').tobytes())
     digest.update(x.completion.astype('<i4').tobytes())

@@ -432,22 +432,33 @@ def define(
   flags.DEFINE_enum('track', '', tracking.TRACKERS, text, **own)
 
 
-def main() -> None:
-  """Runs the config of the flags in the folder of the flags."""
+def begin(config: Config, open_source: Any = None) -> None:
+  """Runs the config, or replays a step of it, as the other flags say.
+
+  `open_source` is that of `run`.
+  """
   values = flags.FLAGS
   options = Options(
     values.profile, values.track, values.allow_unsealed, values.init
   )
-  config = cli.config()
   distributed.start(values.distributed, values.distributed_timeout)
   if values.replay:
     from .training import replay
 
-    path = pathlib.Path(values.workdir)
-    replay.replay(path, values.replay, allow_unsealed=options.allow_unsealed)
+    replay.replay(
+      pathlib.Path(values.workdir),
+      values.replay,
+      allow_unsealed=options.allow_unsealed,
+      open_source=open_source,
+    )
     return
   distributed.agree(config)
-  run(config, values.workdir, options)
+  run(config, values.workdir, options, open_source)
+
+
+def main() -> None:
+  """Runs the config of the flags in the folder of the flags."""
+  begin(cli.config())
 
 
 if __name__ == '__main__':

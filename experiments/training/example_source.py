@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -21,23 +23,19 @@ from mla_moe import vocabulary
 from mla_moe.config import Config, ConfigError
 from mla_moe.data import batches, packing
 from mla_moe.data.tokenizer import Tokenizer
+from mla_moe.decode import generation
 
-from . import examples
+from . import examples, source
+
+_SAMPLES = 4  # held-out prompts that a sample answers
 
 
-class ExampleSource:
-  """The batches of a run on the examples of `data.source`.
+class Examples(source.Source):
+  """The batches of a run on examples.
 
   Attributes:
-    fingerprint: of all that the batches depend on but the schedule.
-    heldout: micro-batches [1, B, T] of the held-out examples, at most
-      `run.eval_batches`.
-    prompt: the text of a held-out prompt, for samples.
-    gzip_bits_per_byte: None; nothing is compared with completions.
     rows: number of packed rows, an epoch.
   """
-
-  gzip_bits_per_byte = None
 
   def __init__(
     self,
@@ -46,7 +44,7 @@ class ExampleSource:
     own: str = '',
     say: Callable[[str], None] = print,
   ):
-    """Reads, tokenises and packs the examples.
+    """Reads, tokenises and packs the examples of `data.source`.
 
     Args:
       config: of the run.
@@ -64,28 +62,58 @@ class ExampleSource:
       folder = vocabulary.file_of(data.tokenizer).parent
     whole = examples.read(data.source, tokenizer, own, folder, say)
     fit = examples.fitting(whole, length, say)
-    train, heldout = examples.split(fit, data.heldout)
+    train, self._heldout = examples.split(fit, data.heldout)
     self.fingerprint = _fingerprint(whole, config)
-    self.prompt = tokenizer.decode(heldout[0].prompt)
     self._data = data
     self._pairs = [(x.prompt, x.completion) for x in train]
     self._rows = _packed(self._pairs, length)
     self.rows = len(self._rows)
-    self.heldout = _spread(heldout, data, config.run.eval_batches)
-    say(_summary(self._pairs, self.rows, len(heldout), config))
+    self.heldout = _spread(self._heldout, data, config.run.eval_batches)
+    say(_summary(self._pairs, self.rows, len(self._heldout), config))
 
   def batch(
-    self,
-    number: int,
-    rows: np.ndarray | slice = slice(None),
-    left_out: int = 0,
+    self, setup, number: int, state: Any, left_out: int
   ) -> batches.Batch:
-    """Returns the batch of step `number`, from 1; see `batches.batch_at`."""
-    args = self.rows, self._data, number - 1, rows, left_out
+    args = self.rows, self._data, number - 1, setup.rows, left_out
     order = batches.order_at(*args)
-    rows_of = [self._rows[i] for i in order.flat]
-    batch = _filled(self._pairs, rows_of, order, self._data.seq_len)
+    rows = [self._rows[i] for i in order.flat]
+    batch = _filled(self._pairs, rows, order.shape, self._data.seq_len)
     return batches.with_padding(batch, self._data)
+
+  def sample(
+    self, setup, number: int, state: Any, folder: pathlib.Path
+  ) -> None:
+    """Writes answers to held-out prompts, beside the right ones."""
+    model, decode = setup.config.model, setup.tokenizer.decode
+    few = self._heldout[:_SAMPLES]
+    lengths = [len(x.prompt) for x in few]
+    prompts = np.zeros((len(few), max(lengths)), np.int32)
+    for row, x in zip(prompts, few, strict=True):
+      row[: len(x.prompt)] = x.prompt
+    longest = 2 * max(len(x.completion) for x in few)
+    rollout = generation.rollout(
+      model,
+      {'params': state.params, 'router': state.router},
+      prompts,
+      min(longest, self._data.seq_len, model.max_positions - max(lengths)),
+      lengths=lengths,
+      stop_ids=(model.eos_id,),
+      seed=number,
+    )
+    with open(folder / 'samples.txt', 'a', encoding='utf-8') as file:
+      for i, x in enumerate(few):
+        end = '' if rollout.ended[i] else ' ... (no end)'
+        answer = decode(rollout.tokens[i, : rollout.counts[i]])
+        file.write(f'--- step {number}\n{decode(x.prompt)}<<<\n{answer}{end}\n')
+        file.write(f'=== in the data\n{decode(x.completion)}\n')
+
+
+def opened(own: str = '') -> source.Open:
+  """Returns the function that opens the source of a run, for the loop.
+
+  `own` is a chat template in the place of the one beside the tokenizer.
+  """
+  return lambda config, tokenizer, path: Examples(config, tokenizer, own)
 
 
 def check(config: Config) -> None:
@@ -114,11 +142,11 @@ def _packed(pairs: Sequence[tuple], length: int) -> list[list[int]]:
   return packing.best_fit(columns, length)
 
 
-def _filled(pairs, rows, order, length) -> batches.Batch:
-  """Returns `rows` of pairs as a batch of the shape of `order` [n, B]."""
+def _filled(pairs, rows, shape, length) -> batches.Batch:
+  """Returns `rows` of pairs as a batch of the shape [n, B]."""
   packed, _ = packing.fill(pairs, rows, length)
-  arrays = (x.reshape(*order.shape, length) for x in packed)
-  return batches.Batch(*arrays, np.int32(len(order)))
+  arrays = (x.reshape(*shape, length) for x in packed)
+  return batches.Batch(*arrays, np.int32(shape[0]))
 
 
 def _spread(heldout, data, count: int) -> list[batches.Batch]:
@@ -129,9 +157,8 @@ def _spread(heldout, data, count: int) -> list[batches.Batch]:
   used = min(len(rows), count * micro)
   rows = [rows[i * len(rows) // used] for i in range(used)]
   rows += [[]] * (-used % micro)
-  one = np.zeros((1, micro))
   parts = (rows[i : i + micro] for i in range(0, len(rows), micro))
-  return [_filled(pairs, part, one, data.seq_len) for part in parts]
+  return [_filled(pairs, part, (1, micro), data.seq_len) for part in parts]
 
 
 def _summary(pairs, rows: int, heldout: int, config: Config) -> str:

@@ -91,10 +91,7 @@ def order_at(
   rows: np.ndarray | slice = slice(None),
   left_out: int = 0,
 ) -> np.ndarray:
-  """Returns the numbers [n, B] of a step's sequences, of `total` an epoch.
-
-  The other arguments are `batch_at`'s.
-  """
+  """Returns the numbers [n, B] of `batch_at`'s rows, of `total` an epoch."""
   micro = data.micro_batch or data.batch_size
   first, size = span(data, step)
   sequences = first + left_out + np.arange(size).reshape(-1, micro)[:, rows]
@@ -112,9 +109,8 @@ def with_padding(batch: Batch, data: DataConfig) -> Batch:
   padding = data.batch_size // micro - len(batch.tokens)
   if not padding:
     return batch
-  pad = lambda x, fill: np.pad(
-    x, ((0, padding), (0, 0), (0, 0)), constant_values=fill
-  )
+  width = (0, padding), (0, 0), (0, 0)
+  pad = lambda x, fill: np.pad(x, width, constant_values=fill)
   fills = (0, -1, 0, 0)
   padded = (pad(x, fill) for x, fill in zip(batch[:-1], fills, strict=True))
   return Batch(*padded, batch.count)

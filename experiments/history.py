@@ -21,7 +21,7 @@ from . import workdir
 _STEP = ('tokens', 'loss', 'main_loss', 'mtp_loss', 'lr', 'grad_norm')
 _NUMBERS = {
   'loss': (*_STEP, 'memory_mib'),
-  'bits_per_byte': ('bits_per_byte', 'gzip_bits_per_byte'),
+  'bits_per_byte': ('bits_per_byte',),
   'reward': ('reward',),
   'pass_at_1': ('pass_at_1',),
 }
@@ -29,7 +29,7 @@ _NUMBERS = {
 _VIO = {'max_vio': 0, 'max_vio_running': 0}
 _VIO |= {'max_vio_layers': 1, 'max_vio_running_layers': 1}
 _OPTIONAL = {'tokens_per_s': 0, 'mfu': 0, 'entropy': 1, 'bias_norm': 1}
-_OPTIONAL |= {'load': 2} | _VIO
+_OPTIONAL |= {'load': 2, 'gzip_bits_per_byte': 0} | _VIO
 # The same of a step of reinforcement learning, where `entropy` is the policy's.
 _RL = 'loss grad_norm lr skipped reward_std completion_length length_max ended '
 _RL += 'entropy kl kl_old clipped max_ratio zero_right zero_wrong dropped '

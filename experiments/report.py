@@ -160,10 +160,10 @@ def _numbers(steps, evals) -> str:
     ('peak memory, MiB', f'{last["memory_mib"]:,.0f}'),
   ]
   if evals:
-    cards[2:2] = [
-      ('held-out bits per byte', f'{evals[-1]["bits_per_byte"]:.3f}'),
-      ('the same, gzip -9', f'{evals[-1]["gzip_bits_per_byte"]:.3f}'),
-    ]
+    names = {'bits_per_byte': 'held-out bits per byte'}
+    names['gzip_bits_per_byte'] = 'the same, gzip -9'
+    row = evals[-1]
+    cards[2:2] = [(names[x], f'{row[x]:.3f}') for x in names if x in row]
   if 'max_vio' in last:
     cards.append(('MaxVio, running', f'{last["max_vio_running"]:.2f}'))
   return page.numbers(cards)
@@ -185,8 +185,9 @@ def _learning(steps, evals) -> str:
     evaluated = [row['step'] for row in evals]
     held_out = [row['bits_per_byte'] for row in evals]
     plot.plot(evaluated, held_out, 'o-', label='this model')
-    level = evals[-1]['gzip_bits_per_byte']
-    plot.axhline(level, color=page.COLOURS[1], ls='--', label='gzip -9')
+    level = evals[-1].get('gzip_bits_per_byte')
+    if level is not None:
+      plot.axhline(level, color=page.COLOURS[1], ls='--', label='gzip -9')
     plot.set_ylim(0, None)
     page.legend(plot)
   plot.set(title='Held-out text', xlabel='step', ylabel='bits per byte')

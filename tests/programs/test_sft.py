@@ -1,15 +1,28 @@
 """Supervised fine-tuning: what is learned of an example, and nothing else."""
 
+import dataclasses
+import functools
 import json
+import types
 
+import chex
+import jax
 import numpy as np
 import pytest
 
+from configs import sft
+from configs import tiny as base
+from experiments import sft as program
 from experiments import tokenizer as trained
+from experiments import train, workdir
 from experiments.serving import template
-from experiments.training import examples
-from mla_moe.config import ConfigError
-from mla_moe.data import tokenizer
+from experiments.training import example_source, examples
+from mla_moe.config import ConfigError, MTPConfig, freeze
+from mla_moe.data import batches, packing, tokenizer
+from mla_moe.decode import generation
+from mla_moe.model import transformer
+from mla_moe.train import optim, step
+from mla_moe.train.state import init_state
 
 BYTES = tokenizer.ByteTokenizer()
 PLAIN = (
@@ -153,3 +166,246 @@ def test_the_prompt_decides_the_side(tmp_path):
     assert examples.split(two, fraction) == (two[2:], two[:2])
   with pytest.raises(ConfigError, match='all 2 examples have one prompt'):
     examples.split(two[:2], 0.5)
+
+
+# One program: 8 rows of 16. The balance loss is of a row, and packing changes
+# the rows: without it a step is a sum over examples.
+MICRO = freeze(base.get_config('micro'))
+DATA = dataclasses.replace(MICRO.data, packing='separate', fim_rate=0.0)
+MICRO = dataclasses.replace(
+  MICRO,
+  data=DATA,
+  optim=dataclasses.replace(MICRO.optim, balance_loss=0.0),
+)
+RATES = optim.Rates(1e-3, 0.01, 0.3)
+LENGTHS = ((1, 1), (3, 4), (5, 2), (2, 9), (8, 9), (4, 1), (1, 6))
+
+
+@functools.cache
+def compiled(config):
+  return jax.jit(functools.partial(step.train_step, config=config))
+
+
+@functools.cache
+def start(config=MICRO):
+  return init_state(jax.random.key(0), config)
+
+
+def pairs_of_lengths():
+  random = np.random.default_rng(0)
+  return [
+    tuple(random.integers(0, 256, n).astype(np.int32) for n in lengths)
+    for lengths in LENGTHS
+  ]
+
+
+def filled(rows, micro=8):
+  rows = [*rows, *[[]] * (8 - len(rows))]
+  packed, _ = packing.fill(pairs_of_lengths(), rows, 16)
+  arrays = [x.reshape(-1, micro, 16) for x in packed]
+  return batches.Batch(*arrays, np.int32(len(arrays[0])))
+
+
+def packed(micro=8):
+  lengths = [packing.columns(*pair) for pair in LENGTHS]
+  return filled(packing.best_fit(lengths, 16), micro)
+
+
+def result(batch, config=MICRO):
+  """The state after a step, and its metrics; Adam's moment is the gradient."""
+  state, metrics = compiled(config)(start(config), batch, RATES)
+  return (state.opt, state.router), metrics
+
+
+def check_same(ours, theirs, **tolerance):
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+    np.testing.assert_allclose(a, b, **tolerance)
+
+
+def alone():
+  return filled([[i] for i in range(len(LENGTHS))])
+
+
+@functools.cache
+def forward():
+  params, biases = start().params, start().router
+  return jax.jit(lambda x: step.predictions(params, biases, x, MICRO))
+
+
+def likelihoods(batch):
+  """The summed negative log-likelihood, and the experts' load."""
+  micro = jax.tree.map(lambda x: x[0] if x.ndim else x, batch)
+  out = forward()(micro)
+  return out.nll.sum(), out.stats.load
+
+
+def check_packed_is_alone(config):
+  rows = packed()
+  (ours, bias), metrics = result(rows, config)
+  (theirs, alone_bias), alone_metrics = result(alone(), config)
+  check_same(ours, theirs, rtol=1e-4, atol=1e-7)
+  chex.assert_trees_all_equal(bias, alone_bias)
+  for name in ('load', 'loss', 'grad_norm'):
+    check_same(metrics[name], alone_metrics[name], rtol=1e-5)
+  return metrics
+
+
+def test_packed_examples_do_not_see_each_other():
+  assert (packed().segments[0, :4] > 0).any()
+  (ours, load), (theirs, other) = map(likelihoods, (packed(), alone()))
+  np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+  np.testing.assert_array_equal(load, other)
+  real = sum(packing.columns(*pair) for pair in LENGTHS)
+  assert load.sum() == real * MICRO.model.moe.top_k
+
+
+@pytest.mark.slow
+def test_a_packed_step_is_that_of_each_example_alone():
+  """The loss is the mean over all completion tokens, by the plain network."""
+  metrics = check_packed_is_alone(MICRO)
+  pairs = pairs_of_lengths()
+  tokens = np.zeros((len(pairs), 18), np.int32)
+  for row, pair in zip(tokens, pairs, strict=True):
+    row[: sum(map(len, pair))] = np.concatenate(pair)
+  variables = {'params': start().params, 'router': start().router}
+  network = transformer.Transformer(MICRO.model)
+  out = jax.jit(network.apply)(variables, tokens[:, :-1])
+  log_probs = np.asarray(jax.nn.log_softmax(out.logits))
+  terms = [
+    log_probs[i, p + j - 1, tokens[i, p + j]]
+    for i, (p, c) in enumerate(LENGTHS)
+    for j in range(c)
+  ]
+  assert len(terms) == 32
+  np.testing.assert_allclose(metrics['main_loss'], -np.mean(terms), rtol=1e-5)
+
+
+def check_padding_is_counted_nowhere(result):
+  """Bitwise: ids in the padding's place, and targets that none reads."""
+  rows = packed()
+  padding = rows.segments < 0
+  assert 8 < padding.sum() < padding.size
+  random = np.random.default_rng(1)
+  ids = random.integers(0, 256, rows.tokens.shape)
+  others = rows._replace(tokens=np.where(padding, ids, rows.tokens))
+  others = others._replace(positions=np.where(padding, 3, rows.positions))
+  others = others._replace(targets=np.where(rows.targets < 0, -7, rows.targets))
+  others = jax.tree.map(lambda x: np.asarray(x, np.int32), others)
+  chex.assert_trees_all_equal(result(rows), result(others))
+
+
+def test_padding_and_prompts_targets_are_counted_nowhere():
+  check_padding_is_counted_nowhere(likelihoods)
+
+
+def with_mtp():
+  model = dataclasses.replace(MICRO.model, mtp=MTPConfig(2))
+  return dataclasses.replace(MICRO, model=model)
+
+
+@pytest.mark.slow
+def test_a_step_does_not_depend_on_the_padding():
+  check_padding_is_counted_nowhere(result)
+
+
+@pytest.mark.slow
+def test_the_same_with_modules_that_predict_ahead():
+  check_packed_is_alone(with_mtp())
+  take = functools.partial(result, config=with_mtp())
+  check_padding_is_counted_nowhere(take)
+
+
+@pytest.mark.slow
+def test_micro_batches_share_one_denominator():
+  """Micro-batches have 0 to many targets; each token has the same weight."""
+  (ours, bias), metrics = result(packed())
+  for micro in (4, 1):
+    (theirs, other_bias), others = result(packed(micro))
+    check_same(ours, theirs, rtol=1e-4, atol=1e-7)
+    chex.assert_trees_all_equal(bias, other_bias)
+    check_same(metrics['loss'], others['loss'], rtol=1e-6)
+
+
+def written(folder, count, seq_len=24, **changes):
+  """A file of examples of many lengths, and a config for it."""
+  rows = [
+    {'prompt': f'{i * 7919 % 10 ** (1 + i % 4)}=', 'completion': 'x' * (i % 9)}
+    for i in range(1, count + 1)
+    if i % 9
+  ]
+  data = dataclasses.replace(
+    DATA, source=write(folder, *rows), seq_len=seq_len, heldout=0.1, **changes
+  )
+  return dataclasses.replace(MICRO, data=data)
+
+
+def opened(config):
+  return example_source.Examples(config, BYTES, say=lambda line: None)
+
+
+def members(batch):
+  """The examples of a batch, as (ids read, ids learned)."""
+  out = []
+  for row in zip(
+    *(x.reshape(-1, x.shape[-1]) for x in batch[:-1]), strict=True
+  ):
+    tokens, targets, segments, positions = row
+    for i in range(segments.max() + 1):
+      place = segments == i
+      assert (positions[place] == np.arange(place.sum())).all()
+      learned = targets[place][targets[place] >= 0]
+      out.append((tuple(tokens[place]), tuple(learned)))
+  return out
+
+
+def test_an_epoch_has_each_example_once_in_any_process_and_at_any_time(
+  tmp_path,
+):
+  """The parts of two processes are the batch; each epoch has another order."""
+  config = written(tmp_path, 300, micro_batch=4)
+  source, again = opened(config), opened(config)
+  every = types.SimpleNamespace(rows=slice(None))
+  step = lambda source, number, rows=every: source.batch(rows, number, None, 0)
+  size = config.data.batch_size
+  steps = source.rows  # so many epochs as a batch has rows
+  rows = [step(source, i + 1) for i in range(steps)]
+  epochs = np.concatenate([b.tokens.reshape(-1, 24) for b in rows])
+  seen = sorted(x for b in rows for x in members(b))
+  whole = examples.read(config.data.source, BYTES)
+  train, heldout = examples.split(whole, 0.1)
+  right = [
+    (tuple([*x.prompt, *x.completion[:-1]]), tuple(x.completion)) for x in train
+  ]
+  assert seen == sorted(right * size)
+  first, second = epochs[: source.rows], epochs[source.rows : 2 * source.rows]
+  assert (first != second).any()
+  assert sorted(map(tuple, first)) == sorted(map(tuple, second))
+  parts = [types.SimpleNamespace(rows=np.arange(2) + i) for i in (0, 2)]
+  for number in (1, steps):
+    one = step(again, number)
+    chex.assert_trees_all_equal(one, rows[number - 1])
+    two = [step(again, number, part) for part in parts]
+    both = np.concatenate([b.tokens for b in two], axis=1)
+    np.testing.assert_array_equal(both, one.tokens)
+  evaluated = [x for b in source.heldout for x in members(b)]
+  assert len(evaluated) == len(heldout) and all(
+    b.tokens.shape == (1, 4, 24) for b in source.heldout
+  )
+  assert source.fingerprint == again.fingerprint
+  other = dataclasses.replace(config.data, heldout=0.2)
+  other = opened(dataclasses.replace(config, data=other))
+  assert other.fingerprint != source.fingerprint
+
+
+def test_a_config_that_would_mix_examples_is_refused(tmp_path):
+  config = written(tmp_path, 20)
+  data, mesh = config.data, config.mesh
+  joined = dataclasses.replace(data, packing='joined', fim_rate=0.1)
+  with pytest.raises(
+    ConfigError, match='data.packing=separate --config.data.f'
+  ):
+    opened(dataclasses.replace(config, data=joined))
+  stages = types.SimpleNamespace(data=data, mesh=types.SimpleNamespace(stage=2))
+  with pytest.raises(ConfigError, match='mesh.stage=2: a pipeline counts'):
+    example_source.check(stages)
+  assert mesh.stage == 1

@@ -10,13 +10,12 @@ import jax
 import numpy as np
 import pytest
 
-from configs import sft
 from configs import tiny as base
-from experiments import sft as program
 from experiments import tokenizer as trained
 from experiments import train, workdir
 from experiments.serving import template
-from experiments.training import example_source, examples
+from experiments.training import example_source, examples, replay
+from mla_moe.checkpoint import store
 from mla_moe.config import ConfigError, MTPConfig, freeze
 from mla_moe.data import batches, packing, tokenizer
 from mla_moe.decode import generation
@@ -409,3 +408,85 @@ def test_a_config_that_would_mix_examples_is_refused(tmp_path):
   with pytest.raises(ConfigError, match='mesh.stage=2: a pipeline counts'):
     example_source.check(stages)
   assert mesh.stage == 1
+
+
+def run_config(folder, steps, **changes):
+  config = written(folder, 200)
+  run = dataclasses.replace(
+    config.run, steps=steps, save_every=3, check_every=3, sample_every=6
+  )
+  return dataclasses.replace(config, run=run, **changes)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings('default')
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, capsys):
+  open_source = example_source.opened()
+  begin = lambda name, steps: train.run(
+    run_config(tmp_path, steps), tmp_path / name, open_source=open_source
+  )
+  whole = begin('whole', 6)
+  begin('halves', 3)
+  assert begin('halves', 6) == whole
+  timing = ('tokens_per_s', 'mfu', 'memory_mib')
+  rows, prints = (
+    [
+      [
+        {k: v for k, v in row.items() if k not in timing}
+        for row in workdir.rows(tmp_path / name / f'{kind}.jsonl')
+      ]
+      for name in ('whole', 'halves')
+    ]
+    for kind in ('metrics', 'fingerprints')
+  )
+  assert rows[0] == rows[1] and prints[0] == prints[1] and len(prints[0]) >= 2
+  assert 'bits_per_byte' in whole
+  samples = (tmp_path / 'whole' / 'samples.txt').read_text()
+  assert samples.count('--- step 6') == samples.count('=== in the data') == 4
+  page = (tmp_path / 'whole' / 'report.html').read_text()
+  assert 'held-out bits per byte' in page and 'gzip' not in page
+  assert 'bad rows' not in capsys.readouterr().out
+  replay.replay(tmp_path / 'whole', 6, open_source=open_source)
+  assert 'all' in capsys.readouterr().out
+  config = run_config(tmp_path, 6)
+  write(tmp_path, *({'prompt': f'{i}', 'completion': 'y'} for i in range(99)))
+  with pytest.raises(ConfigError, match='the text has changed since step 6'):
+    train.run(config, tmp_path / 'whole', open_source=open_source)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings('default')
+def test_the_end_token_is_learned(tmp_path):
+  """A copy of one to three letters: where it ends is in the prompt alone."""
+  random = np.random.default_rng(0)
+  words = [
+    ''.join(random.choice(list('abcd'), random.integers(1, 4)))
+    for _ in range(2000)
+  ]
+  path = write(tmp_path, *({'prompt': f'{w}=', 'completion': w} for w in words))
+  config = freeze(base.get_config('smoke'))
+  data = dataclasses.replace(
+    config.data, packing='separate', fim_rate=0.0, seq_len=64, source=path
+  )
+  run = dataclasses.replace(
+    config.run, steps=120, sample_every=0, eval_every=0, save_every=120
+  )
+  optim = dataclasses.replace(
+    config.optim, phases=(('constant', 1e9, 1.0),), warmup_steps=5
+  )
+  config = dataclasses.replace(config, data=data, run=run, optim=optim)
+  train.run(config, tmp_path / 'run', open_source=example_source.opened())
+  state = store.restore(tmp_path / 'run' / 'checkpoints', start(config)).state
+  prompts = np.array(
+    [[256, *ids(f'{w}=')] for w in ['ab', 'cd', 'ba', 'dc'] * 8]
+  )
+  rollout = generation.rollout(
+    config.model,
+    {'params': state.params, 'router': state.router},
+    prompts,
+    16,
+    stop_ids=(257,),
+    temperature=1.0,
+    seed=1,
+  )
+  assert rollout.ended.mean() >= 0.95

@@ -1,6 +1,6 @@
 """Supervised fine-tuning: R1's recipe, and that of the models it taught.
 
-  python -m experiments.sft --config=configs/sft.py:tiny --data=FILE.jsonl \
+  python -m experiments.sft --config=configs/sft.py:tiny --data=FILE.jsonl \\
     --init=runs/tiny --workdir=DIR
 
 Variants: r1 (the default; DeepSeek-V3 on R1's 804,745 examples, two epochs);

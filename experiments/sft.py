@@ -1,6 +1,6 @@
 """Fine-tunes a model on examples: prompts, and the answers to learn.
 
-  python -m experiments.sft --config=configs/sft.py:tiny --data=FILE.jsonl \
+  python -m experiments.sft --config=configs/sft.py:tiny --data=FILE.jsonl \\
     --init=runs/tiny --workdir=DIR
 
 A row of FILE.jsonl is {"prompt": TEXT, "completion": TEXT}, or {"messages":

@@ -37,6 +37,7 @@ STANDINS = (
   ('Moonlight-16B-A3B/tokenizer.json', 'byte'),
   ('Moonlight-16B-A3B', 'runs/release'),  # as docs/checkpoints.md makes it
   ('my/texts', 'docs'),
+  ('my/answers.jsonl', 'tests/golden/answers.jsonl'),
 )
 
 
@@ -64,6 +65,7 @@ def smoke(line, folder):
   words = [STEPS.get(word, word) for word in words]
   trains = words[2] in (
     'experiments.train',
+    'experiments.sft',
     'experiments.sweep',
     'experiments.convert',
   )

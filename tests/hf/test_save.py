@@ -28,7 +28,8 @@ from mla_moe.config import MTPConfig, freeze
 from mla_moe.hf import config_json, names, safetensors, save
 
 CASES = ('v2_lite', 'v3_yarn', 'v3_release')
-CONFIGS = sorted(p.stem for p in (ROOT / 'configs').glob('[a-z]*.py'))
+# The models of sft are those of the others.
+CONFIGS = {p.stem for p in (ROOT / 'configs').glob('[a-z]*.py')} - {'sft'}
 
 
 @pytest.mark.parametrize('case', CASES)
@@ -63,7 +64,7 @@ def test_config_writes_what_it_reads():
     )
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('name', sorted(CONFIGS))
 def test_every_shipped_config_survives(name, tmp_path):
   module = importlib.import_module(f'configs.{name}')
   config = freeze(module.get_config('smoke')).model

@@ -129,13 +129,13 @@ class Transformer(nn.Module):
     b, t = tokens.shape
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], (b, t))
-    mask = None
+    order, mask = None, None
     if segments is not None:
-      segments = sequence.arrange(segments)
-      mask = (segments >= 0) * 1.0
+      order = sequence.arrange(segments)
+      mask = (order >= 0) * 1.0
     positions = sequence.arrange(positions)
     cos, sin = rope.angles(positions, c.mla.rope_dim, c.mla.rope)
-    context = cos, sin, segments
+    context = cos, sin, order
     x = self._embed(tokens)
     stats = None
     if c.dense_layers:
@@ -148,7 +148,7 @@ class Transformer(nn.Module):
     elif c.moe_layers:
       x, stats = self.moe(x, *context, mask)
     hidden = self.final_norm(x)
-    ahead, mtp_stats = self._predict_ahead(tokens, hidden, context, mask)
+    ahead, mtp_stats = self._predict_ahead(tokens, segments, hidden, context)
     if not arranged:
       hidden, ahead = jax.tree.map(sequence.restore, (hidden, ahead))
     return Features(hidden, ahead, stats, mtp_stats)
@@ -157,15 +157,18 @@ class Transformer(nn.Module):
     arranged = sequence.arrange(tokens)
     return embedding.lookup(self.embedding, arranged, self.config.dtype)
 
-  def _predict_ahead(self, tokens, hidden, context, mask):
+  def _predict_ahead(self, tokens, segments, hidden, context):
     """Returns the MTP modules' hidden states and stats, see `Features`."""
     outputs, stats, x = [], [], hidden
     b, t = tokens.shape
     for k, module in enumerate(self.mtp, start=1):
-      # The last k tokens have no successor in the row: no expert counts them.
-      inside = jnp.broadcast_to(jnp.arange(t) < t - k, (b, t)) * 1.0
-      inside = sequence.arrange(inside) * (1.0 if mask is None else mask)
+      # A document's last k tokens have no successor: no expert counts them.
+      inside = jnp.broadcast_to(jnp.arange(t) < t - k, (b, t))
+      if segments is not None:
+        same = jnp.roll(segments, -k, axis=1) == segments
+        inside = inside & same & (segments >= 0)
       ahead = self._embed(jnp.roll(tokens, -k, axis=1))
+      inside = sequence.arrange(inside * 1.0)
       x, normed, report = module(x, ahead, *context, inside)
       outputs.append(normed)
       stats.append(report)

@@ -413,7 +413,12 @@ def test_a_config_that_would_mix_examples_is_refused(tmp_path):
 def run_config(folder, steps, **changes):
   config = written(folder, 200)
   run = dataclasses.replace(
-    config.run, steps=steps, save_every=3, check_every=3, sample_every=6
+    config.run,
+    steps=steps,
+    save_every=3,
+    check_every=3,
+    eval_every=3,
+    sample_every=6,
   )
   return dataclasses.replace(config, run=run, **changes)
 

@@ -35,14 +35,20 @@ R1_ZERO = (
   '</think> <answer> answer here </answer>. User: {prompt}. Assistant:'
 )
 NAMES = ('sort', 'reverse', 'count', 'add', 'countdown')
-_HELD_OUT = 16  # one question of so many
+HELD_OUT = 16  # one question of so many
 
 
 class Question(NamedTuple):
-  """A question as text, and an answer that is right (countdown has others)."""
+  """A question as text, and an answer that is right (countdown has others).
+
+  A question for a program has `tests` (`sandbox`); `messages` are (role, text)
+  of the chat that `text` joins, where the question is one.
+  """
 
   text: str
   answer: str
+  tests: tuple = ()
+  messages: tuple[tuple[str, str], ...] = ()
 
 
 def parse(task: str) -> tuple[str, int]:
@@ -62,7 +68,7 @@ def parse(task: str) -> tuple[str, int]:
 
 def is_held_out(text: str) -> bool:
   """Returns whether a question belongs to the test, by a hash of its text."""
-  return _hash(text) % _HELD_OUT == 0
+  return _hash(text) % HELD_OUT == 0
 
 
 def question(

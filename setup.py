@@ -36,8 +36,16 @@ TEST = [
 ]
 TPU = ['jax[tpu]>=0.10.2']
 EVAL = ['lm-eval>=0.4.9']
+RL = ['math-verify[antlr4_13_2]>=0.9', 'reasoning-gym>=0.1.25']
 # The compilers of TPUs and of NVIDIA's GPUs work on any machine.
-CI = [*TEST, *TPU, *EVAL, 'jax-cuda13-plugin>=0.10.2', 'nvidia-cuda-nvcc>=13']
+CI = [
+  *TEST,
+  *TPU,
+  *EVAL,
+  *RL,
+  'jax-cuda13-plugin>=0.10.2',
+  'nvidia-cuda-nvcc>=13',
+]
 
 setup(
   name='mla_moe',
@@ -79,6 +87,7 @@ setup(
     'notebooks': NOTEBOOKS,
     'docs': DOCS,
     'eval': EVAL,
+    'rl': RL,
     'profile': ['xprof>=2.20'],
     'wandb': ['wandb>=0.19'],
     'trackio': ['trackio>=0.2'],

@@ -14,8 +14,9 @@ import signal
 import sys
 
 _READY = (
-  'bisect collections copy dataclasses datetime decimal enum fractions functools '
-  'heapq io itertools json math operator random re socket statistics string time typing'
+  'bisect collections copy dataclasses datetime decimal enum fractions '
+  'functools heapq io itertools json math operator random re socket '
+  'statistics string time typing'
 )
 _NOBODY = 65534
 
@@ -38,7 +39,7 @@ def confine(seconds: int, memory: int, length: int) -> None:
   for kind, value in limits.items():
     with contextlib.suppress(ValueError, OSError):  # macOS has not all of them
       resource.setrlimit(kind, (value, value))
-  if os.geteuid() == 0:  # of whom the kernel would limit no processes
+  if os.geteuid() == 0:  # the kernel counts no processes of root
     os.setgroups([])
     os.setgid(_NOBODY)
     os.setuid(_NOBODY)

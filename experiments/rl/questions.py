@@ -18,11 +18,13 @@ same questions again.
 
 Of reasoning-gym only questions and answers are used. Its scorers pay for an
 answer that contains the right one, and evaluate 9**9**9: a policy learns that.
-So its tasks with several right answers, those that bring a scorer, are refused.
+So a task with several right answers is refused: it has a scorer of its own, and
+answers that are no numbers.
 """
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import json
@@ -34,10 +36,11 @@ from typing import NamedTuple
 from mla_moe import files
 from mla_moe.config import ConfigError
 
-from . import sandbox, tasks
+from . import matching, sandbox, tasks
 from .tasks import Question as Question
 
 _GYM = 'reasoning_gym:'
+_ITEMS = 2**31 - 1  # that a generator is asked for
 _TRIES = 10_000  # draws for one question of a side
 _LONGEST_LINE = 2**24  # bytes
 
@@ -235,24 +238,30 @@ def _of_gym(name: str, seed: int) -> Source:
     raise ConfigError(
       f'{_GYM}{name}: reasoning-gym is not installed: pip install "mla_moe[rl]"'
     ) from None
-  plain = ProceduralDataset.score_answer
-  names = sorted(n for n, (c, _) in DATASETS.items() if c.score_answer is plain)
-  if name not in names:
-    why = 'takes several right answers' if name in DATASETS else 'does not exist'
-    raise ConfigError(f'{_GYM}{name}: {why}; there are {", ".join(names)}')
-  items = reasoning_gym.create_dataset(name, seed=0, size=2**31 - 1)
+  if name not in DATASETS:
+    near = difflib.get_close_matches(name, DATASETS, 1)
+    hint = f'; did you mean {near[0]}?' if near else ''
+    raise ConfigError(f'{_GYM}{name}: there is no such task{hint}')
+  scorer = DATASETS[name][0].score_answer
+  items = reasoning_gym.create_dataset(name, seed=0, size=_ITEMS)
 
   @functools.lru_cache(maxsize=4096)
   def question(index: int, held_out: bool) -> Question:
     rng = random.Random(_fingerprint(name, seed, index, held_out))
     for _ in range(_TRIES):
-      item = items[rng.randrange(2**31 - 1)]
+      item = items[rng.randrange(_ITEMS)]
       if tasks.is_held_out(item['question']) == held_out:
         return Question(item['question'], str(item['answer']).strip())
     raise ConfigError(f'{_GYM}{name}: has too few questions for two sides')
 
   for side in (False, True):
-    question(0, side)
+    answer = question(0, side).answer
+    is_single = scorer is ProceduralDataset.score_answer
+    if not is_single and matching.number(answer) is None:
+      raise ConfigError(
+        f'{_GYM}{name}: takes several right answers, which only its own scorer '
+        'knows; choose a task with one, such as chain_sum'
+      )
   return Source(
     name=_GYM + name,
     fingerprint=_fingerprint(name, seed, reasoning_gym.__version__),

@@ -8,10 +8,12 @@ is kept, or else a model learns to list its guesses.
 
 from __future__ import annotations
 
+import collections
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Mapping
+
+from mla_moe.config import ConfigError
 
 _FORM = re.compile(
   r'\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*', re.DOTALL
@@ -20,9 +22,10 @@ _TAGS = ('<think>', '</think>', '<answer>', '</answer>')
 # Numbers, formulas and code belong to no language.
 _NEUTRAL = re.compile(r'```.*?```|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*\$', re.DOTALL)
 _WORD = re.compile(r'[^\W\d_]+')
+_SINGLE = ('CJK', 'HIRAGANA', 'KATAKANA')  # of which a letter is a word
 
 
-class BadReward(ValueError):
+class BadReward(ConfigError):
   """A reward that is not a finite number; names the reward and the answer."""
 
 
@@ -32,8 +35,11 @@ def parts(text: str) -> tuple[str, str] | None:
   The form: one <think>...</think>, then one <answer>...</answer>, and nothing
   else but blanks.
   """
+  # In this order: with many tags the expression takes quadratic time.
+  if any(text.count(tag) != 1 for tag in _TAGS):
+    return None
   match = _FORM.fullmatch(text)
-  if not match or any(text.count(tag) != 1 for tag in _TAGS):
+  if not match:
     return None
   return match[1], match[2].strip()
 
@@ -49,33 +55,28 @@ def language_consistency(text: str, script: str = 'LATIN') -> float:
   A CJK character is a word, and so is a run of other letters. Code, formulas
   and numbers do not count; a text without words is consistent (1).
   """
-  right = total = 0
+  words = _scripts(text)
+  return words.count(script) / len(words) if words else 1.0
+
+
+def script(text: str) -> str:
+  """Returns the Unicode script of most of a text's words; LATIN without any."""
+  counts = collections.Counter(_scripts(text))
+  return counts.most_common(1)[0][0] if counts else 'LATIN'
+
+
+def _scripts(text: str) -> list[str]:
+  """Returns the script of each word."""
+  words = []
   for run in _WORD.findall(_NEUTRAL.sub(' ', text)):
+    if run.isascii():
+      words.append('LATIN')
+      continue
     scripts = [unicodedata.name(c, '').split(' ')[0] for c in run]
-    single = [s for s in scripts if s in ('CJK', 'HIRAGANA', 'KATAKANA')]
-    rest = [s for s in scripts if s not in ('CJK', 'HIRAGANA', 'KATAKANA')]
-    words = single + rest[:1]
-    total += len(words)
-    right += sum(word == script for word in words)
-  return right / total if total else 1.0
-
-
-def weighted_sum(
-  rewards: Mapping[str, Callable[[str], float]],
-  weights: Mapping[str, float],
-  text: str,
-) -> tuple[float, dict[str, float]]:
-  """Returns the weighted sum of an answer's rewards, and each one alone.
-
-  Raises:
-    BadReward: a reward is not a finite number.
-  """
-  values = {}
-  for name, reward in rewards.items():
-    values[name] = float(reward(text))
-    if not math.isfinite(values[name]):
-      raise BadReward(f'reward {name!r}: is {values[name]} for {text[:80]!r}')
-  return sum(weights[name] * values[name] for name in values), values
+    single = [s for s in scripts if s in _SINGLE]
+    rest = [s for s in scripts if s not in _SINGLE]
+    words += single + rest[:1]
+  return words
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:

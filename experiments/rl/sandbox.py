@@ -4,13 +4,13 @@ A program runs in a process of its own: without an environment, in an empty
 folder, with limits of time, memory, files and processes (`confine`), as nobody
 where the trainer is root, and in namespaces without a network and without other
 processes where the system permits them. Everything in it is killed at the
-deadline. `Sandbox` tries this on a program of ours first, and `about` says what
-it has seen.
+deadline. `Sandbox` tries this on a program of ours first, and its `about` is
+the result in a line.
 
 This keeps a careless or a greedy program from harming a run. It is *no security
-boundary*: the program may read all files that its user may read, and it meets
-the whole kernel. Whoever expects an attack puts the trainer into a machine of
-its own.
+boundary*: the program may read all files that its user may read, leave small
+files in /tmp, and meets the whole kernel. Against an attack, put the trainer
+into a machine of its own.
 
 The value that is expected never enters the process, so that there is nothing to
 find there: an answer that overrides ==, leaves early or reads the tests gains
@@ -34,12 +34,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from mla_moe.config import ConfigError
 
-from . import confine
-
+_CONFINE = pathlib.Path(__file__).with_name('confine.py')
 MEMORY = 2**28  # bytes
 _FILE = 2**20  # bytes of a file, stdout too
 _OUTPUT = 2**16  # bytes of stdout that are read
@@ -103,7 +102,9 @@ class Sandbox:
 
   def __init__(self, deadline: float):
     self.deadline = deadline
+    self._limits = _CONFINE.read_text(encoding='utf-8')
     self._wrapper: list[str] = []
+    self._removals: list[subprocess.Popen] = []
     seen = None
     for wrapper in _wrappers():
       self._wrapper = wrapper
@@ -159,14 +160,16 @@ class Sandbox:
     if len(code) > _SOURCE or '\0' in code:
       return None
     limits = f'confine({math.ceil(seconds)}, {MEMORY}, {_FILE})'
-    source = f'{_LIMITS}\n{limits}\ndel confine\n{_FUTURE.sub("", code)}'
-    with _folder() as folder, tempfile.TemporaryFile() as out:
-      (folder / 'answer.py').write_text(source, 'utf-8', 'replace')
-      (folder / 'input').write_text(text, 'utf-8', 'replace')
-      with (folder / 'input').open('rb') as given_text:
+    source = f'{self._limits}\n{limits}\ndel confine\n{_FUTURE.sub("", code)}'
+    with self._folder() as folder, tempfile.TemporaryFile() as out:
+      (folder / 'answer.py').write_text(
+        source, encoding='utf-8', errors='replace'
+      )
+      (folder / 'input').write_text(text, encoding='utf-8', errors='replace')
+      with (folder / 'input').open('rb') as file:
         process = subprocess.Popen(
           [*self._wrapper, sys.executable, '-ISB', str(folder / 'answer.py')],
-          stdin=given_text,
+          stdin=file,
           stdout=out,
           stderr=subprocess.DEVNULL,
           cwd=folder,
@@ -178,8 +181,28 @@ class Sandbox:
       printed = out.read(_OUTPUT).decode('utf-8', 'replace')
     return printed if code_of_exit == 0 else None
 
+  @contextlib.contextmanager
+  def _folder(self) -> Iterator[pathlib.Path]:
+    """Makes an empty folder for a program, and removes all that it left there.
 
-_LIMITS = pathlib.Path(confine.__file__).read_text(encoding='utf-8')
+    rm goes into folders that are nested deeper than Python recurses. A hundred
+    thousand of them take it a minute, for which nobody waits.
+    """
+    folder = pathlib.Path(tempfile.mkdtemp(prefix='answer-'))
+    try:
+      if os.geteuid() == 0:
+        os.chown(folder, 65534, 65534)
+      yield folder
+    finally:
+      removal = subprocess.Popen(
+        ['rm', '-rf', '--', str(folder)],
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+      )
+      self._removals.append(removal)
+      with contextlib.suppress(subprocess.TimeoutExpired):
+        removal.wait(0.5)
+      self._removals = [r for r in self._removals if r.poll() is None]
 
 
 def _wrappers() -> list[list[str]]:
@@ -194,28 +217,6 @@ def _wrappers() -> list[list[str]]:
   alone = ['--pid', '--fork', '--kill-child']
   closed = [unshare, *user, '--net', '--ipc', *alone]
   return [closed, [unshare, *user, *alone], []]
-
-
-@contextlib.contextmanager
-def _folder():
-  """Makes an empty folder for a program, and removes all that it left there.
-
-  rm goes into folders that are nested deeper than Python recurses. A hundred
-  thousand of them take it a minute, for which nobody waits.
-  """
-  folder = pathlib.Path(tempfile.mkdtemp(prefix='answer-'))
-  try:
-    if os.geteuid() == 0:
-      os.chown(folder, 65534, 65534)
-    yield folder
-  finally:
-    removal = subprocess.Popen(
-      ['rm', '-rf', '--', str(folder)],
-      stderr=subprocess.DEVNULL,
-      start_new_session=True,
-    )
-    with contextlib.suppress(subprocess.TimeoutExpired):
-      removal.wait(0.5)
 
 
 def _wait(process: subprocess.Popen, seconds: float) -> int | None:

@@ -112,7 +112,10 @@ def test_the_form(text, good):
 
 def test_a_long_text_is_graded_at_once():
   start = time.process_time()
-  for text in ('<think>' * 10**5, '<think>' + 'x' * 10**6, '$' * 10**6):
+  for text in (
+    *('<think>' * 10**5, '<think>' + 'x' * 10**6, '$' * 10**6),
+    '<think>' + '</think><answer>' * 6 * 10**4,
+  ):
     assert not rewards.format_reward(text)
     rewards.language_consistency(text)
   assert time.process_time() - start < 3.0
@@ -130,15 +133,6 @@ def test_a_long_text_is_graded_at_once():
 )
 def test_language(text, part):
   assert rewards.language_consistency(text) == pytest.approx(part)
-
-
-def test_sums():
-  both = {'form': rewards.format_reward, 'length': lambda text: len(text)}
-  total, values = rewards.weighted_sum(both, {'form': 1, 'length': 0.5}, 'ab')
-  assert (total, values) == (1.0, {'form': 0.0, 'length': 2.0})
-  bad = {'mine': lambda text: float('nan')}
-  with pytest.raises(rewards.BadReward, match="reward 'mine': is nan for 'ab'"):
-    rewards.weighted_sum(bad, {'mine': 1}, 'ab')
 
 
 def test_pass_at_k():

@@ -178,7 +178,7 @@ def _runs_table(runs, names: list[str], colours: list[str]) -> str:
     ('reward', '.3f', 'steps', 'reward'),
     ('pass@1', '.1%', 'passes', 'pass_at_1'),
   ):
-    last = [(getattr(run, kind) or [{}])[-1].get(field) for run in runs]
+    last = [_last(run, kind, field) for run in runs]
     columns[name] = ['-' if x is None else format(x, form) for x in last]
   rates = [
     [row['tokens_per_s'] for row in run.steps if 'tokens_per_s' in row]
@@ -188,6 +188,14 @@ def _runs_table(runs, names: list[str], colours: list[str]) -> str:
   columns = {n: x for n, x in columns.items() if set(x) != {'-'}}
   rows = list(map(list, zip(*columns.values(), strict=True)))
   return page.table(list(columns), rows)
+
+
+def _last(run: history.History, kind: str, field: str) -> float | None:
+  """Returns the last number of a field, or None without one."""
+  if field == 'main_loss' and run.is_rl:  # an objective, and no likelihood
+    return None
+  values = [row[field] for row in getattr(run, kind) if field in row]
+  return values[-1] if values else None
 
 
 def _names(runs: list[history.History]) -> list[str]:

@@ -22,7 +22,6 @@ _STEP = ('tokens', 'loss', 'main_loss', 'mtp_loss', 'lr', 'grad_norm')
 _NUMBERS = {
   'loss': (*_STEP, 'memory_mib'),
   'bits_per_byte': ('bits_per_byte',),
-  'reward': ('reward',),
   'pass_at_1': ('pass_at_1',),
 }
 # Values that a row may have, with their dimensions; all four of MaxVio or none.
@@ -30,10 +29,11 @@ _VIO = {'max_vio': 0, 'max_vio_running': 0}
 _VIO |= {'max_vio_layers': 1, 'max_vio_running_layers': 1}
 _OPTIONAL = {'tokens_per_s': 0, 'mfu': 0, 'entropy': 1, 'bias_norm': 1}
 _OPTIONAL |= {'load': 2, 'gzip_bits_per_byte': 0} | _VIO
-# The same of a step of reinforcement learning, where `entropy` is the policy's.
-_RL = 'loss grad_norm lr skipped reward_std completion_length length_max ended '
-_RL += 'entropy kl kl_old clipped max_ratio zero_right zero_wrong dropped '
-_RL += 'mismatch_k3 mismatch_max mismatch_extreme grader_errors'
+# The same of an update of reinforcement learning. The numbers of a rollout may
+# be in the row of its first update alone; `entropy` is the policy's.
+_RL = """reward loss grad_norm lr skipped reward_std completion_length length_max
+ended entropy kl kl_old clipped max_ratio zero_right zero_wrong dropped
+mismatch_k3 max_mismatch mismatch_extreme grader_errors"""
 _RL_OPTIONAL = _OPTIONAL | dict.fromkeys(_RL.split(), 0)
 _PARTS = ('rewards', 'seconds')  # numbers by name
 _LIMIT = 2**32  # bytes of a file of rows
@@ -44,8 +44,8 @@ class History(NamedTuple):
   """The rows of a run, and the values of its config.json.
 
   steps, evaluations, fp8, passes: rows of metrics.jsonl. starts: rows of
-  starts.jsonl, which older runs lack. The steps of a run of reinforcement
-  learning (`is_rl`) have a reward; `passes` are its evaluations.
+  starts.jsonl, which older runs lack. is_rl: it is reinforcement learning; some
+  of the steps then have a reward, and `passes` are the evaluations.
   """
 
   folder: pathlib.Path
@@ -55,10 +55,7 @@ class History(NamedTuple):
   fp8: list[dict]
   passes: list[dict]
   starts: list[dict]
-
-  @property
-  def is_rl(self) -> bool:
-    return 'reward' in self.steps[0]
+  is_rl: bool
 
   @property
   def name(self) -> str:
@@ -72,16 +69,17 @@ def read(folder: pathlib.Path) -> History:
     ConfigError: the folder holds no run with a logged step, or no config.
   """
   rows, bad = _rows(folder / 'metrics.jsonl')
-  rewards = sum('reward' in row for row in rows)
-  losses = sum('loss' in row for row in rows if 'reward' not in row)
-  step = 'reward' if rewards > losses else 'loss'  # a file may be mixed
-  kinds = {}
-  for kind in (step, 'bits_per_byte', 'fp8_layers', 'pass_at_1'):
-    kinds[kind] = drawable([row for row in rows if kind in row], kind)
-    bad += sum(kind in row for row in rows) - len(kinds[kind])
+  is_rl = any('reward' in row for row in rows)
+  kinds = {'reward' if is_rl else 'loss': list(filter(_is_step, rows))}
+  for kind in ('bits_per_byte', 'fp8_layers', 'pass_at_1'):
+    kinds[kind] = [row for row in rows if kind in row]
+  for kind, of_kind in kinds.items():
+    kinds[kind] = drawable(of_kind, kind)
+    bad += len(of_kind) - len(kinds[kind])
   if bad:
     print(f'{folder}/metrics.jsonl: left out {bad} bad rows.')
-  if not kinds[step]:
+  steps, *others = kinds.values()
+  if not steps:
     raise ConfigError(
       f'{str(folder)!r}: holds no metrics.jsonl of a run with a logged step'
     )
@@ -91,7 +89,11 @@ def read(folder: pathlib.Path) -> History:
   if any(type(sizes.get(n)) is not int for n in ('layers', 'dense_layers')):
     raise ConfigError(f'{folder}/config.json: describes no model')
   starts = [row for row in _rows(folder / 'starts.jsonl')[0] if 'date' in row]
-  return History(folder, config, *kinds.values(), starts)
+  return History(folder, config, steps, *others, starts, is_rl)
+
+
+def _is_step(row: dict) -> bool:
+  return 'loss' in row or 'reward' in row
 
 
 def loads(folder: pathlib.Path) -> list[dict]:
@@ -126,6 +128,8 @@ def drawable(rows: list[dict], kind: str) -> list[dict]:
   step and the count of tokens must be finite.
   """
   cleaned = [clean(row) for row in rows]
+  if kind == 'reward':  # the routers' entropies have the name of the policy's
+    cleaned = [_without_routers(row) for row in cleaned]
   shapes = [_shapes(row, kind) for row in cleaned]
   counts = collections.Counter(shape for shape in shapes if shape)
   if not counts:
@@ -133,6 +137,11 @@ def drawable(rows: list[dict], kind: str) -> list[dict]:
   commonest = counts.most_common(1)[0][0]
   pairs = zip(cleaned, shapes, strict=True)
   return [row for row, shape in pairs if shape == commonest]
+
+
+def _without_routers(row: dict) -> dict:
+  is_policy = not isinstance(row.get('entropy'), list)
+  return {name: row[name] for name in row if name != 'entropy' or is_policy}
 
 
 def _rows(path: pathlib.Path) -> tuple[list[dict], int]:

@@ -225,8 +225,7 @@ def _balance(steps, main_layers: int) -> str:
   plot.set_ylim(0, None)
   names = (('entropy', 'Router entropy, nats'), ('bias_norm', 'Bias norm'))
   for plot, (name, title) in zip(axes[0, 1:], names, strict=True):
-    # The entropy of reinforcement learning is a number, the policy's.
-    if isinstance(steps[-1].get(name), list):
+    if isinstance(steps[-1].get(name), list):  # a number is a policy's
       plot.plot(x, [row[name] for row in steps])
     plot.set(title=f'{title}, by layer', xlabel='step')
   return _over_steps(figure, axes)

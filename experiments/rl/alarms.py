@@ -44,7 +44,7 @@ class Alarms:
     """Returns a line for each alarm that begins with a row of metrics.jsonl.
 
     Shares are from 0 to 1. A number that the row lacks changes no alarm; one
-    that is not finite is beyond its limit.
+    that is not finite is beyond its limit. A row with zero_right is a rollout.
     """
     lines = []
     for name, line in self._judge(row).items():

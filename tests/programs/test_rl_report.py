@@ -72,7 +72,7 @@ NUMBERS = {
   **{'loss': 0.0, 'grad_norm': 0.5, 'lr': 1e-5, 'skipped': 0, **FINE},
   **{'reward_std': 0.4, 'completion_length': 9.5, 'length_max': 14},
   **{'kl': 0.01, 'kl_old': 0.0, 'clipped': 0.1, 'max_ratio': 1.5},
-  **{'dropped': 0.0, 'mismatch_max': 1e-6, 'mismatch_extreme': 0.0},
+  **{'dropped': 0.0, 'max_mismatch': 1e-6, 'mismatch_extreme': 0.0},
 }
 
 
@@ -232,7 +232,7 @@ def test_rows_of_a_reward_that_cannot_be_drawn_are_left_out(tmp_path, capsys):
   bad = [
     *(step(5, **{name: 'x'}) for name in (*NUMBERS, 'reward', 'rewards')),
     *(
-      step(5, entropy=[1.0]),
+      step(5, entropy={'a': 1.0}),
       step(5, seconds=None),
       step(5, rewards={'a': 'b'}),
     ),
@@ -248,6 +248,23 @@ def test_rows_of_a_reward_that_cannot_be_drawn_are_left_out(tmp_path, capsys):
   few = history.read(write(tmp_path / 'few', few))
   assert math.isnan(few.steps[0]['reward'])
   assert len(charts.draw(few.steps, few.passes)) == 2
+
+
+def test_a_rollout_may_be_in_the_row_of_its_first_update(tmp_path):
+  plain = {'loss': 0.1, 'main_loss': 0.1, 'tokens': 9, 'clipped': 0.2}
+  plain |= {'entropy': [1.0, 2.0]}  # of two routers
+  rows = [step(n) if n % 4 == 1 else plain | {'step': n} for n in range(1, 13)]
+  run = history.read(write(tmp_path / 'run', rows))
+  assert run.is_rl and len(run.steps) == 12
+  learning, updates = charts.draw(run.steps, run.passes)
+  plots = {p.get_title(): p for p in [*learning.axes, *updates.axes]}
+  clipped = plots['Share of tokens without a gradient'].lines[0]
+  np.testing.assert_allclose(
+    clipped.get_ydata(), [0.1 if n % 4 == 0 else 0.2 for n in range(12)]
+  )
+  for title in ('Reward and held-out questions', 'Entropy and KL'):
+    assert list(plots[title].lines[0].get_xdata()) == [1, 5, 9]
+  assert len(plots['Questions that teach nothing'].patches) == 6
 
 
 def test_charts_have_the_numbers_of_the_rows(tmp_path):

@@ -78,7 +78,7 @@ BAD = [
   step(5, entropy={}),
   {'step': 5, 'loss': 1.0},
   {'step': 5, 'bits_per_byte': 'low', 'gzip_bits_per_byte': 2.6},
-  {'step': 5, 'bits_per_byte': 2.0},
+  {'step': 5, 'bits_per_byte': 2.0, 'gzip_bits_per_byte': 'x'},
   {'step': 5, 'fp8_layers': [1]},
   {'step': 5, 'fp8_layers': {'x_error': [[1.0]]}},
 ]

@@ -173,6 +173,7 @@ MICRO = freeze(base.get_config('micro'))
 DATA = dataclasses.replace(MICRO.data, packing='separate', fim_rate=0.0)
 MICRO = dataclasses.replace(
   MICRO,
+  model=dataclasses.replace(MICRO.model, layers=1, dense_layers=0),
   data=DATA,
   optim=dataclasses.replace(MICRO.optim, balance_loss=0.0),
 )
@@ -187,7 +188,14 @@ def compiled(config):
 
 @functools.cache
 def start(config=MICRO):
-  return init_state(jax.random.key(0), config)
+  """A state of random numbers; to compile the initialisation takes seconds."""
+  init = functools.partial(init_state, config=config)
+  state = jax.eval_shape(init, jax.random.key(0))
+  random = np.random.default_rng(0)
+  draw = lambda x: random.normal(0, 0.3, x.shape).astype(x.dtype)
+  params = jax.tree.map(draw, state.params)
+  zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)
+  return zeros.replace(params=params)
 
 
 def pairs_of_lengths():
@@ -227,14 +235,13 @@ def alone():
 
 @functools.cache
 def forward():
-  params, biases = start().params, start().router
-  return jax.jit(lambda x: step.predictions(params, biases, x, MICRO))
+  return jax.jit(functools.partial(step.predictions, config=MICRO))
 
 
 def likelihoods(batch):
   """The summed negative log-likelihood, and the experts' load."""
   micro = jax.tree.map(lambda x: x[0] if x.ndim else x, batch)
-  out = forward()(micro)
+  out = forward()(start().params, start().router, micro)
   return out.nll.sum(), out.stats.load
 
 
@@ -481,7 +488,8 @@ def test_the_end_token_is_learned(tmp_path):
   )
   config = dataclasses.replace(config, data=data, run=run, optim=optim)
   train.run(config, tmp_path / 'run', open_source=example_source.opened())
-  state = store.restore(tmp_path / 'run' / 'checkpoints', start(config)).state
+  like = init_state(jax.random.key(0), config)
+  state = store.restore(tmp_path / 'run' / 'checkpoints', like).state
   prompts = np.array(
     [[256, *ids(f'{w}=')] for w in ['ab', 'cd', 'ba', 'dc'] * 8]
   )

@@ -36,13 +36,15 @@ TEST = [
 ]
 TPU = ['jax[tpu]>=0.10.2']
 EVAL = ['lm-eval>=0.4.9']
-RL = ['math-verify[antlr4_13_2]>=0.9', 'reasoning-gym>=0.1.25']
+RL = ['math-verify[antlr4_13_2]>=0.9']
+GYM = ['reasoning-gym>=0.1.25']  # apart: a part of it needs a C compiler
 # The compilers of TPUs and of NVIDIA's GPUs work on any machine.
 CI = [
   *TEST,
   *TPU,
   *EVAL,
   *RL,
+  *GYM,
   'jax-cuda13-plugin>=0.10.2',
   'nvidia-cuda-nvcc>=13',
 ]
@@ -88,6 +90,7 @@ setup(
     'docs': DOCS,
     'eval': EVAL,
     'rl': RL,
+    'gym': GYM,
     'profile': ['xprof>=2.20'],
     'wandb': ['wandb>=0.19'],
     'trackio': ['trackio>=0.2'],

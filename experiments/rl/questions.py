@@ -14,7 +14,7 @@ same questions again.
                         that ends with the user. An "answer" in the form of
                         GSM8K counts from its last ####. "tests" are those of
                         `sandbox`, for an answer that is a program.
-  reasoning_gym:NAME    a generator of reasoning-gym (extra [rl])
+  reasoning_gym:NAME    a generator of reasoning-gym (extra [gym])
 
 Of reasoning-gym only questions and answers are used. Its scorers pay for an
 answer that contains the right one, and evaluate 9**9**9: a policy learns that.
@@ -236,7 +236,8 @@ def _of_gym(name: str, seed: int) -> Source:
     from reasoning_gym.factory import DATASETS
   except ImportError:
     raise ConfigError(
-      f'{_GYM}{name}: reasoning-gym is not installed: pip install "mla_moe[rl]"'
+      f'{_GYM}{name}: reasoning-gym is not installed: '
+      'pip install "mla_moe[gym]"'
     ) from None
   if name not in DATASETS:
     near = difflib.get_close_matches(name, DATASETS, 1)

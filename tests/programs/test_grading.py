@@ -249,6 +249,16 @@ def test_programs_are_graded_by_their_tests():
   assert [row.reward for row in grade_code(texts, item=item)] == [1, 0]
 
 
+def test_a_system_that_cannot_contain_a_program_is_refused(monkeypatch):
+  monkeypatch.setattr(sandbox, '_wrappers', lambda: [['false']])
+  with pytest.raises(ConfigError, match='does not run in the sandbox'):
+    sandbox.Sandbox(1.0)
+  monkeypatch.setattr(sandbox, '_wrappers', lambda: [[]])
+  monkeypatch.setattr(sandbox.os, 'geteuid', lambda: 1000)
+  with pytest.raises(ConfigError, match='permits no process namespace'):
+    sandbox.Sandbox(1.0)
+
+
 HOSTILE = {
   'fork bomb': 'import os\nwhile True:\n  os.fork()',
   'loop': 'while True:\n  pass',

@@ -12,7 +12,7 @@ ADD = [
   {'prompt': f'{a}+{b}=', 'answer': a + b} for a in range(9) for b in (1, 7)
 ]
 NEEDS_GYM = pytest.mark.skipif(
-  importlib.util.find_spec('reasoning_gym') is None, reason='extra [rl]'
+  importlib.util.find_spec('reasoning_gym') is None, reason='extra [gym]'
 )
 
 
@@ -130,7 +130,7 @@ def test_bad_files_and_names(write, tmp_path):
 
 def test_without_reasoning_gym_the_extra_is_named(monkeypatch):
   monkeypatch.setitem(__import__('sys').modules, 'reasoning_gym', None)
-  with pytest.raises(ConfigError, match=r'pip install "mla_moe\[rl\]"'):
+  with pytest.raises(ConfigError, match=r'pip install "mla_moe\[gym\]"'):
     questions.source('reasoning_gym:chain_sum', 0)
 
 

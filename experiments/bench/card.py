@@ -1,9 +1,9 @@
-"""All measurements of one accelerator, most valuable first. NOT RUN ON ONE YET.
-
-No card was at hand when this was written: every part has run at toy sizes on a
-CPU (--toy), and no figure of a GPU has been measured. On a card:
+"""All measurements of one accelerator, most valuable first.
 
   python -m experiments.bench card --minutes=8 --out=runs/card
+
+An H200 has run all parts but `products` and `train`; docs/benchmarks.md has its
+figures. On a CPU, --toy runs all parts at toy sizes.
 
 The parts, in their order: the card's own rates; FP8 products, attention and
 decoding kernels beside their oracles; a training step of V2-Lite's shape in
@@ -38,12 +38,12 @@ from . import show
 # Seconds of each part, of eight minutes.
 PARTS = {
   'card': 25,
-  'fp8': 80,
-  'attention': 60,
+  'fp8': 75,
+  'attention': 90,
   'step': 130,
-  'products': 75,
+  'products': 70,
   'decode': 50,
-  'train': 60,
+  'train': 40,
 }
 
 
@@ -156,12 +156,14 @@ class Rows:
   """The rows of one part in card.json, each written at once.
 
   A row has a figure's name, its value (None: it failed, or is not finite), the
-  unit, figures to compare it with, and whether a check is good (None: it is no
-  check).
+  unit, figures to compare it with, whether a check is good (None: it is no
+  check), and the seconds since the row before it, compilation included: after a
+  time-out they say where the part was.
   """
 
   def __init__(self, file: pathlib.Path, part: str):
     self._file, self._part = file, part
+    self._began = time.monotonic()
 
   def read(self, part: str = '') -> list[dict]:
     """Returns the rows of a part, by default this one."""
@@ -198,11 +200,15 @@ class Rows:
     row = {'figure': figure, 'value': value, 'unit': unit, 'beside': beside}
     results = self._all()
     part = results.setdefault(self._part, {'machine': {}, 'figures': []})
-    part['figures'].append({**row, 'good': good})
+    now = time.monotonic()
+    row.update(good=good, seconds=round(now - self._began, 1))
+    self._began = now
+    part['figures'].append(row)
     self._write(results)
     mark = {True: 'ok', False: 'BAD', None: ''}[good]
     text = 'failed' if value is None else f'{_number(value)} {unit}'
-    print(f'{self._part:9} {figure:40} {text:>16} {mark:3} {beside}')
+    taken = f'{row["seconds"]:.0f} s'
+    print(f'{self._part:9} {figure:40} {text:>16} {mark:3} {taken:>5} {beside}')
 
   def fail(self, figure: str, reason: object) -> None:
     """Adds a row for a figure that could not be measured."""

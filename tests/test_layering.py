@@ -1,6 +1,7 @@
 """Rules about the source itself: imports point down, nothing dangerous."""
 
 import ast
+import functools
 import graphlib
 import pathlib
 import re
@@ -30,10 +31,17 @@ FILES = [
 ]
 
 
+@functools.cache
+def parsed(path):
+  """The file's docstring, and all nodes of its syntax."""
+  tree = ast.parse(path.read_text())
+  return ast.get_docstring(tree), list(ast.walk(tree))
+
+
 def imports(path):
   """(module, name) of every import of the file, at any depth."""
   folders = path.relative_to(ROOT).parent.parts
-  for node in ast.walk(ast.parse(path.read_text())):
+  for node in parsed(path)[1]:
     if isinstance(node, ast.Import):
       for alias in node.names:
         yield alias.name, ''
@@ -47,11 +55,10 @@ def imports(path):
 @pytest.mark.parametrize('path', FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_source(path):
   folder = path.relative_to(ROOT).parts[0]
-  text = path.read_text()
-  tree = ast.parse(text)
+  docstring, nodes = parsed(path)
   if folder == 'experiments':  # which is mla_moe.experiments when installed
-    assert not re.search(r'^\s*from experiments', text, re.M)
-  assert ast.get_docstring(tree), 'opens with no paragraph'
+    assert not re.search(r'^\s*from experiments', path.read_text(), re.M)
+  assert docstring, 'opens with no paragraph'
   for module, name in imports(path):
     root = module.split('.')[0]
     assert root not in ('pickle', 'cloudpickle', 'dill', 'shelve')
@@ -67,7 +74,7 @@ def test_source(path):
         assert LEVEL[other] < LEVEL[unit] or within, f'{unit} imports {other}'
     if folder == 'configs' and root in ('mla_moe', 'experiments', 'jax'):
       assert (module, name) == ('mla_moe', 'config')
-  for node in ast.walk(tree):
+  for node in nodes:
     if isinstance(node, ast.Call):
       called = getattr(node.func, 'id', None)
       assert called not in ('eval', 'exec'), node.lineno

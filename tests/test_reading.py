@@ -6,6 +6,7 @@ into README.md and docs/reading.md.
 """
 
 import ast
+import functools
 import pathlib
 import re
 
@@ -96,12 +97,15 @@ def closure(name):
   return modules
 
 
+@functools.cache
 def nodes():
   """(file, node) of every node of the package's and the programs' syntax."""
-  for folder in ('mla_moe', 'experiments'):
-    for path in (ROOT / folder).rglob('*.py'):
-      for node in ast.walk(ast.parse(path.read_text())):
-        yield str(path.relative_to(ROOT)), node
+  return [
+    (str(path.relative_to(ROOT)), node)
+    for folder in ('mla_moe', 'experiments')
+    for path in (ROOT / folder).rglob('*.py')
+    for node in ast.walk(ast.parse(path.read_text()))
+  ]
 
 
 def functions():

@@ -43,7 +43,9 @@ def weights(case):
   return jax.jit(functools.partial(forward.unstack, config))(variables)
 
 
-@pytest.mark.parametrize('case', ['v2_lite', 'v3_yarn'])
+@pytest.mark.parametrize(
+  'case', ['v2_lite', pytest.param('v3_yarn', marks=pytest.mark.slow)]
+)
 def test_greedy_equals_transformers(case):
   config, variables, expected = golden(case)
   greedy = expected['greedy']

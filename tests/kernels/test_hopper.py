@@ -119,6 +119,7 @@ def test_absorbed_decoding_compiles_and_copies_no_pool():
   compile_all(LATENT)
 
 
+@pytest.mark.by_hand
 @pytest.mark.timeout(900)
 def test_a_training_step_compiles_with_the_kernels_in_it():
   compile_all(STEP)

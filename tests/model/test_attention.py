@@ -23,7 +23,13 @@ def inputs(t, batch=2, heads=3, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize('packed', [False, True])
-@pytest.mark.parametrize('t, heads', [(1, 3), (7, 3), (256, 3), (515, 4)])
+@pytest.mark.parametrize(
+  't, heads',
+  [
+    *((1, 3), (256, 3), (515, 4)),
+    pytest.param(7, 3, marks=pytest.mark.slow),
+  ],
+)
 def test_blocks_equal_the_oracle(t, heads, packed):
   """The last one is padded, and wide enough to be cut into parts."""
   args, g, segments = inputs(t, heads=heads)

@@ -75,8 +75,13 @@ MESHES = {
   'tensor': dict(expert=4, tensor=2),
   'context': dict(fsdp=2, expert=2, context=2),
 }
+# Each exchange over one axis, and one over two.
+FAST = [('expert', kind) for kind in ('gather', 'padded', 'ragged')]
+FAST += [('tensor', 'gather')]
 CASES = [
-  (mesh, kind)
+  pytest.param(
+    mesh, kind, marks=() if (mesh, kind) in FAST else pytest.mark.slow
+  )
   for kind in ('gather', 'padded', 'ragged')
   for mesh in MESHES
   if mesh in ('expert', 'tensor') or kind == 'gather'

@@ -187,6 +187,7 @@ def test_tied_embeddings_have_no_head():
   assert out.logits.shape == (1, 8, config.vocab)
 
 
+@SLOW
 def test_tied_embeddings_are_the_head():
   """As the model whose head is their transpose; both uses send a gradient."""
   config, _, _ = golden('v3_release')

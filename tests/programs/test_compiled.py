@@ -164,9 +164,11 @@ def libtpu(monkeypatch):
 @pytest.mark.parametrize(
   'mesh',
   [
-    *('expert', 'both'),
-    pytest.param('data', marks=pytest.mark.by_hand),
-    pytest.param('tensor', marks=pytest.mark.by_hand),
+    'both',
+    *(
+      pytest.param(mesh, marks=pytest.mark.by_hand)
+      for mesh in ('expert', 'data', 'tensor')
+    ),
   ],
 )
 def test_a_tpu_receives_what_the_arithmetic_says(mesh, libtpu):
@@ -181,7 +183,9 @@ def test_a_tpu_receives_what_the_arithmetic_says(mesh, libtpu):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize('mesh', ['both', 'expert'])
+@pytest.mark.parametrize(
+  'mesh', ['both', pytest.param('expert', marks=pytest.mark.by_hand)]
+)
 def test_a_tpu_computes_the_shared_expert_while_tokens_travel(mesh, libtpu):
   """Tokens' gather is cut into fusions: its start, products, its end."""
   config, (text, _, _) = tpu(mesh)

@@ -92,7 +92,13 @@ def kept_for_the_backward_pass(config, rows, length):
 
 
 @pytest.mark.parametrize(
-  'remat, within', [('full', 0), ('latents', 0), ('products', 0), ('none', 0.3)]
+  'remat, within',
+  [
+    ('full', 0),
+    ('products', 0),
+    pytest.param('latents', 0, marks=pytest.mark.slow),
+    pytest.param('none', 0.3, marks=pytest.mark.slow),
+  ],
 )
 def test_saved_bytes_are_those_of_the_residuals(remat, within):
   compute = ComputeConfig(remat=remat, attention='xla', experts='ragged')

@@ -124,6 +124,7 @@ def test_drafts_change_no_token_of_any_row():
   assert server.free_pages == PAGES
 
 
+@pytest.mark.slow
 def test_drafted_samples_of_one_prompt_draw_as_they_do_alone():
   _, _, tokens = golden('v3_release')
   server = make(case='v3_release', speculative=True)

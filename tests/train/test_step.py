@@ -261,7 +261,11 @@ def test_every_logical_axis_has_a_rule_and_no_parameter_collides():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  'sizes', [dict(data=8), dict(data=2, fsdp=4), dict(expert=4, tensor=2)]
+  'sizes',
+  [
+    pytest.param(dict(data=8), marks=pytest.mark.by_hand),
+    *(dict(data=2, fsdp=4), dict(expert=4, tensor=2)),
+  ],
 )
 def test_a_mesh_gives_the_single_device_step(sizes):
   mesh_config = MeshConfig(**sizes)

@@ -1,7 +1,11 @@
 """Graders: right values, errors that are no zeros, hostile answers."""
 
 import importlib.util
+import json
 import math
+import pathlib
+import re
+import runpy
 import textwrap
 import time
 
@@ -11,6 +15,7 @@ from experiments.rl import grading, matching, questions, rewards, sandbox, tasks
 from experiments.rl.questions import Question
 from mla_moe.config import ConfigError
 
+ROOT = pathlib.Path(__file__).parent.parent.parent
 SORT = questions.source('sort8', 0)
 FORM = '<think>so it is</think> <answer>{}</answer>'
 NEEDS_VERIFY = pytest.mark.skipif(
@@ -344,3 +349,21 @@ def test_math_verify():
     sum(not row.error for row in rows) - 1
   ) + [1]
   assert sum(bool(row.error) for row in rows) <= 1
+
+
+def test_the_page_is_right(tmp_path, capsys):
+  """Its lines are read; its reward of one's own gives what it says."""
+  page = (ROOT / 'docs' / 'rewards.md').read_text(encoding='utf-8')
+  lines = re.search(r'```json\n(.*?)```', page, re.S)[1]
+  lines += ''.join(
+    json.dumps({'prompt': f'{i}?', 'answer': i}) + '\n' for i in range(40)
+  )
+  (tmp_path / 'page.jsonl').write_text(lines)
+  source = questions.source(str(tmp_path / 'page.jsonl'), 0)
+  assert source.size + source.held_out_size == 45
+  program = re.search(r'```python\n(.*?)```', page, re.S)[1]
+  names = [row.split('`')[1] for row in page.splitlines() if row[:3] == '| `']
+  assert set(grading.NAMES) <= set(names)
+  (tmp_path / 'own.py').write_text(program)
+  runpy.run_path(str(tmp_path / 'own.py'))
+  assert f'`{capsys.readouterr().out.strip()}`' in page

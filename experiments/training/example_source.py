@@ -122,7 +122,12 @@ def check(config: Config) -> None:
   Raises:
     ConfigError: names the field and the fix.
   """
-  data, mesh = config.data, config.mesh
+  data, mesh, task = config.data, config.mesh, config.rl.task
+  if task:
+    raise ConfigError(
+      f'rl.task={task!r}: is for python -m experiments.rl; leave it empty to '
+      'learn from examples'
+    )
   if data.packing != 'separate' or data.fim_rate:
     raise ConfigError(
       f'data.packing={data.packing!r}, data.fim_rate={data.fim_rate:g}: '

@@ -16,7 +16,7 @@ from experiments import train, workdir
 from experiments.serving import template
 from experiments.training import example_source, examples, replay
 from mla_moe.checkpoint import store
-from mla_moe.config import ConfigError, MTPConfig, freeze
+from mla_moe.config import ConfigError, MeshConfig, MTPConfig, freeze
 from mla_moe.data import batches, packing, tokenizer
 from mla_moe.decode import generation
 from mla_moe.model import transformer
@@ -405,16 +405,19 @@ def test_an_epoch_has_each_example_once_in_any_process_and_at_any_time(
 
 def test_a_config_that_would_mix_examples_is_refused(tmp_path):
   config = written(tmp_path, 20)
-  data, mesh = config.data, config.mesh
-  joined = dataclasses.replace(data, packing='joined', fim_rate=0.1)
+  joined = dataclasses.replace(config.data, packing='joined', fim_rate=0.1)
   with pytest.raises(
     ConfigError, match='data.packing=separate --config.data.f'
   ):
     opened(dataclasses.replace(config, data=joined))
-  stages = types.SimpleNamespace(data=data, mesh=types.SimpleNamespace(stage=2))
+  stages = dataclasses.replace(MeshConfig(), stage=2)
+  staged = types.SimpleNamespace(data=config.data, mesh=stages, rl=config.rl)
   with pytest.raises(ConfigError, match='mesh.stage=2: a pipeline counts'):
-    example_source.check(stages)
-  assert mesh.stage == 1
+    example_source.check(staged)
+  rl = dataclasses.replace(config.rl, task='sort8')
+  rewarded = types.SimpleNamespace(data=config.data, mesh=config.mesh, rl=rl)
+  with pytest.raises(ConfigError, match="rl.task='sort8': is for"):
+    example_source.check(rewarded)
 
 
 def run_config(folder, steps, **changes):

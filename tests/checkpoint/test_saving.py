@@ -183,7 +183,10 @@ def test_row09_a_disk_that_takes_no_more_bytes(tmp_path):
   assert 'MiB are free' in line
 
 
-@pytest.mark.parametrize('exit_by, code', [('exit', 3), ('raise', 1)])
+@pytest.mark.parametrize(
+  'exit_by, code',
+  [('exit', 3), pytest.param('raise', 1, marks=pytest.mark.slow)],
+)
 def test_row10_leaving_right_after_a_save_keeps_it(tmp_path, exit_by, code):
   child = saver(tmp_path, 1, 9, exit_by)
   child.communicate()

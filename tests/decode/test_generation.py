@@ -64,6 +64,7 @@ def test_drafts_change_no_greedy_token():
   assert 0 <= out.accepted <= out.passes
 
 
+@pytest.mark.slow
 def test_a_stream_with_drafts_compiles_its_round_once():
   """A round's result must be of the types that the round takes."""
   config, _, expected = golden('v3_release')
@@ -120,12 +121,9 @@ def test_log_probs_are_those_of_the_training_forward():
   np.testing.assert_allclose(out.drawn, wanted, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-  'case, speculative',
-  [
-    ('v2_lite', False),
-    pytest.param('v3_release', True, marks=pytest.mark.slow),
-  ],
+  'case, speculative', [('v2_lite', False), ('v3_release', True)]
 )
 def test_samples_of_a_prompt_are_rows_of_their_own(case, speculative):
   """The pass of a prompt is shared, and all its pages are copied."""

@@ -89,6 +89,7 @@ def step_on(mesh, rows=8, length=8192):
   return compiled, shapes, cache
 
 
+@pytest.mark.slow
 def test_data_sharding_moves_no_cache():
   config, _ = made()
   compiled, moved, cache = step_on(MeshConfig(data=8))

@@ -280,6 +280,7 @@ def test_a_finished_run_tells_its_numbers_again(root):
   assert rows(root / 'first') == [row]
 
 
+@pytest.mark.slow
 def test_row13_a_second_signal_ends_at_once_and_hurts_nothing(root):
   """It comes while the save that the first asked for is being written."""
   child = program(

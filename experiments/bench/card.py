@@ -2,8 +2,8 @@
 
   python -m experiments.bench card --minutes=8 --out=runs/card
 
-An H200 has run all parts but `products` and `train`; docs/benchmarks.md has its
-figures. On a CPU, --toy runs all parts at toy sizes.
+An H200 has run all parts but `train` and most of `products`; docs/benchmarks.md
+has its figures. On a CPU, --toy runs all parts at toy sizes.
 
 The parts, in their order: the card's own rates; FP8 products, attention and
 decoding kernels beside their oracles; a training step of V2-Lite's shape in

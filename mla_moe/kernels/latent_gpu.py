@@ -21,7 +21,15 @@ from jax.experimental.pallas import triton
 from mla_moe.kernels import MASKED
 from mla_moe.types import Array, Float, Int
 
-_KEYS = 32  # the keys that one turn of the loop loads
+# Measured on an H200, 64 rows of 8,192 keys (docs/benchmarks.md): 64 keys in a
+# turn of the loop are 1.4 times as fast as 32 with 128 heads, and 4 warps are
+# better than 8 with 16. About 256 programs, two for each of 132 multiprocessors,
+# are best, so that few rows need more splits.
+_KEYS = 64
+_PROGRAMS = 256
+# A split's result is written and read again in float32. For 64 heads that moves
+# as much as reading about 4 pages of 64 keys, so a split has no fewer.
+_SPLIT_PAGES = 4
 
 
 def fits(rank: int, rope_dim: int, page: int) -> bool:
@@ -38,22 +46,29 @@ def attend(
   *,
   heads: int,
   rank: int,
-  splits: int = 8,
+  splits: int | None = None,
   interpret: bool = False,
 ) -> Float[Array, 'B G C']:
   """Returns `latent_tpu.reference` in the dtype of `q`; W is rank + rope_dim.
 
-  A row's pages are cut into at most `splits` splits.
+  A row's pages are cut into at most `splits` splits, by default into as many
+  as fill the multiprocessors.
   """
   b, rows, width = q.shape
   size, count, rope_dim = pages.shape[1], table.shape[1], width - rank
   assert fits(rank, rope_dim, size), (rank, rope_dim, size)
-  height = 16 if rows <= 16 else 32 if rows <= 32 else 64
+  # Shared memory has room for 64 rows and keys of two bytes a number, or 32.
+  long = pages.dtype.itemsize // 2
+  height = 16 if rows <= 16 else 32 if rows <= 32 or long > 1 else 64
   padded = -(-rows // height) * height
   q = jnp.pad(q, [(0, 0), (0, padded - rows), (0, 0)])
+  if splits is None:
+    most = max(count // _SPLIT_PAGES, 1)
+    splits = min(max(_PROGRAMS // (b * padded // height), 1), most)
   splits = min(splits, count)
+  keys = min(_KEYS // long, size)
   run = functools.partial(
-    _kernel, size=size, rank=rank, heads=heads, height=height,
+    _kernel, size=size, rank=rank, heads=heads, height=height, keys=keys,
     split_pages=-(-count // splits), last_token=-(-rows // heads) - 1,
   )  # fmt: skip
   whole = lambda x: pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
@@ -71,7 +86,9 @@ def attend(
       jax.ShapeDtypeStruct((splits, b, padded, rank), jnp.float32),
       jax.ShapeDtypeStruct((splits, b, padded), jnp.float32),
     ],
-    compiler_params=triton.CompilerParams(num_warps=8, num_stages=2),
+    compiler_params=triton.CompilerParams(
+      num_warps=4 if height == 16 else 8, num_stages=2
+    ),
     interpret=interpret,
     name='latent_attention',
   )(start, table, q[..., :rank], q[..., rank:], pages)
@@ -81,7 +98,7 @@ def attend(
 
 def _kernel(
   start, table, q_latent, q_rope, pages, out, lse, *, size, rank, heads,
-  height, split_pages, last_token,
+  height, keys, split_pages, last_token,
 ):  # fmt: skip
   """Writes the attention of some heads over one split, and its logsumexp."""
   row, block, split = (pl.program_id(i) for i in range(3))
@@ -89,7 +106,6 @@ def _kernel(
   line = block * height + jnp.arange(height)
   # Rows of padding see the keys of the last new token.
   last = begin + jnp.minimum(jax.lax.div(line, heads), last_token)
-  keys = min(_KEYS, size)
   ends = jax.lax.div(begin + last_token, size) + 1
   stop = jnp.minimum((split + 1) * split_pages, ends)
   stop = jnp.minimum(stop, table.shape[1])

@@ -51,11 +51,16 @@ impl, target = 'mgpu', 'mosaic_gpu'
 LATENT = """
 from mla_moe.kernels import latent_gpu
 
-run = functools.partial(latent_gpu.attend, heads=128, rank=512)
-for tokens in (1, 2):
+for heads, tokens, dtype in (
+  (128, 1, jnp.bfloat16),
+  (128, 2, jnp.bfloat16),
+  (16, 1, jnp.bfloat16),
+  (128, 1, jnp.float32),
+):
+  run = functools.partial(latent_gpu.attend, heads=heads, rank=512)
   args = (
-    shape((8, 128 * tokens, 576), jnp.bfloat16),
-    shape((4096, 64, 576), jnp.bfloat16),
+    shape((8, heads * tokens, 576), dtype),
+    shape((4096, 64, 576), dtype),
     shape((8, 64), jnp.int32),
     shape((8,), jnp.int32),
   )
@@ -63,7 +68,7 @@ for tokens in (1, 2):
     program = jax.jit(run).lower(*args).compile()
   assert calls(program, 'custom_call_target="__gpu.xla.gpu.triton"')
   # Nothing of the pool is copied on its way into the kernel.
-  pool = 4096 * 64 * 576 * 2
+  pool = 4096 * 64 * 576 * jnp.dtype(dtype).itemsize
   assert program.memory_analysis().temp_size_in_bytes < pool / 8
 """
 

@@ -45,9 +45,12 @@ def test_the_tpu_kernel_equals_the_oracle(tokens):
   chex.assert_trees_all_close(got, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize('tokens, splits', [(1, 8), (2, 2), (5, 1)])
-def test_the_gpu_kernel_equals_the_oracle(tokens, splits):
-  *args, widths = operands(80, 64, 32, tokens)
+@pytest.mark.parametrize(
+  'tokens, splits, page, count',
+  [(2, 8, 32, 3), (5, 1, 32, 3), (1, None, 64, 9)],
+)
+def test_the_gpu_kernel_equals_the_oracle(tokens, splits, page, count):
+  *args, widths = operands(80, 64, page, tokens, pages=3 * count, count=count)
   expected = latent_tpu.reference(*args, **widths)
   got = latent_gpu.attend(*args, **widths, splits=splits, interpret=True)
   chex.assert_trees_all_close(got, expected, atol=1e-5)

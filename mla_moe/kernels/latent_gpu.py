@@ -23,7 +23,7 @@ from mla_moe.types import Array, Float, Int
 
 # Measured on an H200, 64 rows of 8,192 keys (docs/benchmarks.md): 64 keys in a
 # turn of the loop are 1.4 times as fast as 32 with 128 heads, and 4 warps are
-# better than 8 with 16. About 256 programs, two for each of 132 multiprocessors,
+# better than 8 with 16. About 256 programs, two for each multiprocessor,
 # are best, so that few rows need more splits.
 _KEYS = 64
 _PROGRAMS = 256

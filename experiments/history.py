@@ -32,8 +32,8 @@ _OPTIONAL |= {'load': 2, 'gzip_bits_per_byte': 0} | _VIO
 # The same of an update of reinforcement learning. The numbers of a rollout may
 # be in the row of its first update alone; `entropy` is the policy's.
 _RL = """reward loss grad_norm lr skipped reward_std completion_length
-length_max ended entropy kl kl_old clipped max_ratio zero_right zero_wrong
-dropped mismatch_k3 max_mismatch mismatch_extreme grader_errors"""
+length_max ended entropy kl kl_old clipped ratio_max zero_right zero_wrong
+dropped mismatch_k3 mismatch_max mismatch_extreme grader_errors"""
 _RL_OPTIONAL = _OPTIONAL | dict.fromkeys(_RL.split(), 0)
 _PARTS = ('rewards', 'seconds')  # numbers by name
 _LIMIT = 2**32  # bytes of a file of rows

@@ -131,6 +131,7 @@ def _run(
       stack.callback(trackers[0].close)
     open_source = open_source or source.open_text
     setup = preparation.prepare(config, path, open_source)
+    stack.callback(setup.source.close)
     if setup.mesh:
       enter(jax.set_mesh(setup.mesh))
     run = config.run

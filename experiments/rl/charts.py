@@ -58,7 +58,7 @@ def draw(steps: list[dict], passes: list[dict]) -> list:
     (more[0, 0], 'grad_norm', 'Gradient norm'),
     (more[0, 1], 'lr', 'Learning rate'),
     (more[1, 0], 'clipped', 'Share of tokens without a gradient'),
-    (more[1, 1], 'max_ratio', 'Largest ratio'),
+    (more[1, 1], 'ratio_max', 'Largest ratio'),
   ):
     plot.set(title=title)
     _line(plot, steps, name, label='clipped' if name == 'clipped' else '')
@@ -132,7 +132,7 @@ def _spread(plot, steps):
 def _mismatch(plot, steps):
   for name, label in (
     ('mismatch_k3', 'k3, nats a token'),
-    ('max_mismatch', 'largest difference'),
+    ('mismatch_max', 'largest difference'),
     ('mismatch_extreme', 'share outside [1/2, 2]'),
   ):
     _line(plot, steps, name, label=label, least=_FLOOR)

@@ -151,6 +151,8 @@ class Recorder:
     row |= setup.source.row(number)
     self._write(row)
     self._tell(number, setup.source.headline(row) + speed)
+    for text in setup.source.notices(row):
+      self.incident(number, text)
 
   def advance(self, number: int) -> None:
     """Moves the progress bar to a step that is not logged."""

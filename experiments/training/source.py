@@ -64,6 +64,13 @@ class Source:
     vio = f'  MaxVio {row["max_vio"]:.2f}' if 'max_vio' in row else ''
     return f'loss {row["main_loss"]:.3f}{vio}'
 
+  def notices(self, row: dict) -> list[str]:
+    """Returns lines about a step's row that a person should know."""
+    return []
+
+  def close(self) -> None:
+    """Ends the source's processes and files, after the run."""
+
   def evaluate(self, setup, number: int, state: Any) -> tuple[dict, str]:
     """Returns the numbers of the held-out text, and a line about them."""
     nll, size = 0.0, 0

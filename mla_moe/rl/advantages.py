@@ -38,6 +38,20 @@ def advantages(
   return centred / np.where(flat[:, None], 1.0, spread), flat
 
 
+def without_errors(
+  rewards: Float[np.ndarray, 'Q G'],
+) -> Float[np.ndarray, 'Q G']:
+  """Returns the rewards with each NaN replaced by the mean of its group.
+
+  Such an answer, which no grader could judge, has the advantage 0. A group
+  without any reward has zeros.
+  """
+  known = ~np.isnan(rewards)
+  total = np.where(known, rewards, 0.0).sum(axis=1, keepdims=True)
+  mean = total / np.maximum(known.sum(axis=1, keepdims=True), 1)
+  return np.where(known, rewards, mean)
+
+
 def token_weights(
   counts: Int[np.ndarray, ' N'],
   used: Bool[np.ndarray, ' N'],

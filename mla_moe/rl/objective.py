@@ -39,8 +39,8 @@ def grpo(
   over the tokens of the step's answers: kl (from the reference), kl_old (k3,
   from the policy before the updates), clipped, dropped; mismatch_k3 and
   mismatch_extreme (the part of ratios outside 1/2 to 2) compare the trainer's
-  likelihoods with the rollout's. Of the ratio and of the difference in nats,
-  max_ratio and max_mismatch are the largest.
+  likelihoods with the rollout's. ratio_max is the largest ratio, mismatch_max
+  the largest difference in nats.
   """
   log_probs, inside = -out.nll[0], out.targets[0] >= 0
   place = lambda name: sequence.arrange(getattr(micro, name))
@@ -65,8 +65,8 @@ def grpo(
     'kl_old': mean(k3(old - current)),
     'mismatch_k3': mean(k3(gap)),
     'mismatch_extreme': mean((jnp.abs(gap) > jnp.log(2.0)) * 1.0),
-    'max_ratio': arrays['ratio'].max(),
-    'max_mismatch': jnp.abs(gap).max(),
+    'ratio_max': arrays['ratio'].max(),
+    'mismatch_max': jnp.abs(gap).max(),
   }
   return (place('weight') * loss).sum(), metrics
 

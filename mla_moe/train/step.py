@@ -12,7 +12,7 @@ The loss is an argument, `objective`, a function of `Predictions`: the negative
 log-likelihoods of the targets, without the logits. It returns a micro-batch's
 part of the loss, and the parts are summed, so it divides by numbers of the
 whole step (`Whole`, or arrays of the batch that the host has computed). So are
-metrics, but for the largest of those whose names begin with max_.
+metrics, but for the largest of those whose names end in _max.
 
 A step is rejected if its loss or gradient is not finite, or its main loss
 is a spike. It is computed all the same, and a `where` over the arrays that the
@@ -206,7 +206,7 @@ def _accumulate(part_of_loss, params, batch) -> tuple[PyTree, dict]:
   def add(i, sums):
     (_, metrics), grads = part(params, micro(i))
     total = jax.tree.map(jnp.add, sums, (grads, metrics))
-    largest = [name for name in metrics if name.startswith('max_')]
+    largest = [name for name in metrics if name.endswith('_max')]
     pairs = {name: (sums[1][name], metrics[name]) for name in largest}
     return total[0], total[1] | {k: jnp.maximum(*v) for k, v in pairs.items()}
 

@@ -71,8 +71,8 @@ def test_alarms_resume_from_the_rows_alone():
 NUMBERS = {
   **{'loss': 0.0, 'grad_norm': 0.5, 'lr': 1e-5, 'skipped': 0, **FINE},
   **{'reward_std': 0.4, 'completion_length': 9.5, 'length_max': 14},
-  **{'kl': 0.01, 'kl_old': 0.0, 'clipped': 0.1, 'max_ratio': 1.5},
-  **{'dropped': 0.0, 'max_mismatch': 1e-6, 'mismatch_extreme': 0.0},
+  **{'kl': 0.01, 'kl_old': 0.0, 'clipped': 0.1, 'ratio_max': 1.5},
+  **{'dropped': 0.0, 'mismatch_max': 1e-6, 'mismatch_extreme': 0.0},
 }
 
 

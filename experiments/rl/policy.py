@@ -1,0 +1,448 @@
+"""Batches of a policy's own answers: reinforcement learning in the loop.
+
+Step n belongs to rollout (n - 1) // minibatches. In a rollout's first step the
+policy answers `rl.prompts` questions, the answers are graded, and their rewards
+become advantages; the rollout's steps then learn from them, each from as many
+whole questions. Everything random follows from the run's seed and the number of
+the rollout, so a run is saved between rollouts alone and goes on bit for bit.
+Only graders have clocks: the rewards of a rollout are written before they are
+used, and a run that draws the same answers again reads them.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import pathlib
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from mla_moe import vocabulary
+from mla_moe.config import Config, ConfigError
+from mla_moe.data import batches, packing
+from mla_moe.data.tokenizer import Tokenizer
+from mla_moe.rl import advantages, episodes, objective
+
+from .. import workdir
+from ..training import source
+from . import alarms, grading, prompts, questions, rollouts
+
+_LOOKED_AT = 256  # questions whose length is known before the run
+
+
+class Group(NamedTuple):
+  """A question, and its G answers with all that an update needs."""
+
+  question: questions.Question
+  prompt: np.ndarray
+  answers: list[episodes.Answer]
+  texts: list[str]
+  rewards: np.ndarray
+  parts: list[dict]
+  ended: np.ndarray
+
+
+class Policy(source.Source):
+  """The batches of a run by reinforcement; close it after the run."""
+
+  def __init__(
+    self,
+    config: Config,
+    words: Tokenizer,
+    path: pathlib.Path,
+    own: str = '',
+    allow_code: bool = False,
+  ):
+    """Opens the questions, the prompts and the grader of a run.
+
+    Args:
+      config: of the run.
+      words: its tokenizer.
+      path: its folder.
+      own: a chat template in the place of the one beside the tokenizer.
+      allow_code: whether answers may be run as programs.
+
+    Raises:
+      ConfigError: a config that cannot be used.
+    """
+    check(config)
+    rl, tokenizer = config.rl, config.data.tokenizer
+    self._config, self._words, self._path = config, words, path
+    self._questions = questions.source(rl.task, config.run.seed)
+    folder = None
+    if tokenizer != 'byte':
+      folder = vocabulary.file_of(tokenizer).parent
+    self._prompt = prompts.maker(rl.template, words, folder, own)
+    self._check_lengths()
+    self._grader = grading.Grader(
+      self._questions,
+      dict(rl.rewards),
+      longest=rl.max_new,
+      allow_code=allow_code,
+      template=prompts.TEMPLATES.get(rl.template, '{prompt}'),
+    )
+    self._grader.__enter__()
+    if self._grader.about:
+      print(f'Rewards: {self._grader.about}.')
+    key = f'{self._questions.fingerprint} {rl.template} {own}'
+    self.fingerprint = hashlib.sha256(key.encode()).hexdigest()[:24]
+    self.heldout = []
+    self._rewards = self._alarms = None
+    self._updates: list[episodes.Episodes] = []
+    self._groups: list[Group] = []
+    self._row: dict = {}
+
+  def close(self) -> None:
+    self._grader.__exit__(None, None, None)
+    if self._rewards:
+      self._rewards.close()
+
+  def may_stop(self, number: int) -> bool:
+    return number % self._config.rl.minibatches == 0
+
+  def tokens(self, config: Config, number: int) -> int:
+    update = self._updates[(number - 1) % config.rl.minibatches]
+    return int((update.segments >= 0).sum())
+
+  def row(self, number: int) -> dict:
+    return self._row
+
+  def notices(self, row: dict) -> list[str]:
+    return self._alarms.see(row)
+
+  def headline(self, row: dict) -> str:
+    text = f'reward {row["reward"]:.3f}  length {row["completion_length"]:.1f}'
+    text += f'  entropy {row["entropy"]:.2f}'
+    if self._config.rl.beta:
+      text += f'  KL {row["kl"]:.1e}'
+    return text
+
+  def batch(self, setup, number: int, state: Any, left_out: int):
+    rl = self._config.rl
+    rollout, index = divmod(number - 1, rl.minibatches)
+    if self._alarms is None:
+      self._begin(number)
+    if not index:
+      began = time.perf_counter()
+      variables = {'params': state.params, 'router': state.router}
+      groups, seconds = self._draw(number, rollout, variables)
+      self._groups = groups
+      self._updates = self._packed(rollout, groups)
+      score = time.perf_counter()
+      self._score(setup, variables, state.reference)
+      now = time.perf_counter()
+      seconds |= {'score': now - score, 'whole': now - began}
+      self._row['seconds'] = {k: round(v, 4) for k, v in seconds.items()}
+    return self._updates[index]
+
+  def _begin(self, number: int) -> None:
+    """Reads the run's own files up to the step before `number`."""
+    rows = workdir.rows(self._path / 'metrics.jsonl')
+    rows = [r for r in rows if 'reward' in r and r['step'] < number]
+    self._alarms = alarms.Alarms.after(rows)
+    workdir.rewind(self._path / 'groups.jsonl', number - 1)
+    file = self._path / 'rewards.jsonl'
+    self._recorded = {row['rollout']: row for row in workdir.rows(file)}
+    self._rewards = workdir.Rows(file)
+
+  def _draw(self, number, rollout, variables) -> tuple[list[Group], dict]:
+    """Returns the groups of a rollout, and the seconds of its parts.
+
+    With `rl.dynamic` it draws again until `rl.prompts` groups have a spread;
+    groups without one fill the places that stay empty.
+    """
+    rl = self._config.rl
+    rounds = max(rl.dynamic, 1)
+    seconds = {'rollout': 0.0, 'grade': 0.0}
+    useful, flat, drawn = [], [], []
+    for turn in range(rounds):
+      draw = rollout * rounds + turn
+      groups = self._round(number, draw, variables, seconds)
+      drawn += groups
+      for group in groups:
+        spread = group.rewards.max() > group.rewards.min()
+        (useful if spread else flat).append(group)
+      if not rl.dynamic or len(useful) >= rl.prompts:
+        break
+    else:
+      if rl.dynamic:
+        print(
+          f'Rollout {rollout}: only {len(useful)} of {rl.prompts} questions '
+          f'have both right and wrong answers after rl.dynamic={rl.dynamic} '
+          'rounds.'
+        )
+    self._row = _summary(drawn)
+    if not rl.dynamic:
+      return drawn, seconds
+    return (useful + flat)[: rl.prompts], seconds
+
+  def _round(self, number, draw, variables, seconds) -> list[Group]:
+    """Returns the graded groups of one draw of `rl.prompts` questions."""
+    rl, began = self._config.rl, time.perf_counter()
+    first = draw * rl.prompts
+    items = [self._questions.train(first + i) for i in range(rl.prompts)]
+    ids = [self._prompt(item.text) for item in items]
+    seeds = rollouts.seeds(self._config.run.seed, draw, rl.prompts * rl.samples)
+    drawn = rollouts.draw(self._config, variables, ids, seeds)
+    middle = time.perf_counter()
+    texts = [self._words.decode(tokens) for tokens in drawn.tokens]
+    each = [item for item in items for _ in range(rl.samples)]
+    graded = self._graded(number, draw, each, texts, drawn.tokens)
+    end = time.perf_counter()
+    seconds['rollout'] += middle - began
+    seconds['grade'] += end - middle
+    return self._grouped(items, ids, drawn, texts, graded)
+
+  def _graded(self, number, draw, items, texts, tokens) -> list:
+    """Returns the grades, which are in rewards.jsonl before they are used."""
+    digest = hashlib.sha256()
+    for ids in tokens:
+      digest.update(np.append(len(ids), ids).astype('<i4').tobytes())
+    key = digest.hexdigest()[:32]
+    row = self._recorded.get(draw)
+    if row and row['tokens'] == key:
+      return [grading.Graded(*grade) for grade in row['grades']]
+    if row:
+      print(
+        f'ATTENTION, step {number}: the answers differ from those that '
+        'rewards.jsonl has (another device or version?); they are graded anew.'
+      )
+    grades = self._grader.grade(items, texts, [len(ids) for ids in tokens])
+    row = {'step': number, 'rollout': draw, 'tokens': key, 'grades': grades}
+    self._rewards.append(row)
+    self._recorded[draw] = row
+    return grades
+
+  def _grouped(self, items, ids, drawn, texts, graded) -> list[Group]:
+    """Returns the groups with their advantages; the weights come later."""
+    rl = self._config.rl
+    shape = len(items), rl.samples
+    counts = np.array([len(tokens) for tokens in drawn.tokens])
+    rewards = np.array([grade.reward for grade in graded], np.float64)
+    penalty = advantages.overlong_penalty(counts, rl.max_new, rl.overlong)
+    rewards = advantages.without_errors((rewards + penalty).reshape(shape))
+    advantage, _ = advantages.advantages(rewards, rl.scale)
+    groups = []
+    for q, item in enumerate(items):
+      rows = range(q * rl.samples, (q + 1) * rl.samples)
+      answers = [
+        episodes.Answer(ids[q], drawn.tokens[r], drawn.log_probs[r], a, 0.0)
+        for r, a in zip(rows, advantage[q], strict=True)
+      ]
+      groups.append(
+        Group(
+          item,
+          ids[q],
+          answers,
+          [texts[r] for r in rows],
+          rewards[q],
+          [graded[r].parts | {'error': graded[r].error} for r in rows],
+          drawn.ended[q],
+        )
+      )
+    return groups
+
+  def _packed(self, rollout, groups) -> list[episodes.Episodes]:
+    """Returns the updates of a rollout, each of as many random groups."""
+    rl, data = self._config.rl, self._config.data
+    key = (self._config.run.seed << 20) + rollout
+    order = batches.permute(np.arange(len(groups)), len(groups), key)
+    micro = data.micro_batch or data.batch_size
+    updates = []
+    for part in order.reshape(rl.minibatches, -1):
+      chosen = [groups[i] for i in part]
+      answers = [answer for group in chosen for answer in group.answers]
+      used = np.ones(len(answers), bool)
+      if rl.truncated == 'drop':
+        used = np.concatenate([group.ended for group in chosen])
+      counts = np.array([len(answer.tokens) for answer in answers])
+      weights = advantages.token_weights(counts, used, rl.aggregate, rl.max_new)
+      answers = [
+        answer._replace(weight=weight)
+        for answer, weight in zip(answers, weights, strict=True)
+      ]
+      fresh = not updates
+      updates.append(episodes.pack(answers, data.seq_len, micro, fresh))
+    return updates
+
+  def _score(self, setup, variables, reference) -> None:
+    """Gives the updates the log-probabilities that they are compared with."""
+    scorer = _scorer(setup.config, setup.mesh)
+    score = lambda weights, batch: np.asarray(
+      scorer(weights, setup.place(batch))
+    )
+    for i, update in enumerate(self._updates):
+      if not update.fresh:  # else the old policy is the update's own
+        update = update._replace(old=score(variables, update))
+      if reference:
+        update = update._replace(reference=score(reference, update))
+      self._updates[i] = update
+
+  def evaluate(self, setup, number: int, state: Any) -> tuple[dict, str]:
+    """Returns the part of held-out questions answered right, greedily."""
+    rl = self._config.rl
+    count = min(rl.heldout, self._questions.held_out_size or rl.heldout)
+    items = [self._questions.held_out(i) for i in range(count)]
+    ids = [self._prompt(item.text) for item in items]
+    variables = {'params': state.params, 'router': state.router}
+    drawn = rollouts.draw(self._config, variables, ids, None)
+    texts = [self._words.decode(tokens) for tokens in drawn.tokens]
+    lengths = [len(tokens) for tokens in drawn.tokens]
+    graded = self._grader.grade(items, texts, lengths)
+    right = [_rightness(grade.parts, grade.reward) for grade in graded]
+    share = float(np.nanmean(right)) if right else 0.0
+    return {'pass_at_1': share}, f'held out, greedy: {share:.1%} right'
+
+  def sample(self, setup, number: int, state: Any, folder: pathlib.Path):
+    """Writes two groups of the last rollout: its first, and its widest."""
+    if not self._groups:
+      return
+    widest = max(self._groups, key=lambda group: group.rewards.std())
+    chosen = [self._groups[0], widest]
+    rows = workdir.Rows(self._path / 'groups.jsonl')
+    with open(folder / 'samples.txt', 'a', encoding='utf-8') as file:
+      for group in chosen[: 1 + (widest is not self._groups[0])]:
+        rows.append({'step': number, **_shown(group)})
+        file.write(f'--- step {number}\n{group.question.text}<<<\n')
+        for text, reward in zip(group.texts, group.rewards, strict=True):
+          file.write(f'{reward:+.3f}  {text}\n')
+    rows.close()
+
+  def _check_lengths(self) -> None:
+    """Refuses a config whose rows or positions are too short."""
+    rl, length = self._config.rl, self._config.data.seq_len
+    size = self._questions.size or _LOOKED_AT
+    items = [self._questions.train(i) for i in range(min(size, _LOOKED_AT))]
+    longest = max(len(self._prompt(item.text)) for item in items)
+    need = packing.columns(longest, rl.max_new)
+    if need > length:
+      raise ConfigError(
+        f'data.seq_len={length}: a prompt of {longest} tokens and an answer of '
+        f'rl.max_new={rl.max_new} need {need} columns; set '
+        f'--config.data.seq_len={need}'
+      )
+
+
+@functools.lru_cache(maxsize=4)
+def _scorer(config: Config, mesh):
+  """Returns the jitted `objective.log_probs` of the config."""
+  places = {}
+  if mesh:
+    replicated = jax.sharding.PartitionSpec()
+    places['out_shardings'] = jax.sharding.NamedSharding(mesh, replicated)
+  return jax.jit(
+    functools.partial(objective.log_probs, config=config), **places
+  )
+
+
+def check(config: Config) -> None:
+  """Refuses a config that reinforcement learning cannot run.
+
+  Raises:
+    ConfigError: names the field and the fix.
+  """
+  rl, data, run = config.rl, config.data, config.run
+  if not rl.task:
+    raise ConfigError(
+      "rl.task='': names the questions; set --config.rl.task=sort8, or a "
+      '.jsonl file of questions and answers'
+    )
+  if config.model.eos_id < 0:
+    raise ConfigError(
+      'model.eos_id=-1: without an end token no answer ends; set one'
+    )
+  rows = rl.prompts * rl.samples // rl.minibatches
+  rules = [
+    ('data.batch_size', data.batch_size, rows, 'the answers of an update'),
+    ('data.packing', data.packing, 'separate', 'answers see no other ones'),
+    ('data.batch_start', data.batch_start, 0, 'a rollout does not grow'),
+    ('mesh.stage', config.mesh.stage, 1, 'a pipeline counts padding'),
+    ('optim.spike_sigma', config.optim.spike_sigma, 0, 'losses are near 0'),
+    ('run.keep_best', run.keep_best, 0, 'there are no bits per byte'),
+    ('processes', jax.process_count(), 1, 'one process draws all answers'),
+  ]
+  for name, value, right, reason in rules:
+    if value != right:
+      raise ConfigError(
+        f'{name}={value!r}: {reason}; it must be {right!r} here'
+      )
+  for name in ('steps', 'save_every'):
+    if getattr(run, name) % rl.minibatches:
+      raise ConfigError(
+        f'run.{name}={getattr(run, name)}: must be a multiple of '
+        f'rl.minibatches={rl.minibatches}, since a run is saved between '
+        'rollouts'
+      )
+
+
+def opened(own: str = '', allow_code: bool = False) -> source.Open:
+  """Returns the function that opens the source of a run, for the loop."""
+  return lambda config, words, path: Policy(
+    config, words, path, own, allow_code
+  )
+
+
+def _rightness(parts: dict, reward: float) -> float:
+  """Returns the reward that says whether an answer is right."""
+  for name in ('accuracy', 'code'):
+    if name in parts:
+      return parts[name]
+  return reward
+
+
+def _summary(groups: list[Group]) -> dict:
+  """Returns the numbers of a rollout for metrics.jsonl."""
+  answers = [answer for group in groups for answer in group.answers]
+  parts = [part for group in groups for part in group.parts]
+  lengths = np.array([len(answer.tokens) for answer in answers])
+  rewards = np.stack([group.rewards for group in groups])
+  flat = rewards.max(1) == rewards.min(1)
+  right = np.array(
+    [
+      np.nanmean(
+        [
+          _rightness(part, reward)
+          for part, reward in zip(group.parts, group.rewards, strict=True)
+        ]
+      )
+      > 0.5
+      for group in groups
+    ]
+  )
+  names = dict.fromkeys(n for part in parts for n in part if n != 'error')
+  drawn = np.concatenate([answer.rollout for answer in answers])
+  mean = lambda name: float(np.mean([p[name] for p in parts if name in p]))
+  return {
+    'reward': float(rewards.mean()),
+    'reward_std': float(rewards.std(axis=1).mean()),
+    'rewards': {name: mean(name) for name in names},
+    'completion_length': float(lengths.mean()),
+    'length_max': int(lengths.max()),
+    'ended': float(np.mean([group.ended for group in groups])),
+    'entropy': float(-drawn.astype(np.float64).mean()),
+    'zero_right': float((flat & right).mean()),
+    'zero_wrong': float((flat & ~right).mean()),
+    'grader_errors': float(np.mean([bool(part['error']) for part in parts])),
+  }
+
+
+def _shown(group: Group) -> dict:
+  """Returns a group as a row of groups.jsonl."""
+  answers = [
+    {
+      'text': group.texts[i],
+      'reward': float(group.rewards[i]),
+      'parts': {k: v for k, v in group.parts[i].items() if k != 'error'},
+      'advantage': float(answer.advantage),
+      'length': len(answer.tokens),
+      'ended': bool(group.ended[i]),
+    }
+    for i, answer in enumerate(group.answers)
+  ]
+  question = group.question
+  return {
+    'question': question.text, 'gold': question.answer, 'answers': answers
+  }  # fmt: skip

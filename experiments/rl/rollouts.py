@@ -1,0 +1,99 @@
+"""Rollouts: answers drawn from the policy that the trainer holds.
+
+There is one tree of parameters: the decoder reads the trainer's, so no weights
+are sent to an engine. A prompt is read once for all its answers. Draws depend
+on the seed of an answer and on the position alone; the seed is a hash of the
+run's, the rollout's and the answer's number, because neighbouring seeds would
+give neighbouring answers the same random numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mla_moe.config import Config
+from mla_moe.decode import generation
+
+_SHORT = 64  # tokens: answers so short are rounded up to 16 and not to 64
+
+
+class Drawn(NamedTuple):
+  """Answers to Q prompts, G each; a question's answers follow each other.
+
+  tokens: the ids of each answer, int32, the end token included. log_probs: of
+  each token under the distribution that it was drawn from, float32. ended [Q,
+  G]: whether the answer has an end token.
+  """
+
+  tokens: list[np.ndarray]
+  log_probs: list[np.ndarray]
+  ended: np.ndarray
+
+
+def seeds(run: int, rollout: int, count: int) -> np.ndarray:
+  """Returns the seeds of a rollout's answers, [count] int64 below 2**31."""
+  x = np.arange(count, dtype=np.uint64)
+  for number in (run, rollout):
+    x = _mix(x ^ _mix(np.uint64(number)))
+  return (x >> np.uint64(33)).astype(np.int64)
+
+
+def draw(
+  config: Config,
+  variables: Any,
+  prompts: Sequence[np.ndarray],
+  seeds: np.ndarray | None,
+) -> Drawn:
+  """Returns the answers to the prompts.
+
+  `rl.rows` answers are drawn at a time. Without `seeds` [Q * G] each prompt has
+  one answer, the likeliest token at each place.
+  """
+  rl, model = config.rl, config.model
+  samples = 1 if seeds is None else rl.samples
+  count = max(rl.rows // samples, 1) if rl.rows else len(prompts)
+  width = max(map(len, prompts))
+  tokens, log_probs, ended = [], [], []
+  for first in range(0, len(prompts), count):
+    part = prompts[first : first + count]
+    # The last part has as many rows as the others, so that nothing compiles.
+    part = [*part, *[part[-1]] * (min(count, len(prompts)) - len(part))]
+    knobs = {'temperature': 0.0}
+    if seeds is not None:
+      index = (first + np.arange(len(part)))[:, None] * samples
+      index = (index + np.arange(samples)).reshape(-1)
+      knobs = {'temperature': rl.temperature}
+      knobs['seed'] = seeds[np.minimum(index, len(seeds) - 1)]
+    padded = np.zeros((len(part), width), np.int32)
+    for row, ids in zip(padded, part, strict=True):
+      row[: len(ids)] = ids
+    out = generation.rollout(
+      model,
+      variables,
+      padded,
+      rl.max_new,
+      lengths=[len(ids) for ids in part],
+      stop_ids=(model.eos_id,),
+      samples=samples,
+      multiple=16 if rl.max_new <= _SHORT else 64,
+      **knobs,
+    )
+    for row, n in enumerate(out.counts):
+      tokens.append(out.tokens[row, :n])
+      log_probs.append(out.drawn[row, :n])
+    ended.append(out.ended)
+  real = len(prompts) * samples
+  whole = np.concatenate(ended)[:real].reshape(-1, samples)
+  return Drawn(tokens[:real], log_probs[:real], whole)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+  """Returns splitmix64's finaliser of x."""
+  with np.errstate(over='ignore'):
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+  return x ^ (x >> np.uint64(31))

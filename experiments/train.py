@@ -149,6 +149,8 @@ def _run(
       parts = Parts(setup, recorder, writer, watchdog, stop, trace)
       if is_warm:
         _save(parts, start)
+        if run.eval_every:  # what the weights could do before
+          _attempt(recorder.evaluate, start, recorder)
       end = _steps(parts, start)
       while end.kind == 'back':
         end = _steps(parts, _go_back(parts, end))

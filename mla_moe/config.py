@@ -22,8 +22,8 @@ from mla_moe import checked, vocabulary
 from mla_moe.checked import Checked, ConfigError, check_divides, is_number
 from mla_moe.checked import differences as differences
 from mla_moe.checked import thaw as thaw
-from mla_moe.rl_config import RLConfig
-from mla_moe.run_config import RunConfig
+from mla_moe.rl_config import RLConfig as RLConfig
+from mla_moe.run_config import RunConfig as RunConfig
 from mla_moe.variants import follow_run as follow_run
 from mla_moe.variants import smoke as smoke
 from mla_moe.variants import variant as variant

@@ -94,7 +94,23 @@ def smoke(config: Checked) -> Checked:
     save_every=10,
     check_every=5,
   )
-  optim = dataclasses.replace(config.optim, warmup_steps=5)
+  optim, rl = dataclasses.replace(config.optim, warmup_steps=5), config.rl
+  if rl.task:
+    rl = dataclasses.replace(
+      rl,
+      task='sort3',
+      template='plain',
+      rewards=(('accuracy', 1.0),),
+      prompts=4,
+      samples=4,
+      minibatches=min(rl.minibatches, 2),
+      max_new=8,
+      rows=0,
+      overlong=min(rl.overlong, 4),
+      heldout=8,
+    )
+    rows = rl.prompts * rl.samples // rl.minibatches
+    data = dataclasses.replace(data, seq_len=32, batch_size=rows)
   return dataclasses.replace(
-    config, model=small_model, data=data, run=run, optim=optim
+    config, model=small_model, data=data, run=run, optim=optim, rl=rl
   )

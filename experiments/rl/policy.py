@@ -145,7 +145,8 @@ class Policy(source.Source):
     self._alarms = alarms.Alarms.after(rows)
     workdir.rewind(self._path / 'groups.jsonl', number - 1)
     file = self._path / 'rewards.jsonl'
-    self._recorded = {row['rollout']: row for row in workdir.rows(file)}
+    rows = (row for row in workdir.rows(file) if row['step'] >= number)
+    self._recorded = {row['rollout']: row for row in rows}
     self._rewards = workdir.Rows(file)
 
   def _draw(self, number, rollout, variables) -> tuple[list[Group], dict]:

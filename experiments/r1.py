@@ -1,0 +1,120 @@
+"""From nothing to a model that has learned a task by reinforcement.
+
+  make r1        or        python -m experiments.r1 --workdir=runs/r1
+
+Three steps, each a run in a folder of its own, as R1's first stages:
+
+  cold.jsonl  questions of the task with right answers
+  cold/       a model of 0.35 M parameters imitates them (`experiments.sft`)
+              until it answers some questions right, as a cold start should
+  rl/         it is paid for right answers, and learns the rest (`.rl`)
+
+The same command resumes. --seed changes all three, --task is one of
+`experiments.rl.tasks`. The last lines compare the cold start with the end, on
+questions that neither stage has seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+
+from mla_moe.config import Config
+
+from . import cli, commands, train, workdir
+
+
+def main() -> None:
+  """Runs the stages that the command line asks for."""
+  parser = argparse.ArgumentParser(
+    prog=commands.typed('python -m experiments.r1'),
+    description=commands.typed(__doc__),
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument('--workdir', type=pathlib.Path, default='runs/r1')
+  parser.add_argument('--task', default='sort8')
+  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--cold', type=int, default=100, help='steps')
+  parser.add_argument('--steps', type=int, default=150, help='by reinforcement')
+  args = parser.parse_args()
+  with cli.edge():
+    run(args.workdir, args.task, args.seed, args.cold, args.steps)
+
+
+def run(
+  folder: pathlib.Path, task: str, seed: int, cold: int, steps: int
+) -> dict:
+  """Runs the stages in `folder`; returns rewards before and after.
+
+  Raises:
+    ConfigError: a task that there is not.
+  """
+  from .rl import policy
+  from .training import example_source
+
+  folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+  examples, longest = write_examples(folder / 'cold.jsonl', task, seed, cold)
+  sizes = [f'--config.run.seed={seed}', f'--config.data.seq_len={2 + longest}']
+  print(f'Cold start: {cold} steps on {examples:,} answers to {task}.')
+  config = _config(
+    'cold', *sizes, f'--config.data.source={folder / "cold.jsonl"}',
+    f'--config.run.steps={cold}', f'--config.run.save_every={cold}',
+  )  # fmt: skip
+  train.run(config, folder / 'cold', open_source=example_source.opened())
+  print(f'Reinforcement: {steps} steps.')
+  config = _config(
+    'zero', *sizes, f'--config.rl.task={task}', f'--config.run.steps={steps}'
+  )
+  options = train.Options(init=str(folder / 'cold'))
+  train.run(config, folder / 'rl', options, policy.opened())
+  numbers = compared(folder / 'rl')
+  print(
+    'Sampled answers right: {first:.1%} at first, {last:.1%} at the end; '
+    'held-out questions, greedily: {greedy_first:.1%}, then {greedy:.1%}.'
+    ''.format(**numbers)
+  )
+  return numbers
+
+
+def write_examples(
+  file: pathlib.Path, task: str, seed: int, steps: int
+) -> tuple[int, int]:
+  """Writes right answers to training questions, 64 for each step.
+
+  Returns:
+    Their number, and the characters of the longest question and answer.
+  """
+  from .rl import questions
+
+  source = questions.source(task, seed)
+  items = [source.train(i) for i in range(64 * steps)]
+  rows = (
+    json.dumps({'prompt': item.text, 'completion': item.answer})
+    for item in items
+  )
+  workdir.write(file, ''.join(f'{row}\n' for row in rows))
+  return len(items), max(len(x.text) + len(x.answer) for x in items)
+
+
+def compared(folder: pathlib.Path) -> dict:
+  """Returns the mean reward of the first and last ten rollouts, and pass@1."""
+  rows = workdir.rows(folder / 'metrics.jsonl')
+  rewards = [row['reward'] for row in rows if 'reward' in row]
+  greedy = [row['pass_at_1'] for row in rows if 'pass_at_1' in row]
+  mean = lambda values: sum(values) / max(len(values), 1)
+  return {
+    'first': mean(rewards[:10]),
+    'last': mean(rewards[-10:]),
+    'greedy_first': greedy[0] if greedy else 0.0,
+    'greedy': greedy[-1] if greedy else 0.0,
+  }
+
+
+def _config(variant: str, *words: str) -> Config:
+  """Returns a variant of `configs/r1_tiny.py` with some fields changed."""
+  return cli.config_of([f'--config=r1_tiny:{variant}', *words], cli.define)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,315 @@
+"""Reinforcement learning in the loop: ratios, references, resume, refusals."""
+
+import dataclasses
+import json
+import shutil
+
+import chex
+import jax
+import numpy as np
+import pytest
+from configs import r1, r1_tiny
+
+from experiments import train, workdir
+from experiments.rl import grading, policy, rollouts
+from mla_moe import config as c
+from mla_moe.checkpoint import store
+from mla_moe.config import ConfigError, freeze
+from mla_moe.train.load import load_run
+
+STEPS = 6
+
+
+def small(run=None, data=None, optim=None, **rl):
+  """The smoke config: six updates, two a rollout, of four questions."""
+  config = freeze(r1_tiny.get_config('v32,smoke'))
+  change = dataclasses.replace
+  fields = dict(temperature=0.7, kl_form='k3', refresh=2, beta=0.1)
+  model = change(
+    config.model, dim=32, dense_width=32, compute=config.model.compute
+  )
+  run = dict(steps=STEPS, save_every=2, eval_every=6, sample_every=4) | (
+    run or {}
+  )
+  run = {'keep': 9, 'check_every': 1} | run
+  return change(
+    config,
+    model=model,
+    run=change(config.run, **run),
+    data=change(config.data, **(data or {})),
+    optim=change(config.optim, **(optim or {})),
+    rl=change(config.rl, **(fields | rl)),
+  )
+
+
+class Fake(grading.Grader):
+  """Pays for the variety of an answer's bytes; the fifth is an error."""
+
+  graded = 0
+
+  def _one(self, item, text, is_cut):
+    Fake.graded += 1
+    reward = float(len(set(text)) % 3)
+    if len(set(text)) % 7 == 5:
+      return grading.Graded(float('nan'), {}, 'no answer')
+    return grading.Graded(reward, {'accuracy': reward > 1}, '')
+
+
+@pytest.fixture(autouse=True)
+def _fake(monkeypatch):
+  monkeypatch.setattr(grading, 'Grader', Fake)
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  """A run that nothing disturbs."""
+  folder = tmp_path_factory.mktemp('rl') / 'run'
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(grading, 'Grader', Fake)
+    train.run(small(), folder, open_source=policy.opened())
+  return folder
+
+
+def rows(folder, name='metrics'):
+  return workdir.rows(folder / f'{name}.jsonl')
+
+
+def steps(folder):
+  return [row for row in rows(folder) if 'reward' in row]
+
+
+def test_a_run_has_the_numbers_and_files_of_its_rollouts(whole):
+  first = steps(whole)[0]
+  names = 'reward rewards completion_length entropy kl mismatch_k3 ended '
+  names += 'zero_right zero_wrong grader_errors ratio_max kl_old clipped'
+  assert set(names.split()) <= first.keys()
+  assert [row['step'] for row in rows(whole) if 'pass_at_1' in row] == [6]
+  rewards = {row['reward'] for row in steps(whole)}
+  assert len(rewards) == 3  # one a rollout, of two updates
+  assert [row['rollout'] for row in rows(whole, 'rewards')] == [0, 1, 2]
+  groups = rows(whole, 'groups')
+  assert {row['step'] for row in groups} == {4, 6}
+  assert all(len(row['answers']) == 4 for row in groups)
+  report = (whole / 'report.html').read_text()
+  assert 'pass@1' in report or 'pass_at_1' in report
+  advantage = np.array([a['advantage'] for a in groups[0]['answers']])
+  reward = np.array([a['reward'] for a in groups[0]['answers']])
+  chex.assert_trees_all_close(advantage, reward - reward.mean(), atol=1e-9)
+
+
+def test_the_policy_of_a_rollout_is_that_of_its_first_update(whole):
+  for row in steps(whole):
+    is_first = row['step'] % 2 == 1
+    assert (row['ratio_max'] == 1.0) == is_first
+    assert (row['kl_old'] == 0.0) == is_first
+    # Rollout and trainer, at T = 0.7: two programs, one policy.
+    assert 0 < row['mismatch_max'] < 5e-5
+    assert row['mismatch_extreme'] == 0
+
+
+def test_the_reference_is_the_policy_of_each_second_step(whole):
+  kl = {row['step']: row['kl'] for row in steps(whole)}
+  # The reference's likelihoods are of a program of their own.
+  assert all((kl[step] < 1e-9) == (step % 2 == 1) for step in kl), kl
+
+
+def test_biases_do_not_move(whole):
+  saved = [store_state(whole, step) for step in (2, 6)]
+  chex.assert_trees_all_equal(saved[0].router, saved[1].router)
+  different = jax.tree.map(
+    lambda a, b: bool((a != b).any()), saved[0].params, saved[1].params
+  )
+  assert all(jax.tree.leaves(different))
+
+
+def store_state(folder, step):
+  from mla_moe.train.load import shapes
+
+  like = shapes(workdir.read_config(folder))
+  return store.restore(folder / 'checkpoints', like, before=step + 1).state
+
+
+@pytest.fixture(scope='module')
+def resumed(whole, tmp_path_factory):
+  """The run, killed after its third update and before the rewards' end."""
+  folder = tmp_path_factory.mktemp('again') / 'run'
+  shutil.copytree(whole, folder)
+  for step in (4, 6):
+    shutil.rmtree(folder / 'checkpoints' / str(step))
+  Fake.graded = 0
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(grading, 'Grader', Fake)
+    train.run(small(), folder, open_source=policy.opened())
+  return folder
+
+
+def test_a_run_goes_on_bit_for_bit(whole, resumed):
+  clean = lambda row: {
+    name: value
+    for name, value in row.items()
+    if name not in ('seconds', 'memory_mib', 'tokens_per_s', 'mfu')
+  }
+  assert list(map(clean, rows(whole))) == list(map(clean, rows(resumed)))
+  assert rows(whole, 'fingerprints') == rows(resumed, 'fingerprints')
+  assert rows(whole, 'groups') == rows(resumed, 'groups')
+
+
+def test_rewards_are_read_and_not_judged_again(whole, resumed):
+  assert Fake.graded == 8  # of the greedy answers at the end, alone
+  assert len(rows(resumed, 'rewards')) == 3
+
+
+def test_a_step_computed_again_is_the_same(whole, capsys):
+  from experiments.training import replay
+
+  replay.replay(whole, 4, open_source=policy.opened())
+  assert 'arrays are the same' in capsys.readouterr().out
+
+
+def test_other_answers_are_judged_anew(whole, tmp_path, capsys):
+  folder = tmp_path / 'run'
+  shutil.copytree(whole, folder)
+  shutil.rmtree(folder / 'checkpoints' / '6')
+  file = folder / 'rewards.jsonl'
+  lines = [json.loads(line) for line in file.read_text().splitlines()]
+  lines[2]['tokens'] = 'of another machine'
+  file.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  train.run(small(), folder, open_source=policy.opened())
+  assert 'graded anew' in capsys.readouterr().out
+  assert rows(whole, 'fingerprints') == rows(folder, 'fingerprints')
+
+
+def test_the_split_into_micro_batches_changes_nothing(whole, tmp_path):
+  config = small(data={'micro_batch': 2}, run={'steps': 2})
+  train.run(config, tmp_path / 'run', open_source=policy.opened())
+  for one, two in zip(steps(whole), steps(tmp_path / 'run'), strict=False):
+    assert one['reward'] == two['reward']
+    for name in ('loss', 'grad_norm', 'kl', 'kl_old', 'ratio_max'):
+      chex.assert_trees_all_close(one[name], two[name], rtol=1e-4, atol=1e-7)
+
+
+def test_equal_rewards_and_no_reference_move_nothing(tmp_path, monkeypatch):
+  monkeypatch.setattr(
+    Fake, '_one', lambda *_: grading.Graded(1.0, {'accuracy': 1.0}, '')
+  )
+  config = small(beta=0.0, run={'steps': 2})
+  train.run(config, tmp_path, open_source=policy.opened())
+  assert [row['grad_norm'] for row in steps(tmp_path)] == [0.0, 0.0]
+  assert steps(tmp_path)[0]['zero_right'] == 1.0
+  from mla_moe.train.state import init_state
+
+  fresh = init_state(jax.random.key(config.run.seed), config)
+  _, variables = load_run(tmp_path)
+  chex.assert_trees_all_equal(variables['params'], fresh.params)
+
+
+def test_dynamic_sampling_fills_a_rollout_or_says_so(tmp_path, capsys):
+  config = small(dynamic=2, prompts=8, samples=2, run={'steps': 2})
+  train.run(config, tmp_path, open_source=policy.opened())
+  drawn = len(rows(tmp_path, 'rewards'))
+  assert drawn in (1, 2)
+  said = 'have both right and wrong answers' in capsys.readouterr().out
+  assert not said or drawn == 2
+
+
+def test_seeds_are_all_different():
+  seeds = [rollouts.seeds(7, number, 4096) for number in range(4)]
+  assert len(set(np.concatenate(seeds).tolist())) > 4 * 4096 - 4
+  assert np.concatenate(seeds).max() < 2**31
+  chex.assert_trees_all_equal(seeds[1], rollouts.seeds(7, 1, 4096))
+  # Neighbours are not alike: no seed follows another.
+  assert np.mean(np.diff(seeds[0]) == 1) == 0
+
+
+def test_answers_drawn_in_parts_are_the_same(tmp_path):
+  config = small(run={'steps': 2}, rows=8)
+  train.run(config, tmp_path / 'parts', open_source=policy.opened())
+  train.run(
+    small(run={'steps': 2}), tmp_path / 'all', open_source=policy.opened()
+  )
+  one, two = (rows(tmp_path / name, 'rewards') for name in ('parts', 'all'))
+  assert [row['tokens'] for row in one] == [row['tokens'] for row in two]
+
+
+@pytest.mark.parametrize(
+  ('change', 'words'),
+  [
+    (dict(task=''), "rl.task='': names the questions"),
+    (dict(task='sort99'), 'sort99'),
+    (dict(minibatches=1), 'data.batch_size=8: the answers of an update'),
+    (dict(data={'packing': 'joined'}), "data.packing='joined'"),
+    (dict(data={'seq_len': 8}), 'rl.max_new=8 need'),
+    (dict(run={'steps': 3}), 'run.steps=3: must be a multiple'),
+    (dict(run={'save_every': 1}), 'run.save_every=1: must be a multiple'),
+    (dict(optim={'spike_sigma': 3.0}), 'optim.spike_sigma=3.0'),
+    (dict(rewards=(('luck', 1.0),)), 'luck'),
+    (dict(template='chat'), 'template'),
+  ],
+)
+def test_what_cannot_be_learned_is_refused(
+  change, words, tmp_path, monkeypatch
+):
+  monkeypatch.undo()  # the real grader
+  with pytest.raises(ConfigError) as error:
+    train.run(small(**change), tmp_path, open_source=policy.opened())
+  assert words in str(error.value)
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ('field', 'value', 'words'),
+  [
+    ('samples', 1, 'at least 2 answers'),
+    ('temperature', 0.0, 'greedy answers'),
+    ('minibatches', 3, 'must divide prompts'),
+    ('rewards', (('accuracy', 0.0),), 'some weight not 0'),
+    ('rewards', ('accuracy',), '(name, weight) pairs'),
+    ('rows', 7, 'multiple of samples'),
+    ('kl_form', 'k1', 'must be one of k3, unbiased'),
+  ],
+)
+def test_fields_that_say_nothing_are_refused(field, value, words):
+  with pytest.raises(ConfigError) as error:
+    dataclasses.replace(small().rl, **{field: value})
+  assert words in str(error.value)
+
+
+def test_text_is_not_trained_on_by_a_task(tmp_path):
+  with pytest.raises(ConfigError, match='is for python -m experiments.rl'):
+    train.run(small(), tmp_path)
+
+
+def test_the_published_numbers():
+  rl = freeze(r1.get_config()).rl
+  assert (rl.beta, rl.clip_low, rl.clip_high) == (0.001, 10.0, 10.0)
+  assert (rl.samples, rl.prompts // rl.minibatches) == (16, 32)
+  assert (rl.refresh, rl.temperature, rl.max_new) == (400, 1.0, 32768)
+  assert freeze(r1.get_config()).optim.learning_rate == 3e-6
+  final = freeze(r1.get_config('all'))
+  assert (final.rl.temperature, final.run.steps) == (0.7, 1696)
+  assert dict(final.rl.rewards)['language'] == 1.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('axes', [dict(data=2, fsdp=2, expert=2)])
+def test_eight_devices_are_one(axes, whole, tmp_path):
+  config = dataclasses.replace(
+    small(run={'steps': 2}), mesh=c.MeshConfig(**axes)
+  )
+  train.run(config, tmp_path / 'run', open_source=policy.opened())
+  for one, two in zip(steps(whole), steps(tmp_path / 'run'), strict=False):
+    assert one['reward'] == two['reward']
+    for name in ('loss', 'grad_norm', 'kl'):
+      chex.assert_trees_all_close(one[name], two[name], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('seed', [0, 1, 2])
+def test_a_model_learns_to_sort(seed, tmp_path, monkeypatch):
+  """The worst of three seeds: more than half right, from a tenth."""
+  from experiments import r1 as program
+
+  monkeypatch.undo()
+  numbers = program.run(tmp_path, 'sort8', seed, 100, 150)
+  assert numbers['first'] <= 0.35 and numbers['last'] >= 0.55, numbers
+  assert numbers['greedy'] >= 0.70, numbers

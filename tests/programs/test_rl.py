@@ -8,8 +8,8 @@ import chex
 import jax
 import numpy as np
 import pytest
-from configs import r1, r1_tiny
 
+from configs import r1, r1_tiny
 from experiments import train, workdir
 from experiments.rl import grading, policy, rollouts
 from mla_moe import config as c

@@ -63,7 +63,8 @@ def draw(steps: list[dict], passes: list[dict]) -> list:
     plot.set(title=title)
     _line(plot, steps, name, label='clipped' if name == 'clipped' else '')
   _line(more[1, 0], steps, 'dropped', label='dropped')
-  more[0, 0].set_yscale('log')
+  if any(row.get('grad_norm', 0) > 0 for row in steps):
+    more[0, 0].set_yscale('log')
   for plot in [*axes.flat, *more.flat]:
     plot.set_xlabel('step')
     plot.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)

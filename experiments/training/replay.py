@@ -44,7 +44,10 @@ def replay(
   recorded, left_out = _recorded(folder, number)
   open_source = open_source or source.open_text
   setup = preparation.prepare(config, folder, open_source)
-  with jax.set_mesh(setup.mesh) if setup.mesh else contextlib.nullcontext():
+  with contextlib.ExitStack() as stack:
+    stack.callback(setup.source.close)
+    if setup.mesh:
+      stack.enter_context(jax.set_mesh(setup.mesh))
     start = progress.resume(setup, before=number, allow_unsealed=allow_unsealed)
     if start is None:
       raise ConfigError(

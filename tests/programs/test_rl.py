@@ -15,6 +15,7 @@ from experiments.rl import grading, policy, rollouts
 from mla_moe import config as c
 from mla_moe.checkpoint import store
 from mla_moe.config import ConfigError, freeze
+from mla_moe.data import tokenizer
 from mla_moe.train.load import load_run
 
 STEPS = 6
@@ -52,7 +53,7 @@ class Fake(grading.Grader):
     reward = float(len(set(text)) % 3)
     if len(set(text)) % 7 == 5:
       return grading.Graded(float('nan'), {}, 'no answer')
-    return grading.Graded(reward, {'accuracy': reward > 1}, '')
+    return grading.Graded(reward, {'accuracy': float(reward > 1)}, '')
 
 
 @pytest.fixture(autouse=True)
@@ -179,6 +180,7 @@ def test_other_answers_are_judged_anew(whole, tmp_path, capsys):
   assert rows(whole, 'fingerprints') == rows(folder, 'fingerprints')
 
 
+@pytest.mark.slow
 def test_the_split_into_micro_batches_changes_nothing(whole, tmp_path):
   config = small(data={'micro_batch': 2}, run={'steps': 2})
   train.run(config, tmp_path / 'run', open_source=policy.opened())
@@ -188,6 +190,7 @@ def test_the_split_into_micro_batches_changes_nothing(whole, tmp_path):
       chex.assert_trees_all_close(one[name], two[name], rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_equal_rewards_and_no_reference_move_nothing(tmp_path, monkeypatch):
   monkeypatch.setattr(
     Fake, '_one', lambda *_: grading.Graded(1.0, {'accuracy': 1.0}, '')
@@ -203,13 +206,33 @@ def test_equal_rewards_and_no_reference_move_nothing(tmp_path, monkeypatch):
   chex.assert_trees_all_equal(variables['params'], fresh.params)
 
 
-def test_dynamic_sampling_fills_a_rollout_or_says_so(tmp_path, capsys):
-  config = small(dynamic=2, prompts=8, samples=2, run={'steps': 2})
-  train.run(config, tmp_path, open_source=policy.opened())
-  drawn = len(rows(tmp_path, 'rewards'))
-  assert drawn in (1, 2)
-  said = 'have both right and wrong answers' in capsys.readouterr().out
-  assert not said or drawn == 2
+@pytest.mark.parametrize(
+  ('rewards', 'kept', 'said'),
+  [
+    ([[0, 1], [1, 1], [0, 1], [0, 0]], [0, 2, 4, 6], False),
+    ([[0, 0], [1, 1], [0, 1], [0, 0]], [2, 6, 0, 1], True),
+  ],
+)
+def test_dynamic_sampling_fills_a_rollout_or_says_so(
+  rewards, kept, said, tmp_path, monkeypatch, capsys
+):
+  """Of two rounds of four questions, those with a spread come first."""
+
+  def one_round(self, number, draw, variables, seconds):
+    return [
+      policy.Group(4 * draw + i, *[None] * 3, np.array(r), [{}, {}], None)
+      for i, r in enumerate(rewards)
+    ]
+
+  monkeypatch.setattr(policy.Policy, '_round', one_round)
+  monkeypatch.setattr(policy, '_summary', lambda groups: {'all': len(groups)})
+  config = small(dynamic=2)
+  source = policy.Policy(config, tokenizer.load('byte'), tmp_path)
+  groups, _ = source._draw(1, 0, None)
+  assert [group.question for group in groups] == kept
+  assert source.row(1) == {'all': 8}
+  text = 'only 2 of 4 questions have both right and wrong'
+  assert (text in capsys.readouterr().out) == said
 
 
 def test_seeds_are_all_different():
@@ -221,14 +244,18 @@ def test_seeds_are_all_different():
   assert np.mean(np.diff(seeds[0]) == 1) == 0
 
 
-def test_answers_drawn_in_parts_are_the_same(tmp_path):
-  config = small(run={'steps': 2}, rows=8)
-  train.run(config, tmp_path / 'parts', open_source=policy.opened())
-  train.run(
-    small(run={'steps': 2}), tmp_path / 'all', open_source=policy.opened()
-  )
-  one, two = (rows(tmp_path / name, 'rewards') for name in ('parts', 'all'))
-  assert [row['tokens'] for row in one] == [row['tokens'] for row in two]
+def test_answers_drawn_in_parts_are_the_same(whole):
+  _, variables = load_run(whole)
+  prompts = [np.array([256, *range(n)], np.int32) for n in (3, 5, 4)]
+  seeds = rollouts.seeds(0, 0, 12)
+  config = small()
+  draw = lambda rows: rollouts.draw(small(rows=rows), variables, prompts, seeds)
+  one, two = draw(0), draw(8)
+  chex.assert_trees_all_equal(one.tokens, two.tokens)
+  chex.assert_trees_all_close(one.log_probs, two.log_probs, atol=1e-5)
+  # An answer begins anew with its own prompt and seed.
+  alone = rollouts.draw(config, variables, prompts[:1], seeds[:4])
+  chex.assert_trees_all_equal(alone.tokens, one.tokens[:4])
 
 
 @pytest.mark.parametrize(
@@ -259,7 +286,6 @@ def test_what_cannot_be_learned_is_refused(
 @pytest.mark.parametrize(
   ('field', 'value', 'words'),
   [
-    ('samples', 1, 'at least 2 answers'),
     ('temperature', 0.0, 'greedy answers'),
     ('minibatches', 3, 'must divide prompts'),
     ('rewards', (('accuracy', 0.0),), 'some weight not 0'),
@@ -272,6 +298,11 @@ def test_fields_that_say_nothing_are_refused(field, value, words):
   with pytest.raises(ConfigError) as error:
     dataclasses.replace(small().rl, **{field: value})
   assert words in str(error.value)
+
+
+def test_one_answer_has_no_spread():
+  with pytest.raises(ConfigError, match='at least 2 answers'):
+    dataclasses.replace(small().rl, samples=1, scale='std')
 
 
 def test_text_is_not_trained_on_by_a_task(tmp_path):

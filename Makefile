@@ -4,10 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test test-all mutants bench docs lint clean
+.PHONY: train r1 test test-all mutants bench docs lint clean
 
 train: $(READY)
 	@$(BIN)/python -m experiments.train --config=configs/tiny.py --workdir=runs/tiny
+
+# From nothing to a model that has learned a task by reinforcement.
+r1: $(READY)
+	@$(BIN)/python -m experiments.r1 --workdir=runs/r1
 
 # The tests' shapes are so small that compiling is most of their time; files
 # go in the order of their names, the many small ones of the root last.

@@ -96,21 +96,26 @@ def smoke(config: Checked) -> Checked:
   )
   optim, rl = dataclasses.replace(config.optim, warmup_steps=5), config.rl
   if rl.task:
-    rl = dataclasses.replace(
-      rl,
-      task='sort3',
-      template='plain',
-      rewards=(('accuracy', 1.0),),
-      prompts=4,
-      samples=4,
-      minibatches=min(rl.minibatches, 2),
-      max_new=8,
-      rows=0,
-      overlong=min(rl.overlong, 4),
-      heldout=8,
-    )
+    rl = _small_rl(rl)
     rows = rl.prompts * rl.samples // rl.minibatches
     data = dataclasses.replace(data, seq_len=32, batch_size=rows)
   return dataclasses.replace(
     config, model=small_model, data=data, run=run, optim=optim, rl=rl
+  )
+
+
+def _small_rl(rl: Checked) -> Checked:
+  """Returns four questions with four short answers, by the same loss."""
+  return dataclasses.replace(
+    rl,
+    task='sort3',
+    template='plain',
+    rewards=(('accuracy', 1.0),),
+    prompts=4,
+    samples=4,
+    minibatches=min(rl.minibatches, 2),
+    max_new=8,
+    rows=0,
+    overlong=min(rl.overlong, 4),
+    heldout=8,
   )

@@ -31,7 +31,7 @@ SOURCES = [
   for folder in ('mla_moe', 'experiments', 'configs')
   for path in sorted((ROOT / folder).rglob('*.py'))
 ]
-COMMAND = re.compile(r'python -m experiments\.[a-z_]+(?!\w).*')
+COMMAND = re.compile(r'python -m experiments\.[a-z_]+1?(?!\w).*')
 # What a person puts in: the words of a command that are none.
 PUT_IN = {
   '--config=...': '--config=tiny',

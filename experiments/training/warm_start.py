@@ -2,8 +2,9 @@
 
 It begins at step 0 with a text, schedules and a length of its own; only the
 shapes of the model must be the same. The optimizer's moments come along if the
-other run had the same optimizer. The run saves step 0 before it takes a step,
-and depends on its origin no more; a run that is killed before that begins again
+other run had the same optimizer, and both learn from text or both from rewards.
+The run saves step 0 before it takes a step, and depends on its origin no more;
+a run that is killed before that begins again
 from the very checkpoint that its folder names.
 """
 
@@ -117,7 +118,9 @@ def _of_run(setup, folder, step, allow_unsealed) -> tuple[Any, Origin]:
       f'--init={folder}: has no checkpoint {"yet" if step is None else step}'
     )
   state = restored.state
+  # The gradients of rewards are not of the size that those of a text were.
   moments = config.optim.optimizer == theirs.optim.optimizer
+  moments = moments and bool(config.rl.task) == bool(theirs.rl.task)
   opt = state.opt if moments else None
   origin = Origin(str(folder), restored.step, moments)
   return _at_step_0(setup, state.params, state.router, opt), origin

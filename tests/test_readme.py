@@ -63,7 +63,7 @@ def test_the_example_runs(tmp_path):
 
 def test_targets_and_configs_exist():
   makefile = (ROOT / 'Makefile').read_text()
-  targets = set(re.findall(r'(?:`|    )make ([a-z-]+)', TEXT))
+  targets = set(re.findall(r'(?:`|    )make ([a-z0-9-]+)', TEXT))
   assert {'train', 'test'} <= targets
   for name in targets:
     assert re.search(rf'^{name}:', makefile, re.M), name

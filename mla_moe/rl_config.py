@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from mla_moe.checked import Checked, check_divides, is_number
+from mla_moe.checked import Checked, check_divides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,18 +89,6 @@ class RLConfig(Checked):
       'rows',
       self.rows % self.samples == 0,
       f'must be a multiple of samples={self.samples}, or 0 for all',
-    )
-    self._require(
-      'rewards',
-      all(
-        isinstance(pair, tuple)
-        and len(pair) == 2
-        and isinstance(pair[0], str)
-        and is_number(pair[1])
-        for pair in self.rewards
-      )
-      and any(weight for _, weight in self.rewards),
-      'must be (name, weight) pairs, and some weight not 0',
     )
     self._require(
       'temperature',

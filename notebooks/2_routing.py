@@ -96,8 +96,8 @@ def train(seed, balance_loss, bias_rate):
   state = init(jax.random.key(seed))
   losses, loads = [], []
   order = dataclasses.replace(config.data, seed=seed)
-  stream = batches.batches(text.train, order, text.bos_id, 0, STEPS)
-  for number, batch in enumerate(stream):
+  for number in range(STEPS):
+    batch = batches.batch_at(text.train, order, number, text.bos_id)
     rates = optim.rates(config.optim, number, 0.0)
     rates = rates._replace(bias_rate=jnp.float32(bias_rate))
     state, values = run(state, batch, rates)

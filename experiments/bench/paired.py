@@ -65,10 +65,8 @@ def trained(
   data = dataclasses.replace(config.data, seed=seed)
   tokens = data.seq_len * data.batch_size
   values = []
-  stream = batches.batches(
-    text().train, data, text().bos_id, 0, config.run.steps
-  )
-  for number, batch in enumerate(stream):
+  for number in range(config.run.steps):
+    batch = batches.batch_at(text().train, data, number, text().bos_id)
     rates = change(optim.rates(config.optim, number, number * tokens))
     state, of_step = train(state, batch, rates)
     values.append(of_step)

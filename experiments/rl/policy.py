@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from mla_moe import vocabulary
+from mla_moe.checked import is_number
 from mla_moe.config import Config, ConfigError
 from mla_moe.data import batches, packing
 from mla_moe.data.tokenizer import Tokenizer
@@ -350,6 +351,12 @@ def check(config: Config) -> None:
       "rl.task='': names the questions; set --config.rl.task=sort8, or a "
       '.jsonl file of questions and answers'
     )
+  for pair in rl.rewards:
+    if not (isinstance(pair, tuple) and len(pair) == 2 and is_number(pair[1])):
+      raise ConfigError(
+        f'rl.rewards={rl.rewards!r}: must be (name, weight) pairs, such as '
+        "(('accuracy', 1.0),)"
+      )
   if config.model.eos_id < 0:
     raise ConfigError(
       'model.eos_id=-1: without an end token no answer ends; set one'

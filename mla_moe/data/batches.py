@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -114,20 +113,6 @@ def with_padding(batch: Batch, data: DataConfig) -> Batch:
   fills = (0, -1, 0, 0)
   padded = (pad(x, fill) for x, fill in zip(batch[:-1], fills, strict=True))
   return Batch(*padded, batch.count)
-
-
-def batches(
-  stream: np.ndarray,
-  data: DataConfig,
-  bos_id: int,
-  start: int,
-  stop: int,
-  rows: np.ndarray | slice = slice(None),
-  left_out: int = 0,
-) -> Iterator[Batch]:
-  """Yields the batches of steps start..stop-1; each is read when needed."""
-  fixed = dict(bos_id=bos_id, rows=rows, left_out=left_out)
-  return (batch_at(stream, data, i, **fixed) for i in range(start, stop))
 
 
 def eval_batches(

@@ -270,6 +270,8 @@ def test_answers_drawn_in_parts_are_the_same(whole):
     (dict(run={'save_every': 1}), 'run.save_every=1: must be a multiple'),
     (dict(optim={'spike_sigma': 3.0}), 'optim.spike_sigma=3.0'),
     (dict(rewards=(('luck', 1.0),)), 'luck'),
+    (dict(rewards=(('accuracy', 0.0),)), 'reward'),
+    (dict(rewards=('accuracy',)), '(name, weight) pairs'),
     (dict(template='chat'), 'template'),
   ],
 )
@@ -288,8 +290,6 @@ def test_what_cannot_be_learned_is_refused(
   [
     ('temperature', 0.0, 'greedy answers'),
     ('minibatches', 3, 'must divide prompts'),
-    ('rewards', (('accuracy', 0.0),), 'some weight not 0'),
-    ('rewards', ('accuracy',), '(name, weight) pairs'),
     ('rows', 7, 'multiple of samples'),
     ('kl_form', 'k1', 'must be one of k3, unbiased'),
   ],

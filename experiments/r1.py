@@ -54,8 +54,15 @@ def run(
   from .training import example_source
 
   folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-  examples, longest = write_examples(folder / 'cold.jsonl', task, seed, cold)
-  sizes = [f'--config.run.seed={seed}', f'--config.data.seq_len={2 + longest}']
+  examples, text, answer = write_examples(
+    folder / 'cold.jsonl', task, seed, cold
+  )
+  # An answer ends with eos, and one that is too long by a token is wrong.
+  sizes = [
+    f'--config.run.seed={seed}',
+    f'--config.rl.max_new={answer + 2}',
+    f'--config.data.seq_len={text + answer + 2}',
+  ]
   print(f'Cold start: {cold} steps on {examples:,} answers to {task}.')
   config = _config(
     'cold', *sizes, f'--config.data.source={folder / "cold.jsonl"}',
@@ -79,11 +86,12 @@ def run(
 
 def write_examples(
   file: pathlib.Path, task: str, seed: int, steps: int
-) -> tuple[int, int]:
+) -> tuple[int, int, int]:
   """Writes right answers to training questions, 64 for each step.
 
   Returns:
-    Their number, and the characters of the longest question and answer.
+    Their number, and the characters of the longest question and the longest
+    answer.
   """
   from .rl import questions
 
@@ -94,7 +102,11 @@ def write_examples(
     for item in items
   )
   workdir.write(file, ''.join(f'{row}\n' for row in rows))
-  return len(items), max(len(x.text) + len(x.answer) for x in items)
+  return (
+    len(items),
+    max(len(item.text) for item in items),
+    max(len(item.answer) for item in items),
+  )
 
 
 def compared(folder: pathlib.Path) -> dict:

@@ -335,6 +335,16 @@ def test_eight_devices_are_one(axes, whole, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_small_model_learns_from_rewards(tmp_path, monkeypatch):
+  from experiments import r1 as program
+
+  monkeypatch.undo()
+  numbers = program.run(tmp_path, 'sort4', 0, 60, 30)
+  assert numbers['last'] >= numbers['first'] + 0.05, numbers
+  assert numbers['greedy'] > numbers['greedy_first'], numbers
+
+
+@pytest.mark.by_hand
 @pytest.mark.parametrize('seed', [0, 1, 2])
 def test_a_model_learns_to_sort(seed, tmp_path, monkeypatch):
   """The worst of three seeds: more than half right, from a tenth."""

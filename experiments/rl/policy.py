@@ -76,14 +76,14 @@ class Policy(source.Source):
     folder = None
     if tokenizer != 'byte':
       folder = vocabulary.file_of(tokenizer).parent
-    self._prompt = prompts.maker(rl.template, words, folder, own)
+    self._prompts = prompts.Prompts(rl.template, words, folder, own)
     self._check_lengths()
     self._grader = grading.Grader(
       self._questions,
       dict(rl.rewards),
       longest=rl.max_new,
       allow_code=allow_code,
-      template=prompts.TEMPLATES.get(rl.template, '{prompt}'),
+      template=self._prompts.template,
     )
     self._grader.__enter__()
     if self._grader.about:
@@ -185,9 +185,9 @@ class Policy(source.Source):
     rl, began = self._config.rl, time.perf_counter()
     first = draw * rl.prompts
     items = [self._questions.train(first + i) for i in range(rl.prompts)]
-    ids = [self._prompt(item.text) for item in items]
+    ids = [self._prompts.ids(item) for item in items]
     seeds = rollouts.seeds(self._config.run.seed, draw, rl.prompts * rl.samples)
-    drawn = rollouts.draw(self._config, variables, ids, seeds)
+    drawn = rollouts.draw(self._config.model, rl, variables, ids, seeds)
     middle = time.perf_counter()
     texts = [self._words.decode(tokens) for tokens in drawn.tokens]
     each = [item for item in items for _ in range(rl.samples)]
@@ -287,9 +287,9 @@ class Policy(source.Source):
     rl = self._config.rl
     count = min(rl.heldout, self._questions.held_out_size or rl.heldout)
     items = [self._questions.held_out(i) for i in range(count)]
-    ids = [self._prompt(item.text) for item in items]
+    ids = [self._prompts.ids(item) for item in items]
     variables = {'params': state.params, 'router': state.router}
-    drawn = rollouts.draw(self._config, variables, ids, None)
+    drawn = rollouts.draw(self._config.model, rl, variables, ids, None)
     texts = [self._words.decode(tokens) for tokens in drawn.tokens]
     lengths = [len(tokens) for tokens in drawn.tokens]
     graded = self._grader.grade(items, texts, lengths)
@@ -317,7 +317,7 @@ class Policy(source.Source):
     rl, length = self._config.rl, self._config.data.seq_len
     size = self._questions.size or _LOOKED_AT
     items = [self._questions.train(i) for i in range(min(size, _LOOKED_AT))]
-    longest = max(len(self._prompt(item.text)) for item in items)
+    longest = max(len(self._prompts.ids(item)) for item in items)
     need = packing.columns(longest, rl.max_new)
     if need > length:
       raise ConfigError(

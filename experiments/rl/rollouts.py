@@ -9,12 +9,12 @@ give neighbouring answers the same random numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mla_moe.config import Config
+from mla_moe.config import ModelConfig, RLConfig
 from mla_moe.decode import generation
 
 _SHORT = 64  # tokens: answers so short are rounded up to 16 and not to 64
@@ -42,29 +42,55 @@ def seeds(run: int, rollout: int, count: int) -> np.ndarray:
 
 
 def draw(
-  config: Config,
+  model: ModelConfig,
+  rl: RLConfig,
   variables: Any,
   prompts: Sequence[np.ndarray],
   seeds: np.ndarray | None,
 ) -> Drawn:
-  """Returns the answers to the prompts.
+  """Returns the answers to the prompts, those of all `parts`."""
+  drawn = list(parts(model, rl, variables, prompts, seeds))
+  return Drawn(
+    [ids for part in drawn for ids in part.tokens],
+    [row for part in drawn for row in part.log_probs],
+    np.concatenate([part.ended for part in drawn]),
+  )
 
-  `rl.rows` answers are drawn at a time. Without `seeds` [Q * G] each prompt has
-  one answer, the likeliest token at each place.
+
+def parts(
+  model: ModelConfig,
+  rl: RLConfig,
+  variables: Any,
+  prompts: Sequence[np.ndarray],
+  seeds: np.ndarray | None,
+  first: int = 0,
+  **options,
+) -> Iterator[Drawn]:
+  """Yields the answers to the prompts, `rl.rows` at a time (0: all at once).
+
+  Args:
+    model: the config of the model.
+    rl: `samples`, `max_new`, `temperature` and `rows` count here.
+    variables: the model's.
+    prompts: token ids.
+    seeds: one an answer, [Q * G]. Without them each prompt has one answer, the
+      likeliest token at each place.
+    first: parts before the one with this prompt are left out. The others are
+      the same as without.
+    **options: of `generation.rollout`; an answer ends with eos_id by default.
   """
-  rl, model = config.rl, config.model
+  options = {'stop_ids': (model.eos_id,)} | options
   samples = 1 if seeds is None else rl.samples
-  count = max(rl.rows // samples, 1) if rl.rows else len(prompts)
+  count = per_part(rl, samples, len(prompts))
   width = max(map(len, prompts))
-  tokens, log_probs, ended = [], [], []
-  for first in range(0, len(prompts), count):
-    part = prompts[first : first + count]
+  for start in range(first // count * count, len(prompts), count):
+    part = prompts[start : start + count]
+    real = len(part) * samples
     # The last part has as many rows as the others, so that nothing compiles.
-    part = [*part, *[part[-1]] * (min(count, len(prompts)) - len(part))]
+    part = [*part, *[part[-1]] * (count - len(part))]
     knobs = {'temperature': 0.0}
     if seeds is not None:
-      index = (first + np.arange(len(part)))[:, None] * samples
-      index = (index + np.arange(samples)).reshape(-1)
+      index = start * samples + np.arange(len(part) * samples)
       knobs = {'temperature': rl.temperature}
       knobs['seed'] = seeds[np.minimum(index, len(seeds) - 1)]
     padded = np.zeros((len(part), width), np.int32)
@@ -76,18 +102,23 @@ def draw(
       padded,
       rl.max_new,
       lengths=[len(ids) for ids in part],
-      stop_ids=(model.eos_id,),
       samples=samples,
       multiple=16 if rl.max_new <= _SHORT else 64,
+      **options,
       **knobs,
     )
-    for row, n in enumerate(out.counts):
-      tokens.append(out.tokens[row, :n])
-      log_probs.append(out.drawn[row, :n])
-    ended.append(out.ended)
-  real = len(prompts) * samples
-  whole = np.concatenate(ended)[:real].reshape(-1, samples)
-  return Drawn(tokens[:real], log_probs[:real], whole)
+    rows = list(enumerate(out.counts[:real]))
+    yield Drawn(
+      [out.tokens[row, :n] for row, n in rows],
+      [out.drawn[row, :n] for row, n in rows],
+      out.ended[:real].reshape(-1, samples),
+    )
+
+
+def per_part(rl: RLConfig, samples: int, questions: int) -> int:
+  """Returns the questions whose answers are drawn at a time."""
+  rows = rl.rows or questions * samples
+  return min(max(rows // samples, 1), questions)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

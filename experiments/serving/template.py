@@ -120,6 +120,11 @@ class Template(NamedTuple):
     texts = [text for _, text in messages]
     return _encode(rendered, texts, self.special, self.tokenizer)
 
+  def opening(self) -> str:
+    """Returns '<think>' and the blanks after it if a prompt ends so, or ''."""
+    end = self._rendered([('user', '')], True).rpartition(_mark(0))[2]
+    return end[end.rfind(_THINK) :] if end.rstrip().endswith(_THINK) else ''
+
   def answer(self, messages: list[tuple[str, str]]) -> Int[np.ndarray, ' T']:
     """Returns the ids of the last message, an answer, with its end token.
 

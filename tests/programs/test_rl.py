@@ -249,12 +249,15 @@ def test_answers_drawn_in_parts_are_the_same(whole):
   prompts = [np.array([256, *range(n)], np.int32) for n in (3, 5, 4)]
   seeds = rollouts.seeds(0, 0, 12)
   config = small()
-  draw = lambda rows: rollouts.draw(small(rows=rows), variables, prompts, seeds)
+  draw = lambda rows: rollouts.draw(
+    config.model, small(rows=rows).rl, variables, prompts, seeds
+  )
   one, two = draw(0), draw(8)
   chex.assert_trees_all_equal(one.tokens, two.tokens)
   chex.assert_trees_all_close(one.log_probs, two.log_probs, atol=1e-5)
   # An answer begins anew with its own prompt and seed.
-  alone = rollouts.draw(config, variables, prompts[:1], seeds[:4])
+  one_prompt = variables, prompts[:1], seeds[:4]
+  alone = rollouts.draw(config.model, config.rl, *one_prompt)
   chex.assert_trees_all_equal(alone.tokens, one.tokens[:4])
 
 

@@ -154,7 +154,7 @@ def _bind(path: pathlib.Path, settings: dict, out: pathlib.Path) -> None:
   text = json.dumps(settings)
   if not path.exists():
     workdir.write(path, text)
-  before, now = json.loads(path.read_text('utf-8')), json.loads(text)
+  before, now = json.loads(path.read_text(encoding='utf-8')), json.loads(text)
   wrong = [name for name in now if now[name] != before.get(name)]
   if wrong:
     values = ', '.join(f'{name}={before.get(name)!r}' for name in wrong)
@@ -288,7 +288,11 @@ def _finished(
       'try another --template, or fine-tune the teacher first'
     )
   mark = folder / 'finished'
-  if out.exists() and mark.exists() and mark.read_text('utf-8') == f'{count}':
+  if (
+    out.exists()
+    and mark.exists()
+    and mark.read_text(encoding='utf-8') == f'{count}'
+  ):
     print('Finished before; nothing is written again.')
   else:
     _write(folder, out, count)

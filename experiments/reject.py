@@ -91,16 +91,6 @@ def run(
   maker = prompts.Prompts(
     rl.template, model.tokenizer, model.folder, model.template
   )
-  settings = {
-    'task': source.fingerprint,
-    'checkpoint': _fingerprint(model.variables),
-    'chat_template': model.template,
-    'seed': seed,
-    'keep': keep,
-    'cache': cache,
-  }
-  names = 'template', 'rewards', 'samples', 'max_new', 'temperature'
-  settings |= {name: getattr(rl, name) for name in names}
   folder = out.with_name(f'{out.name}.drawn')
   if out.exists() and not folder.exists():
     raise ConfigError(
@@ -118,7 +108,7 @@ def run(
     template=maker.template,
   )
   with workdir.lock(folder), grader:
-    _bind(folder / 'settings', settings, out)
+    _bind(folder / 'settings', _settings(model, source, rl, seed, keep), out)
     done = len(workdir.rows(folder / 'rows', change=lambda row: None))
     if done < len(items):
       if grader.about:
@@ -141,12 +131,22 @@ def distinct(source: questions.Source, count: int) -> list[questions.Question]:
   return list(items.values())
 
 
-def _fingerprint(variables) -> str:
-  """Returns a hash of the weights, so that no file has two teachers."""
+def _settings(model, source, rl: RLConfig, seed: int, keep: int) -> dict:
+  """Returns all that the rows depend on, but for the last bits of numbers.
+
+  The weights are there by a hash, so that no file has two teachers.
+  """
   from mla_moe.checkpoint import fingerprint
 
-  values, _ = fingerprint.read(fingerprint.of(variables))
-  return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+  values, _ = fingerprint.read(fingerprint.of(model.variables))
+  names = 'template', 'rewards', 'samples', 'max_new', 'temperature'
+  return {name: getattr(rl, name) for name in names} | {
+    'task': source.fingerprint,
+    'checkpoint': hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16],
+    'chat_template': model.template,
+    'seed': seed,
+    'keep': keep,
+  }
 
 
 def _bind(path: pathlib.Path, settings: dict, out: pathlib.Path) -> None:

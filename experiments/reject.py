@@ -108,8 +108,10 @@ def run(
     template=maker.template,
   )
   with workdir.lock(folder), grader:
-    _bind(folder / 'settings', _settings(model, source, rl, seed, keep), out)
     done = len(workdir.rows(folder / 'rows', change=lambda row: None))
+    flags = {'seed': seed, 'keep': keep, 'cache': cache}
+    settings = flags | _settings(model, source, rl)
+    _bind(folder / 'settings', settings, out, done)
     if done < len(items):
       if grader.about:
         print(f'Rewards: {grader.about}.')
@@ -131,8 +133,8 @@ def distinct(source: questions.Source, count: int) -> list[questions.Question]:
   return list(items.values())
 
 
-def _settings(model, source, rl: RLConfig, seed: int, keep: int) -> dict:
-  """Returns all that the rows depend on, but for the last bits of numbers.
+def _settings(model, source, rl: RLConfig) -> dict:
+  """Returns all that answers depend on, but for the last bits of numbers.
 
   The weights are there by a hash, so that no file has two teachers.
   """
@@ -144,15 +146,16 @@ def _settings(model, source, rl: RLConfig, seed: int, keep: int) -> dict:
     'task': source.fingerprint,
     'checkpoint': hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16],
     'chat_template': model.template,
-    'seed': seed,
-    'keep': keep,
   }
 
 
-def _bind(path: pathlib.Path, settings: dict, out: pathlib.Path) -> None:
-  """Writes the settings, or refuses those of another command."""
+def _bind(
+  path: pathlib.Path, settings: dict, out: pathlib.Path, done: int
+) -> None:
+  """Writes the settings, or refuses others than those of the rows `done`."""
   text = json.dumps(settings)
-  if not path.exists():
+  if not done:
+    path.with_name('finished').unlink(missing_ok=True)
     workdir.write(path, text)
   before, now = json.loads(path.read_text(encoding='utf-8')), json.loads(text)
   wrong = [name for name in now if now[name] != before.get(name)]
@@ -284,8 +287,8 @@ def _finished(
   )
   if not any(rows):
     raise cli.Stopped(
-      f'{out}: no right answer has ended; raise --samples or --max_new_tokens, '
-      'try another --template, or fine-tune the teacher first'
+      f'{out}: no right answer has ended; fine-tune the teacher first, or with '
+      'another --out try more --samples, --max_new_tokens or a --template'
     )
   mark = folder / 'finished'
   if (

@@ -125,6 +125,11 @@ def test_other_settings_have_another_file(model, tmp_path):
   double = {'params': {'head': 2 * model.variables['params']['head']}}
   with pytest.raises(ConfigError, match='another checkpoint'):
     reject.run(model._replace(variables=double), RL, out)
+  with pytest.raises(ConfigError, match='another keep .*=1'):
+    reject.run(model, RL, out, keep=2)
+  # Without an answer yet, a command may change.
+  (tmp_path / 'chosen.jsonl.drawn' / 'rows').unlink()
+  reject.run(model, RL, out, keep=2)
   (tmp_path / 'mine.jsonl').write_text('{}\n')
   with pytest.raises(ConfigError, match='is there already'):
     reject.run(model, RL, tmp_path / 'mine.jsonl')

@@ -20,7 +20,7 @@ import argparse
 import json
 import pathlib
 
-from mla_moe.config import Config
+from mla_moe.config import Config, ConfigError
 
 from . import cli, commands, train, workdir
 
@@ -48,33 +48,44 @@ def run(
   """Runs the stages in `folder`; returns rewards before and after.
 
   Raises:
-    ConfigError: a task that there is not.
+    ConfigError: a task that there is not, a number of steps below 1, or a
+      folder with another run.
+    cli.Stopped: a signal ended the cold start, which is saved.
   """
   from .rl import policy
   from .training import example_source
 
-  folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-  examples, text, answer = write_examples(
-    folder / 'cold.jsonl', task, seed, cold
-  )
-  # An answer ends with eos, and one that is too long by a token is wrong.
+  for name, value in (('cold', cold), ('steps', steps)):
+    if value < 1:
+      raise ConfigError(f'--{name}={value}: must be at least 1')
+  items = examples(task, seed, cold)
+  # An answer may be longer than the right one, and has an end token.
+  longest = max(len(item.answer) for item in items) + 2
   sizes = [
     f'--config.run.seed={seed}',
-    f'--config.rl.max_new={answer + 2}',
-    f'--config.data.seq_len={text + answer + 2}',
+    f'--config.data.seq_len={max(len(x.text) for x in items) + longest}',
   ]
-  print(f'Cold start: {cold} steps on {examples:,} answers to {task}.')
-  config = _config(
+  begin = _config(
     'cold', *sizes, f'--config.data.source={folder / "cold.jsonl"}',
     f'--config.run.steps={cold}', f'--config.run.save_every={cold}',
   )  # fmt: skip
-  train.run(config, folder / 'cold', open_source=example_source.opened())
+  reinforced = _config(
+    'zero', *sizes, f'--config.rl.task={task}', f'--config.run.steps={steps}',
+    f'--config.rl.max_new={longest}',
+  )  # fmt: skip
+  policy.check(reinforced)
+  folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+  write_examples(folder / 'cold.jsonl', items[: 64 * cold])
+  print(f'Cold start: {cold} steps on {64 * cold:,} answers to {task}.')
+  end = train.run(begin, folder / 'cold', open_source=example_source.opened())
+  if end['step'] < cold:
+    raise cli.Stopped(
+      f'the cold start ended at step {end["step"]} of {cold}; the same command '
+      'goes on'
+    )
   print(f'Reinforcement: {steps} steps.')
-  config = _config(
-    'zero', *sizes, f'--config.rl.task={task}', f'--config.run.steps={steps}'
-  )
   options = train.Options(init=str(folder / 'cold'))
-  train.run(config, folder / 'rl', options, policy.opened())
+  train.run(reinforced, folder / 'rl', options, policy.opened())
   numbers = compared(folder / 'rl')
   print(
     'Sampled answers right: {first:.1%} at first, {last:.1%} at the end; '
@@ -84,29 +95,35 @@ def run(
   return numbers
 
 
-def write_examples(
-  file: pathlib.Path, task: str, seed: int, steps: int
-) -> tuple[int, int, int]:
-  """Writes right answers to training questions, 64 for each step.
+def examples(task: str, seed: int, steps: int) -> list:
+  """Returns training questions of a task, 64 for each step and at least 1024.
 
-  Returns:
-    Their number, and the characters of the longest question and the longest
-    answer.
+  Raises:
+    ConfigError: a task that there is not.
   """
   from .rl import questions
 
   source = questions.source(task, seed)
-  items = [source.train(i) for i in range(64 * steps)]
+  return [source.train(i) for i in range(max(64 * steps, 1024))]
+
+
+def write_examples(file: pathlib.Path, items: list) -> None:
+  """Writes the right answers to questions, unless the file has others.
+
+  Raises:
+    ConfigError: the file is that of another task, seed or cold start.
+  """
   rows = (
     json.dumps({'prompt': item.text, 'completion': item.answer})
     for item in items
   )
-  workdir.write(file, ''.join(f'{row}\n' for row in rows))
-  return (
-    len(items),
-    max(len(item.text) for item in items),
-    max(len(item.answer) for item in items),
-  )
+  text = ''.join(f'{row}\n' for row in rows)
+  if file.exists() and file.read_text(encoding='utf-8') != text:
+    raise ConfigError(
+      f'{file}: has examples of another --task, --seed or --cold; name another '
+      'folder by --workdir'
+    )
+  workdir.write(file, text)
 
 
 def compared(folder: pathlib.Path) -> dict:

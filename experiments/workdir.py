@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from mla_moe import files
+from mla_moe.checked import is_number
 from mla_moe.config import Config, ConfigError, ModelConfig, differences, freeze
 
 # Fields that may change when a run resumes. A mesh or a kernel changes the last
@@ -296,11 +297,13 @@ def _with_nan(value: Any) -> Any:
 def rewind(path: pathlib.Path, step: int) -> None:
   """Drops the rows of a .jsonl file after `step`.
 
-  It looks for them from the end: the file may be larger than the memory.
+  It looks for them from the end: the file may be larger than the memory. Of
+  the rows there, those without a step are dropped, too.
   """
   if not path.exists():
     return
-  earlier = (end for end, row in backwards(path) if row['step'] <= step)
+  steps = ((end, row.get('step')) for end, row in backwards(path))
+  earlier = (end for end, x in steps if is_number(x) and x <= step)
   end = next(earlier, 0)
   with open(path, 'r+b') as file:
     file.seek(max(end - 1, 0))

@@ -37,6 +37,7 @@ from .questions import Question, Source
 
 NAMES = ('accuracy', 'format', 'language', 'code')
 _WORKERS = 4
+Own = Callable[[Question, str], float]  # a reward of one's own
 
 
 class Graded(NamedTuple):
@@ -73,7 +74,7 @@ class Grader:
     deadline: float = 5.0,
     allow_code: bool = False,
     template: str = '{prompt}',
-    own: Mapping[str, Callable[[Question, str], float]] | None = None,
+    own: Mapping[str, Own] | None = None,
   ):
     self._source, self._longest, self._own = source, longest, dict(own or {})
     self._weights = _checked(weights, self._own)
@@ -144,7 +145,7 @@ class Grader:
       rewards.BadReward: a reward of one's own is not a finite number.
     """
     keys = [
-      (item.text, text, length >= self._longest)
+      (repr(item), text, length >= self._longest)
       for item, text, length in zip(questions, texts, lengths, strict=True)
     ]
     items = dict(zip(keys, questions, strict=True))

@@ -15,6 +15,7 @@ import functools
 import hashlib
 import pathlib
 import time
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -29,9 +30,10 @@ from mla_moe.rl import advantages, episodes, objective
 
 from .. import workdir
 from ..training import source
-from . import alarms, grading, prompts, questions, rollouts
+from . import alarms, grading, prompts, questions, record, rollouts
 
-_LOOKED_AT = 256  # questions whose length is known before the run
+_LOOKED_AT = 256  # questions of an endless source that are read before the run
+_TRIES = 100  # questions in the place of one that is too long
 
 
 class Group(NamedTuple):
@@ -56,6 +58,7 @@ class Policy(source.Source):
     path: pathlib.Path,
     own: str = '',
     allow_code: bool = False,
+    rewards: Mapping[str, grading.Own] | None = None,
   ):
     """Opens the questions, the prompts and the grader of a run.
 
@@ -65,6 +68,7 @@ class Policy(source.Source):
       path: its folder.
       own: a chat template in the place of the one beside the tokenizer.
       allow_code: whether answers may be run as programs.
+      rewards: of one's own, by the names that `rl.rewards` has.
 
     Raises:
       ConfigError: a config that cannot be used.
@@ -84,6 +88,7 @@ class Policy(source.Source):
       longest=rl.max_new,
       allow_code=allow_code,
       template=self._prompts.template,
+      own=rewards,
     )
     self._grader.__enter__()
     if self._grader.about:
@@ -91,15 +96,15 @@ class Policy(source.Source):
     key = f'{self._questions.fingerprint} {rl.template} {own}'
     self.fingerprint = hashlib.sha256(key.encode()).hexdigest()[:24]
     self.heldout = []
-    self._rewards = self._alarms = None
+    self._record = self._alarms = None
     self._updates: list[episodes.Episodes] = []
     self._groups: list[Group] = []
     self._row: dict = {}
 
   def close(self) -> None:
     self._grader.__exit__(None, None, None)
-    if self._rewards:
-      self._rewards.close()
+    if self._record:
+      self._record.close()
 
   def may_stop(self, number: int) -> bool:
     return number % self._config.rl.minibatches == 0
@@ -143,11 +148,10 @@ class Policy(source.Source):
     rows = workdir.rows(self._path / 'metrics.jsonl')
     rows = [r for r in rows if 'reward' in r and r['step'] < number]
     self._alarms = alarms.Alarms.after(rows)
-    workdir.rewind(self._path / 'groups.jsonl', number - 1)
+    if self.writes:
+      workdir.rewind(self._path / 'groups.jsonl', number - 1)
     file = self._path / 'rewards.jsonl'
-    rows = (row for row in workdir.rows(file) if row['step'] >= number)
-    self._recorded = {row['rollout']: row for row in rows}
-    self._rewards = workdir.Rows(file)
+    self._record = record.Record(file, number, self.writes)
 
   def _draw(self, number, rollout, variables) -> tuple[list[Group], dict]:
     """Returns the groups of a rollout, and the seconds of its parts.
@@ -184,8 +188,9 @@ class Policy(source.Source):
     """Returns the graded groups of one draw of `rl.prompts` questions."""
     rl, began = self._config.rl, time.perf_counter()
     first = draw * rl.prompts
-    items = [self._questions.train(first + i) for i in range(rl.prompts)]
-    ids = [self._prompts.ids(item) for item in items]
+    items, ids = self._fitting(
+      self._questions.train, range(first, first + rl.prompts)
+    )
     seeds = rollouts.seeds(self._config.run.seed, draw, rl.prompts * rl.samples)
     drawn = rollouts.draw(self._config.model, rl, variables, ids, seeds)
     middle = time.perf_counter()
@@ -199,22 +204,10 @@ class Policy(source.Source):
 
   def _graded(self, number, draw, items, texts, tokens) -> list:
     """Returns the grades, which are in rewards.jsonl before they are used."""
-    digest = hashlib.sha256()
-    for ids in tokens:
-      digest.update(np.append(len(ids), ids).astype('<i4').tobytes())
-    key = digest.hexdigest()[:32]
-    row = self._recorded.get(draw)
-    if row and row['tokens'] == key:
-      return [grading.Graded(*grade) for grade in row['grades']]
-    if row:
-      print(
-        f'ATTENTION, step {number}: the answers differ from those that '
-        'rewards.jsonl has (another device or version?); they are graded anew.'
-      )
-    grades = self._grader.grade(items, texts, [len(ids) for ids in tokens])
-    row = {'step': number, 'rollout': draw, 'tokens': key, 'grades': grades}
-    self._rewards.append(row)
-    self._recorded[draw] = row
+    grades = self._record.find(number, draw, tokens)
+    if grades is None:
+      grades = self._grader.grade(items, texts, [len(ids) for ids in tokens])
+      self._record.add(number, draw, tokens, grades)
     return grades
 
   def _grouped(self, items, ids, drawn, texts, graded) -> list[Group]:
@@ -286,8 +279,7 @@ class Policy(source.Source):
     """Returns the part of held-out questions answered right, greedily."""
     rl = self._config.rl
     count = min(rl.heldout, self._questions.held_out_size or rl.heldout)
-    items = [self._questions.held_out(i) for i in range(count)]
-    ids = [self._prompts.ids(item) for item in items]
+    items, ids = self._fitting(self._questions.held_out, range(count))
     variables = {'params': state.params, 'router': state.router}
     drawn = rollouts.draw(self._config.model, rl, variables, ids, None)
     texts = [self._words.decode(tokens) for tokens in drawn.tokens]
@@ -313,18 +305,56 @@ class Policy(source.Source):
     rows.close()
 
   def _check_lengths(self) -> None:
-    """Refuses a config whose rows or positions are too short."""
+    """Refuses a config whose rows are too short for a question.
+
+    All questions of a file are read, and the first ones of an endless source.
+    """
     rl, length = self._config.rl, self._config.data.seq_len
-    size = self._questions.size or _LOOKED_AT
-    items = [self._questions.train(i) for i in range(min(size, _LOOKED_AT))]
-    longest = max(len(self._prompts.ids(item)) for item in items)
+    sides = (
+      (self._questions.train, self._questions.size or _LOOKED_AT),
+      (self._questions.held_out, self._questions.held_out_size or rl.heldout),
+    )
+    items = (draw(i) for draw, count in sides for i in range(count))
+    longest, text = max(
+      (len(self._prompts.ids(item)), item.text) for item in items
+    )
     need = packing.columns(longest, rl.max_new)
+    if longest + rl.max_new > self._config.model.max_positions:
+      raise ConfigError(
+        f'model.max_positions={self._config.model.max_positions}: a prompt of '
+        f'{longest} tokens (of the question {text[:40]!r}) and an answer of '
+        f'rl.max_new={rl.max_new} need more; shorten one of the two'
+      )
     if need > length:
       raise ConfigError(
-        f'data.seq_len={length}: a prompt of {longest} tokens and an answer of '
-        f'rl.max_new={rl.max_new} need {need} columns; set '
-        f'--config.data.seq_len={need}'
+        f'data.seq_len={length}: a prompt of {longest} tokens (of the question '
+        f'{text[:40]!r}) and an answer of rl.max_new={rl.max_new} need {need} '
+        f'columns; set --config.data.seq_len={need}'
       )
+
+  def _fitting(self, draw, indices) -> tuple[list, list[np.ndarray]]:
+    """Returns questions of a side and their prompts, for which rows have room.
+
+    An endless source may make a longer question than those that were read
+    before the run. A later one by far, which no rollout has, takes its place.
+    """
+    rl, items = self._config.rl, []
+    longest = self._config.data.seq_len - packing.columns(0, rl.max_new)
+    longest = min(longest, self._config.model.max_positions - rl.max_new)
+    for index in indices:
+      for turn in range(_TRIES):
+        item = draw(index + (turn << 48))
+        ids = self._prompts.ids(item)
+        if len(ids) <= longest:
+          break
+      else:
+        raise ConfigError(
+          f'rl.task={rl.task!r}: {_TRIES} questions one after the other have '
+          f'more than {longest} tokens; begin anew with a larger '
+          f'--config.data.seq_len than {self._config.data.seq_len}'
+        )
+      items.append((item, ids))
+    return [item for item, _ in items], [ids for _, ids in items]
 
 
 @functools.lru_cache(maxsize=4)
@@ -361,6 +391,11 @@ def check(config: Config) -> None:
     raise ConfigError(
       'model.eos_id=-1: without an end token no answer ends; set one'
     )
+  names = [name for name, _ in rl.rewards]
+  if len({*names}) < len(names):
+    raise ConfigError(
+      f'rl.rewards={rl.rewards!r}: names a reward twice; add up its weights'
+    )
   rows = rl.prompts * rl.samples // rl.minibatches
   rules = [
     ('data.batch_size', data.batch_size, rows, 'the answers of an update'),
@@ -385,10 +420,17 @@ def check(config: Config) -> None:
       )
 
 
-def opened(own: str = '', allow_code: bool = False) -> source.Open:
-  """Returns the function that opens the source of a run, for the loop."""
+def opened(
+  own: str = '',
+  allow_code: bool = False,
+  rewards: Mapping[str, grading.Own] | None = None,
+) -> source.Open:
+  """Returns the function that opens the source of a run, for the loop.
+
+  The arguments are those of `Policy`.
+  """
   return lambda config, words, path: Policy(
-    config, words, path, own, allow_code
+    config, words, path, own, allow_code, rewards
   )
 
 

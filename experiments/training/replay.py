@@ -44,6 +44,7 @@ def replay(
   recorded, left_out = _recorded(folder, number)
   open_source = open_source or source.open_text
   setup = preparation.prepare(config, folder, open_source)
+  setup.source.writes = False
   with contextlib.ExitStack() as stack:
     stack.callback(setup.source.close)
     if setup.mesh:

@@ -32,12 +32,14 @@ class Source:
     heldout: micro-batches for evaluation.
     prompt: text whose beginning a sample continues.
     gzip_bits_per_byte: of the held-out text, or None.
+    writes: whether the source may write to the run's folder: a replay may not.
   """
 
   fingerprint: str
   heldout: list[batches.Batch]
   prompt: str
   gzip_bits_per_byte: float | None = None
+  writes: bool = True
 
   def batch(self, setup, number: int, state: Any, left_out: int) -> NamedTuple:
     """Returns this process's rows of the batch of step `number`, from 1.

@@ -47,9 +47,10 @@ def without_errors(
   without any reward has zeros.
   """
   known = ~np.isnan(rewards)
-  total = np.where(known, rewards, 0.0).sum(axis=1, keepdims=True)
-  mean = total / np.maximum(known.sum(axis=1, keepdims=True), 1)
-  return np.where(known, rewards, mean)
+  first = np.take_along_axis(rewards, known.argmax(axis=1)[:, None], axis=1)
+  gap = np.where(known, rewards - first, 0.0)  # 0 exactly where all are equal
+  mean = gap.sum(axis=1) / np.maximum(known.sum(axis=1), 1)
+  return np.where(known, rewards, np.nan_to_num(first + mean[:, None]))
 
 
 def token_weights(
@@ -61,8 +62,7 @@ def token_weights(
   """Returns the weight of each token of every answer, float64.
 
   `counts` are the answers' tokens, `longest` the most that one may have. An
-  answer that is not `used` weighs 0, and is in no denominator. The weights of
-  N answers are those of one update, however it is split.
+  answer that is not `used` weighs 0, and is in no denominator.
   """
   counts = np.asarray(counts, np.float64)
   number = max(int(used.sum()), 1)

@@ -165,6 +165,15 @@ def test_a_grader_that_fails_is_an_error_and_goes_on(monkeypatch, tmp_path):
   assert rows[8] is rows[0]  # the same answer is graded once
 
 
+def test_questions_of_one_text_are_graded_each_by_its_own_answer():
+  items = [Question('Half of 1?', '0.5'), Question('Half of 1?', '1/2')]
+  rows = grade(of_file(), {'accuracy': 1}, items, ['1/2', '1/2'])
+  assert rows[1].reward == 1
+  items = [Question('A digit?', '1'), Question('A digit?', '2')]
+  rows = grade(of_file(), {'accuracy': 1}, items, ['1', '1'])
+  assert [row.reward for row in rows] == [1, 0]
+
+
 def test_rewards_of_ones_own():
   item = SORT.train(0)
   length = lambda question, text: len(text) / len(question.text)

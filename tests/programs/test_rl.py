@@ -1,5 +1,6 @@
 """Reinforcement learning in the loop: ratios, references, resume, refusals."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 
 from configs import r1, r1_tiny
-from experiments import train, workdir
-from experiments.rl import grading, policy, rollouts
+from experiments import cli, train, workdir
+from experiments import r1 as r1_program
+from experiments.rl import grading, policy, prompts, record, rollouts, tasks
 from mla_moe import config as c
 from mla_moe.checkpoint import store
 from mla_moe.config import ConfigError, freeze
@@ -163,8 +165,11 @@ def test_rewards_are_read_and_not_judged_again(whole, resumed):
 def test_a_step_computed_again_is_the_same(whole, capsys):
   from experiments.training import replay
 
+  files = [path for path in whole.glob('*') if path.is_file()]
+  before = {path: path.read_bytes() for path in files}
   replay.replay(whole, 4, open_source=policy.opened())
   assert 'arrays are the same' in capsys.readouterr().out
+  assert {path: path.read_bytes() for path in files} == before
 
 
 def test_other_answers_are_judged_anew(whole, tmp_path, capsys):
@@ -178,6 +183,146 @@ def test_other_answers_are_judged_anew(whole, tmp_path, capsys):
   train.run(small(), folder, open_source=policy.opened())
   assert 'graded anew' in capsys.readouterr().out
   assert rows(whole, 'fingerprints') == rows(folder, 'fingerprints')
+
+
+def test_a_damaged_row_of_rewards_is_graded_anew(tmp_path, capsys):
+  tokens = [np.array([1, 2], np.int32), np.array([3], np.int32)]
+  grades = [
+    grading.Graded(1.5, {'accuracy': 1.0}, ''),
+    grading.Graded(float('nan'), {}, 'accuracy: no answer'),
+  ]
+  file = tmp_path / 'rewards.jsonl'
+  with contextlib.closing(record.Record(file, 1)) as written:
+    written.add(3, 7, tokens, grades)
+  right = file.read_text()
+  with contextlib.closing(record.Record(file, 1)) as rows:
+    assert repr(rows.find(3, 7, tokens)) == repr(grades)
+    assert rows.find(3, 8, tokens) is None  # no such draw, and no line
+  with contextlib.closing(record.Record(file, 4)) as rows:
+    assert rows.find(3, 7, tokens) is None  # of an earlier step
+  assert not capsys.readouterr().out
+  whole = json.loads(right)
+  for name, value in [
+    ('grades', whole['grades'][:1]),
+    ('grades', [[1.5, {}]] * 2),
+    ('grades', [['1.5', {}, '']] * 2),
+    ('grades', [[1.5, {'accuracy': 'no'}, '']] * 2),
+    ('grades', [[None, {}, '']] * 2),
+    ('grades', 3),
+    ('step', 'x'),
+    ('rollout', [7]),
+  ]:
+    file.write_text(
+      json.dumps(whole | {name: value}) + '\nno row\n' + right[:9]
+    )
+    with contextlib.closing(record.Record(file, 1)) as rows:
+      assert rows.find(3, 7, tokens) is None, (name, value)
+      assert ('damaged' in capsys.readouterr().out) == (name == 'grades')
+      rows.add(3, 7, tokens, grades)
+    with contextlib.closing(record.Record(file, 1, writes=False)) as rows:
+      assert repr(rows.find(3, 7, tokens)) == repr(grades)
+
+
+def words_of(config):
+  return tokenizer.load(config.data.tokenizer)
+
+
+def opened(config, folder, **options):
+  """A policy that has opened its questions, of a config with a vocabulary."""
+  return policy.opened(**options)(config, words_of(config), folder)
+
+
+def test_a_question_that_is_too_long_is_found_before_the_run(tmp_path):
+  lines = [{'prompt': f'{i}', 'answer': i} for i in range(400)]
+  lines[300]['prompt'] = 'one that is too long'
+  file = tmp_path / 'mine.jsonl'
+  file.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  config = small(task=str(file), rewards=(('accuracy', 1.0),))
+  with pytest.raises(ConfigError, match='one that is too long'):
+    opened(dataclasses.replace(
+      config, data=dataclasses.replace(config.data, seq_len=20)
+    ), tmp_path)  # fmt: skip
+
+
+def test_a_question_that_is_too_long_later_gives_way(tmp_path, monkeypatch):
+  config = small()
+  first = opened(config, tmp_path)
+  long = tasks.Question('9' * config.data.seq_len, '9')
+  sound = first._questions.train
+  train_side = lambda index: long if index == 5 else sound(index)
+  first._questions = first._questions._replace(train=train_side)
+  items, ids = first._fitting(first._questions.train, range(4, 7))
+  assert items == [sound(4), sound(5 + (1 << 48)), sound(6)]
+  assert [len(x) for x in ids] == [len(x.text) + 1 for x in items]
+  first._questions = first._questions._replace(train=lambda index: long)
+  with pytest.raises(ConfigError, match='one after the other'):
+    first._fitting(first._questions.train, range(1))
+
+
+def test_a_run_has_rewards_of_ones_own(tmp_path):
+  config = small(rewards=(('short', 1.0),))
+  with pytest.raises(ConfigError, match='no such reward'):
+    opened(config, tmp_path)
+  short = lambda question, text: 1 / (1 + len(text))
+  opened(config, tmp_path, rewards={'short': short}).close()
+
+
+def test_a_chat_keeps_its_messages():
+  words = tokenizer.load('byte')
+  own = '{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}>'
+  ids = prompts.Prompts('chat', words, None, own).ids
+  chat = tasks.Question(
+    'Sort.\n31', '13', (), (('system', 'Sort.'), ('user', '31'))
+  )
+  assert words.decode(ids(chat)) == '[system]Sort.[user]31>'
+  assert words.decode(ids(tasks.Question('31', '13'))) == '[user]31>'
+  plain = prompts.Prompts('plain', words, None).ids
+  assert plain(chat)[0] == words.bos_id
+  assert words.decode(plain(chat)[1:]) == chat.text
+
+
+@pytest.mark.filterwarnings('ignore:the load_module')
+def test_the_stages_of_r1_fit_each_task(tmp_path, monkeypatch):
+  """A task is refused before its cold start, or both stages have room."""
+  runs = []
+
+  def run(config, folder, options=None, open_source=None):
+    runs.append(config)
+    if config.rl.task:
+      open_source(config, words_of(config), folder).close()
+    return {'step': config.run.steps}
+
+  monkeypatch.setattr(train, 'run', run)
+  monkeypatch.setattr(r1_program, 'compared', lambda folder: dict.fromkeys(
+    ('first', 'last', 'greedy_first', 'greedy'), 0.0
+  ))  # fmt: skip
+  for task in ('sort3', 'add12', 'count1', 'countdown3'):
+    folder = tmp_path / task
+    r1_program.run(folder, task, 0, 1, 2)
+    cold, reinforced = runs[-2:]
+    lines = workdir.rows(folder / 'cold.jsonl')
+    assert len(lines) == 64
+    assert all(len(x['completion']) < reinforced.rl.max_new for x in lines)
+    assert cold.model == reinforced.model
+  runs.clear()
+  with pytest.raises(ConfigError, match='another --task'):
+    r1_program.run(tmp_path / 'sort3', 'reverse3', 0, 1, 2)
+  for wrong in (dict(cold=0), dict(steps=0), dict(task='sort99')):
+    options = dict(task='sort3', cold=1, steps=1) | wrong
+    with pytest.raises(ConfigError):
+      r1_program.run(tmp_path / 'wrong', seed=0, **options)
+  assert not runs and not (tmp_path / 'wrong').exists()
+
+
+@pytest.mark.filterwarnings('ignore:the load_module')
+def test_a_cold_start_that_a_signal_ends_is_no_base(tmp_path, monkeypatch):
+  runs = []
+  monkeypatch.setattr(
+    train, 'run', lambda *_, **__: runs.append(1) or {'step': 3}
+  )
+  with pytest.raises(cli.Stopped, match='step 3 of 9'):
+    r1_program.run(tmp_path, 'sort3', 0, 9, 1)
+  assert len(runs) == 1
 
 
 @pytest.mark.slow
@@ -281,6 +426,8 @@ def test_answers_drawn_in_parts_are_the_same(whole):
     (dict(rewards=(('luck', 1.0),)), 'luck'),
     (dict(rewards=(('accuracy', 0.0),)), 'reward'),
     (dict(rewards=('accuracy',)), '(name, weight) pairs'),
+    (dict(rewards=(('format', 1.0), ('format', 1.0))), 'a reward twice'),
+    (dict(max_new=300), 'model.max_positions=256: a prompt of'),
     (dict(template='chat'), 'template'),
   ],
 )
@@ -345,10 +492,8 @@ def test_eight_devices_are_one(axes, whole, tmp_path):
 
 @pytest.mark.slow
 def test_a_small_model_learns_from_rewards(tmp_path, monkeypatch):
-  from experiments import r1 as program
-
   monkeypatch.undo()
-  numbers = program.run(tmp_path, 'sort4', 0, 60, 30)
+  numbers = r1_program.run(tmp_path, 'sort4', 0, 60, 30)
   assert numbers['last'] >= numbers['first'] + 0.05, numbers
   assert numbers['greedy'] > numbers['greedy_first'], numbers
 
@@ -357,9 +502,7 @@ def test_a_small_model_learns_from_rewards(tmp_path, monkeypatch):
 @pytest.mark.parametrize('seed', [0, 1, 2])
 def test_a_model_learns_to_sort(seed, tmp_path, monkeypatch):
   """The worst of three seeds: more than half right, from a tenth."""
-  from experiments import r1 as program
-
   monkeypatch.undo()
-  numbers = program.run(tmp_path, 'sort8', seed, 100, 150)
+  numbers = r1_program.run(tmp_path, 'sort8', seed, 100, 150)
   assert numbers['first'] <= 0.35 and numbers['last'] >= 0.55, numbers
   assert numbers['greedy'] >= 0.70, numbers

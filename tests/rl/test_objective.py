@@ -248,3 +248,20 @@ def test_the_penalty_of_length():
   got = adv.overlong_penalty(np.array([80, 90, 100, 10]), 100, 20)
   np.testing.assert_allclose(got, [0, -0.5, -1, 0])
   assert not adv.overlong_penalty(np.array([100]), 100, 0).any()
+
+
+def test_an_error_gives_an_equal_group_no_spread():
+  """The mean of equal rewards is that reward to the bit, as 3 x 1.1 / 3 is not.
+
+  Else a rounding error would be divided by its own standard deviation.
+  """
+  for value in (1.1, 0.1, 1 / 3, 0.7, 2.1, -0.3):
+    for count in range(2, 17):
+      rewards = np.full((1, count), value)
+      rewards[0, count // 2] = np.nan
+      filled = adv.without_errors(rewards)
+      result, flat = adv.advantages(filled, 'std')
+      assert flat[0] and not result.any(), (value, count)
+  rewards = np.array([[np.nan, 1.0, 4.0], [np.nan] * 3])
+  filled = adv.without_errors(rewards)
+  chex.assert_trees_all_equal(filled, np.array([[2.5, 1, 4], [0, 0, 0]]))

@@ -8,7 +8,7 @@ from mla_moe import cost
 from mla_moe.config import Config, MeshConfig
 from mla_moe.data import batches
 
-from . import memory, search, traffic
+from . import memory, rollout, search, traffic
 
 # DeepSeek-V3's pre-training reached this fraction of the H800's bf16 peak,
 # counting causal attention ("Insights into DeepSeek-V3", Table 4).
@@ -19,6 +19,8 @@ UTILISATION = 0.3894
 class Bill:
   """Chip hours over all chips, dollars, days; and seconds of one step.
 
+  With reinforcement, hours contain `scoring`, by the reference and the old
+  policy, and `answering`, a step's part of a rollout.
   `computing` and all before it contain a pipeline's bubble. `sending` is the
   time of a step's traffic at the links' speed, if none of it hides behind the
   computing.
@@ -30,6 +32,8 @@ class Bill:
   days: float
   computing: float
   sending: float
+  scoring: float = 0.0
+  answering: float = 0.0
 
 
 def bill(
@@ -54,16 +58,23 @@ def bill(
     dollars_per_hour=dollars or chip.dollars,
   )
   longer = 1 + _pipelined(config) * (1 / (1 - bubble(config.mesh)) - 1)
-  hours, money = longer * hours, longer * money
-  step_tokens = config.data.batch_size * config.data.seq_len
-  days = hours / chip_count / 24
+  steps = tokens / (config.data.batch_size * config.data.seq_len)
+  computing = longer * hours / chip_count * 3600 / steps
+  scoring = answering = 0.0
+  if config.rl.task:
+    scoring = computing * rollout.scoring(config)
+    drawing = chip, utilisation, plan.footprint.parameters
+    answering = rollout.seconds(config, *drawing) / config.rl.minibatches
+    longer *= 1 + (scoring + answering) / computing
   return Bill(
     tokens=tokens,
-    hours=hours,
-    dollars=money,
-    days=days,
-    computing=days * 86400 * step_tokens / tokens,
+    hours=longer * hours,
+    dollars=longer * money,
+    days=longer * hours / chip_count / 24,
+    computing=computing,
     sending=sum(traffic.by_axis(config).values()) / chip.link,
+    scoring=scoring,
+    answering=answering,
   )
 
 

@@ -23,12 +23,17 @@ from mla_moe.config import Config, MeshConfig
 from mla_moe.train import losses
 from mla_moe.types import PyTree
 
+from . import rollout
+
 WIDTH = {'float32': 4, 'bfloat16': 2}  # bytes of a number
 
 
 @dataclasses.dataclass(frozen=True)
 class Footprint:
-  """Bytes on one device; `total` is their sum.
+  """Bytes on one device; `total` are those of its fullest moment.
+
+  With reinforcement that is an update or a rollout, which has decoding and
+  cache in the place of all from gradients to logits.
 
   Attributes:
     parameters: float32, as gradients and optimizer are.
@@ -41,6 +46,9 @@ class Footprint:
     gathered: weights brought together from the other shards, and their gradient
       before it is scattered.
     logits: the loss's blocks.
+    reference: the policy from which reinforcement measures its divergence.
+    decoding: the weights in the layout of decoding.
+    cache: the latents of the answers that are drawn at a time.
   """
 
   parameters: int
@@ -51,10 +59,29 @@ class Footprint:
   working: int
   gathered: int
   logits: int
+  reference: int = 0
+  decoding: int = 0
+  cache: int = 0
+
+  @property
+  def state(self) -> int:
+    """Bytes that stay from step to step."""
+    return self.parameters + self.optimizer + self.reference
+
+  @property
+  def rollout(self) -> int:
+    """Bytes besides the state while answers are drawn."""
+    return self.decoding + self.cache
+
+  @property
+  def update(self) -> int:
+    """Bytes besides the state in a training step."""
+    everything = sum(dataclasses.astuple(self))
+    return everything - self.state - self.rollout
 
   @property
   def total(self) -> int:
-    return sum(dataclasses.astuple(self))
+    return self.state + max(self.update, self.rollout)
 
 
 def footprint(config: Config, layout: PyTree | None = None) -> Footprint:
@@ -81,6 +108,13 @@ def footprint(config: Config, layout: PyTree | None = None) -> Footprint:
     optimizer = state_bytes(layout.opt, config.mesh, table)
   micro = config.data.micro_batch or config.data.batch_size
   sums = 2 if micro < config.data.batch_size else 1
+  reinforced = {}
+  if config.rl.task:
+    reinforced = {
+      'reference': parameters if config.rl.beta else 0,
+      'decoding': rollout.weights_bytes(config, parameters),
+      'cache': rollout.cache_bytes(config),
+    }
   return Footprint(
     parameters=parameters,
     gradients=sums * parameters + (staged if config.mesh.stage > 1 else 0),
@@ -90,6 +124,7 @@ def footprint(config: Config, layout: PyTree | None = None) -> Footprint:
     working=working_bytes(config),
     gathered=gathered_bytes(config),
     logits=logits_bytes(config),
+    **reinforced,
   )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 from rich import box
@@ -25,7 +26,13 @@ _MEANS = {
   'working': 'the largest layer, going backward',
   'gathered': "FSDP's copy of a layer, and its gradient",
   'logits': "the loss's blocks and the head's gradient",
+  'reference': 'the policy that the divergence is measured from',
+  'decoding': 'in a rollout: the weights in the layout of decoding',
+  'cache': "in a rollout: its answers' latents",
 }
+
+
+_MOMENTS = 'an update', 'a rollout'
 
 
 def wide() -> Console:
@@ -60,12 +67,14 @@ def show(plan, bill, utilisation: float, start: MeshConfig) -> None:
     f'One device of {plan.slice}, mesh {search.mesh_text(plan.config.mesh)}',
     ('memory', 'GiB', 'share', ''),
   )
-  for name, size in dataclasses.asdict(plan.footprint).items():
+  for name, size in _sizes(plan.footprint).items():
     fraction = size / chip.usable
     bar = '█' * round(24 * fraction)
     table.add_row(name, _gib(size), f'{fraction:.1%}', f'{bar} {_MEANS[name]}')
   table.add_section()
-  table.add_row('all', _gib(total), f'{total / chip.usable:.1%}', '')
+  moment = _MOMENTS[plan.footprint.rollout > plan.footprint.update]
+  moment = f'in {moment}, the fuller one' if plan.footprint.rollout else ''
+  table.add_row('all', _gib(total), f'{total / chip.usable:.1%}', moment)
   free = f'of which a plan leaves {chip.margin:.0%} free'
   table.add_row('there is', _gib(chip.usable), '', free)
   console.print(table)
@@ -109,13 +118,11 @@ def show_compiled(plan, compiled: dict) -> None:
   """Prints `compiled.run`'s figures beside the arithmetic."""
   console = wide()
   table = _table('Compiled, one device', ('', 'GiB', 'arithmetic'))
-  footprint = plan.footprint
-  state = footprint.parameters + footprint.optimizer
-  scratch = footprint.total - state
-  table.add_row('state (arguments)', _gib(compiled['arguments']), _gib(state))
-  table.add_row(
-    'scratch (temporary)', _gib(compiled['temporary']), _gib(scratch)
-  )
+  for name, kind, size in (
+    ('state', 'arguments', plan.footprint.state),
+    ('scratch', 'temporary', plan.footprint.update),
+  ):
+    table.add_row(f'{name} ({kind})', _gib(compiled[kind]), _gib(size))
   console.print(table)
   table = _table('Collectives of a step', ('axis', 'kind', 'count', 'GiB'))
   for row in compiled['collectives']:
@@ -164,9 +171,12 @@ def draw_memory(plans):
   plot = axes[0, 0]
   places = range(len(plans))
   left = [0.0] * len(plans)
-  colours = (*page.COLOURS, '#999999', '#332288')
-  for (name, meaning), colour in zip(_MEANS.items(), colours, strict=True):
-    sizes = [getattr(plan.footprint, name) / 2**30 for plan in plans]
+  colours = (*page.COLOURS, '#999999', '#332288', '#117733', '#882255')
+  shown = [_at_once(plan.footprint) for plan in plans]
+  names = [n for n in _MEANS if any(n in sizes for sizes in shown)]
+  for name, colour in zip(names, itertools.cycle(colours), strict=False):
+    meaning = _MEANS[name]
+    sizes = [sizes.get(name, 0) / 2**30 for sizes in shown]
     plot.barh(
       places, sizes, left=left, color=colour, label=f'{name}: {meaning}'
     )
@@ -204,6 +214,25 @@ def draw_money(pairs):
   return figure
 
 
+def _sizes(footprint) -> dict[str, int]:
+  """Returns the parts, without those of a reinforcement that is not there."""
+  sizes = dataclasses.asdict(footprint)
+  ours = 'reference', 'decoding', 'cache'
+  return {name: n for name, n in sizes.items() if n or name not in ours}
+
+
+def _at_once(footprint) -> dict[str, int]:
+  """Returns the parts that the fullest moment has; their sum is `total`."""
+  state = 'parameters', 'optimizer', 'reference'
+  ours = 'decoding', 'cache'
+  is_rollout = footprint.rollout > footprint.update
+  return {
+    name: size
+    for name, size in _sizes(footprint).items()
+    if name in state or (name in ours) == is_rollout
+  }
+
+
 def _step_rows(plan, bill) -> list[tuple[str, str]]:
   config = plan.config
   data, mesh = config.data, config.mesh
@@ -215,6 +244,17 @@ def _step_rows(plan, bill) -> list[tuple[str, str]]:
     ('computing', f'{bill.computing:,.2f} s'),
     ('sending, if nothing hides it', f'{bill.sending:,.2f} s'),
   ]
+  if config.rl.task:
+    rl = config.rl
+    answers = f'{rl.prompts * rl.samples:,} of {rl.max_new:,} tokens'
+    rows += [
+      ('scoring, by reference and old policy', f'{bill.scoring:,.2f} s'),
+      (
+        f'answering, 1/{rl.minibatches} of a rollout',
+        f'{bill.answering:,.2f} s',
+      ),
+      ('answers of a rollout', answers),
+    ]
   for axis, size in traffic.by_axis(config).items():
     if size:
       rows.append((f'received over {axis}', search.gib(size)))

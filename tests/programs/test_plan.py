@@ -13,23 +13,35 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from configs import deepseek_v2_lite, deepseek_v3, small
+from configs import deepseek_v2_lite, deepseek_v3, r1, r1_tiny, small
 from experiments import chips
-from experiments.plan import bill, compiled, memory, report, search, traffic
+from experiments.plan import (
+  bill,
+  compiled,
+  memory,
+  report,
+  rollout,
+  search,
+  traffic,
+)
 from mla_moe import cost, sharding
 from mla_moe.config import (
+  CacheConfig,
   ComputeConfig,
   ConfigError,
   MeshConfig,
   MTPConfig,
+  RLConfig,
   freeze,
 )
+from mla_moe.decode import forward, latent_cache
 from mla_moe.model import transformer
 from mla_moe.train.state import abstract_state
 
 V3 = freeze(deepseek_v3.get_config())
 LITE = freeze(deepseek_v2_lite.get_config())
 SMOKE = freeze(small.get_config('smoke'))
+ZERO = freeze(r1_tiny.get_config('zero'))
 
 
 def on_mesh(config, **mesh):
@@ -185,6 +197,86 @@ def test_the_smallest_slice_is_the_smallest():
   before = chips.slices('v5p').index(best.slice)
   for slice_ in chips.slices('v5p')[:before]:
     assert search.best_on(LITE, slice_, layout) is None
+
+
+def size_of(tree):
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def test_a_rollout_has_the_decoder_s_own_bytes():
+  model = dataclasses.replace(ZERO.model, dtype='bfloat16')
+  config = dataclasses.replace(ZERO, model=model)
+  layout = abstract_state(config)
+  got = memory.footprint(config, layout)
+  assert got.reference == size_of(layout.reference)
+  both = nn.unbox({'params': layout.params, 'router': layout.router})
+  weights = jax.eval_shape(lambda x: forward.unstack(model, x), both)
+  assert got.decoding == pytest.approx(size_of(weights), rel=0.02)
+  pages = CacheConfig(page=20, dtype='bfloat16')
+  pools = jax.eval_shape(lambda: latent_cache.pools(model, 512, pages))
+  assert got.cache == size_of(pools)
+  # An update and a rollout are never at once.
+  assert got.total == got.state + max(got.update, got.rollout)
+  assert got.state + got.update + got.rollout == sum(dataclasses.astuple(got))
+  text = memory.footprint(dataclasses.replace(config, rl=RLConfig()), layout)
+  assert text.reference == text.rollout == 0 and text.update == got.update
+  # The page draws what is there at once.
+  assert list(report._sizes(text)) == list(report._at_once(text))
+  full = dataclasses.replace(got, cache=10**9)
+  for size in (got, full, text):
+    assert sum(report._at_once(size).values()) == size.total
+  assert 'cache' in report._at_once(full) and 'logits' in report._at_once(got)
+
+
+def test_a_mesh_splits_the_reference_and_the_rows():
+  config = on_mesh(ZERO, data=2, expert=2, tensor=2)
+  layout = abstract_state(config)
+  got, one = (memory.footprint(x, layout) for x in (config, ZERO))
+  assert got.reference == memory.state_bytes(layout.reference, config.mesh)
+  assert got.cache == one.cache / 4  # tensor has the same latents
+  few = dataclasses.replace(config.rl, rows=16, samples=2, prompts=9)
+  assert rollout.rows_here(dataclasses.replace(config, rl=few)) == 4
+  odd = dataclasses.replace(few, rows=18)
+  assert rollout.rows_here(dataclasses.replace(config, rl=odd)) == 18
+
+
+def test_the_seconds_of_r1_s_steps():
+  """A rollout's token: weights twice, and the latents before it for heads."""
+  config = on_mesh(freeze(r1.get_config('zero')), fsdp=128, expert=2, tensor=4)
+  slice_ = chips.parse('v5p:8x8x16')
+  plan = search.Plan(config, slice_, memory.footprint(config))
+  paid = bill.bill(plan, bill.tokens_of(config), 0.3, 1.0)
+  model, a = config.model, config.model.mla
+  counts = cost.parameters(model)
+  active = counts.active - counts.embedding - counts.norms
+  mean = 2048 + 16384
+  token = 2 * active + mean * 61 * 2 * a.heads * (2 * a.kv_rank + a.rope_dim)
+  answers = 8192 * 32768 * token
+  prompts = 512 * 2048 * cost.train_flops_per_token(model, 2048) / 3
+  rate = 1024 * slice_.chip.bf16 * 0.3
+  seconds = (answers + prompts) / rate / 16
+  assert paid.answering == pytest.approx(seconds, rel=1e-3)
+  # The reference in each update, the old policy in all but the first of 16.
+  assert paid.scoring == pytest.approx(paid.computing * (1 + 15 / 16) / 3)
+  steps = config.run.steps
+  step = paid.computing + paid.scoring + paid.answering
+  assert paid.days == pytest.approx(steps * step / 86400)
+  assert paid.dollars == paid.hours == pytest.approx(paid.days * 24 * 1024)
+  # One row reads the weights: memory and not the products is the limit.
+  one = dataclasses.replace(config.rl, prompts=16, samples=2, rows=2)
+  lone = dataclasses.replace(config, rl=one)
+  size = plan.footprint.decoding + 2 * mean * cost.cache_bytes_per_token(model)
+  got = rollout.seconds(lone, slice_.chip, 0.5, plan.footprint.parameters)
+  reading = 16 * 32768 * size / slice_.chip.bandwidth
+  assert got == pytest.approx(reading, rel=0.01)
+
+
+def test_a_plan_of_reinforcement_has_its_rows(call):
+  words = '--config=configs/r1_tiny.py', '--topology=v5e:2x2'
+  code, out, err = call('plan', *words)
+  assert code == 0, err
+  for word in ('reference', 'decoding', 'cache ', 'answering', 'fuller'):
+    assert word in out
 
 
 @pytest.mark.parametrize(

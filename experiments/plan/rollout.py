@@ -1,0 +1,104 @@
+"""The memory and the seconds of rollouts, and of their scores, by arithmetic.
+
+Between two updates the policy answers `rl.prompts` questions, `rl.samples`
+times each. Gradients and residuals are not there then. In their place a device
+has the weights in the layout of decoding and the latents of its rows. The
+surprising part is the attention: a token reads all tokens before it, which
+costs 2 N (2 C + R) FLOPs for each of them and layer in the absorbed form (N
+heads, C latents, R rotated), and with answers of 32,768 tokens that is most of
+the work.
+
+All answers count as `rl.max_new` tokens long, and a row as data.seq_len.
+"""
+
+from __future__ import annotations
+
+import math
+
+from mla_moe import cost, sharding
+from mla_moe.config import Config, MeshConfig
+
+from .. import chips
+
+_WIDTH = {'float32': 4, 'bfloat16': 2}  # bytes of a number
+
+
+def rows_here(config: Config) -> int:
+  """Returns the answers that a device draws at a time.
+
+  Rows are split like a batch, or are all on each device if they do not divide.
+  """
+  rows, shards = _rows(config), _shards(config.mesh)
+  return rows // shards if rows % shards == 0 else rows
+
+
+def weights_bytes(config: Config, parameters: int) -> int:
+  """Returns bytes of the main model's weights in the layout of decoding.
+
+  They have the activations' width; a device's `parameters` are float32 bytes.
+  """
+  counts = cost.parameters(config)
+  main = counts.total / (counts.total + counts.mtp)
+  return int(parameters * main * _WIDTH[config.model.dtype] / 4)
+
+
+def cache_bytes(config: Config) -> int:
+  """Returns bytes of the latents of a device's rows, prompt and answer.
+
+  They are bfloat16 on any accelerator. A TPU has a ninth more of V3's, whose
+  576 numbers become 640.
+  """
+  token = cost.cache_bytes_per_token(config)
+  return rows_here(config) * config.data.seq_len * token
+
+
+def seconds(
+  config: Config, chip: chips.Chip, utilisation: float, parameters: int
+) -> float:
+  """Returns the seconds in which a device answers all questions of a rollout.
+
+  A pass over the rows takes as long as its FLOPs at `utilisation` of the peak,
+  or as reading weights and latents once, if that is longer. Traffic between
+  devices is not in it.
+  """
+  rl = config.rl
+  prompt = max(config.data.seq_len - rl.max_new, 0)
+  length = prompt + rl.max_new / 2  # of a row, on average
+  rows = rows_here(config)
+  flops = rows * answer_flops_per_token(config, length)
+  flops *= _shards(config.mesh) / config.mesh.devices  # tensor, context
+  latents = rows * length * cost.cache_bytes_per_token(config)
+  size = weights_bytes(config, parameters) + latents
+  step = max(flops / (chip.bf16 * utilisation), size / chip.bandwidth)
+  times = math.ceil(rl.prompts * rl.samples / _rows(config))
+  # A prompt is read once for all its answers: a third of a training step's.
+  read = cost.train_flops_per_token(config, prompt) / 3 * prompt * rl.prompts
+  read /= config.mesh.devices * chip.bf16 * utilisation
+  return times * rl.max_new * step + read
+
+
+def answer_flops_per_token(config: Config, length: float) -> float:
+  """Returns the FLOPs of one more token after `length` ones."""
+  a, model = config.model.mla, config.model
+  matrices = cost.train_flops_per_token(config, 0) / 3
+  attention = 2 * a.heads * (2 * a.kv_rank + a.rope_dim) * model.layers
+  return matrices + attention * length
+
+
+def scoring(config: Config) -> float:
+  """Returns the FLOPs of the scores of an update, of those of its training.
+
+  A forward pass is a third. The reference needs one, and so does the old policy
+  in all updates of a rollout but the first.
+  """
+  rl = config.rl
+  return (bool(rl.beta) + 1 - 1 / rl.minibatches) / 3
+
+
+def _rows(config: Config) -> int:
+  rl = config.rl
+  return min(rl.rows or rl.prompts * rl.samples, rl.prompts * rl.samples)
+
+
+def _shards(mesh: MeshConfig) -> int:
+  return math.prod(getattr(mesh, a) for a in sharding.spec(('batch',))[0])

@@ -131,7 +131,7 @@ def edge() -> Iterator[None]:
     return
   except ConfigError as error:
     text = f'error: {error}'
-  except Stopped as error:
+  except (Stopped, FloatingPointError) as error:  # the latter: of a generation
     code, text = 1, f'error: {error}'
   except KeyboardInterrupt:
     code, text = 1, 'Interrupted.'

@@ -47,10 +47,11 @@ def run(
 ) -> dict:
   """Runs the stages in `folder`; returns rewards before and after.
 
+  After a signal in the cold start it returns nothing.
+
   Raises:
     ConfigError: a task that there is not, a number of steps below 1, or a
       folder with another run.
-    cli.Stopped: a signal ended the cold start, which is saved.
   """
   from .rl import policy
   from .training import example_source
@@ -79,10 +80,8 @@ def run(
   print(f'Cold start: {cold} steps on {64 * cold:,} answers to {task}.')
   end = train.run(begin, folder / 'cold', open_source=example_source.opened())
   if end['step'] < cold:
-    raise cli.Stopped(
-      f'the cold start ended at step {end["step"]} of {cold}; the same command '
-      'goes on'
-    )
+    print('The cold start has not ended: the same command goes on with it.')
+    return {}
   print(f'Reinforcement: {steps} steps.')
   options = train.Options(init=str(folder / 'cold'))
   train.run(reinforced, folder / 'rl', options, policy.opened())

@@ -193,7 +193,7 @@ def _answered(
   ):
     part = items[number : number + len(drawn.ended)]
     texts = [_text(model, tokens) for tokens in drawn.tokens]
-    lengths = [len(tokens) for tokens in drawn.tokens]
+    lengths = drawn.lengths
     repeated = [item for item in part for _ in range(each)]
     grades = grader.grade(repeated, texts, lengths)
     for q, item in enumerate(part):

@@ -55,7 +55,7 @@ class Grader:
     source: of the questions.
     weights: of the rewards, by name.
     longest: tokens that an answer may have. A text without the form that has so
-      many may be cut off, so that its last line is no answer.
+      many and no end token was cut off: its last line is no answer.
     deadline: seconds for a formula, or for a program with all its tests.
     allow_code: whether programs may run.
     template: of the prompts: it may ask for <answer>, or begin the answer.
@@ -138,8 +138,8 @@ class Grader:
   ) -> list[Graded]:
     """Returns the grade of each answer, in their order.
 
-    `lengths` are the answers' tokens. The same answer to the same question is
-    graded once.
+    `lengths` are the answers' tokens before an end token. The same answer to
+    the same question is graded once.
 
     Raises:
       rewards.BadReward: a reward of one's own is not a finite number.

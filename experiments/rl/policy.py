@@ -196,18 +196,18 @@ class Policy(source.Source):
     middle = time.perf_counter()
     texts = [self._words.decode(tokens) for tokens in drawn.tokens]
     each = [item for item in items for _ in range(rl.samples)]
-    graded = self._graded(number, draw, each, texts, drawn.tokens)
+    graded = self._graded(number, draw, each, texts, drawn)
     end = time.perf_counter()
     seconds['rollout'] += middle - began
     seconds['grade'] += end - middle
     return self._grouped(items, ids, drawn, texts, graded)
 
-  def _graded(self, number, draw, items, texts, tokens) -> list:
+  def _graded(self, number, draw, items, texts, drawn) -> list:
     """Returns the grades, which are in rewards.jsonl before they are used."""
-    grades = self._record.find(number, draw, tokens)
+    grades = self._record.find(number, draw, drawn.tokens)
     if grades is None:
-      grades = self._grader.grade(items, texts, [len(ids) for ids in tokens])
-      self._record.add(number, draw, tokens, grades)
+      grades = self._grader.grade(items, texts, drawn.lengths)
+      self._record.add(number, draw, drawn.tokens, grades)
     return grades
 
   def _grouped(self, items, ids, drawn, texts, graded) -> list[Group]:
@@ -283,8 +283,7 @@ class Policy(source.Source):
     variables = {'params': state.params, 'router': state.router}
     drawn = rollouts.draw(self._config.model, rl, variables, ids, None)
     texts = [self._words.decode(tokens) for tokens in drawn.tokens]
-    lengths = [len(tokens) for tokens in drawn.tokens]
-    graded = self._grader.grade(items, texts, lengths)
+    graded = self._grader.grade(items, texts, drawn.lengths)
     right = [_rightness(grade.parts, grade.reward) for grade in graded]
     share = float(np.nanmean(right)) if right else 0.0
     return {'pass_at_1': share}, f'held out, greedy: {share:.1%} right'

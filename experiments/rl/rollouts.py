@@ -32,6 +32,15 @@ class Drawn(NamedTuple):
   log_probs: list[np.ndarray]
   ended: np.ndarray
 
+  @property
+  def lengths(self) -> list[int]:
+    """The tokens of each answer before its end token.
+
+    So an answer of `max_new` has no end, and was cut.
+    """
+    ends = self.ended.reshape(-1)
+    return [len(x) - int(end) for x, end in zip(self.tokens, ends, strict=True)]
+
 
 def seeds(run: int, rollout: int, count: int) -> np.ndarray:
   """Returns the seeds of a rollout's answers, [count] int64 below 2**31."""

@@ -162,7 +162,7 @@ class Template(NamedTuple):
     for token in (BOS, USER, ASSISTANT):
       if token not in self.special:
         raise ConfigError(
-          f'--chat: the tokenizer has no token {token!r}, which the template '
+          f'chat: the tokenizer has no token {token!r}, which the template '
           'of V3 and R1 needs; name another one by --chat_template=FILE, or '
           'continue texts without a chat'
         )
@@ -251,7 +251,7 @@ def _run(template: str, values: dict | None) -> str:
   else:
     answer = json.loads(out.stdout)
   if 'error' in answer:
-    raise ConfigError(f'--chat: the chat template fails ({answer["error"]})')
+    raise ConfigError(f'the chat template fails ({answer["error"]})')
   return answer['text']
 
 

@@ -128,6 +128,11 @@ def check(config: Config) -> None:
       f'rl.task={task!r}: is for python -m experiments.rl; leave it empty to '
       'learn from examples'
     )
+  if data.source == 'stdlib':
+    raise ConfigError(
+      "data.source='stdlib': is text, and no examples; name them by "
+      '--data=FILE.jsonl'
+    )
   if data.packing != 'separate' or data.fim_rate:
     raise ConfigError(
       f'data.packing={data.packing!r}, data.fim_rate={data.fim_rate:g}: '

@@ -13,7 +13,15 @@ import pytest
 from configs import r1, r1_tiny
 from experiments import cli, train, workdir
 from experiments import r1 as r1_program
-from experiments.rl import grading, policy, prompts, record, rollouts, tasks
+from experiments.rl import (
+  grading,
+  policy,
+  prompts,
+  questions,
+  record,
+  rollouts,
+  tasks,
+)
 from mla_moe import config as c
 from mla_moe.checkpoint import store
 from mla_moe.config import ConfigError, freeze
@@ -43,6 +51,9 @@ def small(run=None, data=None, optim=None, **rl):
     optim=change(config.optim, **(optim or {})),
     rl=change(config.rl, **(fields | rl)),
   )
+
+
+sound_grader = grading.Grader
 
 
 class Fake(grading.Grader):
@@ -320,9 +331,31 @@ def test_a_cold_start_that_a_signal_ends_is_no_base(tmp_path, monkeypatch):
   monkeypatch.setattr(
     train, 'run', lambda *_, **__: runs.append(1) or {'step': 3}
   )
-  with pytest.raises(cli.Stopped, match='step 3 of 9'):
-    r1_program.run(tmp_path, 'sort3', 0, 9, 1)
+  assert not r1_program.run(tmp_path, 'sort3', 0, 9, 1)
   assert len(runs) == 1
+
+
+def test_an_answer_that_ends_with_its_last_token_is_whole():
+  """Of answers with all `max_new` tokens, one has its end and is graded."""
+  drawn = rollouts.Drawn(
+    [np.array([49, 50, 257]), np.array([49, 50, 49])],
+    [np.zeros(3)] * 2,
+    np.array([[True, False]]),
+  )
+  source = questions.Source('mine.jsonl', '', None, None)
+  item = tasks.Question('1 and 2?', '12')
+  with sound_grader(source, {'accuracy': 1.0}, longest=3) as grader:
+    rows = grader.grade([item] * 2, ['12', '12'], drawn.lengths)
+  assert [row.reward for row in rows] == [1, 0]
+
+
+def test_a_policy_without_finite_logits_ends_in_a_line(capsys):
+  with pytest.raises(SystemExit) as ended, cli.edge():
+    raise FloatingPointError('the logits of step 0 are not finite')
+  assert ended.value.code == 1
+  assert capsys.readouterr().err == (
+    'error: the logits of step 0 are not finite\n'
+  )
 
 
 @pytest.mark.slow

@@ -410,6 +410,9 @@ def test_a_config_that_would_mix_examples_is_refused(tmp_path):
     ConfigError, match='data.packing=separate --config.data.f'
   ):
     opened(dataclasses.replace(config, data=joined))
+  text = dataclasses.replace(config.data, source='stdlib')
+  with pytest.raises(ConfigError, match='name them by --data=FILE'):
+    opened(dataclasses.replace(config, data=text))
   stages = dataclasses.replace(MeshConfig(), stage=2)
   staged = types.SimpleNamespace(data=config.data, mesh=stages, rl=config.rl)
   with pytest.raises(ConfigError, match='mesh.stage=2: a pipeline counts'):

@@ -129,13 +129,13 @@ class Transformer(nn.Module):
     b, t = tokens.shape
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], (b, t))
-    order, mask = None, None
+    documents, mask = None, None
     if segments is not None:
-      order = sequence.arrange(segments)
-      mask = (order >= 0) * 1.0
+      documents = sequence.arrange(segments)
+      mask = (documents >= 0) * 1.0
     positions = sequence.arrange(positions)
     cos, sin = rope.angles(positions, c.mla.rope_dim, c.mla.rope)
-    context = cos, sin, order
+    context = cos, sin, documents
     x = self._embed(tokens)
     stats = None
     if c.dense_layers:

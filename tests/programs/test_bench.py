@@ -276,7 +276,7 @@ def test_a_part_that_fails_is_a_row_and_the_next_parts_have_its_time(
   assert (failed['value'], failed['good']) == (None, False)
   assert failed['beside'] == 'over its 80 s'
   # 480 s for weights of 480; 10 s of the first 25 are used, 15 go around.
-  assert limits['card'] == 25 and limits['fp8'] == 470 * 80 / 455
+  assert limits['card'] == 25 and limits['fp8'] == 470 * 75 / 455
   assert limits['train'] == pytest.approx(480 - 10 - limits['fp8'] - 40)
   assert '1 rows are wrong or failed' in capsys.readouterr().err
 

@@ -127,8 +127,8 @@ def test_the_loss_has_every_part_by_its_own_count():
   close(m['mtp_loss'], mtp)
   close(m['balance_loss'], 1.0)
   close(m['loss'], nats + 0.3 * mtp + 1e-3 * nats**2 + 0.1 * 3)
-  # The last tokens of a row have no successor for a module.
-  np.testing.assert_array_equal(m['load'][:, 0], [16, 14, 12])
+  # The last tokens of a document have no successor for a module.
+  np.testing.assert_array_equal(m['load'][:, 0], [16, 12, 8])
   assert m['load'][:, 2:].max() == 0
 
 

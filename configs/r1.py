@@ -9,7 +9,8 @@ The stages, in R1's order (report, sections 2.2 and 2.3 and the supplement):
   long    zero after step 8,200: answers of 65,536 tokens
   cold    fine-tuning on thousands of long thoughts (`experiments.sft`)
   reason  the first reinforcement: also pays for one language
-  reject  fine-tuning of V3-Base on 804,745 chosen samples (`experiments.sft`)
+  reject  fine-tuning of V3-Base on 804,745 samples (`experiments.sft`), those
+          of reasoning chosen from the model before (`experiments.reject`)
   all     the second one: T = 0.7, 1,700 steps
 
 A step is an update by 32 questions with 16 answers each; 16 of them follow a

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import r1, r1_tiny
-from experiments import cli, train, workdir
+from experiments import cli, opened, reject, train, workdir
 from experiments import r1 as r1_program
 from experiments.rl import (
   grading,
@@ -528,3 +528,14 @@ def test_a_model_learns_to_sort(seed, tmp_path, monkeypatch):
   numbers = r1_program.run(tmp_path, 'sort8', seed, 100, 150)
   assert numbers['first'] <= 0.35 and numbers['last'] >= 0.55, numbers
   assert numbers['greedy'] >= 0.70, numbers
+  # It teaches: the program takes its right answers to other questions alone.
+  model = opened.open_model(tmp_path / 'rl')
+  rl = freeze(r1_tiny.get_config('zero')).rl
+  rl = dataclasses.replace(rl, prompts=64, samples=8)
+  out = tmp_path / 'chosen.jsonl'
+  counts = reject.run(model, rl, out, seed=seed + 1)
+  assert 0.4 <= counts['pass_at_1'] < counts['pass_at_k'] <= 1, counts
+  chosen = workdir.rows(out)
+  assert len(chosen) == counts['rows'] >= 32
+  for row in chosen:
+    assert row['completion'] == ''.join(sorted(row['prompt'][:-1]))

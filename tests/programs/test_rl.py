@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from configs import r1, r1_tiny
-from experiments import cli, opened, reject, train, workdir
+from experiments import cli, reject, train, workdir
+from experiments import opened as opened_model
 from experiments import r1 as r1_program
 from experiments.rl import (
   grading,
@@ -529,7 +530,7 @@ def test_a_model_learns_to_sort(seed, tmp_path, monkeypatch):
   assert numbers['first'] <= 0.35 and numbers['last'] >= 0.55, numbers
   assert numbers['greedy'] >= 0.70, numbers
   # It teaches: the program takes its right answers to other questions alone.
-  model = opened.open_model(tmp_path / 'rl')
+  model = opened_model.open_model(tmp_path / 'rl')
   rl = freeze(r1_tiny.get_config('zero')).rl
   rl = dataclasses.replace(rl, prompts=64, samples=8)
   out = tmp_path / 'chosen.jsonl'

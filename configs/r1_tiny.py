@@ -35,7 +35,15 @@ def get_config(arg=''):
     several,
     optim=dataclasses.replace(several.optim, learning_rate=1e-4),
     data=dataclasses.replace(several.data, batch_size=128),
-    run=dataclasses.replace(several.run, steps=4 * STEPS),
+    # In updates, of which a rollout has four.
+    run=dataclasses.replace(
+      several.run,
+      steps=4 * STEPS,
+      eval_every=100,
+      sample_every=40,
+      save_every=200,
+      check_every=200,
+    ),
   )
   variants = dict(
     cold=cold(model()),

@@ -194,7 +194,7 @@ class Policy(source.Source):
     seeds = rollouts.seeds(self._config.run.seed, draw, rl.prompts * rl.samples)
     drawn = rollouts.draw(self._config.model, rl, variables, ids, seeds)
     middle = time.perf_counter()
-    texts = [self._words.decode(tokens) for tokens in drawn.tokens]
+    texts = [self._words.decode(ids) for ids in drawn.bodies]
     each = [item for item in items for _ in range(rl.samples)]
     graded = self._graded(number, draw, each, texts, drawn)
     end = time.perf_counter()
@@ -282,7 +282,7 @@ class Policy(source.Source):
     items, ids = self._fitting(self._questions.held_out, range(count))
     variables = {'params': state.params, 'router': state.router}
     drawn = rollouts.draw(self._config.model, rl, variables, ids, None)
-    texts = [self._words.decode(tokens) for tokens in drawn.tokens]
+    texts = [self._words.decode(ids) for ids in drawn.bodies]
     graded = self._grader.grade(items, texts, drawn.lengths)
     right = [_rightness(grade.parts, grade.reward) for grade in graded]
     share = float(np.nanmean(right)) if right else 0.0

@@ -24,6 +24,7 @@ answers that are no numbers.
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import functools
 import hashlib
@@ -167,7 +168,7 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
 def _question(line: bytes) -> Question:
   """Returns the question of a line; errors do not name the line."""
   try:
-    row = json.loads(line.decode('utf-8'))
+    row = json.loads(line.removeprefix(codecs.BOM_UTF8).decode('utf-8'))
   except (ValueError, RecursionError) as error:
     text = str(error).partition(': line 1 ')[0]
     raise ConfigError(f'is no JSON in UTF-8 ({text})') from None

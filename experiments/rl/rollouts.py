@@ -33,13 +33,20 @@ class Drawn(NamedTuple):
   ended: np.ndarray
 
   @property
-  def lengths(self) -> list[int]:
-    """The tokens of each answer before its end token.
+  def bodies(self) -> list[np.ndarray]:
+    """The ids of each answer before its end token.
 
-    So an answer of `max_new` has no end, and was cut.
+    They make its text, whether or not the tokenizer knows that the end token is
+    a special one. A body of `max_new` tokens was cut.
     """
     ends = self.ended.reshape(-1)
-    return [len(x) - int(end) for x, end in zip(self.tokens, ends, strict=True)]
+    pairs = zip(self.tokens, ends, strict=True)
+    return [ids[: len(ids) - int(end)] for ids, end in pairs]
+
+  @property
+  def lengths(self) -> list[int]:
+    """The tokens of each body."""
+    return list(map(len, self.bodies))
 
 
 def seeds(run: int, rollout: int, count: int) -> np.ndarray:

@@ -14,6 +14,7 @@ two answers to one question are never on both sides.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import itertools
 import json
@@ -156,7 +157,7 @@ def _rows(file: documents.File) -> Iterator[Row]:
       for number, line in enumerate(opened, 1):
         if line.strip():
           place = f'{file.path}:{number}'
-          yield Row(place, _turns(place, line.removeprefix(b'\xef\xbb\xbf')))
+          yield Row(place, _turns(place, line.removeprefix(codecs.BOM_UTF8)))
   except OSError as error:
     raise ConfigError(
       f'{file.path}: cannot be read ({error.strerror})'

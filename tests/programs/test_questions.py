@@ -1,5 +1,6 @@
 """Sources of questions: two sides that share none, files with their errors."""
 
+import codecs
 import importlib.util
 import json
 
@@ -67,7 +68,9 @@ def test_the_forms_of_a_line(write):
                   {'role': 'user', 'content': '2+3?'}], 'answer': '5'},
     {'prompt': 'Add.', 'tests': [{'call': 'f(2, 3)', 'returns': 5}]},
   ]  # fmt: skip
-  items = [questions._question(json.dumps(row).encode()) for row in rows]
+  lines = [json.dumps(row).encode() for row in rows]
+  items = [questions._question(line) for line in lines]
+  assert questions._question(codecs.BOM_UTF8 + lines[0]) == items[0]
   assert [item.answer for item in items] == ['5', '5', '']
   assert items[0].text == 'Tom has {2} pens?'
   assert items[1].messages == (('system', 'Be brief.'), ('user', '2+3?'))

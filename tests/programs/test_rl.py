@@ -23,6 +23,7 @@ from experiments.rl import (
   rollouts,
   tasks,
 )
+from experiments.training import example_source
 from mla_moe import config as c
 from mla_moe.checkpoint import store
 from mla_moe.config import ConfigError, freeze
@@ -343,6 +344,7 @@ def test_an_answer_that_ends_with_its_last_token_is_whole():
     [np.zeros(3)] * 2,
     np.array([[True, False]]),
   )
+  assert [x.tolist() for x in drawn.bodies] == [[49, 50], [49, 50, 49]]
   source = questions.Source('mine.jsonl', '', None, None)
   item = tasks.Question('1 and 2?', '12')
   with sound_grader(source, {'accuracy': 1.0}, longest=3) as grader:
@@ -487,6 +489,22 @@ def test_one_answer_has_no_spread():
 def test_text_is_not_trained_on_by_a_task(tmp_path):
   with pytest.raises(ConfigError, match='is for python -m experiments.rl'):
     train.run(small(), tmp_path)
+
+
+@pytest.mark.parametrize(
+  ('module', 'variants'),
+  [
+    (r1_tiny, 'cold zero dr dapo gspo cispo v32'),
+    (r1, 'zero long cold reason reject all'),
+  ],
+)
+def test_each_variant_can_run_as_it_is(module, variants):
+  for name in variants.split():
+    for arg in (name, f'{name},smoke'):
+      config = freeze(module.get_config(arg))
+      data = dataclasses.replace(config.data, source='mine.jsonl')
+      config = dataclasses.replace(config, data=data)
+      (policy if config.rl.task else example_source).check(config)
 
 
 def test_the_published_numbers():

@@ -539,6 +539,7 @@ def test_a_small_model_learns_from_rewards(tmp_path, monkeypatch):
   assert numbers['greedy'] > numbers['greedy_first'], numbers
 
 
+@pytest.mark.slow
 @pytest.mark.by_hand
 @pytest.mark.parametrize('seed', [0, 1, 2])
 def test_a_model_learns_to_sort(seed, tmp_path, monkeypatch):

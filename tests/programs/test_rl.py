@@ -30,6 +30,9 @@ from mla_moe.config import ConfigError, freeze
 from mla_moe.data import tokenizer
 from mla_moe.train.load import load_run
 
+# Of ml_collections, where a test reads a config as the command line does.
+pytestmark = pytest.mark.filterwarnings('ignore:the load_module')
+
 STEPS = 6
 
 
@@ -294,7 +297,6 @@ def test_a_chat_keeps_its_messages():
   assert words.decode(plain(chat)[1:]) == chat.text
 
 
-@pytest.mark.filterwarnings('ignore:the load_module')
 def test_the_stages_of_r1_fit_each_task(tmp_path, monkeypatch):
   """A task is refused before its cold start, or both stages have room."""
   runs = []
@@ -327,7 +329,6 @@ def test_the_stages_of_r1_fit_each_task(tmp_path, monkeypatch):
   assert not runs and not (tmp_path / 'wrong').exists()
 
 
-@pytest.mark.filterwarnings('ignore:the load_module')
 def test_a_cold_start_that_a_signal_ends_is_no_base(tmp_path, monkeypatch):
   runs = []
   monkeypatch.setattr(

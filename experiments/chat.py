@@ -177,8 +177,6 @@ def _interrupts() -> Iterator[list[int]]:
 
 def main() -> None:
   """Chats until the input ends."""
-  from mla_moe import CacheConfig
-
   from .serving.scheduler import Scheduler
 
   own = template.own()
@@ -188,7 +186,7 @@ def main() -> None:
     model.variables,
     rows=1,
     length=FLAGS.length,
-    cache=CacheConfig(dtype=FLAGS.cache),
+    cache=model.cache,
     speculative=FLAGS.speculative,
   )
   chat = Chat(

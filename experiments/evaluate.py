@@ -151,6 +151,7 @@ def _continue(model, rows: list[tuple], limit: int, batch: int) -> list[str]:
     limit,
     lengths=np.array([len(row) for row in ids], np.int32),
     stop_ids=model.stop_ids,
+    cache=model.cache,
     **{name: [row[name] for row in knobs] for name in knobs[0]},
   )
   texts = []

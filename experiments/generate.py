@@ -40,7 +40,6 @@ def define() -> None:
 
 def run(model: opened.TextModel, prompt: str) -> None:
   """Prints the continuation of `prompt` (the answer to it, with --chat)."""
-  from mla_moe import CacheConfig
   from mla_moe.decode import generation
 
   if FLAGS.chat:
@@ -57,7 +56,7 @@ def run(model: opened.TextModel, prompt: str) -> None:
     FLAGS.max_new_tokens,
     speculative=FLAGS.speculative,
     stop_ids=model.stop_ids,
-    cache=CacheConfig(dtype=FLAGS.cache),
+    cache=model.cache,
     **opened.knobs(),
   )
   stream = text.TextStream(model.tokenizer, FLAGS.stop)

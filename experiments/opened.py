@@ -17,7 +17,7 @@ from typing import NamedTuple
 from absl import flags
 
 from mla_moe import files
-from mla_moe.config import ConfigError, ModelConfig
+from mla_moe.config import CacheConfig, ConfigError, ModelConfig
 from mla_moe.data.tokenizer import ByteTokenizer, Tokenizer, load
 from mla_moe.types import PyTree
 
@@ -31,7 +31,7 @@ class TextModel(NamedTuple):
 
   variables: {'params', 'router'}; folder: of the chat template; stop_ids: a
   text ends with any of them; template: a chat template of one's own, in the
-  place of the folder's.
+  place of the folder's; cache: of the latents of its texts.
   """
 
   config: ModelConfig
@@ -40,6 +40,7 @@ class TextModel(NamedTuple):
   folder: pathlib.Path
   stop_ids: tuple[int, ...]
   template: str = ''
+  cache: CacheConfig = CacheConfig()
 
 
 def define() -> None:
@@ -80,19 +81,20 @@ def knobs() -> dict[str, float]:
 
 
 def from_flags() -> TextModel:
-  """Returns the model of --checkpoint, --tokenizer, --dtype, --allow_unsealed.
+  """Returns the model of the flags of `define`.
 
   Raises:
     ConfigError: no model, or one that cannot be loaded.
   """
   if not FLAGS.checkpoint:
     raise ConfigError('--checkpoint: name a Hugging Face folder or a run')
-  return open_model(
+  model = open_model(
     pathlib.Path(FLAGS.checkpoint).expanduser(),
     tokenizer=FLAGS.tokenizer,
     dtype=FLAGS.dtype,
     allow_unsealed=FLAGS.allow_unsealed,
   )
+  return model._replace(cache=CacheConfig(dtype=FLAGS.cache))
 
 
 def open_model(

@@ -17,6 +17,7 @@ questions so far, and FILE.jsonl is written from it at the end.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -28,7 +29,7 @@ from collections.abc import Iterator
 import numpy as np
 from absl import flags
 
-from mla_moe.config import CacheConfig, ConfigError, RLConfig
+from mla_moe.config import ConfigError, RLConfig
 
 from . import cli, opened, workdir
 from .rl import grading, prompts, questions, rewards, rollouts
@@ -69,7 +70,6 @@ def run(
   seed: int = 0,
   keep: int = 1,
   allow_code: bool = False,
-  cache: str = 'auto',
 ) -> dict[str, float]:
   """Writes right answers to `rl.prompts` questions, and returns the counts.
 
@@ -81,7 +81,6 @@ def run(
     seed: of the questions and the draws.
     keep: rows of a question, at most.
     allow_code: whether answers may be run as programs.
-    cache: type of the cached latents.
 
   Raises:
     ConfigError: names the flag and the fix.
@@ -109,14 +108,14 @@ def run(
   )
   with workdir.lock(folder), grader:
     done = len(workdir.rows(folder / 'rows', change=lambda row: None))
-    flags = {'seed': seed, 'keep': keep, 'cache': cache}
+    flags = {'seed': seed, 'keep': keep}
     settings = flags | _settings(model, source, rl)
     _bind(folder / 'settings', settings, out, done)
     if done < len(items):
       if grader.about:
         print(f'Rewards: {grader.about}.')
       rows = _answered(
-        model, rl, maker, grader, items, done, seed=seed, keep=keep, cache=cache
+        model, rl, maker, grader, items, done, seed=seed, keep=keep
       )
       _append(folder / 'rows', rows, done, len(items))
     return _finished(folder, out, len(items), rl.samples)
@@ -146,6 +145,7 @@ def _settings(model, source, rl: RLConfig) -> dict:
     'task': source.fingerprint,
     'checkpoint': hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16],
     'chat_template': model.template,
+    'cache': dataclasses.asdict(model.cache),
   }
 
 
@@ -168,7 +168,7 @@ def _bind(
 
 
 def _answered(
-  model, rl, maker, grader, items, done, *, seed, keep, cache
+  model, rl, maker, grader, items, done, *, seed, keep
 ) -> Iterator[dict]:
   """Yields a row of FILE.jsonl.drawn for each question from `done` on.
 
@@ -189,7 +189,7 @@ def _answered(
     np.concatenate(seeds),
     number,
     stop_ids=model.stop_ids,
-    cache=CacheConfig(dtype=cache),
+    cache=model.cache,
   ):
     part = items[number : number + len(drawn.ended)]
     texts = [_text(model, tokens) for tokens in drawn.tokens]
@@ -351,7 +351,6 @@ def main() -> None:
     seed=FLAGS.seed,
     keep=FLAGS.keep,
     allow_code=FLAGS.allow_code,
-    cache=FLAGS.cache,
   )
 
 

@@ -54,8 +54,6 @@ def main() -> None:
     raise ConfigError(
       'serving needs starlette and uvicorn: pip install "mla_moe[serve]"'
     ) from None
-  from mla_moe import CacheConfig
-
   from .serving.engine import Engine
   from .serving.scheduler import Scheduler
 
@@ -66,7 +64,7 @@ def main() -> None:
     model.variables,
     rows=FLAGS.rows,
     length=FLAGS.length,
-    cache=CacheConfig(dtype=FLAGS.cache),
+    cache=model.cache,
     waiting=FLAGS.waiting,
     speculative=FLAGS.speculative,
   )

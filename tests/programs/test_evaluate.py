@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import mla_moe
 from configs import tiny
 from experiments import evaluate, opened
 from mla_moe import Transformer, rollout
-from mla_moe.config import ConfigError, freeze
+from mla_moe.config import CacheConfig, ConfigError, freeze
 from mla_moe.data import tokenizer
 
 
@@ -83,6 +84,19 @@ def test_a_sample_depends_on_its_request_and_number_alone(model):
   assert first == mixed[1]
   with pytest.raises(ConfigError, match='num_beams=4 is not supported'):
     evaluate.continuations(model, [(prompt, {'num_beams': 4})], 1)
+
+
+def test_texts_have_the_cache_of_the_model(model, monkeypatch):
+  class Read(Exception):
+    """A rollout has its options."""
+
+  def read(*_, cache, **__):
+    raise Read(cache.dtype)
+
+  monkeypatch.setattr(mla_moe, 'rollout', read)
+  few = model._replace(cache=CacheConfig(dtype='float8'))
+  with pytest.raises(Read, match='float8'):
+    evaluate.continuations(few, [([256, 10], {})], 1)
 
 
 def test_without_lm_eval_the_extra_is_named(model, monkeypatch):

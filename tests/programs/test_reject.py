@@ -13,7 +13,7 @@ from configs import r1_tiny
 from experiments import cli, opened, reject
 from experiments.rl import prompts, questions, rollouts
 from experiments.training import examples
-from mla_moe.config import ConfigError, RLConfig, freeze
+from mla_moe.config import CacheConfig, ConfigError, RLConfig, freeze
 from mla_moe.data import tokenizer
 from mla_moe.decode import generation
 
@@ -125,6 +125,9 @@ def test_other_settings_have_another_file(model, tmp_path):
   double = {'params': {'head': 2 * model.variables['params']['head']}}
   with pytest.raises(ConfigError, match='another checkpoint'):
     reject.run(model._replace(variables=double), RL, out)
+  few = model._replace(cache=CacheConfig(dtype='int8'))
+  with pytest.raises(ConfigError, match='another cache'):
+    reject.run(few, RL, out)
   with pytest.raises(ConfigError, match='another keep .*=1'):
     reject.run(model, RL, out, keep=2)
   # Without an answer yet, a command may change.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import heapq
 import pathlib
 import time
 from collections.abc import Mapping
@@ -33,6 +34,7 @@ from ..training import source
 from . import alarms, grading, prompts, questions, record, rollouts
 
 _LOOKED_AT = 256  # questions of an endless source that are read before the run
+_COUNTED = 4096  # the longest texts of those, whose tokens are counted
 _TRIES = 100  # questions in the place of one that is too long
 
 
@@ -146,7 +148,8 @@ class Policy(source.Source):
   def _begin(self, number: int) -> None:
     """Reads the run's own files up to the step before `number`."""
     rows = workdir.rows(self._path / 'metrics.jsonl')
-    rows = [r for r in rows if 'reward' in r and r['step'] < number]
+    rows = [r for r in rows if 'reward' in r and is_number(r.get('step'))]
+    rows = [r for r in rows if r['step'] < number]
     self._alarms = alarms.Alarms.after(rows)
     if self.writes:
       workdir.rewind(self._path / 'groups.jsonl', number - 1)
@@ -306,7 +309,8 @@ class Policy(source.Source):
   def _check_lengths(self) -> None:
     """Refuses a config whose rows are too short for a question.
 
-    All questions of a file are read, and the first ones of an endless source.
+    All questions of a file are looked at, and the first ones of an endless
+    source.
     """
     rl, length = self._config.rl, self._config.data.seq_len
     sides = (
@@ -314,6 +318,7 @@ class Policy(source.Source):
       (self._questions.held_out, self._questions.held_out_size or rl.heldout),
     )
     items = (draw(i) for draw, count in sides for i in range(count))
+    items = heapq.nlargest(_COUNTED, items, key=lambda item: len(item.text))
     longest, text = max(
       (len(self._prompts.ids(item)), item.text) for item in items
     )
@@ -334,8 +339,8 @@ class Policy(source.Source):
   def _fitting(self, draw, indices) -> tuple[list, list[np.ndarray]]:
     """Returns questions of a side and their prompts, for which rows have room.
 
-    An endless source may make a longer question than those that were read
-    before the run. A later one by far, which no rollout has, takes its place.
+    An endless source may make a longer question than those before the run. Far
+    later ones, which no rollout has, take its place.
     """
     rl, items = self._config.rl, []
     longest = self._config.data.seq_len - packing.columns(0, rl.max_new)

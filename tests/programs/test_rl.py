@@ -275,6 +275,17 @@ def test_a_question_that_is_too_long_later_gives_way(tmp_path, monkeypatch):
     first._fitting(first._questions.train, range(1))
 
 
+def test_rows_without_a_step_stop_no_run(tmp_path):
+  metrics = '{"reward": 1}\n{"step": "x", "reward": 1}\n'
+  (tmp_path / 'metrics.jsonl').write_text(metrics)
+  groups = '{"step": 2}\n{"stop": 3}\n{"step": null}\n{"step": 9}\n'
+  (tmp_path / 'groups.jsonl').write_text(groups)
+  source = opened(small(), tmp_path)
+  source._begin(4)
+  source.close()
+  assert rows(tmp_path, 'groups') == [{'step': 2}]
+
+
 def test_a_run_has_rewards_of_ones_own(tmp_path):
   config = small(rewards=(('short', 1.0),))
   with pytest.raises(ConfigError, match='no such reward'):

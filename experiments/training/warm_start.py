@@ -4,8 +4,8 @@ It begins at step 0 with a text, schedules and a length of its own; only the
 shapes of the model must be the same. The optimizer's moments come along if the
 other run had the same optimizer, and both learn from text or both from rewards.
 The run saves step 0 before it takes a step, and depends on its origin no more;
-a run that is killed before that begins again
-from the very checkpoint that its folder names.
+a run that is killed before that begins again from the very checkpoint that its
+folder names.
 """
 
 from __future__ import annotations
@@ -104,6 +104,7 @@ def _of_run(setup, folder, step, allow_unsealed) -> tuple[Any, Origin]:
   from mla_moe.train.state import RENAMED
 
   config, theirs = setup.config, workdir.read_config(folder)
+  check_tokenizer(setup, theirs, folder)
   check(config.model, theirs.model, str(folder))
   like = dataclasses.replace(config, optim=theirs.optim, rl=theirs.rl)
   restored = store.restore(
@@ -155,6 +156,29 @@ def _at_step_0(setup, params: Any, router: Any, opt: Any) -> Any:
   state = jax.device_put(state, places)
   # A step gives its state's buffers away: the reference needs its own.
   return state.replace(reference=jax.tree.map(jnp.copy, state.reference))
+
+
+def check_tokenizer(setup, theirs: Config, folder: pathlib.Path) -> None:
+  """Refuses a run of another tokenizer, whose ids are other texts.
+
+  A tokenizer that is no longer where that run read it cannot be compared.
+
+  Raises:
+    ConfigError: names both.
+  """
+  from mla_moe.data import tokenizer
+
+  name, model = theirs.data.tokenizer, theirs.model
+  try:
+    words = tokenizer.load(name, model.bos_id, model.eos_id)
+  except ConfigError:
+    return
+  files_of = [x.fingerprint.split(':')[0] for x in (words, setup.tokenizer)]
+  if len({*files_of}) > 1:
+    raise ConfigError(
+      f'--init={folder}: its ids are of data.tokenizer={name!r}, and not of '
+      f'{setup.config.data.tokenizer!r}; set --config.data.tokenizer={name}'
+    )
 
 
 def check(ours: ModelConfig, theirs: ModelConfig, source: str) -> None:

@@ -34,7 +34,7 @@ from experiments.training import (
 from mla_moe import ConfigError, load_huggingface
 from mla_moe.checkpoint import faults, folders, store
 from mla_moe.config import Config, MeshConfig, freeze
-from mla_moe.data import batches
+from mla_moe.data import batches, tokenizer
 from mla_moe.train import optim, step
 from mla_moe.train.state import init_state
 
@@ -528,7 +528,25 @@ def test_row40_a_run_begins_from_the_weights_of_another(
 def beginning(config, path, source):
   """The state of a run that begins from `source`; nothing is trained."""
   setup = types.SimpleNamespace(config=config, mesh=None, path=path)
+  setup.tokenizer = tokenizer.load(config.data.tokenizer)
   return warm_start.begin(setup, warm_start.Origin(str(source)))
+
+
+def test_a_warm_start_has_the_tokenizer_of_its_origin(tmp_path, monkeypatch):
+  """Ids of another tokenizer are other texts, even where shapes agree."""
+  config = Config()
+  theirs = dataclasses.replace(
+    config, data=dataclasses.replace(config.data, tokenizer='words')
+  )
+  setup = types.SimpleNamespace(config=config, tokenizer=tokenizer.load('byte'))
+  warm_start.check_tokenizer(setup, config, tmp_path)
+  warm_start.check_tokenizer(setup, theirs, tmp_path)  # no such file any more
+  words = types.SimpleNamespace(fingerprint='1a2b:0:1')
+  monkeypatch.setattr(tokenizer, 'load', lambda *_: words)
+  with pytest.raises(ConfigError, match='set --config.data.tokenizer=words'):
+    warm_start.check_tokenizer(setup, theirs, tmp_path)
+  setup.tokenizer = types.SimpleNamespace(fingerprint='1a2b:5:6')
+  warm_start.check_tokenizer(setup, theirs, tmp_path)
 
 
 def test_a_warm_start_says_what_does_not_come_along(root, tmp_path, capsys):

@@ -149,7 +149,10 @@ def test_only_notebooks_that_are_there_are_built():
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings('ignore')  # Jupyter's own
 @pytest.mark.parametrize('path', SOURCES, ids=lambda p: p.stem)
-def test_it_runs(path):
+def test_it_runs(path, monkeypatch):
+  # They compute for minutes, with the compiler that people have.
+  for name in ('JAX_DISABLE_MOST_OPTIMIZATIONS', 'XLA_FLAGS'):
+    monkeypatch.delenv(name, raising=False)
   build.run(path)
 
 

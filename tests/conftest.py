@@ -42,6 +42,16 @@ _CHECKED = [
 jaxtyping.install_import_hook(_CHECKED, 'checking.check')
 
 
+# Files of many minutes, where the slow tests run: two workers take files in
+# order, and the one that takes such a file last works on alone.
+_LONG = ('test_docs.py', 'test_notebooks.py', 'test_bench.py')
+
+
+def pytest_collection_modifyitems(items):
+  """Puts the long files first; the order is else that of the names."""
+  items.sort(key=lambda item: item.path.name not in _LONG)
+
+
 @pytest.fixture(scope='module', autouse=True)
 def _forget_programs():
   """Frees each file's compiled programs behind it.

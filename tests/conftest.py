@@ -48,8 +48,14 @@ _LONG = ('test_docs.py', 'test_notebooks.py', 'test_bench.py')
 
 
 def pytest_collection_modifyitems(items):
-  """Puts the long files first; the order is else that of the names."""
+  """Puts the long files first; the order is else that of the names.
+
+  Tests that are run by hand are slow ones, too: -m 'not slow' leaves them out.
+  """
   items.sort(key=lambda item: item.path.name not in _LONG)
+  for item in items:
+    if item.get_closest_marker('by_hand'):
+      item.add_marker('slow')
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mla_moe.config import ModelConfig, RLConfig
+from mla_moe.data import batches
 from mla_moe.decode import generation
 
 _SHORT = 64  # tokens: answers so short are rounded up to 16 and not to 64
@@ -53,7 +54,7 @@ def seeds(run: int, rollout: int, count: int) -> np.ndarray:
   """Returns the seeds of a rollout's answers, [count] int64 below 2**31."""
   x = np.arange(count, dtype=np.uint64)
   for number in (run, rollout):
-    x = _mix(x ^ _mix(np.uint64(number)))
+    x = batches.mix(x, number)
   return (x >> np.uint64(33)).astype(np.int64)
 
 
@@ -135,12 +136,3 @@ def per_part(rl: RLConfig, samples: int, questions: int) -> int:
   """Returns the questions whose answers are drawn at a time."""
   rows = rl.rows or questions * samples
   return min(max(rows // samples, 1), questions)
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-  """Returns splitmix64's finaliser of x."""
-  with np.errstate(over='ignore'):
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-  return x ^ (x >> np.uint64(31))

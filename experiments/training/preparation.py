@@ -48,8 +48,29 @@ class Setup(NamedTuple):
   fp8_health: Callable
 
   def place(self, tree: Any) -> Any:
-    """Puts a batch, or rates, on the device or on the mesh: see `place`."""
-    return place(self, tree)
+    """Puts a batch, or rates, on the device or on the mesh.
+
+    A batch [n, B, T] is split over the mesh's batch axes; other arrays are
+    copied to all devices. The batch may be whole, or this process's rows.
+    """
+    if self.mesh is None:
+      return jax.device_put(jax.tree.map(np.asarray, tree))
+
+    data = self.config.data
+    micro = data.micro_batch or data.batch_size
+
+    def one(x):
+      x = np.asarray(x)
+      if x.ndim != 3:
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        return jax.make_array_from_callback(x.shape, everywhere, lambda i: x[i])
+      split = program.batch_sharding(self.mesh)
+      rows = np.arange(micro) if x.shape[1] == micro else self.rows
+      shape = (len(x), micro, x.shape[2])
+      take = functools.partial(_of_device, x, rows)
+      return jax.make_array_from_callback(shape, split, take)
+
+    return jax.tree.map(one, tree)
 
 
 def prepare(
@@ -110,32 +131,6 @@ def fresh(setup: Setup) -> State:
   key = jax.random.key(setup.config.run.seed)
   state = init_state(key, setup.config, setup.mesh)
   return state if setup.mesh else jax.device_put(state, jax.devices()[0])
-
-
-def place(setup: Setup, tree: Any) -> Any:
-  """Puts a batch, or rates, on the device or on the mesh.
-
-  A batch [n, B, T] is split over the mesh's batch axes; other arrays are copied
-  to all devices. The batch may be whole, or this process's rows.
-  """
-  if setup.mesh is None:
-    return jax.device_put(jax.tree.map(np.asarray, tree))
-
-  data = setup.config.data
-  micro = data.micro_batch or data.batch_size
-
-  def one(x):
-    x = np.asarray(x)
-    if x.ndim != 3:
-      everywhere = NamedSharding(setup.mesh, PartitionSpec())
-      return jax.make_array_from_callback(x.shape, everywhere, lambda i: x[i])
-    split = program.batch_sharding(setup.mesh)
-    rows = np.arange(micro) if x.shape[1] == micro else setup.rows
-    shape = (len(x), micro, x.shape[2])
-    take = functools.partial(_of_device, x, rows)
-    return jax.make_array_from_callback(shape, split, take)
-
-  return jax.tree.map(one, tree)
 
 
 def _of_device(x: np.ndarray, rows: np.ndarray, index: tuple) -> np.ndarray:

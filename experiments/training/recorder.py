@@ -20,7 +20,7 @@ from mla_moe.train import optim
 
 from .. import runtime, workdir
 from . import logs, starts, steps, tracking
-from .preparation import Setup, matmul_peak, place
+from .preparation import Setup, matmul_peak
 
 _FINAL = ('step', 'loss', 'main_loss', 'bits_per_byte')
 
@@ -185,7 +185,7 @@ class Recorder:
   def fp8_health(self, number: int, state: Any) -> None:
     """Records the health of FP8, always on the same held-out batch."""
     setup = self._setup
-    batch = place(setup, setup.source.heldout[0])
+    batch = setup.place(setup.source.heldout[0])
     values = setup.fp8_health(state.params, state.router, batch)
     row = logs.fp8_health(jax.device_get(values))
     self._write({'step': number, **row})

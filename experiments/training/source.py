@@ -8,6 +8,7 @@ and the state alone, so that a run resumes bit for bit.
 
 from __future__ import annotations
 
+import abc
 import functools
 import pathlib
 from collections.abc import Callable
@@ -20,11 +21,12 @@ from mla_moe.data import batches, corpus, tokenizer
 from mla_moe.decode import generation
 
 from .. import distributed
+from . import steps
 
 _TEMPERATURE = 0.7  # of the samples
 
 
-class Source:
+class Source(abc.ABC):
   """Batches of a run by arithmetic, held-out text, and the numbers about them.
 
   Attributes:
@@ -41,17 +43,17 @@ class Source:
   gzip_bits_per_byte: float | None = None
   writes: bool = True
 
+  @abc.abstractmethod
   def batch(self, setup, number: int, state: Any, left_out: int) -> NamedTuple:
     """Returns this process's rows of the batch of step `number`, from 1.
 
     `state` is the one before the step; `left_out` sequences of text are skipped
     (see `skips`).
     """
-    raise NotImplementedError
 
   def tokens(self, config: Config, number: int) -> int:
     """Returns the tokens that step `number` computes, for its speed."""
-    return batches.span(config.data, number - 1)[1] * config.data.seq_len
+    return steps.tokens(config, number)[1]
 
   def may_stop(self, number: int) -> bool:
     """Whether a run can be saved after this step, and resumed there."""
@@ -70,7 +72,7 @@ class Source:
     """Returns lines about a step's row that a person should know."""
     return []
 
-  def close(self) -> None:
+  def close(self) -> None:  # noqa: B027 (most sources have none)
     """Ends the source's processes and files, after the run."""
 
   def evaluate(self, setup, number: int, state: Any) -> tuple[dict, str]:

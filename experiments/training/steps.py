@@ -13,8 +13,6 @@ from mla_moe.config import Config, RunConfig
 from mla_moe.data import batches
 from mla_moe.train import optim
 
-from .preparation import Setup, place
-
 
 def tokens(config: Config, number: int) -> tuple[int, int]:
   """Returns the tokens of text before step `number` (from 1), and in it."""
@@ -43,10 +41,10 @@ def schedule_end(config: Config) -> str:
 
 
 def take(
-  setup: Setup, state: Any, batch: batches.Batch, rates: optim.Rates
+  setup: Any, state: Any, batch: batches.Batch, rates: optim.Rates
 ) -> tuple[Any, dict]:
   """Returns the state after a step, and its metrics; `state` is donated."""
-  return setup.train(state, place(setup, batch), place(setup, rates))
+  return setup.train(state, setup.place(batch), setup.place(rates))
 
 
 def is_due(run: RunConfig, number: int, period: int) -> bool:

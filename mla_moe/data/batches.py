@@ -177,14 +177,14 @@ def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
   while outside.any():
     left, right = out[outside] >> np.uint64(half), out[outside] & low
     for i in range(4):
-      left, right = right, left ^ (_mix(right, key * 4 + i) & low)
+      left, right = right, left ^ (mix(right, key * 4 + i) & low)
     out[outside] = left << np.uint64(half) | right
     outside = out >= size
   return out.astype(np.int64)
 
 
-def _mix(x: np.ndarray, key: int) -> np.ndarray:
-  """Returns splitmix64's finaliser of x and the key."""
+def mix(x: np.ndarray, key: int) -> np.ndarray:
+  """Returns splitmix64's finaliser of x, uint64, and the key."""
   mask = (1 << 64) - 1
   x = x + np.uint64((key * 0x9E3779B97F4A7C15 + 0x1234567) & mask)
   x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -159,8 +159,9 @@ def _refreshed(reference, latest, number, period) -> PyTree:
   """Returns the reference policy: every `period` steps it is the latest one."""
   if not (reference and period):
     return reference
-  choose = lambda new, old: jnp.where(number % period == 0, new, old)
-  return jax.tree.map(choose, latest, reference)
+  # No `where`: it would read and write the whole tree in each step.
+  is_due = number % period == 0
+  return jax.lax.cond(is_due, lambda: latest, lambda: reference)
 
 
 def _whole(batch, rates) -> Whole:

@@ -112,7 +112,7 @@ def test_the_plan_compiles_the_program_of_a_run(states):
   with jax.set_mesh(mesh):
     run, *_ = preparation._jitted(config)
     args = (batch, steps.rates(config, 1))
-    args = [preparation.place(setup, x) for x in args]
+    args = [preparation.Setup.place(setup, x) for x in args]
     text = run.lower(training.shapes(config, mesh), *args).as_text()
   assert lowered.as_text() == text
 

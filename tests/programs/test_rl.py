@@ -103,8 +103,9 @@ def test_a_run_has_the_numbers_and_files_of_its_rollouts(whole):
   names += 'zero_right zero_wrong grader_errors ratio_max kl_old clipped'
   assert set(names.split()) <= first.keys()
   assert [row['step'] for row in rows(whole) if 'pass_at_1' in row] == [6]
-  rewards = {row['reward'] for row in steps(whole)}
-  assert len(rewards) == 3  # one a rollout, of two updates
+  rewards = [row['reward'] for row in steps(whole)]
+  assert rewards[::2] == rewards[1::2]  # one a rollout, of two updates
+  assert len({*rewards}) > 1
   assert [row['rollout'] for row in rows(whole, 'rewards')] == [0, 1, 2]
   groups = rows(whole, 'groups')
   assert {row['step'] for row in groups} == {4, 6}
@@ -551,14 +552,13 @@ def test_a_small_model_learns_from_rewards(tmp_path, monkeypatch):
   assert numbers['greedy'] > numbers['greedy_first'], numbers
 
 
-@pytest.mark.slow
 @pytest.mark.by_hand
 @pytest.mark.parametrize('seed', [0, 1, 2])
 def test_a_model_learns_to_sort(seed, tmp_path, monkeypatch):
   """The worst of three seeds: more than half right, from a tenth."""
   monkeypatch.undo()
   numbers = r1_program.run(tmp_path, 'sort8', seed, 100, 150)
-  assert numbers['first'] <= 0.35 and numbers['last'] >= 0.55, numbers
+  assert numbers['first'] <= 0.2 and numbers['last'] >= 0.55, numbers
   assert numbers['greedy'] >= 0.70, numbers
   # It teaches: the program takes its right answers to other questions alone.
   model = opened_model.open_model(tmp_path / 'rl')

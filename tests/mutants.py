@@ -47,9 +47,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 SOURCES = (
   *('model/*.py', 'fp8/*.py', 'decode/*.py', 'cost.py'),
   *('train/losses.py', 'train/optim.py', 'train/step.py', 'train/state.py'),
-  *('data/batches.py', 'data/documents.py'),
-  *('hf/names.py', 'hf/fp8_blocks.py', 'rl/*.py'),
+  *('data/batches.py', 'hf/names.py', 'hf/fp8_blocks.py', 'rl/*.py'),
 )
+# Reading of texts, the one arithmetic among the programs' files.
+PROGRAMS = 'experiments/data'
 # Tests of numbers; those of programs start processes, which no line shows.
 TESTS = (
   *('tests/model', 'tests/fp8', 'tests/train', 'tests/decode', 'tests/data'),
@@ -162,7 +163,8 @@ def _stored_sample(args) -> list[mutations.Mutation]:
   A later start finds it again in a tree whose tests, or other lines, differ.
   """
   groups = []
-  for path in sorted(p for s in SOURCES for p in (ROOT / 'mla_moe').glob(s)):
+  sources = [p for s in SOURCES for p in (ROOT / 'mla_moe').glob(s)]
+  for path in sorted([*sources, ROOT / PROGRAMS / 'documents.py']):
     name = str(path.relative_to(ROOT))
     by_key = {m.key: m for m in mutations.mutations(name, path.read_text())}
     groups.append(list(by_key.values()))
@@ -266,7 +268,9 @@ class _Reached:
 
     self.tree = tree
     self.coverage = coverage.Coverage(
-      data_file=None, source=[str(tree / 'mla_moe')], config_file=False
+      data_file=None,
+      source=[str(tree / 'mla_moe'), str(tree / PROGRAMS)],
+      config_file=False,
     )
     self.coverage.start()
     self.seconds = {}
@@ -332,7 +336,8 @@ def _baseline(trees, args) -> list[Test]:
   """Returns the tests of the unchanged tree; files that changed run again."""
   folder = args.work / ('baseline-slow' if args.slow else 'baseline')
   folder.mkdir(parents=True, exist_ok=True)
-  sources = sorted((ROOT / 'mla_moe').rglob('*.py'))
+  folders = (ROOT / 'mla_moe', ROOT / PROGRAMS)
+  sources = sorted(p for folder in folders for p in folder.rglob('*.py'))
   code = b''.join(p.read_bytes() for p in sources)
   files = []
   for name in TESTS:

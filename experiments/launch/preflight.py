@@ -161,7 +161,7 @@ def _files(
 
 def _absent_here(name: str, path: str, _) -> str:
   """Returns the fault of a path on files that all machines share, or ''."""
-  from mla_moe.data import documents
+  from ..data import documents
 
   if name == 'config.data.source':
     try:

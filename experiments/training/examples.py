@@ -25,10 +25,11 @@ from typing import NamedTuple
 import numpy as np
 
 from mla_moe.config import ConfigError
-from mla_moe.data import documents, packing
+from mla_moe.data import packing
 from mla_moe.data.tokenizer import Tokenizer
 from mla_moe.types import Int
 
+from ..data import documents
 from ..serving import template
 
 _BATCH = 256  # rows tokenised at once

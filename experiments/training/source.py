@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mla_moe.config import Config, ConfigError
-from mla_moe.data import batches, corpus, tokenizer
+from mla_moe.data import batches, tokenizer
 from mla_moe.decode import generation
 
 from .. import distributed
+from ..data import corpus
 from . import steps
 
 _TEMPERATURE = 0.7  # of the samples

@@ -1,1 +1,1 @@
-"""Tokens from text: documents, tokenizers, corpora, batches."""
+"""Tokens from text: tokenizers, batches of a stream, packed rows."""

@@ -6,8 +6,8 @@ import os
 import pytest
 from texts import BOS, BYTE, EOS, documents_of, prepared, rows_of, small
 
+from experiments.data import corpus, documents
 from mla_moe.config import ConfigError
-from mla_moe.data import corpus, documents
 
 
 def test_every_file_is_one_document_on_one_side(folder, text):

@@ -29,8 +29,9 @@ from typing import NamedTuple
 import numpy as np
 
 from mla_moe.config import ConfigError, DataConfig
-from mla_moe.data import documents
 from mla_moe.data.tokenizer import Tokenizer
+
+from . import documents
 
 _BLOCK = 1 << 20  # bytes per checksum
 _BATCH = 256  # documents tokenised at once

@@ -1,0 +1,1 @@
+"""Text on disk: documents, and the corpus of token ids that a run reads."""

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import text
+from experiments import prompt, text
 from experiments import tokenizer as trained
 from experiments.serving import renderer, template
 from mla_moe import ConfigError
@@ -139,6 +139,35 @@ def test_odd_settings_of_a_template(words, tmp_path):
   (tmp_path / 'chat_template.jinja').write_bytes(b'\xff')
   with pytest.raises(ConfigError, match='UTF-8'):
     template.prompt(tmp_path, words, 'hello')
+
+
+def test_a_middle_is_filled_in_the_order_of_training(words):
+  words, _ = words
+  begin, hole, end = words.fim_ids
+  before, after = words.encode('hello'), words.encode(f'world{tokenizer.EOS}')
+  expected = [0, begin, *before, hole, *after, end]
+  ids = prompt.fill_in(words, 'hello', f'world{tokenizer.EOS}')
+  np.testing.assert_array_equal(ids, expected)
+  assert ids.dtype == np.int32 and words.eos_id not in ids
+  with pytest.raises(ConfigError, match='filling in the middle'):
+    prompt.fill_in(tokenizer.load('byte', 256, 257, 259), 'a', 'b')
+
+
+def test_special_tokens_are_read_where_people_mean_them(words):
+  words, _ = words
+  begin, hole, end = tokenizer.FIM
+  spelled = f'{begin}hello{hole}world{end}'
+  np.testing.assert_array_equal(
+    prompt.special(words, spelled), prompt.fill_in(words, 'hello', 'world')
+  )
+  ids = prompt.plain(words, spelled)
+  assert ids[0] == 0 and not {*words.fim_ids} & {*ids[1:].tolist()}
+  assert prompt.special(words, tokenizer.BOS + 'hello').tolist().count(0) == 1
+  small = tokenizer.load('byte', 256, 257, 259)  # has no third special token
+  assert prompt.special(small, tokenizer.EOS + begin).tolist() == [
+    *(256, 257),
+    *begin.encode(),
+  ]
 
 
 def sentencepiece():

@@ -2,8 +2,8 @@
 
 A text never becomes a special token by itself (`data.tokenizer`). Two doors
 lead to them. `special` reads the special tokens that a text spells, for people
-that mean them. `fill_in` asks for the text between a prefix and a suffix, in the
-order that training has (PSM: prefix, suffix, middle; DeepSeek-V3, section 4.1).
+that mean them. `fill_in` asks for the text between a prefix and a suffix, in
+the order of training (PSM: prefix, suffix, middle; DeepSeek-V3, section 4.1).
 """
 
 from __future__ import annotations

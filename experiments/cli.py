@@ -19,11 +19,13 @@ import pathlib
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 from absl import flags
 from ml_collections import config_flags
 
+from mla_moe.checked import ConfigWarning
 from mla_moe.config import Config, ConfigError, freeze
 from mla_moe.config import keys as config_keys
 
@@ -121,6 +123,7 @@ def run(
 @contextlib.contextmanager
 def edge() -> Iterator[None]:
   """Turns the errors of a `with` block into a line and an exit code."""
+  warnings.formatwarning = _line_of
   code, text = 2, ''
   try:
     try:
@@ -141,6 +144,13 @@ def edge() -> Iterator[None]:
     code, text = 1, 'Ended: nobody reads the output any more.'
   print(text, file=sys.stderr)
   sys.exit(code)
+
+
+def _line_of(message, category, *place, _others=warnings.formatwarning) -> str:
+  """Returns the text of a warning; our own are for people, without a place."""
+  if issubclass(category, ConfigWarning):
+    return f'WARNING: {message}\n'
+  return _others(message, category, *place)
 
 
 def _check_system() -> None:

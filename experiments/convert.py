@@ -125,7 +125,10 @@ def to_run(
     ):
       (path / 'huggingface').mkdir()
       for name, file in extras.items():
-        shutil.copyfile(file, path / 'huggingface' / name)
+        if isinstance(file, bytes):
+          (path / 'huggingface' / name).write_bytes(file)
+        else:
+          shutil.copyfile(file, path / 'huggingface' / name)
       (path / 'config.py').write_text(_config_py(target), encoding='utf-8')
       with store.Writer(path / 'checkpoints', config.run.keep) as writer:
         # The empty corpus: the run may train on any text.

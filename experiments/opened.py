@@ -142,7 +142,7 @@ def load_variables(
   if (folder / 'checkpoints').is_dir():
     run, variables = load_run(folder, allow_unsealed=allow_unsealed)
     return run.model, variables, run.data.tokenizer
-  if not list(folder.glob('*.safetensors*')):
+  if not list(folder.glob('*.safetensors*')) + list(folder.glob('*.bin')):
     raise ConfigError(
       f'--checkpoint={str(folder)!r}: holds neither a run with a checkpoint '
       'nor a model in .safetensors'

@@ -15,23 +15,39 @@ import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import ml_collections
+
+_LONGEST = 1000  # characters of a quoted list or value, each of its two ends
 
 
 class ConfigError(ValueError):
   """A configuration that cannot be run; the message is one line for people.
 
   It may quote names of files that other people made, so that characters which
-  a terminal would obey are escaped.
+  a terminal would obey are escaped, and a long line loses its middle.
   """
 
   def __init__(self, message: str = ''):
-    line = ' '.join(str(message).splitlines())
+    line = str(message)
+    if len(line) > 2 * _LONGEST:
+      line = f'{line[:_LONGEST]} [...] {line[-_LONGEST:]}'
+    line = ' '.join(line.splitlines())
     escaped = (c if c.isprintable() else ascii(c)[1:-1] for c in line)
     super().__init__(''.join(escaped))
+
+
+class ConfigWarning(UserWarning):
+  """A part of a person's files that is not used; one line for people."""
+
+
+def few(names: Iterable[str]) -> str:
+  """Returns the first five names in order, and the number of the others."""
+  names = sorted(names)
+  more = f' and {len(names) - 5:,} more' if names[5:] else ''
+  return ', '.join(names[:5]) + more
 
 
 def is_number(value: Any) -> bool:

@@ -104,6 +104,9 @@ def read(values: dict[str, Any], dtype: str) -> ModelConfig:
 
   take = lambda table: {field: get(key) for field, key in table}
   layers = get('num_hidden_layers')
+  dense = get('first_k_dense_replace', 0) if routed else layers
+  if type(dense) is type(layers) is int:
+    dense = min(dense, layers)  # some files name more
   try:
     mla = MLAConfig(
       query_rank=get('q_lora_rank', 0), rope=_read_rope(values), **take(_MLA)
@@ -111,7 +114,7 @@ def read(values: dict[str, Any], dtype: str) -> ModelConfig:
     moe = _read_moe(get, take, v3) if routed else MoEConfig()
     return ModelConfig(
       **take(_MODEL),
-      dense_layers=get('first_k_dense_replace', 0) if routed else layers,
+      dense_layers=dense,
       tie_embeddings=get('tie_word_embeddings', False),
       init_std=get('initializer_range', 0.02),
       bos_id=_token(values.get('bos_token_id'), 0),

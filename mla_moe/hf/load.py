@@ -45,9 +45,11 @@ def load_huggingface(
       their logical axes. Without it they lie on one device.
 
   Raises:
-    ConfigError: a missing shard, tensors that are missing or left over (all are
-      named), a wrong shape or dtype, an incomplete file, NaN, another
-      architecture.
+    ConfigError: a missing shard, tensors that are missing or left over, a wrong
+      shape or dtype, an incomplete file, NaN, another architecture or format.
+
+  Warns:
+    ConfigWarning: tensors that are not read (`source.Source`).
   """
   dtype = config_json.parameter_dtype(dtype)
   folder = pathlib.Path(path)
@@ -66,7 +68,6 @@ def load_huggingface(
       if filling[row.path].is_local(row, index)
     ]
     _in_threads(move, local, opened)
-    opened.check_copies()
     arrays = {path: leaf.finish() for path, leaf in filling.items()}
     jax.block_until_ready(list(arrays.values()))
   variables: dict[str, PyTree] = {'params': {}, 'router': {}}

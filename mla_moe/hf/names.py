@@ -258,7 +258,7 @@ def quantized(name: str) -> bool:
 
 def ignored(name: str) -> bool:
   """Returns whether a release may contain the tensor for nothing (Kimi K2)."""
-  return name.endswith('.rotary_emb.inv_freq')
+  return '.rotary_emb.' in name
 
 
 def rows(config: ModelConfig, fused_experts: bool = False) -> list[Row]:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mla_moe.checked import few
 from mla_moe.config import ConfigError, ModelConfig
 from mla_moe.hf import config_json, fp8_blocks, names, safetensors
 
@@ -158,7 +159,7 @@ def _checked_leaves(rows: dict, variables: Any) -> dict[tuple[str, ...], Any]:
   """
   leaves = dict(names.flat(variables))
   missing, extra = rows.keys() - leaves.keys(), leaves.keys() - rows.keys()
-  join = lambda paths: ', '.join('.'.join(path) for path in sorted(paths))
+  join = lambda paths: few('.'.join(path) for path in paths)
   if missing or extra:
     raise ConfigError(
       'the variables are not those of the config; '

@@ -17,6 +17,7 @@ larger than the memory can be read.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import mmap
@@ -112,13 +113,14 @@ def _is_size(value: Any, limit: int) -> bool:
   return type(value) is int and 0 <= value <= limit
 
 
+def _require(name: str, valid: bool, rule: str) -> None:
+  if not valid:
+    raise ConfigError(f'tensor {name!r}: {rule}')
+
+
 def _entry(name: str, info: Any, size: int) -> Entry:
   """Returns the entry of one tensor after checking its description."""
-
-  def require(valid: bool, rule: str):
-    if not valid:
-      raise ConfigError(f'tensor {name!r}: {rule}')
-
+  require = functools.partial(_require, name)
   require(isinstance(info, dict), 'is not described by an object')
   code, shape, offsets = (
     info.get(key) for key in ('dtype', 'shape', 'data_offsets')

@@ -21,11 +21,12 @@ from mla_moe import files
 from mla_moe.config import ConfigError, ModelConfig
 from mla_moe.hf import config_json, outgoing, settings
 
+_GENERATION = 'generation_config.json'
 # Files that accompany the weights: the tokenizer and settings of generation.
 EXTRAS = (
   'tokenizer.json',
   'tokenizer_config.json',
-  'generation_config.json',
+  _GENERATION,
   'special_tokens_map.json',
   'added_tokens.json',
   'chat_template.jinja',
@@ -106,6 +107,9 @@ def save_huggingface(
     values = config_json.write(
       config, str(main_dtype), fp8, tensors.all_powers_of_two()
     )
+    ends = _object(extras.get(_GENERATION)).get('eos_token_id')
+    if isinstance(ends, list) and ends[:1] == [config.eos_id]:
+      values['eos_token_id'] = ends
     _write_json(scratch / 'config.json', values)
     scratch.chmod(0o755)
 
@@ -142,8 +146,11 @@ def replacing(target: pathlib.Path) -> Iterator[pathlib.Path]:
     raise
 
 
-def extras_of(folder: os.PathLike | str) -> dict[str, pathlib.Path]:
+def extras_of(folder: os.PathLike | str) -> dict[str, pathlib.Path | bytes]:
   """Returns {name: file} of the files of `EXTRAS` that the folder has.
+
+  Of several ends of a text in config.json, a model's config has the first: the
+  content of generation_config.json gets them all.
 
   Raises:
     ConfigError: a file is a device, or a link that leads out of the folder: its
@@ -166,7 +173,22 @@ def extras_of(folder: os.PathLike | str) -> dict[str, pathlib.Path]:
         f'{path}: is a link out of the folder; put a copy of the file there'
       )
     extras[name] = path
+  config = folder / 'config.json'
+  ends = _object(config if config.exists() else None).get('eos_token_id')
+  if isinstance(ends, list):
+    values = _object(extras.get(_GENERATION))
+    own = values.get('eos_token_id', [])
+    own = own if isinstance(own, list) else [own]
+    values['eos_token_id'] = [*ends, *(i for i in own if i not in ends)]
+    extras[_GENERATION] = json.dumps(values, indent=2).encode()
   return extras
+
+
+def _object(file: pathlib.Path | bytes | None) -> dict[str, Any]:
+  """Returns the object in a JSON file or in its content; of None, {}."""
+  if isinstance(file, pathlib.Path):
+    return files.read_json(file)
+  return json.loads(file or '{}')
 
 
 def _check_target(target: pathlib.Path, force: bool) -> None:

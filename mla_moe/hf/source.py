@@ -12,10 +12,14 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import re
+import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
+from mla_moe.checked import ConfigWarning, few
 from mla_moe.config import ConfigError, ModelConfig, MTPConfig
 from mla_moe.files import read_json
 from mla_moe.hf import config_json, fp8_blocks, names, safetensors
@@ -24,16 +28,25 @@ _FLOATS = ('F32', 'F16', 'BF16', 'F8_E4M3')
 _VECTOR_FLOATS = _FLOATS[:3]  # FP8 has tiles, so it needs two axes
 _SCALES = ('F32', 'BF16', 'F8_E8M0')
 _COPY_ROWS = 4096  # compared at once
+_LAYER = re.compile(r'model\.layers\.(\d{1,9})\.')
+_SINGLE = 'model.safetensors'
+# Beside a model: hidden files (macOS's ._*), adapters, Mistral's duplicate.
+_PICKLES = ('.bin', '.pt', '.pth', '.ckpt')  # which could run code
+_NO_MODEL = re.compile(r'\.|adapter_model|consolidated')
 
 
 class Source:
   """A folder whose tensors agree with its config.json.
 
-  config: its ModelConfig, with as many MTP modules as there are tensors. rows:
+  config: its ModelConfig, without MTP if the folder has none that fits. rows:
   the table of its tensors (`names`). The files are open until `stack` closes.
 
+  Tensors of layers after those of config.json are not read, as in transformers,
+  nor is an MTP module whose embedding or head is not the main model's: there is
+  one array for both here. A `ConfigWarning` says so.
+
   Raises:
-    ConfigError: they do not agree; one line names all tensors that do not.
+    ConfigError: they do not agree; one line names the first five that do not.
   """
 
   def __init__(
@@ -43,15 +56,13 @@ class Source:
     stack: contextlib.ExitStack,
   ):
     self.folder = folder
-    if not folder.is_dir():
-      raise ConfigError(f'{str(folder)!r}: is no folder')
-    values = read_json(folder / 'config.json')
-    self.files = _open(folder, stack)
+    values = _config(folder)
     with _errors_in(f'{folder}/config.json'):
-      self.config = config_json.read(values, str(dtype))
-      self.config = _with_present_mtp(self.config, self.files)
-      self.plain_rope = values.get('rope_interleave') is False
       self.tile = _tile_size(values)
+      self.config = config_json.read(values, str(dtype))
+      self.plain_rope = values.get('rope_interleave') is False
+    self.files = _open(folder, stack)
+    self.config = _with_present_mtp(self.config, self.files)
     fused = any(map(_is_fused, self.files))
     self.dtype = dtype
     with _errors_in(str(folder)):
@@ -59,6 +70,10 @@ class Source:
       self.rows = names.rows(self.config, fused)
       self.copies = names.copies(self.config)
       self._check()
+      if not self._shares_copies():
+        self.config = _without_mtp(self.config)
+        self.rows = names.rows(self.config, fused)
+        self.copies = names.copies(self.config)
 
   def _check_count(self, fused: bool):
     """Compares the count of tensors, before their names are made.
@@ -107,14 +122,25 @@ class Source:
       for name in self.files.keys() - required - optional.keys()
       if not names.ignored(name)
     }
+    layers = self.config.layers + self.config.mtp.depth
+    after = {n for n in extra if (m := _LAYER.match(n)) and int(m[1]) >= layers}
     parts = [
-      f'{word}: {", ".join(sorted(wrong))}'
-      for word, wrong in (('missing', missing), ('left over', extra))
+      f'{word}: {few(wrong)}'
+      for word, wrong in (('missing', missing), ('left over', extra - after))
       if wrong
     ]
     if parts:
+      first = f'model.layers.{self.config.layers}.'
+      if extra == after and all(name.startswith(first) for name in missing):
+        parts.append('num_nextn_predict_layers=0 loads the model without MTP')
       raise ConfigError(
         f'the tensors are not those of config.json; {"; ".join(parts)}'
+      )
+    if after:
+      _warn(
+        self.folder,
+        f'{len(after):,} tensors of layers after the {layers} of config.json '
+        f'are not read: {few(after)}',
       )
     for name, shape in (optional | shapes | scales).items():
       if name in self.files:
@@ -138,6 +164,37 @@ class Source:
 
   def _entry(self, name: str) -> safetensors.Entry:
     return self.files[name].entries[name]
+
+  def _shares_copies(self) -> bool:
+    """Returns whether MTP's embedding and head are the main model's, if any."""
+    for name, original in self.copies.items():
+      if name not in self.files or self._are_equal(name, original):
+        continue
+      if name in names.copies(_without_mtp(self.config)):
+        raise ConfigError(
+          f'tensor {name!r} is not a copy of {original!r}; '
+          'tie_word_embeddings=false in config.json loads both'
+        )
+      _warn(
+        self.folder,
+        f'tensor {name!r} is not a copy of {original!r}, so the model is '
+        'loaded without its MTP modules, as in transformers',
+      )
+      return False
+    return True
+
+  def _are_equal(self, name: str, original: str) -> bool:
+    """Compares two tensors of one shape by parts, and frees their memory."""
+    for start in range(0, self._entry(name).shape[0], _COPY_ROWS):
+      part = (slice(start, start + _COPY_ROWS), slice(None))
+      pair = [
+        self._floats(n, part).astype(np.float32) for n in (name, original)
+      ]
+      if not np.array_equal(*pair):
+        return False
+    self.forget(name)
+    self.forget(original)
+    return True
 
   def matrices(self) -> list[tuple[names.Row, dict[str, int]]]:
     """Returns every (row, index), in the order of the files' bytes."""
@@ -194,35 +251,27 @@ class Source:
     """Frees the memory of a tensor that has been read."""
     self.files[name].forget(name)
 
-  def check_copies(self) -> None:
-    """Compares MTP's embedding and head with the main model's.
 
-    Here they are one array, so they must be equal.
-
-    Raises:
-      ConfigError: they differ.
-    """
-    for name, original in self.copies.items():
-      if name not in self.files:
-        continue
-      rows = self._entry(name).shape[0]
-      for start in range(0, rows, _COPY_ROWS):
-        part = (slice(start, start + _COPY_ROWS), slice(None))
-        same = np.array_equal(
-          self._floats(name, part).astype(np.float32),
-          self._floats(original, part).astype(np.float32),
-        )
-        if not same:
-          raise ConfigError(
-            f'{self.folder}: tensor {name!r} is not a copy of {original!r}; '
-            'the modules share the main model’s embedding and head here'
-          )
-      self.forget(name)
-      self.forget(original)
+def _warn(folder: pathlib.Path, line: str) -> None:
+  warnings.warn(f'{folder}: {line}', ConfigWarning, stacklevel=5)
 
 
 def _is_fused(name: str) -> bool:
   return name.endswith('.mlp.experts.gate_up_proj')
+
+
+def _config(folder: pathlib.Path) -> dict[str, Any]:
+  """Returns the object of config.json; refuses an adapter of a model."""
+  if not folder.is_dir():
+    raise ConfigError(f'{str(folder)!r}: is no folder')
+  adapter = folder / 'adapter_config.json'
+  if adapter.exists():
+    base = read_json(adapter).get('base_model_name_or_path')
+    raise ConfigError(
+      f'{adapter}: an adapter of {base!r} is not computed; merge it with its '
+      'base (peft: merge_and_unload, then save_pretrained) and load the result'
+    )
+  return read_json(folder / 'config.json')
 
 
 @contextlib.contextmanager
@@ -242,37 +291,54 @@ def _open(
 ) -> dict[str, safetensors.File]:
   """Returns {tensor: its open file}, by the index if there is one.
 
+  A file model.safetensors comes first, as in transformers.
+
   Raises:
     ConfigError: no index and not one file; an index that leaves the folder or
-      does not agree with its files; files that are missing (all of them).
+      does not agree with its files; files that are missing.
   """
   index = folder / config_json.INDEX
-  if not index.exists():
-    only = sorted(p.name for p in folder.glob('*.safetensors'))
-    if len(only) != 1:
-      raise ConfigError(
-        f'{folder}: has {len(only)} .safetensors files and no '
-        f'{config_json.INDEX}; one file, or an index that names its shards, is '
-        'needed'
-      )
-    file = stack.enter_context(safetensors.File(folder / only[0]))
-    return {name: file for name in file.entries}
-  shard_of = _weight_map(index)
+  single = (folder / _SINGLE).exists()
+  shard_of = _weight_map(index) if index.exists() else {}
+  if single and set(shard_of.values()) - {_SINGLE}:
+    _warn(folder, f'{_SINGLE} is read, not the files of {index.name}')
+  if single or not shard_of:
+    name = _SINGLE if single else _only_file(folder)
+    file = stack.enter_context(safetensors.File(folder / name))
+    return dict.fromkeys(file.entries, file)
   shards = sorted(set(shard_of.values()))
   absent = [shard for shard in shards if not (folder / shard).is_file()]
   if absent:
-    raise ConfigError(f'{folder}: shards are missing: {", ".join(absent)}')
+    raise ConfigError(f'{folder}: shards are missing: {few(absent)}')
   files = {
     shard: stack.enter_context(safetensors.File(folder / shard))
     for shard in shards
   }
-  missing = sorted(n for n, s in shard_of.items() if n not in files[s].entries)
+  present = {name: file for file in files.values() for name in file.entries}
+  missing = shard_of.keys() - present.keys()
   if missing:
     raise ConfigError(
-      f'{index}: its shards do not hold, missing: {", ".join(missing)}'
+      f'{index}: its shards do not hold, missing: {few(missing)}'
     )
-  present = {name: file for file in files.values() for name in file.entries}
-  return present | {name: files[shard] for name, shard in shard_of.items()}
+  for name, shard in shard_of.items():
+    if name in files[shard].entries:
+      present[name] = files[shard]
+  return present
+
+
+def _only_file(folder: pathlib.Path) -> str:
+  """Returns the name of the one file of weights; refuses none, or several."""
+  files = sorted(p.name for p in folder.glob('*.safetensors'))
+  files = [name for name in files if not _NO_MODEL.match(name)]
+  if len(files) == 1:
+    return files[0]
+  others = [p.name for p in folder.glob('*') if p.suffix in _PICKLES]
+  raise ConfigError(
+    f'{folder}: has {len(files)} .safetensors files and no '
+    f'{config_json.INDEX}; one file, or an index that names its shards, is '
+    'needed'
+    + (f' ({few(others)}: save_pretrained writes it so)' if others else '')
+  )
 
 
 def _weight_map(index: pathlib.Path) -> dict[str, str]:
@@ -299,18 +365,32 @@ def _with_present_mtp(config: ModelConfig, files: dict) -> ModelConfig:
   """Drops MTP from a config whose folder has no tensors of it.
 
   transformers writes such folders: it drops the modules, but not their number.
+  Where `num_hidden_layers` was made smaller, the layer after them is another.
   """
   prefix = f'model.layers.{config.layers}.'
-  if any(name.startswith(prefix) for name in files):
+  parts = ('enorm', 'hnorm', 'eh_proj')
+  if any(f'{prefix}{part}.weight' in files for part in parts):
     return config
+  return _without_mtp(config)
+
+
+def _without_mtp(config: ModelConfig) -> ModelConfig:
   return dataclasses.replace(config, mtp=MTPConfig(depth=0))
 
 
 def _tile_size(values: dict) -> int:
-  """Returns the side of FP8's tiles in config.json; they must be squares."""
+  """Returns the side of FP8's square tiles; refuses other quantised formats."""
   quantization = values.get('quantization_config') or {}
-  is_dict = isinstance(quantization, dict)
-  size = quantization.get('weight_block_size') if is_dict else None
+  if not isinstance(quantization, dict):
+    raise ConfigError(f'quantization_config={quantization!r}: is no object')
+  method = quantization.get('quant_method', 'fp8')
+  if method != 'fp8':
+    raise ConfigError(
+      f'quantization_config quant_method={method!r}: is not read; only FP8 in '
+      "tiles (quant_method 'fp8', tensors weight_scale_inv) and plain float32, "
+      'float16 and bfloat16 are: load such a release of the model'
+    )
+  size = quantization.get('weight_block_size')
   if size is None:
     return fp8_blocks.TILE
   valid = isinstance(size, list) and len(size) == 2 and size[0] == size[1]

@@ -24,6 +24,7 @@ from mla_moe import (
   load_huggingface,
   save_huggingface,
 )
+from mla_moe.checked import ConfigWarning
 from mla_moe.config import MTPConfig, freeze
 from mla_moe.hf import config_json, names, safetensors, save
 
@@ -116,7 +117,11 @@ def test_every_mtp_module_goes_out_and_comes_back(tmp_path):
   chex.assert_trees_all_equal(back, variables)
   values[f'model.layers.{config.layers + 1}.embed_tokens.weight'][3, 4] += 1
   rewrite(tmp_path / 'out', lambda v: v.update(values))
-  refused(tmp_path / 'out', f'layers.{config.layers + 1}.embed_tokens')
+  line = f'layers.{config.layers + 1}.embed_tokens.*without its MTP modules'
+  with pytest.warns(ConfigWarning, match=line):
+    again, back = load_huggingface(tmp_path / 'out')
+  assert again == dataclasses.replace(config, mtp=MTPConfig(0))
+  assert not [name for name in back['params'] if 'mtp' in name]
 
 
 def test_powers_of_two_are_said_in_the_config(tmp_path):

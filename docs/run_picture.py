@@ -118,7 +118,6 @@ def draw(folder: pathlib.Path):
   names = [f'MoE layer {i + 1}' for i in range(main)]
   names += ['MTP module' for _ in range(layers - main)]
 
-  pyplot.rcParams.update(STYLE)
   figure = pyplot.figure(figsize=SIZE)
   figure.patch.set_alpha(0)
   card = patches.FancyBboxPatch(
@@ -158,6 +157,10 @@ def draw(folder: pathlib.Path):
 
 if __name__ == '__main__':
   target = pathlib.Path(__file__).parent / '_static' / 'run.png'
-  draw(pathlib.Path(sys.argv[1])).savefig(
-    target, dpi=DOTS, pil_kwargs={'optimize': True}, metadata={'Software': None}
-  )
+  with pyplot.rc_context(STYLE):  # ticks are made when they are drawn
+    draw(pathlib.Path(sys.argv[1])).savefig(
+      target,
+      dpi=DOTS,
+      pil_kwargs={'optimize': True},
+      metadata={'Software': None},
+    )

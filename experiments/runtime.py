@@ -16,14 +16,15 @@ def keep_compilations(folder: pathlib.Path) -> None:
   """Makes jax cache compiled programs in a folder, for the next start.
 
   Programs are run from there, so other users must not write to it. The variable
-  JAX_COMPILATION_CACHE_DIR names another folder.
+  JAX_COMPILATION_CACHE_DIR names another folder, which has jax's own limits.
 
   Raises:
     ConfigError: the folder is another user's, or others can write to it.
   """
   import jax
 
-  folder = pathlib.Path(os.environ.get('JAX_COMPILATION_CACHE_DIR') or folder)
+  chosen = os.environ.get('JAX_COMPILATION_CACHE_DIR')
+  folder = pathlib.Path(chosen or folder)
   folder.mkdir(parents=True, exist_ok=True, mode=0o700)
   status = folder.stat()
   if status.st_uid != os.getuid() or status.st_mode & 0o022:
@@ -32,6 +33,8 @@ def keep_compilations(folder: pathlib.Path) -> None:
       'it; chmod 700 it, or delete it'
     )
   jax.config.update('jax_compilation_cache_dir', str(folder.resolve()))
+  if chosen:
+    return
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 

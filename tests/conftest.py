@@ -1,9 +1,13 @@
 """Fake devices, strict jax, checked annotations, before the first import."""
 
+import atexit
 import gc
 import importlib.metadata
 import os
 import pathlib
+import shutil
+import sys
+import tempfile
 
 _FLAGS = [os.environ.get('XLA_FLAGS', '')]
 _FLAGS += ['--xla_force_host_platform_device_count=8']
@@ -16,6 +20,14 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 # Several processes compile for TPUs at once: none of them has one.
 os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
 os.environ['XLA_FLAGS'] = ' '.join(_FLAGS).strip()
+# Workers and programs that tests start share what takes long to compile. To
+# store a small program takes longer than to compile it again.
+_SECONDS = 0.2
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+  _COMPILED = tempfile.mkdtemp(prefix='mla_moe_')
+  atexit.register(shutil.rmtree, _COMPILED, ignore_errors=True)
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = _COMPILED
+  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = str(_SECONDS)
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
@@ -58,13 +70,39 @@ def pytest_collection_modifyitems(items):
       item.add_marker('slow')
 
 
+def pytest_collection_finish():
+  """Leaves what there is from here on out of every later garbage collection.
+
+  Tracing makes and drops many small objects, and each collection would look at
+  all modules and tests again.
+  """
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(20_000, 20, 20)
+
+
+# Each compiled program is a handful of memory mappings; Linux allows a process
+# 65,530 of them, and the one that asks for more aborts in the compiler.
+_MAPPINGS = 20_000
+
+
 @pytest.fixture(scope='module', autouse=True)
 def _forget_programs():
-  """Frees each file's compiled programs behind it.
+  """Frees each file's compiled programs behind it, and its style of pictures.
 
-  Each program is a handful of memory mappings; Linux allows a process 65,530
-  of them, and the one that asks for more aborts in the compiler.
+  jax's own small ones, of sums and casts, stay for the next file while mappings
+  are few. A test may have traced one of ours with a function replaced.
   """
   yield
-  jax.clear_caches()
-  gc.collect()
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', _SECONDS)
+  maps = pathlib.Path('/proc/self/maps')
+  if not maps.exists() or maps.read_bytes().count(b'\n') > _MAPPINGS:
+    jax.clear_caches()
+    gc.collect()
+  for name, module in list(sys.modules.items()):
+    if name.split('.')[0] in ('mla_moe', 'experiments'):
+      for value in list(vars(module).values()):
+        for clear in ('clear_cache', 'cache_clear'):  # of jit, of functools
+          getattr(value, clear, lambda: None)()
+  if 'matplotlib' in sys.modules:
+    sys.modules['matplotlib'].rcdefaults()

@@ -30,7 +30,7 @@ from mla_moe.data.tokenizer import Tokenizer
 from mla_moe.rl import advantages, episodes, objective
 
 from .. import workdir
-from ..training import source
+from ..training import program, source
 from . import alarms, grading, prompts, questions, record, rollouts
 
 _LOOKED_AT = 256  # questions of an endless source that are read before the run
@@ -267,7 +267,7 @@ class Policy(source.Source):
 
   def _score(self, setup, variables, reference) -> None:
     """Gives the updates the log-probabilities that they are compared with."""
-    scorer = _scorer(setup.config, setup.mesh)
+    scorer = _scorer(program.of_devices(setup.config), setup.mesh)
     score = lambda weights, batch: np.asarray(
       scorer(weights, setup.place(batch))
     )

@@ -6,7 +6,6 @@ is compiled. Nothing in a `Setup` changes during the run.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import pathlib
@@ -20,7 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mla_moe import cost, fp8, sharding
-from mla_moe.config import Config, RunConfig
+from mla_moe.config import Config
 from mla_moe.data import tokenizer
 from mla_moe.train import step
 from mla_moe.train.state import State, init_state
@@ -95,8 +94,7 @@ def prepare(
   )
   data = open_source(config, words, path)
   mesh = sharding.make_mesh(config.mesh) if config.mesh.devices > 1 else None
-  # A step does not depend on the length of the run or the periods of chores.
-  programs = _jitted(dataclasses.replace(config, run=RunConfig()))
+  programs = _jitted(program.of_devices(config))
   micro = config.data.micro_batch or config.data.batch_size
   rows = distributed.rows(mesh, micro, jax.local_devices())
   lengths = words.byte_lengths()
@@ -129,7 +127,7 @@ def fresh(setup: Setup) -> State:
   for committed arrays and for others separately.
   """
   key = jax.random.key(setup.config.run.seed)
-  state = init_state(key, setup.config, setup.mesh)
+  state = init_state(key, program.of_devices(setup.config), setup.mesh)
   return state if setup.mesh else jax.device_put(state, jax.devices()[0])
 
 

@@ -8,6 +8,7 @@ and leave ZeRO-1's second half, the gather over `data`, undone.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -20,7 +21,7 @@ from jax.sharding import (
 )
 
 from mla_moe import sharding
-from mla_moe.config import Config
+from mla_moe.config import Config, RunConfig
 from mla_moe.data import batches
 from mla_moe.rl import objective
 from mla_moe.train import optim, step
@@ -28,6 +29,28 @@ from mla_moe.train.load import shapes
 from mla_moe.train.state import State, placement
 
 from .. import runtime
+
+# Fields that the host reads alone, by group; it alone reads all of `run`, too.
+HOST = {
+  'data': (
+    *('source', 'tokenizer', 'fim_rate', 'heldout', 'seed'),
+    *('batch_start', 'ramp_tokens'),
+  ),
+  'rl': ('template', 'rewards', 'truncated', 'dynamic', 'heldout'),
+}
+
+
+def of_devices(config: Config) -> Config:
+  """Returns the config with every field that no program reads at its default.
+
+  Programs are cached by it: runs that differ elsewhere compile none anew.
+  """
+  groups = {}
+  for name, fields in HOST.items():
+    group = getattr(config, name)
+    defaults = {field: getattr(type(group)(), field) for field in fields}
+    groups[name] = dataclasses.replace(group, **defaults)
+  return dataclasses.replace(config, run=RunConfig(), **groups)
 
 
 def jitted_step(config: Config, mesh: Mesh | None) -> Callable:

@@ -9,7 +9,6 @@ another length seldom compiles again.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -162,7 +161,7 @@ def stream(
   )
   weights = variables
   if 'layers' not in weights:
-    weights = jax.jit(functools.partial(forward.unstack, config))(variables)
+    weights = _unstack(config, variables)
   state = _start(weights, *prompts, job)
   before = np.zeros(len(job.knobs.seed), np.int32)
   while True:
@@ -295,5 +294,6 @@ def _rollout(variables, tokens, valid, job):
   return out, state.broken
 
 
+_unstack = jax.jit(forward.unstack, static_argnums=0)
 _start = jax.jit(loop.start)
 _advance = jax.jit(loop.advance, donate_argnums=1)

@@ -7,9 +7,24 @@ import warnings
 
 import pytest
 
-from experiments import cli
+from experiments import cli, page
 
 ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope='module')
+def no_pictures():
+  """Pages without their pictures: a report's take seconds to draw."""
+
+  def svg(figure):
+    from matplotlib import pyplot
+
+    pyplot.close(figure)
+    return ''
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(page, 'svg', svg)
+    yield
 
 
 @pytest.fixture

@@ -61,11 +61,11 @@ def micro(steps=20, **changes):
 
 
 @pytest.fixture(scope='module', autouse=True)
-def folder(tmp_path_factory):
-  """The folder of this file's texts and compiled programs.
+def folder(tmp_path_factory, no_pictures):
+  """The folder of this file's texts and runs.
 
-  Child processes share it. Programs are compiled without optimizations, which
-  would take most of the time.
+  Programs are compiled without optimizations, which would take most of the
+  time.
   """
   global MICRO
   folder = tmp_path_factory.mktemp('faults')
@@ -75,7 +75,6 @@ def folder(tmp_path_factory):
   )
   MICRO = dataclasses.replace(MICRO, data=text)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setenv('JAX_COMPILATION_CACHE_DIR', str(folder / '.jax_cache'))
     patch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
     jax.config.update('jax_disable_most_optimizations', True)
     yield folder

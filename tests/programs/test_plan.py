@@ -1,6 +1,7 @@
 """Plans: memory by arithmetic against the model's own shapes; the CLI."""
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -36,7 +37,9 @@ from mla_moe.config import (
 )
 from mla_moe.decode import forward, latent_cache
 from mla_moe.model import transformer
-from mla_moe.train.state import abstract_state
+from mla_moe.train import state
+
+abstract_state = functools.cache(state.abstract_state)
 
 V3 = freeze(deepseek_v3.get_config())
 LITE = freeze(deepseek_v2_lite.get_config())

@@ -150,7 +150,7 @@ def store_state(folder, step):
 
 
 @pytest.fixture(scope='module')
-def resumed(whole, tmp_path_factory):
+def resumed(whole, no_pictures, tmp_path_factory):
   """The run, killed after its third update and before the rewards' end."""
   folder = tmp_path_factory.mktemp('again') / 'run'
   shutil.copytree(whole, folder)

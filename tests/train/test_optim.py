@@ -1,6 +1,7 @@
 """Schedules at the recipes' boundaries; AdamW and Muon against numpy."""
 
 import dataclasses
+import functools
 import importlib
 import math
 
@@ -31,6 +32,7 @@ from mla_moe.train.state import init_state
 V3 = OptimConfig()
 
 
+@functools.partial(jax.jit, static_argnums=(0, 5))
 def apply(tx, grads, opt, params, learning_rate, clip):
   grads, norm = optim.clipped(grads, clip)
   return *optim.apply(tx, grads, opt, params, learning_rate), norm

@@ -27,7 +27,9 @@ def test_a_checkpoint_with_the_older_name_of_a_field_is_restored(
   tmp_path, sigma
 ):
   optim = dataclasses.replace(MICRO.optim, spike_sigma=sigma, spike_window=4)
-  config = dataclasses.replace(MICRO, optim=optim)
+  none = dataclasses.replace(MICRO.model.mtp, depth=0)
+  model = dataclasses.replace(MICRO.model, layers=2, dense_layers=1, mtp=none)
+  config = dataclasses.replace(MICRO, model=model, optim=optim)
   shapes = jax.eval_shape(lambda: init_state(jax.random.key(0), config))
   filled = lambda by: jax.tree.map(lambda s: _filled(s, by), shapes)
   state, like = filled(3), filled(0)

@@ -216,8 +216,7 @@ def test_the_bias_follows_the_load_of_the_whole_step():
 
 def test_the_head_has_one_gradient():
   """Not one for each prediction and their sum: it is a step's largest array."""
-  train = functools.partial(step.train_step, config=SMOKE)
-  text = str(jax.make_jaxpr(train)(start(), make(SMOKE), RATES))
+  text = str(jax.make_jaxpr(compiled(PARTS))(start(), make(PARTS), RATES))
   model = SMOKE.model
   assert model.mtp.depth and not model.tie_embeddings
   assert f'f32[{model.dim},{model.vocab}]' in text

@@ -103,6 +103,8 @@ def received(*text_and_mesh):
 def test_the_plan_compiles_the_program_of_a_run(states):
   config = freeze(tiny.get_config('micro'))
   data = dataclasses.replace(config.data, batch_size=16, micro_batch=8)
+  host = dict(source='mine', fim_rate=0.0, heldout=0.5, seed=3)  # no program's
+  data = dataclasses.replace(data, batch_start=8, ramp_tokens=1e3, **host)
   mesh = MeshConfig(data=2, fsdp=4, states=states)
   config = dataclasses.replace(config, data=data, mesh=mesh)
   lowered, mesh = compiled.lower(config, jax.devices())
@@ -110,7 +112,7 @@ def test_the_plan_compiles_the_program_of_a_run(states):
   stream = np.zeros(10000, np.uint16)
   batch = batches.batch_at(stream, config.data, 0, 0)
   with jax.set_mesh(mesh):
-    run, *_ = preparation._jitted(config)
+    run, *_ = preparation._jitted(training.of_devices(config))
     args = (batch, steps.rates(config, 1))
     args = [preparation.Setup.place(setup, x) for x in args]
     text = run.lower(training.shapes(config, mesh), *args).as_text()

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import json
+import pathlib
+import re
 import shutil
 
 import chex
@@ -23,7 +25,7 @@ from experiments.rl import (
   rollouts,
   tasks,
 )
-from experiments.training import example_source
+from experiments.training import example_source, program
 from mla_moe import config as c
 from mla_moe.checkpoint import store
 from mla_moe.config import ConfigError, freeze
@@ -33,6 +35,7 @@ from mla_moe.train.load import load_run
 # Of ml_collections, where a test reads a config as the command line does.
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module')
 
+ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 6
 
 
@@ -497,6 +500,21 @@ def test_fields_that_say_nothing_are_refused(field, value, words):
 def test_one_answer_has_no_spread():
   with pytest.raises(ConfigError, match='at least 2 answers'):
     dataclasses.replace(small().rl, samples=1, scale='std')
+
+
+def test_programs_read_no_field_that_is_the_hosts():
+  """Runs that differ in those have the same programs."""
+  text = ''
+  for folder in ('train', 'rl', 'model'):
+    for path in (ROOT / 'mla_moe' / folder).glob('*.py'):
+      text += path.read_text()
+  assert re.search(r'\brl\.beta\b', text) and '.data.packing' in text
+  for group, fields in program.HOST.items():
+    assert not re.search(rf'\b{group}\.({"|".join(fields)})\b', text)
+  config = small(heldout=3, dynamic=2, rewards=(('accuracy', 2.0),))
+  assert program.of_devices(config) == program.of_devices(small())
+  other = small(beta=0.2)
+  assert program.of_devices(other) != program.of_devices(small())
 
 
 def test_text_is_not_trained_on_by_a_task(tmp_path):

@@ -17,9 +17,12 @@ MICRO = freeze(tiny.get_config('micro'))
 
 
 def _filled(shape, by):
-  """An array of this shape and type with numbers from `by` on."""
+  """An array of this shape and type with numbers from `by` on.
+
+  It is committed to a device, as a restored one is: they share programs.
+  """
   numbers = by + np.arange(shape.size).reshape(shape.shape)
-  return jax.device_put(numbers.astype(shape.dtype))
+  return jax.device_put(numbers.astype(shape.dtype), jax.devices()[0])
 
 
 @pytest.mark.parametrize('sigma', [0.0, 4.0], ids=['plain', 'guarded'])
@@ -27,8 +30,7 @@ def test_a_checkpoint_with_the_older_name_of_a_field_is_restored(
   tmp_path, sigma
 ):
   optim = dataclasses.replace(MICRO.optim, spike_sigma=sigma, spike_window=4)
-  none = dataclasses.replace(MICRO.model.mtp, depth=0)
-  model = dataclasses.replace(MICRO.model, layers=2, dense_layers=1, mtp=none)
+  model = dataclasses.replace(MICRO.model, layers=1, dense_layers=1)
   config = dataclasses.replace(MICRO, model=model, optim=optim)
   shapes = jax.eval_shape(lambda: init_state(jax.random.key(0), config))
   filled = lambda by: jax.tree.map(lambda s: _filled(s, by), shapes)

@@ -13,6 +13,19 @@ from mla_moe.config import MLAConfig, RopeConfig
 from mla_moe.model import attention, flash, rope, sequence
 
 
+@functools.partial(jax.jit, static_argnames='impls')
+def outputs_and_gradients(args, g, segments, impls):
+  """Those of each core."""
+  outs = []
+  for impl in impls:
+    run = functools.partial(
+      attention.attend, scale=0.2, segments=segments, impl=impl
+    )
+    out, pull = jax.vjp(run, *args)
+    outs.append((out, pull(g)))
+  return outs
+
+
 def inputs(t, batch=2, heads=3, dtype=jnp.float32):
   keys = jax.random.split(jax.random.key(t), 4)
   make = lambda key, d: jax.random.normal(key, (batch, t, heads, d), dtype)
@@ -35,13 +48,7 @@ def test_blocks_equal_the_oracle(t, heads, packed):
   args, g, segments = inputs(t, heads=heads)
   assert flash._chunks(args[0]) == (4 if heads == 4 else 1)
   segments = (segments, segments) if packed else None
-  outs = []
-  for impl in ('reference', 'xla'):
-    run = functools.partial(
-      attention.attend, scale=0.2, segments=segments, impl=impl
-    )
-    out, pull = jax.vjp(run, *args)
-    outs.append((out, pull(g)))
+  outs = outputs_and_gradients(args, g, segments, ('reference', 'xla'))
   chex.assert_trees_all_close(*outs, atol=2e-5, rtol=2e-5)
 
 
@@ -61,9 +68,8 @@ def test_yarn_scales_logits_by_one_m_and_rotations_by_the_ratio():
 def test_parts_of_a_sequence_are_rows_of_the_whole(impl):
   """Their gradients of keys and values add up to the whole's, too."""
   count, (args, g, segments) = 3, inputs(24)
-  whole, pull = jax.vjp(
-    functools.partial(attention.attend, scale=0.2, segments=(segments,) * 2),
-    *args,
+  ((whole, (dq, dk, dv)),) = outputs_and_gradients(
+    args, g, (segments,) * 2, ('auto',)
   )
   pieces = np.arange(24).reshape(2 * count, -1)
 
@@ -77,10 +83,10 @@ def test_parts_of_a_sequence_are_rows_of_the_whole(impl):
     out, pull = jax.vjp(f, q[:, rows], k, v)
     return out, pull(g[:, rows])
 
-  dq, dk, dv = pull(g)
-  sums = [jnp.zeros_like(dk), jnp.zeros_like(dv)]
+  whole, dq = np.asarray(whole), np.asarray(dq)
+  sums = [np.zeros_like(dk), np.zeros_like(dv)]
   for i in range(count):
-    rows = pieces[jnp.array([i, 2 * count - 1 - i])].reshape(-1)
+    rows = pieces[[i, 2 * count - 1 - i]].reshape(-1)
     out, (part, *more) = one(i, rows, *args, g)
     chex.assert_trees_all_close(out, whole[:, rows], atol=2e-5, rtol=2e-5)
     chex.assert_trees_all_close(part, dq[:, rows], atol=2e-5, rtol=2e-5)
@@ -92,13 +98,7 @@ def test_parts_of_a_sequence_are_rows_of_the_whole(impl):
 def test_splash_interpreted_equals_the_oracle(packed):
   args, g, segments = inputs(128, batch=1, heads=2)
   segments = (segments, segments) if packed else None
-  outs = []
-  for impl in ('reference', 'splash'):
-    run = functools.partial(
-      attention.attend, scale=0.2, segments=segments, impl=impl
-    )
-    out, pull = jax.vjp(run, *args)
-    outs.append((out, pull(g)))
+  outs = outputs_and_gradients(args, g, segments, ('reference', 'splash'))
   chex.assert_trees_all_close(*outs, atol=1e-4, rtol=1e-4)
 
 

@@ -26,6 +26,9 @@ VARIANTS = {
 }
 
 
+route = jax.jit(router.route, static_argnums=3)
+
+
 def slow_route(logits, bias, c):
   """Token by token, in float64."""
   routings = []
@@ -60,7 +63,7 @@ def test_routing_equals_the_slow_version(name):
   bias = None
   if c.method == 'noaux_tc':  # negative ones: a mask of 0 would win
     bias = (random.normal(size=16) - 1.5).astype(np.float32)
-  got = router.route(x, w, bias, c)
+  got = route(x, w, bias, c)
   for i, expected in enumerate(slow_route(x @ w, bias, c)):
     assert set(got.chosen[i].tolist()) == set(expected)
     for expert, gate in zip(got.chosen[i], got.gates[i], strict=True):
@@ -85,14 +88,14 @@ def test_a_bias_moves_the_selection_and_never_a_gate_value():
   w = random.normal(size=(12, 16)).astype(np.float32)
   c = dataclasses.replace(V3, normalize=False)
   bias = np.zeros(16, np.float32)
-  before = router.route(x, w, bias, c)
+  before = route(x, w, bias, c)
   bias[3] += 10
-  after = router.route(x, w, bias, c)
+  after = route(x, w, bias, c)
   assert (after.chosen == 3).any(1).all()
   assert not (before.chosen == 3).any(1).all()
   gates = jnp.take_along_axis(after.scores, after.chosen, 1) * c.scale
   chex.assert_trees_all_equal(after.gates, gates)
-  grad = jax.grad(lambda b: router.route(x, w, b, c).gates.sum())(bias)
+  grad = jax.grad(lambda b: route(x, w, b, c).gates.sum())(bias)
   assert not grad.any()
 
 
@@ -119,7 +122,7 @@ def test_balance_loss_equals_the_slow_version():
       f[np.argsort(row)[::-1][:2]] += 8 / (2 * len(rows))
       p += row / row.sum() / len(rows)
     total += (f * p).sum() / 3
-  got = router.balance(scores, jax.lax.top_k(scores, 2)[1], mask)
+  got = jax.jit(router.balance)(scores, jax.lax.top_k(scores, 2)[1], mask)
   assert float(got) == pytest.approx(total, rel=1e-5)
   eyes = np.tile(np.eye(8, dtype=np.float32), (1, 4, 1))
   ids = np.tile(np.arange(8, dtype=np.int32), 4)[None, :, None]
@@ -136,7 +139,7 @@ def test_balance_loss_counts_by_the_methods_own_rule(name):
   # chooses 1 and 3.
   logits = jnp.float32([[3.0, 1.0, 2.0, -2.0]])
   bias = jnp.float32([-9, 9, -9, 9]) if c.method == 'noaux_tc' else None
-  routing = router.route(logits, jnp.eye(4), bias, c)
+  routing = route(logits, jnp.eye(4), bias, c)
   best = {0, 1} if name == 'v2' else {0, 2}
   assert set(router.counted(routing, c)[0].tolist()) == best
   # Of one token it is sum_i f_i P_i, with f = experts / top_k = 2 for the best.
@@ -144,8 +147,9 @@ def test_balance_loss_counts_by_the_methods_own_rule(name):
   expected = 2 * s[list(best)].sum() / s.sum()
   ws = jnp.ones((4, 4, 2, 8)), jnp.ones((4, 8, 4))
   config = ModelConfig(moe=c)
-  args = logits[None], None, jnp.eye(4), bias, ws, config, products.NO_FP8
-  _, stats = moe.routed(*args)
+  arrays = logits[None], None, jnp.eye(4), bias, ws
+  run = jax.jit(moe.routed, static_argnums=(5, 6))
+  _, stats = run(*arrays, config, products.NO_FP8)
   assert float(stats.balance) == pytest.approx(expected, rel=1e-6)
 
 
@@ -182,16 +186,13 @@ def test_packed_experts_are_the_same(impl):
     chex.assert_trees_all_close(got, dense, rtol=2e-4, atol=2e-4)
 
 
+@functools.partial(jax.jit, static_argnames=('impl', 'expected'))
 def output_and_gradients(args, chosen, g, impl, expected=0):
-  @jax.jit
-  def run(g, *args):
-    f = lambda x, gates, *ws: experts.feed_forward(
-      x, gates, chosen, *ws, impl=impl, expected=expected
-    )
-    out, pull = jax.vjp(f, *args)
-    return out, pull(g)
-
-  return run(g, *args)
+  f = lambda x, gates, *ws: experts.feed_forward(
+    x, gates, chosen, *ws, impl=impl, expected=expected
+  )
+  out, pull = jax.vjp(f, *args)
+  return out, pull(g)
 
 
 @pytest.mark.parametrize('impl', ['loop', 'ragged', 'padded'])

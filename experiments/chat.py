@@ -112,6 +112,8 @@ class Chat:
       for event in events:
         if event.reason == 'broken':
           raise cli.Stopped('the logits are not finite')
+        if event.reason == 'failed':
+          raise cli.Stopped('an error has ended the answer')
         ids = [] if event.reason == 'stop' else [event.token]
         yield stream.add(ids, last=bool(event.reason))
 

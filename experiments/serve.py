@@ -4,10 +4,10 @@
 
 It answers /v1/models, /v1/completions, /v1/chat/completions (streamed, too) and
 /healthz. It has no keys and no encryption, so it listens on this machine only,
-unless --host says otherwise, and answers no web page. With --speculative the
-MTP module drafts, which changes only the speed; /healthz counts the accepted
-drafts. For production, export the model (`experiments.convert`) and give it to
-an engine made for that:
+unless --host says otherwise, and answers no web page but those of --origin.
+With --speculative the MTP module drafts, which changes only the speed; /healthz
+counts the accepted drafts. For production, export the model
+(`experiments.convert`) and give it to an engine made for that:
 vllm serve DIR, or python -m sglang.launch_server --model-path DIR.
 """
 
@@ -36,6 +36,10 @@ def define() -> None:
     'Address to listen on. Clients must call it by this name or localhost; '
     '0.0.0.0 is all addresses, by any name.',
   )
+  flags.DEFINE_multi_string(
+    'origin', [], 'A web page that may use the server, as http://localhost:3000'
+  )
+  flags.DEFINE_string('name', '', "Of the model; '' is the folder's.")
   flags.DEFINE_integer('port', 8000, '0 is any free one.', 0, 65535)
   flags.DEFINE_integer('rows', 8, 'Samples that decode at once.', 1)
   flags.DEFINE_integer('length', 2048, 'Of prompt and answer together.', 2)
@@ -68,12 +72,16 @@ def main() -> None:
     waiting=FLAGS.waiting,
     speculative=FLAGS.speculative,
   )
-  name = pathlib.Path(FLAGS.checkpoint).expanduser().resolve().name
+  name = (
+    FLAGS.name or pathlib.Path(FLAGS.checkpoint).expanduser().resolve().name
+  )
   own = f'[{FLAGS.host}]' if ':' in FLAGS.host else FLAGS.host  # as in URLs
   hosts = ['127.0.0.1', 'localhost', '[::1]', own]
   if FLAGS.host in ('', '0.0.0.0', '::'):  # every address has names of its own
     hosts = ['*']
-  app = endpoint.app(Engine(scheduler), model, name, FLAGS.body_limit, hosts)
+  app = endpoint.app(
+    Engine(scheduler), model, name, FLAGS.body_limit, hosts, FLAGS.origin
+  )
   server = uvicorn.Server(connections.settings(app, FLAGS.host, FLAGS.port))
   with contextlib.suppress(KeyboardInterrupt):  # after a graceful end
     server.run()

@@ -2,8 +2,10 @@
 
 Other threads never touch the scheduler: they put calls into an inbox, which the
 thread empties between two steps. So no event loop ever waits for a lock. A
-submission's error is its caller's. Any other error ends the thread, and every
-client hears of it: rows that are half cancelled would mix samples up.
+submission's error is its caller's, and the scheduler itself ends the samples
+of most others. After an error that it lets through, it is reset: rows that are
+half cancelled would mix samples up. All samples end then, their clients hear of
+it, and the next request is served. Only a reset that fails ends the thread.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import concurrent.futures
 import contextlib
 import queue
 import threading
+import traceback
 from collections.abc import Callable
 
 from .. import runtime
@@ -29,6 +32,7 @@ class Engine:
   def __init__(self, scheduler: Scheduler):
     self.length = scheduler.length
     self.failure: Exception | None = None
+    self._resets = 0
     self._scheduler = scheduler
     # (call, the future of a caller that waits for it); (None, None) ends.
     self._inbox = queue.SimpleQueue()
@@ -44,6 +48,7 @@ class Engine:
       'open': len(self._listeners),
       'passes': self._scheduler.passes,
       'accepted_drafts': self._scheduler.accepted,
+      'failures': self._scheduler.failures + self._resets,
     }
 
   async def submit(
@@ -100,24 +105,20 @@ class Engine:
     first = runtime.First()
     try:
       while True:
-        while not self._scheduler.busy or not self._inbox.empty():
-          call, done = self._inbox.get()
-          if call is None:
+        try:
+          if not self._work(first):
             return
-          if done:
-            _answer(call, done)
-          else:
-            call()
-        first.begin()
-        events = self._scheduler.step()
-        if events:
-          first.end()
-        for event in events:
-          self._send(event)
+        except Exception as error:  # of nobody's request in particular
+          traceback.print_exception(error)
+          self._resets += 1
+          self._scheduler.reset()
+          for ticket in list(self._listeners):
+            self._send(Event(ticket, -1, 0.0, 'failed'))
     except Exception as error:  # every client must hear of it
       self.failure = error
       for loop, events, _ in self._listeners.values():
-        loop.call_soon_threadsafe(events.put_nowait, None)
+        with contextlib.suppress(RuntimeError):  # a loop that has been closed
+          loop.call_soon_threadsafe(events.put_nowait, None)
       self._listeners.clear()
       with contextlib.suppress(queue.Empty):
         while True:
@@ -125,6 +126,24 @@ class Engine:
           if done and done.set_running_or_notify_cancel():
             done.set_exception(RuntimeError('the engine has stopped'))
       raise
+
+  def _work(self, first: runtime.First) -> bool:
+    """Makes the waiting calls and a step; returns False after the last one."""
+    while not self._scheduler.busy or not self._inbox.empty():
+      call, done = self._inbox.get()
+      if call is None:
+        return False
+      if done:
+        _answer(call, done)
+      else:
+        call()
+    first.begin()
+    events = self._scheduler.step()
+    if events:
+      first.end()
+    for event in events:
+      self._send(event)
+    return True
 
   def _send(self, event: Event) -> None:
     listener = self._listeners.get(event.ticket)

@@ -17,8 +17,10 @@ class Group:
   """A prompt in the scheduler's queue.
 
   ids [T] int32: the prompt; knobs: of all its samples; tickets: of the samples
-  that wait, with their index; pages: of the cache, with the first `filled`
-  tokens; logits and hidden: of the last token, once all of them are in.
+  that wait, with their index; alternatives: whether its samples want them;
+  scored: whether the prompt's own scores are wanted; pages: of the cache, with
+  the first `filled` tokens; scores: a part for each chunk of them; logits and
+  hidden: of the last token, once all of them are in.
   """
 
   ids: np.ndarray
@@ -26,8 +28,11 @@ class Group:
   stop_ids: frozenset
   knobs: sampling.Knobs
   tickets: dict[int, int]
+  alternatives: bool = False
+  scored: bool = False
   pages: list[int] = dataclasses.field(default_factory=list)
   filled: int = 0
+  scores: list[programs.Scores] = dataclasses.field(default_factory=list)
   logits: jax.Array | None = None
   hidden: jax.Array | None = None
 
@@ -41,8 +46,31 @@ class Group:
     table[0, : len(self.pages)] = self.pages
     one = lambda value: np.array([value], np.int32)
     return programs.Chunk(
-      table, one(start), tokens, one(len(part)), after, one(len(pairs))
+      table,
+      one(start),
+      tokens,
+      one(len(part)),
+      after,
+      one(len(pairs)),
+      np.bool_(self.scored),
     )
+
+  def add_scores(self, scores: programs.Scores) -> None:
+    """Adds the scores of the next chunk, padded, on the device."""
+    real = len(self.ids[self.filled + 1 :][: len(scores.ranks)])
+    part = jax.tree.map(lambda x: x[:real], jax.device_get(scores))
+    self.scores.append(part)
+
+  def prompt_scores(self) -> programs.Scores | None:
+    """Returns the scores of all tokens but the first, None if not wanted."""
+    if not self.scored:
+      return None
+    return jax.tree.map(lambda *x: np.concatenate(x), *self.scores)
+
+  def forget(self) -> None:
+    """Begins the prompt again: its pages are lost."""
+    self.pages, self.filled, self.scores = [], 0, []
+    self.logits = self.hidden = None
 
   def next_sample(self) -> tuple[int, sampling.Knobs]:
     """Takes the first sample that waits; returns its ticket and its knobs."""

@@ -6,11 +6,17 @@ with every call: a few integers a row. On the device stay, and are donated: the
 [B, 2, D] (states of each row's last pass). Where the MTP module drafts, its
 pool is the last one, with the same pages. It lacks the tokens of a row's last
 pass: the module reads them with the next draft.
+
+Alternatives of a token, and the log-probabilities of a prompt, are computed
+only in steps in which a row or a chunk wants them. A condition in the program
+decides it, so that no other program is compiled. A prompt's logits exist for 32
+of its tokens at a time, and leave the device as TOP numbers a token.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -19,7 +25,10 @@ from flax import struct
 
 from mla_moe.config import ModelConfig
 from mla_moe.decode import forward, latent_cache, loop, sampling
-from mla_moe.types import Array, PyTree
+from mla_moe.types import Array, Float, Int, PyTree
+
+TOP = 20  # alternatives of a token, as many as OpenAI's protocol has
+_BLOCK = 32  # tokens of a prompt whose logits exist at once
 
 
 @struct.dataclass
@@ -28,13 +37,15 @@ class Rows:
 
   table [B, n]: pages of each row; lengths [B]: tokens in the main model's
   cache; tokens [B, 2]: emitted by the row's last pass, and the last of them not
-  in the cache; counts [B]: how many of the two are real; knobs: of the sampler.
+  in the cache; counts [B]: how many of the two are real; alternatives [B] bool:
+  whether the row wants them; knobs: of the sampler.
   """
 
   table: PyTree
   lengths: PyTree
   tokens: PyTree
   counts: PyTree
+  alternatives: PyTree
   knobs: sampling.Knobs
 
 
@@ -44,7 +55,8 @@ class Chunk:
 
   table [1, n]: pages of the row; start [1]: tokens before the part; tokens
   [1, T] of which `valid` [1] are real; after [1, T]: the token after each, of
-  which the first `paired` [1] are in the prompt.
+  which the first `paired` [1] are in the prompt; scored []: whether `Scores` of
+  the tokens after are wanted.
   """
 
   table: PyTree
@@ -53,19 +65,40 @@ class Chunk:
   valid: PyTree
   after: PyTree
   paired: PyTree
+  scored: PyTree
+
+
+class Top(NamedTuple):
+  """The likeliest tokens of some positions, [..., TOP], the likeliest first."""
+
+  tokens: Array
+  log_probs: Array
+
+
+class Scores(NamedTuple):
+  """Tokens of a text under the model, each [T].
+
+  log_probs: of the token; ranks: 1 is the likeliest; top: of its position.
+  """
+
+  log_probs: Array
+  ranks: Array
+  top: Top
 
 
 class Emitted(NamedTuple):
   """Tokens of one pass, [B, 1], or [B, 2] with drafts.
 
   log_probs: the model's; finite: whether the logits were; counts [B]: how many
-  tokens of each row are real.
+  tokens of each row are real; top: their alternatives, zeros if no row wants
+  them.
   """
 
   tokens: Array
   log_probs: Array
   finite: Array
   counts: Array
+  top: Top
 
 
 @functools.partial(
@@ -73,8 +106,9 @@ class Emitted(NamedTuple):
 )
 def prefill(
   weights: PyTree, pools: tuple, chunk: Chunk, *, config: ModelConfig, impl: str
-) -> tuple[Array, Array, tuple]:
-  """Returns logits [1, V] and hidden state [1, D] after a chunk, and pools."""
+) -> tuple[Array, Array, Scores, tuple]:
+  """Returns logits [1, V] and hidden state [1, D] after a chunk, the scores of
+  the tokens after its own (zeros if not wanted), and pools."""
   cache = latent_cache.Cache(pools, chunk.table, chunk.start, impl)
   main, mtp = forward.split(cache, config)
   x, main = forward.extend(
@@ -86,7 +120,10 @@ def prefill(
       weights, mtp, x, chunk.after, config, valid=chunk.paired, form=form
     )
   last = forward.last(x, chunk.valid)
-  return forward.logits(weights, last), last, (*main.layers, *mtp.layers)
+  score = functools.partial(_scores, weights, x[0], chunk.after[0])
+  scores = _if(chunk.scored, score)
+  pools = (*main.layers, *mtp.layers)
+  return forward.logits(weights, last), last, scores, pools
 
 
 @functools.partial(jax.jit, donate_argnames=('seen', 'hidden'))
@@ -98,6 +135,7 @@ def first_token(
   row: Array,
   prompt: Array,
   length: Array,
+  alternatives: Array,
   knobs: sampling.Knobs,
 ) -> tuple[Emitted, Array, Array]:
   """Returns the token after a prompt, and `seen` and `hidden` with its row.
@@ -110,6 +148,7 @@ def first_token(
     row: the row that the sample gets.
     prompt: its ids, padded with ids beyond the vocabulary.
     length: [1] tokens of the prompt.
+    alternatives: [] whether the sample wants them.
     knobs: of this sample.
   """
   marks = jnp.zeros(seen.shape[1], bool).at[prompt].set(True, mode='drop')
@@ -118,7 +157,8 @@ def first_token(
   log_prob = sampling.log_prob(logits, token)
   finite = jnp.isfinite(logits).all(-1)
   columns = (x[:, None] for x in (token, log_prob, finite))
-  emitted = Emitted(*columns, jnp.ones_like(length))
+  top = _if(alternatives, functools.partial(_top, logits[:, None]))
+  emitted = Emitted(*columns, jnp.ones_like(length), top)
   return emitted, seen.at[row].set(marks), hidden.at[row].set(last)
 
 
@@ -164,7 +204,9 @@ def decode(
     counts = jnp.ones_like(counts)
   log_prob = jax.vmap(sampling.log_prob, (1, 1), 1)
   finite = jnp.isfinite(logits).all(-1)
-  emitted = Emitted(tokens, log_prob(logits, tokens), finite, counts)
+  top = _if(jnp.any(rows.alternatives), functools.partial(_top, logits))
+  log_probs = log_prob(logits, tokens)
+  emitted = Emitted(tokens, log_probs, finite, counts, top)
   return emitted, pools, seen, hidden
 
 
@@ -172,3 +214,34 @@ def decode(
 def copy_page(pools: tuple, source: Array, target: Array) -> tuple:
   """Returns the pools with page `source` written over page `target`."""
   return jax.tree.map(lambda x: x.at[target].set(x[source]), pools)
+
+
+def _if(wanted: Array, compute) -> PyTree:
+  """Returns `compute()` where it is wanted, zeros of its shape elsewhere."""
+  shapes = jax.eval_shape(compute)
+  zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  return jax.lax.cond(wanted, compute, zeros)
+
+
+def _top(logits: Float[Array, '*b V']) -> Top:
+  values, tokens = jax.lax.top_k(logits, min(TOP, logits.shape[-1]))
+  log_total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+  return Top(tokens, values - log_total)
+
+
+def _scores(
+  weights: PyTree, x: Float[Array, 'T D'], tokens: Int[Array, ' T']
+) -> Scores:
+  """Returns the scores of `tokens` after the hidden states `x`."""
+  block = math.gcd(len(tokens), _BLOCK)
+
+  def score(part):
+    states, tokens = part
+    logits = forward.logits(weights, states)
+    log_probs = sampling.log_prob(logits, tokens)
+    own = jnp.take_along_axis(logits, tokens[:, None], axis=-1)
+    return Scores(log_probs, 1 + (logits > own).sum(-1), _top(logits))
+
+  parts = x.reshape(-1, block, x.shape[-1]), tokens.reshape(-1, block)
+  scores = jax.lax.map(score, parts)
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), scores)

@@ -14,6 +14,11 @@ A row's tokens do not depend on the rows beside it. With `speculative` the MTP
 module drafts, and a step gives a row one token or two. The module's latent of a
 prompt's last token depends on the token after it, so samples share only the
 pages before that one.
+
+An error in the work of one prompt ends its samples alone, and one in a pass
+over the rows those in the rows: events say so, with the reason 'failed', and
+`step` goes on. Programs take the arrays of the rows for themselves, so that an
+error in one may destroy them: they are made again.
 """
 
 from __future__ import annotations
@@ -22,7 +27,8 @@ import collections
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -41,13 +47,21 @@ class Full(Exception):
 
 
 class Event(NamedTuple):
-  """A token of a sample. `reason` is '' while it goes on, else 'stop', 'length'
-  or 'broken' (its logits are not finite; the token means nothing)."""
+  """A token of a sample.
+
+  reason: '' while it goes on, else 'stop', 'length', 'broken' (its logits are
+  not finite) or 'failed' (an error ended it). With the last two, and for a
+  sample of no tokens, `token` is -1. alternatives: (token, log-probability) of
+  the likeliest ones, where the request wants them; scores: of the prompt, with
+  its sample's first event.
+  """
 
   ticket: int
   token: int
   log_prob: float
   reason: str
+  alternatives: tuple = ()
+  scores: programs.Scores | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -58,13 +72,14 @@ class _Sample:
   pages: list
   left: int
   stop_ids: frozenset
+  alternatives: bool
 
 
 class Scheduler:
   """The rows of a model; not safe for threads.
 
   `passes` counts the passes over rows after their first token, and `accepted`
-  the drafts that were accepted.
+  the drafts that were accepted; `failures` counts errors.
 
   Args:
     config: of the model.
@@ -100,31 +115,22 @@ class Scheduler:
       raise ConfigError(
         'speculative=True: the model has no MTP module (depth 0)'
       )
-    self.passes = self.accepted = 0
+    self.passes = self.accepted = self.failures = 0
     self.config, self._chunk, self._waiting = config, chunk, waiting
     self._page_size = cache.page
     self._impl = latent_cache.implementation(cache)
     self._drafts = int(speculative)
     self.length = min(length, config.max_positions)
     row_pages = self._needs(self.length)
-    self._pages = page_pool.PagePool(pages or rows * row_pages + 1)
-    self._rows = programs.Rows(
-      table=np.zeros((rows, row_pages), np.int32),
-      lengths=np.zeros(rows, np.int32),
-      tokens=np.zeros((rows, 2), np.int32),
-      counts=np.zeros(rows, np.int32),
-      knobs=jax.tree.map(np.array, sampling.make_knobs(rows)),
-    )
-    self._samples: list[_Sample | None] = [None] * rows
+    self._shape = rows, row_pages
     self._queue = collections.deque()
     self._tickets = itertools.count()
     self._events = []
     make = functools.partial(
-      latent_cache.pools, config, self._pages.pages + 1, cache
+      latent_cache.pools, config, (pages or rows * row_pages + 1) + 1, cache
     )
-    self._pools = jax.jit(make)()[: config.layers + self._drafts]
-    self._seen = jnp.zeros((rows, config.vocab), bool)
-    self._hidden = jnp.zeros((rows, 2, config.dim), config.dtype)
+    self._make_pools = jax.jit(make)
+    self._clear(pages or rows * row_pages + 1)
     if 'layers' not in variables:
       unstack = jax.jit(functools.partial(forward.unstack, config))
       variables = unstack(variables)
@@ -146,26 +152,17 @@ class Scheduler:
     max_new_tokens: int,
     *,
     samples: int = 1,
-    stop_ids: Sequence[int] = (),
-    seed: int = 0,
-    **knobs,
+    **options,
   ) -> list[int]:
     """Queues a prompt and returns a ticket for each of its samples.
 
-    Sample i draws with `seed + i`; `knobs` are those of `sampling.make_knobs`.
+    Sample i draws with `seed + i`; `options` are others of `submit_all`.
 
     Raises:
       ConfigError: a request that can never be served.
       Full: a request that cannot be served now.
     """
-    return self.submit_all(
-      [ids],
-      max_new_tokens,
-      samples=samples,
-      stop_ids=stop_ids,
-      seed=seed,
-      **knobs,
-    )
+    return self.submit_all([ids], max_new_tokens, samples=samples, **options)
 
   def submit_all(
     self,
@@ -175,12 +172,27 @@ class Scheduler:
     samples: int = 1,
     stop_ids: Sequence[int] = (),
     seed: int = 0,
+    alternatives: bool = False,
+    scored: bool = False,
     **knobs,
   ) -> list[int]:
     """Queues all prompts of a request, or none; returns their tickets.
 
     Sample i of prompt p has ticket and seed number `p * samples + i`, counted
-    from the first ticket and from `seed`. The rest is as in `submit`.
+    from the first ticket and from `seed`.
+
+    Args:
+      prompts: ids of each.
+      max_new_tokens: of a sample; with 0, its only event has no token.
+      samples: of each prompt.
+      stop_ids: a sample ends after any of them.
+      seed: from 0 to 2**31 - 1.
+      alternatives: say the TOP likeliest tokens of each position.
+      scored: say the prompt's own log-probabilities.
+      **knobs: of `sampling.make_knobs`.
+
+    Raises:
+      ConfigError, Full: as `submit`.
     """
     stops, groups = frozenset(stop_ids), []
     for ids in prompts:
@@ -188,7 +200,9 @@ class Scheduler:
       self._check(ids, max_new_tokens, samples)
       rows = sampling.make_knobs(samples, seed=seed, **knobs)
       rows = rows.replace(seed=rows.seed + np.uint32(len(groups) * samples))
-      groups.append(Group(ids, max_new_tokens, stops, rows, {}))
+      groups.append(
+        Group(ids, max_new_tokens, stops, rows, {}, alternatives, scored)
+      )
     if len(self._queue) >= self._waiting:
       raise Full(f'{self._waiting} prompts wait already')
     for group in groups:
@@ -209,23 +223,24 @@ class Scheduler:
   def step(self) -> list[Event]:
     """Prefills one chunk, starts samples, decodes every row once.
 
-    Returns the tokens that samples emitted.
+    Returns the tokens that samples emitted, and the ends of those that failed.
 
     Raises:
       RuntimeError: prompts wait, no row decodes, and nothing moves. It would
         stay so for ever; `_check` refuses the prompts that would lead there.
     """
     self._events = []
-    has_moved = self._prefill()
+    has_moved = self._try(self._prefill)
     while self._queue and self._queue[0].logits is not None:
-      group = self._queue[0]
-      if None not in self._samples or not self._start(group):
+      if not self._try(self._start):
         break
       has_moved = True
-      if not group.tickets:
-        self._release(self._queue.popleft().pages)
     if any(self._samples):
-      self._decode()
+      try:
+        self._decode()
+      except Exception as error:
+        self._note(error)
+        self._lose_rows()
     elif self._queue and not has_moved:
       raise RuntimeError(
         f'{len(self._queue)} prompts wait for ever: the first one lacks pages, '
@@ -233,7 +248,71 @@ class Scheduler:
       )
     return self._events
 
+  def reset(self) -> None:
+    """Drops all samples, and makes everything again but the weights."""
+    self._queue.clear()
+    self._clear(self._pages.pages)
+
   # ------------------------------------------------------------------ private
+
+  def _clear(self, pages: int) -> None:
+    """Makes rows and arrays without samples."""
+    rows, row_pages = self._shape
+    config = self.config
+    self._pages = page_pool.PagePool(pages)
+    self._rows = programs.Rows(
+      table=np.zeros((rows, row_pages), np.int32),
+      lengths=np.zeros(rows, np.int32),
+      tokens=np.zeros((rows, 2), np.int32),
+      counts=np.zeros(rows, np.int32),
+      alternatives=np.zeros(rows, bool),
+      knobs=jax.tree.map(np.array, sampling.make_knobs(rows)),
+    )
+    self._samples: list[_Sample | None] = [None] * rows
+    self._pools = self._make_pools()[: config.layers + self._drafts]
+    self._seen = jnp.zeros((rows, config.vocab), bool)
+    self._hidden = jnp.zeros((rows, 2, config.dim), config.dtype)
+
+  def _try(self, work: Callable[[Group], bool]) -> bool:
+    """Works at the first group; returns whether something has moved.
+
+    An error ends the group, and no sample of another prompt.
+    """
+    if not self._queue:
+      return False
+    group = self._queue[0]
+    tickets = list(group.tickets)
+    try:
+      return work(group)
+    except Exception as error:
+      if self._queue and self._queue[0] is group:
+        self._queue.popleft()
+      self._end_all(tickets)
+      self._note(error)
+      if self._is_lost():
+        self._lose_rows()
+      else:
+        self._release(group.pages)
+      return True
+
+  def _end_all(self, tickets: Sequence[int]) -> None:
+    self._events += [Event(ticket, -1, 0.0, 'failed') for ticket in tickets]
+
+  def _note(self, error: Exception) -> None:
+    self.failures += 1
+    traceback.print_exception(error)
+
+  def _is_lost(self) -> bool:
+    """Returns whether an error has left arrays that a program had taken."""
+    arrays = self._pools, self._seen, self._hidden
+    return any(x.is_deleted() for x in jax.tree.leaves(arrays))
+
+  def _lose_rows(self) -> None:
+    """Ends all samples in rows; the waiting prompts begin again."""
+    self._end_all([sample.ticket for sample in self._samples if sample])
+    for group in self._queue:
+      group.forget()
+    self._clear(self._pages.pages)
 
   def _needs(self, tokens: int) -> int:
     """Returns the number of pages of so many tokens."""
@@ -257,8 +336,8 @@ class Scheduler:
       raise ConfigError(
         f'prompt: token {wrong[0]} is not below vocab={self.config.vocab}'
       )
-    if max_new_tokens < 1:
-      raise ConfigError(f'max_new_tokens={max_new_tokens}: must be at least 1')
+    if max_new_tokens < 0:
+      raise ConfigError(f'max_new_tokens={max_new_tokens}: must be at least 0')
     if not 1 <= samples <= 1024:
       raise ConfigError(f'samples={samples}: must be from 1 to 1024')
     limit = min(self.length, self._pages.pages * self._page_size)
@@ -267,6 +346,8 @@ class Scheduler:
         f'max_new_tokens={max_new_tokens}: with a prompt of {len(ids)} tokens '
         f'more than the {limit} tokens of a row'
       )
+    if not max_new_tokens:
+      return
     # What `_start` asks for, while the prompt alone holds pages.
     need = self._needs(len(ids)) + self._needs(len(ids) + max_new_tokens)
     need -= self._common(len(ids), samples)
@@ -281,23 +362,24 @@ class Scheduler:
     for page in self._pages.release(pages):
       self._pools = programs.copy_page(self._pools, np.int32(0), np.int32(page))
 
-  def _prefill(self) -> bool:
-    """Prefills one chunk of the first prompt, if it could start then.
+  def _prefill(self, group: Group) -> bool:
+    """Prefills one chunk of the prompt, if it could start then.
 
     Returns whether it did.
     """
-    if not self._queue or self._queue[0].logits is not None:
+    if group.logits is not None:
       return False
-    group = self._queue[0]
     if not group.pages:
       need = self._needs(len(group.ids) + group.max_new_tokens)
       if None not in self._samples or need > self._pages.free:
         return False
       group.pages = self._pages.take(self._needs(len(group.ids)))
     chunk = group.chunk(self._chunk, self._rows.table.shape[1])
-    logits, hidden, self._pools = programs.prefill(
+    logits, hidden, scores, self._pools = programs.prefill(
       self._weights, self._pools, chunk, config=self.config, impl=self._impl
     )
+    if group.scored:
+      group.add_scores(scores)
     group.filled += int(chunk.valid[0])
     if group.filled == len(group.ids):
       group.logits, group.hidden = logits, hidden
@@ -308,21 +390,46 @@ class Scheduler:
 
     Returns whether there were pages for it.
     """
+    if not group.max_new_tokens:
+      self._end_prompt(group)
+      return True
     common = group.pages[: self._common(len(group.ids), len(group.tickets))]
     need = self._needs(len(group.ids) + group.max_new_tokens)
-    if need - len(common) > self._pages.free:
+    if None not in self._samples or need - len(common) > self._pages.free:
       return False
     own = self._pages.take(need - len(common))
     pages = self._pages.share(common) + own
-    if len(common) < len(group.pages):
-      self._pools = programs.copy_page(
-        self._pools, np.int32(group.pages[len(common)]), np.int32(own[0])
-      )
     ticket, knobs = group.next_sample()
     row = self._samples.index(None)
+    try:
+      if len(common) < len(group.pages):
+        self._pools = programs.copy_page(
+          self._pools, np.int32(group.pages[len(common)]), np.int32(own[0])
+        )
+      emitted = self._first_token(row, group, knobs)
+    except Exception:
+      self._pages.release(pages)  # nothing was written that spoils them
+      raise
     self._samples[row] = _Sample(
-      ticket, pages, group.max_new_tokens, group.stop_ids
+      ticket, pages, group.max_new_tokens, group.stop_ids, group.alternatives
     )
+    rows = self._rows
+    rows.table[row] = 0
+    rows.table[row, : len(pages)] = pages
+    rows.lengths[row] = len(group.ids)
+    rows.alternatives[row] = group.alternatives
+    for field in dataclasses.fields(knobs):
+      getattr(rows.knobs, field.name)[row] = getattr(knobs, field.name)[0]
+    self._emit(row, emitted, 0, group.prompt_scores())
+    if not group.tickets:
+      self._queue.popleft()
+      self._release(group.pages)
+    return True
+
+  def _first_token(
+    self, row: int, group: Group, knobs: sampling.Knobs
+  ) -> programs.Emitted:
+    """Returns the token after the prompt, for the sample of a row."""
     prompt = np.full(self.length, self.config.vocab, np.int32)
     prompt[: len(group.ids)] = group.ids
     emitted, self._seen, self._hidden = programs.first_token(
@@ -333,16 +440,23 @@ class Scheduler:
       np.int32(row),
       prompt,
       np.array([len(group.ids)], np.int32),
+      np.bool_(group.alternatives),
       knobs,
     )
-    rows = self._rows
-    rows.table[row] = 0
-    rows.table[row, : len(pages)] = pages
-    rows.lengths[row] = len(group.ids)
-    for field in dataclasses.fields(knobs):
-      getattr(rows.knobs, field.name)[row] = getattr(knobs, field.name)[0]
-    self._emit(row, jax.device_get(emitted), 0)
-    return True
+    return jax.device_get(emitted)
+
+  def _end_prompt(self, group: Group) -> None:
+    """Ends the samples of a prompt that want no token."""
+    reason = 'length'
+    if not jnp.isfinite(group.logits).all():
+      reason = 'broken'
+      self._pages.spoil(group.pages)
+    scores = group.prompt_scores()
+    for ticket in group.tickets:
+      self._events.append(Event(ticket, -1, 0.0, reason, (), scores))
+    group.tickets = {}
+    self._queue.popleft()
+    self._release(group.pages)
 
   def _decode(self) -> None:
     """Decodes every row once."""
@@ -364,7 +478,13 @@ class Scheduler:
       self._rows.lengths[row] += emitted.counts[row]
       self._emit(row, emitted, row)
 
-  def _emit(self, row: int, emitted: programs.Emitted, i: int) -> None:
+  def _emit(
+    self,
+    row: int,
+    emitted: programs.Emitted,
+    i: int,
+    scores: programs.Scores | None = None,
+  ) -> None:
     """Gives a row the tokens of line `i`; the last one may end its sample."""
     self._rows.tokens[row] = emitted.tokens[i]
     self._rows.counts[row] = emitted.counts[i]
@@ -376,16 +496,22 @@ class Scheduler:
       if token in sample.stop_ids:
         reason = 'stop'
       if not emitted.finite[i, column]:
-        reason = 'broken'
+        token, reason = -1, 'broken'
         self._pages.spoil(sample.pages)
       log_prob = float(emitted.log_probs[i, column])
-      self._events.append(Event(sample.ticket, token, log_prob, reason))
+      pairs = ()
+      if sample.alternatives:
+        top = (x[i, column].tolist() for x in emitted.top)
+        pairs = tuple(zip(*top, strict=True))
+      event = Event(sample.ticket, token, log_prob, reason, pairs, scores)
+      self._events.append(event)
       if reason:
         return self._end(row)
 
   def _end(self, row: int) -> None:
-    self._release(self._samples[row].pages)
-    self._samples[row] = None
+    pages, self._samples[row] = self._samples[row].pages, None
     self._rows.table[row] = 0
     self._rows.lengths[row] = self._rows.counts[row] = 0
+    self._rows.alternatives[row] = False
     self._rows.knobs.temperature[row] = 0.0
+    self._release(pages)

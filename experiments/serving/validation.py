@@ -1,36 +1,27 @@
 """A client's request, checked field by field: nothing in it is trusted.
 
 Whatever costs time or memory is bounded here, before anything is made of it:
-the body's bytes, the samples, the stop texts, and the size of every number.
+the samples, the stop texts, and the size of every number. Each value gets the
+type of its use here, once. `fields` has the names of all fields, and `body` the
+reading of a value.
 """
 
 from __future__ import annotations
 
-import asyncio
-import json
 import secrets
 from typing import NamedTuple
 
-from starlette import requests
+from mla_moe.decode import sampling
 
+from .. import prompt
 from ..opened import TextModel
-from . import template
+from . import fields, template
+from .body import Fields, Refused, wrong
 
-_KNOBS = {
-  'temperature': 1.0,
-  'top_p': 1.0,
-  'top_k': 0,
-  'min_p': 0.0,
-  'repetition_penalty': 1.0,
-}
-_FIELDS = {
-  'model', 'prompt', 'messages', 'max_tokens', 'max_completion_tokens', 'n',
-  'stop', 'stream', 'stream_options', 'seed', 'logprobs', 'user', *_KNOBS,
-}  # fmt: skip
-_SAMPLES = 1024  # most of a request, over all its prompts
+_PROMPTS = 64  # most of a request
+_SAMPLES = 1024  # over all its prompts
 _STOPS, _STOP_LENGTH = 16, 256
-_BODY_SECONDS = 60
-_LARGEST = 2**64  # of every number
+_ALTERNATIVES = 20  # most of a token
 _ROLES = {
   'system': 'system',
   'developer': 'system',
@@ -39,65 +30,34 @@ _ROLES = {
 }
 
 
-class Refused(Exception):
-  """An answer of another status than 200."""
-
-  def __init__(self, status: int, message: str):
-    super().__init__(message)
-    self.status = status
-
-
 class Request(NamedTuple):
   """A request for completions or for a chat.
 
-  prompts: token ids; samples: of each prompt; stops: texts that end a sample;
-  knobs: of `sampling.make_knobs`; stream: send tokens as they come; usage: send
-  the counts of tokens at the end of a stream; logprobs: send log-probabilities.
+  prompts: token ids; samples: drawn of each prompt; choices: the number of
+  those in the answer, the likeliest; stops: texts that end a sample; stop_ids:
+  tokens that do, beside the model's unless ignore_eos; knobs: of
+  `sampling.make_knobs`; stream: send tokens as they come; usage: send the
+  numbers of tokens at the end of a stream; logprobs, prompt_logprobs: send
+  log-probabilities and so many alternatives of the answer's tokens and of the
+  prompt's, -1: none; echo: begin the answer with the prompt; as_ids: name
+  tokens by their ids.
   """
 
   prompts: list[list[int]]
   max_new_tokens: int
   samples: int
+  choices: int
   stops: list[str]
+  stop_ids: tuple[int, ...]
+  ignore_eos: bool
   seed: int
   knobs: dict
   stream: bool
   usage: bool
-  logprobs: bool
-
-
-async def read_body(request: requests.Request, limit: int) -> dict:
-  """Returns the JSON object of a request's body.
-
-  Raises:
-    Refused: the body is none, has more than `limit` bytes, does not come, or
-      comes from a web page.
-  """
-  if 'origin' in request.headers:
-    raise Refused(403, 'origin: requests of web pages are not answered')
-  kind = request.headers.get('content-type', '').split(';')[0].strip().lower()
-  if kind != 'application/json':  # pages may send any text without asking
-    raise Refused(
-      415, f'content-type: is {kind[:80]!r}, must be application/json'
-    )
-  data = bytearray()
-  try:
-    async with asyncio.timeout(_BODY_SECONDS):
-      async for part in request.stream():
-        data += part
-        if len(data) > limit:
-          raise Refused(413, f'the body is longer than {limit} bytes')
-  except TimeoutError:
-    raise Refused(
-      408, f'the body has not come within {_BODY_SECONDS} seconds'
-    ) from None
-  try:
-    body = json.loads(bytes(data))
-  except (ValueError, RecursionError):
-    raise Refused(400, 'the body is no JSON') from None
-  if not isinstance(body, dict):
-    raise Refused(400, 'the body is no JSON object')
-  return body
+  logprobs: int
+  prompt_logprobs: int
+  echo: bool
+  as_ids: bool
 
 
 def parse(body: dict, model: TextModel, is_chat: bool, length: int) -> Request:
@@ -112,108 +72,200 @@ def parse(body: dict, model: TextModel, is_chat: bool, length: int) -> Request:
   Raises:
     Refused, ConfigError: a request that cannot be answered.
   """
+  obeyed = fields.BOTH | (fields.CHAT if is_chat else fields.COMPLETIONS)
   for field, value in body.items():
-    if field not in _FIELDS and value not in (None, False, 0, 0.0, {}, []):
-      raise Refused(400, f'{field[:80]!r}: is not supported')
-  body = {k: v for k, v in body.items() if v is not None}
-
-  def get(field, default, *kinds):
-    value = body.get(field, default)
-    boolean = isinstance(value, bool) and bool not in kinds
-    if boolean or not isinstance(value, kinds):
-      raise Refused(400, f'{field}: must be {kinds[0].__name__}')
-    if isinstance(value, (int, float)) and not abs(value) < _LARGEST:
-      raise Refused(400, f'{field}: must be a number below 2**64')
-    return value
-
+    if field not in obeyed and not fields.changes_nothing(field, value):
+      raise wrong(field, value, 'is not supported')
+  get = Fields(body)
+  get.text('model')
   if is_chat:
-    prompts = [_chat_ids(get('messages', [], list), model)]
+    prompts = [_chat_ids(body.get('messages'), model)]
   else:
-    prompts = _prompts_ids(body.get('prompt'), model)
-  longest = max(map(len, prompts))
-  limit = get('max_tokens', 0 if is_chat else 16, int)
-  limit = get('max_completion_tokens', limit, int) or max(length - longest, 1)
-  logprobs = get('logprobs', 0, bool if is_chat else int, int, bool)
-  return Request(
+    prompts = _prompts_ids(body, get, model)
+  samples, choices = _samples(get, len(prompts))
+  logprobs, prompt_logprobs = _log_probs(get, is_chat)
+  request = Request(
     prompts=prompts,
-    max_new_tokens=limit,
-    samples=_samples(get('n', 1, int), len(prompts)),
-    stops=_stops(get('stop', [], list, str)),
-    seed=get('seed', secrets.randbits(30), int) % 2**31,
-    knobs={
-      # A default of type int allows no float.
-      k: get(k, v, int, *([] if isinstance(v, int) else [float]))
-      for k, v in _KNOBS.items()
-    },
-    stream=get('stream', False, bool),
-    usage=bool(get('stream_options', {}, dict).get('include_usage')),
-    logprobs='logprobs' in body and logprobs is not False,
+    max_new_tokens=_limit(get, is_chat, length - max(map(len, prompts))),
+    samples=samples,
+    choices=choices,
+    stops=_stops(body.get('stop')),
+    stop_ids=_ids('stop_token_ids', body.get('stop_token_ids') or [], model),
+    ignore_eos=get.flag('ignore_eos'),
+    # All seeds of the samples that follow wrap around, too.
+    seed=get.integer('seed', secrets.randbits(30)) % 2**31,
+    knobs=_knobs(get),
+    stream=get.flag('stream'),
+    usage=_usage(get),
+    logprobs=logprobs,
+    prompt_logprobs=prompt_logprobs,
+    echo=get.flag('echo'),
+    as_ids=get.flag('return_tokens_as_token_ids'),
   )
+  if request.stream and samples > choices:
+    raise wrong('best_of', samples, 'cannot be streamed; set n as high')
+  if request.stream and prompt_logprobs >= 0:
+    raise wrong('prompt_logprobs', prompt_logprobs, 'cannot be streamed')
+  return request
 
 
-def _samples(n: int, prompts: int) -> int:
-  """Returns the number of samples of each prompt, which is bounded."""
+def _knobs(get: Fields) -> dict:
+  """Returns the sampling parameters, which the sampler has checked."""
+  knobs = {}
+  for name, default in fields.KNOBS.items():
+    # A default of type int allows no fraction.
+    read = get.integer if isinstance(default, int) else get.real
+    knobs[name] = read(name, default)
+  if knobs['top_k'] == -1:  # vLLM's word for "off"
+    knobs['top_k'] = 0
+  sampling.make_knobs(1, seed=0, **knobs)
+  return knobs
+
+
+def _limit(get: Fields, is_chat: bool, rest: int) -> int:
+  """Returns the most tokens of an answer; `rest` of them fit."""
+  default = max(rest, 1) if is_chat else min(16, max(rest, 1))
+  limit = get.integer('max_tokens', default, 0)
+  return get.integer('max_completion_tokens', limit, 0)
+
+
+def _usage(get: Fields) -> bool:
+  """Returns whether a stream ends with the numbers of tokens."""
+  options = get.table('stream_options')
+  for name, value in options.items():
+    if name != 'include_usage' and value not in (None, False):
+      raise wrong('stream_options', {name: value}, 'is not supported')
+  if options and not get.flag('stream'):
+    raise wrong('stream_options', options, 'needs stream=true')
+  return Fields(options).flag('include_usage')
+
+
+def _samples(get: Fields, prompts: int) -> tuple[int, int]:
+  """Returns how many samples of each prompt are drawn, and answered.
+
+  The number of all of them is bounded.
+  """
   most = _SAMPLES // prompts
-  if not 1 <= n <= most:
-    raise Refused(
-      400,
-      f'n={n}: must be from 1 to {most} samples; those of all prompts together '
-      f'are at most {_SAMPLES}',
-    )
-  return n
+  n = get.integer('n', 1)
+  best_of = get.integer('best_of', n)
+  for field, value in (('n', n), ('best_of', best_of)):
+    if not 1 <= value <= most:
+      raise Refused(
+        400,
+        f'{field}={value}: must be from 1 to {most} samples; those of all '
+        f'prompts together are at most {_SAMPLES}',
+        field,
+      )
+  if best_of < n:
+    raise wrong('best_of', best_of, f'must be at least n={n}')
+  return best_of, n
 
 
-def _stops(stops: list | str) -> list[str]:
+def _log_probs(get: Fields, is_chat: bool) -> tuple[int, int]:
+  """Returns the alternatives of the answer's tokens and of the prompt's; -1 is
+  no log-probability at all."""
+  if is_chat:
+    logprobs = get.integer('top_logprobs', 0, 0, _ALTERNATIVES)
+    if not get.flag('logprobs'):
+      if logprobs:
+        raise wrong('top_logprobs', logprobs, 'needs logprobs=true')
+      logprobs = -1
+  elif get.value('logprobs', None) is False:
+    logprobs = -1
+  elif get.value('logprobs', None) is True:
+    logprobs = 1
+  else:
+    logprobs = get.integer('logprobs', -1, 0, _ALTERNATIVES)
+  return logprobs, get.integer('prompt_logprobs', -1, 0, _ALTERNATIVES)
+
+
+def _stops(stops: list | str | None) -> list[str]:
   """Returns the texts that end a sample; there are few, and none is long."""
-  stops = [stops] if isinstance(stops, str) else stops
+  stops = [stops] if isinstance(stops, str) and stops else stops or []
   is_good = lambda s: isinstance(s, str) and 0 < len(s) <= _STOP_LENGTH
-  if len(stops) > _STOPS or not all(map(is_good, stops)):
-    raise Refused(
-      400,
-      f'stop: must be up to {_STOPS} texts of 1 to {_STOP_LENGTH} characters',
-    )
+  is_list = isinstance(stops, list) and len(stops) <= _STOPS
+  if not is_list or not all(map(is_good, stops)):
+    rule = f'must be up to {_STOPS} texts of 1 to {_STOP_LENGTH} characters'
+    raise wrong('stop', stops, rule)
   return stops
 
 
-def _prompts_ids(prompt, model: TextModel) -> list[list[int]]:
+def _is_id(value: object) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _ids(field: str, values: object, model: TextModel) -> tuple[int, ...]:
+  """Returns a list of token ids, which the model has."""
+  last = model.config.vocab - 1
+  if not isinstance(values, list) or not all(map(_is_id, values)):
+    raise wrong(field, values, 'must be a list of token ids')
+  for value in values:
+    if not 0 <= value <= last:
+      raise wrong(field, value, f'ids go from 0 to {last}')
+  return tuple(values)
+
+
+def _prompts_ids(body: dict, get: Fields, model: TextModel) -> list[list[int]]:
   """Returns the ids of one prompt or of several; each is a text, or ids."""
-  number = lambda x: isinstance(x, int) and not isinstance(x, bool)
-  if isinstance(prompt, str):
-    prompt = [prompt]
-  if not isinstance(prompt, list) or not prompt or len(prompt) > 64:
-    raise Refused(400, 'prompt: must be a text, or up to 64 of them')
-  if all(map(number, prompt)):
-    prompt = [prompt]
-  prompts = []
-  for one in prompt:
-    if isinstance(one, str):
-      prompts.append(
-        [model.config.bos_id, *model.tokenizer.encode(one).tolist()]
-      )
-    elif isinstance(one, list) and one and all(map(number, one)):
-      if max(one) >= model.config.vocab or min(one) < 0:
-        raise Refused(400, f'prompt: ids go from 0 to {model.config.vocab - 1}')
-      prompts.append(one)
+  if 'prompt' not in body:
+    raise Refused(400, 'prompt: is missing', 'prompt')
+  value = '' if body['prompt'] is None else body['prompt']
+  is_one = isinstance(value, str)
+  is_one = is_one or isinstance(value, list) and all(map(_is_id, value))
+  prompts = [value] if is_one else value
+  if not isinstance(prompts, list) or not 0 < len(prompts) <= _PROMPTS:
+    rule = f'must be a text or a list of ids, or up to {_PROMPTS} of them'
+    raise wrong('prompt', value, rule)
+  suffix, has_bos = get.text('suffix'), get.flag('add_special_tokens', True)
+  if suffix and (get.flag('echo') or not has_bos):
+    raise wrong('suffix', suffix, 'goes with neither echo nor bare texts')
+  ids = []
+  for one in prompts:
+    is_text = isinstance(one, str)
+    if suffix and not is_text:
+      raise wrong('suffix', suffix, 'needs a prompt that is a text')
+    if not is_text:
+      ids.append(list(_ids('prompt', one, model)))
+    elif suffix:
+      ids.append(prompt.fill_in(model.tokenizer, one, suffix).tolist())
     else:
-      raise Refused(400, 'prompt: must be texts or lists of token ids')
-  return prompts
+      own = model.tokenizer.encode(one).tolist()
+      ids.append([model.config.bos_id] * has_bos + own)
+    if not ids[-1]:
+      raise wrong('prompt', one, 'has no token')
+  return ids
 
 
-def _chat_ids(messages: list, model: TextModel) -> list[int]:
+def _chat_ids(messages: object, model: TextModel) -> list[int]:
   """Returns the ids of a chat, ready for the next answer."""
+  if not isinstance(messages, list) or not messages:
+    raise wrong('messages', messages, 'must be a list of messages')
   checked = []
-  for message in messages:
-    if not isinstance(message, dict) or message.get('role') not in [*_ROLES]:
-      raise Refused(400, f'messages: a role is one of {", ".join(_ROLES)}')
-    content = message.get('content')
-    if isinstance(content, list):
-      parts = [p.get('text') if isinstance(p, dict) else None for p in content]
-      good = all(isinstance(part, str) for part in parts)
-      content = ''.join(parts) if good else None
-    if not isinstance(content, str):
-      raise Refused(400, 'messages: a content is a text')
-    checked.append((_ROLES[message['role']], content))
-  if not checked:
-    raise Refused(400, 'messages: are empty')
+  for i, message in enumerate(messages):
+    field = f'messages[{i}]'
+    if not isinstance(message, dict):
+      raise wrong(field, message, 'must have a role and a content')
+    role = message.get('role')
+    if not isinstance(role, str) or role not in _ROLES:
+      raise wrong(f'{field}.role', role, f'is one of {", ".join(_ROLES)}')
+    for name, value in message.items():
+      if name not in ('role', 'content', 'name') and value:
+        raise wrong(f'{field}.{name}', value, 'is not supported')
+    checked.append((_ROLES[role], _content(field, message.get('content'))))
   ids = template.encode(model.folder, model.tokenizer, checked, model.template)
   return ids.tolist()
+
+
+def _content(field: str, content: object) -> str:
+  """Returns a message's text, which may come in parts."""
+  parts = content if isinstance(content, list) else [content]
+  texts = []
+  for part in parts:
+    if isinstance(part, dict) and part.get('type', 'text') != 'text':
+      kind = part.get('type')
+      raise wrong(f'{field}.content', kind, 'a content is a text')
+    text = part.get('text') if isinstance(part, dict) else part
+    if not isinstance(text, str):
+      raise wrong(f'{field}.content', part, 'a content is a text')
+    texts.append(text)
+  return ''.join(texts)

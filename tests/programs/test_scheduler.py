@@ -1,6 +1,7 @@
 """Continuous batching: every sample's tokens are those it has alone."""
 
 import functools
+import itertools
 import pathlib
 
 import jax
@@ -193,12 +194,68 @@ def test_a_broken_row_ends_and_spoils_no_other():
   assert out == expected and min(free) == 0
 
 
+@pytest.mark.parametrize(
+  'program, failing',
+  [('prefill', 3), ('first_token', 2), ('copy_page', 1)],
+)
+def test_an_error_in_one_prompt_s_work_ends_it_alone(
+  monkeypatch, capfd, program, failing
+):
+  """Its program is right but for the call number `failing`."""
+  _, _, tokens = golden()
+  server, calls = make(), itertools.count(1)
+  good = getattr(programs, program)
+
+  def once(*args, **kwargs):
+    if next(calls) == failing:
+      raise RuntimeError('out of memory')
+    return good(*args, **kwargs)
+
+  (first,) = server.submit(tokens[0, :10], 12)  # one chunk
+  broken = server.submit(tokens[1, :20], 9, samples=2)  # two of them
+  (last,) = server.submit(tokens[0, 3:20], 12)
+  monkeypatch.setattr(programs, program, once)
+  out, _ = drain(server)
+  assert [out.pop(ticket)[1] for ticket in broken] == ['failed'] * 2
+  assert out == {
+    first: (alone(tokens[0, :10], 12), 'length'),
+    last: (alone(tokens[0, 3:20], 12), 'length'),
+  }
+  assert server.free_pages == PAGES and server.failures == 1
+  assert 'out of memory' in capfd.readouterr().err
+
+
+def test_an_error_of_a_pass_ends_the_rows_and_no_waiting_prompt(
+  monkeypatch, capfd
+):
+  """It has taken the arrays with it."""
+  _, _, tokens = golden()
+  server, calls = make(), itertools.count(1)
+  good = programs.decode
+
+  def third(*args, **kwargs):
+    out = good(*args, **kwargs)
+    if next(calls) == 3:
+      raise RuntimeError('out of memory')
+    return out
+
+  rows = server.submit(tokens[0, :10], 12, samples=ROWS)
+  waiting = server.submit(tokens[0, 3:20], 12)
+  monkeypatch.setattr(programs, 'decode', third)
+  out, _ = drain(server)
+  for ticket in rows:  # three tokens, and the end
+    assert out[ticket][1] == 'failed' and len(out[ticket][0]) == 4
+  assert out[waiting[0]] == (alone(tokens[0, 3:20], 12), 'length')
+  assert server.free_pages == PAGES and server.failures == 1
+  assert 'out of memory' in capfd.readouterr().err
+
+
 def test_what_cannot_be_served_is_refused():
   server = make(waiting=2)
   for words, args, more in [
     ('empty', ([], 4), {}),
     ('token 259', ([259], 4), {}),
-    ('max_new_tokens=0', ([1], 0), {}),
+    ('max_new_tokens=-1', ([1], -1), {}),
     ('64 tokens', ([1], 64), {}),
     ('temperature', ([1], 4), dict(temperature=-1.0)),
     ('samples', ([1], 4), dict(samples=0)),

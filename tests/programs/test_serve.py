@@ -1,4 +1,7 @@
-"""The endpoint: OpenAI's protocol, limits, and clients that go away."""
+"""The endpoint: limits, odd requests, errors, and clients that go away.
+
+The protocol's fields are in test_protocol.
+"""
 
 import asyncio
 import http.client
@@ -15,11 +18,18 @@ import numpy as np
 import openai
 import pytest
 import uvicorn
+from asgi import call
 from hypothesis import strategies as st
 from uvicorn.server import ServerState
 
 from experiments import opened, text
-from experiments.serving import connections, endpoint, scheduler, validation
+from experiments.serving import (
+  body,
+  connections,
+  endpoint,
+  scheduler,
+  validation,
+)
 from experiments.serving.engine import Engine
 from mla_moe import CacheConfig, load_huggingface, rollout
 from mla_moe.data import tokenizer
@@ -80,36 +90,6 @@ class Server:
         return True
       time.sleep(0.05)
     return False
-
-
-async def call(app, path, data=b'', leaves=False):
-  """(status, JSON or text) of one request, without a socket.
-
-  A client that leaves is gone as soon as its request is sent.
-  """
-  coming = [{'type': 'http.request', 'body': data}]
-  status, body = [], []
-
-  async def receive():
-    if coming:
-      return coming.pop()
-    if not leaves:
-      await asyncio.Event().wait()
-    return {'type': 'http.disconnect'}
-
-  async def send(message):
-    if message['type'] == 'http.response.start':
-      status.append(message['status'])
-    else:
-      body.append(message['body'])
-
-  scope = dict(type='http', http_version='1.1', scheme='http', path=path)
-  scope |= dict(method='POST' if data else 'GET', query_string=b'')
-  scope['headers'] = [(b'host', b'localhost')]
-  scope['headers'] += [(b'content-type', b'application/json')]
-  await app(scope, receive, send)
-  out = b''.join(body).decode()
-  return (*status, json.loads(out) if out.startswith('{') else out)
 
 
 @pytest.fixture(scope='module')
@@ -194,7 +174,12 @@ def test_stop_texts_end_a_sample(server):
     (400, 'prompt', dict(prompt=[[1, 259]])),
     (400, 'samples', dict(n=0)),
     (400, 'max_tokens', dict(max_tokens='8')),
-    (400, 'echo', dict(echo=True)),
+    (400, 'suffix', dict(prompt=[1], suffix='a')),
+    (400, 'best_of', dict(n=2, best_of=1)),
+    (400, 'best_of', dict(n=1, best_of=2, stream=True)),
+    (400, 'prompt_logprobs', dict(prompt_logprobs=1, stream=True)),
+    (400, 'stream_options', dict(stream_options=dict(include_usage=True))),
+    (404, 'not served', dict(model='another')),
     (400, 'stop', dict(stop=[3])),
     (400, 'temperature', dict(temperature=float('inf'))),
     (400, 'top_k', dict(top_k=1.5)),
@@ -232,6 +217,16 @@ def test_bodies_that_are_no_json(server):
   model = server.model._replace(template='{{ messages[0].content }}')
   body = {'messages': [{'role': 'user', 'content': 'hi'}]}
   assert validation.parse(body, model, True, 64).prompts == [list(b'hi')]
+  for path, method, status in (
+    ('/v1/embeddings', 'POST', 404),
+    ('/v1/completions', 'GET', 405),
+  ):
+    line = server.connect()
+    line.request(method, path)
+    answer = line.getresponse()
+    error = json.loads(answer.read())['error']
+    assert answer.status == status and error['type'] == 'invalid_request_error'
+    line.close()
 
 
 def test_a_client_that_goes_away_frees_its_row(server):
@@ -271,23 +266,30 @@ _MESSAGE = st.fixed_dictionaries({'role': _ROLES, 'content': _TEXT | _ODD})
 _GOOD = {
   'prompt': _TEXT | st.lists(_TEXT | _ODD, max_size=3),
   'messages': st.lists(_MESSAGE | _ODD, max_size=3),
-  'max_tokens': st.integers(1, 20),
+  'max_tokens': st.integers(0, 20),
   'n': st.integers(1, 4),
   'stop': _TEXT | st.lists(_TEXT, max_size=9),
   'stream': st.booleans(),
   'stream_options': st.just({'include_usage': True}),
   'seed': st.integers(),
-  'logprobs': st.booleans() | st.integers(0, 3),
+  'logprobs': st.booleans() | st.integers(0, 20),
+  'prompt_logprobs': st.integers(0, 20),
+  'echo': st.booleans(),
+  'best_of': st.just(4),
+  'suffix': st.just(''),
+  'stop_token_ids': st.lists(st.integers(0, 258), max_size=3),
+  'ignore_eos': st.booleans(),
+  'frequency_penalty': st.just(0),
+  'response_format': st.just({'type': 'text'}),
   'temperature': st.floats(0, 3),
   'top_k': st.integers(0, 300),
   'top_p': st.floats(0.01, 1),
   'min_p': st.floats(0, 1),
   'repetition_penalty': st.floats(0.5, 2),
-  'echo': st.just(False),
 }
 # Most fields of most requests are good: others never reach the engine.
 _FIELDS = {
-  name: st.sampled_from([good] * 9 + [_ODD]).flatmap(lambda kind: kind)
+  name: st.sampled_from([good] * 24 + [_ODD]).flatmap(lambda kind: kind)
   for name, good in _GOOD.items()
 }
 _BODY = st.fixed_dictionaries(
@@ -296,14 +298,23 @@ _BODY = st.fixed_dictionaries(
 _PATHS = st.sampled_from(['/v1/completions'] * 4 + ['/v1/chat/completions'])
 
 
-@hypothesis.settings(
-  max_examples=100, derandomize=True, deadline=None, database=None
-)
-@hypothesis.given(_PATHS, _BODY, st.sampled_from([False] * 3 + [True]))
-def walk(server, answers, path, body, leaves):
-  answers.append(check(server, path, body, leaves))
-  status, health = asyncio.run(call(server.app, '/healthz'))
-  assert status == 200 and health['status'] == 'ok'
+def walk(server, requests):
+  """The statuses of odd requests, after each of which the server is well."""
+  answers = []
+
+  @hypothesis.settings(
+    max_examples=requests, derandomize=True, deadline=None, database=None
+  )
+  @hypothesis.given(_PATHS, _BODY, st.sampled_from([False] * 3 + [True]))
+  def one(path, body, leaves):
+    answers.append(check(server, path, body, leaves))
+    status, health = asyncio.run(call(server.app, '/healthz'))
+    assert status == 200 and health['status'] == 'ok'
+    assert health['failures'] == 0
+
+  one()
+  assert server.idle() and server.engine.failure is None
+  return answers
 
 
 def check(server, path, body, leaves=False):
@@ -323,7 +334,7 @@ def test_no_number_in_any_field_breaks_the_server(server):
   for name in _GOOD.keys() - {'messages'}:
     for value in _EXTREMES:
       kinds = [value]
-      if name in ('prompt', 'stop', 'stream_options'):
+      if name in ('prompt', 'stop', 'stream_options', 'stop_token_ids'):
         kinds += [[value], [[value]], {'include_usage': value}]
       for odd in kinds:
         body = completion(max_tokens=1) | {name: odd}
@@ -332,10 +343,15 @@ def test_no_number_in_any_field_breaks_the_server(server):
 
 
 def test_row47_a_random_walk_of_requests_leaves_the_server_whole(server):
-  answers = []
-  walk(server, answers)
-  assert server.idle() and server.engine.failure is None
+  answers = walk(server, 100)
   assert answers.count(200) > 20 and answers.count(400) > 20
+
+
+@pytest.mark.by_hand
+@pytest.mark.timeout(0)
+def test_thousands_of_requests_leave_the_server_whole(server):
+  answers = walk(server, 5000)
+  assert answers.count(200) > 500 and answers.count(400) > 500
 
 
 def test_a_client_that_stalls_has_a_timer():
@@ -385,6 +401,15 @@ def test_openai_s_own_client(server):
     assert ''.join(p.choices[0].text for p in parts) == whole
     with pytest.raises(openai.BadRequestError, match='top_p'):
       client.completions.create(**ask | dict(top_p=0.0))
+    with pytest.raises(openai.NotFoundError) as caught:
+      client.completions.create(**ask | dict(model='another'))
+    assert caught.value.code == 'model_not_found'
+    assert client.models.retrieve('tiny').id == 'tiny'
+    scored = client.completions.create(**ask, echo=True, logprobs=2, n=2)
+    assert scored.choices[1].text == 'hi' + whole
+    columns = scored.choices[0].logprobs
+    assert columns.tokens[1:3] == ['h', 'i'] and len(columns.top_logprobs) == 11
+    assert columns.token_logprobs[0] is columns.top_logprobs[0] is None
 
 
 def test_a_number_of_samples_makes_nothing_before_it_is_checked(server):
@@ -404,6 +429,7 @@ def test_a_number_of_samples_makes_nothing_before_it_is_checked(server):
     (200, {'host': '[::1]:8000'}),
     (400, {'host': 'evil.example'}),
     (403, {'origin': 'http://evil.example'}),
+    (403, {'origin': 'http://localhost:3000'}),
     (403, {'origin': 'null'}),
     (415, {'content-type': 'text/plain'}),
     (415, {'content-type': 'application/x-www-form-urlencoded'}),
@@ -418,7 +444,7 @@ def test_a_web_page_is_no_client(server, status, headers):
 
 
 def test_row48_half_a_request_ends(server, monkeypatch):
-  monkeypatch.setattr(validation, '_BODY_SECONDS', 0.2)
+  monkeypatch.setattr(body, '_SECONDS', 0.2)
   monkeypatch.setattr(connections.Protocol, 'seconds', 0.2)  # of the next head
   line = server.connect(timeout=20)
   line.putrequest('POST', '/v1/completions')
@@ -482,29 +508,49 @@ def test_equal_prompts_draw_samples_of_their_own(server):
   assert len({c['text'] for c in four}) == 4
 
 
-@pytest.mark.filterwarnings(
-  'ignore::pytest.PytestUnhandledThreadExceptionWarning'
-)
-def test_an_error_of_a_cancel_ends_the_engine_and_is_kept():
-  class Broken:
-    length, free_pages, busy = 64, 0, False
+class Broken:
+  """A scheduler of bad days, which may be reset."""
 
+  length, free_pages, busy = 64, 0, False
+
+  def submit_all(self, *_, **__):
+    self.busy = True
+    return [1, 2]
+
+  def step(self):
+    raise ValueError('of a bad day')
+
+  def cancel(self, ticket):
+    raise ValueError('of a bad day')
+
+  def reset(self):
+    self.busy = False
+
+
+def test_an_error_of_the_scheduler_ends_its_samples_and_not_the_engine(capfd):
+  """The error of a step, and that of a cancel."""
+
+  class Idle(Broken):
     def submit_all(self, *_, **__):
       return [1, 2]
 
-    def cancel(self, ticket):
-      raise ValueError('of a bad day')
-
   async def ask():
     engine = Engine(Broken())
-    tickets, events = await engine.submit([[1]], 1)
-    engine.cancel(tickets[:1])
-    assert await asyncio.wait_for(events.get(), 10) is None
-    return engine
+    for _ in range(2):
+      _, events = await engine.submit([[1]], 1)
+      heard = [await asyncio.wait_for(events.get(), 10) for _ in range(2)]
+      assert [(i, x.reason) for i, x in heard] == [(0, 'failed'), (1, 'failed')]
+    idle = Engine(Idle())
+    tickets, events = await idle.submit([[1]], 1)
+    idle.cancel(tickets[:1])
+    assert (await asyncio.wait_for(events.get(), 10))[0] == 1
+    await idle.submit([[1]], 1)  # it goes on
+    return engine, idle
 
-  engine = asyncio.run(ask())
-  engine.close()  # its thread's exception belongs to this test
-  assert isinstance(engine.failure, ValueError)
+  for engine in asyncio.run(ask()):
+    assert engine.failure is None
+    engine.close()
+  assert capfd.readouterr().err.count('ValueError: of a bad day') == 3
 
 
 def test_a_long_stop_costs_no_more_than_the_text():
@@ -535,18 +581,16 @@ def test_text_never_shows_half_a_character_or_a_stop():
   'ignore::pytest.PytestUnhandledThreadExceptionWarning'
 )
 def test_an_engine_that_fails_tells_everyone():
-  class Broken:
-    length, free_pages, busy = 64, 0, False
-
+  class Lost(Broken):
     def submit_all(self, *_, **__):
       self.busy = True
       return [1]
 
-    def step(self):
-      raise ValueError('of a bad day')
+    def reset(self):
+      raise ValueError('of a worse day')
 
   async def ask():
-    engine = Engine(Broken())
+    engine = Engine(Lost())
     tickets, events = await engine.submit([[1]], 1)
     assert tickets == [1] and await asyncio.wait_for(events.get(), 10) is None
     with pytest.raises(RuntimeError, match='stopped'):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import Sequence
 
 from starlette import requests
@@ -68,37 +69,62 @@ def app(
       return JSONResponse({'status': 'failed'}, status_code=503)
     return JSONResponse({'status': 'ok', **engine.status})
 
-  def handler(is_chat: bool):
-    async def handle(http: requests.Request):
-      try:
-        body = await read_body(http, body_limit, origins)
-        _check_name(body.get('model'), name)
-        # In a thread of its own: it may take long, and others go on.
-        request = await asyncio.to_thread(
-          validation.parse, body, model, is_chat, engine.length
-        )
-        answer = Answer(engine, model, name, request, is_chat)
-        await answer.submit()
-        if request.stream:
-          lines = answer.lines()
-          return StreamingResponse(lines, media_type='text/event-stream')
-        return JSONResponse(await answer.whole(http))
-      except Refused as error:
-        return _error(error)
-      except ConfigError as error:
-        return _error(Refused(400, str(error)))
-      except scheduler.Full as error:
-        return _error(Refused(429, str(error)))
-      except RuntimeError as error:  # the engine's
-        return _error(Refused(503, str(error)))
-
-    return handle
-
   @contextlib.asynccontextmanager
   async def lifespan(_):
     yield
     await asyncio.to_thread(engine.close)
 
+  completions, chat = '/v1/completions', '/v1/chat/completions'
+  handler = functools.partial(
+    _handler, engine, model, name, body_limit, origins
+  )
+  return Starlette(
+    routes=[
+      Route('/v1/models', models),
+      Route('/v1/models/{name:path}', model_card),
+      Route(completions, handler(False), methods=['POST']),
+      Route(chat, handler(True), methods=['POST']),
+      Route('/healthz', health),
+      Route(completions, _preflight, methods=['OPTIONS']),
+      Route(chat, _preflight, methods=['OPTIONS']),
+    ],
+    middleware=_layers(hosts, origins),
+    exception_handlers={HTTPException: _http_error, Exception: _fault},
+    lifespan=lifespan,
+  )
+
+
+def _handler(engine, model, name, body_limit, origins, is_chat):
+  """Returns the function that answers completions, or chats."""
+
+  async def handle(http: requests.Request) -> Response:
+    try:
+      body = await read_body(http, body_limit, origins)
+      _check_name(body.get('model'), name)
+      # In a thread of its own: it may take long, and others go on.
+      request = await asyncio.to_thread(
+        validation.parse, body, model, is_chat, engine.length
+      )
+      answer = Answer(engine, model, name, request, is_chat)
+      await answer.submit()
+      if request.stream:
+        lines = answer.lines()
+        return StreamingResponse(lines, media_type='text/event-stream')
+      return JSONResponse(await answer.whole(http))
+    except Refused as error:
+      return _error(error)
+    except ConfigError as error:
+      return _error(Refused(400, str(error)))
+    except scheduler.Full as error:
+      return _error(Refused(429, str(error)))
+    except RuntimeError as error:  # the engine's
+      return _error(Refused(503, str(error)))
+
+  return handle
+
+
+def _layers(hosts: Sequence[str], origins: Sequence[str]) -> list[Middleware]:
+  """Returns the checks of a request's host and of its page."""
   layers = [
     Middleware(_Hosts, allowed_hosts=[*hosts], www_redirect=False),
   ]
@@ -111,21 +137,7 @@ def app(
         allow_headers=['*'],
       )
     )
-  completions, chat = '/v1/completions', '/v1/chat/completions'
-  return Starlette(
-    routes=[
-      Route('/v1/models', models),
-      Route('/v1/models/{name:path}', model_card),
-      Route(completions, handler(False), methods=['POST']),
-      Route(chat, handler(True), methods=['POST']),
-      Route('/healthz', health),
-      Route(completions, _preflight, methods=['OPTIONS']),
-      Route(chat, _preflight, methods=['OPTIONS']),
-    ],
-    middleware=layers,
-    exception_handlers={HTTPException: _http_error, Exception: _fault},
-    lifespan=lifespan,
-  )
+  return layers
 
 
 class _Hosts(TrustedHostMiddleware):

@@ -6,33 +6,32 @@ DIR is a Hugging Face folder or a run. Likelihoods come from one forward pass of
 a batch of sequences, continuations from `rollout`. Named tasks are downloaded.
 --include=FOLDER adds task files of your own, which may read local data and need
 no network then.
+
+A model has max_positions. An answer that would exceed them gets shorter, and a
+line says so. A question is never cut in silence: one that leaves no room is an
+error of its task before anything is computed, or loses its beginning by
+--truncate. The other tasks go on. --out has each task's results when it ends,
+and the same command again runs the tasks without results.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-import json
 import pathlib
+import traceback
 from collections.abc import Sequence
 
 import numpy as np
 from absl import flags
 
+from mla_moe.checked import few
 from mla_moe.config import ConfigError
 
-from . import cli, opened, text
+from . import cli, fitted, opened, scores, text
 
 FLAGS = flags.FLAGS
 _MULTIPLE = 64  # of the lengths that are compiled
-_KNOBS = {
-  'temperature': 0.0,
-  'top_k': 0,
-  'top_p': 1.0,
-  'min_p': 0.0,
-  'repetition_penalty': 1.0,
-}
-_OPTIONS = {*_KNOBS, 'until', 'max_gen_toks', 'do_sample'}
 
 
 def define() -> None:
@@ -43,7 +42,8 @@ def define() -> None:
   flags.DEFINE_integer('limit', 0, 'Examples of each task; 0: all.', 0)
   flags.DEFINE_integer('batch', 8, 'Sequences at a time.', 1)
   flags.DEFINE_integer('fewshot', -1, "Examples shown; -1: the task's.")
-  flags.DEFINE_string('out', '', 'A .json file of the results.')
+  flags.DEFINE_bool('truncate', False, 'Cut questions that are too long.')
+  flags.DEFINE_string('out', '', 'A .json file of the results, completed.')
 
 
 @functools.lru_cache(maxsize=2)
@@ -69,24 +69,26 @@ def likelihoods(
   model: opened.TextModel,
   pairs: Sequence[tuple[list[int], list[int]]],
   batch: int,
+  truncate: bool = False,
 ) -> list[tuple[float, bool]]:
   """Returns (log-probability, whether greedy) of each pair's continuation.
 
-  A pair is (context, continuation), token ids both. One that is too long for
-  the model loses the beginning of its context.
+  A pair is (context, continuation), token ids both. With `truncate`, one that
+  is too long for the model loses the beginning of its context.
 
   Raises:
-    ConfigError: tokens that the model does not have.
+    ConfigError: tokens that the model does not have, a context without tokens,
+      or a pair that is too long.
   """
-  scores = [None] * len(pairs)
+  pairs = fitted.pairs(model, pairs, truncate)
+  results = [None] * len(pairs)
   order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
-  longest = model.config.max_positions + 1
   for start in range(0, len(order), batch):
     chosen = order[start : start + batch]
-    rows = [[*pairs[i][0], *pairs[i][1]][-longest:] for i in chosen]
-    opened.check_ids([max(row) for row in rows], model.config.vocab)
-    width = max(map(len, rows)) - 1
-    width = min(-(-width // _MULTIPLE) * _MULTIPLE, longest - 1)
+    rows = [[*pairs[i][0], *pairs[i][1]] for i in chosen]
+    width = max(*map(len, rows), 2) - 1
+    width = -(-width // _MULTIPLE) * _MULTIPLE
+    width = min(width, model.config.max_positions)
     tokens = np.zeros((batch, width), np.int32)
     targets = np.zeros((batch, width), np.int32)
     for j, row in enumerate(rows):
@@ -95,16 +97,17 @@ def likelihoods(
     out = _scorer(model.config)(model.variables, tokens, targets)
     log_probs, greedy = map(np.asarray, out)
     for j, (i, row) in enumerate(zip(chosen, rows, strict=True)):
-      part = slice(max(len(row) - 1 - len(pairs[i][1]), 0), len(row) - 1)
+      part = slice(len(row) - 1 - len(pairs[i][1]), len(row) - 1)
       total = float(log_probs[j, part].sum(dtype=np.float64))
-      scores[i] = (total, bool(greedy[j, part].all()))
-  return scores
+      results[i] = (total, bool(greedy[j, part].all()))
+  return results
 
 
 def continuations(
   model: opened.TextModel,
   requests: Sequence[tuple[list[int], dict]],
   batch: int,
+  truncate: bool = False,
 ) -> list[str]:
   """Returns the text after each prompt, up to its first stop string.
 
@@ -113,80 +116,60 @@ def continuations(
   its number in `requests`, which is its seed. So equal requests draw different
   samples, and neither the batch nor the requests beside it matter.
 
+  An answer has at most `max_gen_toks` tokens, and fewer where the prompt leaves
+  fewer of max_positions. A prompt that leaves none is refused; with `truncate`
+  it loses its beginning, so that a quarter of max_positions is left.
+
   Raises:
-    ConfigError: an option that this program would have to ignore.
+    ConfigError: a prompt that is too long, or an option that is not valid or
+      would have to be ignored; before anything is computed.
   """
+  questions = fitted.questions(model, requests, truncate)
   texts = [''] * len(requests)
-  limits = [int(o.get('max_gen_toks', 256)) for _, o in requests]
-  # One limit a batch: a longer one would cut prompts that have room.
-  key = lambda i: (limits[i], len(requests[i][0]))
+  # One limit a batch: another would change the answers of the rows beside it.
+  key = lambda i: (questions[i].limit, len(questions[i].ids))
   order = sorted(range(len(requests)), key=key)
-  for limit, group in itertools.groupby(order, lambda i: limits[i]):
-    group = list(group)
+  for limit, group in itertools.groupby(order, lambda i: questions[i].limit):
+    group = list(group) if limit else []
     for start in range(0, len(group), batch):
       chosen = group[start : start + batch]
-      rows = [(*requests[i], i) for i in chosen]
-      out = _continue(model, rows, limit, batch)
+      out = _continue(model, [questions[i] for i in chosen], limit, batch)
       for i, words in zip(chosen, out, strict=True):
         texts[i] = words
   return texts
 
 
-def _continue(model, rows: list[tuple], limit: int, batch: int) -> list[str]:
-  """Returns the texts of up to `batch` rows, each (ids, options, seed)."""
+def _continue(
+  model, rows: list[fitted.Question], limit: int, batch: int
+) -> list[str]:
+  """Returns the texts of up to `batch` rows."""
   from mla_moe import rollout
 
-  room = max(model.config.max_positions - limit, 1)
-  knobs = [_knobs(options) | {'seed': seed} for _, options, seed in rows]
-  missing = batch - len(rows)  # one shape: one compilation
-  ids = [row[-room:] for row, _, _ in rows] + [rows[0][0][-1:]] * missing
-  knobs += [_knobs({}) | {'seed': 0}] * missing
-  prompts = np.zeros((batch, max(map(len, ids))), np.int32)
-  for row, prompt in zip(ids, prompts, strict=True):
-    prompt[: len(row)] = row
+  # Few shapes, few compilations; rows that fill up a batch are computed, too.
+  size = min(1 << (len(rows) - 1).bit_length(), batch)
+  filled = [*rows, *(rows[:1] * (size - len(rows)))]
+  prompts = np.zeros((size, max(len(row.ids) for row in rows)), np.int32)
+  for row, prompt in zip(filled, prompts, strict=True):
+    prompt[: len(row.ids)] = row.ids
   out = rollout(
     model.config,
     model.variables,
     prompts,
     limit,
-    lengths=np.array([len(row) for row in ids], np.int32),
+    lengths=np.array([len(row.ids) for row in filled], np.int32),
     stop_ids=model.stop_ids,
     cache=model.cache,
-    **{name: [row[name] for row in knobs] for name in knobs[0]},
+    **{name: [row.knobs[name] for row in filled] for name in rows[0].knobs},
   )
   texts = []
-  for (_, options, _), tokens, count in zip(
-    rows, out.tokens[: len(rows)], out.counts[: len(rows)], strict=True
-  ):
-    until = options.get('until') or []
-    stream = text.TextStream(
-      model.tokenizer, [until] if isinstance(until, str) else until
-    )
+  for row, tokens, count in zip(rows, out.tokens, out.counts, strict=False):
+    stream = text.TextStream(model.tokenizer, row.stops)
     tokens = [t for t in tokens[:count] if t not in model.stop_ids]
     texts.append(stream.add(tokens, last=True))
   return texts
 
 
-def _knobs(options: dict) -> dict:
-  """Returns the sampler's knobs that the options of lm-eval ask for."""
-  for name, value in options.items():
-    if name not in _OPTIONS and value is not None:
-      raise ConfigError(
-        f'generation_kwargs: {name}={value!r} is not supported; a task may set '
-        + ', '.join(sorted(_OPTIONS))
-      )
-  knobs = {}
-  for name, default in _KNOBS.items():
-    value = options.get(name)
-    knobs[name] = default if value is None else type(default)(value)
-  if options.get('do_sample') and options.get('temperature') is None:
-    knobs['temperature'] = 1.0
-  if options.get('do_sample') is False:
-    knobs['temperature'] = 0.0
-  return knobs
-
-
-def adapter(model: opened.TextModel, batch: int):
+def adapter(model: opened.TextModel, batch: int, truncate: bool = False):
   """Returns the model as lm-eval's LM.
 
   Raises:
@@ -199,7 +182,12 @@ def adapter(model: opened.TextModel, batch: int):
       'lm-eval is not installed: pip install "mla_moe[eval]"'
     ) from None
   encode = lambda words: list(map(int, model.tokenizer.encode(words)))
-  bos = [model.config.bos_id]
+  config = model.config
+  bos = [config.bos_id] if config.bos_id >= 0 else []
+
+  def begun(ids: list[int]) -> list[int]:
+    """Returns a context; an empty one has at least the end of another text."""
+    return [*bos, *ids] or [config.eos_id]
 
   class Adapter(LM):
     """Likelihoods and continuations of one model."""
@@ -211,37 +199,35 @@ def adapter(model: opened.TextModel, batch: int):
         bare = context.rstrip()
         continuation = context[len(bare) :] + continuation
         whole, before = encode(bare + continuation), encode(bare)
-        pairs.append((bos + before, whole[len(before) :]))
-      return likelihoods(model, pairs, batch)
+        pairs.append((begun(before), whole[len(before) :]))
+      return likelihoods(model, pairs, batch, truncate)
 
     def loglikelihood_rolling(self, requests):
-      window = model.config.max_positions
       sums = []
       for (words,) in (r.args for r in requests):
-        ids = encode(words)
-        parts = [ids[i : i + window] for i in range(0, len(ids), window)]
-        pairs = [(bos, part) for part in parts if part]
+        pairs = fitted.windows(begun([]), encode(words), config.max_positions)
         sums.append(sum(x for x, _ in likelihoods(model, pairs, batch)))
       return sums
 
     def generate_until(self, requests):
-      prompts = [(bos + encode(r.args[0]), r.args[1]) for r in requests]
-      return continuations(model, prompts, batch)
+      prompts = [(begun(encode(r.args[0])), r.args[1]) for r in requests]
+      return continuations(model, prompts, batch, truncate)
 
   return Adapter()
 
 
-def run(model: opened.TextModel) -> dict:
-  """Returns {task: {metric: value}} of the flags' tasks.
+def run(model: opened.TextModel) -> dict[str, dict]:
+  """Returns {task: {metric: value}} of the flags' tasks; prints each.
+
+  A task that failed has the row {'error': line}.
 
   Raises:
-    ConfigError: no tasks, some that are not there, or data that only a network
-      brings.
+    ConfigError: no tasks, some that are not there, or results of other settings
+      in --out.
   """
-  adapted = adapter(model, FLAGS.batch)
+  adapted = adapter(model, FLAGS.batch, FLAGS.truncate)
   if not FLAGS.tasks:
     raise ConfigError('--tasks: name at least one')
-  import lm_eval
   from lm_eval.tasks import TaskManager
 
   manager = TaskManager(
@@ -250,36 +236,78 @@ def run(model: opened.TextModel) -> dict:
   missing = [name for name in FLAGS.tasks if name not in manager.all_tasks]
   if missing:
     raise ConfigError(f'--tasks={missing[0]!r}: there is no such task')
+  path, tasks, settings = None, {}, {}
+  if FLAGS.out:
+    path = pathlib.Path(FLAGS.out).expanduser()
+    settings = scores.settings(
+      model,
+      FLAGS.include,
+      limit=FLAGS.limit,
+      fewshot=FLAGS.fewshot,
+      truncate=FLAGS.truncate,
+    )
+    tasks = scores.read(path, settings)
+    scores.write(path, settings, tasks)  # now, not after hours
+  for name in FLAGS.tasks:
+    if not scores.has_results(tasks.get(name, {})):
+      tasks[name] = _task(name, adapted, manager)
+      if path:
+        scores.write(path, settings, tasks)
+    _show(tasks[name])
+  return {k: v for name in FLAGS.tasks for k, v in tasks[name].items()}
+
+
+def _task(name: str, adapted, manager) -> dict[str, dict]:
+  """Returns {task: {metric: value}}: of a group, a row for each part."""
+  import lm_eval
+
   try:
     out = lm_eval.simple_evaluate(
       model=adapted,
-      tasks=FLAGS.tasks,
+      tasks=[name],
       limit=FLAGS.limit or None,
       num_fewshot=None if FLAGS.fewshot < 0 else FLAGS.fewshot,
       task_manager=manager,
       bootstrap_iters=0,
     )
   except ConnectionError as error:  # of the library `datasets`
-    raise ConfigError(
-      f'--tasks={",".join(FLAGS.tasks)}: {error}; a task of your own with '
-      'local data needs no network: --include=FOLDER (docs/evaluation.md)'
-    ) from None
-  number = lambda value: isinstance(value, (int, float))
-  return {
-    task: {key: value for key, value in row.items() if number(value)}
-    for task, row in out['results'].items()
-  }
+    line = (
+      f'{error}; a task of your own with local data needs no network: '
+      '--include=FOLDER (docs/evaluation.md)'
+    )
+  except ConfigError as error:
+    line = str(error)
+  except Exception as error:  # a task may raise anything: the others go on
+    traceback.print_exc()
+    line = f'{type(error).__name__}: {error}'
+  else:
+    number = lambda value: isinstance(value, (int, float))
+    return {
+      task: {key: value for key, value in row.items() if number(value)}
+      for task, row in out['results'].items()
+    }
+  return {name: {'error': str(ConfigError(line))}}
+
+
+def _show(rows: dict[str, dict]) -> None:
+  """Prints the results of a task when it has ended."""
+  for task, row in rows.items():
+    for metric, value in row.items():
+      shown = value if isinstance(value, str) else f'{value:.4f}'
+      print(f'{task:24} {metric:28} {shown}', flush=True)
 
 
 def main() -> None:
-  """Prints the results, and writes them to --out."""
+  """Prints the results, and writes them to --out.
+
+  Raises:
+    cli.Stopped: a task failed.
+  """
   results = run(opened.from_flags())
-  for task, row in results.items():
-    for metric, value in row.items():
-      print(f'{task:24} {metric:28} {value:.4f}')
-  if FLAGS.out:
-    pathlib.Path(FLAGS.out).write_text(
-      json.dumps(results, indent=1), encoding='utf-8'
+  failed = [task for task, row in results.items() if 'error' in row]
+  if failed:
+    raise cli.Stopped(
+      f'{len(failed)} of {len(results)} tasks failed: {few(failed)}'
     )
 
 

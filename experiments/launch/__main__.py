@@ -33,6 +33,7 @@ from .job import Command, Job, as_typed, in_steps
 
 BACKENDS = {'tpu': cloud_tpu, 'gke': gke, 'slurm': slurm, 'vm': vm}
 ACTIONS = ('create', 'install', 'start', 'logs', 'resume', 'delete', 'up')
+_TRIES = 20
 _HELP = {
   'name': 'of the run, and of the machines for it',
   'topology': 'slice: v5p:4x4x4, v5e-16, tpu7x:4x4x4, h100:64',
@@ -44,6 +45,7 @@ _HELP = {
   'image': 'container image to build and push, REGISTRY/NAME:TAG',
   'machine': 'machine type of a VM',
   'hours': "Slurm's time limit",
+  'cpus': "Slurm's processors for each GPU",
 }
 
 
@@ -56,7 +58,12 @@ def commands(backend: str, action: str, job: Job) -> list[Command]:
   module = BACKENDS[backend]
   module.check(job)
   actions = ('create', 'install', 'start') if action == 'up' else (action,)
-  return [c for name in actions for c in getattr(module, name)(job)]
+  after = module.AFTER.get(action, '')
+  return [
+    dataclasses.replace(command, after=after)
+    for name in actions
+    for command in getattr(module, name)(job)
+  ]
 
 
 def refuse(findings: list[str], force: bool) -> None:
@@ -140,13 +147,19 @@ def _begin(command: Command) -> subprocess.Popen:
 
 
 def _poll(command: Command) -> None:
-  """Runs a command until it prints `command.wait`."""
+  """Runs a command until it prints `command.wait`.
+
+  One that may fail does so at most `_TRIES` times: a queue may take days, a
+  machine that runs is reached in minutes.
+  """
+  failures = 0
   while True:
     try:
       process = subprocess.run(command.words, text=True, stdout=subprocess.PIPE)
     except FileNotFoundError:
       raise _absent(command) from None
-    if process.returncode:
+    failures += process.returncode != 0
+    if failures > (_TRIES if command.may_fail else 0):
       raise _failure(command, process.returncode)
     state = process.stdout.strip()
     if state == command.wait:
@@ -162,8 +175,9 @@ def _absent(command: Command) -> ConfigError:
 
 
 def _failure(command: Command, code: int) -> ConfigError:
+  after = f'; before it come: {command.after}' if command.after else ''
   return ConfigError(
-    f'{command.words[0]} ended with {code}: nothing after it was run'
+    f'{command.words[0]} ended with {code}: nothing after it was run{after}'
   )
 
 

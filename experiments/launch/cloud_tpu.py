@@ -31,6 +31,7 @@ _RUNTIME = {
 }
 _LOG = 'log."$(hostname)".txt'  # one a machine
 _DEAD = ('FAILED', 'SUSPEND')
+AFTER = {'install': 'create', 'start': 'create and install', 'logs': 'start'}
 
 
 def check(job: Job) -> None:
@@ -87,13 +88,7 @@ def create(job: Job) -> list[Command]:
 
 def install(job: Job) -> list[Command]:
   """Copies this commit to every machine, mounts the bucket, makes .venv."""
-  bucket, _, folder = job.storage.removeprefix('gs://').partition('/')
-  only = f'--only-dir={shlex.quote(folder.rstrip("/"))} ' if folder else ''
-  mount = (
-    '{ mountpoint -q storage || gcsfuse --implicit-dirs '
-    f'--rename-dir-limit=1000 {only}{shlex.quote(bucket)} storage; }}'
-  )
-  line = unpack(job, 'tpu', 'storage', mount)
+  line = unpack(job, 'tpu', 'storage', _mount(job))
   copy = (*_vm('scp', job), '--worker=all', job.archive)
   return [
     pack(job),
@@ -107,7 +102,7 @@ def install(job: Job) -> list[Command]:
 
 def start(job: Job) -> list[Command]:
   """Starts every process in the background; the run's folder has its log."""
-  line = background(job, 'tpu', 'storage', _LOG)
+  line = background(job, 'tpu', 'storage', _LOG, _mount(job))
   return [_ssh(job, node, line, beside='start') for node in nodes(job)]
 
 
@@ -132,6 +127,16 @@ def nodes(job: Job) -> list[str]:
   if job.slices == 1:
     return [job.name]
   return [f'{job.name}-{i}' for i in range(job.slices)]
+
+
+def _mount(job: Job) -> str:
+  """Returns a shell command that mounts the bucket unless it is mounted."""
+  bucket, _, folder = job.storage.removeprefix('gs://').partition('/')
+  only = f'--only-dir={shlex.quote(folder.rstrip("/"))} ' if folder else ''
+  return (
+    '{ mountpoint -q storage || gcsfuse --implicit-dirs '
+    f'--rename-dir-limit=1000 {only}{shlex.quote(bucket)} storage; }}'
+  )
 
 
 def _queue(verb: str, job: Job) -> tuple[str, ...]:

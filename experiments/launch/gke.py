@@ -8,6 +8,7 @@ resumes from the storage that the pods mount.
 from __future__ import annotations
 
 import dataclasses
+import re
 
 from mla_moe.config import ConfigError
 
@@ -23,6 +24,8 @@ from .job import (
 )
 
 RESTARTS = 1000
+_READY = 'create, install, and xpk storage attach for the storage'
+AFTER = {'start': _READY, 'resume': _READY, 'logs': 'start'}
 
 
 def check(job: Job) -> None:
@@ -104,10 +107,13 @@ def logs(job: Job) -> list[Command]:
   """Follows the log of the first pod."""
   label = f'jobset.sigs.k8s.io/jobset-name={job.name}'
   index = 'batch.kubernetes.io/job-completion-index=0'
+  region = re.sub(r'-[a-z]$', '', job.zone)
+  cluster = ('gcloud', 'container', 'clusters', 'get-credentials', job.cluster)
   return [
+    command(*cluster, f'--project={job.project}', f'--region={region}'),
     command(
       'kubectl', 'logs', '--follow', '--tail=100', f'--selector={label},{index}'
-    )
+    ),
   ]
 
 

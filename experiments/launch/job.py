@@ -65,6 +65,7 @@ class Job:
   account: str = ''
   hours: float = 24.0
   machine: str = 'a3-highgpu-8g'
+  cpus: int = 8
 
   def __post_init__(self):
     for field, (pattern, rule) in _PATTERNS.items():
@@ -78,6 +79,8 @@ class Job:
       raise ConfigError('--workdir: is STORAGE/NAME here; leave it out')
     if self.slices < 1:
       raise ConfigError(f'--slices={self.slices}: must be at least 1')
+    if self.cpus < 1:
+      raise ConfigError(f'--cpus={self.cpus}: must be at least 1')
     if not 0 < self.hours < math.inf:
       raise ConfigError(f'--hours={self.hours}: must be above 0')
 
@@ -133,7 +136,8 @@ class Command:
 
   With `wait` the command polls: it runs every half minute until its output is
   `wait`; output that begins with one of `gives_up` ends the launch. Commands in
-  a row with the same text in `beside` run side by side.
+  a row with the same text in `beside` run side by side. `after` says which
+  actions must come before this command's.
   """
 
   words: tuple[str, ...]
@@ -143,6 +147,7 @@ class Command:
   gives_up: tuple[str, ...] = ()
   may_fail: bool = False
   beside: str = ''
+  after: str = ''
 
   def as_typed(self) -> str:
     """Returns the command as one would type it."""
@@ -150,7 +155,11 @@ class Command:
     if self.source:
       text = f'{text} < {shlex.quote(self.source)}'
     if self.wait:
-      text = f'{text}  # until it prints {self.wait}'
+      end = '' if self.may_fail else ' || exit'
+      dead = '|'.join(f'{state}*' for state in self.gives_up)
+      stop = f'case "$s" in {dead}) exit 1;; esac; ' if dead else ''
+      test = f'[ "$s" = {self.wait} ]'
+      text = f'(until s=$({text}){end}; {test}; do {stop}sleep 30; done)'
     if self.stdin:
       body = self.stdin.rstrip('\n')
       text = f"{text} <<'END'\n{body}\nEND"
@@ -170,7 +179,7 @@ def in_steps(commands: list[Command]) -> list[list[Command]]:
 
 def as_typed(commands: list[Command]) -> str:
   """Returns the lines that one would type for the commands, in order."""
-  lines = []
+  lines = [f'# after {commands[0].after}'] if commands[0].after else []
   for step in in_steps(commands):
     end = ' &' if step[1:] else ''
     lines += [command.as_typed() + end for command in step]
@@ -193,6 +202,23 @@ def pack(job: Job) -> Command:
   return command('git', 'archive', f'--output={job.archive}', 'HEAD')
 
 
+def environment(platform: str) -> list[list[str]]:
+  """Returns the argument lists that make .venv, with a Python new enough.
+
+  The system's own is often older (3.10 on Ubuntu 22.04): uv gets another. It
+  comes by pip into a folder of its own, which needs no rights and no venv.
+  """
+  uv, python = '.uv/bin/uv', '.venv/bin/python'
+  pip = ['python3', '-m', 'pip', 'install', '--quiet', '--upgrade']
+  return [
+    [*pip, '--target=.uv', 'uv'],
+    [uv, 'venv', '--quiet', '--allow-existing', '--python=>=3.11,<3.14']
+    + ['.venv'],
+    [uv, 'pip', 'install', '--quiet', f'--python={python}']
+    + [f'--editable=.[{extras(platform)}]'],
+  ]
+
+
 def unpack(job: Job, platform: str, storage: str, *mount: str) -> str:
   """Returns a shell line that makes mla_moe/.venv of the archive beside it."""
   lines = [
@@ -200,24 +226,33 @@ def unpack(job: Job, platform: str, storage: str, *mount: str) -> str:
     f'tar -xzf {job.archive} -C mla_moe',
     *mount,
     'cd mla_moe',
-    'python3 -m venv .venv',
-    f".venv/bin/pip install --quiet -e '.[{extras(platform)}]'",
+    *map(shlex.join, environment(platform)),
   ]
   return ' && '.join(lines)
 
 
-def background(job: Job, platform: str, storage: str, log: str) -> str:
+def background(
+  job: Job, platform: str, storage: str, log: str, *mount: str
+) -> str:
   """Returns a shell line that starts training and ends at once.
 
+  It fails where there is no environment, and mounts the storage again, which a
+  machine that was restarted has lost: training would fill the machine's disk.
   Only the training is in the background, not the list before it: a list there
   would be a shell that waits for the end of training and keeps ssh's pipes.
   """
   workdir = f'../{storage}/{job.name}'
   line = train_line(job, workdir, platform, '.venv/bin/python')
-  return (
-    f'cd mla_moe && mkdir -p {workdir} && '
-    f'{{ nohup {line} >> {workdir}/{log} 2>&1 < /dev/null & }}'
-  )
+  lines = [
+    f'mkdir -p {storage}',
+    *mount,
+    "{ test -x mla_moe/.venv/bin/python || { echo 'no mla_moe/.venv here: "
+    "install comes first' >&2; false; }; }",
+    'cd mla_moe',
+    f'mkdir -p {workdir}',
+    f'{{ nohup {line} >> {workdir}/{log} 2>&1 < /dev/null & }}',
+  ]
+  return ' && '.join(lines)
 
 
 def train_words(job: Job, workdir: str, python: str) -> list[str]:

@@ -15,9 +15,10 @@ import re
 from mla_moe.config import ConfigError
 
 from .. import chips
-from .job import Command, Job, command, extras, train_line
+from .job import Command, Job, command, environment, train_line
 
 PER_NODE = 8
+AFTER = {'start': 'install', 'resume': 'install', 'logs': 'start'}
 
 
 def check(job: Job) -> None:
@@ -59,10 +60,12 @@ def options(job: Job) -> list[str]:
     f'--nodes={count // gpus}',
     f'--ntasks-per-node={gpus}',
     f'--gpus-per-node={gpus}',
+    f'--cpus-per-task={job.cpus}',
     f'--time={minutes}',
     f'--output={job.folder}/log.txt',
     '--open-mode=append',
     '--requeue',
+    '--dependency=singleton',  # the job before it, which saves, has ended
     '--signal=B:TERM@120',
     f'--partition={job.partition}' if job.partition else '',
     f'--account={job.account}' if job.account else '',
@@ -76,9 +79,13 @@ def script(job: Job) -> str:
   body = [
     '#!/usr/bin/env bash',
     'set -u',
+    'if [ ! -x .venv/bin/python ]; then',
+    '  echo "$PWD has no .venv: install comes first" >&2',
+    '  exit 2',
+    'fi',
     'asked=',
     'trap \'asked=yes; scancel --signal=TERM "$SLURM_JOB_ID.0"\' TERM',
-    f'srun {line} &',
+    f'srun --cpus-per-task={job.cpus} {line} &',  # srun inherits no number
     'child=$!',
     'wait "$child"',
     'code=$?',
@@ -92,21 +99,22 @@ def script(job: Job) -> str:
 
 
 def create(job: Job) -> list[Command]:
-  """Makes the run's folder; machines are Slurm's business."""
+  """Makes the folder of the run and its log; machines are Slurm's business."""
   return [command('mkdir', '-p', job.folder)]
 
 
 def install(job: Job) -> list[Command]:
   """Makes an environment in this clone."""
-  return [
-    command('python3', '-m', 'venv', '.venv'),
-    command('.venv/bin/pip', 'install', '--quiet', '-e', f'.[{extras("gpu")}]'),
-  ]
+  return [command(*words) for words in environment('gpu')]
 
 
 def start(job: Job) -> list[Command]:
-  """Submits the script."""
-  return [command('sbatch', *options(job), stdin=script(job))]
+  """Submits the script; Slurm makes no folder for its log."""
+  return [
+    command('test', '-x', '.venv/bin/python'),
+    *create(job),
+    command('sbatch', *options(job), stdin=script(job)),
+  ]
 
 
 def logs(job: Job) -> list[Command]:

@@ -6,6 +6,7 @@ starts it again, and training goes on from the last checkpoint.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 from mla_moe.config import ConfigError
@@ -20,6 +21,9 @@ from .job import (
   unpack,
 )
 
+_READY = 'create and install'
+AFTER = {'install': 'create', 'start': _READY, 'resume': _READY}
+AFTER |= {'logs': 'start'}
 # Of cloud.google.com/compute/docs/gpus: names end with the number of GPUs.
 _GPUS = {
   'a2-highgpu': 'a100-40gb',
@@ -73,7 +77,7 @@ def create(job: Job) -> list[Command]:
       '--provisioning-model=SPOT' if job.spot else '',
       '--instance-termination-action=STOP' if job.spot else '',
     ),
-    _up(job),
+    *_up(job),
   ]
 
 
@@ -99,7 +103,7 @@ def logs(job: Job) -> list[Command]:
 
 def resume(job: Job) -> list[Command]:
   """Starts the machine and the training again."""
-  return [command(*_instances('start', job)), _up(job), *start(job)]
+  return [command(*_instances('start', job)), *_up(job), *start(job)]
 
 
 def delete(job: Job) -> list[Command]:
@@ -107,13 +111,16 @@ def delete(job: Job) -> list[Command]:
   return [command(*_instances('delete', job), '--quiet')]
 
 
-def _up(job: Job) -> Command:
-  return command(
+def _up(job: Job) -> list[Command]:
+  """Waits until the machine runs, and then until it can be reached."""
+  running = command(
     *_instances('describe', job),
     '--format=value(status)',
     wait='RUNNING',
     gives_up=('TERMINATED', 'SUSPENDED'),
   )
+  reached = _ssh(job, 'echo ready')
+  return [running, dataclasses.replace(reached, wait='ready', may_fail=True)]
 
 
 def _instances(verb: str, job: Job) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import pathlib
 import re
+import sys
 import types
 
 import jax
@@ -14,7 +15,7 @@ import pytest
 
 import mla_moe
 from configs import tiny
-from experiments import evaluate, opened
+from experiments import cli, evaluate, fitted, opened
 from mla_moe import Transformer, rollout
 from mla_moe.config import CacheConfig, ConfigError, freeze
 from mla_moe.data import tokenizer
@@ -114,6 +115,11 @@ HAS_LM_EVAL = pytest.mark.skipif(
 )
 
 
+def flags_of(**values):
+  values = {'include': '', 'truncate': False, 'out': '', 'limit': 0} | values
+  return types.SimpleNamespace(batch=4, fewshot=-1, **values)
+
+
 @HAS_LM_EVAL
 @pytest.mark.filterwarnings('ignore')  # of lm-eval and datasets
 def test_a_task_that_no_network_brings_is_one_line(model, monkeypatch):
@@ -123,12 +129,9 @@ def test_a_task_that_no_network_brings_is_one_line(model, monkeypatch):
     raise ConnectionError("Couldn't reach 'allenai/ai2_arc' on the Hub")
 
   monkeypatch.setattr(lm_eval, 'simple_evaluate', simple_evaluate)
-  flags = types.SimpleNamespace(
-    batch=4, tasks=['arc_easy'], include='', limit=0, fewshot=-1
-  )
-  monkeypatch.setattr(evaluate, 'FLAGS', flags)
-  with pytest.raises(ConfigError, match="tasks=arc_easy: Couldn't .*--include"):
-    evaluate.run(model)
+  monkeypatch.setattr(evaluate, 'FLAGS', flags_of(tasks=['arc_easy']))
+  error = evaluate.run(model)['arc_easy']['error']
+  assert re.match("Couldn't reach .* on the Hub; .*--include=FOLDER", error)
 
 
 @HAS_LM_EVAL
@@ -140,7 +143,7 @@ def test_a_local_task_runs_offline(tmp_path, monkeypatch):
   model = opened.TextModel(config, None, words, None, (257,))
   seen = []
 
-  def likelihoods(model, pairs, batch):
+  def likelihoods(model, pairs, batch, truncate):
     seen.extend(pairs)
     return [(float(sum(continuation)), False) for _, continuation in pairs]
 
@@ -158,9 +161,7 @@ def test_a_local_task_runs_offline(tmp_path, monkeypatch):
   (tmp_path / 'capitals.yaml').write_text(
     TASK.replace('texts/capitals.jsonl', str(data))
   )
-  flags = types.SimpleNamespace(
-    batch=4, tasks=['capitals'], include=str(tmp_path), limit=0, fewshot=-1
-  )
+  flags = flags_of(tasks=['capitals'], include=str(tmp_path))
   monkeypatch.setattr(evaluate, 'FLAGS', flags)
   out = evaluate.run(model)['capitals']
   assert out['acc,none'] == 0.5  # ' bb' has the larger sum, and is right
@@ -168,3 +169,225 @@ def test_a_local_task_runs_offline(tmp_path, monkeypatch):
   context, continuation = seen[0]
   assert words.decode(context[1:]) == '0 and' and context[0] == 256
   assert words.decode(continuation) in (' a', ' bb')
+
+
+def harness(monkeypatch, tasks):
+  """Puts a module in lm-eval's place; tasks are {name: rows or an error}."""
+  called = []
+
+  class TaskManager:
+    all_tasks = [*tasks]
+
+    def __init__(self, **_):
+      pass
+
+  def simple_evaluate(
+    tasks,
+    model,
+    **_,
+  ):
+    (name,) = tasks
+    called.append(name)
+    if isinstance(answers[name], BaseException):
+      raise answers[name]
+    return {'results': answers[name]}
+
+  answers = tasks
+  api = types.SimpleNamespace(LM=object)
+  for name, module in {
+    'lm_eval': types.SimpleNamespace(simple_evaluate=simple_evaluate),
+    'lm_eval.api': types.SimpleNamespace(model=api),
+    'lm_eval.api.model': api,
+    'lm_eval.tasks': types.SimpleNamespace(TaskManager=TaskManager),
+  }.items():
+    monkeypatch.setitem(sys.modules, name, module)
+  return called
+
+
+def test_a_failed_task_does_not_lose_the_others(
+  model, monkeypatch, tmp_path, capsys
+):
+  """Results are on the disk when the next task begins; a rerun completes."""
+  path = tmp_path / 'results.json'
+  read = lambda: json.loads(path.read_text())['tasks']
+  group = {'math': {'acc': 0.25, 'alias': 'math'}, 'math_easy': {'acc': 0.5}}
+  tasks = {
+    'math': group,
+    'long': ConfigError('a question of 99 tokens leaves no room'),
+    'odd': KeyError('answer'),
+    'last': {'last': {'acc': 1.0}},
+  }
+  called = harness(monkeypatch, tasks)
+  monkeypatch.setattr(opened, 'from_flags', lambda: model)
+  flags = flags_of(tasks=[*tasks], out=str(path))
+  monkeypatch.setattr(evaluate, 'FLAGS', flags)
+  with pytest.raises(cli.Stopped, match='^2 of 5 tasks failed: long, odd$'):
+    evaluate.main()
+  assert called == [*tasks]
+  assert read() == {
+    'math': {'math': {'acc': 0.25}, 'math_easy': {'acc': 0.5}},
+    'long': {'long': {'error': 'a question of 99 tokens leaves no room'}},
+    'odd': {'odd': {'error': "KeyError: 'answer'"}},
+    'last': {'last': {'acc': 1.0}},
+  }
+  out, err = capsys.readouterr()
+  assert 'KeyError' in err and re.search('last +acc +1.0000', out)
+  # The rest of a command that was stopped, and that alone.
+  tasks['long'] = {'long': {'acc': 0.125}}
+  tasks['odd'] = KeyboardInterrupt()
+  called.clear()
+  with pytest.raises(KeyboardInterrupt):
+    evaluate.main()
+  assert called == ['long', 'odd']
+  assert read()['long'] == {'long': {'acc': 0.125}}
+  tasks['odd'] = {'odd': {'acc': 0.75}}
+  called.clear()
+  evaluate.main()
+  evaluate.main()
+  assert called == ['odd'] and read()['odd'] == {'odd': {'acc': 0.75}}
+
+
+def test_results_of_other_settings_are_not_completed(
+  model, monkeypatch, tmp_path
+):
+  path = tmp_path / 'results.json'
+  called = harness(monkeypatch, {'a': {'a': {'acc': 1.0}}})
+  flags = flags_of(tasks=['a'], out=str(path))
+  monkeypatch.setattr(evaluate, 'FLAGS', flags)
+  evaluate.run(model)
+  assert evaluate.run(model) == {'a': {'acc': 1.0}} and called == ['a']
+  params = dict(model.variables['params'])
+  params['embedding'] = params['embedding'].at[3, 4].add(1)
+  other = model._replace(variables={**model.variables, 'params': params})
+  cache = model._replace(cache=CacheConfig(dtype='float8'))
+  ends = model._replace(stop_ids=(1, 2))
+  for wrong, name in (other, 'model'), (cache, 'cache'), (ends, 'tokenizer'):
+    with pytest.raises(ConfigError, match=f'has results with {name}='):
+      evaluate.run(wrong)
+  flags.limit = 10
+  with pytest.raises(ConfigError, match='with limit=0, not 10; name another'):
+    evaluate.run(model)
+  path.write_text('{"acc": 1}')
+  with pytest.raises(ConfigError, match='is no file of results'):
+    evaluate.run(model)
+  flags.out = str(tmp_path / 'absent' / 'results.json')
+  with pytest.raises(ConfigError, match='cannot be written'):
+    evaluate.run(model)
+  assert called == ['a']
+
+
+def test_an_answer_gets_shorter_and_a_question_is_never_cut(
+  model, monkeypatch, capsys
+):
+  """Any max_gen_toks runs: the question whole, the answer as room is left."""
+  calls = []
+
+  def rollout(config, variables, prompts, limit, *, lengths, **_):
+    rows = zip(prompts, lengths, strict=True)
+    calls.append(([row[:n].tolist() for row, n in rows], limit))
+    shape = len(prompts), limit
+    counts = np.full(len(prompts), limit)
+    return types.SimpleNamespace(tokens=np.full(shape, 65), counts=counts)
+
+  monkeypatch.setattr(mla_moe, 'rollout', rollout)
+  longest = model.config.max_positions
+  ids = [256, *range(24)]
+  for limit in (0, 1, longest - 25, longest - 24, longest, 10**9):
+    calls.clear()
+    room = min(limit, longest - 25)
+    (words,) = evaluate.continuations(
+      model, [(ids, {'max_gen_toks': limit})], 4
+    )
+    assert words == 'A' * room
+    assert calls == ([([ids], room)] if limit else [])
+    assert ('shorter than max_gen_toks' in capsys.readouterr().err) == (
+      limit > room
+    )
+  # Rows of one limit share a batch, filled up to a power of two.
+  calls.clear()
+  three = [(ids, {'max_tokens': 5}), (ids[:9], {'max_new_tokens': '5'})]
+  three.append((ids[:9], {'max_gen_toks': 5.0, 'until': None}))
+  assert evaluate.continuations(model, three, 8) == ['AAAAA'] * 3
+  assert calls == [([ids[:9], ids[:9], ids, ids[:9]], 5)]
+  # A question without room for an answer: before the first is computed.
+  calls.clear()
+  long = [256] + [7] * (longest - 1)
+  line = (
+    f'{longest} tokens.*max_gen_toks=1.*max_positions={longest}.*--truncate'
+  )
+  with pytest.raises(ConfigError, match=line):
+    evaluate.continuations(model, [(ids, {}), (long, {'max_gen_toks': 1})], 4)
+  assert not calls
+  evaluate.continuations(model, [(long, {})], 4, truncate=True)
+  assert calls == [([long[-longest * 3 // 4 :]], longest // 4)]
+  assert '1 of 1 questions lose their beginning' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  'options, line',
+  [
+    ({'max_gen_toks': -1}, 'max_gen_toks=-1: must be a whole number'),
+    ({'max_gen_toks': 1.5}, 'max_gen_toks=1.5: must be a whole number'),
+    ({'max_gen_toks': 'many'}, "max_gen_toks='many': is no number"),
+    ({'max_tokens': float('inf')}, 'max_tokens=inf: is no number'),
+    ({'temperature': 'warm'}, "temperature='warm': is no number"),
+    ({'top_p': True}, 'top_p=True: is no number'),
+    ({'until': [3]}, r'until=\[3\]: must be texts'),
+    ({'until': {'a': 1}}, 'until=.*: must be texts'),
+  ],
+)
+def test_options_that_are_not_valid_are_one_line(options, line):
+  few = types.SimpleNamespace(max_positions=9, vocab=9)
+  few = opened.TextModel(few, None, None, None, ())
+  with pytest.raises(ConfigError, match=line):
+    evaluate.continuations(few, [([1], options)], 1)
+  for ids, line in ([], 'without tokens'), ([-1], 'token -1'), ([9], 'token 9'):
+    with pytest.raises(ConfigError, match=line):
+      evaluate.continuations(few, [(ids, {})], 1)
+    with pytest.raises(ConfigError, match=line):
+      evaluate.likelihoods(few, [(ids, [1])], 1)
+
+
+def test_likelihoods_of_long_and_of_empty_texts(model, monkeypatch, capsys):
+  """A scorer in the model's place: a token's log-probability is the token."""
+  score = lambda _, tokens, targets: (targets.astype(float), targets > 0)
+  monkeypatch.setattr(evaluate, '_scorer', lambda config: score)
+  longest = model.config.max_positions
+  ids = [256, *([1, 2, 3, 4] * longest)][: longest + 3]
+  line = f'{longest} tokens .* of 2: more than max_positions={longest}'
+  with pytest.raises(ConfigError, match=line):
+    evaluate.likelihoods(model, [(ids[:longest], [1, 2])], 2)
+  with pytest.raises(ConfigError, match='max_positions'):  # whatever is cut
+    evaluate.likelihoods(model, [([256], ids[: longest + 1])], 2, truncate=True)
+  pairs = [(ids[:longest], [5, 6]), ([256], []), ([9], ids[2 : longest + 2])]
+  cut, empty, whole = evaluate.likelihoods(model, pairs, 4, truncate=True)
+  assert cut == (11.0, True) and empty == (0.0, True)
+  assert whole == (float(sum(ids[2 : longest + 2])), True)
+  assert '1 of 3 questions lose their beginning' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('count', [0, 1, 4, 5, 8, 10])
+def test_windows_predict_each_token_once(count):
+  """Of lm-eval's documentation: BOS 0 1 2, then 3 4 5 6, then 5 6 7 8."""
+  ids = list(range(count))
+  pairs = fitted.windows([99], ids, 4)
+  assert [token for _, part in pairs for token in part] == ids
+  for i, (context, part) in enumerate(pairs):
+    whole = [99, *ids][: 4 * i + len(part) + 1]  # all up to its end
+    assert [*context, *part] == whole[-5:]
+    assert context
+
+
+def test_a_model_without_bos_begins_with_an_end(monkeypatch):
+  harness(monkeypatch, {})
+  seen = []
+  record = lambda model, pairs, *_: seen.append(list(pairs)) or [(0.0, True)]
+  monkeypatch.setattr(evaluate, 'likelihoods', record)
+  config = types.SimpleNamespace(bos_id=-1, eos_id=257, max_positions=4)
+  model = opened.TextModel(config, None, tokenizer.ByteTokenizer(), None, ())
+  adapted = evaluate.adapter(model, 2)
+  request = lambda *args: types.SimpleNamespace(args=args)
+  adapted.loglikelihood([request('a', 'b'), request('', 'b')])
+  assert seen.pop() == [([97], [98]), ([257], [98])]
+  assert adapted.loglikelihood_rolling([request('abcdef')]) == [0.0]
+  assert seen == [[([257], [97, 98, 99, 100]), ([98, 99, 100], [101, 102])]]

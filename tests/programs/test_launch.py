@@ -134,13 +134,21 @@ def calls(folder):
   return [record.split('\0')[:-1] for record in text.split('\x1e\0')[:-1]]
 
 
+# The last answer of each program that is asked until it is ready.
+STATES = """case "$*" in
+  *state.state*) echo ACTIVE;;
+  *value*status*) echo RUNNING;;
+  *"echo ready"*) echo ready;;
+esac"""
+
+
 def test_what_is_shown_is_what_is_run(tmp_path):
   """Bash reads the printed lines as the argument lists that are executed."""
   programs = ('gcloud', 'xpk', 'docker', 'git', 'kubectl', 'sbatch', 'scancel')
   programs += ('mkdir', 'python3', 'tail')
   for name in programs:
-    stub(tmp_path / 'bin' / name)
-  stub(tmp_path / '.venv' / 'bin' / 'pip')
+    stub(tmp_path / 'bin' / name, STATES)
+  stub(tmp_path / '.uv' / 'bin' / 'uv')
   for case in CASES:
     backend, *_ = CASES[case]
     run = [c for action in ACTIONS for c in commands(case, action)]
@@ -151,9 +159,10 @@ def test_what_is_shown_is_what_is_run(tmp_path):
     process = bash(text, tmp_path)
     assert process.returncode == 0, process.stderr
     shown = calls(tmp_path)
-    if backend == 'slurm':  # pip, by its path, has a record of its own
-      shown.insert(2, calls(tmp_path / '.venv')[0])
+    if backend == 'slurm':  # uv, by its path, has a record of its own
+      shown[2:2] = calls(tmp_path / '.uv')
     words = [[c.words[0].split('/')[-1], *c.words[1:]] for c in run]
+    words = [line for line in words if line[0] != 'test']  # bash's own
     assert shown == words
 
 
@@ -194,6 +203,9 @@ def train_stub(case, folder, body=''):
   return (folder / place).parent
 
 
+STUBS = {'srun': 'shift; exec "$@"', 'mountpoint': ''}
+
+
 @pytest.mark.parametrize('case', ['tpu', 'tpu-slices', 'vm'])
 def test_start_returns_while_training_goes_on(case, tmp_path):
   """Otherwise ssh waits for the end of training: it holds the line's pipes."""
@@ -206,7 +218,7 @@ def test_start_returns_while_training_goes_on(case, tmp_path):
     body = f'cd {tmp_path}; echo > began; read -r < gate; touch {done}'
     train_stub(case, tmp_path, f'{body}; echo > ended')
     for line in remote(case, 'start'):
-      process = bash(line, tmp_path)
+      process = bash(line, tmp_path, mountpoint='')
       assert process.returncode == 0 and not process.stderr
       assert os.read(pipes['began'], 9) == b'\n' and not done.exists()
       os.write(pipes['gate'], b'\n')
@@ -223,7 +235,7 @@ def test_row43_odd_arguments_arrive_whole(case, texts, tmp_path):
   (line,) = remote(case, 'start', words)
   environ = tmp_path / 'environ'
   place = train_stub(case, tmp_path, f'env -0 > {environ}')
-  process = bash(f'{line}\nwait', tmp_path, srun='exec "$@"')
+  process = bash(f'{line}\nwait', tmp_path, **STUBS)
   assert process.returncode == 0, process.stderr
   arrived = [w for w in calls(place) if w[0] == 'python'][-1]
   assert arrived[1:3] == ['-m', 'experiments.train']
@@ -243,16 +255,18 @@ def test_a_failed_part_of_an_install_ends_it(case, tmp_path):
   (line,) = remote(case, 'install')
   parts = ['tar', 'gcsfuse', 'python3'] if case == 'tpu' else ['tar', 'python3']
   good = {name: '' for name in parts} | {'mountpoint': 'exit 1'}
-  stub(tmp_path / 'mla_moe/.venv/bin/pip')
+  stub(tmp_path / 'mla_moe/.uv/bin/uv')
   assert bash(line, tmp_path, **good).returncode == 0
   ran = [words[0] for words in calls(tmp_path)]
   assert [name for name in ran if name != 'mountpoint'] == parts
-  assert calls(tmp_path / 'mla_moe/.venv')
+  made, filled = calls(tmp_path / 'mla_moe/.uv')
+  assert made[1] == 'venv' and made[-1] == '.venv'
+  assert filled[1:3] == ['pip', 'install']
   for i, name in enumerate(parts):
     assert bash(line, tmp_path, **good | {name: 'exit 9'}).returncode == 9
     ran = [words[0] for words in calls(tmp_path) if words[0] != 'mountpoint']
     assert ran == parts[: i + 1]
-    assert not calls(tmp_path / 'mla_moe/.venv')
+    assert not calls(tmp_path / 'mla_moe/.uv')
     stub(tmp_path / 'bin' / name)
   if case == 'tpu':  # what is mounted is not mounted again
     assert bash(line, tmp_path, mountpoint='exit 0').returncode == 0
@@ -272,7 +286,7 @@ def test_a_storage_of_any_name_arrives_whole_or_is_refused(
   try:
     job = launch.parse(words)[2]
     find = lambda action: launch.commands(backend, action, job)
-    start, create = find('start')[0], find('create')[0]
+    start, create = find('start')[-1], find('create')[0]
   except ConfigError as error:
     assert str(error).isprintable()
     return
@@ -280,7 +294,7 @@ def test_a_storage_of_any_name_arrives_whole_or_is_refused(
     name = folder.removeprefix('gs://b/').rstrip('/')
     (line,) = [w for w in find('install')[-1].words if w.startswith('--comm')]
     stubs = dict.fromkeys(('tar', 'gcsfuse', 'python3'), '')
-    stub(tmp_path / 'mla_moe/.venv/bin/pip')
+    stub(tmp_path / 'mla_moe/.uv/bin/uv')
     line = line.removeprefix('--command=')
     assert not bash(line, tmp_path, **stubs, mountpoint='exit 1').returncode
     (mounted,) = [words for words in calls(tmp_path) if words[0] == 'gcsfuse']
@@ -291,7 +305,7 @@ def test_a_storage_of_any_name_arrives_whole_or_is_refused(
   run = f'{folder.rstrip("/")}/{job.name}'
   train_stub(case, tmp_path)
   line = start.stdin or start.words[-1].removeprefix('--command=')
-  assert not bash(f'{line}\nwait', tmp_path, srun='exec "$@"').returncode
+  assert not bash(f'{line}\nwait', tmp_path, **STUBS).returncode
   place = tmp_path / '.venv' if case == 'slurm' else tmp_path
   assert [w[-1] for w in calls(place) if w[0] == 'python'] == [
     f'--workdir={run}'
@@ -389,6 +403,7 @@ def test_slurm_requeues_after_a_signal_and_not_after_the_end(tmp_path):
       f'#!/bin/bash\n[ {name} = srun ] && echo $$ > child\n{text}\n'
     )
     path.chmod(0o755)
+  train_stub('slurm', tmp_path)
   script = tmp_path / 'job.sh'
   script.write_text(slurm.script(job))
   environment = {
@@ -640,6 +655,112 @@ def test_the_examples_of_a_docstring_can_train(program, monkeypatch, capsys):
     assert message.out
     # This clone may have changes that are not committed, or no git.
     assert all('commit' in fault for fault in message.err.splitlines())
+
+
+@pytest.mark.parametrize('case', ['tpu', 'slurm', 'vm'])
+def test_a_start_without_an_environment_says_what_comes_first(case, tmp_path):
+  """It ends with an error; in the background nobody would see one."""
+  (line,) = remote(case, 'start')
+  process = bash(line, tmp_path, mountpoint='', srun='')
+  assert process.returncode and 'install comes first' in process.stderr
+  assert 'srun' not in [words[0] for words in calls(tmp_path)]
+
+
+def test_a_machine_that_was_restarted_mounts_its_bucket_again(tmp_path):
+  """The folder is there without it, and training would fill the disk."""
+  train_stub('tpu', tmp_path)
+  (line,) = remote('tpu', 'start')
+  stubs = {'mountpoint': 'exit 1', 'gcsfuse': 'exit 7'}
+  assert bash(line, tmp_path, **stubs).returncode == 7
+  assert [w[0] for w in calls(tmp_path)] == ['mountpoint', 'gcsfuse']
+  assert not calls(tmp_path / 'mla_moe/.venv')
+  assert not bash(f'{line}\nwait', tmp_path, **STUBS).returncode
+  assert [w[0] for w in calls(tmp_path)] == ['mountpoint']
+  assert calls(tmp_path / 'mla_moe/.venv')
+
+
+def test_slurm_gets_a_folder_for_its_log_and_processors(tmp_path, monkeypatch):
+  """Slurm makes no folder, and gives a task one processor unless asked."""
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv('PATH', f'{tmp_path / "bin"}:{os.environ["PATH"]}')
+  stub(tmp_path / 'bin' / 'scancel')
+  stub(
+    tmp_path / 'bin' / 'sbatch',
+    'for w; do [ "${w%%=*}" != --output ] || echo > "${w#*=}" || exit 5; done',
+  )
+  words = ['slurm', 'start', '--name=a', '--topology=h100:4', '--cpus=12']
+  words += [f'--storage={tmp_path}/my runs', '--', '--config=x.py']
+  for action in 'start', 'resume':
+    backend, _, job, *_ = launch.parse(words)
+    lines = launch.commands(backend, action, job)
+    with pytest.raises(ConfigError, match='before it come: install'):
+      launch.execute(lines)
+    train_stub('slurm', tmp_path)
+    launch.execute(lines)
+    *_, (_, *options) = calls(tmp_path)
+    assert {'--cpus-per-task=12', '--dependency=singleton'} <= {*options}
+    assert 'srun --cpus-per-task=12 .venv/bin/python -m ' in lines[-1].stdin
+    assert (tmp_path / 'my runs' / 'a' / 'log.txt').exists()
+    shutil.rmtree(tmp_path / 'my runs')
+    shutil.rmtree(tmp_path / '.venv')
+  with pytest.raises(ConfigError, match='--cpus=0: must be at least 1'):
+    launch.parse(['slurm', 'start', '--name=a', '--cpus=0'])
+
+
+WAITING = """n=$(cat n 2> /dev/null || echo 0); echo $((n + 1)) > n
+case "$*" in *"echo ready"*) [ $n -gt 2 ] && echo ready || exit 255;; *)
+  [ $n -gt 0 ] && echo "$STATE" || echo PENDING;; esac"""
+
+
+@pytest.mark.parametrize('run', ['printed', 'executed'])
+def test_a_machine_is_waited_for(run, tmp_path, monkeypatch):
+  """Until it runs, then until it can be reached; not for one that is dead."""
+  monkeypatch.chdir(tmp_path)
+  stub(tmp_path / 'bin' / 'gcloud', WAITING)
+  stub(tmp_path / 'bin' / 'sleep')
+  monkeypatch.setenv('PATH', f'{tmp_path / "bin"}:{os.environ["PATH"]}')
+  monkeypatch.setattr(launch.time, 'sleep', lambda _: None)
+
+  def code(state):
+    monkeypatch.setenv('STATE', state)
+    lines = commands('vm', 'create')[1:]
+    if run == 'printed':
+      line = ' && '.join(as_typed([c]) for c in lines)
+      return bash(line, tmp_path).returncode
+    try:
+      launch.execute(lines)
+    except ConfigError:
+      return 1
+    return 0
+
+  assert code('RUNNING') == 0
+  asked = [w for w in calls(tmp_path) if w[0] == 'gcloud']
+  assert ['ssh' in w for w in asked] == [False, False, True, True]
+  (tmp_path / 'n').unlink()
+  assert code('TERMINATED') == 1
+  assert not [w for w in calls(tmp_path) if 'ssh' in w]
+  # A firewall: the machine is never reached.
+  if run == 'executed':
+    stub(tmp_path / 'bin' / 'gcloud', 'exit 255')
+    with pytest.raises(ConfigError, match='gcloud ended with 255'):
+      launch.execute(commands('vm', 'create')[2:])
+    assert len(calls(tmp_path)) == 21
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_each_action_is_a_start_or_says_what_comes_first(case):
+  alone = {'create', 'delete'}
+  alone |= {'tpu': {'resume'}, 'gke': {'install'}, 'slurm': {'install'}}.get(
+    CASES[case][0], set()
+  )
+  for action in ACTIONS:
+    lines = commands(case, action)
+    text = as_typed(lines)
+    assert text.startswith('# after ') == (action not in alone), action
+    (after,) = {c.after for c in lines}
+    assert text.count('# after') <= 1
+    for earlier in re.findall(r'create|install|start', after):
+      assert ACTIONS.index(earlier) < ACTIONS.index(action)
 
 
 def test_a_missing_program_is_named():

@@ -31,14 +31,14 @@ def main() -> None:
     description=__doc__.split('\n')[0],
   )
   parser.add_argument('command', choices=('ls', 'verify', 'rm'))
-  parser.add_argument('folder', metavar='DIR', type=pathlib.Path)
+  parser.add_argument('folder', metavar='DIR')
   parser.add_argument('steps', metavar='STEP', type=int, nargs='*')
   parser.add_argument('--refused', action='store_true', help='rm: also these')
   parser.add_argument('--force', action='store_true', help='rm: the last one')
   args = parser.parse_args()
   with cli.edge():
     try:
-      folder = find(args.folder.expanduser())
+      folder = find(cli.path('DIR', args.folder))
       chosen = _chosen(folder, args.steps)
       if args.command == 'ls':
         ls(folder, chosen)

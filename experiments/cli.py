@@ -47,6 +47,50 @@ class Stopped(RuntimeError):
   """A run that could not go on: the message is one line, the exit code 1."""
 
 
+def path(name: str, value: os.PathLike | str) -> pathlib.Path:
+  """Returns the path that the flag or field `name` gives, its ~ expanded.
+
+  Raises:
+    ConfigError: a URL, which would become a folder of that name; or the home of
+      a user whom this machine does not know.
+  """
+  text = os.fspath(value)
+  scheme = re.match(r'([A-Za-z][\w+.-]*)://', text)
+  if scheme:
+    raise ConfigError(
+      f'{name}={text!r}: {scheme[0]} is not supported; name a path of this '
+      'machine, such as a copy or a mounted bucket'
+    )
+  try:
+    return pathlib.Path(text).expanduser()
+  except RuntimeError:
+    raise ConfigError(f'{name}={text!r}: there is no such user') from None
+
+
+class _Path(flags.ArgumentParser):
+  """Parses a flag that is a path; '' stays ''."""
+
+  syntactic_help = 'a path'
+
+  def __init__(self, name: str):
+    super().__init__()
+    self._name = f'--{name}'
+
+  def parse(self, argument: str) -> str:
+    return str(path(self._name, argument)) if argument else ''
+
+  def flag_type(self) -> str:
+    return 'path'
+
+
+def define_path(
+  name: str, default: str, text: str, values: flags.FlagValues = FLAGS
+) -> None:
+  """Defines a flag that is a path."""
+  parser, writer = _Path(name), flags.ArgumentSerializer()
+  flags.DEFINE(parser, name, default, text, values, writer)
+
+
 def define_unsealed(values: flags.FlagValues = FLAGS) -> None:
   """Defines the flag of every program that reads a run's checkpoint."""
   flags.DEFINE_bool(
@@ -71,9 +115,7 @@ def define(
     flag_values=values,
     sys_argv=words,
   )
-  flags.DEFINE_string(
-    'workdir', 'runs/tiny', 'Folder of the run.', flag_values=values
-  )
+  define_path('workdir', 'runs/tiny', 'Folder of the run.', values)
 
 
 def config() -> Config:

@@ -59,8 +59,8 @@ def define() -> None:
   """Defines this program's flags, and those of a config."""
   cli.define()
   cli.define_unsealed()
-  flags.DEFINE_string('source', '', 'A Hugging Face folder, or a run.')
-  flags.DEFINE_string('target', '', 'The folder to make, of the other kind.')
+  cli.define_path('source', '', 'A Hugging Face folder, or a run.')
+  cli.define_path('target', '', 'The folder to make, of the other kind.')
   flags.DEFINE_bool('fp8', False, 'Write FP8 with a scale per tile.')
   flags.DEFINE_bool('power_of_two', False, 'New FP8 scales are powers of two.')
   flags.DEFINE_enum(
@@ -258,10 +258,10 @@ def _convert() -> None:
   """Converts in the direction that the kind of the source implies."""
   if not FLAGS.source:
     raise ConfigError('--source: name a Hugging Face folder or a run')
-  source = pathlib.Path(FLAGS.source).expanduser()
+  source = pathlib.Path(FLAGS.source)
   if not source.is_dir():
     raise ConfigError(f'--source={FLAGS.source!r}: is no folder')
-  target = pathlib.Path(FLAGS.target).expanduser() if FLAGS.target else None
+  target = pathlib.Path(FLAGS.target) if FLAGS.target else None
   if target is None and not (FLAGS.check and not is_run(source)):
     raise ConfigError('--target: name the folder to make')
   release = source

@@ -38,12 +38,12 @@ def define() -> None:
   """Defines this program's flags."""
   opened.define()
   flags.DEFINE_list('tasks', [], 'Names of tasks, joined by commas.')
-  flags.DEFINE_string('include', '', 'A folder of task files (.yaml).')
+  cli.define_path('include', '', 'A folder of task files (.yaml).')
   flags.DEFINE_integer('limit', 0, 'Examples of each task; 0: all.', 0)
   flags.DEFINE_integer('batch', 8, 'Sequences at a time.', 1)
   flags.DEFINE_integer('fewshot', -1, "Examples shown; -1: the task's.")
   flags.DEFINE_bool('truncate', False, 'Cut questions that are too long.')
-  flags.DEFINE_string('out', '', 'A .json file of the results, completed.')
+  cli.define_path('out', '', 'A .json file of the results, completed.')
 
 
 @functools.lru_cache(maxsize=2)

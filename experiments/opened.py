@@ -46,10 +46,9 @@ class TextModel(NamedTuple):
 def define() -> None:
   """Defines the flags of every program that opens a model."""
   cli.define_unsealed()
-  flags.DEFINE_string('checkpoint', '', 'A Hugging Face folder, or a run.')
-  flags.DEFINE_string(
-    'tokenizer', '', "'byte' or a tokenizer.json; the folder's if empty."
-  )
+  cli.define_path('checkpoint', '', 'A Hugging Face folder, or a run.')
+  text = "'byte' or a tokenizer.json; the folder's if empty."
+  cli.define_path('tokenizer', '', text)
   flags.DEFINE_enum(
     'dtype', 'float32', ['float32', 'bfloat16'], 'Of the parameters.'
   )
@@ -89,7 +88,7 @@ def from_flags() -> TextModel:
   if not FLAGS.checkpoint:
     raise ConfigError('--checkpoint: name a Hugging Face folder or a run')
   model = open_model(
-    pathlib.Path(FLAGS.checkpoint).expanduser(),
+    pathlib.Path(FLAGS.checkpoint),
     tokenizer=FLAGS.tokenizer,
     dtype=FLAGS.dtype,
     allow_unsealed=FLAGS.allow_unsealed,

@@ -164,7 +164,7 @@ def main() -> None:
     print(usage, file=sys.stderr)
     sys.exit(2)
   with cli.edge():
-    print(table(operations(pathlib.Path(sys.argv[1]))))
+    print(table(operations(cli.path('DIR', sys.argv[1]))))
 
 
 if __name__ == '__main__':

@@ -32,14 +32,15 @@ def main() -> None:
     description=commands.typed(__doc__),
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('--workdir', type=pathlib.Path, default='runs/r1')
+  parser.add_argument('--workdir', default='runs/r1')
   parser.add_argument('--task', default='sort8')
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--cold', type=int, default=100, help='steps')
   parser.add_argument('--steps', type=int, default=150, help='by reinforcement')
   args = parser.parse_args()
   with cli.edge():
-    run(args.workdir, args.task, args.seed, args.cold, args.steps)
+    folder = cli.path('--workdir', args.workdir)
+    run(folder, args.task, args.seed, args.cold, args.steps)
 
 
 def run(

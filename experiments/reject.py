@@ -45,7 +45,7 @@ def define() -> None:
   opened.define()
   template.define()
   flags.DEFINE_string('task', '', 'Questions: sort8, or FILE.jsonl.')
-  flags.DEFINE_string('out', '', 'The .jsonl file of right answers.')
+  cli.define_path('out', '', 'The .jsonl file of right answers.')
   flags.DEFINE_integer('questions', 1000, 'At most so many.', 1)
   flags.DEFINE_integer('samples', 16, 'Answers to each question.', 1)
   flags.DEFINE_integer('keep', 1, 'At most so many rows of a question.', 1)
@@ -328,7 +328,7 @@ def main() -> None:
   for name in ('task', 'out'):
     if not FLAGS[name].value:
       raise ConfigError(f'--{name}: is empty')
-  out = pathlib.Path(FLAGS.out).expanduser()
+  out = pathlib.Path(FLAGS.out)
   if out.suffix != '.jsonl':
     raise ConfigError(f'--out={FLAGS.out!r}: must end in .jsonl')
   rl = RLConfig(

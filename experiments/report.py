@@ -299,8 +299,8 @@ def main() -> None:
     usage = commands.typed('usage: python -m experiments.report DIR [DIR ...]')
     print(usage, file=sys.stderr)
     sys.exit(2)
-  folders = [pathlib.Path(name) for name in names]
   with cli.edge():
+    folders = [cli.path('DIR', name) for name in names]
     inside = comparison.runs_in(folders[0]) if not folders[1:] else []
     if folders[1:] or inside:
       path = comparison.write(inside or folders)

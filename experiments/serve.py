@@ -72,9 +72,7 @@ def main() -> None:
     waiting=FLAGS.waiting,
     speculative=FLAGS.speculative,
   )
-  name = (
-    FLAGS.name or pathlib.Path(FLAGS.checkpoint).expanduser().resolve().name
-  )
+  name = FLAGS.name or pathlib.Path(FLAGS.checkpoint).resolve().name
   own = f'[{FLAGS.host}]' if ':' in FLAGS.host else FLAGS.host  # as in URLs
   hosts = ['127.0.0.1', 'localhost', '[::1]', own]
   if FLAGS.host in ('', '0.0.0.0', '::'):  # every address has names of its own

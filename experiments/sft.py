@@ -25,7 +25,8 @@ def define() -> None:
   """Defines the flags of training, and those of the examples."""
   train.define()
   template.define()
-  flags.DEFINE_string('data', '', 'The examples, *.jsonl: config.data.source.')
+  text = 'The examples, *.jsonl: config.data.source.'
+  cli.define_path('data', '', text)
 
 
 def main() -> None:

@@ -46,17 +46,15 @@ def main() -> None:
   parser.add_argument('--minutes', type=float, default=60.0)
   parser.add_argument('--steps', type=int, default=60)
   parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument(
-    '--out', type=pathlib.Path, help='else a temporary folder'
-  )
+  parser.add_argument('--out', default='', help='else a temporary folder')
   args = parser.parse_args()
   with cli.edge():
     if args.minutes <= 0 or args.steps < 10:
       raise ConfigError('--minutes must be above 0, --steps at least 10')
-    folder = args.out or pathlib.Path(tempfile.mkdtemp(prefix='soak-'))
+    folder = cli.path('--out', args.out or tempfile.mkdtemp(prefix='soak-'))
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     good = soak(folder.resolve(), args.minutes * 60, args.steps, args.seed)
-    if good and args.out is None:
+    if good and not args.out:
       shutil.rmtree(folder)
     sys.exit(0 if good else 1)
 

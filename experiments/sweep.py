@@ -158,19 +158,20 @@ def main() -> None:
     allow_abbrev=False,
   )
   parser.add_argument('--vary', action='append', default=[], required=True)
-  parser.add_argument('--workdir', type=pathlib.Path, default='runs/sweep')
+  parser.add_argument('--workdir', default='runs/sweep')
   parser.add_argument('--dry-run', action='store_true')
   parser.add_argument('--table', action='store_true')
   args = parser.parse_args(words)
   with cli.edge():
     runs = combinations(args.vary)
+    folder = cli.path('--workdir', args.workdir)
     if launch_words and not args.table:
       launch(runs, launch_words, train, args.dry_run)
       return
     if not args.table:
-      run_here(args.workdir, runs, train, args.dry_run)
+      run_here(folder, runs, train, args.dry_run)
     if not args.dry_run:
-      show(results(args.workdir, runs))
+      show(results(folder, runs))
 
 
 if __name__ == '__main__':

@@ -28,7 +28,7 @@ from mla_moe.hf import settings
 from mla_moe.vocabulary import BOS
 
 from . import cli, workdir
-from .data import documents
+from .data import documents, sources
 
 FLAGS = flags.FLAGS
 
@@ -75,14 +75,14 @@ def train(texts: Iterable[str], vocab: int) -> Any:
   return core
 
 
-def texts_of(sources: Iterable[str]) -> Iterator[str]:
-  """Yields the text of every document of the sources.
+def texts_of(names: Iterable[str]) -> Iterator[str]:
+  """Yields the text of every document of these sources.
 
   Raises:
-    ConfigError: as `documents.files` and `documents.read`.
+    ConfigError: as `sources.listed` and `documents.read`.
   """
-  for source in sources:
-    for file in documents.files(source):
+  for name in names:
+    for file in sources.listed(name).files:
       for document in documents.read(file):
         yield document.text
 
@@ -135,19 +135,22 @@ def byte_tokenizer() -> bytes:
 def define() -> None:
   """Defines this program's flags."""
   flags.DEFINE_integer('vocab', 8192, 'Tokens, special ones included.')
-  flags.DEFINE_string('out', '', 'The folder, or the .json file, to make.')
+  cli.define_path('out', '', 'The folder, or the .json file, to make.')
 
 
-def main(*sources: str) -> None:
+def main(*names: str) -> None:
   """Trains a tokenizer; the last lines say what it is and how to use it."""
-  if not sources:
+  if not names:
     raise ConfigError('TEXTS: name folders, globs or files of text, or stdlib')
   if not FLAGS.out:
     raise ConfigError('--out: name the folder, or the .json file, to make')
-  path = pathlib.Path(FLAGS.out).expanduser()
-  write(path, texts_of(sources), FLAGS.vocab)
+  path = pathlib.Path(FLAGS.out)
+  for name in names:
+    if left_out := sources.listed(name).left_out:
+      print(left_out)
+  write(path, texts_of(names), FLAGS.vocab)
   words, tokens, size = tokenizer.load(str(path)), 0, 0
-  for text in texts_of(sources):
+  for text in texts_of(names):
     tokens += len(words.encode(text))
     size += len(text.encode('utf-8', 'replace'))
   print(

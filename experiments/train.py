@@ -429,7 +429,7 @@ def define(
   text = 'Seconds to wait for them.'
   flags.DEFINE_integer('distributed_timeout', 300, text, 1, **own)
   text = 'Begin from the weights of this run or Hugging Face folder.'
-  flags.DEFINE_string('init', '', text, **own)
+  cli.define_path('init', '', text, values)
   flags.DEFINE_string('profile', '', 'Trace these steps: FIRST:LAST.', **own)
   text = 'Tracker to tell as well.'
   flags.DEFINE_enum('track', '', tracking.TRACKERS, text, **own)

@@ -49,7 +49,7 @@ SOURCES = (
   *('train/losses.py', 'train/optim.py', 'train/step.py', 'train/state.py'),
   *('data/batches.py', 'hf/names.py', 'hf/fp8_blocks.py', 'rl/*.py'),
 )
-# Reading of texts, the one arithmetic among the programs' files.
+# Reading of texts, the arithmetic among the programs' files.
 PROGRAMS = 'experiments/data'
 # Tests of numbers; those of programs start processes, which no line shows.
 TESTS = (
@@ -164,7 +164,8 @@ def _stored_sample(args) -> list[mutations.Mutation]:
   """
   groups = []
   sources = [p for s in SOURCES for p in (ROOT / 'mla_moe').glob(s)]
-  for path in sorted([*sources, ROOT / PROGRAMS / 'documents.py']):
+  sources += [ROOT / PROGRAMS / n for n in ('documents.py', 'holdout.py')]
+  for path in sorted(sources):
     name = str(path.relative_to(ROOT))
     by_key = {m.key: m for m in mutations.mutations(name, path.read_text())}
     groups.append(list(by_key.values()))

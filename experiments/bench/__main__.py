@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import pathlib
 import sys
 
 from mla_moe.config import ConfigError
@@ -67,13 +66,14 @@ def run(name: str, words: list[str]) -> None:
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
   )
-  parser.add_argument('--out', type=pathlib.Path, default='runs/bench')
+  parser.add_argument('--out', default='runs/bench')
   benchmark.flags(parser)
   args = parser.parse_args(words)
   for flag, value in vars(args).items():
     least = 0 if parser.get_default(flag) == 0 else 1  # 0 has a meaning there
     if type(value) is int and value < least:
       raise ConfigError(f'--{flag}={value}: must be at least {least}')
+  args.out = cli.path('--out', args.out)
   try:
     args.out.mkdir(parents=True, exist_ok=True)
   except OSError as error:

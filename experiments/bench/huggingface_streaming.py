@@ -30,7 +30,7 @@ import numpy as np
 from mla_moe import config as c
 from mla_moe.hf import config_json, fp8_blocks, names, safetensors
 
-from .. import commands, runtime
+from .. import cli, commands, runtime
 from . import show
 
 SHARD = 2 * 10**9
@@ -44,7 +44,7 @@ _HEAD = (
 def flags(parser) -> None:
   """Adds this benchmark's flags."""
   add = parser.add_argument
-  add('--folder', type=pathlib.Path, help='scratch; else below --out')
+  add('--folder', default='', help='scratch; else below --out')
   add('--layers', type=int, default=5)
   add('--repeats', type=int, default=3, help='of which the best counts')
   add('--only', default='', help='one measurement of the files in --folder')
@@ -52,7 +52,7 @@ def flags(parser) -> None:
 
 def run(out: pathlib.Path, args) -> None:
   """Prints the table, as Markdown."""
-  folder = args.folder or out / 'streaming'
+  folder = cli.path('--folder', args.folder or out / 'streaming')
   if args.only:
     (name,) = show.chosen(args.only, _MEASURES)
     print(json.dumps(_MEASURES[name](folder)))

@@ -7,14 +7,13 @@ the tokens depend on, so a changed text or option makes another folder. They are
 read through a memory map, which returns a flipped bit without a word: therefore
 a checksum of every MiB is compared when the folder is opened.
 
-The keys of the documents decide which are held out (`documents`). A text may be
-so small that no key falls on that side. Then the document with the lowest key
-is held out, or, if there is only one, its end: even a book in a single file can
-be trained on and evaluated.
+About `data.heldout` of the text is held out (`holdout`), of a single book its
+end. A line says how much it is, and which files were left out.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -23,7 +22,7 @@ import pathlib
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -31,11 +30,10 @@ import numpy as np
 from mla_moe.config import ConfigError, DataConfig
 from mla_moe.data.tokenizer import Tokenizer
 
-from . import documents
+from . import documents, encodings, holdout, sources
 
 _BLOCK = 1 << 20  # bytes per checksum
-_BATCH = 256  # documents tokenised at once
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Corpus(NamedTuple):
@@ -74,12 +72,14 @@ def prepare(
       f"data.packing='separate': bos_id={bos} is eos_id, too, so ends would "
       "begin documents; use 'joined', or another token"
     )
-  files = documents.files(data.source)
+  files, left_out = sources.listed(data.source, data.heldout)
   fingerprint = _fingerprint(files, data, tokenizer)
   folder = pathlib.Path(cache) / fingerprint
   if not (folder / 'corpus.json').exists():
     many = f'{len(files)} files' if len(files) > 1 else 'the file'
     say(f'Tokenising {many} of {data.source!r} (once) ...')
+    if left_out:
+      say(left_out)
     _write(folder, files, data, tokenizer, say)
   return _open(folder, tokenizer, fingerprint)
 
@@ -110,7 +110,7 @@ def check(corpus: Corpus, data: DataConfig) -> None:
 def _fingerprint(files, data, tokenizer) -> str:
   facts = dict(
     format=_FORMAT,
-    files=[(f.name, f.is_document, documents.digest(f)) for f in files],
+    files=[_identity(file) for file in files],
     tokenizer=tokenizer.fingerprint,
     ids=(tokenizer.bos_id, tokenizer.eos_id, tokenizer.fim_ids),
     options=(data.fim_rate, data.heldout, data.seed),
@@ -118,12 +118,32 @@ def _fingerprint(files, data, tokenizer) -> str:
   return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
 
+def _identity(file: sources.File) -> tuple[str, ...]:
+  """Returns all of a file that its tokens depend on.
+
+  Its name is the key of a document, and is of no use elsewhere.
+  """
+  _, compression = encodings.suffixes(file.path)
+  name = file.name if file.is_document else ''
+  return name, sources.kind(file.path), compression, documents.digest(file)
+
+
 @dataclasses.dataclass
 class _Counts:
-  """Facts that are collected while the documents stream by."""
+  """Facts that are collected while the documents stream by.
 
+  rows: of `documents.read`. tokens: of both sides. broken: a file with pieces
+  of invalid UTF-8.
+  """
+
+  rows: collections.Counter = dataclasses.field(
+    default_factory=collections.Counter
+  )
   documents: int = 0
+  tokens: int = 0
+  heldout_tokens: int = 0
   replaced: int = 0
+  broken: str = ''
   heldout_bytes: int = 0
   gzip_bytes: int = 0
   prompt: str = ''
@@ -139,8 +159,8 @@ def _write(folder, files, data, tokenizer, say):
     counts = _tokenise(paths, files, data, tokenizer, dtype, say)
     if not counts.documents:
       raise ConfigError(f'data.source={data.source!r}: holds no text')
-    if counts.replaced:
-      say(f'{counts.replaced} pieces of invalid UTF-8 were replaced by U+FFFD.')
+    for line in _notices(counts, data):
+      say(line)
     facts = dict(
       dtype=np.dtype(dtype).name,
       heldout_bytes=counts.heldout_bytes,
@@ -158,19 +178,37 @@ def _write(folder, files, data, tokenizer, say):
     shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _notices(counts: _Counts, data: DataConfig) -> Iterator[str]:
+  """Yields lines about the text that a person should know."""
+  if counts.replaced:
+    yield (
+      f'{counts.replaced} pieces of invalid UTF-8 were replaced by U+FFFD, the '
+      f'first in {counts.broken}.'
+    )
+  for kind, count in counts.rows.items():
+    yield f'{count} {kind} were skipped.'
+  part = counts.heldout_tokens / counts.tokens
+  line = f'{counts.documents:,} documents; {part:.1%} of the text is held out'
+  if data.heldout / 2 <= part <= 2 * data.heldout:
+    yield f'{line}.'
+  else:
+    yield (
+      f'ATTENTION: {line}, where data.heldout={data.heldout:g}: the text is '
+      'short, or a document outweighs the others.'
+    )
+
+
 def _tokenise(paths, files, data, tokenizer, dtype, say) -> _Counts:
   """Writes the token ids of all documents to `paths` (train, heldout)."""
   counts, gzip = _Counts(), zlib.compressobj(9, wbits=31)
+  stream = _documents(files, counts, say)
   with (
     open(paths['train'], 'wb') as train,
     open(paths['heldout'], 'wb') as heldout,
   ):
-    for group in _with_heldout(_groups(files, say), data.heldout):
-      ids = tokenizer.encode_batch([document.text for document in group])
-      for document, tokens in zip(group, ids, strict=True):
-        counts.documents += 1
-        counts.replaced += document.replaced
-        is_heldout = _is_heldout(document, data.heldout)
+    for group in holdout.sides(stream, data.heldout):
+      ids = tokenizer.encode_batch([document.text for document, _ in group])
+      for (document, is_heldout), tokens in zip(group, ids, strict=True):
         if is_heldout:
           text = document.text.encode('utf-8', 'replace')
           counts.heldout_bytes += len(text)
@@ -181,60 +219,28 @@ def _tokenise(paths, files, data, tokenizer, dtype, say) -> _Counts:
         parts = ([tokenizer.bos_id], tokens, [tokenizer.eos_id])
         row = np.concatenate(parts).astype(dtype)
         (heldout if is_heldout else train).write(row.tobytes())
+        counts.tokens += len(row)
+        counts.heldout_tokens += len(row) * is_heldout
   counts.gzip_bytes += len(gzip.flush())
   return counts
 
 
-def _groups(files, say) -> Iterator[list[documents.Document]]:
-  """Yields the documents in order, `_BATCH` at a time; reports progress."""
-  group, reported = [], 0
+def _documents(
+  files: Iterable[sources.File], counts: _Counts, say: Callable[[str], None]
+) -> Iterator[documents.Document]:
+  """Yields the documents in order; counts them, and reports progress."""
+  files, reported = list(files), 0
   for number, file in enumerate(files):
-    for document in documents.read(file):
-      group.append(document)
-      if len(group) == _BATCH:
-        yield group
-        group = []
+    for document in documents.read(file, counts.rows):
+      counts.documents += 1
+      if document.replaced:
+        counts.replaced += document.replaced
+        counts.broken = counts.broken or file.name
+      yield document
     tenths = 10 * (number + 1) // len(files)
     if tenths > reported and len(files) > 5000:
       reported = tenths
       say(f'  {10 * tenths} % of {len(files)} files')
-  yield group
-
-
-def _is_heldout(document: documents.Document, fraction: float) -> bool:
-  return document.key < fraction * 2**64
-
-
-def _with_heldout(
-  groups: Iterator[list[documents.Document]], fraction: float
-) -> Iterator[list[documents.Document]]:
-  """Yields the groups; a single one gets a held-out document if it has none.
-
-  A key of 0 puts a document on the held-out side.
-  """
-  first, second = next(groups), next(groups, None)
-  if second:
-    yield first
-    yield second
-    yield from groups
-    return
-  if first and not any(_is_heldout(document, fraction) for document in first):
-    lowest = min(document.key for document in first)
-    if all(document.key == lowest for document in first):
-      # Equal documents would all be held out, so one of them is cut in two.
-      text = first[0].text
-      cut = round(len(text) * (1 - fraction))
-      cut = text.rfind('\n', 0, cut) + 1 or cut
-      first = [
-        first[0]._replace(text=text[:cut]),
-        first[0]._replace(text=text[cut:], key=0, replaced=0),
-      ]
-    else:
-      first = [
-        document._replace(key=0) if document.key == lowest else document
-        for document in first
-      ]
-  yield first
 
 
 def _fim(tokens, key, data, tokenizer):

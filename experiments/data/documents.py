@@ -1,59 +1,38 @@
-"""Documents: a source lists files, and each file has one document or many.
+"""Documents: a file of a source has one document, or many.
 
 A document is one of three things: a whole text file; a row of a .jsonl or
 .parquet file; a piece of some KB of a text file, cut at a blank line, where the
-file is larger than 1 MiB or the only one of the source.
+file is large or the only one of the source (`sources`).
 
 Each document has a key, a hash of 64 bits: of the file's name where the file is
-one document, of the content otherwise. The key alone decides whether the
-document is held out, and how it is cut for fill-in-the-middle. So a document
-stays on its side of the split when others come or go, and equal rows are never
-on both sides.
+one document, of the content otherwise. The key alone decides how a document is
+cut for fill-in-the-middle, and on which side it is (`holdout`), unless the text
+is small. So a document stays on its side of the split when others come or go,
+and equal rows are never on both sides.
 
-Files are read as bytes and decoded here. Bytes that are not UTF-8 become U+FFFD
-and are counted; text in UTF-16 is refused, as every second byte would be 0.
+Bytes that are not UTF-8 become U+FFFD and are counted. A row without a text, a
+null or '', is skipped and counted, in both kinds of files.
 """
 
 from __future__ import annotations
 
 import codecs
-import glob
+import collections
 import hashlib
 import json
-import os
 import re
-import sysconfig
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from mla_moe.config import ConfigError
 
-TEXT = ('.txt', '.md', '.rst', '.py')
-ROWS = ('.jsonl', '.parquet')
+from . import encodings, sources
+from .sources import File
 
-# Python's own tests are left out: half of the distributions do not ship them,
-# and they contain broken encodings on purpose.
-_SKIPPED = frozenset(
-  ('site-packages', 'dist-packages', '__pycache__')
-  + ('test', 'tests', 'idle_test')
-)
-_DOCUMENT_BYTES = 1 << 20  # a text file above this is cut into pieces
 _PIECE_BYTES = 8 << 10
 _READ_BYTES = 1 << 20
 _BLANK_LINE = re.compile(rb'\n[ \t\r]*\n')
-_MAGIC = re.compile(r'[*?\[]')
-
-
-class File(NamedTuple):
-  """A file of the source.
-
-  name: relative to the source, parts joined by '/'. path: to open it.
-  is_document: all of it is one document.
-  """
-
-  name: str
-  path: str
-  is_document: bool
+EMPTY = 'rows without text'  # of the counts of `read`
 
 
 class Document(NamedTuple):
@@ -67,64 +46,32 @@ class Document(NamedTuple):
   replaced: int
 
 
-def files(source: str) -> list[File]:
-  """Returns the source's files in order of name.
-
-  Args:
-    source: 'stdlib' (the .py files of Python's own library), a folder, a glob
-      or one file.
-
-  Raises:
-    ConfigError: nothing there, no file of a known kind, an empty file, a folder
-      that cannot be opened.
-  """
-  if source == 'stdlib':
-    root = sysconfig.get_path('stdlib')
-    paths = [path for path in _walk(root, _SKIPPED) if path.endswith('.py')]
-    if not paths:
-      raise ConfigError(
-        f"data.source='stdlib': no .py files in {root!r}; give a folder of text"
-      )
-    return _files(root, paths, lambda path: True)
-  path = os.path.expanduser(source)
-  kinds = ', '.join(TEXT + ROWS)
-  if os.path.isfile(path):
-    if not _is_known(path):
-      raise ConfigError(f'data.source={source!r}: must end in one of {kinds}')
-    if not os.path.getsize(path):
-      raise ConfigError(f'data.source={source!r}: the file is empty')
-    return [File(os.path.basename(path), path, False)]
-  if os.path.isdir(path):
-    root, paths = path, _walk(path, frozenset(('__pycache__',)))
-  elif _MAGIC.search(path):
-    root = os.path.dirname(path[: _MAGIC.search(path).start()]) or '.'
-    paths = [p for p in glob.glob(path, recursive=True) if os.path.isfile(p)]
-  else:
-    raise ConfigError(f'data.source={source!r}: no such file or folder')
-  paths = [path for path in paths if _is_known(path)]
-  if not paths:
-    raise ConfigError(f'data.source={source!r}: holds no file of {kinds}')
-  only_one = len(paths) == 1
-  is_small = lambda path: os.path.getsize(path) <= _DOCUMENT_BYTES
-  return _files(root, paths, lambda path: not only_one and is_small(path))
-
-
-def read(file: File) -> Iterator[Document]:
+def read(
+  file: File, counts: collections.Counter | None = None
+) -> Iterator[Document]:
   """Yields the file's documents in order, without the empty ones.
 
+  Rows without a text are counted in `counts[EMPTY]`.
+
   Raises:
-    ConfigError: the file cannot be opened or parsed (with its line or row), or
-      is UTF-16.
+    ConfigError: the file cannot be opened, decoded or parsed (with its line or
+      row).
   """
-  try:
-    if file.path.lower().endswith('.parquet'):
-      yield from _parquet(file.path)
-    elif file.path.lower().endswith('.jsonl'):
-      yield from _jsonl(file.path)
+  counts = collections.Counter() if counts is None else counts
+  kind = sources.kind(file.path)
+  if kind == 'parquet':
+    contents = _parquet(file.path)
+  elif kind == 'jsonl':
+    contents = _jsonl(file.path)
+  else:
+    yield from _text(file)
+    return
+  for content, replaced in contents:
+    if content:
+      document = _document(content, content)
+      yield document._replace(replaced=document.replaced + replaced)
     else:
-      yield from _text(file)
-  except OSError as error:
-    raise _unreadable(file, error) from None
+      counts[EMPTY] += 1
 
 
 def digest(file: File) -> str:
@@ -137,35 +84,9 @@ def digest(file: File) -> str:
     with open(file.path, 'rb') as opened:
       return hashlib.file_digest(opened, 'sha256').hexdigest()
   except OSError as error:
-    raise _unreadable(file, error) from None
-
-
-def _unreadable(file: File, error: OSError) -> ConfigError:
-  return ConfigError(f'{file.path}: cannot be read ({error.strerror})')
-
-
-def _walk(root: str, skipped: frozenset[str]) -> list[str]:
-  """Returns the paths of all files below `root` that are not hidden."""
-
-  def fail(error):
     raise ConfigError(
-      f'data.source: {error.filename!r} cannot be read ({error.strerror})'
-    )
-
-  paths = []
-  for folder, folders, names in os.walk(root, onerror=fail):
-    folders[:] = [x for x in folders if x not in skipped and x[0] != '.']
-    paths += [os.path.join(folder, name) for name in names if name[0] != '.']
-  return [path for path in paths if os.path.isfile(path)]
-
-
-def _files(root: str, paths: list[str], is_document) -> list[File]:
-  relative = lambda path: os.path.relpath(path, root).replace(os.sep, '/')
-  return sorted(File(relative(path), path, is_document(path)) for path in paths)
-
-
-def _is_known(path: str) -> bool:
-  return path.lower().endswith(TEXT + ROWS)
+      f'{file.path}: cannot be read ({error.strerror})'
+    ) from None
 
 
 def _document(hashed: bytes, content: bytes) -> Document:
@@ -181,10 +102,7 @@ def _document(hashed: bytes, content: bytes) -> Document:
 
 
 def _text(file: File) -> Iterator[Document]:
-  with open(file.path, 'rb') as opened:
-    if opened.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-      raise ConfigError(f'{file.path}: is UTF-16; write it as UTF-8 (iconv)')
-    opened.seek(0)
+  with encodings.opened(file.path) as opened:
     if file.is_document:
       content = opened.read()
       if content:
@@ -218,30 +136,30 @@ def _pieces(file: BinaryIO) -> Iterator[bytes]:
   yield rest
 
 
-def _jsonl(path: str) -> Iterator[Document]:
-  with open(path, 'rb') as file:
+def _jsonl(path: str) -> Iterator[tuple[bytes | None, int]]:
+  """Yields (text, U+FFFD outside it that stand for broken UTF-8) of rows."""
+  with encodings.opened(path) as file:
     for number, line in enumerate(file, 1):
       if not line.strip():
         continue
-      raw = _document(line, line.removeprefix(b'\xef\xbb\xbf'))
+      # Files that were joined have their marks in the middle.
+      raw = _document(line, line.removeprefix(codecs.BOM_UTF8))
       try:
         row = json.loads(raw.text)
       except (ValueError, RecursionError) as error:
         why = getattr(error, 'msg', str(error))
         raise ConfigError(f'{path}:{number}: not JSON ({why})') from None
-      if not isinstance(row, dict) or not isinstance(row.get('text'), str):
+      text = row.get('text', 0) if isinstance(row, dict) else 0
+      if not isinstance(text, str | None):
         raise ConfigError(
           f'{path}:{number}: must be an object with a string "text"'
         )
-      if row['text']:
-        # JSON may spell half a surrogate pair, which UTF-8 cannot write.
-        content = row['text'].encode('utf-8', 'surrogatepass')
-        document = _document(content, content)
-        replaced = document.replaced + raw.replaced
-        yield document._replace(replaced=replaced)
+      # JSON may spell half a surrogate pair, which UTF-8 cannot write.
+      yield (text or '').encode('utf-8', 'surrogatepass'), raw.replaced
 
 
-def _parquet(path: str) -> Iterator[Document]:
+def _parquet(path: str) -> Iterator[tuple[bytes | None, int]]:
+  """Yields (text, 0) of rows."""
   try:
     import pyarrow
     import pyarrow.parquet
@@ -257,8 +175,9 @@ def _parquet(path: str) -> Iterator[Document]:
       for batch in file.iter_batches(1024, columns=['text']):
         # As bytes: a column of strings may contain invalid UTF-8.
         for content in batch.column(0).cast(pyarrow.binary()).to_pylist():
-          if content:
-            yield _document(content, content)
+          yield content, 0
   except pyarrow.ArrowException as error:
     why = str(error).splitlines()[0]
     raise ConfigError(f'{path}: not a readable .parquet ({why})') from None
+  except OSError as error:
+    raise ConfigError(f'{path}: cannot be read ({error.strerror})') from None

@@ -161,11 +161,11 @@ def _files(
 
 def _absent_here(name: str, path: str, _) -> str:
   """Returns the fault of a path on files that all machines share, or ''."""
-  from ..data import documents
+  from ..data import sources
 
   if name == 'config.data.source':
     try:
-      documents.files(path)
+      sources.listed(path)
     except ConfigError as error:
       return str(error)
   return (

@@ -33,9 +33,7 @@ def _define() -> None:
   flags.DEFINE_float('utilisation', 0, "Fraction of the peak; 0: V3's.")
   flags.DEFINE_float('dollars', 0, "Price of a chip's hour; 0: the list's.")
   flags.DEFINE_bool('compile', False, 'Compile the step for the topology, too.')
-  flags.DEFINE_string(
-    'out', '', 'File of the page to write, such as plan.html.'
-  )
+  cli.define_path('out', '', 'File of the page to write, such as plan.html.')
 
 
 def _main() -> None:

@@ -37,6 +37,8 @@ from typing import NamedTuple
 from mla_moe import files
 from mla_moe.config import ConfigError
 
+from .. import cli
+from ..data import encodings
 from . import matching, sandbox, tasks
 from .tasks import Question as Question
 
@@ -73,8 +75,8 @@ def source(name: str, seed: int) -> Source:
   Raises:
     ConfigError: there is none, or its questions are not fit to learn from.
   """
-  if name.endswith('.jsonl'):
-    return _of_file(pathlib.Path(name).expanduser(), seed)
+  if encodings.suffixes(name)[0] == '.jsonl':
+    return _of_file(cli.path('rl.task', name), seed)
   if name.startswith(_GYM):
     return _of_gym(name.removeprefix(_GYM), seed)
   try:
@@ -151,18 +153,15 @@ def _of_file(path: pathlib.Path, seed: int) -> Source:
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
   """Yields the number and the bytes of each line of a file."""
   files.check_regular(path)
-  try:
-    with path.open('rb') as file:
-      number = 0
-      while line := file.readline(_LONGEST_LINE + 1):
-        number += 1
-        if len(line) > _LONGEST_LINE:
-          raise ConfigError(
-            f'{path}, line {number}: has more than {_LONGEST_LINE} bytes'
-          )
-        yield number, line
-  except OSError as error:
-    raise ConfigError(f'{path}: cannot be read ({error.strerror})') from None
+  with encodings.opened(str(path)) as file:
+    number = 0
+    while line := file.readline(_LONGEST_LINE + 1):
+      number += 1
+      if len(line) > _LONGEST_LINE:
+        raise ConfigError(
+          f'{path}, line {number}: has more than {_LONGEST_LINE} bytes'
+        )
+      yield number, line
 
 
 def _question(line: bytes) -> Question:

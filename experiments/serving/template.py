@@ -30,6 +30,7 @@ from mla_moe.hf.settings import ASSISTANT as ASSISTANT
 from mla_moe.hf.settings import USER as USER
 from mla_moe.types import Int
 
+from .. import cli
 from . import renderer
 
 FLAGS = flags.FLAGS
@@ -40,9 +41,8 @@ _MARK = re.compile('\ue000([0-9]+)\ue001')
 
 def define() -> None:
   """Defines the flag of every program that chats."""
-  flags.DEFINE_string(
-    'chat_template', '', "A file with a template in Jinja; '' is the model's."
-  )
+  text = "A file with a template in Jinja; '' is the model's."
+  cli.define_path('chat_template', '', text)
 
 
 def own() -> str:
@@ -53,7 +53,7 @@ def own() -> str:
   """
   if not FLAGS.chat_template:
     return ''
-  path = pathlib.Path(FLAGS.chat_template).expanduser()
+  path = pathlib.Path(FLAGS.chat_template)
   try:
     text = files.read_bytes(path, _TEMPLATE_BYTES).decode('utf-8')
   except UnicodeDecodeError:

@@ -29,7 +29,7 @@ from mla_moe.data import packing
 from mla_moe.data.tokenizer import Tokenizer
 from mla_moe.types import Int
 
-from ..data import documents
+from ..data import encodings, sources
 from ..serving import template
 
 _BATCH = 256  # rows tokenised at once
@@ -77,9 +77,11 @@ def read(
   Raises:
     ConfigError: a file of another kind, or a wrong row, with its line.
   """
-  files = documents.files(source)
+  files, left_out = sources.listed(source)
+  if left_out:
+    say(left_out)
   for file in files:
-    if not file.path.lower().endswith('.jsonl'):
+    if sources.kind(file.path) != 'jsonl':
       raise ConfigError(
         f'--data={source}: {file.name} is no .jsonl; examples are rows of '
         f'{_FORMS}'
@@ -151,18 +153,13 @@ def split(
   return train, [x for x in examples if x.key < limit]
 
 
-def _rows(file: documents.File) -> Iterator[Row]:
+def _rows(file: sources.File) -> Iterator[Row]:
   """Yields the checked rows of a file."""
-  try:
-    with open(file.path, 'rb') as opened:
-      for number, line in enumerate(opened, 1):
-        if line.strip():
-          place = f'{file.path}:{number}'
-          yield Row(place, _turns(place, line.removeprefix(codecs.BOM_UTF8)))
-  except OSError as error:
-    raise ConfigError(
-      f'{file.path}: cannot be read ({error.strerror})'
-    ) from None
+  with encodings.opened(file.path) as opened:
+    for number, line in enumerate(opened, 1):
+      if line.strip():
+        place = f'{file.path}:{number}'
+        yield Row(place, _turns(place, line.removeprefix(codecs.BOM_UTF8)))
 
 
 def _turns(place: str, line: bytes) -> list[tuple[str, str]]:

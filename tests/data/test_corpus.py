@@ -50,6 +50,27 @@ def test_what_changes_the_tokens_changes_the_fingerprint(
   assert other.fingerprint != text.fingerprint
 
 
+def test_a_source_that_moved_is_the_same(folder, tmp_path, text):
+  """A path stands for its content; a file's name counts where it is a key."""
+  moved, cache, lines = tmp_path / 'moved', tmp_path / 'cache', []
+  os.rename(folder, moved)
+  for source in (moved, moved / '*.txt', os.path.relpath(moved)):
+    again = corpus.prepare(small(source=str(source)), BYTE, cache, lines.append)
+    assert again.fingerprint == text.fingerprint and not lines
+  os.rename(moved / '00.txt', moved / 'renamed.txt')
+  renamed = prepared(small(source=str(moved)), cache)
+  assert renamed.fingerprint != text.fingerprint
+  one, two = tmp_path / 'one.txt', tmp_path / 'two.md'
+  one.write_text('a book\n' * 99)
+  book = prepared(small(source=str(one)), cache)
+  os.rename(one, two)
+  assert prepared(small(source=str(two)), cache).fingerprint == book.fingerprint
+  os.rename(two, tmp_path / 'two.jsonl')
+  (tmp_path / 'two.jsonl').write_text('{"text": "a book"}\n' * 99)
+  rows = prepared(small(source=str(tmp_path / 'two.jsonl')), cache)
+  assert rows.fingerprint != book.fingerprint
+
+
 @pytest.mark.parametrize('part', ['train', 'heldout'])
 def test_row20_a_flipped_bit_is_found_and_named(part, folder, tmp_path, text):
   path = tmp_path / 'cache' / text.fingerprint / f'{part}.bin'

@@ -1,12 +1,17 @@
 """Documents: nothing is lost, sides do not change, bad files are named."""
 
+import bz2
 import dataclasses
+import gzip
+import json
+import lzma
 import os
+import pathlib
 
 import pytest
 from texts import BOS, BYTE, EOS, documents_of, prepared, rows_of, small
 
-from experiments.data import corpus, documents
+from experiments.data import corpus, documents, encodings, sources
 from mla_moe.config import ConfigError
 
 
@@ -22,24 +27,6 @@ def test_every_file_is_one_document_on_one_side(folder, text):
   assert len(documents_of(text.heldout)) > 1
 
 
-@pytest.mark.parametrize('count', [1, 2, 30])
-def test_of_a_small_text_some_is_held_out(tmp_path, count):
-  """A fraction of 1e-6 holds out no key, so one document is taken anyway."""
-  lines = [f'line {i} of a small book\n' for i in range(30)]
-  folder = tmp_path / 'text'
-  folder.mkdir()
-  for i in range(count):
-    (folder / f'{i}.txt').write_text(''.join(lines[i::count]))
-  config = small(source=str(folder), heldout=1e-6 if count > 1 else 0.1)
-  text = prepared(config, tmp_path / 'cache')
-  assert len(documents_of(text.heldout)) == 1 and len(text.train)
-  content = lambda d: bytes(d[1:-1]).decode()
-  heldout = content(documents_of(text.heldout)[0])
-  assert text.heldout_bytes == len(heldout) and text.prompt == heldout
-  both = heldout + ''.join(content(d) for d in documents_of(text.train))
-  assert sorted(both.splitlines(True)) == sorted(lines)
-
-
 def test_a_file_keeps_its_side_when_others_come(folder, tmp_path, text):
   more = os.path.join(folder, 'more.txt')
   with open(more, 'w', encoding='utf-8') as file:
@@ -53,7 +40,7 @@ def test_a_file_keeps_its_side_when_others_come(folder, tmp_path, text):
 
 
 def test_the_key_of_a_whole_file_is_its_name(folder):
-  one, other = (documents.files(folder)[i] for i in (0, 1))
+  one, other = sources.listed(folder).files[:2]
   (before,) = documents.read(one)
   with open(other.path, 'rb') as source, open(one.path, 'wb') as target:
     target.write(source.read())
@@ -63,7 +50,7 @@ def test_the_key_of_a_whole_file_is_its_name(folder):
 
 
 def test_the_default_corpus_is_the_standard_library():
-  files = documents.files('stdlib')
+  files = sources.listed('stdlib').files
   names = [file.name for file in files]
   assert names == sorted(names) and len(set(names)) == len(names)
   assert {'json/decoder.py', 'typing.py'} <= set(names)
@@ -75,7 +62,7 @@ def test_a_large_text_is_cut_between_characters_and_nothing_is_lost(tmp_path):
   path = tmp_path / 'one.txt'
   paragraphs = ''.join(f'{i} é東🙂\n' * 5 + '\n' for i in range(3000))
   path.write_text(paragraphs + '東' * 40000, encoding='utf-8')
-  (file,) = documents.files(str(path))
+  (file,) = sources.listed(str(path)).files
   pieces = list(documents.read(file))
   content = path.read_text(encoding='utf-8')
   assert ''.join(document.text for document in pieces) == content
@@ -90,7 +77,7 @@ def test_a_large_text_is_cut_between_characters_and_nothing_is_lost(tmp_path):
 def test_each_row_is_a_document_keyed_by_its_text(kind, tmp_path):
   path = tmp_path / f'rows.{kind}'
   rows_of(kind, path, ['one', 'zwei 東', 'one', '', 'x\ny'])
-  rows = list(documents.read(documents.files(str(path))[0]))
+  rows = list(documents.read(sources.listed(str(path)).files[0]))
   assert [d.text for d in rows] == ['one', 'zwei 東', 'one', 'x\ny']
   assert rows[0].key == rows[2].key != rows[1].key
 
@@ -100,9 +87,9 @@ def test_globs_and_folders_take_what_can_be_read(folder):
   for name in ('deep/a.jsonl', 'deep/b.bin', '.hidden.txt'):
     with open(os.path.join(folder, name), 'w', encoding='utf-8') as file:
       file.write('{"text": "t"}\n')
-  names = [file.name for file in documents.files(folder)]
+  names = [file.name for file in sources.listed(folder).files]
   assert len(names) == 41 and 'deep/a.jsonl' in names
-  files = documents.files(os.path.join(folder, '**', '*.jsonl'))
+  files = sources.listed(os.path.join(folder, '**', '*.jsonl')).files
   assert [file.name for file in files] == ['deep/a.jsonl']
 
 
@@ -166,20 +153,139 @@ def test_a_bad_parquet_is_named(tmp_path):
 
 
 def test_a_file_that_cannot_be_opened_is_named(folder, tmp_path):
-  (file, *_) = documents.files(folder)
+  (file, *_) = sources.listed(folder).files
   os.remove(file.path)
   with pytest.raises(ConfigError, match=r'00\.txt: cannot be read'):
     list(documents.read(file))
 
 
-@pytest.mark.parametrize('encoding', ['utf-16-le', 'utf-16-be'])
-def test_utf16_is_refused(folder, encoding):
-  path = os.path.join(folder, '00.txt')
-  with open(path, 'wb') as file:
-    file.write('\ufefftext'.encode(encoding))
-  for source in (folder, path):  # one of many, and the only one
-    with pytest.raises(ConfigError, match=r'00\.txt: is UTF-16; write it as'):
-      list(documents.read(documents.files(source)[0]))
+ENCODINGS = ('utf-8-sig', 'utf-16', 'utf-16-be', 'utf-32', 'utf-32-be')
+
+
+def encoded(text, encoding):
+  mark = '\ufeff' if encoding.endswith('be') else ''  # the others write it
+  return (mark + text).encode(encoding)
+
+
+@pytest.mark.parametrize('encoding', ENCODINGS)
+def test_an_encoding_is_known_by_its_mark(encoding, tmp_path):
+  """As one document, in pieces, in rows: the same as of plain UTF-8."""
+  folder = tmp_path / 'text'
+  folder.mkdir()
+  text = ''.join(f'{i} é東🙂, plain words.\r\n' for i in range(900))
+  row = json.dumps({'text': text}, ensure_ascii=False)
+
+  def read():
+    files = sources.listed(str(folder), 0.02).files
+    return {f.name: [*documents.read(f)] for f in files}
+
+  contents = {'a.txt': text[:999], 'pieces.txt': text, 'row.jsonl': ''}
+  contents['row.jsonl'] = f'{row}\n\n{row}\r\n'
+  for name, content in contents.items():
+    (folder / name).write_text(content, encoding='utf-8', newline='')
+  plain = read()
+  assert [len(plain[name]) for name in contents] == [1, 2, 2]
+  for name, content in contents.items():
+    (folder / name).write_bytes(encoded(content, encoding))
+  assert read() == plain
+
+
+def test_an_encoding_that_is_not_known_is_refused_by_name(tmp_path):
+  for content, says in (
+    ('plain words'.encode('utf-16-le'), 'is full of NULs'),
+    ('plain words'.encode('utf-32-be'), 'is full of NULs'),
+    (encoded('plain words', 'utf-16')[:-1], 'UTF-16-LE by its mark'),
+    (encoded('words \0', 'utf-32')[:-4] + b'\xff' * 4, 'UTF-32-LE by its mark'),
+  ):
+    for name in ('words.txt', 'words.jsonl'):
+      (tmp_path / name).write_bytes(content)
+      message = fails(small(source=str(tmp_path / name)), tmp_path)
+      assert says in message and name in message and 'iconv' in message
+
+
+def packed(content, suffix):
+  if suffix != '.zst':
+    codec = {'.gz': gzip, '.bz2': bz2, '.xz': lzma}[suffix]
+    return codec.compress(content)
+  pyarrow = pytest.importorskip('pyarrow', reason='extra [data] is missing')
+  return pyarrow.compress(content, 'zstd', asbytes=True)
+
+
+@pytest.mark.parametrize('suffix', encodings.COMPRESSED)
+def test_compressed_shards_are_read(suffix, tmp_path):
+  rows = [f'row {i} of the data ' * 20 for i in range(500)]
+  lines = [json.dumps({'text': row}).encode() + b'\n' for row in rows]
+  folder = tmp_path / 'text'
+  folder.mkdir()
+  first, second = b''.join(lines[:200]), b''.join(lines[200:])
+  # A file may be two compressed files, one after the other.
+  both = packed(first, suffix) + packed(second, suffix)
+  (folder / f'part-0.jsonl{suffix}').write_bytes(both)
+  (folder / f'PART-1.JSON{suffix.upper()}').write_bytes(packed(first, suffix))
+  (folder / f'book.txt{suffix}').write_bytes(packed(b'of words', suffix))
+  (folder / f'rows.parquet{suffix}').write_bytes(b'PAR1')
+  files, left_out = sources.listed(str(folder))
+  assert [len([*documents.read(f)]) for f in files] == [200, 1, 500]
+  texts = [d.text for f in files for d in documents.read(f)]
+  assert texts == rows[:200] + ['of words'] + rows
+  right = f'left out are 1 of .parquet{suffix} (rows.parquet{suffix}).'
+  assert left_out == f'{str(folder)!r}: {right}'
+  for damaged in (both[:-9], both[:40] + b'no' + both[42:], b'nothing'):
+    path = tmp_path / f'damaged.jsonl{suffix}'
+    path.write_bytes(damaged)
+    message = fails(small(source=str(path)), tmp_path)
+    assert path.name in message and 'cut off' in message
+
+
+def test_files_that_are_left_out_are_counted_and_named(folder, tmp_path):
+  """A folder, a glob; and a folder that holds nothing else."""
+  lines, root = [], pathlib.Path(folder)
+  (root / 'deep').mkdir()
+  (root / 'deep' / 'UPPER.TXT').write_text('is read')
+  for name in ('a.csv', 'b.csv', 'c.csv', 'd.csv', 'LICENSE', 'x.tar.gz'):
+    (root / name).write_text('text')
+  (root / 'package.json').write_text('{\n "text": 1}')
+  (root / 'rows.json').write_text('{"text": "is read"}\n')
+  (root / '.git').mkdir()
+  (root / 'deep' / '.env').write_text('x')
+  (root / 'linked').symlink_to(root / 'deep')
+  (root / 'gone.txt').symlink_to(root / 'nowhere')
+  os.mkfifo(root / 'pipe.txt')
+  config = small(source=folder)
+  text = corpus.prepare(config, BYTE, tmp_path / 'cache', lines.append)
+  (line,) = [line for line in lines if 'left out' in line]
+  assert line == (
+    f'{folder!r}: left out are 2 hidden (.git, deep/.env), 1 links to folders '
+    '(linked), 1 links to nothing (gone.txt), 1 no regular files (pipe.txt), '
+    '4 of .csv (a.csv, b.csv, c.csv, ...), 1 of .json without lines {"text": '
+    '...} (package.json), 1 of .tar.gz (x.tar.gz), 1 without a suffix '
+    '(LICENSE).'
+  )
+  rows = documents_of(text.train) + documents_of(text.heldout)
+  assert rows.count([BOS, *b'is read', EOS]) == 2 and len(rows) == 42
+  assert '2 folders (deep, linked)' in sources.listed(f'{folder}/*').left_out
+  assert 'folders' not in sources.listed(f'{folder}/**').left_out
+  only = tmp_path / 'only'
+  only.mkdir()
+  (only / 'a.csv').write_text('text')
+  assert 'left out are 1 of .csv (a.csv)' in fails(
+    small(source=str(only)), tmp_path
+  )
+
+
+@pytest.mark.parametrize('kind', ['jsonl', 'parquet'])
+def test_rows_without_a_text_are_skipped_and_counted(kind, tmp_path):
+  """One rule for both: a null and an empty text are no documents."""
+  path, lines = tmp_path / f'rows.{kind}', []
+  rows = [f'row {i}' for i in range(50)]
+  rows[0], rows[30], rows[49] = None, None, ''
+  rows_of(kind, path, rows)
+  config, cache = small(source=str(path)), tmp_path / 'cache'
+  text = corpus.prepare(config, BYTE, cache, lines.append)
+  both = documents_of(text.train) + documents_of(text.heldout)
+  right = [[BOS, *row.encode(), EOS] for row in rows if row]
+  assert sorted(both) == sorted(right)
+  assert '3 rows without text were skipped.' in lines
 
 
 def test_invalid_utf8_is_replaced_counted_and_said_once(folder, tmp_path):
@@ -198,12 +304,12 @@ def test_invalid_utf8_is_replaced_counted_and_said_once(folder, tmp_path):
 def test_invalid_bytes_of_a_row_and_halves_of_a_pair_are_both_counted(tmp_path):
   path = tmp_path / 'a.jsonl'
   path.write_bytes(b'{"text": "a\xff"}\n{"text": "b\\ud800 \xff"}\n')
-  (file,) = documents.files(str(path))
+  (file,) = sources.listed(str(path)).files
   counts = [document.replaced for document in documents.read(file)]
   assert counts[0] == 1 and counts[1] > 1
 
 
 def test_a_module_of_the_standard_library_is_a_document():
-  files = documents.files('stdlib')
+  files = sources.listed('stdlib').files
   assert len(files) > 100 and all(f.path.endswith('.py') for f in files)
   assert all(file.is_document for file in files)

@@ -1,0 +1,215 @@
+"""The files of a source of text: a folder, a glob, a file, or 'stdlib'.
+
+No file is left out in silence. `listed` returns the files that can be read, and
+a line that counts and names the others by their kind: a data set whose shards
+have a suffix that nobody reads would otherwise be a data set of its README.
+
+A small text file is one document, and a large one is cut into pieces
+(`documents`). Large is above 1 MiB, or above the part of the whole text that is
+held out: of a book and a note, one document each, either might be held out.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+from mla_moe.config import ConfigError
+
+from .. import cli
+from . import encodings
+
+TEXT = ('.txt', '.md', '.rst', '.py')
+ROWS = ('.jsonl', '.json', '.parquet')
+
+# Python's own tests are left out: half of the distributions do not ship them,
+# and they contain broken encodings on purpose.
+_SKIPPED = frozenset(
+  ('site-packages', 'dist-packages', '__pycache__')
+  + ('test', 'tests', 'idle_test')
+)
+_DOCUMENT_BYTES = 1 << 20  # a text file above this is cut into pieces
+_LEAST_BYTES = 16 << 10  # and one below this never
+_LINE_BYTES = 1 << 24
+_NAMED = 3  # files of each kind that are named
+_MAGIC = re.compile(r'[*?\[]')
+
+
+class Absent(ConfigError):
+  """Nothing lies at a source, or no file that can be read."""
+
+
+class File(NamedTuple):
+  """A file of the source.
+
+  name: relative to the source, parts joined by '/'. path: to open it.
+  is_document: all of it is one document.
+  """
+
+  name: str
+  path: str
+  is_document: bool
+
+
+class Listing(NamedTuple):
+  """The files of a source in order of name, and a line about the others.
+
+  left_out: '' where there are no others.
+  """
+
+  files: list[File]
+  left_out: str
+
+
+def listed(source: str, heldout: float = 1.0) -> Listing:
+  """Returns the files of a source.
+
+  Args:
+    source: 'stdlib' (the .py files of Python's own library), a folder, a glob
+      or one file.
+    heldout: the fraction of the text that will be held out.
+
+  Raises:
+    Absent: nothing there, or no file of a known kind.
+    ConfigError: an empty file, a folder that cannot be opened.
+  """
+  if source == 'stdlib':
+    root = sysconfig.get_path('stdlib')
+    paths = [
+      p for p, why in _walk(root, _SKIPPED) if not why and p[-3:] == '.py'
+    ]
+    if not paths:
+      raise Absent(
+        f"data.source='stdlib': no .py files in {root!r}; give a folder of text"
+      )
+    return Listing(_files(root, paths, lambda path: True), '')
+  path = str(cli.path('data.source', source))
+  kinds = ', '.join(TEXT + ROWS)
+  if os.path.isfile(path):
+    if not kind(path):
+      raise ConfigError(f'data.source={source!r}: must end in one of {kinds}')
+    if not os.path.getsize(path):
+      raise ConfigError(f'data.source={source!r}: the file is empty')
+    if _is_other_json(path):
+      raise ConfigError(
+        f'data.source={source!r}: its lines are no {{"text": ..}}'
+      )
+    return Listing([File(os.path.basename(path), path, False)], '')
+  if os.path.isdir(path):
+    root, found = path, _walk(path, frozenset(('__pycache__',)))
+  elif _MAGIC.search(path):
+    root = os.path.dirname(path[: _MAGIC.search(path).start()]) or '.'
+    found = [(p, _irregular(p)) for p in glob.glob(path, recursive=True)]
+    if '**' in path:  # it goes into folders, and yields them, too
+      found = [(p, why) for p, why in found if why != 'folders']
+  else:
+    raise Absent(f'data.source={source!r}: no such file or folder')
+  paths, others = [], []
+  for path, why in found:
+    why = why or _unknown(path)
+    (others if why else paths).append((why, path))
+  left_out = _left_out(root, others)
+  if not paths:
+    only = f'; {left_out}' if left_out else ''
+    raise Absent(f'data.source={source!r}: holds no file of {kinds}{only}')
+  paths = [path for _, path in paths]
+  sizes = {path: os.path.getsize(path) for path in paths}
+  part = heldout * sum(sizes.values())
+  most = min(_DOCUMENT_BYTES, max(part, _LEAST_BYTES))
+  # A compressed text of some KB may have any size.
+  is_document = lambda path: (
+    len(paths) > 1 and sizes[path] <= most and not encodings.suffixes(path)[1]
+  )
+  line = f'{source!r}: {left_out}.' if left_out else ''
+  return Listing(_files(root, paths, is_document), line)
+
+
+def kind(path: str) -> str:
+  """Returns 'text', 'jsonl' or 'parquet' by the suffix, or '' for others."""
+  suffix, compression = encodings.suffixes(path)
+  if suffix == '.parquet':
+    return '' if compression else 'parquet'
+  return 'text' if suffix in TEXT else 'jsonl' if suffix in ROWS else ''
+
+
+def _walk(root: str, skipped: frozenset[str]) -> Iterator[tuple[str, str]]:
+  """Yields (path, why it is left out or '') of all that lies below `root`."""
+
+  def fail(error):
+    raise ConfigError(
+      f'data.source: {error.filename!r} cannot be read ({error.strerror})'
+    )
+
+  for folder, folders, names in os.walk(root, onerror=fail):
+    below = []
+    for name in folders:
+      path = os.path.join(folder, name)
+      if name[0] == '.':
+        yield path, 'hidden'
+      elif os.path.islink(path):  # it may lead back here
+        yield path, 'links to folders'
+      elif name not in skipped:
+        below.append(name)
+    folders[:] = below
+    for name in names:
+      path = os.path.join(folder, name)
+      yield path, 'hidden' if name[0] == '.' else _irregular(path)
+
+
+def _irregular(path: str) -> str:
+  if os.path.isfile(path):
+    return ''
+  if os.path.isdir(path):
+    return 'folders'
+  return 'links to nothing' if os.path.islink(path) else 'no regular files'
+
+
+def _unknown(path: str) -> str:
+  """Returns the kind of a file that is not read, or ''."""
+  if not kind(path):
+    suffix = ''.join(encodings.suffixes(path))
+    return f'of {suffix}' if suffix else 'without a suffix'
+  return 'of .json without lines {"text": ...}' if _is_other_json(path) else ''
+
+
+def _is_other_json(path: str) -> bool:
+  """Whether a .json file's first line is no row with a text.
+
+  The suffix stands for rows in some data sets, for settings elsewhere.
+  """
+  if encodings.suffixes(path)[0] != '.json':
+    return False
+  try:
+    with encodings.opened(path) as file:
+      row = json.loads(file.readline(_LINE_BYTES))
+  except (ConfigError, ValueError, RecursionError):
+    return True
+  return not isinstance(row, dict) or 'text' not in row
+
+
+def _left_out(root: str, others: Iterable[tuple[str, str]]) -> str:
+  """Returns a clause that counts and names files by their kind."""
+  kinds: dict[str, list[str]] = {}
+  for why, path in others:
+    kinds.setdefault(why, []).append(_relative(root, path))
+  parts = []
+  for why, names in sorted(kinds.items()):
+    more = ', ...' if len(names) > _NAMED else ''
+    named = ', '.join(sorted(names)[:_NAMED])
+    parts.append(f'{len(names)} {why} ({named}{more})')
+  return f'left out are {", ".join(parts)}' if parts else ''
+
+
+def _relative(root: str, path: str) -> str:
+  return os.path.relpath(path, root).replace(os.sep, '/')
+
+
+def _files(
+  root: str, paths: list[str], is_document: Callable[[str], bool]
+) -> list[File]:
+  return sorted(File(_relative(root, p), p, is_document(p)) for p in paths)

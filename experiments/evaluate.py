@@ -238,7 +238,7 @@ def run(model: opened.TextModel) -> dict[str, dict]:
     raise ConfigError(f'--tasks={missing[0]!r}: there is no such task')
   path, tasks, settings = None, {}, {}
   if FLAGS.out:
-    path = pathlib.Path(FLAGS.out).expanduser()
+    path = pathlib.Path(FLAGS.out)
     settings = scores.settings(
       model,
       FLAGS.include,

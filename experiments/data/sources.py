@@ -101,16 +101,16 @@ def listed(source: str, heldout: float = 1.0) -> Listing:
       )
     return Listing([File(os.path.basename(path), path, False)], '')
   if os.path.isdir(path):
-    root, found = path, _walk(path, frozenset(('__pycache__',)))
+    root, entries = path, _walk(path, frozenset(('__pycache__',)))
   elif _MAGIC.search(path):
     root = os.path.dirname(path[: _MAGIC.search(path).start()]) or '.'
-    found = [(p, _irregular(p)) for p in glob.glob(path, recursive=True)]
+    entries = [(p, _irregular(p)) for p in glob.glob(path, recursive=True)]
     if '**' in path:  # it goes into folders, and yields them, too
-      found = [(p, why) for p, why in found if why != 'folders']
+      entries = [(p, why) for p, why in entries if why != 'folders']
   else:
     raise Absent(f'data.source={source!r}: no such file or folder')
   paths, others = [], []
-  for path, why in found:
+  for path, why in entries:
     why = why or _unknown(path)
     (others if why else paths).append((why, path))
   left_out = _left_out(root, others)

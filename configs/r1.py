@@ -61,6 +61,8 @@ def stage(base, steps, max_new, rewards, template='r1_zero'):
     minibatches=MINIBATCHES,
     max_new=max_new,
     rows=2048,
+    # A record of routes would be 8,192 x 34,816 x 58 x 8 x 2 B = 265 GB.
+    replay='none',
   )
   optim = dataclasses.replace(
     base.optim,

@@ -258,12 +258,14 @@ class CacheConfig(Checked):
   have a scale for each 128 numbers and keep the shared key in bfloat16. `impl`
   is the attention that reads the cache one token at a time: 'xla' anywhere, or
   the kernels 'tpu' (which 'auto' takes on a TPU) and 'gpu', which read
-  unquantised latents.
+  unquantised latents. With `routes` the experts of each token lie beside its
+  latents, 2 K bytes in each MoE layer.
   """
 
   dtype: Literal['auto', 'float32', 'bfloat16', 'int8', 'float8'] = 'auto'
   page: int = 128
   impl: Literal['auto', 'xla', 'tpu', 'gpu'] = 'auto'
+  routes: bool = False
 
   def _rules(self):
     self._positive('page')

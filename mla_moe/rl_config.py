@@ -44,6 +44,11 @@ class RLConfig(Checked):
   update's shapes, or the rollout's; `correct` weighs a token by trainer /
   rollout, cut at `correct_limit`, or drops it beyond.
 
+  `replay` says whose experts the updates take: each token's own, which are
+  compared with the rollout's ('compare') or not ('none': no record, 2 K bytes
+  of a token in each layer); the rollout's ('rollout', R3); or the trainer's
+  own, before the updates ('train', R2).
+
   `dynamic` (0: off) draws up to so many rollouts until `prompts` questions have
   both right and wrong answers (DAPO). `truncated` answers, those without an
   end, can be dropped. `overlong` is the length of DAPO's ramp before `max_new`.
@@ -72,6 +77,7 @@ class RLConfig(Checked):
   old: Literal['train', 'rollout'] = 'train'
   correct: Literal['none', 'truncate', 'mask'] = 'none'
   correct_limit: float = 2.0
+  replay: Literal['compare', 'none', 'train', 'rollout'] = 'compare'
   dynamic: int = 0
   truncated: Literal['keep', 'drop'] = 'keep'
   overlong: int = 0

@@ -35,6 +35,7 @@ LEFT_OUT = {
   },
   'loops of CPU and GPU': {'model/expert_loop', 'model/flash'},
   'refusals and variants of a config': {'checked', 'variants'},
+  'routing replay': {'model/replay'},
   "a tokenizer's ids": {'files', 'vocabulary'},
   'numbers of the loop and of reinforcement': {'run_config', 'rl_config'},
   'the type of a batch': {'data/batches'},

@@ -20,13 +20,15 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mla_moe import vocabulary
 from mla_moe.checked import is_number
-from mla_moe.config import Config, ConfigError
+from mla_moe.config import CacheConfig, Config, ConfigError
 from mla_moe.data import batches, packing
 from mla_moe.data.tokenizer import Tokenizer
+from mla_moe.model import replay
 from mla_moe.rl import advantages, episodes, objective
 
 from .. import workdir
@@ -195,7 +197,9 @@ class Policy(source.Source):
       self._questions.train, range(first, first + rl.prompts)
     )
     seeds = rollouts.seeds(self._config.run.seed, draw, rl.prompts * rl.samples)
-    drawn = rollouts.draw(self._config.model, rl, variables, ids, seeds)
+    model = self._config.model
+    cache = CacheConfig(routes=rl.replay != 'none' and model.moe_layers > 0)
+    drawn = rollouts.draw(model, rl, variables, ids, seeds, cache=cache)
     middle = time.perf_counter()
     texts = [self._words.decode(ids) for ids in drawn.bodies]
     each = [item for item in items for _ in range(rl.samples)]
@@ -222,11 +226,14 @@ class Policy(source.Source):
     penalty = advantages.overlong_penalty(counts, rl.max_new, rl.overlong)
     rewards = advantages.without_errors((rewards + penalty).reshape(shape))
     advantage, _ = advantages.advantages(rewards, rl.scale)
+    routes = drawn.routes or [None] * len(counts)
     groups = []
     for q, item in enumerate(items):
       rows = range(q * rl.samples, (q + 1) * rl.samples)
       answers = [
-        episodes.Answer(ids[q], drawn.tokens[r], drawn.log_probs[r], a, 0.0)
+        episodes.Answer(
+          ids[q], drawn.tokens[r], drawn.log_probs[r], a, 0.0, routes[r]
+        )
         for r, a in zip(rows, advantage[q], strict=True)
       ]
       groups.append(
@@ -266,17 +273,32 @@ class Policy(source.Source):
     return updates
 
   def _score(self, setup, variables, reference) -> None:
-    """Gives the updates the log-probabilities that they are compared with."""
+    """Gives the updates the log-probabilities that they are compared with.
+
+    And, with `rl.replay='train'`, the trainer's routes in the place of the
+    rollout's. The reference is another model, whose routers choose themselves.
+    """
     scorer = _scorer(program.of_devices(setup.config), setup.mesh)
-    score = lambda weights, batch: np.asarray(
-      scorer(weights, setup.place(batch))
+    score = lambda weights, batch: jax.tree.map(
+      np.asarray, scorer(weights, setup.place(batch))
     )
+    flips = []
     for i, update in enumerate(self._updates):
-      if not update.fresh:  # else the old policy is the update's own
-        update = update._replace(old=score(variables, update))
+      free = update
+      if update.routes is not None:
+        free = update._replace(routes=np.full_like(update.routes, -1))
+      if self._config.rl.replay == 'train':
+        old, routes = score(variables, free)
+        differ = replay.flips(*map(jnp.asarray, (routes, update.routes)))
+        flips.append(np.asarray(differ)[update.targets >= 0])
+        update = update._replace(old=old, routes=routes)
+      elif not update.fresh:  # else the old policy is the update's own
+        update = update._replace(old=score(variables, update)[0])
       if reference:
-        update = update._replace(reference=score(reference, update))
+        update = update._replace(reference=score(reference, free)[0])
       self._updates[i] = update
+    if flips:
+      self._row['route_flips'] = float(np.concatenate(flips).mean())
 
   def evaluate(self, setup, number: int, state: Any) -> tuple[dict, str]:
     """Returns the part of held-out questions answered right, greedily."""
@@ -394,6 +416,11 @@ def check(config: Config) -> None:
   if config.model.eos_id < 0:
     raise ConfigError(
       'model.eos_id=-1: without an end token no answer ends; set one'
+    )
+  if rl.replay in ('train', 'rollout') and not config.model.moe_layers:
+    raise ConfigError(
+      f'rl.replay={rl.replay!r}: a model without experts has no routes; set '
+      '--config.rl.replay=none'
     )
   names = [name for name, _ in rl.rewards]
   if len({*names}) < len(names):

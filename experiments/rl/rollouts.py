@@ -26,12 +26,14 @@ class Drawn(NamedTuple):
 
   tokens: the ids of each answer, int32, the end token included. log_probs: of
   each token under the distribution that it was drawn from, float32. ended [Q,
-  G]: whether the answer has an end token.
+  G]: whether the answer has an end token. routes: of each prompt and answer, if
+  they were recorded (`generation.Rollout`), without the last token.
   """
 
   tokens: list[np.ndarray]
   log_probs: list[np.ndarray]
   ended: np.ndarray
+  routes: list[np.ndarray] | None = None
 
   @property
   def bodies(self) -> list[np.ndarray]:
@@ -64,13 +66,16 @@ def draw(
   variables: Any,
   prompts: Sequence[np.ndarray],
   seeds: np.ndarray | None,
+  **options,
 ) -> Drawn:
   """Returns the answers to the prompts, those of all `parts`."""
-  drawn = list(parts(model, rl, variables, prompts, seeds))
+  drawn = list(parts(model, rl, variables, prompts, seeds, **options))
+  routes = [row for part in drawn for row in part.routes or ()]
   return Drawn(
     [ids for part in drawn for ids in part.tokens],
     [row for part in drawn for row in part.log_probs],
     np.concatenate([part.ended for part in drawn]),
+    routes or None,
   )
 
 
@@ -125,10 +130,16 @@ def parts(
       **knobs,
     )
     rows = list(enumerate(out.counts[:real]))
+    routes = None
+    if out.routes is not None:
+      # Copies: a view would hold the array of all rows at full length.
+      lengths = [len(part[row // samples]) + n - 1 for row, n in rows]
+      routes = [out.routes[row, :n].copy() for row, n in enumerate(lengths)]
     yield Drawn(
       [out.tokens[row, :n] for row, n in rows],
       [out.drawn[row, :n] for row, n in rows],
       out.ended[:real].reshape(-1, samples),
+      routes,
     )
 
 

@@ -49,7 +49,7 @@ class Setup(NamedTuple):
   def place(self, tree: Any) -> Any:
     """Puts a batch, or rates, on the device or on the mesh.
 
-    A batch [n, B, T] is split over the mesh's batch axes; other arrays are
+    A batch [n, B, T, ...] is split over the mesh's batch axes; other arrays are
     copied to all devices. The batch may be whole, or this process's rows.
     """
     if self.mesh is None:
@@ -60,12 +60,12 @@ class Setup(NamedTuple):
 
     def one(x):
       x = np.asarray(x)
-      if x.ndim != 3:
+      if x.ndim < 3:
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         return jax.make_array_from_callback(x.shape, everywhere, lambda i: x[i])
       split = program.batch_sharding(self.mesh)
       rows = np.arange(micro) if x.shape[1] == micro else self.rows
-      shape = (len(x), micro, x.shape[2])
+      shape = (len(x), micro, *x.shape[2:])
       take = functools.partial(_of_device, x, rows)
       return jax.make_array_from_callback(shape, split, take)
 

@@ -76,12 +76,24 @@ def _layer(params, bias, dtype):
     layer['ffn'] = transposed(params['ffn'])
   else:
     gate_up, down = (params['ffn'][name].astype(dtype) for name in _FFN)
-    layer['ffn'] = {'w_gate_up': moe.packed(gate_up), 'w_down': down}
+    layer['ffn'] = {'w_gate_up': packed(gate_up), 'w_down': down}
     layer['w_router'] = params['ffn']['w_router']
     layer['bias'] = bias.get('ffn', {}).get('bias')
     if 'shared' in params['ffn']:
       layer['shared'] = transposed(params['ffn']['shared'])
   return layer
+
+
+def packed(w_gate_up: Float[Array, 'E D two F']) -> Float[Array, 'E D GF']:
+  """Returns gate and up in one axis; on a mesh, each device joins its parts.
+
+  Grouped products take them as one axis. A TPU stores the last two axes in
+  tiles, so it would have to copy weights that end in [2, F] at each step.
+  """
+  apart = sharding.array_spec(moe.GATE_UP, w_gate_up)
+  joined = sharding.array_spec(moe.PACKED, w_gate_up[:, :, 0])
+  join = lambda w: w.reshape(*w.shape[:2], -1)
+  return sharding.shard_map(join, (apart,), joined)(w_gate_up)
 
 
 def hidden(
@@ -246,8 +258,10 @@ def _block(w, x, angles, pages, cache, valid, config, form):
   x = x + y
   h = layers.normalize(x, w['ffn_norm'], config.norm_eps)
   with jax.named_scope('ffn'):
-    y = _experts(w, h, config) if 'w_router' in w else _dense(w['ffn'], h)
-  return x + y, pages
+    if 'w_router' not in w:
+      return x + _dense(w['ffn'], h), pages
+    y, chosen = _experts(w, h, config)
+  return x + y, latent_cache.note_routes(pages, cache, chosen, valid)
 
 
 def _dense(w, x):
@@ -259,6 +273,7 @@ def _dense(w, x):
 
 
 def _experts(w, x, config):
+  """Returns the layer's output, and the experts chosen [B, T, K]."""
   ws, shared = (w['ffn']['w_gate_up'], w['ffn']['w_down']), None
   if 'shared' in w:
     shared = _dense(w['shared'], x)
@@ -267,12 +282,13 @@ def _experts(w, x, config):
   if one_device and len(flat) <= _FEW and sharding.target_platform() != 'tpu':
     routing = router.route(flat, w['w_router'], w['bias'], config.moe)
     out = few_rows(flat, routing, *ws).reshape(x.shape)
+    chosen = routing.chosen.reshape(*x.shape[:2], -1)
   else:
     recipe = products.NO_FP8
-    out, _ = moe.routed(
+    out, _, chosen = moe.routed(
       x, None, w['w_router'], w['bias'], ws, config, recipe, shared
     )
-  return out if shared is None else out + shared
+  return out if shared is None else out + shared, chosen
 
 
 def few_rows(
@@ -290,7 +306,7 @@ def few_rows(
   Args:
     x: the rows.
     routing: their experts and gates.
-    w_gate_up: of all experts, `moe.packed`.
+    w_gate_up: of all experts, `packed`.
     w_down: of all experts.
   """
   experts = w_down.shape[0]

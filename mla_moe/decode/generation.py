@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mla_moe.config import CacheConfig, ConfigError, ModelConfig
-from mla_moe.decode import forward, loop, sampling
+from mla_moe.decode import forward, latent_cache, loop, sampling
 from mla_moe.types import Array, Int, PyTree
 
 
@@ -29,7 +29,9 @@ class Rollout(NamedTuple):
   float32: the model's own, before every knob; 0 for the rest. drawn [B, new]:
   likewise, at the row's temperature. ended [B]: rows with a stop id. passes:
   passes of the main model, summed over rows, without the prompts'. accepted:
-  drafts accepted, of one a pass.
+  drafts accepted, of one a pass. routes [B, T + new - 1, L, K] int16: the
+  experts of each token that was read, the last one was not; -1 for the rest;
+  None where the cache notes none.
   """
 
   tokens: np.ndarray
@@ -39,6 +41,7 @@ class Rollout(NamedTuple):
   ended: np.ndarray
   passes: int
   accepted: int
+  routes: np.ndarray | None = None
 
 
 class Step(NamedTuple):
@@ -101,7 +104,7 @@ def rollout(
     speculative: draft with the MTP module. Greedy tokens are the same as
       without; sampled ones have the same distribution.
     stop_ids: a row ends with the first of them.
-    cache: type and page size of the latent cache.
+    cache: type and page size of the latent cache, and whether it notes routes.
     samples: rows of each prompt, one after the other; the model reads a prompt
       once.
     multiple: lengths are rounded up to it; small ones compute less padding, and
@@ -129,6 +132,9 @@ def rollout(
   real = np.arange(max_new_tokens)[None] < out.counts[:, None]
   tokens = np.where(real, out.tokens[:, :max_new_tokens], config.eos_id)
   last = tokens[np.arange(len(tokens)), out.counts - 1]
+  if out.routes is not None:
+    width = np.shape(prompt)[1] + max_new_tokens - 1
+    out = out._replace(routes=out.routes[:, :width])
   return out._replace(
     tokens=tokens.astype(np.int32),
     log_probs=np.where(real, out.log_probs[:, :max_new_tokens], 0.0),
@@ -290,6 +296,7 @@ def _rollout(variables, tokens, valid, job):
     ended=state.done,
     passes=state.passes,
     accepted=state.accepted,
+    routes=latent_cache.routes(state.cache),
   )
   return out, state.broken
 

@@ -38,12 +38,14 @@ class Pages:
 
   values: latent, shared key, and zeros up to the width. If they are quantised:
   the latent alone, with its scales [P, page_size, tiles] and the shared key in
-  `rope` [P, page_size, R].
+  `rope` [P, page_size, R]. routes [P, K, page_size] int16: the experts of each
+  token in a MoE layer; None where the cache notes none.
   """
 
   values: PyTree
   scales: PyTree = None
   rope: PyTree = None
+  routes: PyTree = None
 
   @property
   def page_size(self) -> int:
@@ -144,17 +146,23 @@ def pools(
   align = lambda n: -(-n // 128) * 128 if on_tpu else n
   lead = (pages, cache_config.page)
 
-  def pool():
+  def pool(layer):
+    routes = None
+    if cache_config.routes and model.dense_layers <= layer < model.layers:
+      shape = pages, model.moe.top_k, cache_config.page
+      routes = jnp.zeros(shape, jnp.int16)
     if dtype in ('float32', 'bfloat16'):
-      return Pages(jnp.zeros((*lead, align(rank + rope_dim)), dtype))
+      values = jnp.zeros((*lead, align(rank + rope_dim)), dtype)
+      return Pages(values, routes=routes)
     kind = {'int8': jnp.int8, 'float8': jnp.float8_e4m3fn}[dtype]
     return Pages(
       values=jnp.zeros((*lead, rank), kind),
       scales=jnp.ones((*lead, rank // _tile(rank)), jnp.float32),
       rope=jnp.zeros((*lead, align(rope_dim)), jnp.bfloat16),
+      routes=routes,
     )
 
-  return tuple(pool() for _ in range(model.layers + min(model.mtp.depth, 1)))
+  return tuple(map(pool, range(model.layers + min(model.mtp.depth, 1))))
 
 
 def next_slots(
@@ -188,13 +196,48 @@ def write(
     _widen(x, pool.shape[-1]).astype(pool.dtype), mode='drop'
   )
   if pages.scales is None:
-    return Pages(put(pages.values, jnp.concatenate([latent, k_rope], axis=-1)))
+    both = jnp.concatenate([latent, k_rope], axis=-1)
+    return pages.replace(values=put(pages.values, both))
   values, scales = quantise(latent, pages.values.dtype)
-  return Pages(
-    put(pages.values, values),
-    put(pages.scales, scales),
-    put(pages.rope, k_rope),
+  return pages.replace(
+    values=put(pages.values, values),
+    scales=put(pages.scales, scales),
+    rope=put(pages.rope, k_rope),
   )
+
+
+def note_routes(
+  pages: Pages,
+  cache: Cache,
+  chosen: Int[Array, 'B T K'],
+  valid: Int[Array, ' B'] | None,
+) -> Pages:
+  """Returns the pool with the experts of new tokens, if it notes them.
+
+  `cache` has the rows without the new tokens.
+  """
+  if pages.routes is None:
+    return pages
+  slots = next_slots(cache, chosen.shape[1], valid)
+  slot = pages.routes.at[slots.page, :, slots.offset]
+  return pages.replace(routes=slot.set(chosen.astype(jnp.int16), mode='drop'))
+
+
+def routes(cache: Cache) -> Int[Array, 'B S L K'] | None:
+  """Returns the experts of each token of the rows, int16; -1 beyond lengths.
+
+  L are the layers that note them; without any the result is None.
+  """
+  pools = [pages.routes for pages in cache.layers]
+  pools = [pool for pool in pools if pool is not None]
+  if not pools:
+    return None
+  # [B, n, L, K, page_size]
+  each = jnp.stack([pool[cache.table] for pool in pools], axis=2)
+  each = jnp.moveaxis(each, -1, 2)
+  each = each.reshape(len(cache.table), -1, *each.shape[3:])
+  real = jnp.arange(each.shape[1])[None] < cache.lengths[:, None]
+  return jnp.where(real[:, :, None, None], each, -1)
 
 
 def read(

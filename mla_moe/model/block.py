@@ -97,7 +97,7 @@ def stack(config: ModelConfig, routed: bool, functions: Functions) -> nn.Module:
   return nn.scan(
     remat_block(config, length),
     length=length,
-    variable_axes={'params': 0, 'router': 0},
+    variable_axes={'params': 0, 'router': 0, 'routes': 0},
     split_rngs={'params': True},
     in_axes=nn.broadcast,
     metadata_params={nn.PARTITION_NAME: axis},

@@ -71,16 +71,15 @@ def permute(x: Float[Array, 'M D'], layout: Layout) -> Float[Array, 'R D']:
   return x[layout.assignments // (layout.rows.size // x.shape[0])]
 
 
-def _permute_forward(x, layout):
-  return permute(x, layout), (layout, x.shape[0])
-
-
 def _permute_backward(residuals, g):
   layout, tokens = residuals
   return _sum_by_token(g, layout, tokens).astype(g.dtype), None
 
 
-permute.defvjp(_permute_forward, _permute_backward)
+permute.defvjp(
+  lambda x, layout: (permute(x, layout), (layout, x.shape[0])),
+  _permute_backward,
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

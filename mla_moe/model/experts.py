@@ -38,7 +38,7 @@ def feed_forward(
     x: the tokens.
     gates: of the chosen experts.
     chosen: ids of experts; E stands for one of another device, which adds 0.
-    w_gate_up: [E, D, 2, F], or [E, D, 2 F] (`moe.packed`) where it is not FP8.
+    w_gate_up: [E, D, 2, F], or [E, D, 2 F] (`packed`) where it is not FP8.
     w_down: of the same experts.
     impl: loop, ragged, padded, dense or auto. FP8 has only loop and ragged.
     recipe: precision of the products.
@@ -82,9 +82,7 @@ def _ragged(x, gates, chosen, w_gate_up, w_down, expected, recipe):
   """
   e, total = w_down.shape[0], chosen.size
   order = dispatch.sort(chosen, e)
-  capacity = total
-  if expected < total:
-    capacity = min(total, dispatch.capacity(expected, 128))
+  capacity = min(total, dispatch.capacity(expected, 128))
   # Each expert's rows that fit the buffer; the loop skips them.
   ends = jnp.minimum(order.starts + order.sizes, capacity)
   sizes = ends - jnp.minimum(order.starts, capacity)

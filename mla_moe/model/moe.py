@@ -20,7 +20,7 @@ from flax import linen as nn
 from mla_moe import fp8, sharding
 from mla_moe.config import ModelConfig
 from mla_moe.model import dispatch, exchange, layers, products, router, weights
-from mla_moe.types import Array, Float
+from mla_moe.types import Array, Float, Int
 
 SAVED = (*router.SAVED, *dispatch.SAVED)
 # Logical axes of the experts' weights.
@@ -68,8 +68,11 @@ class MoE(nn.Module):
     if moe.shared:
       width = moe.shared * width
       shared = layers.FeedForward(width, std, recipe, name='shared')(x)
+    routes = self.get_variable('routes', 'chosen')
     args = x, mask, w_router, bias, ws, self.config, recipe, shared
-    out, stats = routed(*args, self.route)
+    out, stats, chosen = routed(*args, self.route, routes)
+    if routes is not None:
+      self.put_variable('routes', 'chosen', chosen)
     return out if shared is None else out + shared, stats
 
 
@@ -83,12 +86,14 @@ def routed(
   recipe: fp8.Recipe,
   shared: Float[Array, 'B T D'] | None = None,
   route: Callable = router.route,
-) -> tuple[Float[Array, 'B T D'], Stats]:
-  """Returns the sum of each token's routed experts by gates, and the Stats.
+  routes: Int[Array, 'B T K'] | None = None,
+) -> tuple[Float[Array, 'B T D'], Stats, Int[Array, 'B T K']]:
+  """Returns the sum of routed experts by gates, Stats, and the router's choice.
 
   `ws` are gate and up [E, D, 2, F] (or `packed`) and down [E, F, D]. A `mask`
   of 0 leaves a token out of the Stats. `shared`, the shared expert's output, is
-  not added: it is here only to be computed while tokens travel.
+  not added: it is here only to be computed while tokens travel. `routes` are
+  those of `router.route`.
   """
   moe = config.moe
   names = ('batch', 'length', 'stream')
@@ -96,12 +101,14 @@ def routed(
   ws_axes = (GATE_UP if ws[0].ndim == 4 else PACKED), DOWN
   splits = tuple(map(weights.fsdp_split, ws, ws_axes))
 
-  def region(x, mask, w_router, bias, ws, shared):
+  def region(x, mask, w_router, bias, ws, shared, routes):
     b, t, dim = x.shape
     flat = x.reshape(b * t, dim)
     flat_mask = None if mask is None else mask.reshape(-1)
     with jax.named_scope('route'):
-      routing = route(flat, w_router, bias, moe)
+      own = routing = route(flat, w_router, bias, moe)
+      if routes is not None:
+        routing = route(flat, w_router, bias, moe, routes.reshape(b * t, -1))
     pairs = zip(ws, splits, strict=True)
     ws = tuple(weights.gather(w, split, x.dtype) for w, split in pairs)
     with jax.named_scope('experts'):
@@ -111,14 +118,13 @@ def routed(
     scores, counted = by_row(routing.scores), router.counted(routing, moe)
     balance = router.balance(scores, by_row(counted), mask, axes.length)
     load = router.load(routing.chosen, moe.experts, flat_mask)
-    batch = axes.batch
     stats = Stats(
       load=sharding.psum(load, axes.tokens),
-      balance=sharding.psum(balance, batch) / sharding.axis_size(batch),
+      balance=sharding.pmean(balance, axes.batch),
       entropy=router.entropy(routing.scores, flat_mask, axes.tokens),
       overflow=overflow,
     )
-    return out.reshape(b, t, dim), stats
+    return out.reshape(b, t, dim), stats, by_row(own.chosen)
 
   spec = sharding.array_spec
   specs = (
@@ -128,18 +134,8 @@ def routed(
     spec((None,), bias),
     tuple(map(weights.specs, ws, ws_axes)),
     spec(names, shared),
+    spec(names, routes),
   )
-  run = sharding.shard_map(region, specs, (specs[0], sharding.PartitionSpec()))
-  return run(x, mask, w_router, bias, ws, shared)
-
-
-def packed(w_gate_up: Float[Array, 'E D two F']) -> Float[Array, 'E D GF']:
-  """Returns gate and up in one axis; on a mesh, each device joins its parts.
-
-  Grouped products take them as one axis. A TPU stores the last two axes in
-  tiles, so it would have to copy weights that end in [2, F] at each step.
-  """
-  apart = sharding.array_spec(GATE_UP, w_gate_up)
-  joined = sharding.array_spec(PACKED, w_gate_up[:, :, 0])
-  join = lambda w: w.reshape(*w.shape[:2], -1)
-  return sharding.shard_map(join, (apart,), joined)(w_gate_up)
+  outputs = specs[0], sharding.PartitionSpec(), specs[0]
+  run = sharding.shard_map(region, specs, outputs)
+  return run(x, mask, w_router, bias, ws, shared, routes)

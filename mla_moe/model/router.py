@@ -36,8 +36,9 @@ def route(
   w_router: Float[Array, 'D E'],
   bias: Float[Array, ' E'] | None,
   moe: MoEConfig,
+  routes: Int[Array, 'M K'] | None = None,
 ) -> Routing:
-  """Returns the Routing of tokens; the choice itself has no gradient."""
+  """Returns the Routing of tokens: by `routes`, or by `select` where -1."""
   logits = jnp.einsum(
     'md,de->me',
     x.astype(jnp.float32),
@@ -47,6 +48,8 @@ def route(
   sigmoid = moe.scoring == 'sigmoid'
   scores = jax.nn.sigmoid(logits) if sigmoid else jax.nn.softmax(logits, -1)
   chosen = select(jax.lax.stop_gradient(scores), bias, moe)
+  if routes is not None:
+    chosen = jnp.where(routes < 0, chosen, routes)
   chosen = checkpoint_name(chosen, SAVED[0])
   gates = jnp.take_along_axis(scores, chosen, axis=-1)
   if moe.normalize:

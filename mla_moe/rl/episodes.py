@@ -22,7 +22,7 @@ class Answer(NamedTuple):
 
   prompt [P] and tokens [C]: ids, the end token included. rollout [C]: the
   log-probability of each token when it was drawn. advantage, and weight of each
-  token.
+  token. routes [P + C - 1, L, K]: the experts of each token read, or None.
   """
 
   prompt: Int[np.ndarray, ' P']
@@ -30,6 +30,7 @@ class Answer(NamedTuple):
   rollout: Float[np.ndarray, ' C']
   advantage: float
   weight: float
+  routes: Int[np.ndarray, 'S L K'] | None = None
 
 
 class Episodes(NamedTuple):
@@ -39,7 +40,8 @@ class Episodes(NamedTuple):
   int32; rollout, old, reference, advantage and weight [n, B, T] float32, 0
   where there is no target. count: the number of real micro-batches. fresh: 1
   where no update has followed the rollout yet, so that the old policy is the
-  policy, and `old` is not read.
+  policy, and `old` is not read. routes [n, B, T, L, K] int16: the rollout's
+  experts, or the trainer's (`RLConfig.replay`), -1 in padding; None: no record.
   """
 
   tokens: np.ndarray
@@ -53,6 +55,7 @@ class Episodes(NamedTuple):
   weight: np.ndarray
   count: np.ndarray
   fresh: np.ndarray
+  routes: np.ndarray | None = None
 
 
 def pack(
@@ -85,4 +88,11 @@ def pack(
     advantage[row, first:stop] = answers[index].advantage
     weight[row, first:stop] = answers[index].weight
   arrays = (x.reshape(most, micro, length) for x in (*packed, *floats))
-  return Episodes(*arrays, np.int32(real), np.int32(fresh))
+  routes = None
+  if answers[0].routes is not None:
+    each = answers[0].routes.shape[1:]
+    routes = np.full((most * micro, length, *each), -1, np.int16)
+    for index, row, _, stop in places:
+      routes[row, stop - lengths[index] : stop] = answers[index].routes
+    routes = routes.reshape(most, micro, length, *each)
+  return Episodes(*arrays, np.int32(real), np.int32(fresh), routes)

@@ -22,8 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from mla_moe.config import Config, MTPConfig
-from mla_moe.data import batches
-from mla_moe.model import sequence
+from mla_moe.model import replay, sequence
 from mla_moe.rl.episodes import Episodes
 from mla_moe.rl_config import RLConfig
 from mla_moe.train import step
@@ -40,7 +39,9 @@ def grpo(
   from the policy before the updates), clipped, dropped; mismatch_k3 and
   mismatch_extreme (the part of ratios outside 1/2 to 2) compare the trainer's
   likelihoods with the rollout's. ratio_max is the largest ratio, mismatch_max
-  the largest difference in nats.
+  the largest difference in nats. With a record of the rollout's routes,
+  route_flips is the part of (token, layer) whose router here, in the update,
+  would take another set of experts.
   """
   log_probs, inside = -out.nll[0], out.targets[0] >= 0
   place = lambda name: sequence.arrange(getattr(micro, name))
@@ -68,23 +69,30 @@ def grpo(
     'ratio_max': arrays['ratio'].max(),
     'mismatch_max': jnp.abs(gap).max(),
   }
+  if out.routes is not None and config.rl.replay != 'train':
+    flips = replay.flips(out.routes, micro.routes).mean(-1)
+    metrics['route_flips'] = mean(sequence.arrange(flips))
   return (place('weight') * loss).sum(), metrics
 
 
 def log_probs(
   variables: PyTree, batch: Episodes, *, config: Config
-) -> Float[Array, 'n B T']:
-  """Returns the log-probabilities of the targets; 0 where there is none."""
+) -> tuple[Float[Array, 'n B T'], Int[Array, 'n B T L K'] | None]:
+  """Returns the log-probabilities of the targets; 0 where there is none.
+
+  Routes in the batch are replayed; the routers' own choices are the second
+  result, None where the batch has none.
+  """
   main = dataclasses.replace(config.model, mtp=MTPConfig(depth=0))
   config = dataclasses.replace(config, model=main)
 
   def one(micro):
     params, router = variables['params'], variables['router']
     out = step.predictions(params, router, micro, config)
-    return -sequence.restore(out.nll[0])
+    return -sequence.restore(out.nll[0]), out.routes
 
   each = jnp.zeros(len(batch.tokens))
-  return jax.lax.map(one, batches.Batch(*batch[:4], each))
+  return jax.lax.map(one, batch._replace(count=each, fresh=each))
 
 
 def token_loss(

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 
 from mla_moe.config import Config, ModelConfig, MTPConfig
 from mla_moe.data import batches
-from mla_moe.model import block, moe, router, sequence, transformer
+from mla_moe.model import block, moe, replay, router, sequence, transformer
 from mla_moe.train import losses, optim
 from mla_moe.train.state import State
 from mla_moe.types import Array, Int, PyTree
@@ -50,6 +50,7 @@ class Predictions(NamedTuple):
   lse: Array  # [1 + depth, B, T] float32: the logits' logsumexp
   targets: Array  # [1 + depth, B, T] int32; -1 is none
   stats: moe.Stats  # with an axis of MoE layers, MTP modules last
+  routes: Array | None = None  # [B, T, L, K]: the routers' own, if recorded
 
 
 class Whole(NamedTuple):
@@ -160,8 +161,7 @@ def _refreshed(reference, latest, number, period) -> PyTree:
   if not (reference and period):
     return reference
   # No `where`: it would read and write the whole tree in each step.
-  is_due = number % period == 0
-  return jax.lax.cond(is_due, lambda: latest, lambda: reference)
+  return jax.lax.cond(number % period == 0, lambda: latest, lambda: reference)
 
 
 def _whole(batch, rates) -> Whole:
@@ -226,30 +226,33 @@ def predictions(
 ) -> Predictions:
   """Returns the log-likelihoods of one micro-batch's targets, and statistics.
 
-  `micro` has the fields of a `batches.Batch` without the axis of micro-batches.
+  `micro` has the fields of a `batches.Batch` without the axis of micro-batches,
+  and may have `routes` to replay (`replay`).
   """
   network = transformer.Transformer(config.model, functions)
   variables = {'params': params, 'router': biases}
+  record = replay.variables(getattr(micro, 'routes', None), config.rl.replay)
   joined = config.data.packing == 'joined'
-  out = network.apply(
-    variables,
+  out, record = network.apply(
+    variables | record,
     micro.tokens,
     micro.positions,
     None if joined else micro.segments,
     config.mesh.pipeline,
     arranged=True,
     method=network.features,
+    mutable=['routes'],
   )
   head = network.apply(variables, method=network.head)
-  targets = [micro.targets]
-  for k in range(1, 1 + len(out.mtp_hidden)):
-    targets.append(_ahead(micro.targets, micro.segments, k))
+  count = 1 + len(out.mtp_hidden)
+  targets = [_ahead(micro.targets, micro.segments, k) for k in range(count)]
   hidden = jnp.stack([out.hidden, *out.mtp_hidden])
   if config.rl.task:  # likelihoods at the temperature of the answers
     hidden = hidden / config.rl.temperature
   targets = jnp.stack([sequence.arrange(t) for t in targets])
   nll, lse = losses.sharded_token_nll(hidden, head, targets)
-  return Predictions(nll, lse, targets, _joined_stats(out))
+  routes = replay.record(record)
+  return Predictions(nll, lse, targets, _joined_stats(out), routes)
 
 
 def _ahead(
@@ -265,8 +268,7 @@ def _joined_stats(out: transformer.Features) -> moe.Stats:
   """Returns the statistics of the main layers, then of the MTP modules."""
   both = [s for s in (out.stats, out.mtp_stats) if s is not None]
   if not both:
-    none = jnp.zeros((0,), jnp.float32)
-    few = jnp.zeros((0,), jnp.int32)
+    none, few = jnp.zeros((0,)), jnp.zeros((0,), jnp.int32)
     return moe.Stats(few[:, None], none, none, few)
   return jax.tree.map(lambda *x: jnp.concatenate(x), *both)
 

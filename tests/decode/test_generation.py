@@ -25,7 +25,7 @@ from mla_moe.decode import (
   sampling,
   speculative,
 )
-from mla_moe.model import transformer
+from mla_moe.model import trace, transformer
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 
@@ -62,6 +62,39 @@ def test_drafts_change_no_greedy_token():
   np.testing.assert_array_equal(out.tokens, expected['greedy'][:, 24:])
   assert out.passes + out.accepted >= 2 * (new - 1)
   assert 0 <= out.accepted <= out.passes
+
+
+@pytest.mark.parametrize('drafts', [False, True])
+def test_the_routes_of_a_rollout_are_those_of_its_texts(drafts):
+  """In float32, two prompts of other lengths, two samples each."""
+  config, variables, expected = golden('v3_release')
+  prompt, new = expected['greedy'][:2, :7], 5
+  out = rollout(
+    config,
+    weights('v3_release'),
+    prompt,
+    new,
+    lengths=[7, 4],
+    samples=2,
+    speculative=drafts,
+    temperature=1.0,
+    cache=CacheConfig(page=4, routes=True),
+  )
+  shape = 4, 7 + new - 1, config.moe_layers, config.moe.top_k
+  assert out.routes.shape == shape and out.routes.dtype == np.int16
+  for row, length in enumerate([7, 7, 4, 4]):
+    ids = [*prompt[row // 2, :length], *out.tokens[row, : new - 1]]
+    padded = np.zeros((1, 7 + new - 1), np.int32)
+    padded[0, : len(ids)] = ids
+    noted = traced(config, variables, padded)[:, 0, : len(ids)]
+    want, got = np.sort(noted.swapaxes(0, 1)), out.routes[row]
+    np.testing.assert_array_equal(np.sort(got[: len(ids)]), want)
+    assert (got[len(ids) :] == -1).all()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def traced(config, variables, ids):
+  return trace.trace(config, variables, ids).chosen
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ def compiled(mesh_config, config, recipe=products.NO_FP8):
         names = (moe.GATE_UP, moe.DOWN)
         pairs = zip(ws, names, strict=True)
         ws = tuple(weights.quantize(w, n, recipe) for w, n in pairs)
-      y, stats = moe.routed(x, mask, w_router, bias, ws, config, recipe)
+      y, stats, _ = moe.routed(x, mask, w_router, bias, ws, config, recipe)
       return (y * g).sum() + stats.balance, (y, stats)
 
     (_, out), grads = jax.value_and_grad(f, (0, 1, 2), has_aux=True)(*args)

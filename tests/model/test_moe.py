@@ -11,6 +11,7 @@ import pytest
 
 from mla_moe import fp8, sharding
 from mla_moe.config import MeshConfig, ModelConfig, MoEConfig
+from mla_moe.decode import forward
 from mla_moe.model import expert_loop, experts, moe, products, router
 
 V3 = MoEConfig(experts=16, top_k=4, width=8, groups=4, top_groups=2, shared=0)
@@ -149,7 +150,7 @@ def test_balance_loss_counts_by_the_methods_own_rule(name):
   config = ModelConfig(moe=c)
   arrays = logits[None], None, jnp.eye(4), bias, ws
   run = jax.jit(moe.routed, static_argnums=(5, 6))
-  _, stats = run(*arrays, config, products.NO_FP8)
+  _, stats, _ = run(*arrays, config, products.NO_FP8)
   assert float(stats.balance) == pytest.approx(expected, rel=1e-6)
 
 
@@ -178,7 +179,7 @@ def test_packed_experts_are_the_same(impl):
   (x, gates, gate_up, down), chosen, _ = expert_inputs()
   run = functools.partial(experts.feed_forward, x, gates, chosen, impl=impl)
   run = jax.jit(functools.partial(run, expected=8))  # most go through the loop
-  joined = moe.packed(gate_up)
+  joined = forward.packed(gate_up)
   assert joined.shape == (16, 12, 16)
   dense = experts.feed_forward(x, gates, chosen, gate_up, down, impl='dense')
   for weights in (gate_up, joined):

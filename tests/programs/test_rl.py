@@ -39,21 +39,19 @@ ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 6
 
 
-def small(run=None, data=None, optim=None, **rl):
+def small(run=None, data=None, optim=None, model=None, **rl):
   """The smoke config: six updates, two a rollout, of four questions."""
   config = freeze(r1_tiny.get_config('v32,smoke'))
   change = dataclasses.replace
   fields = dict(temperature=0.7, kl_form='k3', refresh=2, beta=0.1)
-  model = change(
-    config.model, dim=32, dense_width=32, compute=config.model.compute
-  )
+  sizes = dict(dim=32, dense_width=32) | (model or {})
   run = dict(steps=STEPS, save_every=2, eval_every=6, sample_every=4) | (
     run or {}
   )
   run = {'keep': 9, 'check_every': 1} | run
   return change(
     config,
-    model=model,
+    model=change(config.model, **sizes),
     run=change(config.run, **run),
     data=change(config.data, **(data or {})),
     optim=change(config.optim, **(optim or {})),
@@ -128,6 +126,8 @@ def test_the_policy_of_a_rollout_is_that_of_its_first_update(whole):
     # Rollout and trainer, at T = 0.7: two programs, one policy.
     assert 0 < row['mismatch_max'] < 5e-5
     assert row['mismatch_extreme'] == 0
+    if is_first:
+      assert row['route_flips'] == 0  # in float32
 
 
 def test_the_reference_is_the_policy_of_each_second_step(whole):
@@ -388,6 +388,23 @@ def test_the_split_into_micro_batches_changes_nothing(whole, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('replay', ['none', 'rollout', 'train'])
+def test_routes_without_a_flip_change_nothing(replay, whole, tmp_path):
+  """In float32 two programs choose alike, so that all modes are one."""
+  config = small(replay=replay, run={'steps': 2})
+  train.run(config, tmp_path / 'run', open_source=policy.opened())
+  first, second = steps(tmp_path / 'run')
+  assert (first.get('route_flips') is None) == (replay == 'none')
+  skip = {'seconds', 'memory_mib', 'tokens_per_s', 'mfu', 'route_flips'}
+  clean = lambda row: {k: v for k, v in row.items() if k not in skip}
+  assert clean(first) == clean(steps(whole)[0])
+  if replay == 'none':
+    assert clean(second) == clean(steps(whole)[1])
+  assert first['ratio_max'] == 1.0
+  assert first.get('route_flips', 0) == 0
+
+
+@pytest.mark.slow
 def test_equal_rewards_and_no_reference_move_nothing(tmp_path, monkeypatch):
   monkeypatch.setattr(
     Fake, '_one', lambda *_: grading.Graded(1.0, {'accuracy': 1.0}, '')
@@ -470,6 +487,10 @@ def test_answers_drawn_in_parts_are_the_same(whole):
     (dict(rewards=(('format', 1.0), ('format', 1.0))), 'a reward twice'),
     (dict(max_new=300), 'model.max_positions=256: a prompt of'),
     (dict(template='chat'), 'template'),
+    (
+      dict(replay='train', model={'dense_layers': 3}),
+      "rl.replay='train': a model without experts",
+    ),
   ],
 )
 def test_what_cannot_be_learned_is_refused(

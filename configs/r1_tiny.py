@@ -12,6 +12,7 @@ Its first stage is `cold`, for `experiments.sft`; the others are for
   gspo   GSPO: one ratio an answer
   cispo  CISPO: the ratio is a capped weight, and no token loses its gradient
   v32    V3.2: no spread, the unbiased KL estimate, stale worse answers dropped
+  distil V4's on-policy distillation: needs --teacher=RUN, learns from no reward
 
 One update follows each rollout: with four at this rate the policy collapses.
 Adam's moments are fresh, hence the warm-up.
@@ -56,6 +57,7 @@ def get_config(arg=''):
     cispo=change(
       several, surrogate='cispo', clip_high=5.0, aggregate='token', beta=0.0
     ),
+    distil=change(zero, beta=0.0, teachers=(('', 1.0),)),
     v32=change(several, scale='none', kl_form='unbiased', off_policy=0.5),
   )
   return c.follow_run(c.thaw(c.variant(zero, arg, **variants)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from mla_moe.checked import Checked, check_divides
+from mla_moe.checked import Checked, check_divides, is_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +53,9 @@ class RLConfig(Checked):
   both right and wrong answers (DAPO). `truncated` answers, those without an
   end, can be dropped. `overlong` is the length of DAPO's ramp before `max_new`.
   At an evaluation, `heldout` questions are answered greedily.
+
+  `teachers` are (folder, weight) of models that distil into the policy
+  (`advantages.taught`); the rest of the weights, up to 1, is the rewards'.
   """
 
   task: str = ''
@@ -82,6 +85,7 @@ class RLConfig(Checked):
   truncated: Literal['keep', 'drop'] = 'keep'
   overlong: int = 0
   heldout: int = 256
+  teachers: tuple = ()
 
   def _rules(self):
     self._positive('prompts', 'samples', 'minibatches', 'max_new', 'heldout')
@@ -101,6 +105,13 @@ class RLConfig(Checked):
       self.temperature > 0,
       'must be above 0: greedy answers to a question are all alike',
     )
+    weights = [pair[1] for pair in self.teachers if _is_weighted(pair)]
+    self._require(
+      'teachers',
+      len(weights) == len(self.teachers) and sum(weights) < 1 + 1e-6,
+      "must be (folder, weight) pairs, such as (('runs/r1', 1.0),), whose "
+      'weights are above 0 and at most 1 in all',
+    )
     self._require('clip_high', self.clip_high > 0, 'must be above 0')
     self._require(
       'correct_limit', self.correct_limit >= 1, 'must be at least 1'
@@ -110,3 +121,10 @@ class RLConfig(Checked):
       self.overlong < self.max_new,
       f'must be less than max_new={self.max_new}',
     )
+
+
+def _is_weighted(pair: object) -> bool:
+  """Whether an object is a (folder, weight) pair."""
+  if not (isinstance(pair, tuple) and len(pair) == 2):
+    return False
+  return isinstance(pair[0], str) and is_number(pair[1]) and 0 < pair[1] <= 1

@@ -9,11 +9,16 @@ questions right, or no group of answers has a spread and nothing is learned.
 loss. The loop is `experiments.train`'s with the policy's answers in the place
 of a text (`rl.policy`): the same command again resumes, --replay=STEP compares.
 rewards.jsonl has each answer's reward, groups.jsonl some answers in full.
+--teacher=RUN,DIR names models that distil into the policy (`rl.teachers`).
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 from absl import flags
+
+from mla_moe.config import Config
 
 from .. import cli, train
 from ..serving import template
@@ -26,6 +31,9 @@ def define() -> None:
   flags.DEFINE_bool(
     'allow_code', False, 'Run the programs that answers hold, for rl.rewards.'
   )
+  flags.DEFINE_list(
+    'teacher', [], "Runs or releases that distil, in rl.teachers' place."
+  )
 
 
 def main() -> None:
@@ -34,7 +42,21 @@ def main() -> None:
 
   values = flags.FLAGS
   opened = policy.opened(template.own(), values.allow_code)
-  train.begin(cli.config(), opened)
+  train.begin(taught(cli.config(), values.teacher), opened)
+
+
+def taught(config: Config, names: list[str]) -> Config:
+  """Returns the config with these teachers; they share its teachers' weight.
+
+  Where it has none they have all of it, and rewards teach nothing.
+  """
+  if not names:
+    return config
+  total = sum(weight for _, weight in config.rl.teachers) or 1.0
+  pairs = tuple((name, total / len(names)) for name in names)
+  return dataclasses.replace(
+    config, rl=dataclasses.replace(config.rl, teachers=pairs)
+  )
 
 
 if __name__ == '__main__':

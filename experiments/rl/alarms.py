@@ -58,7 +58,8 @@ class Alarms:
     values = {name: _number(row, name) for name in row}
     values = {name: x for name, x in values.items() if x is not None}
     judged = {}
-    if {'zero_right', 'zero_wrong'} <= values.keys():
+    is_taught = 'teacher_kl' in values  # by each token, whatever the rewards
+    if not is_taught and {'zero_right', 'zero_wrong'} <= values.keys():
       judged['spread'] = self._spread(
         values['zero_right'], values['zero_wrong']
       )

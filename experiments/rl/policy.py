@@ -11,6 +11,7 @@ used, and a run that draws the same answers again reads them.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import heapq
@@ -33,7 +34,15 @@ from mla_moe.rl import advantages, episodes, objective
 
 from .. import workdir
 from ..training import program, source
-from . import alarms, grading, prompts, questions, record, rollouts
+from . import (
+  alarms,
+  grading,
+  prompts,
+  questions,
+  record,
+  rollouts,
+  teachers,
+)
 
 _LOOKED_AT = 256  # questions of an endless source that are read before the run
 _COUNTED = 4096  # the longest texts of those, whose tokens are counted
@@ -86,6 +95,7 @@ class Policy(source.Source):
       folder = vocabulary.file_of(tokenizer).parent
     self._prompts = prompts.Prompts(rl.template, words, folder, own)
     self._check_lengths()
+    self._teachers = teachers.load(config, words)
     self._grader = grading.Grader(
       self._questions,
       dict(rl.rewards),
@@ -128,6 +138,8 @@ class Policy(source.Source):
     text += f'  entropy {row["entropy"]:.2f}'
     if self._config.rl.beta:
       text += f'  KL {row["kl"]:.1e}'
+    if 'teacher_kl' in row:
+      text += f'  KL to teacher {row["teacher_kl"]:.3f}'
     return text
 
   def batch(self, setup, number: int, state: Any, left_out: int):
@@ -282,7 +294,7 @@ class Policy(source.Source):
     score = lambda weights, batch: jax.tree.map(
       np.asarray, scorer(weights, setup.place(batch))
     )
-    flips = []
+    flips, divergence = [], []
     for i, update in enumerate(self._updates):
       free = update
       if update.routes is not None:
@@ -292,13 +304,37 @@ class Policy(source.Source):
         differ = replay.flips(*map(jnp.asarray, (routes, update.routes)))
         flips.append(np.asarray(differ)[update.targets >= 0])
         update = update._replace(old=old, routes=routes)
-      elif not update.fresh:  # else the old policy is the update's own
+      elif self._teachers or not update.fresh:
+        # Else the old policy is the update's own.
         update = update._replace(old=score(variables, update)[0])
       if reference:
         update = update._replace(reference=score(reference, free)[0])
+      if self._teachers:
+        update, gap = self._taught(setup, update, free)
+        divergence.append(gap)
       self._updates[i] = update
     if flips:
       self._row['route_flips'] = float(np.concatenate(flips).mean())
+    if divergence:
+      self._row['teacher_kl'] = float(np.concatenate(divergence).mean())
+
+  def _taught(self, setup, update, free) -> tuple[episodes.Episodes, Any]:
+    """Returns the update with its teachers' advantages, and divergences.
+
+    `free` is the update without replay: with its routes, a teacher of the
+    policy's shapes is computed by the very program of the policy.
+    """
+    read, config = [], setup.config
+    for model, variables, weight in self._teachers:
+      same = model == config.model
+      batch = free if same else free._replace(routes=None)
+      scorer = _scorer(dataclasses.replace(config, model=model), setup.mesh)
+      log_probs, _ = scorer(variables, setup.place(batch))
+      read.append((weight, np.asarray(log_probs)))
+    advantage, gap = advantages.taught(update.advantage, update.old, read)
+    inside = update.targets >= 0
+    advantage = np.where(inside, advantage, 0.0).astype(np.float32)
+    return update._replace(advantage=advantage), gap[inside]
 
   def evaluate(self, setup, number: int, state: Any) -> tuple[dict, str]:
     """Returns the part of held-out questions answered right, greedily."""
@@ -383,7 +419,7 @@ class Policy(source.Source):
     return [item for item, _ in items], [ids for _, ids in items]
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=16)
 def _scorer(config: Config, mesh):
   """Returns the jitted `objective.log_probs` of the config."""
   places = {}

@@ -13,6 +13,8 @@ micro-batches, packing and shards cannot change the result.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from mla_moe.types import Bool, Float, Int
@@ -36,6 +38,25 @@ def advantages(
     return centred / rewards.std(ddof=1), flat
   spread = rewards.std(axis=1, ddof=1, keepdims=True)
   return centred / np.where(flat[:, None], 1.0, spread), flat
+
+
+def taught(
+  advantage: Float[np.ndarray, '*b'],
+  old: Float[np.ndarray, '*b'],
+  teachers: Sequence[tuple[float, Float[np.ndarray, '*b']]],
+) -> tuple[Float[np.ndarray, '*b'], Float[np.ndarray, '*b']]:
+  """Returns the advantage of each token by teachers, and their divergence.
+
+  The gradient of KL(policy | teacher) is the mean of (log policy - log teacher)
+  times that of log policy, over the policy's own tokens: so the advantage of a
+  token is log teacher - log policy (on-policy distillation). Teachers are
+  (weight, log-probabilities); the rest of their weights, up to 1, is that of
+  the rewards' `advantage`. `old` has the policy's log-probabilities. The
+  divergence is the weighted mean of log policy - log teacher.
+  """
+  total = sum(weight for weight, _ in teachers)
+  gap = sum(weight * (log_probs - old) for weight, log_probs in teachers)
+  return max(1.0 - total, 0.0) * advantage + gap, -gap / total
 
 
 def without_errors(

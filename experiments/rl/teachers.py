@@ -1,0 +1,80 @@
+"""Teachers: on-policy distillation, where a token is paid and not an answer.
+
+The pupil answers, and teachers read its answers: the advantage of a token is
+log teacher - log pupil (`advantages.taught`). So it learns from its own
+mistakes, as by reinforcement, and from each of their tokens. V4 makes one model
+of its specialists so.
+
+V4 sums the divergence over the whole vocabulary. Here it is estimated by the
+token drawn, as Thinking Machines do: a teacher leaves 4 bytes of a token. Its
+hidden states, of which V4 makes the logits again, would be 2 D bytes, and the
+logits 2 V: with V3's sizes 14 KB and 259 KB.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import NamedTuple
+
+from mla_moe import sharding
+from mla_moe.config import Config, ConfigError, ModelConfig
+from mla_moe.data import tokenizer
+from mla_moe.types import PyTree
+
+
+class Teacher(NamedTuple):
+  """A model that reads answers; variables: {'params', 'router'}."""
+
+  model: ModelConfig
+  variables: PyTree
+  weight: float
+
+
+def load(config: Config, words: tokenizer.Tokenizer) -> list[Teacher]:
+  """Returns the teachers of `config.rl`, on its mesh.
+
+  Args:
+    config: of the pupil's run.
+    words: the pupil's tokenizer.
+
+  Raises:
+    ConfigError: a teacher that is not there, or has another vocabulary.
+  """
+  mesh = None
+  if config.mesh.devices > 1:
+    mesh = sharding.make_mesh(config.mesh)
+  return [
+    _teacher(config, words, name, weight, mesh)
+    for name, weight in config.rl.teachers
+  ]
+
+
+def _teacher(config, words, name, weight, mesh) -> Teacher:
+  from mla_moe import load_huggingface, load_run
+
+  folder = pathlib.Path(name).expanduser()
+  if not name or not folder.is_dir():
+    raise ConfigError(
+      f'rl.teachers names {name!r}: is no folder; set --teacher=RUN, or a '
+      'release in .safetensors'
+    )
+  if (folder / 'checkpoints').is_dir():
+    run, variables = load_run(folder, mesh=mesh)
+    model, own = run.model, run.data.tokenizer
+  else:
+    model, variables = load_huggingface(folder, config.model.dtype, mesh)
+    own = str(folder / 'tokenizer.json')
+  theirs = tokenizer.load(own, model.bos_id, model.eos_id)
+  files_of = [x.fingerprint.split(':')[0] for x in (words, theirs)]
+  if len({*files_of}) > 1 or model.vocab != config.model.vocab:
+    raise ConfigError(
+      f'rl.teachers: {name} has {model.vocab} ids of {own!r}, and the pupil '
+      f'{config.model.vocab} of {config.data.tokenizer!r}; a teacher reads '
+      "the pupil's ids, so that both need one tokenizer"
+    )
+  if model.max_positions < config.data.seq_len:
+    raise ConfigError(
+      f'rl.teachers: {name} reads max_positions={model.max_positions} tokens, '
+      f'fewer than data.seq_len={config.data.seq_len}; name another teacher'
+    )
+  return Teacher(model, variables, weight)

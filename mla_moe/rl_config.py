@@ -26,7 +26,10 @@ class RLConfig(Checked):
 
   A rollout draws `samples` answers to each of `prompts` questions, of at most
   `max_new` tokens, at `temperature`; `minibatches` updates follow, each of as
-  many whole questions. `rows` answers are drawn at a time (0: all). `aggregate`
+  many whole questions. `rows` answers are drawn at a time (0: all), all in one
+  loop or, by the 'scheduler', as rows become free (`engine`); with
+  `speculative` the MTP module drafts, which draws other tokens of the same
+  distribution. `aggregate`
   says over what the loss of a token is averaged: all tokens ('token', DAPO),
   its answer and then the answers ('sequence', DeepSeekMath), or the constant
   answers x max_new ('constant', Dr. GRPO). `scale` divides advantages by the
@@ -67,6 +70,8 @@ class RLConfig(Checked):
   max_new: int = 32768
   temperature: float = 1.0
   rows: int = 0
+  engine: Literal['rollout', 'scheduler'] = 'rollout'
+  speculative: bool = False
   aggregate: Literal['sequence', 'token', 'constant'] = 'sequence'
   scale: Literal['std', 'batch', 'none'] = 'std'
   clip_low: float = 10.0

@@ -26,7 +26,7 @@ import numpy as np
 
 from mla_moe import vocabulary
 from mla_moe.checked import is_number
-from mla_moe.config import CacheConfig, Config, ConfigError
+from mla_moe.config import Config, ConfigError
 from mla_moe.data import batches, packing
 from mla_moe.data.tokenizer import Tokenizer
 from mla_moe.model import replay
@@ -36,6 +36,7 @@ from .. import workdir
 from ..training import program, source
 from . import (
   alarms,
+  engine,
   grading,
   prompts,
   questions,
@@ -95,6 +96,7 @@ class Policy(source.Source):
       folder = vocabulary.file_of(tokenizer).parent
     self._prompts = prompts.Prompts(rl.template, words, folder, own)
     self._check_lengths()
+    self._drawing = engine.drawing(config)
     self._teachers = teachers.load(config, words)
     self._grader = grading.Grader(
       self._questions,
@@ -197,6 +199,8 @@ class Policy(source.Source):
           'rounds.'
         )
     self._row = _summary(drawn)
+    if rl.speculative:
+      self._row['draft_acceptance'] = self._accepted / max(self._passes, 1)
     if not rl.dynamic:
       return drawn, seconds
     return (useful + flat)[: rl.prompts], seconds
@@ -209,9 +213,8 @@ class Policy(source.Source):
       self._questions.train, range(first, first + rl.prompts)
     )
     seeds = rollouts.seeds(self._config.run.seed, draw, rl.prompts * rl.samples)
-    model = self._config.model
-    cache = CacheConfig(routes=rl.replay != 'none' and model.moe_layers > 0)
-    drawn = rollouts.draw(model, rl, variables, ids, seeds, cache=cache)
+    drawn = self._drawing(variables, ids, seeds)
+    self._passes, self._accepted = drawn.drafts
     middle = time.perf_counter()
     texts = [self._words.decode(ids) for ids in drawn.bodies]
     each = [item for item in items for _ in range(rl.samples)]
@@ -457,6 +460,16 @@ def check(config: Config) -> None:
     raise ConfigError(
       f'rl.replay={rl.replay!r}: a model without experts has no routes; set '
       '--config.rl.replay=none'
+    )
+  if rl.speculative and not config.model.mtp.depth:
+    raise ConfigError(
+      'rl.speculative=True: the model has no MTP module that drafts '
+      '(model.mtp.depth=0); leave it off'
+    )
+  if rl.engine == 'scheduler' and config.mesh.devices > 1:
+    raise ConfigError(
+      f"rl.engine='scheduler': serves one device, and config.mesh has "
+      f'{config.mesh.devices}; set --config.rl.engine=rollout'
     )
   names = [name for name, _ in rl.rewards]
   if len({*names}) < len(names):

@@ -27,13 +27,15 @@ class Drawn(NamedTuple):
   tokens: the ids of each answer, int32, the end token included. log_probs: of
   each token under the distribution that it was drawn from, float32. ended [Q,
   G]: whether the answer has an end token. routes: of each prompt and answer, if
-  they were recorded (`generation.Rollout`), without the last token.
+  they were recorded (`generation.Rollout`), without the last token. drafts:
+  passes over rows, and accepted drafts among them.
   """
 
   tokens: list[np.ndarray]
   log_probs: list[np.ndarray]
   ended: np.ndarray
   routes: list[np.ndarray] | None = None
+  drafts: tuple[int, int] = (0, 0)
 
   @property
   def bodies(self) -> list[np.ndarray]:
@@ -76,6 +78,7 @@ def draw(
     [row for part in drawn for row in part.log_probs],
     np.concatenate([part.ended for part in drawn]),
     routes or None,
+    tuple(np.sum([part.drafts for part in drawn], axis=0).tolist()),
   )
 
 
@@ -140,6 +143,7 @@ def parts(
       [out.drawn[row, :n] for row, n in rows],
       out.ended[:real].reshape(-1, samples),
       routes,
+      (out.passes, out.accepted),
     )
 
 

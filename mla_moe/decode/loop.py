@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import struct
 
@@ -287,13 +286,7 @@ def _emit(state, tokens, logits, rows, job):
   put = lambda x, values: x.at[all_rows, column].set(values, mode='drop')
   counts = state.counts + rows
   log_probs = sampling.log_prob(logits, tokens)
-  temperature = job.knobs.temperature
-  warmth = jnp.where(temperature == 0, 1.0, temperature)
-  drawn = jax.lax.cond(
-    jnp.all(warmth == 1),
-    lambda: log_probs,
-    lambda: sampling.log_prob(logits / warmth[:, None], tokens),
-  )
+  drawn = sampling.drawn_log_prob(logits, tokens, job.knobs.temperature)
   stops = (tokens[:, None] == job.stop_ids[None]).any(-1)
   ends = stops | (counts >= job.limit)
   return dataclasses.replace(

@@ -185,3 +185,17 @@ def log_prob(
   """
   picked = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
   return picked - jax.nn.logsumexp(logits, axis=-1)
+
+
+def drawn_log_prob(
+  logits: Float[Array, 'B V'],
+  tokens: Int[Array, ' B'],
+  temperature: Float[Array, ' B'],
+) -> Float[Array, ' B']:
+  """Returns `log_prob` at each row's temperature; at 1 where it is greedy."""
+  warmth = jnp.where(temperature == 0, 1.0, temperature)
+  return jax.lax.cond(
+    jnp.all(warmth == 1),
+    lambda: log_prob(logits, tokens),
+    lambda: log_prob(logits / warmth[:, None], tokens),
+  )

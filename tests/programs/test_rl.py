@@ -17,6 +17,7 @@ from experiments import cli, reject, train, workdir
 from experiments import opened as opened_model
 from experiments import r1 as r1_program
 from experiments.rl import (
+  engine,
   grading,
   policy,
   prompts,
@@ -25,12 +26,14 @@ from experiments.rl import (
   rollouts,
   tasks,
 )
+from experiments.rl.__main__ import taught
 from experiments.training import example_source, program
 from mla_moe import config as c
 from mla_moe.checkpoint import store
 from mla_moe.config import ConfigError, freeze
 from mla_moe.data import tokenizer
 from mla_moe.train.load import load_run
+from mla_moe.train.state import init_state
 
 # Of ml_collections, where a test reads a config as the command line does.
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module')
@@ -39,7 +42,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 6
 
 
-def small(run=None, data=None, optim=None, model=None, **rl):
+def small(run=None, data=None, optim=None, model=None, mesh=None, **rl):
   """The smoke config: six updates, two a rollout, of four questions."""
   config = freeze(r1_tiny.get_config('v32,smoke'))
   change = dataclasses.replace
@@ -55,6 +58,7 @@ def small(run=None, data=None, optim=None, model=None, **rl):
     run=change(config.run, **run),
     data=change(config.data, **(data or {})),
     optim=change(config.optim, **(optim or {})),
+    mesh=change(config.mesh, **(mesh or {})),
     rl=change(config.rl, **(fields | rl)),
   )
 
@@ -413,8 +417,6 @@ def test_equal_rewards_and_no_reference_move_nothing(tmp_path, monkeypatch):
   train.run(config, tmp_path, open_source=policy.opened())
   assert [row['grad_norm'] for row in steps(tmp_path)] == [0.0, 0.0]
   assert steps(tmp_path)[0]['zero_right'] == 1.0
-  from mla_moe.train.state import init_state
-
   fresh = init_state(jax.random.key(config.run.seed), config)
   _, variables = load_run(tmp_path)
   chex.assert_trees_all_equal(variables['params'], fresh.params)
@@ -470,6 +472,91 @@ def test_answers_drawn_in_parts_are_the_same(whole):
   chex.assert_trees_all_close(one.log_probs, two.log_probs, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('drafts', [False, True])
+def test_the_scheduler_draws_the_answers_of_a_rollout(drafts):
+  """And their routes; with few rows, and for one policy after the other."""
+  mtp = c.MTPConfig(depth=int(drafts))
+  config = small(
+    model={'mtp': mtp, 'vocab': 260},
+    rows=4,
+    engine='scheduler',
+    speculative=drafts,
+  )
+  draw = engine.drawing(config)
+  other = engine.drawing(
+    dataclasses.replace(
+      config, rl=dataclasses.replace(config.rl, engine='rollout', rows=0)
+    )
+  )
+  prompts = [np.array([256, *range(n)], np.int32) for n in (3, 4, 9, 4)]
+  for seed in (0, 1):
+    state = init_state(jax.random.key(seed), config)
+    variables = {'params': state.params, 'router': state.router}
+    seeds = rollouts.seeds(0, seed, 16)
+    one, two = (f(variables, prompts, seeds) for f in (draw, other))
+    chex.assert_trees_all_equal(one.tokens, two.tokens)
+    chex.assert_trees_all_equal(one.ended, two.ended)
+    chex.assert_trees_all_equal(one.routes, two.routes)
+    chex.assert_trees_all_close(one.log_probs, two.log_probs, atol=1e-5)
+    assert one.drafts == two.drafts
+    assert (one.drafts[1] > 0) <= drafts
+
+
+@pytest.mark.slow
+def test_a_run_by_the_scheduler_is_that_by_rollouts(whole, tmp_path):
+  folder, config = tmp_path / 'run', small(engine='scheduler')
+  train.run(config, folder, open_source=policy.opened())
+  assert rows(folder, 'rewards') == rows(whole, 'rewards')
+  prints = rows(folder, 'fingerprints')
+  for step in (4, 6):
+    shutil.rmtree(folder / 'checkpoints' / str(step))
+  train.run(config, folder, open_source=policy.opened())
+  assert rows(folder, 'fingerprints') == prints
+
+
+@pytest.mark.slow
+def test_the_policy_itself_teaches_nothing(whole, tmp_path):
+  """Two updates by a teacher that is the policy: the gradient is 0."""
+  config = small(beta=0.0, teachers=((str(whole), 1.0),), run={'steps': 2})
+  options = train.Options(init=str(whole))
+  train.run(config, tmp_path / 'run', options, policy.opened())
+  for row in steps(tmp_path / 'run'):
+    assert row['grad_norm'] == row['teacher_kl'] == 0
+  _, variables = load_run(tmp_path / 'run')
+  _, before = load_run(whole)
+  chex.assert_trees_all_equal(variables, before)
+
+
+@pytest.mark.slow
+def test_a_pupil_approaches_its_teachers(tmp_path):
+  """The mean of two, one of another size; its own divergence falls."""
+  names = []
+  for seed in (5, 6):
+    model = {'init_std': 0.2, 'dense_width': 16 * seed}
+    config = small(model=model, run={'steps': 2, 'seed': seed})
+    names.append(str(tmp_path / f'teacher{seed}'))
+    train.run(config, names[-1], open_source=policy.opened())
+  config = small(
+    beta=0.0,
+    teachers=tuple((name, 0.5) for name in names),
+    optim={'learning_rate': 3e-3},
+    run={'steps': 60},
+  )
+  train.run(config, tmp_path / 'pupil', open_source=policy.opened())
+  kl = [row['teacher_kl'] for row in steps(tmp_path / 'pupil')]
+  assert min(kl[:4]) > 0 and np.mean(kl[-4:]) < 0.7 * np.mean(kl[:4]), kl
+
+
+def test_teachers_share_the_weight():
+  config = freeze(r1_tiny.get_config('distil'))
+  assert config.rl.teachers == (('', 1.0),)
+  assert taught(config, []) is config
+  assert taught(config, ['a', 'b']).rl.teachers == (('a', 0.5), ('b', 0.5))
+  plain = freeze(r1_tiny.get_config('zero'))
+  assert taught(plain, ['a']).rl.teachers == (('a', 1.0),)
+
+
 @pytest.mark.parametrize(
   ('change', 'words'),
   [
@@ -487,6 +574,10 @@ def test_answers_drawn_in_parts_are_the_same(whole):
     (dict(rewards=(('format', 1.0), ('format', 1.0))), 'a reward twice'),
     (dict(max_new=300), 'model.max_positions=256: a prompt of'),
     (dict(template='chat'), 'template'),
+    (dict(teachers=(('', 1.0),)), "names '': is no folder; set --teacher=RUN"),
+    (dict(teachers=(('tests/golden/v2_lite', 1.0),)), 'tokenizer'),
+    (dict(speculative=True), 'rl.speculative=True: the model has no MTP'),
+    (dict(engine='scheduler', mesh={'data': 2}), "rl.engine='scheduler'"),
     (
       dict(replay='train', model={'dense_layers': 3}),
       "rl.replay='train': a model without experts",
@@ -510,6 +601,8 @@ def test_what_cannot_be_learned_is_refused(
     ('minibatches', 3, 'must divide prompts'),
     ('rows', 7, 'multiple of samples'),
     ('kl_form', 'k1', 'must be one of k3, unbiased'),
+    ('teachers', (('a', 0.6), ('b', 0.5)), 'at most 1 in all'),
+    ('teachers', ('a',), '(folder, weight) pairs'),
   ],
 )
 def test_fields_that_say_nothing_are_refused(field, value, words):
@@ -546,7 +639,7 @@ def test_text_is_not_trained_on_by_a_task(tmp_path):
 @pytest.mark.parametrize(
   ('module', 'variants'),
   [
-    (r1_tiny, 'cold zero dr dapo gspo cispo v32'),
+    (r1_tiny, 'cold zero dr dapo gspo cispo v32 distil'),
     (r1, 'zero long cold reason reject all'),
   ],
 )

@@ -37,7 +37,8 @@ def test_all_answers_come_back_out_of_the_rows():
   out = episodes.pack(answers, 20, 4)
   assert out.tokens.shape == (10, 4, 20)  # as many as if each had a row
   assert out.count < 10
-  flat = [x.reshape(-1, 20) for x in out[:-2]]
+  assert out.routes is None
+  flat = [x.reshape(-1, 20) for x in out[:9]]
   assert (flat[2][int(out.count) * 4 :] == -1).all()
   seen = []
   for tokens, targets, segments, *_, weight in zip(*flat, strict=True):
@@ -50,6 +51,21 @@ def test_all_answers_come_back_out_of_the_rows():
     both = [*prompt.tolist(), *ids.tolist()]
     want.append((both[:-1], [-1] * (len(prompt) - 1) + ids.tolist()))
   assert sorted(seen) == sorted(want)
+
+
+def test_routes_stand_at_the_tokens_that_are_read():
+  answers = [_answer(3, 2), _answer(1, 2, start=20)]
+  routes = lambda a: np.repeat(np.r_[a.prompt, a.tokens][:-1], 4).reshape(
+    -1, 2, 2
+  )
+  answers = [a._replace(routes=routes(a).astype(np.int16)) for a in answers]
+  out = episodes.pack(answers, 7, 1)
+  assert out.tokens[0].tolist() == [[10, 11, 12, 13, 20, 21, 0]]
+  want = np.where(out.segments < 0, -1, out.tokens)[..., None, None]
+  np.testing.assert_array_equal(
+    out.routes, np.broadcast_to(want, (2, 1, 7, 2, 2))
+  )
+  assert out.routes.dtype == np.int16
 
 
 def test_an_answer_that_no_row_holds():

@@ -165,6 +165,45 @@ def test_the_expected_gradient_is_that_of_a_divergence(form):
   )
 
 
+def test_teachers_give_the_gradient_of_the_reverse_divergence():
+  """Over all actions, from (weight, log-probabilities) of two teachers."""
+  rng = np.random.default_rng(2)
+  logits = rng.normal(size=7)
+  lp, one, two = (
+    jax.nn.log_softmax(x) for x in (logits, *rng.normal(size=(2, 7)))
+  )
+  pairs = [(0.6, np.asarray(one)), (0.4, np.asarray(two))]
+  advantage, gap = adv.taught(np.full(7, 9.0), np.asarray(lp), pairs)
+  p = np.exp(lp)
+
+  def estimated(x):
+    now = jax.nn.log_softmax(x)[None]
+    same = jax.lax.stop_gradient(now)
+    loss, _ = objective.token_loss(
+      now, same, same, same, advantage[None], jnp.zeros((1, 7), int), PLAIN
+    )
+    return jnp.sum(p * loss[0])
+
+  def exact(x):
+    now = jax.nn.log_softmax(x)
+    kl = lambda teacher: jnp.sum(jnp.exp(now) * (now - teacher))
+    return 0.6 * kl(one) + 0.4 * kl(two)
+
+  chex.assert_trees_all_close(
+    jax.grad(estimated)(logits), jax.grad(exact)(logits), rtol=1e-9
+  )
+  np.testing.assert_allclose(np.sum(p * gap), exact(logits), rtol=1e-12)
+
+
+def test_a_teacher_that_is_the_policy_teaches_nothing():
+  old = np.random.default_rng(3).normal(size=(2, 3)).astype(np.float32)
+  reward = np.ones((2, 3), np.float32)
+  nothing, gap = adv.taught(reward, old, [(1.0, old)])
+  assert not nothing.any() and not gap.any()
+  half, _ = adv.taught(reward, old, [(0.5, old)])
+  chex.assert_trees_all_equal(half, reward / 2)
+
+
 def test_the_reference_itself_costs_nothing():
   batch = _batch()
   batch['reference'] = batch['log_probs']

@@ -64,6 +64,7 @@ def test_drafts_change_no_greedy_token():
   assert 0 <= out.accepted <= out.passes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('drafts', [False, True])
 def test_the_routes_of_a_rollout_are_those_of_its_texts(drafts):
   """In float32, two prompts of other lengths, two samples each."""

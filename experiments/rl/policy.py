@@ -331,7 +331,8 @@ class Policy(source.Source):
     for model, variables, weight in self._teachers:
       same = model == config.model
       batch = free if same else free._replace(routes=None)
-      scorer = _scorer(dataclasses.replace(config, model=model), setup.mesh)
+      theirs = program.of_devices(dataclasses.replace(config, model=model))
+      scorer = _scorer(theirs, setup.mesh)
       log_probs, _ = scorer(variables, setup.place(batch))
       read.append((weight, np.asarray(log_probs)))
     advantage, gap = advantages.taught(update.advantage, update.old, read)

@@ -36,7 +36,10 @@ HOST = {
     *('source', 'tokenizer', 'fim_rate', 'heldout', 'seed'),
     *('batch_start', 'ramp_tokens'),
   ),
-  'rl': ('template', 'rewards', 'truncated', 'dynamic', 'heldout'),
+  'rl': (
+    *('template', 'rewards', 'truncated', 'dynamic', 'heldout'),
+    *('teachers', 'engine', 'speculative'),
+  ),
 }
 
 

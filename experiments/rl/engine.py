@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mla_moe.config import CacheConfig, Config
+from mla_moe.config import CacheConfig, Config, ConfigError
 
 from ..serving import scheduler
 from . import rollouts
@@ -24,6 +24,30 @@ _PAGE = 16  # tokens, of rows that are shorter than two pages of 128
 
 # (variables, prompts, a seed for each answer) -> the answers.
 Draw = Callable[[Any, Sequence[np.ndarray], np.ndarray], rollouts.Drawn]
+
+
+def check(config: Config) -> None:
+  """Refuses a config whose answers cannot be drawn as it says.
+
+  Raises:
+    ConfigError: names the field and the fix.
+  """
+  rl = config.rl
+  if rl.replay in ('train', 'rollout') and not config.model.moe_layers:
+    raise ConfigError(
+      f'rl.replay={rl.replay!r}: a model without experts has no routes; set '
+      '--config.rl.replay=none'
+    )
+  if rl.speculative and not config.model.mtp.depth:
+    raise ConfigError(
+      'rl.speculative=True: the model has no MTP module that drafts '
+      '(model.mtp.depth=0); leave it off'
+    )
+  if rl.engine == 'scheduler' and config.mesh.devices > 1:
+    raise ConfigError(
+      f"rl.engine='scheduler': serves one device, and config.mesh has "
+      f'{config.mesh.devices}; set --config.rl.engine=rollout'
+    )
 
 
 def drawing(config: Config) -> Draw:

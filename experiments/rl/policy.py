@@ -457,21 +457,7 @@ def check(config: Config) -> None:
     raise ConfigError(
       'model.eos_id=-1: without an end token no answer ends; set one'
     )
-  if rl.replay in ('train', 'rollout') and not config.model.moe_layers:
-    raise ConfigError(
-      f'rl.replay={rl.replay!r}: a model without experts has no routes; set '
-      '--config.rl.replay=none'
-    )
-  if rl.speculative and not config.model.mtp.depth:
-    raise ConfigError(
-      'rl.speculative=True: the model has no MTP module that drafts '
-      '(model.mtp.depth=0); leave it off'
-    )
-  if rl.engine == 'scheduler' and config.mesh.devices > 1:
-    raise ConfigError(
-      f"rl.engine='scheduler': serves one device, and config.mesh has "
-      f'{config.mesh.devices}; set --config.rl.engine=rollout'
-    )
+  engine.check(config)
   names = [name for name, _ in rl.rewards]
   if len({*names}) < len(names):
     raise ConfigError(

@@ -132,19 +132,24 @@ def parts(
       **options,
       **knobs,
     )
-    rows = list(enumerate(out.counts[:real]))
-    routes = None
-    if out.routes is not None:
-      # Copies: a view would hold the array of all rows at full length.
-      lengths = [len(part[row // samples]) + n - 1 for row, n in rows]
-      routes = [out.routes[row, :n].copy() for row, n in enumerate(lengths)]
-    yield Drawn(
-      [out.tokens[row, :n] for row, n in rows],
-      [out.drawn[row, :n] for row, n in rows],
-      out.ended[:real].reshape(-1, samples),
-      routes,
-      (out.passes, out.accepted),
-    )
+    yield _drawn(out, [len(ids) for ids in part], real, samples)
+
+
+def _drawn(out, lengths, real: int, samples: int) -> Drawn:
+  """Returns the first `real` rows of a rollout; `lengths` are the prompts'."""
+  rows = list(enumerate(out.counts[:real]))
+  routes = None
+  if out.routes is not None:
+    stops = [lengths[row // samples] + n - 1 for row, n in rows]
+    # Copies: a view would hold the array of all rows at full length.
+    routes = [out.routes[row, :n].copy() for row, n in enumerate(stops)]
+  return Drawn(
+    [out.tokens[row, :n] for row, n in rows],
+    [out.drawn[row, :n] for row, n in rows],
+    out.ended[:real].reshape(-1, samples),
+    routes,
+    (out.passes, out.accepted),
+  )
 
 
 def per_part(rl: RLConfig, samples: int, questions: int) -> int:

@@ -27,6 +27,7 @@ SAVED = (*router.SAVED, *dispatch.SAVED)
 GATE_UP = ('experts', 'embed', 'gate_up', 'mlp')
 PACKED = ('experts', 'embed', 'mlp')
 DOWN = ('experts', 'mlp', 'embed')
+_STREAM = ('batch', 'length', 'stream')
 
 
 class Stats(NamedTuple):
@@ -90,14 +91,12 @@ def routed(
 ) -> tuple[Float[Array, 'B T D'], Stats, Int[Array, 'B T K']]:
   """Returns the sum of routed experts by gates, Stats, and the router's choice.
 
-  `ws` are gate and up [E, D, 2, F] (or `packed`) and down [E, F, D]. A `mask`
-  of 0 leaves a token out of the Stats. `shared`, the shared expert's output, is
-  not added: it is here only to be computed while tokens travel. `routes` are
-  those of `router.route`.
+  `ws` are gate and up [E, D, 2, F] (or `packed`) and down [E, F, D]. A 0 in
+  `mask` leaves a token out of the Stats. `shared`, not added here, is computed
+  while tokens travel. `routes` are those of `router.route`.
   """
   moe = config.moe
-  names = ('batch', 'length', 'stream')
-  axes = exchange.token_axes(x.shape, names)
+  axes = exchange.token_axes(x.shape, _STREAM)
   ws_axes = (GATE_UP if ws[0].ndim == 4 else PACKED), DOWN
   splits = tuple(map(weights.fsdp_split, ws, ws_axes))
 
@@ -109,8 +108,7 @@ def routed(
       own = routing = route(flat, w_router, bias, moe)
       if routes is not None:
         routing = route(flat, w_router, bias, moe, routes.reshape(b * t, -1))
-    pairs = zip(ws, splits, strict=True)
-    ws = tuple(weights.gather(w, split, x.dtype) for w, split in pairs)
+    ws = tuple(map(weights.gather, ws, splits, (x.dtype,) * len(ws)))
     with jax.named_scope('experts'):
       args = flat, routing, ws, axes, config, recipe, shared
       out, overflow = exchange.exchange(*args)
@@ -128,14 +126,14 @@ def routed(
 
   spec = sharding.array_spec
   specs = (
-    spec(names, x),
-    spec(names[:2], mask),
+    spec(_STREAM, x),
+    spec(_STREAM[:2], mask),
     spec((None, None), w_router),
     spec((None,), bias),
     tuple(map(weights.specs, ws, ws_axes)),
-    spec(names, shared),
-    spec(names, routes),
+    spec(_STREAM, shared),
+    spec(_STREAM, routes),
   )
   outputs = specs[0], sharding.PartitionSpec(), specs[0]
-  run = sharding.shard_map(region, specs, outputs)
-  return run(x, mask, w_router, bias, ws, shared, routes)
+  args = x, mask, w_router, bias, ws, shared, routes
+  return sharding.shard_map(region, specs, outputs)(*args)

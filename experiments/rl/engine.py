@@ -96,6 +96,8 @@ class _Engine:
           raise FloatingPointError(
             'the logits of a rollout are not finite: are the parameters?'
           )
+        if event.reason == 'failed':
+          raise RuntimeError('a rollout: the scheduler has failed, see above')
         events[event.ticket].append(event)
     rows = list(events.values())
     routes = None

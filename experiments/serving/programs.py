@@ -89,13 +89,14 @@ class Scores(NamedTuple):
 class Emitted(NamedTuple):
   """Tokens of one pass, [B, 1], or [B, 2] with drafts.
 
-  log_probs: the model's; finite: whether the logits were; counts [B]: how many
-  tokens of each row are real; top: their alternatives, zeros if no row wants
-  them.
+  log_probs: the model's, and drawn at the rows' temperatures; finite: whether
+  the logits were; counts [B]: how many tokens of each row are real; top: their
+  alternatives, zeros if no row wants them.
   """
 
   tokens: Array
   log_probs: Array
+  drawn: Array
   finite: Array
   counts: Array
   top: Top
@@ -156,7 +157,8 @@ def first_token(
   token = sampling.draw(log_probs, knobs, length)
   log_prob = sampling.log_prob(logits, token)
   finite = jnp.isfinite(logits).all(-1)
-  columns = (x[:, None] for x in (token, log_prob, finite))
+  drawn = sampling.drawn_log_prob(logits, token, knobs.temperature)
+  columns = (x[:, None] for x in (token, log_prob, drawn, finite))
   top = _if(alternatives, functools.partial(_top, logits[:, None]))
   emitted = Emitted(*columns, jnp.ones_like(length), top)
   return emitted, seen.at[row].set(marks), hidden.at[row].set(last)
@@ -202,12 +204,21 @@ def decode(
     tokens = sampling.draw(log_probs, rows.knobs, rows.lengths + 1)[:, None]
     logits, pools = logits[:, None], main.layers
     counts = jnp.ones_like(counts)
-  log_prob = jax.vmap(sampling.log_prob, (1, 1), 1)
+  log_probs = jax.vmap(sampling.log_prob, (1, 1), 1)(logits, tokens)
+  at_temperature = functools.partial(
+    sampling.drawn_log_prob, temperature=rows.knobs.temperature
+  )
+  drawn = jax.vmap(at_temperature, (1, 1), 1)(logits, tokens)
   finite = jnp.isfinite(logits).all(-1)
   top = _if(jnp.any(rows.alternatives), functools.partial(_top, logits))
-  log_probs = log_prob(logits, tokens)
-  emitted = Emitted(tokens, log_probs, finite, counts, top)
+  emitted = Emitted(tokens, log_probs, drawn, finite, counts, top)
   return emitted, pools, seen, hidden
+
+
+@jax.jit
+def routes(pools: tuple, table: Array, lengths: Array) -> Array | None:
+  """Returns the experts of rows' tokens (`latent_cache.routes`)."""
+  return latent_cache.routes(latent_cache.Cache(pools, table, lengths))
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -41,6 +41,8 @@ from mla_moe.decode import forward, latent_cache, sampling
 from . import page_pool, programs
 from .group import Group
 
+_unstack = jax.jit(forward.unstack, static_argnums=0)
+
 
 class Full(Exception):
   """As many prompts wait as may wait."""
@@ -53,7 +55,9 @@ class Event(NamedTuple):
   not finite) or 'failed' (an error ended it). With the last two, and for a
   sample of no tokens, `token` is -1. alternatives: (token, log-probability) of
   the likeliest ones, where the request wants them; scores: of the prompt, with
-  its sample's first event.
+  its sample's first event. log_prob is the model's, drawn that at the sample's
+  temperature; routes [S, L, K]: of the sample, with its last event, if the
+  cache notes them.
   """
 
   ticket: int
@@ -62,6 +66,8 @@ class Event(NamedTuple):
   reason: str
   alternatives: tuple = ()
   scores: programs.Scores | None = None
+  drawn: float = 0.0
+  routes: np.ndarray | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -131,9 +137,19 @@ class Scheduler:
     )
     self._make_pools = jax.jit(make)
     self._clear(pages or rows * row_pages + 1)
+    self._notes = cache.routes
+    self.reload(variables)
+
+  def reload(self, variables) -> None:
+    """Takes the weights of another policy, for requests after this one.
+
+    Raises:
+      RuntimeError: samples of the policy before have not ended.
+    """
+    if self.busy:
+      raise RuntimeError('reload: samples are in progress')
     if 'layers' not in variables:
-      unstack = jax.jit(functools.partial(forward.unstack, config))
-      variables = unstack(variables)
+      variables = _unstack(self.config, variables)
     self._weights = variables
 
   @property
@@ -156,7 +172,8 @@ class Scheduler:
   ) -> list[int]:
     """Queues a prompt and returns a ticket for each of its samples.
 
-    Sample i draws with `seed + i`; `options` are others of `submit_all`.
+    Sample i draws with `seed + i`, or with the i-th of a list; `options` are
+    others of `submit_all`.
 
     Raises:
       ConfigError: a request that can never be served.
@@ -171,7 +188,7 @@ class Scheduler:
     *,
     samples: int = 1,
     stop_ids: Sequence[int] = (),
-    seed: int = 0,
+    seed: int | Sequence[int] | np.ndarray = 0,
     alternatives: bool = False,
     scored: bool = False,
     **knobs,
@@ -186,7 +203,7 @@ class Scheduler:
       max_new_tokens: of a sample; with 0, its only event has no token.
       samples: of each prompt.
       stop_ids: a sample ends after any of them.
-      seed: from 0 to 2**31 - 1.
+      seed: from 0 to 2**31 - 1; of one prompt, also one a sample.
       alternatives: say the TOP likeliest tokens of each position.
       scored: say the prompt's own log-probabilities.
       **knobs: of `sampling.make_knobs`.
@@ -504,9 +521,18 @@ class Scheduler:
         top = (x[i, column].tolist() for x in emitted.top)
         pairs = tuple(zip(*top, strict=True))
       event = Event(sample.ticket, token, log_prob, reason, pairs, scores)
-      self._events.append(event)
+      drawn, routes = float(emitted.drawn[i, column]), None
+      if reason and self._notes:
+        routes = self._routes(row)
+      self._events.append(event._replace(drawn=drawn, routes=routes))
       if reason:
         return self._end(row)
+
+  def _routes(self, row: int) -> np.ndarray:
+    """Returns the experts of a row's tokens in the cache, [S, L, K]."""
+    one = slice(row, row + 1)
+    table, lengths = self._rows.table[one], self._rows.lengths[one]
+    return np.asarray(programs.routes(self._pools, table, lengths))[0]
 
   def _end(self, row: int) -> None:
     pages, self._samples[row] = self._samples[row].pages, None

@@ -45,8 +45,7 @@ def write(folder: pathlib.Path) -> pathlib.Path | None:
     *_incidents(folder / 'incidents.jsonl'),
     *_experts(run.steps, history.loads(folder), run.config['model']),
     *_fp8(run.fp8),
-    *answers,
-    *_sample(folder / 'samples.txt'),
+    *(answers or _sample(folder / 'samples.txt')),
     '<h2>Config</h2>',
     f'<pre>{html.escape(config)}</pre>',
   ]
@@ -209,7 +208,10 @@ def _over_steps(figure, axes) -> str:
 
 
 def _balance(steps, main_layers: int) -> str:
-  figure, axes = page.figure(3)
+  names = {'entropy': 'Router entropy, nats', 'bias_norm': 'Bias norm'}
+  # A number is a policy's entropy.
+  names = [n for n in names.items() if isinstance(steps[-1].get(n[0]), list)]
+  figure, axes = page.figure(1 + len(names))
   x = [row['step'] for row in steps]
   plot = axes[0, 0]
   batch = np.array([row['max_vio_layers'] for row in steps])
@@ -223,10 +225,8 @@ def _balance(steps, main_layers: int) -> str:
     page.legend(plot)
   plot.set(title='MaxVio by layer (thin: one batch)', xlabel='step')
   plot.set_ylim(0, None)
-  names = (('entropy', 'Router entropy, nats'), ('bias_norm', 'Bias norm'))
   for plot, (name, title) in zip(axes[0, 1:], names, strict=True):
-    if isinstance(steps[-1].get(name), list):  # a number is a policy's
-      plot.plot(x, [row[name] for row in steps])
+    plot.plot(x, [row[name] for row in steps])
     plot.set(title=f'{title}, by layer', xlabel='step')
   return _over_steps(figure, axes)
 

@@ -9,8 +9,8 @@ alone meanwhile:
 {benchmarks}
 
 Each prints a table, and most write it into OUT. The peer of `train` and
-`decode` is transformers' DeepSeek-V3: --peer_python names a Python that has
-torch and transformers.
+`decode` is transformers' DeepSeek-V3, that of `rl` TRL's trainer with it:
+--peer_python names a Python that has torch, transformers and trl.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from .. import cli, commands
 _BENCHMARKS = {
   'train': 'training beside the peer; memory, experts, compile time (10)',
   'decode': 'decoding beside the peer; the cache, long contexts (10)',
+  'rl': 'reinforcement beside TRL; fine-tuning beside pre-training (10)',
+  'thought': 'written steps before answers, or none: reinforced alike (10)',
   'checkpoint': 'the pause of a save beside Orbax alone, the seal (1)',
   'precision': "FP8's loss beside bf16's: whole runs, or --pairs=96 (25; 90)",
   'balance': 'balancing by a bias or by a loss: perplexity, MaxVio (45)',

@@ -39,7 +39,7 @@ def cards(steps: list[dict], passes: list[dict]) -> str:
       values.append((title, format(numbers[-1], form)))
   seconds = [sum(row['seconds'].values()) for row in steps if 'seconds' in row]
   if seconds:
-    values.append(('seconds a step', f'{np.nanmean(seconds):.2f}'))
+    values.append(('seconds of a rollout', f'{np.nanmean(seconds):.2f}'))
   return page.numbers(values)
 
 
@@ -52,7 +52,7 @@ def draw(steps: list[dict], passes: list[dict]) -> list:
   _spread(axes[1, 1], steps)
   _mismatch(axes[2, 0], steps)
   _stack(axes[2, 1], steps, 'seconds', page.COLOURS)
-  axes[2, 1].set(title='Time of a step', ylabel='seconds')
+  axes[2, 1].set(title='Time of a rollout, without updates', ylabel='seconds')
   updates, more = page.figure(2, lines=2)
   for plot, name, title in (
     (more[0, 0], 'grad_norm', 'Gradient norm'),
@@ -63,6 +63,7 @@ def draw(steps: list[dict], passes: list[dict]) -> list:
     plot.set(title=title)
     _line(plot, steps, name, label='clipped' if name == 'clipped' else '')
   _line(more[1, 0], steps, 'dropped', label='dropped')
+  more[1, 0].set_ylim(0, None)
   if any(row.get('grad_norm', 0) > 0 for row in steps):
     more[0, 0].set_yscale('log')
   for plot in [*axes.flat, *more.flat]:
@@ -74,6 +75,9 @@ def draw(steps: list[dict], passes: list[dict]) -> list:
 
 def _reward(plot, steps, passes):
   names = _names(steps, 'rewards')
+  parts = [_points(steps, name, 'rewards') for name in names]
+  if parts == [_points(steps, 'reward')]:
+    names = []  # one part of weight 1 would hide behind the reward
   for name, colour in zip(names, page.COLOURS[2:] * 9, strict=False):
     style = {'lw': 0.9, 'alpha': 0.7, 'label': f' {name}'}
     _line(plot, steps, name, 'rewards', color=colour, **style)
@@ -84,6 +88,8 @@ def _reward(plot, steps, passes):
     label = f'held-out {name.replace("_at_", "@")}'
     _line(plot, passes, name, color=red, label=label, **style)
   plot.set(title='Reward and held-out questions', ylabel='mean')
+  if plot.get_ylim()[0] > 0:
+    plot.set_ylim(0, None)
 
 
 def _is_pass(name: str) -> bool:
@@ -102,7 +108,7 @@ def _length(plot, steps):
 
 def _entropy(plot, steps):
   blue, red, green, *_ = page.COLOURS
-  _line(plot, steps, 'entropy', color=blue)
+  _line(plot, steps, 'entropy', color=blue, label='entropy')
   plot.set(title='Entropy and KL', ylim=(0, None))
   plot.set_ylabel('entropy, nats', color=blue)
   other = _second(plot, 'KL, nats', red)
@@ -110,8 +116,9 @@ def _entropy(plot, steps):
     ('kl', 'KL to the reference', red),
     ('kl_old', 'KL of an update', green),
   ):
-    _line(other, steps, name, color=colour, lw=1)
-    plot.plot([], [], color=colour, lw=1, label=label)  # for the legend
+    if any(_points(steps, name)[1]):  # else it is 0 in each step
+      _line(other, steps, name, color=colour, lw=1)
+      plot.plot([], [], color=colour, lw=1, label=label)  # for the legend
   other.set_ylim(0, None)
 
 
@@ -136,7 +143,12 @@ def _mismatch(plot, steps):
     ('mismatch_max', 'largest difference'),
     ('mismatch_extreme', 'share outside [1/2, 2]'),
   ):
-    _line(plot, steps, name, label=label, least=_FLOOR)
+    _, values = _points(steps, name)
+    if values and max(values) <= _FLOOR:
+      label, style = f'{label}: 0', {'color': 'none'}
+    else:
+      style = {}
+    _line(plot, steps, name, label=label, least=_FLOOR, **style)
   plot.axhline(alarms.MISMATCH, color='#888', ls=':', lw=1)
   plot.set(title='Mismatch of rollout and trainer', yscale='log')
   plot.set_ylim(_FLOOR / 2, None)

@@ -115,7 +115,8 @@ class Policy(source.Source):
     self._record = self._alarms = None
     self._updates: list[episodes.Episodes] = []
     self._groups: list[Group] = []
-    self._row: dict = {}
+    # The loop reads the row of a step when it has the batch of the next one.
+    self._row, self._row_before, self._rollout = {}, {}, 0
 
   def close(self) -> None:
     self._grader.__exit__(None, None, None)
@@ -130,7 +131,8 @@ class Policy(source.Source):
     return int((update.segments >= 0).sum())
 
   def row(self, number: int) -> dict:
-    return self._row
+    rollout = (number - 1) // self._config.rl.minibatches
+    return self._row if rollout == self._rollout else self._row_before
 
   def notices(self, row: dict) -> list[str]:
     return self._alarms.see(row)
@@ -150,6 +152,7 @@ class Policy(source.Source):
     if self._alarms is None:
       self._begin(number)
     if not index:
+      self._rollout, self._row_before = rollout, self._row
       variables = {'params': state.params, 'router': state.router}
       groups, seconds = self._draw(number, rollout, variables)
       self._groups = groups

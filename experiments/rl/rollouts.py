@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mla_moe.config import ModelConfig, RLConfig
+from mla_moe.config import CacheConfig, ModelConfig, RLConfig
 from mla_moe.data import batches
 from mla_moe.decode import generation
 
 _SHORT = 64  # tokens: answers so short are rounded up to 16 and not to 64
+_PAGE = 16  # of the cache, where a prompt and its answer are so short together
 
 
 class Drawn(NamedTuple):
@@ -108,6 +109,8 @@ def parts(
   samples = 1 if seeds is None else rl.samples
   count = per_part(rl, samples, len(prompts))
   width = max(map(len, prompts))
+  if width + rl.max_new <= _SHORT:  # else each row would read a page of 128
+    options.setdefault('cache', CacheConfig(page=_PAGE))
   for start in range(first // count * count, len(prompts), count):
     part = prompts[start : start + count]
     real = len(part) * samples

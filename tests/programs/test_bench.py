@@ -1,11 +1,13 @@
 """The benchmarks' own arithmetic, and their contenders' turns."""
 
+import dataclasses
 import json
 import os
 import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import chex
 import numpy as np
@@ -23,9 +25,12 @@ from experiments.bench import (
   paired,
   precision,
   products,
+  rl,
   show,
+  thought,
   train,
 )
+from experiments.rl import policy, tasks
 from mla_moe import cost
 from mla_moe.config import ConfigError
 
@@ -374,3 +379,71 @@ def test_a_mesh_is_timed_beside_one_device(tmp_path):
   )
   assert process.returncode == 0, process.stderr
   assert re.search(r'temporary memory 1/\d+\.\d; loss \d', process.stdout)
+
+
+def test_written_steps_of_a_sum_lead_to_its_answer():
+  for index in range(40):
+    item = tasks.question(thought.TASK, 0, index)
+    written = thought.steps(item.text)
+    sums = written.rstrip('>').split(',')
+    totals = []
+    for part in sums:
+      terms, total = part.split('=')
+      assert sum(map(int, terms.split('+'))) == int(total)
+      totals.append(int(total))
+    digits = [total % 10 for total in totals[:-1]]
+    value = totals[-1] * 10 ** len(digits)
+    value += sum(digit * 10**i for i, digit in enumerate(digits))
+    assert str(value) == item.answer
+    assert thought.last(item, written + item.answer) == 1
+    assert thought.last(item, item.answer) == 1
+    assert thought.last(item, item.answer + written) == 0
+  assert thought.steps('17+85=') == '7+5=12,1+1+8=10>'
+
+
+def test_an_arm_has_the_interval_of_its_seeds():
+  numbers = ['sampled_first', 'sampled', 'greedy_first', 'greedy']
+  rows = [
+    dict.fromkeys(numbers, part)
+    | {'name': thought.ARMS[0], 'tokens': 4.0, 'cpu_seconds': 9.0}
+    for part in (0.1, 0.2, 0.3)
+  ]
+  ((arm, cold, _, rest),) = thought.table(rows)
+  assert arm == thought.ARMS[0] and rest == '4.0; 9'
+  # Student's: 4.303 * 10 points / sqrt(3).
+  assert 'greedy 20.0% ± 24.8% (10.0%, 20.0%, 30.0%)' in cold
+
+
+def test_a_race_of_steps_has_its_medians_and_parts():
+  racers = {
+    name: types.SimpleNamespace(
+      versions=name,
+      stop=lambda: None,
+      step=lambda: None,
+      seconds=[{'rollout': s / 4, 'step': s} for s in seconds],
+    )
+    for name, seconds in {'a': [1.0, 2.0, 6.0], 'b': [4.0]}.items()
+  }
+  figures = rl._medians(racers, 0)
+  assert figures['a'] == {
+    'rollout': 0.5, 'step': 2.0, 'fastest': 1.0, 'slowest': 6.0, 'versions': 'a'
+  }  # fmt: skip
+  lines = rl.rows({'long': {'figures': figures}})
+  assert [line[:2] for line in lines] == [
+    ('long: a', '2.000 s'),
+    ('long: b', '4.000 s'),
+  ]
+  assert '2.00 x; rollout 1.000' in lines[1][2]
+
+
+@pytest.mark.filterwarnings('ignore:the load_module')  # of ml_collections
+def test_both_sides_of_a_race_have_the_same_numbers(tmp_path):
+  rl.questions(tmp_path / 'q.jsonl', 10)
+  first = json.loads((tmp_path / 'q.jsonl').read_text().split('\n')[0])
+  assert len(first['prompt']) == 9  # and the begin token
+  job = rl.Job('m', str(tmp_path / 'q.jsonl'), 10, 10, beta=0.5, micro=64)
+  config = rl.config(dataclasses.asdict(job))
+  policy.check(config)
+  assert config.data.batch_size == job.prompts * job.samples == 512
+  assert (config.rl.beta, config.data.micro_batch) == (0.5, 64)
+  assert config.run.eval_every == config.run.save_every == 0

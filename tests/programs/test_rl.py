@@ -6,6 +6,7 @@ import json
 import pathlib
 import re
 import shutil
+import types
 
 import chex
 import jax
@@ -245,6 +246,26 @@ def test_a_damaged_row_of_rewards_is_graded_anew(tmp_path, capsys):
       rows.add(3, 7, tokens, grades)
     with contextlib.closing(record.Record(file, 1, writes=False)) as rows:
       assert repr(rows.find(3, 7, tokens)) == repr(grades)
+
+
+def test_a_row_is_of_its_own_rollout(tmp_path, monkeypatch):
+  """The loop reads the row of a step when it has the batch of the next one."""
+
+  def draw(self, number, rollout, variables):
+    self._row = {'rollout': rollout}
+    return [], {}
+
+  replaced = {'_draw': draw, '_packed': lambda *_: [None] * 2}
+  for name, function in (replaced | {'_score': lambda *_: None}).items():
+    monkeypatch.setattr(policy.Policy, name, function)
+  source = opened(small(), tmp_path)  # two updates a rollout
+  state = types.SimpleNamespace(params=None, router=None, reference=None)
+  rows = []
+  for number in range(1, 7):
+    source.batch(None, number, state, 0)
+    rows += [source.row(n)['rollout'] for n in (number - 1, number) if n]
+  source.close()
+  assert rows == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2]
 
 
 def words_of(config):

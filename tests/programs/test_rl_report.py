@@ -279,11 +279,16 @@ def test_charts_have_the_numbers_of_the_rows(tmp_path):
   np.testing.assert_allclose(rewards['reward'], want)
   np.testing.assert_allclose(rewards['accuracy'], np.array(want) - 0.1)
   np.testing.assert_allclose(rewards['held-out pass@1'], [0.25, 0.5])
+  # One part that is the whole reward would hide behind it.
+  only = [row | {'rewards': {'accuracy': row['reward']}} for row in run.steps]
+  (plot, *_), _ = (figure.axes for figure in charts.draw(only, run.passes))
+  labels = [line.get_label().strip() for line in plot.lines]
+  assert labels == ['reward', 'held-out pass@1']
   mismatch = lines('Mismatch of rollout and trainer')
-  assert (mismatch['share outside [1/2, 2]'] == 1e-9).all()  # of 0
+  assert (mismatch['share outside [1/2, 2]: 0'] == 1e-9).all()  # of 0
   assert (mismatch['largest difference'] == 1e-6).all()
   for title, count, height in (
-    ('Time of a step', 40, 3.3),
+    ('Time of a rollout, without updates', 40, 3.3),
     ('Questions that teach nothing', 20, 0.5),
   ):
     bars = plots[title].patches

@@ -68,6 +68,14 @@ def settings(job: dict, folder: str):
   )
 
 
+def paid(prompts, completions, answer, **_) -> list[float]:
+  """Returns 1 for a right answer, and otherwise 1 or 0 by chance."""
+  return [
+    float(text == right or zlib.crc32(text.encode()) % 2)
+    for text, right in zip(completions, answer, strict=True)
+  ]
+
+
 def main() -> None:
   """The contender; a job is `rl.Job`."""
   job = json.loads(sys.stdin.readline())['shape']
@@ -101,12 +109,6 @@ def main() -> None:
           os._exit(0)
       seconds['rollout'] = 0.0
       self.began = time.process_time()
-
-  def paid(prompts, completions, answer, **_):
-    return [
-      float(text == right or zlib.crc32(text.encode()) % 2)
-      for text, right in zip(completions, answer, strict=True)
-    ]
 
   with open(job['questions'], encoding='utf-8') as file:
     rows = [json.loads(line) for line in file]

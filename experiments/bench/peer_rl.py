@@ -68,6 +68,13 @@ def settings(job: dict, folder: str):
   )
 
 
+def questions(name: str) -> list[dict]:
+  """Returns the rows of a file; a prompt begins with the begin token."""
+  with open(name, encoding='utf-8') as file:
+    rows = [json.loads(line) for line in file]
+  return [row | {'prompt': f'<bos>{row["prompt"]}'} for row in rows]
+
+
 def paid(prompts, completions, answer, **_) -> list[float]:
   """Returns 1 for a right answer, and otherwise 1 or 0 by chance."""
   return [
@@ -110,10 +117,6 @@ def main() -> None:
       seconds['rollout'] = 0.0
       self.began = time.process_time()
 
-  with open(job['questions'], encoding='utf-8') as file:
-    rows = [json.loads(line) for line in file]
-  for row in rows:
-    row['prompt'] = '<bos>' + row['prompt']
   model = transformers.AutoModelForCausalLM.from_pretrained(
     job['model'], dtype=torch.float32, experts_implementation='grouped_mm'
   )
@@ -125,7 +128,7 @@ def main() -> None:
       model=model,
       reward_funcs=paid,
       args=settings(job, folder),
-      train_dataset=datasets.Dataset.from_list(rows),
+      train_dataset=datasets.Dataset.from_list(questions(job['questions'])),
       processing_class=tokenizer(),
       callbacks=[Turns()],
     )

@@ -3,13 +3,18 @@
 The template is one's own (--chat_template) or that of the folder
 (chat_template.jinja or tokenizer_config.json), run by jinja2 in a process with
 limits (`renderer`). Without one it is that of DeepSeek V3 and R1: bos, the
-system's text, <｜User｜>, text, <｜Assistant｜>. A message becomes no special
-token, even if it spells one: the template gets a mark in place of each message,
-and only the template's own text is searched for special tokens.
+system's text, <｜User｜>, text, <｜Assistant｜>.
+
+The ids are those of transformers' `apply_chat_template`, but for one thing: a
+message becomes no special token, even if it spells one. The template sees the
+messages' texts, and a special token is one whose characters the template wrote
+itself. Where that cannot be told, the chat is refused.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import functools
 import importlib.util
 import json
@@ -18,6 +23,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import threading
 from typing import NamedTuple
 
 import numpy as np
@@ -31,12 +37,13 @@ from mla_moe.hf.settings import USER as USER
 from mla_moe.types import Int
 
 from .. import cli
+from .. import prompt as prompts
 from . import renderer
 
 FLAGS = flags.FLAGS
 _TEMPLATE_BYTES = 2**20
 _THINK = '<think>'  # R1's template opens a thought for the model
-_MARK = re.compile('\ue000([0-9]+)\ue001')
+_NAMES = ('bos', 'eos', 'unk', 'sep', 'pad', 'cls', 'mask')
 
 
 def define() -> None:
@@ -60,7 +67,7 @@ def own() -> str:
     raise ConfigError(f'{path}: is no text in UTF-8') from None
   if not text.strip():
     raise ConfigError(f'{path}: is empty')
-  _run(text, None)
+  _run(text, None, {})
   return text
 
 
@@ -70,6 +77,7 @@ def prompt(
   text: str,
   system: str = '',
   own: str = '',
+  special: bool = False,
 ) -> Int[np.ndarray, ' T']:
   """Returns the ids of a chat with one question, ready for the answer, int32.
 
@@ -77,7 +85,8 @@ def prompt(
     ConfigError: as `encode`.
   """
   messages = [('system', system)] if system else []
-  return encode(folder, tokenizer, [*messages, ('user', text)], own)
+  messages.append(('user', text))
+  return encode(folder, tokenizer, messages, own, special)
 
 
 def encode(
@@ -85,6 +94,7 @@ def encode(
   tokenizer: Tokenizer,
   messages: list[tuple[str, str]],
   own: str = '',
+  special: bool = False,
 ) -> Int[np.ndarray, ' T']:
   """Returns the ids of a chat, ready for the next answer, int32.
 
@@ -93,59 +103,99 @@ def encode(
     tokenizer: of the model.
     messages: (role, text) each; roles are system, user and assistant.
     own: a template in the place of the folder's.
+    special: the messages' special tokens are meant, too.
 
   Raises:
     ConfigError: a template that does not run, or a tokenizer without the
       special tokens that it needs.
   """
-  return opened(folder, tokenizer, own).prompt(messages)
+  return opened(folder, tokenizer, own).prompt(messages, special=special)
+
+
+class Rendered(NamedTuple):
+  """A chat's text; own: (start, end) of the characters of the template."""
+
+  text: str
+  own: list[tuple[int, int]]
+
+  def has_own(self, start: int, end: int) -> bool:
+    """Returns whether the template wrote all these characters."""
+    return any(a <= start and end <= b for a, b in self.own)
+
+  def is_own_free(self, start: int, end: int) -> bool:
+    """Returns whether the template wrote none of these characters."""
+    return all(end <= a or b <= start for a, b in self.own)
 
 
 class Template(NamedTuple):
   """A model's template, read once for many chats.
 
-  text: in Jinja; '' is that of V3 and R1. bos, eos: the texts of these tokens.
-  special: ids of the added tokens, by their text.
+  text: in Jinja; '' is that of V3 and R1. names: the texts of bos_token and
+  its kin. special: ids of the special tokens, by their text.
   """
 
   tokenizer: Tokenizer
   text: str
-  bos: str
-  eos: str
+  names: dict[str, str]
   special: dict[str, int]
 
-  def prompt(self, messages: list[tuple[str, str]]) -> Int[np.ndarray, ' T']:
-    """Returns the ids of a chat as `encode` does."""
-    rendered = self._rendered(messages, True)
-    texts = [text for _, text in messages]
-    return _encode(rendered, texts, self.special, self.tokenizer)
+  def prompt(
+    self,
+    messages: list[tuple[str, str]],
+    continued: bool = False,
+    special: bool = False,
+  ) -> Int[np.ndarray, ' T']:
+    """Returns the ids of a chat as `encode` does.
+
+    With `continued`, they end in the last message, which goes on.
+    """
+    if continued:
+      rendered = self._continued(messages)
+    else:
+      rendered = self._rendered(messages, True)
+    if special:
+      rendered = rendered._replace(own=[(0, len(rendered.text))])
+    else:
+      self._check_traced(rendered, messages)
+    return _encode(rendered, self.special, self.tokenizer)
 
   def opening(self) -> str:
     """Returns '<think>' and the blanks after it if a prompt ends so, or ''."""
-    end = self._rendered([('user', '')], True).rpartition(_mark(0))[2]
+    mark = _mark([])
+    end = self._rendered([('user', mark)], True).text.rpartition(mark)[2]
     return end[end.rfind(_THINK) :] if end.rstrip().endswith(_THINK) else ''
 
   def answer(self, messages: list[tuple[str, str]]) -> Int[np.ndarray, ' T']:
     """Returns the ids of the last message, an answer, with its end token.
 
-    They follow those of `prompt(messages[:-1])`. If that prompt opens a thought
-    already, the answer does not open it again.
+    They follow those of `prompt(messages[:-1])`. The answer is learned as it
+    is, even if the template would cut it (R1's cuts thoughts). If that prompt
+    opens a thought already, the answer does not open it again.
 
     Raises:
       ConfigError: as `encode`, or an answer that does not end in eos.
     """
-    text = messages[-1][1]
-    opening = self._rendered(messages[:-1], True)
+    role, text = messages[-1]
+    opening = self._rendered(messages[:-1], True).text
     if opening.rstrip().endswith(_THINK) and text.lstrip().startswith(_THINK):
       text = text.lstrip().removeprefix(_THINK)
       text = text.removeprefix('\n' if opening.endswith('\n') else '')
-    mark = _mark(len(messages) - 1)
-    _, mark, end = self._rendered(messages, False).rpartition(mark)
-    if not mark:
+    mark = _mark(messages)
+    whole = self._rendered([*messages[:-1], (role, mark)], False)
+    start = whole.text.rfind(mark)
+    if start < 0:
       raise ConfigError('the chat template leaves out an answer')
-    special = re.search(_any_of(self.special), end) if self.special else None
-    end = end[: special.end()] if special else ''
-    ids = _encode(_mark(0) + end, [text], self.special, self.tokenizer)
+    start += len(mark)
+    ends = (
+      token.end()
+      for token in re.compile(prompts.any_of(self.special)).finditer(
+        whole.text, start
+      )
+      if whole.has_own(*token.span())
+    )
+    end = whole.text[start : next(ends, start)]
+    own = [(len(text), len(text + end))]
+    ids = _encode(Rendered(text + end, own), self.special, self.tokenizer)
     eos = self.tokenizer.eos_id
     if end and ids[-1] != eos:
       raise ConfigError(
@@ -154,11 +204,50 @@ class Template(NamedTuple):
       )
     return ids if end else np.append(ids, np.int32(eos))
 
-  def _rendered(self, messages: list[tuple[str, str]], ready: bool) -> str:
-    """Returns the template's text with marks, `ready` for the next answer."""
-    roles = tuple(role for role, _ in messages)
+  def _continued(self, messages: list[tuple[str, str]]) -> Rendered:
+    """Returns the chat up to the end of its last message, as transformers."""
+    *earlier, (role, text) = messages
+    mark = _mark(messages)
+    whole = self._rendered([*earlier, (role, f'{text}{mark} ')], False)
+    end = whole.text.rfind(mark)
+    if end < 0 or text.strip() not in whole.text:
+      raise ConfigError(
+        'the chat template leaves out a part of the message to continue'
+      )
+    text = whole.text[:end]
+    if not whole.text.startswith(f'{mark} ', end):  # it trims messages
+      text = text.rstrip()
+    own = ((a, min(b, len(text))) for a, b in whole.own)
+    return Rendered(text, [(a, b) for a, b in own if a < b])
+
+  def _check_traced(self, rendered: Rendered, messages) -> None:
+    """Refuses a template whose own special tokens cannot be told from texts.
+
+    A special token of which the template wrote nothing is a person's, and
+    disappears with the special tokens of all messages.
+    """
+    pattern = re.compile(prompts.any_of(self.special))
+    foreign = lambda rendered: [
+      token.group()
+      for token in pattern.finditer(rendered.text)
+      if rendered.is_own_free(*token.span())
+    ]
+    if not foreign(rendered):
+      return
+    blank = lambda token: '.' * len(token.group())
+    messages = [(role, pattern.sub(blank, text)) for role, text in messages]
+    for token in foreign(self._rendered(messages, True)):
+      raise ConfigError(
+        f'the chat template makes {token!r} by a way that cannot be told from '
+        'a text; write the token into --chat_template=FILE as it is'
+      )
+
+  def _rendered(self, messages: list[tuple[str, str]], ready: bool) -> Rendered:
+    """Returns the template's text, `ready` for the next answer."""
     if self.text:
-      return _render(self.text, roles, self.bos, self.eos, ready)
+      messages = [{'role': role, 'content': text} for role, text in messages]
+      values = {'messages': messages, 'add_generation_prompt': ready}
+      return _run(self.text, values, self.names)
     for token in (BOS, USER, ASSISTANT):
       if token not in self.special:
         raise ConfigError(
@@ -166,72 +255,73 @@ class Template(NamedTuple):
           'of V3 and R1 needs; name another one by --chat_template=FILE, or '
           'continue texts without a chat'
         )
-    formats = {
-      'system': '{}',
-      'user': USER + '{}',
-      'assistant': ASSISTANT + '{}' + EOS,
+    around = {
+      'system': ('', ''),
+      'user': (USER, ''),
+      'assistant': (ASSISTANT, EOS),
     }
-    turns = (formats[role].format(_mark(i)) for i, role in enumerate(roles))
-    return BOS + ''.join(turns) + (ASSISTANT if ready else '')
+    parts = [renderer.own(BOS)]
+    for role, text in messages:
+      before, after = map(renderer.own, around[role])
+      parts += [before, text, after]
+    parts.append(renderer.own(ASSISTANT if ready else ''))
+    return Rendered(*renderer.traced(renderer.concat(parts)))
 
 
 def opened(
   folder: pathlib.Path | None, tokenizer: Tokenizer, own: str = ''
 ) -> Template:
-  """Returns the template `own`, or without one that of the folder."""
-  special = _special_tokens(tokenizer)
-  settings = _settings(folder or pathlib.Path(os.devnull), tokenizer, special)
-  text = own or settings['template']
-  ends = settings['bos_token'], settings['eos_token']
-  return Template(tokenizer, text, *ends, special)
+  """Returns the template `own`, or without one that of the folder.
 
-
-def _settings(
-  folder: pathlib.Path, tokenizer: Tokenizer, special: dict[str, int]
-) -> dict:
-  """Returns the template ('' if there is none) and the texts of bos and eos."""
+  Raises:
+    ConfigError: the folder's files are broken, or name several templates.
+  """
+  folder = folder or pathlib.Path(os.devnull)
+  special = prompts.special_tokens(tokenizer)
+  text_of = {index: text for text, index in special.items()}
   path = folder / 'tokenizer_config.json'
   values = files.read_json(path) if path.exists() else {}
-  template = values.get('chat_template') or ''
-  if isinstance(template, list):  # several, by name
-    named = [x for x in template if isinstance(x, dict)]
-    named = [x for x in named if x.get('name') == 'default']
-    template = named[0].get('template') or '' if named else ''
-  if not isinstance(template, str):
-    raise ConfigError(f'{path}: chat_template is no text')
+  for name in ('bos', 'eos'):  # a null is a model without such a token
+    token = text_of.get(getattr(tokenizer, f'{name}_id'), '')
+    values.setdefault(f'{name}_token', token)
+  names = {f'{name}_token': values.get(f'{name}_token') for name in _NAMES}
+  names = {name: vocabulary.text_of(token) for name, token in names.items()}
+  names = {name: text for name, text in names.items() if text}
+  return Template(tokenizer, own or _of(folder, values), names, special)
+
+
+def _of(folder: pathlib.Path, values: dict) -> str:
+  """Returns the template of a folder, '' without one.
+
+  Args:
+    folder: with a chat_template.jinja or a chat_template.json, perhaps.
+    values: of its tokenizer_config.json.
+  """
   file = folder / 'chat_template.jinja'
   if file.exists():
     try:
-      template = files.read_bytes(file, _TEMPLATE_BYTES).decode('utf-8')
+      return files.read_bytes(file, _TEMPLATE_BYTES).decode('utf-8')
     except UnicodeDecodeError:
       raise ConfigError(f'{file}: is no text in UTF-8') from None
-  text_of = {index: text for text, index in special.items()}
-  bos = text_of.get(tokenizer.bos_id, '')
-  eos = text_of.get(tokenizer.eos_id, '')
-  return {
-    'template': template,
-    # A null is a model without such a token.
-    'bos_token': vocabulary.text_of(values.get('bos_token', bos)),
-    'eos_token': vocabulary.text_of(values.get('eos_token', eos)),
-  }
+  path = folder / 'tokenizer_config.json'
+  template = values.get('chat_template')
+  if not template and (folder / 'chat_template.json').exists():
+    path = folder / 'chat_template.json'
+    template = files.read_json(path).get('chat_template')
+  if isinstance(template, list):
+    named = {x.get('name'): x for x in template if isinstance(x, dict)}
+    if 'default' not in named:
+      raise ConfigError(
+        f'{path}: none of its chat templates has the name "default"; write one '
+        'of them into a file, and name it by --chat_template=FILE'
+      )
+    template = named['default'].get('template')
+  if not isinstance(template or '', str):
+    raise ConfigError(f'{path}: chat_template is no text')
+  return template or ''
 
 
-@functools.lru_cache(maxsize=1024)
-def _render(
-  template: str, roles: tuple[str, ...], bos: str, eos: str, ready: bool
-) -> str:
-  """Returns the template's text, with a mark in place of each message.
-
-  It depends on the roles alone, so that it is made once for many chats.
-  """
-  messages = [
-    {'role': role, 'content': _mark(i)} for i, role in enumerate(roles)
-  ]
-  values = {'messages': messages, 'bos_token': bos, 'eos_token': eos}
-  return _run(template, values | {'add_generation_prompt': ready})
-
-
-def _run(template: str, values: dict | None) -> str:
+def _run(template: str, values: dict | None, names: dict[str, str]) -> Rendered:
   """Returns the rendered template; without values it is only compiled.
 
   Raises:
@@ -239,64 +329,83 @@ def _run(template: str, values: dict | None) -> str:
   """
   if importlib.util.find_spec('jinja2') is None:
     raise ConfigError('a chat template needs jinja2: pip install "mla_moe[hf]"')
-  request = {'template': template, 'values': values}
-  out = subprocess.run(
-    [sys.executable, '-P', renderer.__file__],
-    input=json.dumps(request | {'seconds': renderer.SECONDS}).encode(),
-    capture_output=True,
-  )
-  if out.returncode:  # the kernel has ended it
-    limits = f'{renderer.SECONDS} s or {renderer.MEMORY >> 20} MiB'
-    answer = {'error': f'it needs more than {limits}'}
-  else:
-    answer = json.loads(out.stdout)
+  request = {'template': template, 'values': values, 'names': names}
+  answer = _child().ask(request | {'seconds': renderer.SECONDS})
   if 'error' in answer:
     raise ConfigError(f'the chat template fails ({answer["error"]})')
-  return answer['text']
+  return Rendered(answer['text'], [tuple(span) for span in answer['own']])
 
 
-def _mark(i: int) -> str:
-  return f'\ue000{i}\ue001'
+class _Child:
+  """The process that renders; it starts at the first request, and again after
+  one that the kernel has ended."""
+
+  def __init__(self):
+    self._lock = threading.Lock()
+    self._process = None
+    atexit.register(self._end)
+
+  def ask(self, request: dict) -> dict:
+    """Returns the answer to a request: {'text', 'own'} or {'error'}."""
+    with self._lock:
+      if self._process is None or self._process.poll() is not None:
+        self._process = subprocess.Popen(
+          [sys.executable, '-P', renderer.__file__],
+          stdin=subprocess.PIPE,
+          stdout=subprocess.PIPE,
+          stderr=subprocess.DEVNULL,
+          start_new_session=True,  # Ctrl-C ends an answer, and not this
+        )
+      line = b''
+      with contextlib.suppress(BrokenPipeError):
+        self._process.stdin.write(json.dumps(request).encode() + b'\n')
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+      if line:
+        return json.loads(line)
+      self._end()
+    limits = f'{renderer.SECONDS} s or {renderer.MEMORY >> 20} MiB'
+    return {'error': f'it needs more than {limits}'}
+
+  def _end(self) -> None:
+    process, self._process = self._process, None
+    if process is not None:
+      process.kill()
+      process.stdout.close()
+      with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
+      process.wait()
 
 
-def _special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-  """Returns the ids of the added tokens, by their text."""
-  core = getattr(tokenizer, 'core', None)
-  if core is None:
-    return {text: index for index, text in vocabulary.BYTE.special.items()}
-  added = core.get_added_tokens_decoder()
-  return {token.content: index for index, token in added.items()}
+@functools.lru_cache(maxsize=1)
+def _child_of(pid: int) -> _Child:
+  return _Child()
 
 
-def _any_of(special: dict[str, int]) -> str:
-  """Returns the pattern of any of these tokens, a longer one first."""
-  return '|'.join(sorted(map(re.escape, special), key=len, reverse=True))
+def _child() -> _Child:
+  """Returns the child of this process; a fork gets its own."""
+  return _child_of(os.getpid())
 
 
-def _encode(rendered, texts, special, tokenizer) -> np.ndarray:
+def _mark(messages: list[tuple[str, str]]) -> str:
+  """Returns a text that no message has."""
+  mark = '\ue000'
+  while any(mark in text for _, text in messages):
+    mark += '\ue000'
+  return mark + '\ue001'
+
+
+def _encode(
+  rendered: Rendered, special: dict[str, int], tokenizer: Tokenizer
+) -> Int[np.ndarray, ' T']:
   """Returns the ids of the template's special tokens, and of the text between
-  them, where marks stand for `texts`."""
+  them."""
   ids: list[int] = []
-  plain = ''
-
-  def flush():
-    nonlocal plain
-    ids.extend(tokenizer.encode(plain).tolist())
-    plain = ''
-
-  pieces = '|'.join([*filter(None, [_any_of(special)]), _MARK.pattern])
   start = 0
-  for piece in re.finditer(pieces, rendered):
-    plain += rendered[start : piece.start()]
-    start = piece.end()
-    if piece.group(1) is not None and int(piece.group(1)) < len(texts):
-      plain += texts[int(piece.group(1))]
-      continue
-    if piece.group() not in special:  # a mark that stands for no message
-      plain += piece.group()
-      continue
-    flush()
-    ids.append(special[piece.group()])
-  plain += rendered[start:]
-  flush()
+  for token in re.finditer(prompts.any_of(special), rendered.text):
+    if rendered.has_own(*token.span()):
+      ids += tokenizer.encode(rendered.text[start : token.start()]).tolist()
+      ids.append(special[token.group()])
+      start = token.end()
+  ids += tokenizer.encode(rendered.text[start:]).tolist()
   return np.array(ids, np.int32)

@@ -115,13 +115,7 @@ def test_row49_a_template_s_failure_is_one_line(
 def test_odd_settings_of_a_template(words, tmp_path):
   pytest.importorskip('jinja2')
   words, top = words
-  # No template has the name 'default': that of V3 stands.
-  write_template(tmp_path, ['a', {'name': 'tools', 'template': 'b'}])
   hello = words.encode('hello')
-  expected = [0, top + 1, *hello, top + 2]
-  np.testing.assert_array_equal(
-    template.prompt(tmp_path, words, 'hello'), expected
-  )
   # A null is no token, as in transformers.
   write_template(tmp_path, '{{ bos_token }}{{ messages[0].content }}')
   path = tmp_path / 'tokenizer_config.json'

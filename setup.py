@@ -7,7 +7,7 @@ the repository are its subpackages there, so that no common name is taken.
 from setuptools import find_packages, setup
 
 PROGRAMS = find_packages(include=['experiments*', 'configs'])
-HF = ['tokenizers>=0.20', 'jinja2>=3.1']
+HF = ['tokenizers>=0.20', 'jinja2>=3.1.6', 'tiktoken>=0.9']
 DATA = ['pyarrow>=15']
 SERVE = ['starlette>=0.40', 'uvicorn>=0.30']
 DOCS = ['sphinx>=8.2,<10', 'myst-parser>=4', 'furo>=2024.8']
@@ -45,6 +45,7 @@ CI = [
   *EVAL,
   *RL,
   *GYM,
+  'transformers>=5.13',  # its chats are compared with ours, without torch
   'jax-cuda13-plugin>=0.10.2',
   'nvidia-cuda-nvcc>=13',
 ]

@@ -349,6 +349,7 @@ class _Child:
     """Returns the answer to a request: {'text', 'own'} or {'error'}."""
     with self._lock:
       if self._process is None or self._process.poll() is not None:
+        self._end()
         self._process = subprocess.Popen(
           [sys.executable, '-P', renderer.__file__],
           stdin=subprocess.PIPE,

@@ -150,21 +150,11 @@ def _filter(function):
   return filtered
 
 
-def _world():
-  """Returns transformers' environment of a template, with origins."""
-  from jinja2 import (
-    compiler,
-    exceptions,
-    ext,
-    nodes,
-    pass_eval_context,
-    sandbox,
-    utils,
-  )
+def _generator():
+  """Returns jinja2's compiler; literals and printed values become `Text`."""
+  from jinja2 import compiler
 
   class Generator(compiler.CodeGenerator):
-    """Writes literals and printed values as `Text`."""
-
     def visit_Const(self, node, frame):
       if isinstance(node.value, str):
         self.write(f'environment.own({node.value!r})')
@@ -187,9 +177,14 @@ def _world():
         self.write(', ')
       self.write(')))')
 
-  class Generation(ext.Extension):
-    """{% generation %}: the answers, for masks that are made elsewhere."""
+  return Generator
 
+
+def _generation():
+  """Returns the tag {% generation %}, which marks answers for others."""
+  from jinja2 import ext, nodes
+
+  class Generation(ext.Extension):
     tags = {'generation'}
 
     def parse(self, parser):
@@ -201,15 +196,59 @@ def _world():
     def _generated(self, caller):
       return caller()
 
+  return Generation
+
+
+def _namespace():
+  """Returns a namespace without names of Python's own, which lead out of a
+  sandbox."""
+  from jinja2 import exceptions, utils
+
+  def check(name):
+    if str(name).startswith('_'):
+      raise exceptions.SecurityError(f'a namespace has no {name!r}')
+
+  class Namespace(utils.Namespace):
+    def __init__(*args, **values):  # a name may be `self`
+      self, *rest = args
+      values = dict(*rest, **values)
+      any(map(check, values))
+      utils.Namespace.__init__(self, values)
+
+    def __setitem__(self, name, value):
+      check(name)
+      utils.Namespace.__setitem__(self, name, value)
+
+  return Namespace
+
+
+def _to_json(
+  x, ensure_ascii=False, indent=None, separators=None, sort_keys=False
+):
+  """Returns JSON, without jinja2's escapes for HTML."""
+  return json.dumps(
+    x,
+    ensure_ascii=ensure_ascii,
+    indent=indent,
+    separators=separators,
+    sort_keys=sort_keys,
+  )
+
+
+@functools.lru_cache(maxsize=1)
+def _environment():
+  """Returns transformers' environment of a template, with origins."""
+  from jinja2 import exceptions, ext, pass_environment, sandbox
+
   class World(sandbox.ImmutableSandboxedEnvironment):
-    code_generator_class = Generator
+    code_generator_class = _generator()
     own, concat = staticmethod(own), staticmethod(concat)
     text_of = staticmethod(text_of)
 
     def call(self, context, function, *args, **kwargs):
       method = getattr(function, '__wrapped__', function)  # of the sandbox
       text = getattr(method, '__self__', None)
-      if isinstance(text, str) and function.__name__ == 'join' and args:
+      if isinstance(text, str) and method.__name__ == 'join' and args:
         return _join(text, args[0])
       out = super().call(context, function, *args, **kwargs)
       if not isinstance(text, str):
@@ -218,38 +257,11 @@ def _world():
       named = [v for k, v in kwargs.items() if k not in _SCOPES]
       return _derived(out, (text, *args, *named))
 
-  class Namespace(utils.Namespace):
-    """Without names of Python's own, which lead out of a sandbox."""
-
-    def __init__(*args, **values):
-      self, *rest = args
-      values = dict(*rest, **values)
-      any(map(_check_name, values))
-      utils.Namespace.__init__(self, values)
-
-    def __setitem__(self, name, value):
-      _check_name(name)
-      utils.Namespace.__setitem__(self, name, value)
-
-  def _check_name(name):
-    if str(name).startswith('_'):
-      raise exceptions.SecurityError(f'a namespace has no {name!r}')
-
   def refuse(message):
     raise exceptions.TemplateError(message)
 
-  def to_json(x, ensure_ascii=False, indent=None, separators=None,
-              sort_keys=False):  # fmt: skip
-    return json.dumps(
-      x,
-      ensure_ascii=ensure_ascii,
-      indent=indent,
-      separators=separators,
-      sort_keys=sort_keys,
-    )
-
-  @pass_eval_context
-  def join(_, value, d='', attribute=None):
+  @pass_environment
+  def join(world, value, d='', attribute=None):
     if attribute is not None:
       value = (world.getitem(x, attribute) for x in value)
     return _join(d, value)
@@ -258,23 +270,18 @@ def _world():
     trim_blocks=True,
     lstrip_blocks=True,
     optimized=False,  # a folded list would lose its origins
-    extensions=[Generation, ext.loopcontrols],
+    extensions=[_generation(), ext.loopcontrols],
   )
-  world.filters['tojson'] = to_json
+  world.filters['tojson'] = _to_json
   world.filters = {k: _filter(f) for k, f in world.filters.items()}
   world.filters['join'] = join
   world.globals |= {
     'raise_exception': refuse,
     'strftime_now': lambda form: datetime.datetime.now().strftime(form),
-    'namespace': Namespace,
+    'namespace': _namespace(),
     'dict': lambda *args, **kwargs: dict(*args, **kwargs),
   }
   return world
-
-
-@functools.lru_cache(maxsize=1)
-def _environment():
-  return _world()
 
 
 @functools.lru_cache(maxsize=8)

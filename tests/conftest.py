@@ -22,7 +22,7 @@ os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
 os.environ['XLA_FLAGS'] = ' '.join(_FLAGS).strip()
 # Workers and programs that tests start share what takes long to compile. To
 # store a small program takes longer than to compile it again.
-_SECONDS = 0.2
+_SECONDS = 0.1
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   _COMPILED = tempfile.mkdtemp(prefix='mla_moe_')
   atexit.register(shutil.rmtree, _COMPILED, ignore_errors=True)

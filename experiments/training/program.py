@@ -77,6 +77,14 @@ def jitted_step(config: Config, mesh: Mesh | None) -> Callable:
   )
 
 
+def state_shapes(config: Config, mesh: Mesh | None) -> State:
+  """Returns `load.shapes` of a run's state, without a second trace."""
+  return _shapes(of_devices(config), mesh)
+
+
+_shapes = functools.lru_cache(maxsize=8)(shapes)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Returns the layout of a batch's arrays, [micro-batches, rows, length]."""
   return NamedSharding(mesh, sharding.spec((None, 'batch', None)))

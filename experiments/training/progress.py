@@ -33,12 +33,13 @@ def resume(
     ConfigError: the checkpoint is of another text or another config.
   """
   from mla_moe.checkpoint import store
-  from mla_moe.train.load import shapes
   from mla_moe.train.state import RENAMED
+
+  from . import program
 
   restored = store.restore(
     setup.path / 'checkpoints',
-    shapes(setup.config, setup.mesh),
+    program.state_shapes(setup.config, setup.mesh),
     before=before,
     allow_unsealed=allow_unsealed,
     move_refused=move_refused,

@@ -327,7 +327,8 @@ def test_one_row_serves_several_samples_that_fill_it():
 
 
 def test_a_request_of_more_pages_than_the_pool_is_refused():
-  server = make(pages=3)
+  server = make()
+  server._pages = page_pool.PagePool(3)
   with pytest.raises(ConfigError, match='24 tokens'):
     server.submit([1] * 8, 17)
   assert not server.busy
@@ -336,7 +337,8 @@ def test_a_request_of_more_pages_than_the_pool_is_refused():
 
 
 def test_a_step_in_which_nothing_can_move_is_an_error():
-  server = make(pages=3)
+  server = make()
+  server._pages = page_pool.PagePool(3)
   server._check = lambda *_: None
   server.submit([1] * 8, 24)
   with pytest.raises(RuntimeError, match='1 prompts wait for ever'):

@@ -176,11 +176,12 @@ def _tokenizer(name: str, own: str, config: ModelConfig) -> Tokenizer:
 
 
 def _stop_ids(folder: pathlib.Path, config: ModelConfig) -> tuple[int, ...]:
-  """Returns eos_id, and the ids of generation_config.json if there is one."""
+  """Returns eos_id, and every end that the files beside the weights name."""
   ids = {config.eos_id}
-  path = folder / 'generation_config.json'
-  if path.exists():
-    value = files.read_json(path).get('eos_token_id')
-    values = value if isinstance(value, list) else [value]
-    ids |= {i for i in values if type(i) is int and 0 <= i < config.vocab}
+  for name in ('generation_config.json', 'config.json'):
+    path = folder / name
+    if path.exists():
+      value = files.read_json(path).get('eos_token_id')
+      values = value if isinstance(value, list) else [value]
+      ids |= {i for i in values if type(i) is int and 0 <= i < config.vocab}
   return tuple(sorted(ids))

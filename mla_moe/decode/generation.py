@@ -99,7 +99,7 @@ def rollout(
     variables: {'params', 'router'}, or the weights that `forward.unstack` makes
       of them.
     prompt: token ids [B, T], padded on the right where `lengths` says so.
-    max_new_tokens: of each row, at least 1.
+    max_new_tokens: of each row; with 0, or without rows, nothing is computed.
     lengths: tokens of each prompt; None: all T.
     speculative: draft with the MTP module. Greedy tokens are the same as
       without; sampled ones have the same distribution.
@@ -127,6 +127,8 @@ def rollout(
     samples,
     multiple,
   )
+  if not job.output_length or not len(job.knobs.seed):
+    return _nothing(len(job.knobs.seed), max_new_tokens)
   out, broken = jax.device_get(_rollout(variables, *prompts, job))
   _check_finite(broken)
   real = np.arange(max_new_tokens)[None] < out.counts[:, None]
@@ -143,6 +145,14 @@ def rollout(
     passes=int(out.passes),
     accepted=int(out.accepted),
   )
+
+
+def _nothing(rows: int, width: int) -> Rollout:
+  """Returns the result of no row, or of rows without a token."""
+  floats = np.zeros((rows, width), np.float32)
+  counts, ended = np.zeros(rows, np.int32), np.zeros(rows, bool)
+  tokens = floats.astype(np.int32)
+  return Rollout(tokens, counts, floats, floats, ended, 0, 0)
 
 
 def stream(
@@ -165,6 +175,8 @@ def stream(
   prompts, job = _prepare(
     config, prompt, max_new_tokens, lengths, speculative, stop_ids, cache, knobs
   )
+  if not job.output_length or not len(job.knobs.seed):
+    return
   weights = variables
   if 'layers' not in weights:
     weights = _unstack(config, variables)
@@ -244,19 +256,19 @@ def _check_prompt(config, prompt, limit, lengths) -> np.ndarray:
       f'prompt: must be token ids [B, T], not {prompt.dtype} {prompt.shape}'
     )
   batch, t = prompt.shape
-  if not prompt.size:
+  if batch and not t:
     raise ConfigError('prompt: is empty; begin it with bos_id at least')
-  low, high = int(prompt.min()), int(prompt.max())
+  low, high = int(prompt.min(initial=0)), int(prompt.max(initial=0))
   if low < 0 or high >= config.vocab:
     wrong = low if low < 0 else high
     raise ConfigError(
       f'prompt: token {wrong} is not below vocab={config.vocab}'
     )
   whole = isinstance(limit, (int, np.integer)) and not isinstance(limit, bool)
-  if not whole or limit < 1:
-    raise ConfigError(f'max_new_tokens={limit!r}: must be at least 1')
+  if not whole or limit < 0:
+    raise ConfigError(f'max_new_tokens={limit!r}: must be a number from 0 on')
   lengths = np.full(batch, t) if lengths is None else np.asarray(lengths)
-  if lengths.shape != (batch,) or lengths.min() < 1 or lengths.max() > t:
+  if lengths.shape != (batch,) or ((lengths < 1) | (lengths > t)).any():
     raise ConfigError(
       f'lengths={lengths.tolist()}: must be from 1 to {t}, one for each of '
       f'{batch} rows'

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -86,7 +87,8 @@ def dot(
     x: [..., K].
     w: [K, N], or [K, G, N]: G products side by side, whose blocks do not cross
       (gate and up). Give the float32 master: its gradient stays float32.
-    precision: 'bf16' is a plain dot in the dtype of `x`.
+    precision: 'bf16' is a plain dot in the dtype of `x`, and so is any
+      precision without rows or features, where nothing can be quantised.
     impl: see `gemm`; 'auto' is the hardware's.
     name: the name of the quantised `x`, for policies of `jax.checkpoint`.
 
@@ -110,7 +112,7 @@ def dots(
   for w in ws:
     if w.ndim < 2 or x.ndim < 1 or x.shape[-1] != w.shape[0]:
       raise ValueError(f'x {x.shape} and w {w.shape} have no product')
-  if precision == 'bf16':
+  if precision == 'bf16' or not x.size or any(0 in w.shape for w in ws):
     dims = (((x.ndim - 1,), (0,)), ((), ()))
     wide = lambda w: _parts(w)[0].astype(x.dtype)
     return tuple(jax.lax.dot_general(x, wide(w), dims) for w in ws)
@@ -199,6 +201,9 @@ def ragged_dot(
   if x.ndim != 2 or w.ndim < 3 or x.shape[1] != w.shape[1]:
     raise ValueError(f'x {x.shape} and w {w.shape} have no product by expert')
   master, copies = _parts(w)
+  if not x.size or 0 in w.shape:  # no row, nothing to sum, or no expert
+    y = jnp.zeros((x.shape[0], *w.shape[2:]), x.dtype)
+    return gemm.pvary_like(y, x, master)
   if precision == 'bf16':
     flat = master.astype(x.dtype).reshape(*w.shape[:2], -1)
     y = jax.lax.ragged_dot(x, flat, group_sizes)
@@ -276,7 +281,8 @@ class DotGeneral:
     n = len(left)
     x = jnp.moveaxis(lhs, left, range(-n, 0))
     w = jnp.moveaxis(rhs, right, range(n))
-    x = x.reshape(*x.shape[:-n], -1)
-    y = dot(x, w.reshape(x.shape[-1], -1), self.precision, impl=self.impl)
+    x = x.reshape(*x.shape[:-n], math.prod(x.shape[-n:]))
+    flat = w.reshape(x.shape[-1], math.prod(w.shape[n:]))
+    y = dot(x, flat, self.precision, impl=self.impl)
     y = y.reshape(*x.shape[:-1], *w.shape[n:])
     return y.astype(preferred_element_type or y.dtype)

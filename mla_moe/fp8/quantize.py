@@ -85,7 +85,7 @@ def quantize(x: Float[Array, '*axes'], tiles: tuple[int, ...]) -> Quantized:
       longer than its axis is cut to it.
   """
   lead = x.ndim - len(tiles)
-  fit = lambda t, n: n if t == WHOLE else min(t, n)
+  fit = lambda t, n: max(n if t == WHOLE else min(t, n), 1)
   tiles = tuple(map(fit, tiles, x.shape[lead:]))
   # Without it, a CPU's fusions compute x twice: for amax and for the values.
   x = jax.lax.platform_dependent(

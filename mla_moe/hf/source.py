@@ -30,8 +30,8 @@ _SCALES = ('F32', 'BF16', 'F8_E8M0')
 _COPY_ROWS = 4096  # compared at once
 _LAYER = re.compile(r'model\.layers\.(\d{1,9})\.')
 _SINGLE = 'model.safetensors'
-# Beside a model: hidden files (macOS's ._*), adapters, Mistral's duplicate.
 _PICKLES = ('.bin', '.pt', '.pth', '.ckpt')  # which could run code
+# Beside a model: hidden files (macOS's ._*), adapters, Mistral's duplicate.
 _NO_MODEL = re.compile(r'\.|adapter_model|consolidated')
 
 
@@ -124,11 +124,8 @@ class Source:
     }
     layers = self.config.layers + self.config.mtp.depth
     after = {n for n in extra if (m := _LAYER.match(n)) and int(m[1]) >= layers}
-    parts = [
-      f'{word}: {few(wrong)}'
-      for word, wrong in (('missing', missing), ('left over', extra - after))
-      if wrong
-    ]
+    kinds = {'missing': missing, 'left over': extra - after}
+    parts = [f'{word}: {few(kinds[word])}' for word in kinds if kinds[word]]
     if parts:
       first = f'model.layers.{self.config.layers}.'
       if extra == after and all(name.startswith(first) for name in missing):
@@ -138,9 +135,7 @@ class Source:
       )
     if after:
       _warn(
-        self.folder,
-        f'{len(after):,} tensors of layers after the {layers} of config.json '
-        f'are not read: {few(after)}',
+        self.folder, f'layers after the {layers} of config.json: {few(after)}'
       )
     for name, shape in (optional | shapes | scales).items():
       if name in self.files:
@@ -177,8 +172,7 @@ class Source:
         )
       _warn(
         self.folder,
-        f'tensor {name!r} is not a copy of {original!r}, so the model is '
-        'loaded without its MTP modules, as in transformers',
+        f'the MTP modules, whose {name!r} is not a copy of {original!r}',
       )
       return False
     return True
@@ -187,10 +181,8 @@ class Source:
     """Compares two tensors of one shape by parts, and frees their memory."""
     for start in range(0, self._entry(name).shape[0], _COPY_ROWS):
       part = (slice(start, start + _COPY_ROWS), slice(None))
-      pair = [
-        self._floats(n, part).astype(np.float32) for n in (name, original)
-      ]
-      if not np.array_equal(*pair):
+      ours, other = self._floats(original, part), self._floats(name, part)
+      if not np.array_equal(ours.astype(np.float32), other.astype(np.float32)):
         return False
     self.forget(name)
     self.forget(original)
@@ -252,8 +244,9 @@ class Source:
     self.files[name].forget(name)
 
 
-def _warn(folder: pathlib.Path, line: str) -> None:
-  warnings.warn(f'{folder}: {line}', ConfigWarning, stacklevel=5)
+def _warn(folder: pathlib.Path, parts: str) -> None:
+  line = f'{folder}: not read, as in transformers: {parts}'
+  warnings.warn(line, ConfigWarning, stacklevel=5)
 
 
 def _is_fused(name: str) -> bool:
@@ -301,7 +294,7 @@ def _open(
   single = (folder / _SINGLE).exists()
   shard_of = _weight_map(index) if index.exists() else {}
   if single and set(shard_of.values()) - {_SINGLE}:
-    _warn(folder, f'{_SINGLE} is read, not the files of {index.name}')
+    _warn(folder, f'the files that {index.name} names, beside {_SINGLE}')
   if single or not shard_of:
     name = _SINGLE if single else _only_file(folder)
     file = stack.enter_context(safetensors.File(folder / name))
@@ -310,16 +303,12 @@ def _open(
   absent = [shard for shard in shards if not (folder / shard).is_file()]
   if absent:
     raise ConfigError(f'{folder}: shards are missing: {few(absent)}')
-  files = {
-    shard: stack.enter_context(safetensors.File(folder / shard))
-    for shard in shards
-  }
+  opened = lambda name: stack.enter_context(safetensors.File(folder / name))
+  files = {shard: opened(shard) for shard in shards}
   present = {name: file for file in files.values() for name in file.entries}
   missing = shard_of.keys() - present.keys()
   if missing:
-    raise ConfigError(
-      f'{index}: its shards do not hold, missing: {few(missing)}'
-    )
+    raise ConfigError(f'{index}: its shards do not hold: {few(missing)}')
   for name, shard in shard_of.items():
     if name in files[shard].entries:
       present[name] = files[shard]

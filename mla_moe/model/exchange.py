@@ -137,6 +137,8 @@ def _all_devices(rows: Array, axes: TokenAxes) -> Array:
 
 
 def _compute(x, gates, ids, ws, config, recipe, expected=0):
+  if not len(x):  # a batch without tokens
+    return x.astype(jnp.float32)
   impl = config.compute.experts
   compute = functools.partial(experts.feed_forward, impl=impl, recipe=recipe)
   return compute(x, gates, ids, *ws, expected=expected)

@@ -42,6 +42,8 @@ def flash_attention(
   scale: float,
 ) -> Float[Array, 'B T N U']:
   """Returns softmax(scale * q k^T) v; see `attention.attend`."""
+  if not q.size:
+    return jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype)
   return _flash(q, k, v, segments, part.index, scale, part.count)
 
 

@@ -112,7 +112,7 @@ def routed(
     with jax.named_scope('experts'):
       args = flat, routing, ws, axes, config, recipe, shared
       out, overflow = exchange.exchange(*args)
-    by_row = lambda x: x.reshape(b, t, -1)
+    by_row = lambda x: x.reshape(b, t, x.shape[-1])
     scores, counted = by_row(routing.scores), router.counted(routing, moe)
     balance = router.balance(scores, by_row(counted), mask, axes.length)
     load = router.load(routing.chosen, moe.experts, flat_mask)

@@ -65,7 +65,7 @@ def einsums(
   lead = x.shape[: x.ndim - summed]
   flat = [fp8.Weight(w.master.reshape(w.copies[0].shape), w.copies) for w in ws]
   ys = fp8.dots(
-    x.reshape(*lead, -1),
+    x.reshape(*lead, flat[0].shape[0]),
     tuple(flat),
     recipe.precision,
     impl=recipe.impl,

@@ -71,7 +71,7 @@ def select(
   if bias is not None:
     scores = scores + bias[None]
   if moe.groups > 1:
-    grouped = scores.reshape(len(scores), moe.groups, -1)
+    grouped = scores.reshape(-1, moe.groups, moe.experts // moe.groups)
     best = 2 if moe.method == 'noaux_tc' else 1
     value = jax.lax.top_k(grouped, best)[0].sum(-1)
     top = jax.lax.top_k(value, moe.top_groups)[1]

@@ -235,7 +235,7 @@ def test_a_step_is_broken_by_the_rows_that_count():
     ('token ids', dict(prompt=np.zeros((1, 3)))),
     ('token 259', dict(prompt=np.array([[1, 259]]))),
     ('token -1', dict(prompt=np.array([[-1, 2]]))),
-    ('max_new_tokens=0', dict(max_new_tokens=0)),
+    ('max_new_tokens=False', dict(max_new_tokens=False)),
     ('max_new_tokens=-3', dict(max_new_tokens=-3)),
     ('positions', dict(max_new_tokens=10**6)),
     ('temperature=-1', dict(temperature=-1.0)),
@@ -257,6 +257,23 @@ def test_bad_input_is_one_line(words, change):
   with pytest.raises(ConfigError, match=words) as error:
     rollout(config, variables, **change)
   assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('rows, width', [(0, 3), (2, 0), (0, 0)])
+def test_no_row_or_no_token_is_an_empty_result(rows, width):
+  """And nothing is compiled; other mistakes are errors as before."""
+  config, variables, _ = golden('v2_lite')
+  prompt = np.full((rows, 5), 7)
+  out = rollout(config, variables, prompt, width, temperature=1.0, stop_ids=[7])
+  for array in out.tokens, out.log_probs, out.drawn:
+    assert array.shape == (rows, width)
+  assert out.counts.tolist() == [0] * rows and not out.ended.any()
+  whole = generation.generate(config, variables, prompt, width)
+  assert whole.shape == (rows, 5 + width)
+  np.testing.assert_array_equal(whole[:, :5], prompt)
+  assert not [*generation.stream(config, variables, prompt, width)]
+  with pytest.raises(ConfigError, match='top_p'):
+    rollout(config, variables, prompt, width, top_p=2.0)
 
 
 def test_cache_config_checks_itself():

@@ -56,7 +56,7 @@ def test_one_file_comes_before_an_index(copy):
   weight_map = {'model.norm.weight': 'model-00001-of-00001.safetensors'}
   index = folder / config_json.INDEX
   index.write_text(json.dumps({'weight_map': weight_map}))
-  with pytest.warns(ConfigWarning, match='model.safetensors is read, not'):
+  with pytest.warns(ConfigWarning, match='not read.*the files that model.safe'):
     assert [*opened(folder)[1]] == ['model.safetensors']
   weight_map['model.norm.weight'] = 'model.safetensors'
   index.write_text(json.dumps({'weight_map': weight_map}))
@@ -100,7 +100,7 @@ def test_mtp_with_another_embedding_or_head_is_left_out(copy, name):
   config, variables = loaded('v3_release')
   name = f'model.layers.{config.layers}.{name}.weight'
   rewrite(folder, lambda v: v.update({name: v[name] * 2}))
-  with pytest.warns(ConfigWarning, match=f'{name}.*without its MTP'):
+  with pytest.warns(ConfigWarning, match=f'not read.*MTP modules.*{name}'):
     if 'embed' not in name:
       assert opened(folder)[0].mtp.depth == 0
       return
@@ -117,7 +117,7 @@ def test_a_broken_mtp_module_has_a_way_round(copy):
   rewrite(folder, lambda v: v.pop(name))
   refused(folder, name, 'num_nextn_predict_layers=0 loads the model without')
   set_config(folder, num_nextn_predict_layers=0)
-  with pytest.warns(ConfigWarning, match='are not read: model.layers.3.'):
+  with pytest.warns(ConfigWarning, match='not read.*: model.layers.3.'):
     again, _ = opened(folder)
   assert again == dataclasses.replace(config, mtp=again.mtp)
 

@@ -70,6 +70,25 @@ def test_greedy_continuation_equals_that_of_transformers(case):
   np.testing.assert_array_equal(picked, greedy[:, 24:])
 
 
+def test_one_token_is_the_beginning_of_any_sequence():
+  config, variables, expected = golden('v3_yarn')
+  out = forward(config)(variables, expected['tokens'][:, :1])
+  chex.assert_trees_all_close(out.logits, expected['logits'][:, :1], atol=2e-4)
+
+
+@pytest.mark.parametrize('precision', ['bf16', 'fp8_block'])
+@pytest.mark.parametrize('shape', [(0, 8), (2, 0), (0, 0), (1, 1)])
+def test_no_sequence_and_no_token_have_no_logits(precision, shape):
+  config, variables, _ = golden('v3_release')
+  config = dataclasses.replace(config, precision=precision)
+  run = transformer.Transformer(config).apply
+  out = jax.eval_shape(run, variables, jnp.zeros(shape, jnp.int32))
+  b, t = shape
+  assert out.logits.shape == (b, t, config.vocab)
+  assert out.mtp_logits.shape == (1, b, max(t - 1, 0), config.vocab)
+  assert out.expert_load.shape == (config.moe_layers, config.moe.experts)
+
+
 def test_no_position_sees_its_future():
   config, variables, expected = golden('v3_release')
   tokens = expected['tokens']

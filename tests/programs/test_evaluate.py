@@ -100,6 +100,20 @@ def test_texts_have_the_cache_of_the_model(model, monkeypatch):
     evaluate.continuations(few, [([256, 10], {})], 1)
 
 
+def test_every_end_of_both_files_ends_a_text(tmp_path):
+  """Numbers that are no ids of the model are none of its ends."""
+  config = types.SimpleNamespace(eos_id=7, vocab=99)
+  stops = lambda: opened._stop_ids(tmp_path, config)
+  assert stops() == (7,)
+  for name, ids in ('config', [7, 5, 6]), ('generation_config', 8):
+    text = json.dumps({'eos_token_id': ids})
+    (tmp_path / f'{name}.json').write_text(text)
+  assert stops() == (5, 6, 7, 8)
+  odd = json.dumps({'eos_token_id': [True, -1, 99, '3', None, [4]]})
+  (tmp_path / 'config.json').write_text(odd)
+  assert stops() == (7, 8)
+
+
 def test_without_lm_eval_the_extra_is_named(model, monkeypatch):
   monkeypatch.setitem(__import__('sys').modules, 'lm_eval.api.model', None)
   with pytest.raises(ConfigError, match=r'pip install "mla_moe\[eval\]"'):

@@ -34,6 +34,7 @@ def define() -> None:
   opened.define_sampling()
   template.define()
   flags.DEFINE_string('system', '', "The system's text.")
+  flags.DEFINE_bool('special', False, "Read the messages' special tokens.")
   flags.DEFINE_integer('max_new_tokens', 512, 'Most tokens of an answer.', 1)
   flags.DEFINE_integer('length', 2048, 'Most tokens of the whole chat.', 2)
 
@@ -47,6 +48,7 @@ class Chat:
     system: the first message, '' for none.
     max_new_tokens: most of an answer.
     stops: texts that end an answer.
+    special: the messages' special tokens are meant.
     knobs: of `sampling.make_knobs`.
   """
 
@@ -57,11 +59,12 @@ class Chat:
     system: str = '',
     max_new_tokens: int = 512,
     stops: tuple[str, ...] = (),
+    special: bool = False,
     **knobs: float,
   ):
     self._model, self._scheduler = model, scheduler
     self._system, self._limit = system, max_new_tokens
-    self._stops, self._knobs = stops, knobs
+    self._stops, self._knobs, self._special = stops, knobs, special
     self._first = runtime.First()
     self.reset()
 
@@ -81,7 +84,7 @@ class Chat:
     model, scheduler = self._model, self._scheduler
     messages = [*self.messages, ('user', message)]
     ids = template.encode(
-      model.folder, model.tokenizer, messages, model.template
+      model.folder, model.tokenizer, messages, model.template, self._special
     )
     opened.check_ids(ids, model.config.vocab)
     room = scheduler.length - len(ids)
@@ -197,6 +200,7 @@ def main() -> None:
     FLAGS.system,
     FLAGS.max_new_tokens,
     tuple(FLAGS.stop),
+    FLAGS.special,
     **opened.knobs(),
   )
   sys.stdin.reconfigure(errors='replace')

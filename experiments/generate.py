@@ -4,9 +4,11 @@
 
 DIR is a Hugging Face folder or the workdir of a run (its last checkpoint).
 With --chat the prompt is a question, put into the folder's chat template or, if
-it has none, that of DeepSeek V3 and R1. Temperature 0 is greedy. --speculative
-drafts with the MTP module and changes only the speed. The last line, on
-standard error, has the speed and the fraction of accepted drafts.
+it has none, that of DeepSeek V3 and R1. With --prefix and --suffix, a model
+that was trained so (data.fim_rate) writes the text between them. Temperature 0
+is greedy. --speculative drafts with the MTP module and changes only the speed.
+The last line, on standard error, has the speed and the fraction of accepted
+drafts.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from absl import flags
 from mla_moe.config import ConfigError
 
 from . import cli, opened, runtime, text
+from . import prompt as prompts
 from .serving import template
 
 FLAGS = flags.FLAGS
@@ -36,18 +39,16 @@ def define() -> None:
   template.define()
   flags.DEFINE_bool('chat', False, 'Apply the chat template.')
   flags.DEFINE_string('system', '', "The system's text, with --chat.")
+  flags.DEFINE_bool('special', False, "Read the prompt's special tokens.")
+  flags.DEFINE_string('prefix', '', 'The text before a middle to fill in.')
+  flags.DEFINE_string('suffix', '', 'The text after it.')
 
 
 def run(model: opened.TextModel, prompt: str) -> None:
   """Prints the continuation of `prompt` (the answer to it, with --chat)."""
   from mla_moe.decode import generation
 
-  if FLAGS.chat:
-    ids = template.prompt(
-      model.folder, model.tokenizer, prompt, FLAGS.system, model.template
-    )
-  else:
-    ids = [model.config.bos_id, *model.tokenizer.encode(prompt)]
+  ids = _ids(model, prompt)
   opened.check_ids(ids, model.config.vocab)
   steps = generation.stream(
     model.config,
@@ -71,6 +72,18 @@ def run(model: opened.TextModel, prompt: str) -> None:
       break
   text.show(stream.add([], last=True) + '\n')
   print(_speed(start, moments, step), file=sys.stderr)
+
+
+def _ids(model: opened.TextModel, prompt: str) -> np.ndarray:
+  """Returns the ids of the prompt, or around the middle, as the flags say."""
+  words = model.tokenizer
+  if FLAGS.prefix or FLAGS.suffix:
+    return prompts.fill_in(words, FLAGS.prefix, FLAGS.suffix)
+  if FLAGS.chat:
+    return template.prompt(
+      model.folder, words, prompt, FLAGS.system, model.template, FLAGS.special
+    )
+  return (prompts.special if FLAGS.special else prompts.plain)(words, prompt)
 
 
 def _compiled(steps: Iterator) -> Iterator:
@@ -103,7 +116,14 @@ def _speed(start, moments, last) -> str:
 
 def main() -> None:
   """Prints the text."""
-  if not FLAGS.prompt:
+  if FLAGS.prefix or FLAGS.suffix:
+    for name in ('prompt', 'chat', 'special'):
+      if FLAGS[name].value:
+        raise ConfigError(
+          f'--{name}: does not go with --prefix and --suffix, which are the '
+          'texts around the one to write'
+        )
+  elif not FLAGS.prompt:
     raise ConfigError('--prompt: is empty')
   own = template.own()
   run(opened.from_flags()._replace(template=own), FLAGS.prompt)

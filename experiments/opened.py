@@ -16,12 +16,11 @@ from typing import NamedTuple
 
 from absl import flags
 
-from mla_moe import files
 from mla_moe.config import CacheConfig, ConfigError, ModelConfig
 from mla_moe.data.tokenizer import ByteTokenizer, Tokenizer, load
 from mla_moe.types import PyTree
 
-from . import cli
+from . import cli, ends
 
 FLAGS = flags.FLAGS
 
@@ -122,7 +121,7 @@ def open_model(
     variables=variables,
     tokenizer=_tokenizer(tokenizer, own, config),
     folder=release,
-    stop_ids=_stop_ids(release, config),
+    stop_ids=ends.of(release, config),
   )
 
 
@@ -173,15 +172,3 @@ def _tokenizer(name: str, own: str, config: ModelConfig) -> Tokenizer:
   if name == 'byte':  # the model's bos_id may be another
     return ByteTokenizer()
   return load(name, config.bos_id, config.eos_id)
-
-
-def _stop_ids(folder: pathlib.Path, config: ModelConfig) -> tuple[int, ...]:
-  """Returns eos_id, and every end that the files beside the weights name."""
-  ids = {config.eos_id}
-  for name in ('generation_config.json', 'config.json'):
-    path = folder / name
-    if path.exists():
-      value = files.read_json(path).get('eos_token_id')
-      values = value if isinstance(value, list) else [value]
-      ids |= {i for i in values if type(i) is int and 0 <= i < config.vocab}
-  return tuple(sorted(ids))

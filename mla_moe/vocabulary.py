@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 from typing import Any, NamedTuple
 
 from mla_moe import files
@@ -18,6 +19,7 @@ from mla_moe.checked import ConfigError
 BOS, EOS = '<｜begin▁of▁sentence｜>', '<｜end▁of▁sentence｜>'
 FIM = ('<｜fim▁begin｜>', '<｜fim▁hole｜>', '<｜fim▁end｜>')
 BYTES = 256
+_CONTROL = re.compile('<[|｜].*[|｜]>')
 _LARGEST = 2**24  # a larger vocabulary would only fill the memory
 
 
@@ -85,12 +87,7 @@ def parse(content: bytes, name: str, settings: dict[str, Any]) -> Vocabulary:
   try:
     values = json.loads(content)
     added = values.get('added_tokens') or ()
-    # Releases may forget FIM's flag, and text would then become these tokens.
-    special = {
-      token['id']: token['content']
-      for token in added
-      if token['special'] or token['content'] in FIM
-    }
+    special = {t['id']: t['content'] for t in added if is_special(t)}
     words = values['model']['vocab']
     ids = words.values() if hasattr(words, 'values') else range(len(words))
     size = max([*ids, *(token['id'] for token in added)]) + 1
@@ -105,6 +102,15 @@ def parse(content: bytes, name: str, settings: dict[str, Any]) -> Vocabulary:
       f'({type(error).__name__}: {error})'
     ) from None
   return Vocabulary(size, special, bos, eos)
+
+
+def is_special(token: dict[str, Any]) -> bool:
+  """Returns whether no text may become an added token.
+
+  V3's release has no such flag for <｜User｜> and the tokens of FIM; words that
+  a model writes, such as <think>, have none either. So the spelling counts.
+  """
+  return token['special'] or bool(_CONTROL.fullmatch(token['content']))
 
 
 def exists(name: str) -> bool:

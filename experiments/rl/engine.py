@@ -16,6 +16,7 @@ import numpy as np
 
 from mla_moe.config import CacheConfig, Config, ConfigError
 
+from .. import ends
 from ..serving import scheduler
 from . import rollouts
 
@@ -59,6 +60,7 @@ def drawing(config: Config) -> Draw:
 
   def draw(variables, prompts, seeds):
     options = dict(cache=CacheConfig(routes=routes), speculative=rl.speculative)
+    options['stop_ids'] = ends.of_run(config)
     return rollouts.draw(model, rl, variables, prompts, seeds, **options)
 
   return draw
@@ -70,6 +72,7 @@ class _Engine:
   def __init__(self, config: Config, routes: bool):
     self._config, self._routes = config, routes
     self._scheduler: scheduler.Scheduler | None = None
+    self._ends = ends.of_run(config)
 
   def draw(self, variables, prompts, seeds) -> rollouts.Drawn:
     """Returns the answers to the prompts, `rl.samples` each.
@@ -85,7 +88,7 @@ class _Engine:
         ids,
         rl.max_new,
         samples=rl.samples,
-        stop_ids=(self._config.model.eos_id,),
+        stop_ids=self._ends,
         seed=own,
         temperature=rl.temperature,
       )

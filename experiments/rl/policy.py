@@ -32,7 +32,7 @@ from mla_moe.data.tokenizer import Tokenizer
 from mla_moe.model import replay
 from mla_moe.rl import advantages, episodes, objective
 
-from .. import workdir
+from .. import ends, workdir
 from ..training import program, source
 from . import (
   alarms,
@@ -97,6 +97,7 @@ class Policy(source.Source):
     self._prompts = prompts.Prompts(rl.template, words, folder, own)
     self._check_lengths()
     self._drawing = engine.drawing(config)
+    self._ends = ends.of_run(config)
     self._teachers = teachers.load(config, words)
     self._grader = grading.Grader(
       self._questions,
@@ -349,7 +350,9 @@ class Policy(source.Source):
     count = min(rl.heldout, self._questions.held_out_size or rl.heldout)
     items, ids = self._fitting(self._questions.held_out, range(count))
     variables = {'params': state.params, 'router': state.router}
-    drawn = rollouts.draw(self._config.model, rl, variables, ids, None)
+    drawn = rollouts.draw(
+      self._config.model, rl, variables, ids, None, stop_ids=self._ends
+    )
     texts = [self._words.decode(ids) for ids in drawn.bodies]
     graded = self._grader.grade(items, texts, drawn.lengths)
     right = [_rightness(grade.parts, grade.reward) for grade in graded]

@@ -37,6 +37,7 @@ from mla_moe.hf.settings import USER as USER
 from mla_moe.types import Int
 
 from .. import cli
+from .. import ends as endings
 from .. import prompt as prompts
 from . import renderer
 
@@ -131,13 +132,15 @@ class Template(NamedTuple):
   """A model's template, read once for many chats.
 
   text: in Jinja; '' is that of V3 and R1. names: the texts of bos_token and
-  its kin. special: ids of the special tokens, by their text.
+  its kin. special: ids of the special tokens, by their text. ends: ids with
+  which an answer may end.
   """
 
   tokenizer: Tokenizer
   text: str
   names: dict[str, str]
   special: dict[str, int]
+  ends: set[int]
 
   def prompt(
     self,
@@ -197,7 +200,7 @@ class Template(NamedTuple):
     own = [(len(text), len(text + end))]
     ids = _encode(Rendered(text + end, own), self.special, self.tokenizer)
     eos = self.tokenizer.eos_id
-    if end and ids[-1] != eos:
+    if end and ids[-1] not in self.ends:
       raise ConfigError(
         f'the chat template ends an answer with token {ids[-1]}, and the model '
         f'stops after {eos}; set config.model.eos_id={ids[-1]}'
@@ -287,7 +290,13 @@ def opened(
   names = {f'{name}_token': values.get(f'{name}_token') for name in _NAMES}
   names = {name: vocabulary.text_of(token) for name, token in names.items()}
   names = {name: text for name, text in names.items() if text}
-  return Template(tokenizer, own or _of(folder, values), names, special)
+  return Template(
+    tokenizer=tokenizer,
+    text=own or _of(folder, values),
+    names=names,
+    special=special,
+    ends={tokenizer.eos_id} | endings.listed(folder),
+  )
 
 
 def _of(folder: pathlib.Path, values: dict) -> str:

@@ -25,6 +25,7 @@ from mla_moe.data import batches, packing
 from mla_moe.data.tokenizer import Tokenizer
 from mla_moe.decode import generation
 
+from .. import ends
 from . import examples, source
 
 _SAMPLES = 4  # held-out prompts that a sample answers
@@ -97,7 +98,7 @@ class Examples(source.Source):
       prompts,
       min(longest, self._data.seq_len, model.max_positions - max(lengths)),
       lengths=lengths,
-      stop_ids=(model.eos_id,),
+      stop_ids=ends.of_run(setup.config),
       seed=number,
     )
     with open(folder / 'samples.txt', 'a', encoding='utf-8') as file:

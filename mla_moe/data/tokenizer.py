@@ -176,8 +176,7 @@ def _parse(path: str, content: bytes) -> Any:
     values = json.loads(content)
     decoder = values['decoder']
     for token in values.get('added_tokens') or ():
-      # Releases may forget the flag, and text would then become these tokens.
-      token['special'] = token['special'] or token['content'] in FIM
+      token['special'] = vocabulary.is_special(token)
     core = modules.Tokenizer.from_str(json.dumps(values))
   except Exception as error:  # the library raises bare Exceptions
     raise ConfigError(

@@ -15,7 +15,7 @@ import pytest
 
 import mla_moe
 from configs import tiny
-from experiments import cli, evaluate, fitted, opened
+from experiments import cli, ends, evaluate, fitted, opened
 from mla_moe import Transformer, rollout
 from mla_moe.config import CacheConfig, ConfigError, freeze
 from mla_moe.data import tokenizer
@@ -103,7 +103,7 @@ def test_texts_have_the_cache_of_the_model(model, monkeypatch):
 def test_every_end_of_both_files_ends_a_text(tmp_path):
   """Numbers that are no ids of the model are none of its ends."""
   config = types.SimpleNamespace(eos_id=7, vocab=99)
-  stops = lambda: opened._stop_ids(tmp_path, config)
+  stops = lambda: ends.of(tmp_path, config)
   assert stops() == (7,)
   for name, ids in ('config', [7, 5, 6]), ('generation_config', 8):
     text = json.dumps({'eos_token_id': ids})

@@ -1,17 +1,19 @@
 """Chat templates, text that grows token by token, the program's edge."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 
-from experiments import prompt, text
+from experiments import ends, generate, opened, prompt, text
 from experiments import tokenizer as trained
 from experiments.serving import renderer, template
-from mla_moe import ConfigError
+from mla_moe import Config, ConfigError, ModelConfig
 from mla_moe.data import tokenizer
 from mla_moe.hf import settings
 
@@ -147,6 +149,24 @@ def test_a_middle_is_filled_in_the_order_of_training(words):
     prompt.fill_in(tokenizer.load('byte', 256, 257, 259), 'a', 'b')
 
 
+def test_every_listed_end_ends_a_text(tmp_path):
+  """Of config.json and generation_config.json; an id alone, or several."""
+  config = Config(model=ModelConfig(vocab=300, bos_id=256, eos_id=257))
+  assert ends.of_run(config) == ends.of(None, config.model) == (257,)
+  path = tmp_path / 'tokenizer.json'
+  named = dataclasses.replace(config.data, tokenizer=str(path))
+  config = dataclasses.replace(config, data=named)
+  for file, value, expected in (
+    ('config', [7, 5, 6], (5, 6, 7, 257)),
+    ('generation_config', [8, 300, True, None], (5, 6, 7, 8, 257)),
+    ('config', 9, (8, 9, 257)),
+    ('config', None, (8, 257)),
+  ):
+    settings = json.dumps({'eos_token_id': value})
+    (tmp_path / f'{file}.json').write_text(settings)
+    assert ends.of_run(config) == ends.of(tmp_path, config.model) == expected
+
+
 def test_special_tokens_are_read_where_people_mean_them(words):
   words, _ = words
   begin, hole, end = tokenizer.FIM
@@ -227,6 +247,33 @@ def test_a_leading_space_is_kept_between_words_alone():
   stream = text.TextStream(words, stops=['d!'])
   assert [stream.add([i]) for i in ids] == ['', 'hello', ' worl', '']
   assert stream.ended
+
+
+def test_the_flags_choose_the_prompt(words, monkeypatch, tmp_path):
+  words, top = words
+  config = ModelConfig(vocab=304, bos_id=0, eos_id=1)
+  model = opened.TextModel(config, {}, words, tmp_path, (1,))
+  flags = dict(chat=False, special=False, prefix='', suffix='', system='')
+
+  def ids(**more):
+    monkeypatch.setattr(
+      generate, 'FLAGS', types.SimpleNamespace(**flags | more)
+    )
+    return generate._ids(model, f'hello{tokenizer.EOS}').tolist()
+
+  hello, end = words.encode('hello').tolist(), words.encode(tokenizer.EOS)
+  whole = words.encode(f'hello{tokenizer.EOS}').tolist()
+  assert ids() == [0, *whole] and 1 not in end
+  assert ids(special=True) == [0, *hello, 1]
+  assert ids(chat=True) == [0, top + 1, *whole, top + 2]
+  assert ids(chat=True, special=True) == [0, top + 1, *hello, 1, top + 2]
+  assert ids(suffix='hello')[:3] == [0, *words.fim_ids[:2]]
+
+
+def test_flags_that_exclude_each_other_are_one_line(call):
+  for more in ('--prompt=a', '--chat', '--special'):
+    code, _, error = call('generate', '--checkpoint=x', '--suffix=b', more)
+    assert code == 2 and error.count('\n') == 1 and 'does not go' in error
 
 
 @pytest.mark.slow

@@ -187,6 +187,18 @@ def test_an_answer_is_learned_with_the_thought_that_a_prompt_drops(words):
   assert 'two' not in words.decode(later) and '4[E]' in words.decode(later)
 
 
+def test_an_answer_may_end_with_any_listed_end(words, tmp_path):
+  words, _ = words
+  chat = [('user', 'hi'), ('assistant', 'hi')]
+  end = prompt.special_tokens(words)['<|im_end|>']
+  with pytest.raises(ConfigError, match=f'token {end}, .* after 1; set'):
+    template.opened(tmp_path, words, TEMPLATES['k2']).answer(chat)
+  settings = json.dumps({'eos_token_id': [1, end]})
+  (tmp_path / 'generation_config.json').write_text(settings)
+  ids = template.opened(tmp_path, words, TEMPLATES['k2']).answer(chat)
+  assert ids.tolist() == [*words.encode('hi'), end]
+
+
 def test_the_files_of_a_template(words, tmp_path):
   words, _ = words
 

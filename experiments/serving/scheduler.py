@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import itertools
 import traceback
 from collections.abc import Callable, Sequence
@@ -36,12 +35,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mla_moe.config import CacheConfig, ConfigError, ModelConfig
-from mla_moe.decode import forward, latent_cache, sampling
+from mla_moe.decode import sampling
 
-from . import page_pool, programs
+from . import arrays, page_pool, programs
 from .group import Group
-
-_unstack = jax.jit(forward.unstack, static_argnums=0)
 
 
 class Full(Exception):
@@ -123,8 +120,7 @@ class Scheduler:
       )
     self.passes = self.accepted = self.failures = 0
     self.config, self._chunk, self._waiting = config, chunk, waiting
-    self._page_size = cache.page
-    self._impl = latent_cache.implementation(cache)
+    self._page_size, self._notes = cache.page, cache.routes
     self._drafts = int(speculative)
     self.length = min(length, config.max_positions)
     row_pages = self._needs(self.length)
@@ -132,13 +128,11 @@ class Scheduler:
     self._queue = collections.deque()
     self._tickets = itertools.count()
     self._events = []
-    make = functools.partial(
-      latent_cache.pools, config, (pages or rows * row_pages + 1) + 1, cache
+    pages = pages or rows * row_pages + 1
+    self._arrays = arrays.Arrays(
+      config, variables, rows, pages + 1, cache, self._drafts
     )
-    self._make_pools = jax.jit(make)
-    self._clear(pages or rows * row_pages + 1)
-    self._notes = cache.routes
-    self.reload(variables)
+    self._empty(pages)
 
   def reload(self, variables) -> None:
     """Takes the weights of another policy, for requests after this one.
@@ -148,9 +142,7 @@ class Scheduler:
     """
     if self.busy:
       raise RuntimeError('reload: samples are in progress')
-    if 'layers' not in variables:
-      variables = _unstack(self.config, variables)
-    self._weights = variables
+    self._arrays.load(variables)
 
   @property
   def busy(self) -> bool:
@@ -268,14 +260,14 @@ class Scheduler:
   def reset(self) -> None:
     """Drops all samples, and makes everything again but the weights."""
     self._queue.clear()
-    self._clear(self._pages.pages)
+    self._arrays.clear()
+    self._empty(self._pages.pages)
 
   # ------------------------------------------------------------------ private
 
-  def _clear(self, pages: int) -> None:
-    """Makes rows and arrays without samples."""
+  def _empty(self, pages: int) -> None:
+    """Makes rows without samples, and a pool of free pages."""
     rows, row_pages = self._shape
-    config = self.config
     self._pages = page_pool.PagePool(pages)
     self._rows = programs.Rows(
       table=np.zeros((rows, row_pages), np.int32),
@@ -286,9 +278,6 @@ class Scheduler:
       knobs=jax.tree.map(np.array, sampling.make_knobs(rows)),
     )
     self._samples: list[_Sample | None] = [None] * rows
-    self._pools = self._make_pools()[: config.layers + self._drafts]
-    self._seen = jnp.zeros((rows, config.vocab), bool)
-    self._hidden = jnp.zeros((rows, 2, config.dim), config.dtype)
 
   def _try(self, work: Callable[[Group], bool]) -> bool:
     """Works at the first group; returns whether something has moved.
@@ -306,7 +295,7 @@ class Scheduler:
         self._queue.popleft()
       self._end_all(tickets)
       self._note(error)
-      if self._is_lost():
+      if self._arrays.is_lost:
         self._lose_rows()
       else:
         self._release(group.pages)
@@ -319,17 +308,13 @@ class Scheduler:
     self.failures += 1
     traceback.print_exception(error)
 
-  def _is_lost(self) -> bool:
-    """Returns whether an error has left arrays that a program had taken."""
-    arrays = self._pools, self._seen, self._hidden
-    return any(x.is_deleted() for x in jax.tree.leaves(arrays))
-
   def _lose_rows(self) -> None:
     """Ends all samples in rows; the waiting prompts begin again."""
     self._end_all([sample.ticket for sample in self._samples if sample])
     for group in self._queue:
       group.forget()
-    self._clear(self._pages.pages)
+    self._arrays.clear()
+    self._empty(self._pages.pages)
 
   def _needs(self, tokens: int) -> int:
     """Returns the number of pages of so many tokens."""
@@ -377,7 +362,7 @@ class Scheduler:
 
   def _release(self, pages: list[int]) -> None:
     for page in self._pages.release(pages):
-      self._pools = programs.copy_page(self._pools, np.int32(0), np.int32(page))
+      self._arrays.copy_page(0, page)
 
   def _prefill(self, group: Group) -> bool:
     """Prefills one chunk of the prompt, if it could start then.
@@ -392,9 +377,7 @@ class Scheduler:
         return False
       group.pages = self._pages.take(self._needs(len(group.ids)))
     chunk = group.chunk(self._chunk, self._rows.table.shape[1])
-    logits, hidden, scores, self._pools = programs.prefill(
-      self._weights, self._pools, chunk, config=self.config, impl=self._impl
-    )
+    logits, hidden, scores = self._arrays.prefill(chunk)
     if group.scored:
       group.add_scores(scores)
     group.filled += int(chunk.valid[0])
@@ -420,10 +403,8 @@ class Scheduler:
     row = self._samples.index(None)
     try:
       if len(common) < len(group.pages):
-        self._pools = programs.copy_page(
-          self._pools, np.int32(group.pages[len(common)]), np.int32(own[0])
-        )
-      emitted = self._first_token(row, group, knobs)
+        self._arrays.copy_page(group.pages[len(common)], own[0])
+      emitted = self._arrays.first_token(row, group, self.length, knobs)
     except Exception:
       self._pages.release(pages)  # nothing was written that spoils them
       raise
@@ -443,25 +424,6 @@ class Scheduler:
       self._release(group.pages)
     return True
 
-  def _first_token(
-    self, row: int, group: Group, knobs: sampling.Knobs
-  ) -> programs.Emitted:
-    """Returns the token after the prompt, for the sample of a row."""
-    prompt = np.full(self.length, self.config.vocab, np.int32)
-    prompt[: len(group.ids)] = group.ids
-    emitted, self._seen, self._hidden = programs.first_token(
-      group.logits,
-      group.hidden,
-      self._seen,
-      self._hidden,
-      np.int32(row),
-      prompt,
-      np.array([len(group.ids)], np.int32),
-      np.bool_(group.alternatives),
-      knobs,
-    )
-    return jax.device_get(emitted)
-
   def _end_prompt(self, group: Group) -> None:
     """Ends the samples of a prompt that want no token."""
     reason = 'length'
@@ -478,17 +440,7 @@ class Scheduler:
   def _decode(self) -> None:
     """Decodes every row once."""
     rows = np.flatnonzero(self._rows.counts)
-    emitted, self._pools, self._seen, self._hidden = programs.decode(
-      self._weights,
-      self._pools,
-      self._seen,
-      self._hidden,
-      # Copies: the program may still read them when the rows change.
-      jax.tree.map(np.array, self._rows),
-      config=self.config,
-      impl=self._impl,
-    )
-    emitted = jax.device_get(emitted)
+    emitted = self._arrays.decode(self._rows)
     self.passes += len(rows)
     self.accepted += int((emitted.counts[rows] - 1).sum())
     for row in rows:
@@ -520,19 +472,16 @@ class Scheduler:
       if sample.alternatives:
         top = (x[i, column].tolist() for x in emitted.top)
         pairs = tuple(zip(*top, strict=True))
-      event = Event(sample.ticket, token, log_prob, reason, pairs, scores)
       drawn, routes = float(emitted.drawn[i, column]), None
       if reason and self._notes:
-        routes = self._routes(row)
-      self._events.append(event._replace(drawn=drawn, routes=routes))
+        routes = self._arrays.routes(self._rows, row)
+      self._events.append(
+        Event(
+          sample.ticket, token, log_prob, reason, pairs, scores, drawn, routes
+        )
+      )
       if reason:
         return self._end(row)
-
-  def _routes(self, row: int) -> np.ndarray:
-    """Returns the experts of a row's tokens in the cache, [S, L, K]."""
-    one = slice(row, row + 1)
-    table, lengths = self._rows.table[one], self._rows.lengths[one]
-    return np.asarray(programs.routes(self._pools, table, lengths))[0]
 
   def _end(self, row: int) -> None:
     pages, self._samples[row] = self._samples[row].pages, None

@@ -228,6 +228,8 @@ def _prompts_ids(body: dict, get: Fields, model: TextModel) -> list[list[int]]:
       ids.append(list(_ids('prompt', one, model)))
     elif suffix:
       ids.append(prompt.fill_in(model.tokenizer, one, suffix).tolist())
+      if max(ids[-1]) >= model.config.vocab:
+        raise wrong('suffix', suffix, 'the model has no tokens for it')
     else:
       own = model.tokenizer.encode(one).tolist()
       ids.append([model.config.bos_id] * has_bos + own)

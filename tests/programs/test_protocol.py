@@ -117,7 +117,7 @@ def test_each_row_of_the_docs_is_true(server, chats):
     base = {'messages': CHAT} if is_chat else {'prompt': 'hi'}
     base |= {'seed': 3, **_BESIDE.get(name, {})}
     parse = lambda more, base=base, is_chat=is_chat: validation.parse(
-      base | more, server.model, is_chat, 64
+      base | more, with_all_bytes(server.model), is_chat, 64
     )
     plain = parse({})
     assert good
@@ -152,9 +152,15 @@ def test_numbers_become_those_of_the_sampler(server):
   assert len(out['choices']) == 2
 
 
+def with_all_bytes(model):
+  """The model, with as many tokens as the byte tokenizer, for parsing alone."""
+  return model._replace(config=types.SimpleNamespace(bos_id=0, vocab=261))
+
+
 def test_a_suffix_fills_in_the_middle(server):
+  model = with_all_bytes(server.model)
   prompts = validation.parse(
-    {'prompt': ['ab', 'c'], 'suffix': 'd'}, server.model, False, 64
+    {'prompt': ['ab', 'c'], 'suffix': 'd'}, model, False, 64
   ).prompts
   assert prompts == [
     [256, 258, 97, 98, 259, 100, 260],
@@ -163,8 +169,11 @@ def test_a_suffix_fills_in_the_middle(server):
   model = server.model._replace(
     tokenizer=tokenizer.ByteTokenizer(258, fim_ids=None)
   )
+  ask = {'prompt': 'a', 'suffix': 'd'}
   with pytest.raises(opened.ConfigError, match='suffix'):
-    validation.parse({'prompt': 'a', 'suffix': 'd'}, model, False, 64)
+    validation.parse(ask, model, False, 64)
+  with pytest.raises(body.Refused, match='suffix'):
+    validation.parse(ask, server.model, False, 64)
 
 
 def scores(server, ids):

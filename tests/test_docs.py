@@ -48,7 +48,7 @@ def _put_in(word, standin):
 def commands():
   """Returns {command: page} of the documented commands, in their order."""
   pages = {}
-  for page in PAGES:
+  for page in [READER, *PAGES]:
     for block in re.findall(r'```sh\n(.*?)```', page.read_text(), re.S):
       for line in block.replace('\\\n', ' ').splitlines():
         if line.strip() and not line.startswith('#'):

@@ -24,7 +24,7 @@ from mla_moe.model import rope
 def operands(width, rank, page, tokens=1, heads=4, pages=11, count=3):
   """Rows of several lengths on scattered pages; keys beyond them are huge."""
   random = np.random.default_rng(0)
-  normal = lambda *size: jnp.asarray(random.normal(size=size), jnp.float32)
+  normal = lambda *size: random.normal(size=size).astype(np.float32)
   q = normal(3, tokens * heads, width) * 0.3
   pool = normal(pages, page, width)
   start = np.array([count * page - tokens, 0, page + 3], np.int32)
@@ -32,14 +32,14 @@ def operands(width, rank, page, tokens=1, heads=4, pages=11, count=3):
   table = table.astype(np.int32)
   for row in range(3):
     for key in range(start[row] + tokens, count * page):
-      pool = pool.at[table[row, key // page], key % page].set(1e4)
+      pool[table[row, key // page], key % page] = 1e4
   return q, pool, table, start, dict(heads=heads, rank=rank)
 
 
 @pytest.mark.parametrize('tokens', [1, 2])
 def test_the_tpu_kernel_equals_the_oracle(tokens):
   *args, widths = operands(256, 128, 128, tokens)
-  expected = latent_tpu.reference(*args, **widths)
+  expected = jax.jit(functools.partial(latent_tpu.reference, **widths))(*args)
   with pltpu.force_tpu_interpret_mode():
     got = jax.jit(functools.partial(latent_tpu.attend, **widths))(*args)
   chex.assert_trees_all_close(got, expected, atol=1e-5)
@@ -51,8 +51,9 @@ def test_the_tpu_kernel_equals_the_oracle(tokens):
 )
 def test_the_gpu_kernel_equals_the_oracle(tokens, splits, page, count):
   *args, widths = operands(80, 64, page, tokens, pages=3 * count, count=count)
-  expected = latent_tpu.reference(*args, **widths)
-  got = latent_gpu.attend(*args, **widths, splits=splits, interpret=True)
+  expected = jax.jit(functools.partial(latent_tpu.reference, **widths))(*args)
+  kernel = functools.partial(latent_gpu.attend, splits=splits, interpret=True)
+  got = jax.jit(functools.partial(kernel, **widths))(*args)
   chex.assert_trees_all_close(got, expected, atol=1e-5)
 
 
@@ -61,9 +62,9 @@ def test_a_layer_is_the_same_by_kernel():
     heads=4, query_rank=0, kv_rank=64, nope_dim=32, rope_dim=16, value_dim=32
   )
   model = ModelConfig(layers=1, dense_layers=1, dim=64, mla=mla, vocab=256)
-  keys = iter(jax.random.split(jax.random.key(0), 9))
-  make = lambda *size: 0.2 * jax.random.normal(next(keys), size)
-  w = latent_attention.weights(
+  random = np.random.default_rng(0)
+  make = lambda *size: 0.2 * random.normal(size=size).astype(np.float32)
+  w = jax.jit(latent_attention.weights, static_argnums=1)(
     {
       'w_q': make(64, 4, 48),
       'w_kv_down': make(64, 64),
@@ -71,7 +72,7 @@ def test_a_layer_is_the_same_by_kernel():
       'w_k_up': make(64, 4, 32),
       'w_v_up': make(64, 4, 32),
       'w_out': make(4, 32, 64),
-      'kv_norm': {'scale': jnp.ones(64)},
+      'kv_norm': {'scale': np.ones(64, np.float32)},
     },
     'float32',
   )
@@ -79,12 +80,13 @@ def test_a_layer_is_the_same_by_kernel():
   x = make(2, 2, 64)
   positions = np.asarray(lengths)[:, None] + np.arange(2)
   angles = rope.angles(positions.astype(np.int32), 16, mla.rope)
-  outputs = {}
+  past, outputs = random.normal(size=(4, 128, 80)), {}
   for impl in ('xla', 'tpu'):
     cache = latent_cache.empty(model, 2, 256, CacheConfig(impl=impl))
     cache = cache.replace(lengths=lengths)
-    past = jax.random.normal(jax.random.key(7), (4, 128, 80))
-    pages = latent_cache.Pages(cache.layers[0].values.at[..., :80].set(past))
+    values = np.array(cache.layers[0].values)
+    values[..., :80] = past
+    pages = latent_cache.Pages(jnp.asarray(values))
     run = jax.jit(
       functools.partial(
         latent_attention.attend,

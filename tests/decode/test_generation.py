@@ -433,14 +433,9 @@ def test_drafts_keep_the_distribution():
   knobs = sampling.make_knobs(n, temperature=0.8, top_k=5, seed=0)
   rows = lambda x: jnp.asarray(np.tile(x, (n, 1)), jnp.float32)
   seen, at = jnp.zeros((n, size), bool), np.full(n, 3, np.int32)
+  drafts, log_q = speculative.propose(rows(q), seen, knobs, at)
   both = jnp.stack([rows(p), rows(after)], axis=1)
-
-  @jax.jit
-  def propose_and_verify(q):
-    drafts, log_q = speculative.propose(q, seen, knobs, at)
-    return drafts, speculative.verify(both, drafts, log_q, seen, knobs, at)
-
-  drafts, out = propose_and_verify(rows(q))
+  out = speculative.verify(both, drafts, log_q, seen, knobs, at)
   first, second = np.asarray(out.tokens).T
   accepted = np.asarray(out.accepted)
   wanted = probabilities(p, temperature=0.8, top_k=5)

@@ -64,7 +64,10 @@ setup(
     'mla_moe.experiments': 'experiments',
     'mla_moe.configs': 'configs',
   },
-  package_data={'mla_moe.experiments.launch': ['Dockerfile']},
+  package_data={
+    'mla_moe.experiments.launch': ['Dockerfile'],
+    'mla_moe.hf': ['dialects.toml'],
+  },
   entry_points={
     'console_scripts': ['mla-moe = mla_moe.experiments.__main__:main']
   },

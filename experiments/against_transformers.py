@@ -75,7 +75,7 @@ def _outputs(
   params, router = variables['params'], variables['router']
   tokens = jnp.asarray(tokens, jnp.int32)
   positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-  cos, sin = rope.angles(positions, config.mla.rope_dim, config.mla.rope)
+  angles = rope.angles(positions, config.mla.rope_dim, config.mla.rope)
   x = params['embedding'][tokens]
   outputs = [x]
   for name, count in (
@@ -88,7 +88,7 @@ def _outputs(
       layer = {'params': jax.tree.map(take, params[name])}
       if name in router:
         layer['router'] = jax.tree.map(take, router[name])
-      x, _ = apply(layer, x, cos, sin, None, None)
+      x, _ = apply(layer, x, angles, None, None)
       outputs.append(x)
   apply = jax.jit(Transformer(config).apply, static_argnames='method')
   outputs[-1] = apply(variables, tokens, method='features').hidden

@@ -17,10 +17,10 @@ from typing import NamedTuple
 from absl import flags
 
 from mla_moe.config import CacheConfig, ConfigError, ModelConfig
-from mla_moe.data.tokenizer import ByteTokenizer, Tokenizer, load
 from mla_moe.types import PyTree
 
 from . import cli, ends
+from .data.tokenizer import ByteTokenizer, Tokenizer, load
 
 FLAGS = flags.FLAGS
 

@@ -14,8 +14,9 @@ import numpy as np
 
 from mla_moe import vocabulary
 from mla_moe.config import ConfigError
-from mla_moe.data.tokenizer import Tokenizer
 from mla_moe.types import Int
+
+from .data.tokenizer import Tokenizer
 
 
 def plain(tokenizer: Tokenizer, text: str) -> Int[np.ndarray, ' T']:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from mla_moe.data.tokenizer import Tokenizer
+from .data.tokenizer import Tokenizer
 
 _HALF = '\ufffd'  # decodes from a part of a character
 # A terminal obeys control characters, and a model may write any.

@@ -23,12 +23,11 @@ from absl import flags
 
 from mla_moe import vocabulary
 from mla_moe.config import ConfigError
-from mla_moe.data import tokenizer
 from mla_moe.hf import settings
 from mla_moe.vocabulary import BOS
 
 from . import cli, workdir
-from .data import documents, sources
+from .data import documents, sources, tokenizer
 
 FLAGS = flags.FLAGS
 

@@ -22,6 +22,7 @@ from mla_moe.config import Config, ConfigError, ModelConfig, differences, freeze
 # Fields that may change when a run resumes. A mesh or a kernel changes the last
 # bits of a step's numbers, and no other field here changes any.
 _HARMLESS = ('config.run.', 'config.mesh.', 'config.model.compute.')
+_HARMLESS += ('config.model.release.',)
 
 _V3 = dataclasses.replace(Config(), model=ModelConfig(bos_id=0, eos_id=1))
 

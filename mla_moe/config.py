@@ -24,6 +24,8 @@ from mla_moe.checked import differences as differences
 from mla_moe.checked import thaw as thaw
 from mla_moe.rl_config import RLConfig as RLConfig
 from mla_moe.run_config import RunConfig as RunConfig
+from mla_moe.use_config import CacheConfig as CacheConfig
+from mla_moe.use_config import ReleaseConfig as ReleaseConfig
 from mla_moe.variants import follow_run as follow_run
 from mla_moe.variants import smoke as smoke
 from mla_moe.variants import variant as variant
@@ -33,8 +35,8 @@ from mla_moe.variants import variant as variant
 class RopeConfig(Checked):
   """Rotary positions; YaRN when `factor` > 1 (V3 section 4.3).
 
-  `original_positions` is the sequence length of the training before YaRN. See
-  `model.rope` for the other fields.
+  `original_positions` is the sequence length of the training before YaRN. With
+  `query_beta` queries grow each `query_positions` tokens. See `model.rope`.
   """
 
   theta: float = 10000.0
@@ -44,9 +46,14 @@ class RopeConfig(Checked):
   beta_slow: float = 1.0
   mscale: float = 1.0
   mscale_all_dim: float = 1.0
+  query_beta: float = 0.0
+  query_positions: int = 0
 
   def _rules(self):
     self._require('theta', self.theta > 1, 'must be above 1')
+    both = (self.query_positions > 0) == (self.query_beta > 0)
+    rule = f'belongs to query_beta={self.query_beta:g}: set both or neither'
+    self._require('query_positions', both, rule)
     self._require(
       'factor', self.factor >= 1, 'must be 1 (no YaRN) or the extension factor'
     )
@@ -94,8 +101,9 @@ class MoEConfig(Checked):
   `experts` of hidden width `width` form `groups`; a token's `top_k` experts are
   in its `top_groups` best groups. `shared` experts see every token. `method` is
   the released name of the selection rule: `noaux_tc` adds the balancing bias
-  and scores a group by its two best experts, `group_limited_greedy` (V2) has no
-  bias and scores it by its best, `greedy` has neither bias nor groups.
+  and scores a group by its two best experts, `group_top2` (Mistral) has no bias
+  but the same score, `group_limited_greedy` (V2) takes a group's best alone,
+  `greedy` has neither bias nor groups.
   `normalize` makes a token's gates sum to 1; `scale` then multiplies them.
   """
 
@@ -106,7 +114,9 @@ class MoEConfig(Checked):
   groups: int = 8
   top_groups: int = 4
   scoring: Literal['sigmoid', 'softmax'] = 'sigmoid'
-  method: Literal['noaux_tc', 'group_limited_greedy', 'greedy'] = 'noaux_tc'
+  method: Literal[
+    'noaux_tc', 'group_top2', 'group_limited_greedy', 'greedy'
+  ] = 'noaux_tc'
   normalize: bool = True
   scale: float = 2.5
 
@@ -137,8 +147,8 @@ class MoEConfig(Checked):
     size = self.experts // self.groups
     self._require(
       'groups',
-      self.method != 'noaux_tc' or self.groups == 1 or size >= 2,
-      f'noaux_tc scores a group by two experts, but groups hold {size}',
+      'greedy' in self.method or self.groups == 1 or size >= 2,
+      f'{self.method} scores a group by two experts, but groups hold {size}',
     )
     eligible = self.top_groups * size
     self._require(
@@ -215,6 +225,7 @@ class ModelConfig(Checked):
   mla: MLAConfig = MLAConfig()
   moe: MoEConfig = MoEConfig()
   mtp: MTPConfig = MTPConfig()
+  release: ReleaseConfig = ReleaseConfig()
 
   @property
   def moe_layers(self) -> int:
@@ -248,37 +259,6 @@ class ModelConfig(Checked):
         not self.vocab or getattr(self, name) < self.vocab,
         f'must be below vocab={self.vocab}',
       )
-
-
-@dataclasses.dataclass(frozen=True)
-class CacheConfig(Checked):
-  """The latent cache of decoding: its dtype, and the tokens in a page.
-
-  'auto' is float32 on a CPU and bfloat16 elsewhere; 'int8' and 'float8' (E4M3)
-  have a scale for each 128 numbers and keep the shared key in bfloat16. `impl`
-  is the attention that reads the cache one token at a time: 'xla' anywhere, or
-  the kernels 'tpu' (which 'auto' takes on a TPU) and 'gpu', which read
-  unquantised latents. With `routes` the experts of each token lie beside its
-  latents, 2 K bytes in each MoE layer.
-  """
-
-  dtype: Literal['auto', 'float32', 'bfloat16', 'int8', 'float8'] = 'auto'
-  page: int = 128
-  impl: Literal['auto', 'xla', 'tpu', 'gpu'] = 'auto'
-  routes: bool = False
-
-  def _rules(self):
-    self._positive('page')
-    self._require(
-      'impl',
-      self.impl in ('auto', 'xla') or self.dtype not in ('int8', 'float8'),
-      f"the kernels read no {self.dtype} latents; use 'xla'",
-    )
-    self._require(
-      'page',
-      self.impl != 'tpu' or self.page % 128 == 0,
-      "impl='tpu' reads pages of multiples of 128",
-    )
 
 
 @dataclasses.dataclass(frozen=True)

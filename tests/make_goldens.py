@@ -8,12 +8,17 @@ Writes a `save_pretrained` folder and expected.npz: tokens [2, 96], their logits
 and the greedy continuation of the first 24 tokens, by repeated full forward
 passes. `name=value` pairs override the configuration.
 
+The other kinds are families that differ little from V3. sarvam has the keys
+that its release has, and large3 is Mistral Large 3 in its own layout:
+params.json, other names of tensors, YaRN without a temperature. --tiny makes
+the sizes of tests/golden/families.
+
 --release writes V3 in DeepSeek's layout: FP8 tiles, shards with an index, the
 older keys of config.json, and an MTP layer, which is made of transformers' own
 parts and whose mtp_logits [2, 95] are added to expected.npz.
 
 Needs torch and transformers; the cases in tests/golden are from transformers
-5.23.0. Nothing here imports mla_moe.
+5.23.0, the families' from 5.24.0. Nothing here imports mla_moe.
 """
 
 from __future__ import annotations
@@ -73,7 +78,47 @@ KINDS = {
     norm_topk_prob=False,
   ),
 }
-
+_EXPERTS = dict(
+  n_routed_experts=8, num_experts_per_tok=3, n_shared_experts=1, n_group=1
+)
+_EXPERTS |= dict(topk_group=1, norm_topk_prob=True)
+_PLAIN = dict(rope_type='default', rope_theta=1e6)
+_LONG = SMALL['rope_parameters'] | dict(
+  factor=16.0,
+  original_max_position_embeddings=16,
+  llama_4_scaling_beta=0.1,
+)
+KINDS |= {
+  'glm4_moe_lite': dict(
+    **_EXPERTS,
+    q_lora_rank=24,
+    rms_norm_eps=1e-5,
+    routed_scaling_factor=1.8,
+    rope_parameters=_PLAIN,
+  ),
+  'youtu': dict(
+    q_lora_rank=24,
+    tie_word_embeddings=True,
+    rope_interleave=False,
+    rope_parameters=_PLAIN,
+  ),
+  'mistral4': dict(
+    **_EXPERTS | dict(n_group=4, topk_group=2),
+    q_lora_rank=24,
+    rope_parameters=_LONG,
+  ),
+  'sarvam_mla': dict(**_EXPERTS, q_lora_rank=None),
+  'large3': dict(
+    **_EXPERTS,
+    q_lora_rank=24,
+    rope_parameters={k: v for k, v in _LONG.items() if 'mscale' not in k}
+    | dict(attention_factor=1.0),
+  ),
+}
+TINY = dict(vocab_size=48, hidden_size=32, intermediate_size=48)
+TINY |= dict(moe_intermediate_size=16, num_hidden_layers=2, kv_lora_rank=16)
+TINY |= dict(qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=12)
+TINY |= dict(num_attention_heads=2, num_key_value_heads=2)
 
 TILE = 128
 
@@ -218,6 +263,111 @@ def write_release(folder, config, tensors, shards=3):
   (folder / 'config.json').write_text(json.dumps(values, indent=1))
 
 
+def as_sarvam(folder):
+  """Writes config.json with the keys of sarvam-105b."""
+  values = json.loads((folder / 'config.json').read_text())
+  rope = dict(values.pop('rope_parameters'))
+  values['rope_theta'] = rope.pop('rope_theta')
+  del rope['rope_type']
+  values['rope_scaling'] = rope | {'type': 'deepseek_yarn'}
+  for ours, theirs in (
+    ('n_routed_experts', 'num_experts'),
+    ('n_shared_experts', 'num_shared_experts'),
+  ):
+    values[theirs] = values.pop(ours)
+  rotary = values['qk_rope_head_dim']
+  values |= {
+    'architectures': ['SarvamMLAForCausalLM'],
+    'head_dim': values['kv_lora_rank'] + rotary,
+    'q_head_dim': values['qk_nope_head_dim'] + rotary,
+    'auto_map': {'AutoConfig': 'configuration_sarvam.SarvamMLAConfig'},
+    'score_function': 'sigmoid',
+  }
+  (folder / 'config.json').write_text(json.dumps(values, indent=1))
+
+
+_LARGE3 = {
+  'q_a_proj': 'wq_a',
+  'q_b_proj': 'wq_b',
+  'q_a_layernorm': 'q_a_norm',
+  'kv_a_proj_with_mqa': 'wkv_a_with_mqa',
+  'kv_a_layernorm': 'kv_a_norm',
+  'kv_b_proj': 'wkv_b',
+  'o_proj': 'wo',
+  'self_attn': 'attention',
+  'input_layernorm': 'attention_norm',
+  'post_attention_layernorm': 'ffn_norm',
+  'gate_proj': 'w1',
+  'down_proj': 'w2',
+  'up_proj': 'w3',
+  'embed_tokens': 'tok_embeddings',
+  'lm_head': 'output',
+}
+
+
+def as_large3(folder, model, config):
+  """Writes params.json and one file with Mistral's names."""
+  from safetensors.torch import save_file
+
+  tensors = {}
+  for name, view in views('', model):
+    parts = name.removeprefix('model.').split('.')
+    if 'mlp' in parts:  # experts and router stand in the layer
+      place = parts.index('mlp')
+      dense = parts[place + 1] in ('gate_proj', 'up_proj', 'down_proj')
+      parts[place : place + 1] = ['feed_forward'] if dense else []
+    tensors['.'.join(_LARGE3.get(p, p) for p in parts)] = view.contiguous()
+  for path in folder.glob('*'):
+    path.unlink()
+  save_file(tensors, folder / 'consolidated.safetensors')
+  c, rope = config, config.rope_parameters
+  length = rope['original_max_position_embeddings']
+  params = {
+    'dim': c.hidden_size,
+    'n_layers': c.num_hidden_layers,
+    'head_dim': 128,
+    'hidden_dim': c.intermediate_size,
+    'n_heads': c.num_attention_heads,
+    'n_kv_heads': c.num_attention_heads,
+    'rope_theta': rope['rope_theta'],
+    'norm_eps': c.rms_norm_eps,
+    'vocab_size': c.vocab_size,
+    'tied_embeddings': False,
+    'max_position_embeddings': c.max_position_embeddings,
+    'max_seq_len': c.max_position_embeddings,
+    'llama_4_scaling': {
+      'original_max_position_embeddings': length,
+      'beta': rope['llama_4_scaling_beta'],
+    },
+    'q_lora_rank': c.q_lora_rank,
+    'qk_rope_head_dim': c.qk_rope_head_dim,
+    'qk_nope_head_dim': c.qk_nope_head_dim,
+    'kv_lora_rank': c.kv_lora_rank,
+    'v_head_dim': c.v_head_dim,
+    'yarn': {
+      'original_max_position_embeddings': length,
+      'factor': rope['factor'],
+      'apply_scale': False,
+      'beta': rope['beta_fast'],
+      'alpha': rope['beta_slow'],
+    },
+    'moe': {
+      'expert_parallel': 1,
+      'expert_model_parallel': 1,
+      'route_every_n': 1,
+      'first_k_dense_replace': c.first_k_dense_replace,
+      'num_experts': c.n_routed_experts,
+      'num_experts_per_tok': c.num_experts_per_tok,
+      'num_expert_groups': c.n_group,
+      'num_expert_groups_per_tok': c.topk_group,
+      'routed_scale': c.routed_scaling_factor,
+      'expert_hidden_dim': c.moe_intermediate_size,
+      'num_shared_experts': c.n_shared_experts,
+    },
+  }
+  (folder / 'params.json').write_text(json.dumps(params, indent=1))
+
+
 def main() -> None:
   """Writes one case."""
   import torch
@@ -228,6 +378,7 @@ def main() -> None:
   parser.add_argument('--kind', choices=sorted(KINDS), default='v3')
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--release', action='store_true')
+  parser.add_argument('--tiny', action='store_true')
   parser.add_argument('overrides', nargs='*')
   flags = parser.parse_args()
   pairs = [pair.split('=', 1) for pair in flags.overrides]
@@ -235,12 +386,21 @@ def main() -> None:
   v3 = flags.kind == 'v3'
   if flags.release and not v3:
     parser.error('--release is for --kind=v3')
-  kind = transformers.DeepseekV3Config if v3 else transformers.DeepseekV2Config
+  names = {'v3': 'deepseek_v3', 'v2': 'deepseek_v2', 'large3': 'mistral4'}
+  kind = transformers.CONFIG_MAPPING[names.get(flags.kind, flags.kind)]
   torch.manual_seed(flags.seed)
-  config = kind(**{**SMALL, **KINDS[flags.kind], **overrides})
-  model = transformers.AutoModelForCausalLM.from_config(
-    config, dtype=torch.float32
-  ).eval()
+  sizes = SMALL | TINY if flags.tiny else SMALL
+  config = kind(**{**sizes, **KINDS[flags.kind], **overrides})
+  if config.model_type == 'mistral4':  # no "Auto" class knows it
+    model = transformers.Mistral4ForCausalLM(config).eval()
+  else:
+    model = transformers.AutoModelForCausalLM.from_config(
+      config, dtype=torch.float32
+    ).eval()
+  if flags.kind not in ('v2', 'v3'):  # goldens of those have plain norms
+    for parameter in model.parameters():
+      if parameter.ndim < 2:
+        parameter.data.uniform_(0.8, 1.2)
   for name, buffer in model.named_buffers():
     if name.endswith('e_score_correction_bias'):
       buffer.normal_(0, 0.05)
@@ -263,6 +423,10 @@ def main() -> None:
       expected['mtp_logits'] = mtp_logits(model, layer, ids).numpy()
     else:
       model.save_pretrained(flags.folder)
+    if flags.kind == 'sarvam_mla':
+      as_sarvam(flags.folder)
+    if flags.kind == 'large3':
+      as_large3(flags.folder, model, config)
     expected['logits'] = model(ids).logits.numpy()
     greedy = ids[:, :24]
     for _ in range(24):

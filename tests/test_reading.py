@@ -37,7 +37,9 @@ LEFT_OUT = {
   'refusals and variants of a config': {'checked', 'variants'},
   'routing replay': {'model/replay'},
   "a tokenizer's ids": {'files', 'vocabulary'},
-  'numbers of the loop and of reinforcement': {'run_config', 'rl_config'},
+  'numbers of the loop, of reinforcement and of use': {
+    *('run_config', 'rl_config', 'use_config'),
+  },
   'the type of a batch': {'data/batches'},
 }
 MOE = ('model/router', 'model/moe', 'model/experts', 'model/dispatch')

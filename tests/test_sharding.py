@@ -25,7 +25,14 @@ from mla_moe.config import (
   MTPConfig,
 )
 from mla_moe.data import batches
-from mla_moe.model import collectives, moe, pipeline, sequence, transformer
+from mla_moe.model import (
+  collectives,
+  moe,
+  pipeline,
+  rope,
+  sequence,
+  transformer,
+)
 from mla_moe.train import optim, step
 from mla_moe.train.state import init_state, placement
 
@@ -203,7 +210,8 @@ def test_a_pipeline_takes_the_rows_that_its_micro_batches_divide(
 class Affine:
   """A layer 10 x + w cos, in the place of a block of experts."""
 
-  def apply(self, w, x, cos, *_):
+  def apply(self, w, x, angles, *_):
+    cos = angles.cos
     load = jnp.full(1, len(x), jnp.int32)
     return 10 * x + w * cos, moe.Stats(load, cos.mean(), x.mean(), load[0])
 
@@ -214,10 +222,12 @@ def test_rows_leave_a_pipeline_in_order(micro_batches, monkeypatch):
   make = lambda *_: lambda c, routed, *_, parent: Affine() if routed else 0
   monkeypatch.setattr(pipeline.block, 'remat_block', make)
   x = jnp.arange(8.0)[:, None, None]
-  run = lambda w, *xs: pipeline.run(w, MODEL, *xs, None, micro_batches)
+  run = lambda w, x, cos: pipeline.run(
+    w, MODEL, x, rope.Angles(cos, cos, None), None, micro_batches
+  )
   mesh = sharding.make_mesh(MeshConfig(stage=2), jax.devices()[:2])
   with jax.set_mesh(mesh):
-    out, stats = jax.jit(run)(jnp.array([1.0, 2.0]), x, x + 1, x)
+    out, stats = jax.jit(run)(jnp.array([1.0, 2.0]), x, x + 1)
   np.testing.assert_array_equal(out[:, 0, 0], 112 * np.arange(8) + 12)
   np.testing.assert_array_equal(stats.load, [[8], [8]])
   np.testing.assert_array_equal(stats.balance, [4.5, 4.5])

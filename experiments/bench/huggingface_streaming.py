@@ -28,7 +28,7 @@ import time
 import numpy as np
 
 from mla_moe import config as c
-from mla_moe.hf import config_json, fp8_blocks, names, safetensors
+from mla_moe.hf import config_json, formats, fp8_blocks, names, safetensors
 
 from .. import cli, commands, runtime
 from . import show
@@ -143,7 +143,10 @@ def shards(config: c.ModelConfig, fp8: bool) -> list[dict]:
       plan[-1][name] = (dtype, shape)
       size += dtype.itemsize * int(np.prod(shape))
       if quantized:
-        scale = (np.dtype(np.float32), fp8_blocks.scale_shape(shape))
+        scale = (
+          np.dtype(np.float32),
+          formats.scale_shape(shape, formats.BLOCK),
+        )
         plan[-1][f'{name}_scale_inv'] = scale
   return plan
 

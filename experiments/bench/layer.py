@@ -134,9 +134,9 @@ def _per_head(w, x, turn, cache):
   latent = layers.normalize(latent, w['kv_norm'], _MLA.norm_eps)
   q = products.matmul_transposed(x, w['w_q']).reshape(b, 1, _MLA.heads, -1)
   q_nope, q_rope = jnp.split(q, [_MLA.nope_dim], axis=-1)
-  q = jnp.concatenate([q_nope, rope.rotate(q_rope, *turn)], -1)[:, 0]
+  q = jnp.concatenate([q_nope, rope.rotate(q_rope, turn)], -1)[:, 0]
   k_nope = products.matmul_transposed(latent[:, 0], w['w_k_up'])
-  shared = rope.rotate(k_rope, *turn)
+  shared = rope.rotate(k_rope, turn)
   shared = jnp.broadcast_to(shared, (*k_nope.shape[:2], _MLA.rope_dim))
   k = jnp.concatenate([k_nope, shared], axis=-1)
   v = products.matmul_transposed(latent[:, 0], w['w_v_up'])

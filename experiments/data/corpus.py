@@ -28,9 +28,9 @@ from typing import NamedTuple
 import numpy as np
 
 from mla_moe.config import ConfigError, DataConfig
-from mla_moe.data.tokenizer import Tokenizer
 
 from . import documents, encodings, holdout, sources
+from .tokenizer import Tokenizer
 
 _BLOCK = 1 << 20  # bytes per checksum
 _FORMAT = 2

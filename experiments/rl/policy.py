@@ -28,11 +28,11 @@ from mla_moe import vocabulary
 from mla_moe.checked import is_number
 from mla_moe.config import Config, ConfigError
 from mla_moe.data import batches, packing
-from mla_moe.data.tokenizer import Tokenizer
 from mla_moe.model import replay
 from mla_moe.rl import advantages, episodes, objective
 
 from .. import ends, workdir
+from ..data.tokenizer import Tokenizer
 from ..training import program, source
 from . import (
   alarms,

@@ -11,9 +11,9 @@ import pathlib
 
 import numpy as np
 
-from mla_moe.data.tokenizer import Tokenizer
 from mla_moe.types import Int
 
+from ..data.tokenizer import Tokenizer
 from ..serving import template
 from . import tasks
 from .tasks import Question

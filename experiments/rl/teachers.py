@@ -18,8 +18,9 @@ from typing import NamedTuple
 
 from mla_moe import sharding
 from mla_moe.config import Config, ConfigError, ModelConfig
-from mla_moe.data import tokenizer
 from mla_moe.types import PyTree
+
+from ..data import tokenizer
 
 
 class Teacher(NamedTuple):

@@ -12,9 +12,8 @@ from __future__ import annotations
 import codecs
 import functools
 
-from mla_moe.data.tokenizer import Tokenizer
-
 from .. import prompt
+from ..data.tokenizer import Tokenizer
 
 
 class Spelling:

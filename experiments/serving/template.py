@@ -31,7 +31,6 @@ from absl import flags
 
 from mla_moe import files, vocabulary
 from mla_moe.config import ConfigError
-from mla_moe.data.tokenizer import BOS, EOS, Tokenizer
 from mla_moe.hf.settings import ASSISTANT as ASSISTANT
 from mla_moe.hf.settings import USER as USER
 from mla_moe.types import Int
@@ -39,6 +38,7 @@ from mla_moe.types import Int
 from .. import cli
 from .. import ends as endings
 from .. import prompt as prompts
+from ..data.tokenizer import BOS, EOS, Tokenizer
 from . import renderer
 
 FLAGS = flags.FLAGS

@@ -26,10 +26,10 @@ import numpy as np
 
 from mla_moe.config import ConfigError
 from mla_moe.data import packing
-from mla_moe.data.tokenizer import Tokenizer
 from mla_moe.types import Int
 
 from ..data import encodings, sources
+from ..data.tokenizer import Tokenizer
 from ..serving import template
 
 _BATCH = 256  # rows tokenised at once

@@ -49,7 +49,7 @@ def measure(
   segments = None if config.data.packing == 'joined' else cut(batch.segments)
   angles = rope.angles(positions, model.mla.rope_dim, model.mla.rope)
   loss = functools.partial(
-    _loss, params, biases, tokens, targets, (*angles, segments, None), model
+    _loss, params, biases, tokens, targets, (angles, segments, None), model
   )
   shape = (*tokens.shape, model.dim)
   noise = {

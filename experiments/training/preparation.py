@@ -20,11 +20,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mla_moe import cost, fp8, sharding
 from mla_moe.config import Config
-from mla_moe.data import tokenizer
 from mla_moe.train import step
 from mla_moe.train.state import State, init_state
 
 from .. import distributed, runtime
+from ..data import tokenizer
 from . import fp8_health, program, source
 
 

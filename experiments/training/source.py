@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mla_moe.config import Config, ConfigError
-from mla_moe.data import batches, tokenizer
+from mla_moe.data import batches
 from mla_moe.decode import generation
 
 from .. import distributed
-from ..data import corpus
+from ..data import corpus, tokenizer
 from . import steps
 
 _TEMPERATURE = 0.7  # of the samples

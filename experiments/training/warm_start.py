@@ -22,7 +22,7 @@ from .. import distributed, workdir
 
 _FILE = 'init.json'
 # Fields that say only with which numbers a model is computed or begins.
-_NUMBERS = ('compute', 'dtype', 'precision', 'init_std')
+_NUMBERS = ('compute', 'dtype', 'precision', 'init_std', 'release')
 
 
 class Origin(NamedTuple):
@@ -166,7 +166,7 @@ def check_tokenizer(setup, theirs: Config, folder: pathlib.Path) -> None:
   Raises:
     ConfigError: names both.
   """
-  from mla_moe.data import tokenizer
+  from ..data import tokenizer
 
   name, model = theirs.data.tokenizer, theirs.model
   try:

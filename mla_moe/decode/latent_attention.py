@@ -74,7 +74,7 @@ def weights(params: PyTree, dtype: str) -> PyTree:
 def attend(
   w: PyTree,
   x: Float[Array, 'B T D'],
-  angles: tuple[Array, Array],
+  angles: rope.Angles,
   pages: latent_cache.Pages,
   cache: latent_cache.Cache,
   valid: Int[Array, ' B'] | None,
@@ -86,7 +86,7 @@ def attend(
   Args:
     w: the layer's `weights`.
     x: the new tokens, normed.
-    angles: cosine and sine of their positions, [B, T, R / 2] each.
+    angles: of their positions.
     pages: the layer's pool.
     cache: table and lengths of the rows, without the new tokens.
     valid: new tokens of each row; the others are padding. None: all T.
@@ -103,10 +103,9 @@ def attend(
     q = x
   q = products.matmul_transposed(q, w['w_q']).reshape(b, t, mla.heads, -1)
   q = sharding.constrain(q, 'batch', None, 'heads', None)
-  q_nope, q_rope = jnp.split(q, [mla.nope_dim], axis=-1)
-  q_rope = rope.rotate(q_rope, *angles)
+  q_nope, q_rope = rope.queries(q, mla.nope_dim, angles)
   latent = layers.normalize(latent, w['kv_norm'], mla.norm_eps)
-  k_rope = rope.rotate(k_rope, *angles)
+  k_rope = rope.rotate(k_rope, angles)
   core = {
     'absorbed': _absorbed,
     'decompressed': _decompressed,

@@ -1,11 +1,10 @@
 """Translates config.json of released models to ModelConfig and back.
 
-Two dialects are read: that of the releases of DeepSeek, Moonshot and others
-(`rope_scaling`, `scoring_func`, `topk_method`, `quantization_config`) and that
-of transformers 5 (`rope_parameters`). The first is written, since all programs
-read it. A key that would change the model's numbers in a way that this package
-does not compute is refused. Other keys, such as `auto_map` with its remote
-code, are never looked at.
+`dialects` brings each family's words to DeepSeek's, which are read here. Rope
+has two spellings: that of the releases (`rope_scaling`, beside `rope_theta`)
+and that of transformers 5 (`rope_parameters`, with the theta). The first is
+written, since all programs read it. A value that would change the model's
+numbers in a way that this package does not compute is refused.
 """
 
 from __future__ import annotations
@@ -21,45 +20,20 @@ from mla_moe.config import (
   ModelConfig,
   MoEConfig,
   MTPConfig,
+  ReleaseConfig,
   RopeConfig,
 )
+from mla_moe.hf import dialects
+from mla_moe.hf.dialects import Dialect
 
-INDEX = 'model.safetensors.index.json'
 BF16 = np.dtype(ml_dtypes.bfloat16)
 F32 = np.dtype(np.float32)
 
-# our field, key of config.json
-_MODEL = (
-  ('vocab', 'vocab_size'),
-  ('dim', 'hidden_size'),
-  ('layers', 'num_hidden_layers'),
-  ('dense_width', 'intermediate_size'),
-  ('norm_eps', 'rms_norm_eps'),
-  ('max_positions', 'max_position_embeddings'),
-)
-_MLA = (
-  ('heads', 'num_attention_heads'),
-  ('kv_rank', 'kv_lora_rank'),
-  ('nope_dim', 'qk_nope_head_dim'),
-  ('rope_dim', 'qk_rope_head_dim'),
-  ('value_dim', 'v_head_dim'),
-)
-_MOE = (
-  ('experts', 'n_routed_experts'),
-  ('top_k', 'num_experts_per_tok'),
-  ('width', 'moe_intermediate_size'),
-)
-# model_type: (architecture, default scoring, default method)
-_KINDS = {
-  'deepseek_v2': ('DeepseekV2ForCausalLM', 'softmax', 'greedy'),
-  'deepseek_v3': ('DeepseekV3ForCausalLM', 'sigmoid', 'noaux_tc'),
-}
-# Fields that a ConfigError may name, with the keys that they come from.
-_KEYS = dict((*_MODEL, *_MLA, *_MOE))
-_KEYS |= {'query_rank': 'q_lora_rank', 'shared': 'n_shared_experts'}
-_KEYS |= {'dense_layers': 'first_k_dense_replace', 'groups': 'n_group'}
-_KEYS |= {'top_groups': 'topk_group', 'scale': 'routed_scaling_factor'}
 _NO_YARN = ('default', 'none', None)
+_ROPE = ('rope_theta', 'rope_type', 'type', 'max_position_embeddings')
+_LENGTH = 'original_max_position_embeddings'
+_ROPE_NEUTRAL = {'truncate': True, 'partial_rotary_factor': 1, 'factor': 1}
+_ROPE_NEUTRAL |= {'attention_factor': 1}
 _MISSING = object()
 
 
@@ -79,7 +53,7 @@ def parameter_dtype(dtype: Any) -> np.dtype:
 
 
 def read(values: dict[str, Any], dtype: str) -> ModelConfig:
-  """Returns the ModelConfig of a config.json's object.
+  """Returns the ModelConfig of the object of a config.json or a params.json.
 
   Args:
     values: the object. Its number of MTP modules may be too large:
@@ -90,259 +64,325 @@ def read(values: dict[str, Any], dtype: str) -> ModelConfig:
     ConfigError: another architecture, a missing key, a value of the wrong type,
       or one whose meaning is not computed here.
   """
-  v3 = _is_v3(values)
+  family, values = dialects.of(values)
+  own, fields = dialects.dialect(family), dialects.tables()['fields']
   routed = values.get('n_routed_experts') is not None
-  _check_computed(values, v3, routed)
-
-  def get(key: str, default: Any = _MISSING) -> Any:
-    value = values.get(key)
-    if value is None:
-      value = default
-    if value is _MISSING:
-      raise ConfigError(f'{key}: is missing')
-    return value
-
-  take = lambda table: {field: get(key) for field, key in table}
-  layers = get('num_hidden_layers')
-  dense = get('first_k_dense_replace', 0) if routed else layers
-  if type(dense) is type(layers) is int:
-    dense = min(dense, layers)  # some files name more
   try:
-    mla = MLAConfig(
-      query_rank=get('q_lora_rank', 0), rope=_read_rope(values), **take(_MLA)
-    )
-    moe = _read_moe(get, take, v3) if routed else MoEConfig()
+    mla = _fields('mla', values, own)
+    mla = MLAConfig(**mla, rope=_read_rope(values, family))
+    _check_computed(values, family, routed)
+    model = _fields('model', values, own)
+    model['dense_layers'] = _dense_layers(values, model, routed)
+    for key in ('bos_id', 'eos_id'):
+      several = isinstance(model[key], list) and model[key]
+      model[key] = model[key][0] if several else model[key]
     return ModelConfig(
-      **take(_MODEL),
-      dense_layers=dense,
-      tie_embeddings=get('tie_word_embeddings', False),
-      init_std=get('initializer_range', 0.02),
-      bos_id=_token(values.get('bos_token_id'), 0),
-      eos_id=_token(values.get('eos_token_id'), 1),
+      **model,
       dtype=dtype,
       mla=mla,
-      moe=moe,
-      mtp=MTPConfig(depth=get('num_nextn_predict_layers', 0)),
+      moe=_read_moe(values, family, own) if routed else MoEConfig(),
+      mtp=MTPConfig(**_fields('mtp', values, own)),
+      release=ReleaseConfig(
+        family='' if family in ('deepseek_v2', 'deepseek_v3') else family,
+        rotary='halves' if values.get('rope_interleave') is False else 'pairs',
+      ),
     )
   except ConfigError as error:
     # The person has config.json: name its key, not our field.
     field, rest = str(error).split('=', 1) if '=' in str(error) else ('', '')
-    if field in _KEYS:
-      raise ConfigError(f'{_KEYS[field]}={rest}') from None
+    for table in fields.values():
+      if field in table:
+        key = own.keys.get(table[field], table[field])
+        raise ConfigError(f'{key}={rest}') from None
     raise
 
 
-def _check_computed(values: dict[str, Any], v3: bool, routed: bool) -> None:
+def _fields(part: str, values: dict[str, Any], own: Dialect) -> dict[str, Any]:
+  """Returns {our field: value} of a part of the config."""
+  tables, out = dialects.tables(), {}
+  for field, key in tables['fields'][part].items():
+    value = values.get(key)
+    if value is None and key not in tables['null']:
+      raise ConfigError(f'{own.keys.get(key, key)}: is missing')
+    out[field] = tables['null'][key] if value is None else value
+  return out
+
+
+def _check_computed(values: dict[str, Any], family: str, routed: bool) -> None:
   """Refuses values whose meaning is not computed here."""
+  keys = dialects.dialect(family).keys
 
-  def only(key: str, computed: Any, why: str):
-    if values.get(key) is not None and values[key] != computed:
-      raise ConfigError(f'{key}={values[key]!r}: {why}')
+  def only(key: str, computed: tuple, why: str):
+    if values.get(key) is not None and values[key] not in computed:
+      raise ConfigError(f'{keys.get(key, key)}={values[key]!r}: {why}')
 
-  only('hidden_act', 'silu', 'only silu is computed')
-  for key in ('attention_bias', 'mlp_bias'):
-    only(key, False, 'no projection has a bias here')
   heads = values.get('num_attention_heads')
-  only('num_key_value_heads', heads, f'MLA has {heads}, one for each head')
-  if routed:
-    only('moe_layer_freq', 1, 'every layer after the dense ones has experts')
-  if routed and not v3:
-    only(
-      'norm_topk_prob',
-      False,
-      "transformers ignores it for deepseek_v2 and DeepSeek's code does not",
+  only('num_key_value_heads', (heads,), f'MLA has {heads}, one for each head')
+  nope, rotary = values['qk_nope_head_dim'], values['qk_rope_head_dim']
+  for key in ('qk_head_dim', 'q_head_dim'):
+    rule = f'qk_nope_head_dim + qk_rope_head_dim is {nope + rotary}'
+    only(key, (nope + rotary,), rule)
+  sizes = rotary, nope + rotary, values['kv_lora_rank'] + rotary
+  part = values.get('partial_rotary_factor')
+  if part in (None, 1):
+    if family != 'mistral_large_3':  # its head_dim is another size
+      rule = f'is no size of MLA: a head rotates qk_rope_head_dim={rotary}'
+      only('head_dim', sizes, rule)
+  elif round(part * (values.get('head_dim') or nope + rotary)) != rotary:
+    raise ConfigError(
+      f'partial_rotary_factor={part!r}: a head rotates qk_rope_head_dim='
+      f'{rotary} of its numbers here; set it to 1, or head_dim to fit'
     )
+  if 'rope_interleave' in values and values['rope_interleave'] is None:
+    raise ConfigError(
+      'rope_interleave=None: means halves in transformers and pairs in '
+      "DeepSeek's code; set true (pairs) or false (halves)"
+    )
+  if routed and family == 'deepseek_v2':
+    rule = "transformers ignores it for deepseek_v2, DeepSeek's code does not"
+    only('norm_topk_prob', (False,), rule)
 
 
-def _is_v3(values: dict[str, Any]) -> bool:
-  """Returns whether the model is V3's (Kimi K2's, Moonlight's) or V2's."""
-  names = values.get('architectures') or ()
-  kind = values.get('model_type')
-  kind = 'deepseek_v3' if kind == 'kimi_k2' else kind
-  kinds = {architecture: kind for kind, (architecture, *_) in _KINDS.items()}
-  known = ', '.join(kinds)
-  if not isinstance(names, (list, tuple)) or len(names) > 1:
-    raise ConfigError(f'architectures={names!r}: must name one of {known}')
-  if names and str(names[0]) not in kinds:
-    raise ConfigError(f'architectures={names[0]!r}: only {known} can be loaded')
-  kind = kinds[names[0]] if names else kind
-  if str(kind) not in _KINDS:
-    raise ConfigError(f'model_type={kind!r}: only {known} can be loaded')
-  return kind == 'deepseek_v3'
+def _dense_layers(values: dict[str, Any], model: dict, routed: bool) -> Any:
+  """Returns the number of dense layers, by either of two keys."""
+  dense, layers = model['dense_layers'], model['layers']
+  if not routed:
+    return layers
+  types = values.get('mlp_layer_types')
+  if types is not None:
+    dense = list(types).count('dense')
+    if types != ['dense'] * dense + ['sparse'] * (layers - dense):
+      raise ConfigError(
+        f'mlp_layer_types={str(types)[:60]}…: must be "dense" for the first '
+        f'layers and "sparse" for the others of num_hidden_layers={layers}'
+      )
+  # Some files name more than there are.
+  return min(dense, layers) if type(dense) is type(layers) is int else dense
 
 
-def _token(value: Any, default: int) -> Any:
-  """Returns a token id, the first where a config has several."""
-  if isinstance(value, list) and value:
-    value = value[0]
-  return default if value is None else value
+def _read_moe(values: dict[str, Any], family: str, own: Dialect) -> MoEConfig:
+  computed = {'scoring_func': (own.scoring,), 'topk_method': own.methods}
+  values = dict(values)
+  for key, names in computed.items():
+    if (values.get(key) or names[0]) not in names:
+      raise ConfigError(
+        f'{key}={values[key]!r}: {family} computes {" or ".join(names)}, '
+        'whatever this says; set it so, or name the architecture of the model'
+      )
+    values[key] = values.get(key) or names[0]
+  if values.get('norm_topk_prob') is None:
+    values['norm_topk_prob'] = own.defaults['norm_topk_prob']
+  if values['topk_method'] == 'greedy' or values.get('n_group') in (None, 1):
+    values |= {'n_group': 1, 'topk_group': 1}
+  return MoEConfig(**_fields('moe', values, own))
 
 
-def _read_moe(get, take, v3: bool) -> MoEConfig:
-  _, scoring, method = _KINDS['deepseek_v3' if v3 else 'deepseek_v2']
-  method = get('topk_method', method)
-  groups = get('n_group', 1) if method != 'greedy' else 1
-  return MoEConfig(
-    **take(_MOE),
-    shared=get('n_shared_experts', 0),
-    groups=groups,
-    top_groups=get('topk_group', 1) if groups != 1 else 1,
-    scoring=get('scoring_func', scoring),
-    method=method,
-    normalize=get('norm_topk_prob', v3),
-    scale=get('routed_scaling_factor', 2.5 if v3 else 1.0),
-  )
+def _read_rope(values: dict[str, Any], family: str) -> RopeConfig:
+  """Returns the rope, from any of its places."""
+  ropes = {}
+  for name in ('rope_scaling', 'rope_parameters'):
+    rope = values.get(name)
+    if rope and not isinstance(rope, dict):
+      raise ConfigError(f'{name}={rope!r}: must be an object')
+    if rope:
+      ropes[name] = _rope(name, rope, values, family)
+  if len(set(ropes.values())) > 1:
+    raise ConfigError(
+      f'rope_scaling={values["rope_scaling"]!r}: differs from rope_parameters='
+      f'{values["rope_parameters"]!r}; transformers obeys the first, vLLM the '
+      'second: leave one of them out'
+    )
+  plain = _rope('rope_scaling', {}, values, family)
+  return next(iter(ropes.values()), plain)
 
 
-def _read_rope(values: dict[str, Any]) -> RopeConfig:
-  """Returns the rope of either dialect."""
-  rope = values.get('rope_parameters') or values.get('rope_scaling') or {}
-  if not isinstance(rope, dict):
-    raise ConfigError(f'rope_scaling={rope!r}: must be an object')
+def _rope(
+  name: str, rope: dict[str, Any], values: dict[str, Any], family: str
+) -> RopeConfig:
+  """Returns the rope of one object; `name` is its key."""
   theta = rope.get('rope_theta', values.get('rope_theta') or 10000.0)
+  if values.get('rope_theta', theta) not in (theta, None):
+    raise ConfigError(
+      f'rope_theta={values["rope_theta"]!r}: differs from the {theta!r} of '
+      f'{name}; leave one of them out'
+    )
   kind = rope.get('rope_type', rope.get('type'))
+  kind = 'yarn' if (kind, family) == ('deepseek_yarn', 'sarvam_mla') else kind
+  if family == 'mistral_large_3' and rope.get('factor'):
+    # Its YaRN multiplies the logits by m^2, unless apply_scale is false.
+    kind, scale = 'yarn', float(rope.get('apply_yarn_scaling', True))
+    rope = rope | {'mscale_all_dim': scale, 'attention_factor': 1.0}
+    rope['apply_yarn_scaling'] = None
+  growth, beta = {}, rope.get('llama_4_scaling_beta')
+  if 'mistral' in family and beta:
+    length = rope.get('llama_4_scaling_length', rope.get(_LENGTH, 0))
+    growth = {'query_beta': beta, 'query_positions': length}
+  _check_rope(name, rope, values, family, kind, bool(growth))
   if kind in _NO_YARN:
-    return RopeConfig(theta=theta)
+    return RopeConfig(theta=theta, **growth)
   if kind != 'yarn':
-    raise ConfigError(f'rope_scaling type={kind!r}: only yarn is computed')
-  for key, computed in (('attention_factor', None), ('truncate', True)):
-    if rope.get(key, computed) is not computed:
-      raise ConfigError(f'rope_scaling {key}={rope[key]!r}: is not computed')
+    raise ConfigError(f'{name} type={kind!r}: only yarn is computed')
   # YaRN scales cos and sin by m(mscale) / m(mscale_all_dim) and the logits by
   # m(mscale_all_dim)^2. A file without both numbers means m(1) for cos and sin,
-  # and 1 for the logits.
-  mscale, all_dim = rope.get('mscale') or 0.0, rope.get('mscale_all_dim') or 0.0
-  if all_dim and not mscale:
+  # and 1 for the logits; attention_factor is a factor for cos and sin.
+  fields = _fields('rope', rope, dialects.dialect(family))
+  all_dim = fields['mscale_all_dim']
+  if rope.get('attention_factor'):
+    fields['mscale'] = all_dim
+  elif all_dim and not fields['mscale']:
     raise ConfigError(
-      f'rope_scaling mscale_all_dim={all_dim!r} without mscale: is not computed'
+      f'{name} mscale_all_dim={all_dim!r} without mscale: is not computed'
     )
-  original = rope.get('original_max_position_embeddings')
-  for key, value in (
-    ('factor', rope.get('factor')),
-    ('original_max_position_embeddings', original),
-  ):
-    if value is None:
-      raise ConfigError(f'rope_scaling {key}: is missing')
-  return RopeConfig(
-    theta=theta,
-    factor=rope['factor'],
-    original_positions=original,
-    beta_fast=rope.get('beta_fast') or 32.0,
-    beta_slow=rope.get('beta_slow') or 1.0,
-    mscale=mscale if all_dim else 1.0,
-    mscale_all_dim=all_dim,
-  )
+  elif not all_dim:
+    fields['mscale'] = 1.0
+  return RopeConfig(theta=theta, **fields, **growth)
+
+
+def _check_rope(
+  name: str, rope: dict, values: dict, family: str, kind: Any, grows: bool
+) -> None:
+  """Refuses keys of a rope that are not computed for its kind."""
+  yarn = dialects.tables()['fields']['rope'].values()
+  nope, rotary = values['qk_nope_head_dim'], values['qk_rope_head_dim']
+  for key, value in rope.items():
+    if key == 'partial_rotary_factor' and value:
+      value = 1 if round(value * (nope + rotary)) == rotary else value
+    known = key in _ROPE or (key in yarn and (kind == 'yarn' or grows))
+    known = known or (grows and key.startswith('llama_4_scaling'))
+    if known or value in (None, False, _ROPE_NEUTRAL.get(key)):
+      continue
+    if key in yarn and kind is None:
+      raise ConfigError(
+        f'{name} {key}={value!r}: stands without a type, so that transformers '
+        'ignores it; add "type": "yarn", or take it out'
+      )
+    raise ConfigError(f'{name} {key}={value!r}: is not computed for {family}')
 
 
 def write(
-  config: ModelConfig,
-  dtype: str,
-  fp8: bool = False,
-  power_of_two: bool = False,
+  config: ModelConfig, dtype: str, fp8: bool = False, power_of_two: bool = False
 ) -> dict[str, Any]:
-  """Returns the object of a config.json, in the dialect of the releases.
+  """Returns the object of a config.json, in the dialect of the family.
 
-  Args:
-    config: the model.
-    dtype: of the tensors that are not FP8.
-    fp8: the blocks' matrices are FP8.
-    power_of_two: all scales of FP8 are powers of two.
+  `dtype` is that of the tensors that are not FP8; with `power_of_two` all
+  scales of FP8 are powers of two.
 
   Raises:
     ConfigError: a model that no released architecture computes.
   """
-  moe, mla = config.moe, config.mla
-  kind = _released_kind(config)
+  mla, family, tables = config.mla, family_of(config), dialects.tables()
+  rope = mla.rope
   values: dict[str, Any] = {
-    'architectures': [_KINDS[kind][0]],
-    'model_type': kind,
-    'hidden_act': 'silu',
-    'attention_bias': False,
-    'attention_dropout': 0.0,
-    'bos_token_id': config.bos_id if config.bos_id >= 0 else None,
-    'eos_token_id': config.eos_id if config.eos_id >= 0 else None,
-    'tie_word_embeddings': config.tie_embeddings,
-    'initializer_range': config.init_std,
-    'use_cache': True,
+    'architectures': [dialects.dialect(family).architectures[0]],
+    'model_type': family,
     'torch_dtype': dtype,
-    'rope_theta': mla.rope.theta,
-    'rope_scaling': _write_rope(mla.rope),
+    'rope_theta': rope.theta,
+    'rope_scaling': _write_rope(rope),
     'num_key_value_heads': mla.heads,
-    'q_lora_rank': mla.query_rank or None,
-    'first_k_dense_replace': config.dense_layers,
-    'moe_layer_freq': 1,
-    'n_shared_experts': moe.shared,
-    'n_group': moe.groups,
-    'topk_group': moe.top_groups,
-    'scoring_func': moe.scoring,
-    'topk_method': moe.method,
-    'norm_topk_prob': moe.normalize,
-    'routed_scaling_factor': moe.scale,
-    'num_nextn_predict_layers': config.mtp.depth,
-  }
-  for part, table in ((config, _MODEL), (mla, _MLA), (moe, _MOE)):
-    values |= {key: getattr(part, field) for field, key in table}
+  } | tables['written']
+  parts = {'model': config, 'mla': mla, 'moe': config.moe, 'mtp': config.mtp}
+  for name, part in parts.items():
+    for field, key in tables['fields'][name].items():
+      values[key] = getattr(part, field)
+  for key in ('bos_token_id', 'eos_token_id'):
+    values[key] = values[key] if values[key] >= 0 else None
+  values['q_lora_rank'] = values['q_lora_rank'] or None
+  if config.release.rotary == 'halves':
+    values['rope_interleave'] = False
+  if family == 'glm4_moe_lite':  # transformers reads no other key
+    values['mlp_layer_types'] = ['dense'] * config.dense_layers
+    values['mlp_layer_types'] += ['sparse'] * config.moe_layers
+  if 'mistral' in family:
+    values |= _mistral_rope(rope, family)
+  if fp8 and family == 'mistral_large_3':
+    raise ConfigError(
+      f"--fp8: {family} has no DeepSeek's tiles; write bfloat16"
+    )
   if fp8:
-    values['quantization_config'] = {
-      'activation_scheme': 'dynamic',
-      'fmt': 'e4m3',
-      'quant_method': 'fp8',
-      'weight_block_size': [128, 128],
-    }
-    if power_of_two:
-      values['quantization_config']['scale_fmt'] = 'ue8m0'
-  return values
+    scales = {'scale_fmt': 'ue8m0'} if power_of_two else {}
+    values['quantization_config'] = tables['written_fp8'] | scales
+  return dialects.spelled(values, family)
 
 
-def _released_kind(config: ModelConfig) -> str:
-  """Returns the model_type that computes the same numbers as the config.
+def _mistral_rope(rope: RopeConfig, family: str) -> dict[str, Any]:
+  """Returns the rope's keys of Mistral's models, growth included."""
+  values = {'rope_type': 'default'} | (_write_rope(rope) or {})
+  values['rope_type'] = values.pop('type', 'default')
+  if rope.query_beta or family != 'mistral_large_3':
+    values['llama_4_scaling_beta'] = rope.query_beta
+  length = rope.query_positions or rope.original_positions or 1
+  if family != 'mistral_large_3':  # its code asks for both, and this spelling
+    values |= {'rope_theta': rope.theta, _LENGTH: length}
+    return {'rope_parameters': values, 'rope_scaling': None, 'rope_theta': None}
+  for key in ('rope_type', 'mscale', 'mscale_all_dim', 'attention_factor'):
+    values.pop(key, None)
+  if rope.factor > 1:
+    values['apply_yarn_scaling'] = bool(rope.mscale)
+  if rope.query_beta:
+    values['llama_4_scaling_length'] = length
+  return {'rope_scaling': values}
 
-  Raises:
-    ConfigError: none does.
-  """
-  moe = config.moe
-  kinds = [
-    kind
-    for kind, (_, scoring, _) in _KINDS.items()
-    if scoring == moe.scoring
-    and (kind == 'deepseek_v3') == (moe.method == 'noaux_tc')
-    and not (kind == 'deepseek_v2' and moe.normalize)
-  ]
-  if not kinds and config.moe_layers:
+
+def family_of(config: ModelConfig) -> str:
+  """Returns the family that computes the config's numbers, or refuses it."""
+  name = config.release.family
+  if name and name not in dialects.families():
+    known = ', '.join(dialects.families())
+    raise ConfigError(f'release.family={name!r}: must be one of {known}')
+  if (eps := config.mla.norm_eps) != 1e-6:
+    raise ConfigError(f'mla.norm_eps={eps!r}: config.json can only mean 1e-06')
+  reasons = {f: _unlike(config, f) for f in [name] if f} or {
+    f: _unlike(config, f) for f in ('deepseek_v2', 'deepseek_v3', 'mistral4')
+  }
+  fitting = [family for family, reason in reasons.items() if not reason]
+  if not fitting:
+    moe, rope = config.moe, config.mla.rope
     raise ConfigError(
       f'moe.scoring={moe.scoring!r}, moe.method={moe.method!r}, moe.normalize='
-      f'{moe.normalize}: no released architecture routes so; V3 has sigmoid '
-      'with noaux_tc, V2 softmax with (group_limited_)greedy unnormalised'
+      f'{moe.normalize}, rope.query_beta={rope.query_beta:g}: no released '
+      'architecture computes this; '
+      + ', '.join(f'{f} has {reason}' for f, reason in reasons.items())
     )
-  if config.mla.norm_eps != 1e-6:
-    raise ConfigError(
-      f'mla.norm_eps={config.mla.norm_eps!r}: released models have 1e-06, '
-      'which config.json cannot change'
-    )
-  return kinds[0] if kinds else 'deepseek_v3'
+  any_fits = not config.moe_layers and 'deepseek_v3' in fitting
+  return 'deepseek_v3' if any_fits else fitting[0]
+
+
+def _unlike(config: ModelConfig, family: str) -> str:
+  """Returns the thing in which a family differs from a model; '' if none."""
+  moe, rope, dialect = config.moe, config.mla.rope, dialects.dialect(family)
+  if config.moe_layers:
+    if 'n_routed_experts' in dialect.absent.split():
+      return 'no experts'
+    if moe.scoring != dialect.scoring or moe.method not in dialect.methods:
+      return f'{dialect.scoring} with {" or ".join(dialect.methods)}'
+    if moe.normalize and family == 'deepseek_v2':
+      return 'gates that are not normalised'
+  mistral = 'mistral' in family
+  if rope.query_beta and not mistral:
+    return 'no query_beta'
+  if config.mtp.depth and 'num_nextn_predict_layers' in dialect.absent.split():
+    return 'no MTP'
+  lengths = {rope.query_positions, rope.original_positions} - {0}
+  if family == 'mistral_large_3':
+    both = rope.mscale, rope.mscale_all_dim
+    if rope.factor > 1 and both not in ((0, 0), (1, 1)):
+      return 'mscale and mscale_all_dim both 0 or 1'
+  elif mistral and len(lengths) > 1:
+    return 'query_positions equal to original_positions'
+  return ''
 
 
 def _write_rope(rope: RopeConfig) -> dict[str, Any] | None:
-  """Returns the object of `rope_scaling`; None without YaRN.
-
-  Raises:
-    ConfigError: temperatures that no released code computes.
-  """
+  """Returns the object of `rope_scaling`; None without YaRN."""
   if rope.factor == 1:
     return None
-  plain = rope.mscale_all_dim == 0 and rope.mscale == 1
-  if not plain and not rope.mscale * rope.mscale_all_dim:
+  fields = dialects.tables()['fields']['rope'].items()
+  values = {key: getattr(rope, field) for field, key in fields}
+  if rope.mscale == rope.mscale_all_dim == 0:
+    values['attention_factor'] = 1.0
+  elif not rope.mscale * rope.mscale_all_dim and rope.mscale != 1:
     raise ConfigError(
       f'rope.mscale={rope.mscale!r}, rope.mscale_all_dim='
-      f'{rope.mscale_all_dim!r}: no released code computes one without the '
-      'other'
+      f'{rope.mscale_all_dim!r}: no release has one without the other'
     )
-  return {
-    'type': 'yarn',
-    'factor': rope.factor,
-    'original_max_position_embeddings': rope.original_positions,
-    'beta_fast': rope.beta_fast,
-    'beta_slow': rope.beta_slow,
-    'mscale': rope.mscale,
-    'mscale_all_dim': rope.mscale_all_dim,
-  }
+  return {'type': 'yarn'} | values

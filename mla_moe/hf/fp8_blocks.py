@@ -34,43 +34,10 @@ from mla_moe.types import Float
 TILE = 128
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 LARGEST = 448.0
-_CHUNK = 2**17  # numbers that fit into a core's cache
-_VALUES = np.arange(256, dtype=np.uint8).view(E4M3).astype(np.float32)
+CHUNK = 2**17  # numbers that fit into a core's cache
+VALUES = np.arange(256, dtype=np.uint8).view(E4M3).astype(np.float32)
 # The possible largest q of a tile, if all q cannot be doubled.
-_TOPS = tuple(float(v) for v in sorted(_VALUES[_VALUES > 224], reverse=True))
-
-
-def scale_shape(shape: tuple[int, ...], tile: int = TILE) -> tuple[int, ...]:
-  """Returns the shape of a tensor's scales: its last two axes in tiles."""
-  return (*shape[:-2], *(-(-n // tile) for n in shape[-2:]))
-
-
-def dequantize(
-  q: np.ndarray,
-  scale: Float[np.ndarray, 'r c'],
-  first_row: int = 0,
-  tile: int = TILE,
-) -> Float[np.ndarray, 'R C']:
-  """Returns q * scale in float32.
-
-  Args:
-    q: [R, C] E4M3; it may be a part of a tensor, from its row `first_row` on.
-    scale: of the whole tensor, [tiles of its rows, tiles of its columns].
-    first_row: of q in the tensor.
-    tile: side of a tile.
-  """
-  rows, columns = q.shape
-  out = np.empty(q.shape, np.float32)
-  raw = q.view(np.uint8)
-  start = 0
-  while start < rows:
-    row = (first_row + start) // tile  # of tiles
-    end = min(rows, (row + 1) * tile - first_row)
-    # 'clip' needs no copy of the indices; all of them exist.
-    np.take(_VALUES, raw[start:end], out=out[start:end], mode='clip')
-    out[start:end] *= np.repeat(scale[row], tile)[None, :columns]
-    start = end
-  return out
+_TOPS = tuple(float(v) for v in sorted(VALUES[VALUES > 224], reverse=True))
 
 
 def quantize(
@@ -83,7 +50,7 @@ def quantize(
   powers of two.
   """
   rows, columns = weight.shape
-  r, c = scale_shape(weight.shape)
+  r, c = -(-rows // TILE), -(-columns // TILE)
   padded = np.zeros((r * TILE, c * TILE), np.float32)
   padded[:rows, :columns] = weight
   tiles = padded.reshape(r, TILE, c, TILE).swapaxes(1, 2)
@@ -125,7 +92,7 @@ def _scales(
   unknown = np.flatnonzero(largest > 0)  # tiles whose scale is not known yet
   for candidate in _candidates(largest, powers):
     # Cheap tests first: the largest value, then one row, then the whole tile.
-    products = _VALUES[:127, None] * candidate[unknown][None]
+    products = VALUES[:127, None] * candidate[unknown][None]
     distance = np.abs(products - largest[unknown])
     fitting = unknown[distance.min(0) == 0] if distance.size else unknown
     for part in (slice(0, 1), slice(None)):
@@ -153,7 +120,7 @@ def _fits(tiles: np.ndarray, scale: np.ndarray) -> np.ndarray:
   if not len(tiles):
     return np.zeros(0, bool)
   q = _round(tiles, scale)
-  product = np.take(_VALUES, q.view(np.uint8)) * scale[:, None, None]
+  product = np.take(VALUES, q.view(np.uint8)) * scale[:, None, None]
   return (product == tiles).all((1, 2))
 
 
@@ -169,7 +136,7 @@ def check_finite(name: str, values: np.ndarray) -> None:
   top = int(np.asarray(kind.max, values.dtype).view(bits))
   negative = top + (1 << (8 * values.itemsize - 1))
   flat = values.reshape(-1)
-  for start in range(0, flat.size, _CHUNK):
-    part = flat[start : start + _CHUNK]
+  for start in range(0, flat.size, CHUNK):
+    part = flat[start : start + CHUNK]
     if part.view(bits).max() > negative or part.view(signed).max() > top:
       raise ConfigError(f'tensor {name!r} holds NaN or infinity')

@@ -1,13 +1,11 @@
 """Loads a released checkpoint: matrices stream from the files to the devices.
 
 `config_json` translates config.json, `names` says which tensor is which part of
-which leaf, `fp8_blocks` dequantises, `safetensors` maps the files into memory
-and `source` checks the folder. Here the matrices stream: each is read once, in
-the order of the files (of a layer's experts: one expert at a time), and is
-written into every device's shard of its leaf (`leaves`). So the host has a few
-matrices in memory besides the shards, for a model of any size.
-
-`save` is the way back.
+which leaf, `formats` decodes, `safetensors` maps the files into memory and
+`source` checks the folder. Here the matrices stream: each is read once, in the
+order of the files, and is written into every device's shard of its leaf
+(`leaves`). So the host has a few matrices in memory besides the shards, for a
+model of any size. `save` is the way back.
 """
 
 from __future__ import annotations
@@ -37,8 +35,7 @@ def load_huggingface(
 
   Args:
     path: a folder with config.json and .safetensors, in the layout of the
-      releases or of transformers; float32, bfloat16, float16 or FP8 with a
-      scale per tile.
+      releases or of transformers (`dialects`) and one of `formats`.
     dtype: of the parameters, float32 or bfloat16, and of the activations in the
       config. The router's bias for the choice of experts is always float32.
     mesh: a mesh of `sharding.make_mesh`, over which the leaves are sharded by
@@ -58,7 +55,7 @@ def load_huggingface(
     filling = leaves.empty(opened.config, opened.rows, dtype, mesh)
 
     def move(row: names.Row, index: dict[str, int]) -> None:
-      block = row.take(opened.matrix(row, index), opened.plain_rope)
+      block = row.take(opened.matrix(row, index))
       filling[row.path].put(block, row.start(index))
       opened.forget(row.tensor(index))
 

@@ -29,63 +29,9 @@ from typing import Any
 import numpy as np
 
 from mla_moe.config import ModelConfig
+from mla_moe.hf import dialects
 
 _GATE_UP = ('gate', 'up')
-
-# our leaf, released tensor, axes
-_TOP = (
-  ('embedding', 'model.embed_tokens.weight', 'v d -> v d'),
-  ('final_norm.scale', 'model.norm.weight', 'd -> d'),
-)
-_HEAD = (('w_head', 'lm_head.weight', 'v d -> d v'),)
-_BLOCK = (
-  ('attention_norm.scale', 'input_layernorm.weight', 'd -> d'),
-  ('ffn_norm.scale', 'post_attention_layernorm.weight', 'd -> d'),
-)
-_ATTENTION = (
-  ('w_kv_down', 'kv_a_proj_with_mqa.weight', 'c|r d -> d c'),
-  ('w_k_rope', 'kv_a_proj_with_mqa.weight', 'c|r d -> d r'),
-  ('kv_norm.scale', 'kv_a_layernorm.weight', 'c -> c'),
-  ('w_k_up', 'kv_b_proj.weight', '(n h|u) c -> c n h'),
-  ('w_v_up', 'kv_b_proj.weight', '(n h|u) c -> c n u'),
-  ('w_out', 'o_proj.weight', 'd (n u) -> n u d'),
-)
-_QUERY = (('w_q', 'q_proj.weight', '(n h|r) d -> d n h|r'),)
-_QUERY_LATENT = (
-  ('w_q_down', 'q_a_proj.weight', 'q d -> d q'),
-  ('q_norm.scale', 'q_a_layernorm.weight', 'q -> q'),
-  ('w_q_up', 'q_b_proj.weight', '(n h|r) q -> q n h|r'),
-)
-_DENSE = (
-  ('w_gate_up', '{g}_proj.weight', 'g i d -> d g i'),
-  ('w_down', 'down_proj.weight', 'd i -> i d'),
-)
-_ROUTER = (('w_router', 'gate.weight', 'e d -> d e'),)
-_BIAS = (('bias', 'gate.e_score_correction_bias', 'e -> e'),)
-_SHARED = (
-  ('shared.w_gate_up', 'shared_experts.{g}_proj.weight', 'g s d -> d g s'),
-  ('shared.w_down', 'shared_experts.down_proj.weight', 'd s -> s d'),
-)
-_EXPERTS = (
-  ('w_gate_up', 'experts.{e}.{g}_proj.weight', 'e g f d -> e d g f'),
-  ('w_down', 'experts.{e}.down_proj.weight', 'e d f -> e f d'),
-)
-# The layout of transformers 5 in memory, and of some of its files.
-_FUSED_EXPERTS = (
-  ('w_gate_up', 'experts.gate_up_proj', 'e (g f) d -> e d g f'),
-  ('w_down', 'experts.down_proj', 'e d f -> e f d'),
-)
-_MTP = (
-  ('embed_norm.scale', 'enorm.weight', 'd -> d'),
-  ('hidden_norm.scale', 'hnorm.weight', 'd -> d'),
-  ('w_join', 'eh_proj.weight', 'd k -> k d'),
-  ('final_norm.scale', 'shared_head.norm.weight', 'd -> d'),
-)
-# An MTP layer repeats two tensors of the main model.
-_MTP_COPIES = {
-  'embed_tokens.weight': 'model.embed_tokens.weight',
-  'shared_head.head.weight': 'lm_head.weight',
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +41,9 @@ class Row:
   path: keys of the leaf in the variables. name: a template of the tensors'
   names; {l} takes the numbers in `layers`. released: the tensors' axes, one
   group for each dimension of the file. ours: the leaf's axes. sizes: (letter,
-  size) of every letter.
+  size) of every letter. family: that
+  spells the name.
+  rotary: the layout of rotated features in the file; ours has halves.
 
   A leaf is read and written matrix by matrix. An `index` names one matrix: its
   position along each of the `loop_axes`, such as {'l': 3, 'e': 17, 'g': 0}.
@@ -107,6 +55,8 @@ class Row:
   released: tuple[tuple[str, ...], ...]
   ours: tuple[str, ...]
   sizes: tuple[tuple[str, int], ...]
+  family: str = ''
+  rotary: str = 'pairs'
 
   def size(self, axis: str) -> int:
     """Returns the length of an axis, the sum of its parts."""
@@ -159,7 +109,8 @@ class Row:
     """Returns the name of the released tensor that contains a matrix."""
     layer = self.layers[index.get('l', 0)] if self.layers else 0
     gate = _GATE_UP[index.get('g', 0)]
-    return self.name.format(l=layer, e=index.get('e', 0), g=gate)
+    name = self.name.format(l=layer, e=index.get('e', 0), g=gate)
+    return dialects.dialect(self.family).spell(name)
 
   def within(self, index: dict[str, int]) -> tuple[slice, ...]:
     """Returns the part of the tensor that is the matrix: all, if not fused."""
@@ -181,13 +132,13 @@ class Row:
 
   def _selected(self, axis: str, ours: str) -> np.ndarray | None:
     """Returns our axis's positions along a released one; None if equal."""
-    if axis == ours and 'r' not in axis.split('|'):
+    if axis == ours and ('r' not in axis.split('|') or self.rotary != 'pairs'):
       return None
     selected, offset = [], 0
     for letter in axis.split('|'):
       size = self.size(letter)
       positions = np.arange(size)
-      if letter == 'r':
+      if letter == 'r' and self.rotary == 'pairs':
         positions = np.concatenate([positions[0::2], positions[1::2]])
       if letter in ours.split('|'):
         selected.append(offset + positions)
@@ -212,15 +163,11 @@ class Row:
         selections.append((axis, positions))
     return tuple(order), selections
 
-  def take(self, matrix: np.ndarray, plain_rope: bool = False) -> np.ndarray:
-    """Returns our block of one matrix; a view where no positions are selected.
-
-    plain_rope: the file pairs the halves of rotated features, as our leaves do.
-    """
+  def take(self, matrix: np.ndarray) -> np.ndarray:
+    """Returns our block of one matrix, a view where nothing is selected."""
     x = matrix.reshape([self.size(axis) for axis in self._matrix_axes])
     order, selections = self._moves
     for axis, positions in selections:
-      positions = np.sort(positions) if plain_rope else positions
       if (np.diff(positions) == 1).all():
         part = [slice(None)] * x.ndim
         part[axis] = slice(positions[0], positions[-1] + 1)
@@ -258,19 +205,21 @@ def quantized(name: str) -> bool:
 
 def ignored(name: str) -> bool:
   """Returns whether a release may contain the tensor for nothing (Kimi K2)."""
-  return '.rotary_emb.' in name
+  unused = tuple(dialects.tables()['unused'].split())
+  return '.rotary_emb.' in name or name.endswith(unused)
 
 
-def rows(config: ModelConfig, fused_experts: bool = False) -> list[Row]:
-  """Returns the table of a model.
+def is_vision(name: str) -> bool:
+  """Returns whether a tensor is of the tower that reads images."""
+  return name.startswith(tuple(dialects.tables()['towers'].split()))
 
-  fused_experts: a layer's experts are one tensor, as in some transformers 5
-  files.
-  """
-  table = _Table(config, fused_experts)
-  table.add(_TOP)
+
+def rows(config: ModelConfig) -> list[Row]:
+  """Returns the table of a model, in the layout of its release."""
+  table = _Table(config)
+  table.add('top')
   if not config.tie_embeddings:
-    table.add(_HEAD)
+    table.add('head')
   layers, stacked = range(config.layers), 'model.layers.{l}.'
   dense, moe = layers[: config.dense_layers], layers[config.dense_layers :]
   if dense:
@@ -280,7 +229,7 @@ def rows(config: ModelConfig, fused_experts: bool = False) -> list[Row]:
   for depth in range(config.mtp.depth):
     ours = f'mtp_{depth}.'
     released = f'model.layers.{config.layers + depth}.'
-    table.add(_MTP, ours, released)
+    table.add('mtp', ours, released)
     table.add_block(f'{ours}block.', released, routed=bool(moe))
   return table.rows
 
@@ -288,37 +237,23 @@ def rows(config: ModelConfig, fused_experts: bool = False) -> list[Row]:
 class _Table:
   """The rows of a model while they are being listed."""
 
-  def __init__(self, config: ModelConfig, fused_experts: bool):
-    mla, moe = config.mla, config.moe
+  def __init__(self, config: ModelConfig):
     self.rows: list[Row] = []
-    self._query = _QUERY_LATENT if mla.query_rank else _QUERY
-    self._experts = _FUSED_EXPERTS if fused_experts else _EXPERTS
-    self._bias = _BIAS if moe.method == 'noaux_tc' else ()
-    self._shared = _SHARED if moe.shared else ()
-    self._sizes = dict(
-      v=config.vocab,
-      d=config.dim,
-      i=config.dense_width,
-      n=mla.heads,
-      q=mla.query_rank,
-      c=mla.kv_rank,
-      h=mla.nope_dim,
-      r=mla.rope_dim,
-      u=mla.value_dim,
-      e=moe.experts,
-      f=moe.width,
-      s=moe.shared * moe.width,
-      g=2,
-      k=2 * config.dim,
-    )
+    self._config, self._lines = config, dialects.tables()['tensors']
+    moe, letters = config.moe, dialects.tables()['letters'].items()
+    parts = {'model': config, 'mla': config.mla, 'moe': moe}
+    self._sizes = dict(s=moe.shared * moe.width, g=2, k=2 * config.dim)
+    for part, table in letters:
+      for letter, field in table.items():
+        self._sizes[letter] = getattr(parts[part], field)
 
-  def add(self, lines, ours='', released='', layers=(), collection='params'):
-    """Adds lines of the tables above, with prefixes to both names.
+  def add(self, part, ours='', released='', layers=(), collection='params'):
+    """Adds a part of dialects.toml's `tensors`, with prefixes to both names.
 
     `layers`: their numbers, where the leaf is a stack of layers; its first axis
     is then l.
     """
-    for path, name, axes in lines:
+    for path, name, axes in self._lines[part]:
       left, right = axes.split(' -> ')
       if layers:
         left, right = f'l {left}', f'l {right}'
@@ -334,22 +269,28 @@ class _Table:
           released=groups,
           ours=tuple(right.split()),
           sizes=tuple({**self._sizes, 'l': len(layers)}.items()),
+          family=self._config.release.family,
+          rotary=self._config.release.rotary,
         )
       )
 
   def add_block(self, ours: str, released: str, routed: bool, layers=()):
     """Adds one block, or a stack of `layers` blocks."""
-    add = functools.partial(self.add, layers=layers)
-    add(_BLOCK, ours, released)
-    add(self._query + _ATTENTION, f'{ours}attention.', f'{released}self_attn.')
+    add, moe = functools.partial(self.add, layers=layers), self._config.moe
+    add('block', ours, released)
+    query = 'query_latent' if self._config.mla.query_rank else 'query'
+    for part in (query, 'attention'):
+      add(part, f'{ours}attention.', f'{released}self_attn.')
     ours, released = f'{ours}ffn.', f'{released}mlp.'
     if not routed:
-      add(_DENSE, ours, released)
+      add('dense', ours, released)
       return
-    add(_ROUTER, ours, released)
-    add(self._bias, ours, released, collection='router')
-    add(self._experts, ours, released)
-    add(self._shared, ours, released)
+    add('router', ours, released)
+    if moe.method == 'noaux_tc':
+      add('bias', ours, released, collection='router')
+    add(f'experts_{self._config.release.experts}', ours, released)
+    if moe.shared:
+      add('shared', ours, released)
 
 
 def copies(config: ModelConfig) -> dict[str, str]:
@@ -357,16 +298,15 @@ def copies(config: ModelConfig) -> dict[str, str]:
 
   A model whose head is its embedding may have the head in its files, too.
   """
-  tied = config.tie_embeddings
-  originals = {}
-  for depth in range(config.mtp.depth):
-    for name, original in _MTP_COPIES.items():
-      if tied:
-        original = _MTP_COPIES['embed_tokens.weight']
-      originals[f'model.layers.{config.layers + depth}.{name}'] = original
-  if tied:
-    originals['lm_head.weight'] = _MTP_COPIES['embed_tokens.weight']
-  return originals
+  embedding, originals = 'model.embed_tokens.weight', {}
+  for layer in range(config.layers, config.layers + config.mtp.depth):
+    for name, original in dialects.tables()['copies'].items():
+      original = embedding if config.tie_embeddings else original
+      originals[f'model.layers.{layer}.{name}'] = original
+  if config.tie_embeddings:
+    originals['lm_head.weight'] = embedding
+  say = dialects.dialect(config.release.family).spell
+  return {say(name): say(original) for name, original in originals.items()}
 
 
 def flat(tree: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple, Any]]:

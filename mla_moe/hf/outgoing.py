@@ -17,7 +17,14 @@ import numpy as np
 
 from mla_moe.checked import few
 from mla_moe.config import ConfigError, ModelConfig
-from mla_moe.hf import config_json, fp8_blocks, names, safetensors
+from mla_moe.hf import (
+  config_json,
+  dialects,
+  formats,
+  fp8_blocks,
+  names,
+  safetensors,
+)
 
 
 class Tensors:
@@ -49,14 +56,16 @@ class Tensors:
         self.sources.setdefault(row.tensor(index), []).append((row, index))
     originals = names.copies(config)
     if config.tie_embeddings:
-      originals.pop('lm_head.weight')
+      originals.pop(
+        dialects.dialect(config.release.family).spell('lm_head.weight')
+      )
     for name, original in originals.items():
       self.sources[name] = self.sources[original]
     for name, sources in self.sources.items():
       row = sources[0][0]
       self.plan[name] = (self._dtype(name, row), row.file_shape)
     for name in [n for n in self.plan if self.plan[n][0] == fp8_blocks.E4M3]:
-      shape = fp8_blocks.scale_shape(self.plan[name][1])
+      shape = formats.scale_shape(self.plan[name][1], formats.BLOCK)
       self.plan[f'{name}_scale_inv'] = (config_json.F32, shape)
 
   def _dtype(self, name: str, row: names.Row) -> np.dtype:
@@ -117,24 +126,36 @@ class Tensors:
       for name in shard:
         if name not in self.sources:
           continue  # a scale, written with its weight
-        matrix = self._matrix(name)
-        if plan[name][0] == fp8_blocks.E4M3:
+        # A tensor of all experts is written one expert at a time.
+        shape = plan[name][1]
+        for place in range(shape[0]) if len(shape) > 2 else [...]:
+          matrix = self._matrix(name, place)
+          if plan[name][0] != fp8_blocks.E4M3:
+            arrays[name][place] = matrix
+            continue
           wide = np.asarray(matrix, np.float32)
           q, scale = fp8_blocks.quantize(wide, self.power_of_two)
-          arrays[name][:] = q
-          arrays[f'{name}_scale_inv'][:] = scale
+          arrays[name][place] = q
+          arrays[f'{name}_scale_inv'][place] = scale
           mantissas = np.frexp(scale)[0]
           self._only_powers &= bool((mantissas == 0.5).all())
-        else:
-          arrays[name][:] = matrix
 
-  def _matrix(self, name: str) -> np.ndarray:
-    """Returns a released matrix in the leaf's dtype, or in `dtype` if set."""
+  def _matrix(self, name: str, expert: Any = ...) -> np.ndarray:
+    """Returns a released matrix in the leaf's dtype, or in `dtype` if set.
+
+    expert: its number, in a tensor of all experts.
+    """
     sources = self.sources[name]
     row = sources[0][0]
-    out = np.empty(row.file_shape, np.dtype(self.leaves[row.path].dtype))
+    shape = row.file_shape if expert is ... else row.file_shape[1:]
+    out = np.empty(shape, np.dtype(self.leaves[row.path].dtype))
     for source, index in sources:
-      source.put(_block(self.leaves[source.path], source, index), out)
+      place = source.within(index)
+      if expert is not ...:
+        if index['e'] != expert:
+          continue
+        place = place[1:]
+      source.put(_block(self.leaves[source.path], source, index), out[place])
     if self.dtype is not None and row.path[0] != 'router':
       with np.errstate(over='ignore'):  # 3.4e38 is infinity in bfloat16
         out = out.astype(self.dtype, copy=False)
@@ -144,10 +165,11 @@ class Tensors:
 
 def _by_layer(name: str) -> tuple:
   """Returns a sorting key: embedding, layers by number, then norm and head."""
-  parts = name.split('.')
-  if parts[:2] == ['model', 'layers']:
-    numbers = [int(p) if p.isdigit() else -1 for p in parts[4:]]
-    return (1, int(parts[2]), parts[3:5], numbers, name)
+  _, layers, rest = name.partition('layers.')
+  if layers:
+    number, *parts = rest.split('.')
+    numbers = [int(p) if p.isdigit() else -1 for p in parts[1:]]
+    return (1, int(number), parts[:2], numbers, name)
   return (0 if 'embed' in name else 2, 0, [], [], name)
 
 

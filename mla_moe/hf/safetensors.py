@@ -66,6 +66,11 @@ class Entry(NamedTuple):
   start: int
   end: int
 
+  @property
+  def name(self) -> str:
+    """The dtype, as the file names it."""
+    return NAMES[self.dtype]
+
 
 def parse(header: bytes, size: int) -> dict[str, Entry]:
   """Returns the checked entries of a header; the data has `size` bytes.
@@ -195,12 +200,12 @@ class File:
     self._map.madvise(mmap.MADV_WILLNEED, first, size)
 
   def forget(self, name: str) -> None:
-    """Frees the tensor's pages; it can still be read again."""
+    """Frees the tensor's pages; they can still be read again."""
     _, _, start, end = self.entries[name]
     first = (self._data + start) // mmap.PAGESIZE * mmap.PAGESIZE
-    last = (self._data + end) // mmap.PAGESIZE * mmap.PAGESIZE
-    if last > first:
-      self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+    if end > start:
+      size = self._data + end - first
+      self._map.madvise(mmap.MADV_DONTNEED, first, size)
 
   def __enter__(self) -> File:
     return self

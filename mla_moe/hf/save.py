@@ -19,7 +19,7 @@ from typing import Any
 
 from mla_moe import files
 from mla_moe.config import ConfigError, ModelConfig
-from mla_moe.hf import config_json, outgoing, settings
+from mla_moe.hf import config_json, dialects, outgoing, settings
 
 _GENERATION = 'generation_config.json'
 # Files that accompany the weights: the tokenizer and settings of generation.
@@ -34,7 +34,9 @@ EXTRAS = (
   'merges.txt',
   'tiktoken.model',
 )
-_WEIGHTS = re.compile(r'model(-\d{5,}-of-\d{5,})?\.safetensors')
+_WEIGHTS = re.compile(r'(model|consolidated)(-\d{5,}-of-\d{5,})?\.safetensors')
+_CONFIGS = ('config.json', 'params.json')
+_INDEX = '.safetensors.index.json'
 
 
 def save_huggingface(
@@ -80,18 +82,20 @@ def save_huggingface(
   if dtype is not None:
     dtype = config_json.parameter_dtype(dtype)
   tensors = outgoing.Tensors(config, variables, fp8, power_of_two, dtype)
-  main_dtype = tensors.dtype_of('model.embed_tokens.weight')
+  main_dtype = tensors.dtype_of(next(iter(tensors.plan)))
   if fp8:
     main_dtype = config_json.BF16
   # Refuses a model that cannot be described, before anything is written.
   config_json.write(config, str(main_dtype), fp8)
   shards = tensors.shards(shard_bytes)
+  own = dialects.dialect(config.release.family)
+  stem = own.stem
   with replacing(target) as scratch:
     weight_map, total = {}, 0
     for number, shard in enumerate(shards, start=1):
-      file = 'model.safetensors'
+      file = f'{stem}.safetensors'
       if len(shards) > 1:
-        file = f'model-{number:05d}-of-{len(shards):05d}.safetensors'
+        file = f'{stem}-{number:05d}-of-{len(shards):05d}.safetensors'
       tensors.write(scratch / file, shard)
       for name in shard:
         weight_map[name] = file
@@ -103,14 +107,15 @@ def save_huggingface(
         shutil.copyfile(file, scratch / name)
     if len(shards) > 1:
       index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
-      _write_json(scratch / config_json.INDEX, index)
+      _write_json(scratch / f'{stem}{_INDEX}', index)
     values = config_json.write(
       config, str(main_dtype), fp8, tensors.all_powers_of_two()
     )
     ends = _object(extras.get(_GENERATION)).get('eos_token_id')
-    if isinstance(ends, list) and ends[:1] == [config.eos_id]:
+    one = [values.get('eos_token_id')]
+    if isinstance(ends, list) and ends[:1] == one:
       values['eos_token_id'] = ends
-    _write_json(scratch / 'config.json', values)
+    _write_json(scratch / own.config, values)
     scratch.chmod(0o755)
 
 
@@ -197,23 +202,24 @@ def _check_target(target: pathlib.Path, force: bool) -> None:
     return
   if not target.is_dir():
     raise ConfigError(f'{str(target)!r}: is a file; name a folder')
-  names = {path.name for path in target.iterdir()}
-  if not names:
+  present = {path.name for path in target.iterdir()}
+  if not present:
     return
   if not force:
     raise ConfigError(
       f'{str(target)!r}: exists; name another folder, or replace it with '
       '--force'
     )
-  weights = {name for name in names if _WEIGHTS.fullmatch(name)}
-  ours = {'config.json', config_json.INDEX, *EXTRAS} | weights
-  others = {n for n in names if n not in ours or (target / n).is_dir()}
+  weights = {name for name in present if _WEIGHTS.fullmatch(name)}
+  ours = {*_CONFIGS, f'model{_INDEX}', f'consolidated{_INDEX}', *EXTRAS}
+  ours |= weights
+  others = {n for n in present if n not in ours or (target / n).is_dir()}
   if others:
     raise ConfigError(
       f'{str(target)!r}: holds {min(others)!r}, which no export writes, so it '
       'is not replaced; name another folder'
     )
-  if not weights or 'config.json' not in names:
+  if not weights or not present.intersection(_CONFIGS):
     raise ConfigError(
       f'{str(target)!r}: holds no checkpoint, so it is not replaced; name '
       'another folder'

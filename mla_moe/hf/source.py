@@ -22,14 +22,11 @@ import numpy as np
 from mla_moe.checked import ConfigWarning, few
 from mla_moe.config import ConfigError, ModelConfig, MTPConfig
 from mla_moe.files import read_json
-from mla_moe.hf import config_json, fp8_blocks, names, safetensors
+from mla_moe.hf import config_json, dialects, formats, names, safetensors
 
-_FLOATS = ('F32', 'F16', 'BF16', 'F8_E4M3')
-_VECTOR_FLOATS = _FLOATS[:3]  # FP8 has tiles, so it needs two axes
-_SCALES = ('F32', 'BF16', 'F8_E8M0')
 _COPY_ROWS = 4096  # compared at once
-_LAYER = re.compile(r'model\.layers\.(\d{1,9})\.')
-_SINGLE = 'model.safetensors'
+_INDEX = '.safetensors.index.json'
+_LAYER = re.compile(r'\blayers\.(\d{1,9})\.')
 _PICKLES = ('.bin', '.pt', '.pth', '.ckpt')  # which could run code
 # Beside a model: hidden files (macOS's ._*), adapters, Mistral's duplicate.
 _NO_MODEL = re.compile(r'\.|adapter_model|consolidated')
@@ -57,22 +54,27 @@ class Source:
   ):
     self.folder = folder
     values = _config(folder)
-    with _errors_in(f'{folder}/config.json'):
-      self.tile = _tile_size(values)
+    with _errors_in(str(config_path(folder))):
+      words = dialects.of(values)[1]
+      self.tiles = formats.blocks(words.get('quantization_config'))
       self.config = config_json.read(values, str(dtype))
-      self.plain_rope = values.get('rope_interleave') is False
-    self.files = _open(folder, stack)
+    self.files = _open(
+      folder, dialects.dialect(self.config.release.family).stem, stack
+    )
     self.config = _with_present_mtp(self.config, self.files)
     fused = any(map(_is_fused, self.files))
+    if fused:
+      release = dataclasses.replace(self.config.release, experts='fused')
+      self.config = dataclasses.replace(self.config, release=release)
     self.dtype = dtype
     with _errors_in(str(folder)):
       self._check_count(fused)
-      self.rows = names.rows(self.config, fused)
+      self.rows = names.rows(self.config)
       self.copies = names.copies(self.config)
       self._check()
       if not self._shares_copies():
         self.config = _without_mtp(self.config)
-        self.rows = names.rows(self.config, fused)
+        self.rows = names.rows(self.config)
         self.copies = names.copies(self.config)
 
   def _check_count(self, fused: bool):
@@ -94,7 +96,7 @@ class Source:
     if fused:
       for name in self.files:
         shape = self._entry(name).shape
-        if _is_fused(name) and shape[:1] != (model.moe.experts,):
+        if name.endswith('gate_up_proj') and shape[:1] != (model.moe.experts,):
           raise ConfigError(
             f'tensor {name!r} has shape {list(shape)}; by config.json it must '
             f'have {model.moe.experts} experts'
@@ -107,23 +109,23 @@ class Source:
       for row in self.rows
       for index in row.indices()
     }
-    scales = {
-      f'{name}_scale_inv': fp8_blocks.scale_shape(shapes[name], self.tile)
-      for name in shapes.keys() & self.files.keys()
-      if self._entry(name).dtype == fp8_blocks.E4M3
-    }
-    required = shapes.keys() | scales.keys()
-    optional = {
-      name: shapes[original] for name, original in self.copies.items()
-    }
+    copies = {name: shapes[original] for name, original in self.copies.items()}
+    self.stored = {}
+    for name, shape in (copies | shapes).items():
+      stored = formats.find(name, shape, self.files, self._entry, self.tiles)
+      if stored or name in shapes:
+        self.stored[name] = stored or formats.Stored(name, shape)
+    required = {part for s in self.stored.values() for part in s.parts}
     missing = required - self.files.keys()
     extra = {
-      name
-      for name in self.files.keys() - required - optional.keys()
-      if not names.ignored(name)
+      name for name in self.files.keys() - required if not names.ignored(name)
     }
+    vision = set(filter(names.is_vision, extra))
+    extra -= vision
     layers = self.config.layers + self.config.mtp.depth
-    after = {n for n in extra if (m := _LAYER.match(n)) and int(m[1]) >= layers}
+    after = {
+      n for n in extra if (m := _LAYER.search(n)) and int(m[1]) >= layers
+    }
     kinds = {'missing': missing, 'left over': extra - after}
     parts = [f'{word}: {few(kinds[word])}' for word in kinds if kinds[word]]
     if parts:
@@ -133,29 +135,10 @@ class Source:
       raise ConfigError(
         f'the tensors are not those of config.json; {"; ".join(parts)}'
       )
-    if after:
-      _warn(
-        self.folder, f'layers after the {layers} of config.json: {few(after)}'
-      )
-    for name, shape in (optional | shapes | scales).items():
-      if name in self.files:
-        self._check_entry(name, shape, name in scales)
-
-  def _check_entry(self, name: str, shape: tuple[int, ...], is_scale: bool):
-    entry = self._entry(name)
-    if entry.shape != shape:
-      raise ConfigError(
-        f'tensor {name!r} has shape {list(entry.shape)}; by config.json it '
-        f'must have {list(shape)}'
-      )
-    allowed = _FLOATS if len(shape) > 1 else _VECTOR_FLOATS
-    allowed = _SCALES if is_scale else allowed
-    code = safetensors.NAMES[entry.dtype]
-    if code not in allowed:
-      raise ConfigError(
-        f'tensor {name!r} has dtype {code}; it must be one of '
-        f'{", ".join(allowed)}'
-      )
+    last = f'layers after the {layers} of config.json'
+    for unread, part in ((after, last), (vision, 'the vision tower')):
+      if unread:
+        _warn(self.folder, f'{part}: {few(unread)}')
 
   def _entry(self, name: str) -> safetensors.Entry:
     return self.files[name].entries[name]
@@ -179,10 +162,10 @@ class Source:
 
   def _are_equal(self, name: str, original: str) -> bool:
     """Compares two tensors of one shape by parts, and frees their memory."""
-    for start in range(0, self._entry(name).shape[0], _COPY_ROWS):
+    for start in range(0, self.stored[name].shape[0], _COPY_ROWS):
       part = (slice(start, start + _COPY_ROWS), slice(None))
-      ours, other = self._floats(original, part), self._floats(name, part)
-      if not np.array_equal(ours.astype(np.float32), other.astype(np.float32)):
+      pair = [self._floats(n, part, config_json.F32) for n in (name, original)]
+      if not np.array_equal(*pair):
         return False
     self.forget(name)
     self.forget(original)
@@ -195,7 +178,8 @@ class Source:
     def position(matrix):
       row, index = matrix
       name = row.tensor(index)
-      return self.files[name].path, self._entry(name).start
+      codes = self.stored[name].codes
+      return self.files[codes].path, self._entry(codes).start
 
     return sorted(matrices, key=position)
 
@@ -208,40 +192,30 @@ class Source:
       ConfigError: it contains NaN.
     """
     name, part = row.tensor(index), row.within(index)
-    with _errors_in(str(self.files[name].path)):
+    with _errors_in(str(self.files[self.stored[name].codes].path)):
       dtype = config_json.F32 if row.path[0] == 'router' else self.dtype
-      raw = self._floats(name, part)
-      if raw.dtype == dtype:
-        return raw
-      with np.errstate(over='ignore'):  # 3.4e38 is infinity in bfloat16
-        out = raw.astype(dtype)
-      fp8_blocks.check_finite(name, out)
-      return out
+      return self._floats(name, part, dtype)
 
-  def _floats(self, name: str, part: tuple[slice, ...]) -> np.ndarray:
-    raw = self.files[name].read(name)[part]
-    fp8_blocks.check_finite(name, raw)
-    if raw.dtype != fp8_blocks.E4M3:
-      return raw
-    scale_name = f'{name}_scale_inv'
-    scale = self.files[scale_name].read(scale_name).astype(np.float32)
-    with np.errstate(over='ignore'):
-      fp8_blocks.check_finite(scale_name, scale * fp8_blocks.LARGEST)
-    if raw.ndim > 2:  # a fused tensor [E, ...]; `part` is one expert's matrix
-      raw, scale = raw[0], scale[part[0].start]
-    return fp8_blocks.dequantize(raw, scale, part[-2].start or 0, self.tile)
+  def _floats(
+    self, name: str, part: tuple[slice, ...], dtype: np.dtype
+  ) -> np.ndarray:
+    read = lambda name: self.files[name].read(name)
+    return formats.read(self.stored[name], part, read, dtype)
 
   def size(self, name: str) -> int:
-    """Returns the bytes of a tensor in its file."""
-    return self._entry(name).end - self._entry(name).start
+    """Returns the bytes of a weight in its file."""
+    entry = self._entry(self.stored[name].codes)
+    return entry.end - entry.start
 
   def read_ahead(self, name: str, size: int) -> None:
-    """Asks the disk for `size` bytes from the beginning of this tensor."""
-    self.files[name].read_ahead(name, size)
+    """Asks the disk for `size` bytes from the beginning of this weight."""
+    codes = self.stored[name].codes
+    self.files[codes].read_ahead(codes, size)
 
   def forget(self, name: str) -> None:
-    """Frees the memory of a tensor that has been read."""
-    self.files[name].forget(name)
+    """Frees the memory of a weight that has been read."""
+    for part in self.stored[name].parts:
+      self.files[part].forget(part)
 
 
 def _warn(folder: pathlib.Path, parts: str) -> None:
@@ -250,7 +224,7 @@ def _warn(folder: pathlib.Path, parts: str) -> None:
 
 
 def _is_fused(name: str) -> bool:
-  return name.endswith('.mlp.experts.gate_up_proj')
+  return '.mlp.experts.gate_up_proj' in name
 
 
 def _config(folder: pathlib.Path) -> dict[str, Any]:
@@ -264,7 +238,14 @@ def _config(folder: pathlib.Path) -> dict[str, Any]:
       f'{adapter}: an adapter of {base!r} is not computed; merge it with its '
       'base (peft: merge_and_unload, then save_pretrained) and load the result'
     )
-  return read_json(folder / 'config.json')
+  return read_json(config_path(folder))
+
+
+def config_path(folder: pathlib.Path) -> pathlib.Path:
+  """Returns the path of config.json, or of the params.json in its place."""
+  params = folder / 'params.json'
+  path = folder / 'config.json'
+  return params if params.exists() and not path.exists() else path
 
 
 @contextlib.contextmanager
@@ -280,23 +261,23 @@ def _errors_in(place: str) -> Iterator[None]:
 
 
 def _open(
-  folder: pathlib.Path, stack: contextlib.ExitStack
+  folder: pathlib.Path, stem: str, stack: contextlib.ExitStack
 ) -> dict[str, safetensors.File]:
   """Returns {tensor: its open file}, by the index if there is one.
 
-  A file model.safetensors comes first, as in transformers.
+  A file model.safetensors (`stem`) comes first, as in transformers.
 
   Raises:
     ConfigError: no index and not one file; an index that leaves the folder or
       does not agree with its files; files that are missing.
   """
-  index = folder / config_json.INDEX
-  single = (folder / _SINGLE).exists()
+  index, one = folder / f'{stem}{_INDEX}', f'{stem}.safetensors'
+  single = (folder / one).exists()
   shard_of = _weight_map(index) if index.exists() else {}
-  if single and set(shard_of.values()) - {_SINGLE}:
-    _warn(folder, f'the files that {index.name} names, beside {_SINGLE}')
+  if single and set(shard_of.values()) - {one}:
+    _warn(folder, f'{one} is read, not the files of {index.name}')
   if single or not shard_of:
-    name = _SINGLE if single else _only_file(folder)
+    name = one if single else _only_file(folder)
     file = stack.enter_context(safetensors.File(folder / name))
     return dict.fromkeys(file.entries, file)
   shards = sorted(set(shard_of.values()))
@@ -324,7 +305,7 @@ def _only_file(folder: pathlib.Path) -> str:
   others = [p.name for p in folder.glob('*') if p.suffix in _PICKLES]
   raise ConfigError(
     f'{folder}: has {len(files)} .safetensors files and no '
-    f'{config_json.INDEX}; one file, or an index that names its shards, is '
+    f'model{_INDEX}; one file, or an index that names its shards, is '
     'needed'
     + (f' ({few(others)}: save_pretrained writes it so)' if others else '')
   )
@@ -358,33 +339,11 @@ def _with_present_mtp(config: ModelConfig, files: dict) -> ModelConfig:
   """
   prefix = f'model.layers.{config.layers}.'
   parts = ('enorm', 'hnorm', 'eh_proj')
-  if any(f'{prefix}{part}.weight' in files for part in parts):
+  spell = dialects.dialect(config.release.family).spell
+  if any(spell(f'{prefix}{part}.weight') in files for part in parts):
     return config
   return _without_mtp(config)
 
 
 def _without_mtp(config: ModelConfig) -> ModelConfig:
   return dataclasses.replace(config, mtp=MTPConfig(depth=0))
-
-
-def _tile_size(values: dict) -> int:
-  """Returns the side of FP8's square tiles; refuses other quantised formats."""
-  quantization = values.get('quantization_config') or {}
-  if not isinstance(quantization, dict):
-    raise ConfigError(f'quantization_config={quantization!r}: is no object')
-  method = quantization.get('quant_method', 'fp8')
-  if method != 'fp8':
-    raise ConfigError(
-      f'quantization_config quant_method={method!r}: is not read; only FP8 in '
-      "tiles (quant_method 'fp8', tensors weight_scale_inv) and plain float32, "
-      'float16 and bfloat16 are: load such a release of the model'
-    )
-  size = quantization.get('weight_block_size')
-  if size is None:
-    return fp8_blocks.TILE
-  valid = isinstance(size, list) and len(size) == 2 and size[0] == size[1]
-  if not valid or type(size[0]) is not int or size[0] < 1:
-    raise ConfigError(
-      f'quantization_config weight_block_size={size!r}: must be two equal sizes'
-    )
-  return size[0]

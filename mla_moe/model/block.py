@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from mla_moe import sharding
 from mla_moe.config import ModelConfig
-from mla_moe.model import attention, layers, mla, moe, products, router
+from mla_moe.model import attention, layers, mla, moe, products, rope, router
 from mla_moe.types import Array, Float, Int
 
 _STREAM = ('batch', 'length', 'stream')
@@ -42,8 +42,7 @@ class Block(nn.Module):
   def __call__(
     self,
     x: Float[Array, 'B T D'],
-    cos: Float[Array, 'B T half'],
-    sin: Float[Array, 'B T half'],
+    angles: rope.Angles,
     segments: Int[Array, 'B T'] | None,
     mask: Float[Array, 'B T'] | None,
   ) -> tuple[Float[Array, 'B T D'], moe.Stats | None]:
@@ -52,7 +51,7 @@ class Block(nn.Module):
     h = sharding.constrain(norm('attention_norm')(x), *_STREAM)
     with jax.named_scope('attention'):
       core = self.functions.attend
-      y = mla.Attention(c, core, name='attention')(h, cos, sin, segments)
+      y = mla.Attention(c, core, name='attention')(h, angles, segments)
     x = x + sharding.constrain(y, *_STREAM)
     h = sharding.constrain(norm('ffn_norm')(x), *_STREAM)
     with jax.named_scope('ffn'):

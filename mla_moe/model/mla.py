@@ -47,8 +47,7 @@ class Attention(nn.Module):
   def __call__(
     self,
     x: Float[Array, 'B T D'],
-    cos: Float[Array, 'B T half'],
-    sin: Float[Array, 'B T half'],
+    angles: rope.Angles,
     segments: Int[Array, 'B T'] | None,
   ) -> Float[Array, 'B T D']:
     mla, std = self.config.mla, self.config.init_std
@@ -69,12 +68,9 @@ class Attention(nn.Module):
       w_kv_down = weight('w_kv_down', (dim, rank), 'embed', 'latent')
       w_k_rope = weight('w_k_rope', (dim, mla.rope_dim), 'embed', 'head_dim')
       to_q = 'btd,dq->btq' if mla.query_rank else 'btd,dnh->btnh'
-      q, latent, k_rope = products.einsums(
-        (to_q, 'btd,dc->btc', 'btd,dr->btr'),
-        x,
-        (w_q, w_kv_down, w_k_rope),
-        recipe,
-      )
+      equations = to_q, 'btd,dc->btc', 'btd,dr->btr'
+      ws = w_q, w_kv_down, w_k_rope
+      q, latent, k_rope = products.einsums(equations, x, ws, recipe)
       # Under tensor parallelism a device needs the whole length. It is gathered
       # here, where a token has few numbers, and not as the stream.
       narrow = lambda x: sharding.constrain(x, 'batch', 'part', 'latent')
@@ -85,14 +81,13 @@ class Attention(nn.Module):
       if mla.query_rank:
         q = products.checkpoint_input(norm('q_norm')(q), 'q_latent', recipe)
         q = products.einsum('btq,qnh->btnh', q, w_q_up, recipe, 'q_latent')
-      q_nope, q_rope = jnp.split(q, [mla.nope_dim], axis=-1)
-      q = jnp.concatenate([q_nope, rope.rotate(q_rope, cos, sin)], axis=-1)
+      q = jnp.concatenate(rope.queries(q, mla.nope_dim, angles), axis=-1)
       q = sharding.constrain(q, *_HEADS)
 
     w_k_up = weight('w_k_up', (rank, heads, mla.nope_dim), *_UP)
     w_v_up = weight('w_v_up', (rank, heads, mla.value_dim), *_UP)
     latent = norm('kv_norm')(latent)
-    k_rope = checkpoint_name(rope.rotate(k_rope, cos, sin), 'k_rope')
+    k_rope = checkpoint_name(rope.rotate(k_rope, angles), 'k_rope')
     args = q, latent, k_rope, (w_k_up, w_v_up), segments, self.config, recipe
     y = attend_latents(*args, self.attend)
     shape = (heads, mla.value_dim, dim)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mla_moe.config import ModelConfig
-from mla_moe.model import block, layers, moe, weights
+from mla_moe.model import block, layers, moe, rope, weights
 from mla_moe.types import Array, Float, Int
 
 
@@ -29,8 +29,7 @@ class MTP(nn.Module):
     self,
     hidden: Float[Array, 'B T D'],
     embedded: Float[Array, 'B T D'],
-    cos: Float[Array, 'B T half'],
-    sin: Float[Array, 'B T half'],
+    angles: rope.Angles,
     segments: Int[Array, 'B T'] | None,
     mask: Float[Array, 'B T'] | None,
   ) -> tuple[Float[Array, 'B T D'], Float[Array, 'B T D'], moe.Stats | None]:
@@ -44,6 +43,6 @@ class MTP(nn.Module):
     x = jnp.einsum('btd,de->bte', x, w_join.astype(x.dtype))
     args = c, c.moe_layers > 0, self.functions
     x, stats = block.remat_block(c)(*args, name='block')(
-      x, cos, sin, segments, mask
+      x, angles, segments, mask
     )
     return x, norm('final_norm')(x), stats

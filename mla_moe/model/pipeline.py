@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec
 
 from mla_moe import sharding
 from mla_moe.config import ModelConfig
-from mla_moe.model import block, moe
+from mla_moe.model import block, moe, rope
 from mla_moe.types import Array, Float, Int, PyTree
 
 
@@ -44,8 +44,7 @@ def run(
   variables: PyTree,
   config: ModelConfig,
   x: Float[Array, 'B T D'],
-  cos: Float[Array, 'B T half'],
-  sin: Float[Array, 'B T half'],
+  angles: rope.Angles,
   segments: Int[Array, 'B T'] | None,
   micro_batches: int = 0,
   functions: block.Functions = block.Functions(),
@@ -56,8 +55,7 @@ def run(
     variables: of the stack, with a leading axis of layers.
     config: the model's.
     x: the stream.
-    cos: of the rotation.
-    sin: of the rotation.
+    angles: of the rotation.
     segments: numbers of documents, or None.
     micro_batches: M, which `takes` these rows; 0 is one a stage.
     functions: of the layers.
@@ -70,12 +68,12 @@ def run(
   region = functools.partial(_region, layer, count, micro_batches)
   shard_map = jax.shard_map(
     region,
-    in_specs=(PartitionSpec('stage'), *(PartitionSpec(),) * 4),
+    in_specs=(PartitionSpec('stage'), *(PartitionSpec(),) * 3),
     out_specs=(PartitionSpec(), PartitionSpec('stage')),
     axis_names={'stage'},
     check_vma=False,  # see `sharding.shard_map`
   )
-  return shard_map(variables, x, cos, sin, segments)
+  return shard_map(variables, x, angles, segments)
 
 
 def _region(layer, count, micro_batches, variables, *rows):
@@ -89,11 +87,11 @@ def _region(layer, count, micro_batches, variables, *rows):
     take = lambda x: _micro_batch(
       x, jnp.clip(index, 0, micro_batches - 1), micro_batches
     )
-    x, cos, sin, segments = (None if r is None else take(r) for r in rows)
+    x, angles, segments = jax.tree.map(take, rows)
     x = jnp.where(stage == 0, x, received)
 
     def one(x, variables):
-      return layer.apply(variables, x, cos, sin, segments, None)
+      return layer.apply(variables, x, angles, segments, None)
 
     x, stats = jax.lax.scan(one, x, variables)
     real = (index >= 0) & (index < micro_batches)

@@ -7,12 +7,15 @@ context: it divides the slow frequencies by the extension factor, keeps the fast
 ones, and ramps between them. The surprise is its temperature m^2: it
 multiplies the whole attention logit, also the part without positions. Cosine
 and sine get the ratio of two m's, which is 1 in every released model. Without
-YaRN (pre-training at 4K) m is 1.
+YaRN (pre-training at 4K) m is 1. Mistral's models grow the queries with their
+position, by 1 + beta ln(1 + floor(position / length)), for long contexts.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -57,30 +60,43 @@ def _ramp(dim: int, rope: RopeConfig) -> tuple[float, float]:
   return float(low), float(high) if high != low else high + 0.001
 
 
-def angles(
-  positions: Int[Array, 'B T'], dim: int, rope: RopeConfig
-) -> tuple[Float[Array, 'B T half'], Float[Array, 'B T half']]:
-  """Returns cosine and sine of every pair's angle, float32, for all layers.
+class Angles(NamedTuple):
+  """Of each token's position, float32, for all layers."""
 
-  The product of positions and frequencies is elementwise on purpose: as a
-  matmul it would run in bfloat16 on a TPU, which ruins long positions.
+  cos: Array  # [B, T, R / 2], of every pair's angle
+  sin: Array  # [B, T, R / 2]
+  growth: Array | None  # [B, T]: factor of the queries; None is 1
+
+
+def angles(positions: Int[Array, 'B T'], dim: int, rope: RopeConfig) -> Angles:
+  """Returns the Angles; positions times frequencies is elementwise on purpose.
+
+  As a matmul it would run in bfloat16 on a TPU, which ruins long positions.
   """
   per_position = jnp.asarray(frequencies(dim, rope))[None, None]
   theta = positions.astype(jnp.float32)[..., None] * per_position
-  ratio = magnitude(rope.factor, rope.mscale) / magnitude(
-    rope.factor, rope.mscale_all_dim
-  )
-  return jnp.cos(theta) * ratio, jnp.sin(theta) * ratio
+  m = functools.partial(magnitude, rope.factor)
+  ratio = m(rope.mscale) / m(rope.mscale_all_dim)
+  cos, sin = jnp.cos(theta) * ratio, jnp.sin(theta) * ratio
+  if not rope.query_beta:
+    return Angles(cos, sin, None)
+  steps = positions // rope.query_positions
+  return Angles(cos, sin, 1 + rope.query_beta * jnp.log1p(steps))
+
+
+def queries(q: Float[Array, 'B T N qk'], nope_dim: int, angles: Angles) -> list:
+  """Returns the grown queries: [B, T, N, H], and the rotated ones."""
+  if angles.growth is not None:
+    q = (q * angles.growth[:, :, None, None]).astype(q.dtype)
+  return [q[..., :nope_dim], rotate(q[..., nope_dim:], angles)]
 
 
 def rotate(
-  x: Float[Array, 'B T *n R'],
-  cos: Float[Array, 'B T half'],
-  sin: Float[Array, 'B T half'],
+  x: Float[Array, 'B T *n R'], angles: Angles
 ) -> Float[Array, 'B T *n R']:
   """Returns `x` rotated by its position: in float32, then in x's dtype."""
-  if x.ndim == 4:
-    cos, sin = cos[:, :, None], sin[:, :, None]
+  fit = lambda a: a[:, :, None] if x.ndim == 4 else a
+  cos, sin = fit(angles.cos), fit(angles.sin)
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
   return rotated.astype(x.dtype)

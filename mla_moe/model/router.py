@@ -64,15 +64,15 @@ def select(
 ) -> Int[Array, 'M K']:
   """Returns the ids of the top_k experts by biased score in the best groups.
 
-  A group's value is its best biased score, or the sum of its best two where
-  there are biases. Experts of other groups get the score -inf: a 0 would win
-  over a negative biased score.
+  A group's value is its best biased score, or the sum of its best two, by the
+  method. Experts of other groups get the score -inf: a 0 would win over a
+  negative biased score.
   """
   if bias is not None:
     scores = scores + bias[None]
   if moe.groups > 1:
     grouped = scores.reshape(-1, moe.groups, moe.experts // moe.groups)
-    best = 2 if moe.method == 'noaux_tc' else 1
+    best = 2 if moe.method in ('noaux_tc', 'group_top2') else 1
     value = jax.lax.top_k(grouped, best)[0].sum(-1)
     top = jax.lax.top_k(value, moe.top_groups)[1]
     is_top = (top[:, :, None] == jnp.arange(moe.groups)[None, None]).any(1)

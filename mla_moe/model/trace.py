@@ -47,7 +47,7 @@ def trace(
   if positions is None:
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     positions = jnp.broadcast_to(positions, tokens.shape)
-  cos, sin = rope.angles(positions, config.mla.rope_dim, config.mla.rope)
+  angles = rope.angles(positions, config.mla.rope_dim, config.mla.rope)
   x = embedding.lookup(params['embedding'], tokens, config.dtype)
   noted = {}
   for name in filter(params.get, ('dense', 'moe')):
@@ -55,7 +55,7 @@ def trace(
     def layer(x, variables, routed=name == 'moe'):
       notes, noting = _noting(functions)
       network = block.Block(config, routed, noting)
-      x, _ = network.apply(variables, x, cos, sin, segments, None)
+      x, _ = network.apply(variables, x, angles, segments, None)
       return x, notes
 
     stacked = {'params': params[name], 'router': biases.get(name, {})}

@@ -134,8 +134,8 @@ class Transformer(nn.Module):
       documents = sequence.arrange(segments)
       mask = (documents >= 0) * 1.0
     positions = sequence.arrange(positions)
-    cos, sin = rope.angles(positions, c.mla.rope_dim, c.mla.rope)
-    context = cos, sin, documents
+    angles = rope.angles(positions, c.mla.rope_dim, c.mla.rope)
+    context = angles, documents
     x = self._embed(tokens)
     stats = None
     if c.dense_layers:

@@ -22,9 +22,8 @@ from texts import (
   write_folder,
 )
 
-from experiments.data import corpus
+from experiments.data import corpus, tokenizer
 from mla_moe.config import ConfigError
-from mla_moe.data import tokenizer
 
 
 def test_a_second_call_reuses_the_files_in_silence(folder, tmp_path, text):

@@ -8,9 +8,9 @@ import pytest
 
 from configs import tiny
 from experiments import tokenizer as trained
+from experiments.data import tokenizer
+from experiments.data.tokenizer import BOS, EOS
 from mla_moe.config import ConfigError, freeze
-from mla_moe.data import tokenizer
-from mla_moe.data.tokenizer import BOS, EOS
 
 TEXTS = (
   '',

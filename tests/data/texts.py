@@ -5,9 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from experiments.data import corpus
+from experiments.data import corpus, tokenizer
 from mla_moe.config import DataConfig
-from mla_moe.data import tokenizer
 
 BYTE = tokenizer.load('byte', 256, 257)
 BOS, EOS, BEGIN, HOLE, END = range(256, 261)

@@ -48,7 +48,10 @@ def scrambled(cache):
 
 @pytest.mark.parametrize(
   'case',
-  [*CASES[::2], pytest.param('v3_yarn', marks=pytest.mark.slow)],
+  [
+    *(*CASES[::2], 'families/mistral4'),
+    pytest.param('v3_yarn', marks=pytest.mark.slow),
+  ],
 )
 def test_prefill_and_decode_equal_forward(case):
   config, _, weights, expected = golden(case)

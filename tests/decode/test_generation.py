@@ -99,6 +99,23 @@ def traced(config, variables, ids):
 
 
 @pytest.mark.slow
+def test_drafts_of_growing_queries_change_no_greedy_token():
+  """The growth is that of positions, in prefill, drafts and their checks."""
+  config, variables, expected = golden('v3_release')
+  rope = dataclasses.replace(config.mla.rope, query_beta=0.5, query_positions=9)
+  config = dataclasses.replace(
+    config, mla=dataclasses.replace(config.mla, rope=rope)
+  )
+  prompt = expected['greedy'][:, :24]
+  out = rollout(config, weights('v3_release'), prompt, 12, speculative=True)
+  whole = np.concatenate([prompt, out.tokens], axis=1)
+  apply = jax.jit(transformer.Transformer(config).apply)
+  logits = apply(variables, whole).logits
+  np.testing.assert_array_equal(logits.argmax(-1)[:, 23:-1], out.tokens)
+  assert (out.tokens != expected['greedy'][:, 24:36]).any()
+
+
+@pytest.mark.slow
 def test_a_stream_with_drafts_compiles_its_round_once():
   """A round's result must be of the types that the round takes."""
   config, _, expected = golden('v3_release')

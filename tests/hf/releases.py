@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mla_moe import ConfigError, load_huggingface
-from mla_moe.hf import safetensors
+from mla_moe.hf import formats, safetensors
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = ROOT / 'tests' / 'golden'
@@ -38,6 +38,11 @@ def rewrite(folder, change):
   with safetensors.create(folder / 'model.safetensors', plan) as out:
     for name, x in arrays.items():
       out[name][...] = x
+
+
+def dequantized(q, scale):
+  """Returns the float32 weights of E4M3 numbers in tiles of 128 x 128."""
+  return formats.decode('fp8', q, scale, (128, 128), q.shape[1])
 
 
 def set_config(folder, **changes):

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from releases import GOLDEN, ROOT, same_bytes, tensors
 
-from experiments.data import corpus
+from experiments.data import corpus, tokenizer
 from mla_moe import Transformer, load_huggingface
 from mla_moe.config import freeze
-from mla_moe.data import batches, tokenizer
+from mla_moe.data import batches
 
 # Warnings of third-party code in the programs are not ours to mend.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('default')]

@@ -11,7 +11,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from releases import GOLDEN, loaded, refused, rewrite, set_config
+from releases import (
+  GOLDEN,
+  dequantized,
+  loaded,
+  refused,
+  rewrite,
+  set_config,
+)
 
 from mla_moe import load_huggingface, sharding
 from mla_moe.config import ConfigError, MeshConfig
@@ -119,9 +126,7 @@ def test_fp8_blocks_of_fused_experts_cross_from_gate_to_up(copy):
           f'{prefix}{e}.{part}_proj.weight' for e in range(config.moe.experts)
         ]
         return [
-          fp8_blocks.dequantize(
-            values.pop(name), values.pop(f'{name}_scale_inv')
-          )
+          dequantized(values.pop(name), values.pop(f'{name}_scale_inv'))
           for name in names
         ]
 
@@ -134,7 +139,7 @@ def test_fp8_blocks_of_fused_experts_cross_from_gate_to_up(copy):
         fused[f'{prefix}{part}_proj_scale_inv'] = scale
         parts = part.split('_')
         for e, pair in enumerate(quantized):
-          split = np.split(fp8_blocks.dequantize(*pair), len(parts))
+          split = np.split(dequantized(*pair), len(parts))
           for name, matrix in zip(parts, split, strict=True):
             plain[f'{prefix}{e}.{name}_proj.weight'] = matrix
 
@@ -234,7 +239,7 @@ def test_row38_config_that_is_not_computed_is_refused(copy, key, value):
   path = folder / 'config.json'
   values = json.loads(path.read_text()) | {key: value}
   path.write_text(json.dumps(values))
-  refused(folder, key.replace('parameters', 'scaling'), 'config.json')
+  refused(folder, key, 'config.json')
 
 
 @pytest.mark.parametrize(

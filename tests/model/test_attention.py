@@ -57,7 +57,7 @@ def test_yarn_scales_logits_by_one_m_and_rotations_by_the_ratio():
   yarn = RopeConfig(
     factor=40.0, original_positions=4096, mscale=1.0, mscale_all_dim=0.707
   )
-  cos, sin = rope.angles(jnp.zeros((1, 1), jnp.int32), 64, yarn)
+  cos, sin, _ = rope.angles(jnp.zeros((1, 1), jnp.int32), 64, yarn)
   np.testing.assert_allclose(cos, 1.36889 / 1.26080, rtol=1e-4)  # 1.0857
   assert not sin.any()
   scale = rope.softmax_scale(MLAConfig(rope=yarn))
@@ -168,7 +168,7 @@ def test_rotated_products_depend_on_distance_alone():
 
   def product(i, j):
     at = lambda p: rope.angles(jnp.full((1, 1), p, jnp.int32), 64, V3)
-    turn = lambda v, p: rope.rotate(v[None], *at(p))
+    turn = lambda v, p: rope.rotate(v[None], at(p))
     return (turn(x, i) * turn(y, j)).sum()
 
   chex.assert_trees_all_close(product(5, 2), product(905, 902), rtol=1e-4)

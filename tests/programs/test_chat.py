@@ -9,9 +9,9 @@ import types
 import pytest
 
 from experiments import chat, cli, opened, text
+from experiments.data import tokenizer
 from experiments.serving import scheduler, template
 from mla_moe import ConfigError, ModelConfig
-from mla_moe.data import tokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
 WORDS = tokenizer.ByteTokenizer()

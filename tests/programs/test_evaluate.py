@@ -16,9 +16,9 @@ import pytest
 import mla_moe
 from configs import tiny
 from experiments import cli, ends, evaluate, fitted, opened
+from experiments.data import tokenizer
 from mla_moe import Transformer, rollout
 from mla_moe.config import CacheConfig, ConfigError, freeze
-from mla_moe.data import tokenizer
 
 
 @pytest.fixture(scope='module')

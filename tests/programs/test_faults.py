@@ -22,6 +22,7 @@ import pytest
 
 from configs import tiny
 from experiments import cli, runtime, soak, train, workdir
+from experiments.data import tokenizer
 from experiments.training import (
   metrics,
   preparation,
@@ -35,7 +36,7 @@ from experiments.training import program as program_of
 from mla_moe import ConfigError, load_huggingface
 from mla_moe.checkpoint import faults, folders, store
 from mla_moe.config import Config, MeshConfig, freeze
-from mla_moe.data import batches, tokenizer
+from mla_moe.data import batches
 from mla_moe.train import optim, step
 from mla_moe.train.state import init_state
 

@@ -12,9 +12,9 @@ import pytest
 
 from experiments import ends, generate, opened, prompt, text
 from experiments import tokenizer as trained
+from experiments.data import tokenizer
 from experiments.serving import renderer, template
 from mla_moe import Config, ConfigError, ModelConfig
-from mla_moe.data import tokenizer
 from mla_moe.hf import settings
 
 ROOT = pathlib.Path(__file__).parents[2]

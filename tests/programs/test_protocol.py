@@ -14,6 +14,7 @@ from asgi import call
 from tokenizers import Tokenizer, decoders, models
 
 from experiments import opened
+from experiments.data import tokenizer
 from experiments.serving import (
   body,
   endpoint,
@@ -25,7 +26,6 @@ from experiments.serving import (
 )
 from experiments.serving.engine import Engine
 from mla_moe import CacheConfig, Transformer, load_huggingface
-from mla_moe.data import tokenizer
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 DOCS = pathlib.Path(__file__).parents[2] / 'docs' / 'serving.md'

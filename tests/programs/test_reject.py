@@ -11,10 +11,10 @@ import pytest
 
 from configs import r1_tiny
 from experiments import cli, opened, reject
+from experiments.data import tokenizer
 from experiments.rl import prompts, questions, rollouts
 from experiments.training import examples
 from mla_moe.config import CacheConfig, ConfigError, RLConfig, freeze
-from mla_moe.data import tokenizer
 from mla_moe.decode import generation
 
 BYTES = tokenizer.ByteTokenizer()

@@ -17,6 +17,7 @@ from configs import r1, r1_tiny
 from experiments import cli, reject, train, workdir
 from experiments import opened as opened_model
 from experiments import r1 as r1_program
+from experiments.data import tokenizer
 from experiments.rl import (
   engine,
   grading,
@@ -32,7 +33,6 @@ from experiments.training import example_source, program
 from mla_moe import config as c
 from mla_moe.checkpoint import store
 from mla_moe.config import ConfigError, freeze
-from mla_moe.data import tokenizer
 from mla_moe.train.load import load_run
 from mla_moe.train.state import init_state
 

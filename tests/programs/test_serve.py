@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from uvicorn.server import ServerState
 
 from experiments import opened, text
+from experiments.data import tokenizer
 from experiments.serving import (
   body,
   connections,
@@ -32,7 +33,6 @@ from experiments.serving import (
 )
 from experiments.serving.engine import Engine
 from mla_moe import CacheConfig, load_huggingface, rollout
-from mla_moe.data import tokenizer
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 PAGES, WAITING = 24, 6

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 from experiments import prompt
 from experiments import tokenizer as trained
+from experiments.data import tokenizer
 from experiments.serving import template
 from mla_moe import ConfigError
-from mla_moe.data import tokenizer
 
 HERE = pathlib.Path(__file__).parent
 GOLDEN = HERE.parent / 'golden' / 'chats.json'

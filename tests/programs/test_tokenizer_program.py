@@ -5,8 +5,8 @@ import json
 import pytest
 
 from experiments import tokenizer as program
+from experiments.data import tokenizer
 from mla_moe import ConfigError, ModelConfig, vocabulary
-from mla_moe.data import tokenizer
 from mla_moe.hf import settings
 
 

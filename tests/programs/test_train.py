@@ -19,6 +19,7 @@ from ml_collections import config_flags
 
 from configs import tiny
 from experiments import cli, report, train, workdir
+from experiments.data import tokenizer
 from experiments.training import metrics, steps
 from mla_moe import fp8
 from mla_moe.checkpoint import folders, store
@@ -30,7 +31,6 @@ from mla_moe.config import (
   freeze,
   keys,
 )
-from mla_moe.data import tokenizer
 from mla_moe.decode import generation
 from mla_moe.kernels import block_tpu
 from mla_moe.train import load

@@ -275,7 +275,7 @@ def _open(
   single = (folder / one).exists()
   shard_of = _weight_map(index) if index.exists() else {}
   if single and set(shard_of.values()) - {one}:
-    _warn(folder, f'{one} is read, not the files of {index.name}')
+    _warn(folder, f'the files that {index.name} names, beside {one}')
   if single or not shard_of:
     name = one if single else _only_file(folder)
     file = stack.enter_context(safetensors.File(folder / name))

@@ -22,11 +22,12 @@ def main() -> None:
   turns.pin()
   import jax
 
-  from ..rl import grading, policy, rollouts
+  from ..rl import engine, grading, policy
   from . import rl
 
   clock = turns.Turns(f'jax {jax.__version__}', _PARTS)
-  rollouts.draw = clock.timed('rollout', rollouts.draw)
+  drawing = engine.drawing
+  engine.drawing = lambda config: clock.timed('rollout', drawing(config))
   grading.Grader.grade = clock.timed('grade', grading.Grader.grade)
 
   def opened(*args):

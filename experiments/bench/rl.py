@@ -8,7 +8,8 @@ ratio little.
 
   short   prompts of 10 tokens, answers of 10
   long    64 and 64: no answer ends early
-  ragged  64 and at most 64: answers end by chance, after 22 tokens on average
+  ragged  64 and at most 64: answers end by chance, after 22 tokens on average;
+          ours are drawn by the scheduler
   kl      as `short`, with R1's divergence from a reference policy
   tuning  our steps on examples beside those on a text, at one shape
 
@@ -33,7 +34,8 @@ from .. import cli, soak
 from . import contender, show
 
 _CHORES = 'eval', 'sample', 'save', 'check'
-_RAGGED = ()
+# Two short answers share a row; ended ones make room in the scheduler.
+_RAGGED = '--config.rl.engine=scheduler', '--config.data.seq_len=192'
 _QUESTIONS = 2048  # of a file; each rollout takes the next 32
 _COMMON = 1.0  # the length of the embeddings' common direction
 _PARTS = 'rollout', 'grade', 'pack', 'score', 'update', 'rest'

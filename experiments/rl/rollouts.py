@@ -9,6 +9,7 @@ give neighbouring answers the same random numbers.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -110,7 +111,9 @@ def parts(
   count = per_part(rl, samples, len(prompts))
   width = max(map(len, prompts))
   if width + rl.max_new <= _SHORT:  # else each row would read a page of 128
-    options.setdefault('cache', CacheConfig(page=_PAGE))
+    cache = options.get('cache', CacheConfig())
+    if cache.impl in ('auto', 'xla'):
+      options['cache'] = dataclasses.replace(cache, page=_PAGE)
   for start in range(first // count * count, len(prompts), count):
     part = prompts[start : start + count]
     real = len(part) * samples

@@ -578,6 +578,31 @@ def test_teachers_share_the_weight():
   assert taught(plain, ['a']).rl.teachers == (('a', 1.0),)
 
 
+def test_short_answers_do_not_read_pages_of_128(monkeypatch):
+  """A row of the cache is one page at least, and is read whole."""
+  pages = []
+
+  def rollout(model, variables, prompts, new, cache=c.CacheConfig(), **_):
+    pages.append((cache.page, cache.dtype))
+    raise StopIteration
+
+  monkeypatch.setattr(rollouts.generation, 'rollout', rollout)
+  config = small()
+  for width, cache in [
+    (8, {}),
+    (8, {'cache': c.CacheConfig(dtype='int8')}),
+    (8, {'cache': c.CacheConfig(impl='tpu')}),  # reads pages of 128 alone
+    (60, {}),
+  ]:
+    prompts = [np.ones(width, np.int32)]
+    parts = rollouts.parts(
+      config.model, config.rl, None, prompts, None, **cache
+    )
+    with pytest.raises(RuntimeError):  # a generator's StopIteration
+      next(parts)
+  assert pages == [(16, 'auto'), (16, 'int8'), (128, 'auto'), (128, 'auto')]
+
+
 @pytest.mark.parametrize(
   ('change', 'words'),
   [
@@ -706,6 +731,7 @@ def test_a_small_model_learns_from_rewards(tmp_path, monkeypatch):
 
 
 @pytest.mark.by_hand
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize('seed', [0, 1, 2])
 def test_a_model_learns_to_sort(seed, tmp_path, monkeypatch):
   """The worst of three seeds: more than half right, from a tenth."""

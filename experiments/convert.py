@@ -23,7 +23,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pathlib
-import shlex
 import shutil
 
 from absl import flags
@@ -31,14 +30,23 @@ from absl import flags
 from mla_moe.config import Config, ConfigError, ModelConfig, OptimConfig
 from mla_moe.types import PyTree
 
-from . import against_transformers, cli, commands, tokenizer, workdir
+from . import (
+  against_transformers,
+  cli,
+  commands,
+  run_tokenizer,
+  tokenizer,
+  workdir,
+)
 
 FLAGS = flags.FLAGS
 TOLERANCE = 2e-4  # of the logits, with --check
 _CONFIG = '''\
 """The config of this run, which began from a released checkpoint.
 
-  python -m experiments.train --config={0}/config.py --workdir={0}
+In the folder DIR of this file, wherever it was moved to:
+
+  python -m experiments.train --config=DIR/config.py --workdir=DIR
 """
 
 import json
@@ -51,6 +59,9 @@ def get_config(arg=''):
   """config.json, beside this file."""
   path = pathlib.Path(__file__).with_name('config.json')
   values = json.loads(path.read_text(encoding='utf-8'))
+  own = path.with_name('huggingface') / 'tokenizer.json'
+  if own.exists():
+    values['data']['tokenizer'] = str(own)
   return c.thaw(c.variant(c.freeze(values), arg))
 '''
 
@@ -113,7 +124,7 @@ def to_run(
     model, variables = load_huggingface(source, jnp.float32, mesh)
     data = recipe.data
     if 'tokenizer.json' in extras:
-      tokenizer = str(target / 'huggingface' / 'tokenizer.json')
+      tokenizer = str(target / run_tokenizer.FOLDER / 'tokenizer.json')
       data = dataclasses.replace(data, tokenizer=tokenizer)
     model = combined(model, recipe.model)
     config = dataclasses.replace(recipe, model=model, data=data)
@@ -123,23 +134,20 @@ def to_run(
       save.replacing(target) as scratch,
       workdir.claim(scratch, config) as path,
     ):
-      (path / 'huggingface').mkdir()
+      own = path / run_tokenizer.FOLDER
+      if 'tokenizer.json' in extras:  # whatever lay at the target before
+        shutil.rmtree(own, ignore_errors=True)
+      own.mkdir(exist_ok=True)
       for name, file in extras.items():
         if isinstance(file, bytes):
-          (path / 'huggingface' / name).write_bytes(file)
+          (own / name).write_bytes(file)
         else:
-          shutil.copyfile(file, path / 'huggingface' / name)
-      (path / 'config.py').write_text(_config_py(target), encoding='utf-8')
+          shutil.copyfile(file, own / name)
+      (path / 'config.py').write_text(commands.typed(_CONFIG), encoding='utf-8')
       with store.Writer(path / 'checkpoints', config.run.keep) as writer:
         # The empty corpus: the run may train on any text.
         facts = {'corpus': '', 'config': workdir.digest(config)}
         writer.save(0, state, facts)
-
-
-def _config_py(target: pathlib.Path) -> str:
-  """Returns the run's config.py, its path escaped for the shell and Python."""
-  path = shlex.quote(str(target)).encode('unicode_escape').decode()
-  return commands.typed(_CONFIG).format(path.replace('"', '\\"'))
 
 
 def _check_target(
@@ -222,7 +230,7 @@ def _extras(
   from mla_moe import vocabulary
   from mla_moe.hf import save
 
-  folder, name = run / 'huggingface', config.data.tokenizer
+  folder, name = run / run_tokenizer.FOLDER, config.data.tokenizer
   extras = save.extras_of(folder) if folder.is_dir() else {}
   if 'tokenizer.json' in extras:
     return extras

@@ -19,7 +19,7 @@ from absl import flags
 from mla_moe.config import CacheConfig, ConfigError, ModelConfig
 from mla_moe.types import PyTree
 
-from . import cli, ends
+from . import cli, ends, run_tokenizer
 from .data.tokenizer import ByteTokenizer, Tokenizer, load
 
 FLAGS = flags.FLAGS
@@ -139,7 +139,11 @@ def load_variables(
 
   if (folder / 'checkpoints').is_dir():
     run, variables = load_run(folder, allow_unsealed=allow_unsealed)
-    return run.model, variables, run.data.tokenizer
+    return (
+      run.model,
+      variables,
+      run_tokenizer.path_of(folder, run.data.tokenizer),
+    )
   if not list(folder.glob('*.safetensors*')) + list(folder.glob('*.bin')):
     raise ConfigError(
       f'--checkpoint={str(folder)!r}: holds neither a run with a checkpoint '

@@ -36,7 +36,7 @@ def main() -> None:
   values = flags.FLAGS
   if values.data:
     values.config.data.source = values.data
-  train.begin(cli.config(), example_source.opened(template.own()))
+  train.begin(train.configured(), example_source.opened(template.own()))
 
 
 if __name__ == '__main__':

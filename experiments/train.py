@@ -23,9 +23,10 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
+from mla_moe import vocabulary
 from mla_moe.config import Config, RunConfig
 
-from . import cli, distributed, profile, workdir
+from . import cli, distributed, profile, run_tokenizer, workdir
 from .training import signals, skips, tracking
 from .training.clock import Clock
 from .training.progress import Progress, resume
@@ -90,6 +91,7 @@ def run(
     signals.Stop() as stop,
   ):
     try:
+      config = run_tokenizer.resolved(path, config)
       return _run(config, path, records, stop, options, open_source)
     except RuntimeError as error:
       if 'RESOURCE_EXHAUSTED' not in str(error):
@@ -459,9 +461,25 @@ def begin(config: Config, open_source: Any = None) -> None:
   run(config, values.workdir, options, open_source)
 
 
+def configured() -> Config:
+  """Returns the config of the flags, for the run in the folder of the flags.
+
+  A tokenizer that is no longer where the config says is the run's own.
+
+  Raises:
+    ConfigError: as `cli.config`.
+  """
+  data = flags.FLAGS.config.get('data') or {}
+  name = data.get('tokenizer')
+  if isinstance(name, str) and not vocabulary.exists(name):
+    run = pathlib.Path(flags.FLAGS.workdir)
+    data.tokenizer = run_tokenizer.path_of(run, name)
+  return cli.config()
+
+
 def main() -> None:
   """Runs the config of the flags in the folder of the flags."""
-  begin(cli.config())
+  begin(configured())
 
 
 if __name__ == '__main__':

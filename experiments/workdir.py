@@ -19,10 +19,14 @@ from mla_moe import files
 from mla_moe.checked import is_number
 from mla_moe.config import Config, ConfigError, ModelConfig, differences, freeze
 
+from . import run_tokenizer
+
 # Fields that may change when a run resumes. A mesh or a kernel changes the last
-# bits of a step's numbers, and no other field here changes any.
+# bits of a step's numbers, and no other field here changes any. A path stands
+# for its content, which has a digest of its own in each checkpoint.
 _HARMLESS = ('config.run.', 'config.mesh.', 'config.model.compute.')
 _HARMLESS += ('config.model.release.',)
+_PATHS = ('config.data.source', 'config.data.tokenizer')
 
 _V3 = dataclasses.replace(Config(), model=ModelConfig(bos_id=0, eos_id=1))
 
@@ -128,9 +132,23 @@ def digest(config: Config) -> str:
   Fields of `_HARMLESS` are left out. So are fields at V3's values: a field
   that a later version adds changes no digest.
   """
-  lines = [x for x in differences(config, _V3) if not _is_harmless(x)]
+  if '.jsonl' in config.rl.task:
+    task = dataclasses.replace(config.rl, task='FILE.jsonl')
+    config = dataclasses.replace(config, rl=task)
+  return _hash([x for x in differences(config, _V3) if not _is_harmless(x)])
+
+
+def _hash(lines: list[str]) -> str:
   text = '\n'.join(sorted(lines))
   return f'{_DIGEST}{hashlib.sha256(text.encode()).hexdigest()}'
+
+
+def _older_digest(config: Config) -> str:
+  """Returns the digest of a version for which a path was its words."""
+  lines = differences(config, _V3)
+  return _hash(
+    [x for x in lines if x.startswith(_PATHS) or not _is_harmless(x)]
+  )
 
 
 def of_another(config: Config, digest_of_run: str) -> bool:
@@ -139,12 +157,17 @@ def of_another(config: Config, digest_of_run: str) -> bool:
   A digest of an older version cannot be compared: the answer is no.
   """
   comparable = digest_of_run.startswith(_DIGEST)
-  return comparable and digest_of_run != digest(config)
+  same = digest_of_run in (digest(config), _older_digest(config))
+  return comparable and not same
 
 
 def _is_harmless(line: str) -> bool:
   """Whether a run may resume although this field of its config differs."""
-  return line.startswith(_HARMLESS) and not line.startswith('config.run.seed')
+  if line.startswith('config.rl.task'):  # a task of ours is no path
+    old, _, new = line.partition(': ')[2].partition(' != ')
+    return all('.jsonl' in value for value in (old, new))
+  harmless = line.startswith(_HARMLESS + _PATHS)
+  return harmless and not line.startswith('config.run.seed')
 
 
 def trouble(path: os.PathLike | str, error: OSError) -> str:
@@ -158,7 +181,12 @@ def trouble(path: os.PathLike | str, error: OSError) -> str:
 
 
 def read_config(path: pathlib.Path) -> Config:
-  """Returns the config of the run in this folder."""
+  """Returns the config of the run in this folder, with its own tokenizer."""
+  return run_tokenizer.resolved(path, written(path))
+
+
+def written(path: pathlib.Path) -> Config:
+  """Returns the config of the run in this folder with the paths as given."""
   return freeze(files.read_json(path / 'config.json'))
 
 
@@ -189,6 +217,7 @@ def _bind(path: pathlib.Path, config: Config, text: str):
       group = 'mesh' if config.mesh != before.mesh else 'config.model.compute'
       print(f'Another {group}: the same losses but for their last digits.')
   try:
+    run_tokenizer.adopt(path, config.data.tokenizer, _begun(path))
     write(path / 'config.json', text)
   except OSError as error:
     raise ConfigError(trouble(path, error)) from None

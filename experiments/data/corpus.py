@@ -34,6 +34,7 @@ from .tokenizer import Tokenizer
 
 _BLOCK = 1 << 20  # bytes per checksum
 _FORMAT = 2
+_OLDER = (*sources.TEXT, '.jsonl', '.parquet')  # the kinds of format 1
 
 
 class Corpus(NamedTuple):
@@ -59,12 +60,17 @@ def prepare(
   tokenizer: Tokenizer,
   cache: os.PathLike | str,
   say: Callable[[str], None] = print,
+  known: str = '',
 ) -> Corpus:
   """Returns the corpus of `data.source`; tokenises it if `cache` has it not.
 
+  `known` is the fingerprint of a run that goes on. If its text is gone, the
+  tokens in `cache` are taken; so are those that an earlier version wrote.
+
   Raises:
-    ConfigError: no text, unreadable text, a damaged cache, or one token that
-      begins and ends documents, which packing 'separate' cannot tell apart.
+    ConfigError: no text, unreadable text, another text than the run's, a
+      damaged cache, or one token that begins and ends documents, which packing
+      'separate' cannot tell apart.
   """
   bos = tokenizer.bos_id
   if data.packing == 'separate' and bos == tokenizer.eos_id:
@@ -72,9 +78,25 @@ def prepare(
       f"data.packing='separate': bos_id={bos} is eos_id, too, so ends would "
       "begin documents; use 'joined', or another token"
     )
-  files, left_out = sources.listed(data.source, data.heldout)
+  cache = pathlib.Path(cache)
+  is_here = bool(known) and (cache / known / 'corpus.json').exists()
+  try:
+    files, left_out = sources.listed(data.source, data.heldout)
+  except sources.Absent as error:
+    if not is_here:
+      raise
+    say(f'{error}. The run goes on with its tokens in {cache / known}.')
+    return _open(cache / known, tokenizer, known)
   fingerprint = _fingerprint(files, data, tokenizer)
-  folder = pathlib.Path(cache) / fingerprint
+  if known not in ('', fingerprint):
+    if is_here and known == _older_fingerprint(files, data, tokenizer):
+      return _open(cache / known, tokenizer, known)
+    raise ConfigError(
+      f'data.source={data.source!r}: the text has changed since the run began; '
+      'restore it, or start anew from its weights in another --workdir: '
+      '--init=DIR, with the folder of this run'
+    )
+  folder = cache / fingerprint
   if not (folder / 'corpus.json').exists():
     many = f'{len(files)} files' if len(files) > 1 else 'the file'
     say(f'Tokenising {many} of {data.source!r} (once) ...')
@@ -111,6 +133,26 @@ def _fingerprint(files, data, tokenizer) -> str:
   facts = dict(
     format=_FORMAT,
     files=[_identity(file) for file in files],
+    tokenizer=tokenizer.fingerprint,
+    ids=(tokenizer.bos_id, tokenizer.eos_id, tokenizer.fim_ids),
+    options=(data.fim_rate, data.heldout, data.seed),
+  )
+  return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
+
+
+def _older_fingerprint(files, data, tokenizer) -> str:
+  """Returns the fingerprint of format 1, whose token files are still read.
+
+  It had the names of all files, and knew neither compression nor .json.
+  """
+  known = [f for f in files if f.path.lower().endswith(_OLDER)]
+  is_document = lambda f: (
+    data.source == 'stdlib'
+    or (len(known) > 1 and os.path.getsize(f.path) <= 1 << 20)
+  )
+  facts = dict(
+    format=1,
+    files=[(f.name, is_document(f), documents.digest(f)) for f in known],
     tokenizer=tokenizer.fingerprint,
     ids=(tokenizer.bos_id, tokenizer.eos_id, tokenizer.fim_ids),
     options=(data.fim_rate, data.heldout, data.seed),

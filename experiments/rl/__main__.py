@@ -42,7 +42,7 @@ def main() -> None:
 
   values = flags.FLAGS
   opened = policy.opened(template.own(), values.allow_code)
-  train.begin(taught(cli.config(), values.teacher), opened)
+  train.begin(taught(train.configured(), values.teacher), opened)
 
 
 def taught(config: Config, names: list[str]) -> Config:

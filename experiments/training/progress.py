@@ -59,7 +59,8 @@ def resume(
       f'step {number}; restore it, or start anew from its weights in another '
       f'--workdir: --init={setup.path}'
     )
-  if workdir.of_another(setup.config, facts.get('config', '')):
+  config = workdir.written(setup.path)
+  if workdir.of_another(config, facts.get('config', '')):
     raise ConfigError(
       f'{setup.path}/checkpoints/{number}: was saved by a run of another '
       'config than config.json says; put back the one that belongs to it, or '

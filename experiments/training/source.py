@@ -9,6 +9,7 @@ and the state alone, so that a run resumes bit for bit.
 from __future__ import annotations
 
 import abc
+import contextlib
 import functools
 import pathlib
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mla_moe.checkpoint import folders, seal
 from mla_moe.config import Config, ConfigError
 from mla_moe.data import batches
 from mla_moe.decode import generation
@@ -139,6 +141,16 @@ class Text(Source):
     )
 
 
+def _recorded(checkpoints: pathlib.Path) -> str:
+  """Returns the text's fingerprint in the newest seal of a run, or ''."""
+  for step in reversed(folders.steps(checkpoints)):
+    with contextlib.suppress(seal.Damaged):
+      sealed = seal.read(checkpoints / str(step))
+      if sealed:
+        return sealed['facts'].get('corpus', '')
+  return ''
+
+
 def open_text(
   config: Config, words: tokenizer.Tokenizer, path: pathlib.Path
 ) -> Source:
@@ -153,7 +165,11 @@ def open_text(
       'empty to train on text'
     )
   tokenise = functools.partial(
-    corpus.prepare, config.data, words, path.parent / '.corpus'
+    corpus.prepare,
+    config.data,
+    words,
+    path.parent / '.corpus',
+    known=_recorded(path / 'checkpoints'),
   )
   text = distributed.alone(tokenise) or tokenise()
   corpus.check(text, config.data)

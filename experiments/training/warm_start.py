@@ -65,8 +65,8 @@ def chosen(path: pathlib.Path, init: str, begun: bool) -> Origin | None:
   origin = recorded(path)
   if not init:
     return origin
-  source = str(pathlib.Path(init).expanduser().resolve())
-  if origin and origin.source == source:
+  source = str(pathlib.Path(init).resolve())
+  if origin and _is_same(origin, source):
     return origin
   if begun:
     raise ConfigError(
@@ -74,6 +74,20 @@ def chosen(path: pathlib.Path, init: str, begun: bool) -> Origin | None:
       f'{origin.source if origin else "random weights"}; name another --workdir'
     )
   return Origin(source)
+
+
+def _is_same(origin: Origin, source: str) -> bool:
+  """Whether the origin is the folder `source`, or was before it moved."""
+  if origin.source == source or not pathlib.Path(origin.source).exists():
+    return True
+  if origin.step is None:
+    return False
+  name = f'checkpoints/{origin.step}/seal.json'
+  seals = [pathlib.Path(x) / name for x in (origin.source, source)]
+  return (
+    all(x.is_file() for x in seals)
+    and len({files.read_bytes(x) for x in seals}) == 1
+  )
 
 
 def begin(setup, origin: Origin, *, allow_unsealed: bool = False) -> Any:

@@ -2,8 +2,11 @@
 
 import dataclasses
 import gzip
+import hashlib
+import json
 import multiprocessing
 import os
+import pathlib
 import stat
 
 import numpy as np
@@ -68,6 +71,61 @@ def test_a_source_that_moved_is_the_same(folder, tmp_path, text):
   (tmp_path / 'two.jsonl').write_text('{"text": "a book"}\n' * 99)
   rows = prepared(small(source=str(tmp_path / 'two.jsonl')), cache)
   assert rows.fingerprint != book.fingerprint
+
+
+def test_a_run_goes_on_with_its_tokens_when_the_text_is_gone(
+  folder, tmp_path, text
+):
+  """Its tokens have checksums; another text in its place is refused."""
+  cache, lines = tmp_path / 'cache', []
+  config = small(source=folder)
+  again = lambda known: corpus.prepare(
+    config, BYTE, cache, lines.append, known=known
+  )
+  assert again(text.fingerprint).fingerprint == text.fingerprint and not lines
+  moved = tmp_path / 'elsewhere'
+  os.rename(folder, moved)
+  gone = again(text.fingerprint)
+  np.testing.assert_array_equal(gone.train, text.train)
+  assert gone.fingerprint == text.fingerprint
+  (line,) = lines
+  assert (
+    'no such file' in line and f'goes on with its tokens in {cache}' in line
+  )
+  for known in ('', '0' * 24):
+    with pytest.raises(ConfigError, match='no such file'):
+      again(known)
+  os.mkdir(folder)  # a disk that was cleaned
+  assert again(text.fingerprint).fingerprint == text.fingerprint
+  (pathlib.Path(folder) / 'a.txt').write_text('another text\n' * 99)
+  with pytest.raises(ConfigError, match='the text has changed since the run'):
+    again(text.fingerprint)
+  assert os.listdir(cache) == [text.fingerprint]  # nothing was tokenised
+
+
+def test_token_files_of_an_older_version_are_read(folder, tmp_path, text):
+  """Of format 1: names of all files, a file above 1 MiB in pieces."""
+  (pathlib.Path(folder) / 'more.txt.gz').write_bytes(b'not known then')
+  cache = tmp_path / 'cache'
+  facts = dict(
+    format=1,
+    files=[
+      (path.name, True, hashlib.sha256(path.read_bytes()).hexdigest())
+      for path in sorted(pathlib.Path(folder).glob('*.txt'))
+    ],
+    tokenizer='byte',
+    ids=(256, 257, (258, 259, 260)),
+    options=(0.0, 0.2, 0),
+  )
+  old = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
+  os.rename(cache / text.fingerprint, cache / old)
+  config = small(source=folder)
+  again = corpus.prepare(config, BYTE, cache, print, known=old)
+  assert again.fingerprint == old
+  np.testing.assert_array_equal(again.train, text.train)
+  (pathlib.Path(folder) / '00.txt').write_text('another text')
+  with pytest.raises(ConfigError, match='the text has changed since the run'):
+    corpus.prepare(config, BYTE, cache, print, known=old)
 
 
 @pytest.mark.parametrize('part', ['train', 'heldout'])

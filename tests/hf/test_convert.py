@@ -86,7 +86,7 @@ def test_training_goes_on_from_a_release(imported, tmp_path):
   run = tmp_path / 'run'
   shutil.copytree(original, run)
   text = (run / 'config.py').read_text()
-  assert str(original) in text  # its command
+  assert 'DIR/config.py' in text  # its command
   words = [f'--config={run}/config.py', f'--workdir={run}']
   quick = ('steps=3', 'eval_every=0', 'sample_every=0', 'save_every=0')
   out = program('train', *words, *(f'--config.run.{x}' for x in quick))

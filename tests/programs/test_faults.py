@@ -329,7 +329,7 @@ def test_row18_another_text_is_refused(root, tmp_path):
   config = micro(2, source=str(source), heldout=0.3)
   train.run(config, root / 'text')
   (source / '7.txt').write_text('Another text. ' * 9)
-  with pytest.raises(ConfigError, match='the text has changed since step 2'):
+  with pytest.raises(ConfigError, match='the text has changed since the run'):
     train.run(config, root / 'text')
 
 

@@ -182,10 +182,10 @@ def trouble(path: os.PathLike | str, error: OSError) -> str:
 
 def read_config(path: pathlib.Path) -> Config:
   """Returns the config of the run in this folder, with its own tokenizer."""
-  return run_tokenizer.resolved(path, written(path))
+  return run_tokenizer.resolved(path, with_paths(path))
 
 
-def written(path: pathlib.Path) -> Config:
+def with_paths(path: pathlib.Path) -> Config:
   """Returns the config of the run in this folder with the paths as given."""
   return freeze(files.read_json(path / 'config.json'))
 

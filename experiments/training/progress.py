@@ -59,7 +59,7 @@ def resume(
       f'step {number}; restore it, or start anew from its weights in another '
       f'--workdir: --init={setup.path}'
     )
-  config = workdir.written(setup.path)
+  config = workdir.with_paths(setup.path)
   if workdir.of_another(config, facts.get('config', '')):
     raise ConfigError(
       f'{setup.path}/checkpoints/{number}: was saved by a run of another '

@@ -42,6 +42,9 @@ def make(config):
 
 
 def lowered(config):
+  """A step's program, with the optimizer that multiplies no matrices."""
+  adamw = dataclasses.replace(config.optim, optimizer='adamw')
+  config = dataclasses.replace(config, optim=adamw)
   state = jax.eval_shape(lambda: init_state(jax.random.key(0), config))
   run = functools.partial(step.train_step, config=config)
   return jax.jit(run).lower(state, make(config), RATES)

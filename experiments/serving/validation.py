@@ -86,7 +86,7 @@ def parse(body: dict, model: TextModel, is_chat: bool, length: int) -> Request:
   logprobs, prompt_logprobs = _log_probs(get, is_chat)
   request = Request(
     prompts=prompts,
-    max_new_tokens=_limit(get, is_chat, length - max(map(len, prompts))),
+    max_new_tokens=_limit(get, is_chat, max(map(len, prompts)), length),
     samples=samples,
     choices=choices,
     stops=_stops(body.get('stop')),
@@ -122,11 +122,22 @@ def _knobs(get: Fields) -> dict:
   return knobs
 
 
-def _limit(get: Fields, is_chat: bool, rest: int) -> int:
-  """Returns the most tokens of an answer; `rest` of them fit."""
+def _limit(get: Fields, is_chat: bool, prompt_tokens: int, length: int) -> int:
+  """Returns the most tokens of an answer, which fit behind the prompt."""
+  rest = length - prompt_tokens
   default = max(rest, 1) if is_chat else min(16, max(rest, 1))
   limit = get.integer('max_tokens', default, 0)
-  return get.integer('max_completion_tokens', limit, 0)
+  limit = get.integer('max_completion_tokens', limit, 0)
+  if limit > rest:
+    field = 'max_tokens' if rest > 0 else 'messages' if is_chat else 'prompt'
+    raise Refused(
+      400,
+      f"{field}: this model's maximum context length is {length} tokens; the "
+      f'prompt has {prompt_tokens}, and the answer may have {limit}',
+      field,
+      'context_length_exceeded',
+    )
+  return limit
 
 
 def _usage(get: Fields) -> bool:

@@ -176,19 +176,18 @@ def test_a_suffix_fills_in_the_middle(server):
     validation.parse(ask, server.model, False, 64)
 
 
-def scores(server, ids):
-  """[T, V] log-probabilities of the training forward, after each token."""
+def golden_scores(server, length):
+  """A golden text's first ids, and [T, V] log-probabilities after each of them
+  by the training forward."""
+  tokens = np.load(GOLDEN / 'v2_lite' / 'expected.npz')['tokens']
   apply = jax.jit(Transformer(server.model.config).apply)
-  padded = np.zeros((1, 64), np.int32)
-  padded[0, : len(ids)] = ids
-  logits = apply(server.variables, padded).logits[0, : len(ids)]
-  return np.array(jax.nn.log_softmax(logits))
+  logits = apply(server.variables, tokens).logits[0, :length]
+  return tokens[0, :length].tolist(), np.array(jax.nn.log_softmax(logits))
 
 
 def test_a_prompt_is_scored_as_by_the_training_forward(server):
   """lm-evaluation-harness' request: two chunks and a half, and one token."""
-  ids = np.random.default_rng(0).integers(0, 256, 40).tolist()
-  wanted = scores(server, ids)
+  ids, wanted = golden_scores(server, 40)
   own = wanted[np.arange(39), ids[1:]]
   out = server.ask(prompt=[ids], max_tokens=1, logprobs=1, echo=True, seed=1234)
   (choice,) = out['choices']

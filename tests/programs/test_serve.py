@@ -169,7 +169,9 @@ def test_stop_texts_end_a_sample(server):
   [
     (400, 'temperature', dict(temperature=-1)),
     (400, 'top_p', dict(top_p=0)),
-    (400, 'max_new_tokens', dict(max_tokens=64)),
+    (400, 'max_tokens: this model', dict(max_tokens=62)),
+    (400, 'prompt: this model', dict(prompt=[1] * 65, max_tokens=0)),
+    (400, 'prompt: this model', dict(prompt=[1] * 64)),
     (400, 'prompt', dict(prompt=[])),
     (400, 'prompt', dict(prompt=[[1, 259]])),
     (400, 'samples', dict(n=0)),
@@ -350,8 +352,8 @@ def test_row47_a_random_walk_of_requests_leaves_the_server_whole(server):
 @pytest.mark.by_hand
 @pytest.mark.timeout(0)
 def test_thousands_of_requests_leave_the_server_whole(server):
-  answers = walk(server, 5000)
-  assert answers.count(200) > 500 and answers.count(400) > 500
+  answers = walk(server, 2000)
+  assert answers.count(200) > 400 and answers.count(400) > 400
 
 
 def test_a_client_that_stalls_has_a_timer():

@@ -27,6 +27,7 @@ import shutil
 
 from absl import flags
 
+from mla_moe import vocabulary
 from mla_moe.config import Config, ConfigError, ModelConfig, OptimConfig
 from mla_moe.types import PyTree
 
@@ -123,8 +124,9 @@ def to_run(
   with workdir.lock(target) if is_run(target) else free:
     model, variables = load_huggingface(source, jnp.float32, mesh)
     data = recipe.data
-    if 'tokenizer.json' in extras:
-      tokenizer = str(target / run_tokenizer.FOLDER / 'tokenizer.json')
+    kinds = [x for x in vocabulary.FILES if x in extras]
+    if kinds:
+      tokenizer = str(target / run_tokenizer.FOLDER / kinds[0])
       data = dataclasses.replace(data, tokenizer=tokenizer)
     model = combined(model, recipe.model)
     config = dataclasses.replace(recipe, model=model, data=data)
@@ -227,12 +229,11 @@ def _extras(
   A file of another name than tokenizer.json goes alone: settings beside it may
   belong to another tokenizer.
   """
-  from mla_moe import vocabulary
   from mla_moe.hf import save
 
   folder, name = run / run_tokenizer.FOLDER, config.data.tokenizer
   extras = save.extras_of(folder) if folder.is_dir() else {}
-  if 'tokenizer.json' in extras:
+  if {*vocabulary.FILES} & extras.keys():
     return extras
   if name == 'byte':
     # The ids of a release that began as one are of another tokenizer.
@@ -246,9 +247,9 @@ def _extras(
   if not path.is_file():
     print(f'WARNING: data.tokenizer={name!r} is gone: none is exported.')
     return extras
-  if path.name == 'tokenizer.json':
+  if path.name in vocabulary.FILES:
     return save.extras_of(path.parent) | extras
-  return extras | {'tokenizer.json': path}
+  return extras | {vocabulary.FILES[path.suffix == '.model']: path}
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from absl import flags
 
+from mla_moe import vocabulary
 from mla_moe.config import CacheConfig, ConfigError, ModelConfig
 from mla_moe.types import PyTree
 
@@ -46,7 +47,7 @@ def define() -> None:
   """Defines the flags of every program that opens a model."""
   cli.define_unsealed()
   cli.define_path('checkpoint', '', 'A Hugging Face folder, or a run.')
-  text = "'byte' or a tokenizer.json; the folder's if empty."
+  text = "'byte' or a tokenizer's file; the folder's if empty."
   cli.define_path('tokenizer', '', text)
   flags.DEFINE_enum(
     'dtype', 'float32', ['float32', 'bfloat16'], 'Of the parameters.'
@@ -106,7 +107,7 @@ def open_model(
 
   Args:
     folder: a Hugging Face folder, or a run.
-    tokenizer: 'byte' or a tokenizer.json; '' is the folder's own.
+    tokenizer: 'byte' or a tokenizer's file; '' is the folder's own.
     dtype: of a release's parameters; a run's are float32.
     allow_unsealed: trust a checkpoint that was never sealed.
 
@@ -150,7 +151,7 @@ def load_variables(
       'nor a model in .safetensors'
     )
   config, variables = load_huggingface(folder, dtype)
-  return config, variables, str(folder / 'tokenizer.json')
+  return config, variables, str(vocabulary.file_of(str(folder)))
 
 
 def check_ids(ids: Sequence[int], vocab: int) -> None:

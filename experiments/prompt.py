@@ -16,7 +16,7 @@ from mla_moe import vocabulary
 from mla_moe.config import ConfigError
 from mla_moe.types import Int
 
-from .data.tokenizer import Tokenizer
+from .data.tokenizer import ByteTokenizer, RanksTokenizer, Tokenizer
 
 
 def plain(tokenizer: Tokenizer, text: str) -> Int[np.ndarray, ' T']:
@@ -62,11 +62,12 @@ def fill_in(
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
   """Returns the ids of the special tokens, by their text."""
-  core = getattr(tokenizer, 'core', None)
-  if core is None:
-    specials = vocabulary.BYTE.special.items()
-    return {text: i for i, text in specials if i < tokenizer.vocab}
-  added = core.get_added_tokens_decoder()
+  if isinstance(tokenizer, ByteTokenizer):
+    special = vocabulary.BYTE.special.items()
+    return {text: i for i, text in special if i < tokenizer.vocab}
+  if isinstance(tokenizer, RanksTokenizer):
+    return {text: i for i, text in tokenizer.special.items()}
+  added = tokenizer.core.get_added_tokens_decoder()
   return {token.content: i for i, token in added.items() if token.special}
 
 

@@ -19,6 +19,7 @@ from mla_moe.checked import ConfigError
 BOS, EOS = '<｜begin▁of▁sentence｜>', '<｜end▁of▁sentence｜>'
 FIM = ('<｜fim▁begin｜>', '<｜fim▁hole｜>', '<｜fim▁end｜>')
 BYTES = 256
+FILES = ('tokenizer.json', 'tiktoken.model')
 _CONTROL = re.compile('<[|｜].*[|｜]>')
 _LARGEST = 2**24  # a larger vocabulary would only fill the memory
 
@@ -36,25 +37,22 @@ class Vocabulary(NamedTuple):
   eos_id: int
 
 
-BYTE = Vocabulary(
-  size=BYTES + 5,
-  special=dict(enumerate((BOS, EOS, *FIM), BYTES)),
-  bos_id=BYTES,
-  eos_id=BYTES + 1,
-)
+_BYTE = dict(enumerate((BOS, EOS, *FIM), BYTES))
+BYTE = Vocabulary(BYTES + 5, _BYTE, bos_id=BYTES, eos_id=BYTES + 1)
 
 
 def file_of(name: str) -> pathlib.Path:
-  """Returns the tokenizer.json of a path, which may be its folder."""
+  """Returns the file of a path, which may be a folder with one of `FILES`."""
   path = pathlib.Path(os.path.expanduser(name))
-  return path / 'tokenizer.json' if path.is_dir() else path
+  choices = [path / file for file in FILES] if path.is_dir() else [path]
+  return next((file for file in choices if file.exists()), choices[0])
 
 
 def read(name: str) -> Vocabulary:
-  """Returns the vocabulary of 'byte', of a tokenizer.json, or of its folder.
+  """Returns the vocabulary of 'byte', of a tokenizer's file, or of its folder.
 
   Raises:
-    ConfigError: no such file, or no tokenizer.json.
+    ConfigError: no such file, or none of a tokenizer.
   """
   if name == 'byte':
     return BYTE
@@ -65,37 +63,37 @@ def read(name: str) -> Vocabulary:
     raise ConfigError(
       f"data.tokenizer={name!r}: must be 'byte' or a tokenizer.json ({error})"
     ) from None
-  # Settings beside a file of another name may belong to another tokenizer.
+  return parse(content, str(path), settings_of(path))
+
+
+def settings_of(path: pathlib.Path) -> dict[str, Any]:
+  """Returns the tokenizer_config.json beside a file of a usual name, or {}."""
   beside = path.with_name('tokenizer_config.json')
-  has_settings = path.name == 'tokenizer.json' and beside.exists()
-  return parse(
-    content, str(path), files.read_json(beside) if has_settings else {}
-  )
+  has_settings = path.name in FILES and beside.exists()
+  return files.read_json(beside) if has_settings else {}
 
 
 def parse(content: bytes, name: str, settings: dict[str, Any]) -> Vocabulary:
-  """Returns the vocabulary of a tokenizer.json's content.
-
-  Args:
-    content: of the file.
-    name: of the file, for errors.
-    settings: of the tokenizer_config.json beside it, {} without one.
+  """Returns the vocabulary of a file's content, with the settings beside it.
 
   Raises:
     ConfigError: no tokenizer.json.
   """
   try:
-    values = json.loads(content)
-    added = values.get('added_tokens') or ()
+    if name.endswith('.model'):  # base64 and a rank in each line
+      added, words = reserved(len(content.split()) // 2, settings), ()
+    else:
+      values = json.loads(content)
+      added, words = values.get('added_tokens') or (), values['model']['vocab']
+    ends = (BOS, EOS) if words else ('[BOS]', '[EOS]')
     special = {t['id']: t['content'] for t in added if is_special(t)}
-    words = values['model']['vocab']
     ids = words.values() if hasattr(words, 'values') else range(len(words))
     size = max([*ids, *(token['id'] for token in added)]) + 1
     if not 0 < size <= _LARGEST:
       raise ValueError(f'its largest id is {size - 1}')
-    ends = {text: i for i, text in special.items()}
-    bos = ends.get(text_of(settings.get('bos_token', BOS)), -1)
-    eos = ends.get(text_of(settings.get('eos_token', EOS)), -1)
+    ids = {text: i for i, text in special.items()}
+    bos = ids.get(text_of(settings.get('bos_token', ends[0])), -1)
+    eos = ids.get(text_of(settings.get('eos_token', ends[1])), -1)
   except Exception as error:  # anything may lie there
     raise ConfigError(
       f'data.tokenizer={name!r}: not a tokenizer.json '
@@ -104,12 +102,16 @@ def parse(content: bytes, name: str, settings: dict[str, Any]) -> Vocabulary:
   return Vocabulary(size, special, bos, eos)
 
 
-def is_special(token: dict[str, Any]) -> bool:
-  """Returns whether no text may become an added token.
+def reserved(count: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
+  """Returns the 256 added tokens after the ranks of a tiktoken.model."""
+  named = settings.get('added_tokens_decoder') or {}
+  token = lambda i: {'content': f'<|reserved_token_{i}|>', 'special': True}
+  ids = range(count, count + 256)
+  return [token(i) | named.get(str(i), {}) | {'id': i} for i in ids]
 
-  V3's release has no such flag for <｜User｜> and the tokens of FIM; words that
-  a model writes, such as <think>, have none either. So the spelling counts.
-  """
+
+def is_special(token: dict[str, Any]) -> bool:
+  """Returns whether no text becomes a token; V3 has no flag of <｜User｜>."""
   return token['special'] or bool(_CONTROL.fullmatch(token['content']))
 
 
@@ -146,5 +148,5 @@ def text_of(token: Any) -> str:
 
 def choices(special: dict[int, str]) -> str:
   """Returns the special tokens for a message, the first eight."""
-  tokens = [f'{i} {text!r}' for i, text in list(special.items())[:8]]
+  tokens = (f'{i} {text!r}' for i, text in [*special.items()][:8])
   return ', '.join(tokens) or 'none: it has no special token'

@@ -34,7 +34,7 @@ STEPS = {'400': '20', '--replay=201': '--replay=11'}
 
 # Files that a person has, and those of this repository in their place.
 STANDINS = (
-  ('Moonlight-16B-A3B/tokenizer.json', 'byte'),
+  ('data.tokenizer=Moonlight-16B-A3B', 'data.tokenizer=byte'),
   ('Moonlight-16B-A3B', 'runs/release'),  # as docs/checkpoints.md makes it
   ('my/texts', 'docs'),
   ('my/answers.jsonl', 'tests/golden/answers.jsonl'),

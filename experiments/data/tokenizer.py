@@ -27,6 +27,9 @@ from mla_moe.vocabulary import BOS as BOS
 from mla_moe.vocabulary import EOS as EOS
 from mla_moe.vocabulary import FIM
 
+from . import ranks
+from .ranks import RanksTokenizer
+
 
 @dataclasses.dataclass(frozen=True)
 class ByteTokenizer:
@@ -95,7 +98,7 @@ class BPETokenizer:
     return lengths
 
 
-Tokenizer = ByteTokenizer | BPETokenizer
+Tokenizer = ByteTokenizer | BPETokenizer | RanksTokenizer
 
 
 def load(
@@ -104,7 +107,7 @@ def load(
   """Returns a tokenizer by name.
 
   Args:
-    name: 'byte', a tokenizer.json, or a folder with one.
+    name: 'byte', a tokenizer.json, a tiktoken.model, or a folder with one.
     bos_id, eos_id: the model's; -1 is the tokenizer's own (`vocabulary`). The
       ids for fill-in-the-middle are found by DeepSeek's names of the tokens.
     vocab: the model's size, which the tokenizer's must not exceed; 0 is any.
@@ -136,6 +139,8 @@ def load(
         )
     return tokenizer
   path = vocabulary.file_of(name)
+  if path.suffix == '.model':
+    return ranks.load(path, words, bos_id, eos_id)
   content = files.read_bytes(path)
   core = _parse(str(path), content)
   for field, index in (('bos_id', bos_id), ('eos_id', eos_id)):

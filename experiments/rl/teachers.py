@@ -16,7 +16,7 @@ from __future__ import annotations
 import pathlib
 from typing import NamedTuple
 
-from mla_moe import sharding
+from mla_moe import sharding, vocabulary
 from mla_moe.config import Config, ConfigError, ModelConfig
 from mla_moe.types import PyTree
 
@@ -64,7 +64,7 @@ def _teacher(config, words, name, weight, mesh) -> Teacher:
     model, own = run.model, run.data.tokenizer
   else:
     model, variables = load_huggingface(folder, config.model.dtype, mesh)
-    own = str(folder / 'tokenizer.json')
+    own = str(vocabulary.file_of(str(folder)))
   theirs = tokenizer.load(own, model.bos_id, model.eos_id)
   files_of = [x.fingerprint.split(':')[0] for x in (words, theirs)]
   if len({*files_of}) > 1 or model.vocab != config.model.vocab:

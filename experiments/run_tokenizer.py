@@ -17,12 +17,11 @@ from mla_moe import files, vocabulary
 from mla_moe.config import Config, ConfigError
 
 FOLDER = 'huggingface'  # also of a release that a run began from
-_FILE = 'tokenizer.json'
 
 
 def path_of(run: pathlib.Path, name: str) -> str:
   """Returns the tokenizer to read where a run's config says `name`."""
-  own = run / FOLDER / _FILE
+  own = vocabulary.file_of(str(run / FOLDER))
   return str(own) if name != 'byte' and own.is_file() else name
 
 
@@ -40,10 +39,9 @@ def adopt(run: pathlib.Path, name: str, begun: bool) -> None:
     ConfigError: it cannot be read; or it is not the one of a run that has
       `begun`.
   """
-  own = run / FOLDER / _FILE
   if name == 'byte' or not vocabulary.exists(name):
     return
-  path = vocabulary.file_of(name)
+  path, own = vocabulary.file_of(name), vocabulary.file_of(str(run / FOLDER))
   content = files.read_bytes(path)
   if own.is_file() and files.read_bytes(own) == content:
     return
@@ -56,11 +54,13 @@ def adopt(run: pathlib.Path, name: str, begun: bool) -> None:
 
   # Settings beside a file of another name may belong to another tokenizer. A
   # link is read, and nothing beside it.
-  is_whole = path.name == _FILE and not path.is_symlink()
+  is_whole = path.name in vocabulary.FILES and not path.is_symlink()
   extras = save.extras_of(path.parent) if is_whole else {}
-  shutil.rmtree(own.parent, ignore_errors=True)
-  own.parent.mkdir(mode=0o700)
-  for extra, source in (extras | {_FILE: content}).items():
+  extras |= {vocabulary.FILES[path.suffix == '.model']: content}
+  folder = run / FOLDER
+  shutil.rmtree(folder, ignore_errors=True)
+  folder.mkdir(mode=0o700)
+  for extra, source in extras.items():
     if not isinstance(source, bytes):
       source = files.read_bytes(source)
-    (own.parent / extra).write_bytes(source)
+    (folder / extra).write_bytes(source)

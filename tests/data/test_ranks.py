@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments import prompt
+from experiments import prompt, run_tokenizer
 from experiments.data import ranks, tokenizer
 from mla_moe import vocabulary
 from mla_moe.config import ConfigError
@@ -132,6 +132,15 @@ def test_reserved_ids_are_special_and_words_are_words(release):
   assert tokenizer.load(path).fingerprint == words.fingerprint
   other = tokenizer.load(path, size + 3, size + 2)  # as a config.json says
   assert (other.bos_id, other.eos_id) == (size + 3, size + 2)
+
+
+def test_a_run_copies_the_file_and_its_settings(release, tmp_path):
+  folder, size, words = release
+  run_tokenizer.adopt(tmp_path, str(folder), begun=False)
+  copy = run_tokenizer.path_of(tmp_path, str(folder))
+  assert copy == str(tmp_path / run_tokenizer.FOLDER / 'tiktoken.model')
+  assert tokenizer.load(copy).fingerprint == words.fingerprint
+  run_tokenizer.adopt(tmp_path, str(folder), begun=True)  # the same
 
 
 def test_without_settings_the_model_says_the_ends(release, tmp_path):

@@ -63,8 +63,8 @@ def rows(folder, name):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_ten_kills_change_no_bit(start):
+@pytest.mark.timeout(1800)
+def test_row50_ten_kills_change_no_bit(start):
   """Parameters, moments, metrics, rewards and samples are those of one start.
 
   The kills come in a random order, each at a random moment of its part.

@@ -33,6 +33,7 @@ _BENCHMARKS = {
   'balance': 'balancing by a bias or by a loss: perplexity, MaxVio (45)',
   'mesh': 'a step on 8 fake CPU devices beside one (2)',
   'huggingface_streaming': 'speed and memory of loading a checkpoint (15)',
+  'mismatch': 'rollout beside trainer by precision, with routing replay (3)',
   'card': 'all measurements of one NVIDIA GPU, which it needs (8 there)',
 }
 

@@ -142,6 +142,7 @@ def _mismatch(plot, steps):
     ('mismatch_k3', 'k3, nats a token'),
     ('mismatch_max', 'largest difference'),
     ('mismatch_extreme', 'share outside [1/2, 2]'),
+    ('route_flips', 'share of routes that flip'),
   ):
     _, values = _points(steps, name)
     if values and max(values) <= _FLOOR:

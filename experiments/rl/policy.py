@@ -111,6 +111,8 @@ class Policy(source.Source):
     if self._grader.about:
       print(f'Rewards: {self._grader.about}.')
     key = f'{self._questions.fingerprint} {rl.template} {own}'
+    for teacher in self._teachers:
+      key += f' {teachers.digest(teacher)}'
     self.fingerprint = hashlib.sha256(key.encode()).hexdigest()[:24]
     self.heldout = []
     self._record = self._alarms = None

@@ -50,6 +50,14 @@ def load(config: Config, words: tokenizer.Tokenizer) -> list[Teacher]:
   ]
 
 
+def digest(teacher: Teacher) -> str:
+  """Returns the teacher's sums: a run resumes with the very same weights."""
+  from mla_moe.checkpoint import fingerprint
+
+  values, _ = fingerprint.read(fingerprint.of(teacher.variables))
+  return repr(sorted(values.items()))
+
+
 def _teacher(config, words, name, weight, mesh) -> Teacher:
   from mla_moe import load_huggingface, load_run
 

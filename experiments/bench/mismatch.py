@@ -59,6 +59,7 @@ def flags(parser) -> None:
   parser.add_argument('--prompts', type=int, default=128)
   parser.add_argument('--samples', type=int, default=16)
   parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--only', default='', help='A part of a setting.')
 
 
 def run(out: pathlib.Path, args) -> None:
@@ -70,6 +71,8 @@ def run(out: pathlib.Path, args) -> None:
   print('| | replay | k3 | largest | outside 1/2 to 2 | flips |')
   print('| --- | --- | --- | --- | --- | --- |')
   for name, setting in SETTINGS.items():
+    if args.only not in name:
+      continue
     table[name] = measure(config, rl, variables, ids, setting, args.seed)
     for mode, row in table[name].items():
       cells = f'{row["k3"]:.1e} | {row["max"]:.2g} | {row["extreme"]:.1e}'

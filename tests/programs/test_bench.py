@@ -21,6 +21,7 @@ from experiments.bench import (
   checkpoint,
   contender,
   decode,
+  mismatch,
   models,
   paired,
   precision,
@@ -447,3 +448,16 @@ def test_both_sides_of_a_race_have_the_same_numbers(tmp_path):
   assert config.data.batch_size == job.prompts * job.samples == 512
   assert (config.rl.beta, config.data.micro_batch) == (0.5, 64)
   assert config.run.eval_every == config.run.save_every == 0
+
+
+def test_the_numbers_of_a_mismatch():
+  """Of two tokens one is three times as likely, and one has another expert."""
+  inside = np.array([[[True, True, False]]])
+  rollout = np.array([[[-1.0, -2.0, 9.0]]])
+  log_probs = rollout + np.array([[[np.log(3.0), 0.0, 5.0]]])
+  own = np.array([[[[[0, 1]], [[0, 1]], [[4, 5]]]]])
+  routes = np.array([[[[[1, 0]], [[0, 2]], [[0, 1]]]]])
+  got = mismatch.numbers((log_probs, own), rollout, routes, inside)
+  np.testing.assert_allclose(got['k3'], (2 - np.log(3)) / 2, rtol=1e-12)
+  np.testing.assert_allclose(got['max'], np.log(3), rtol=1e-12)
+  assert (got['extreme'], got['flips'], got['tokens']) == (0.5, 0.5, 2)

@@ -26,12 +26,12 @@ import numpy as np
 
 from configs import r1_tiny
 from mla_moe.config import CacheConfig, Config, freeze
-from mla_moe.data import tokenizer
 from mla_moe.model import replay
 from mla_moe.rl import episodes, objective
 from mla_moe.train.load import load_run
 
 from .. import cli
+from ..data import tokenizer
 from ..rl import prompts, questions, rollouts
 
 

@@ -77,7 +77,8 @@ def run(out: pathlib.Path, args) -> None:
     for mode, row in table[name].items():
       cells = f'{row["k3"]:.1e} | {row["max"]:.2g} | {row["extreme"]:.1e}'
       print(f'| {name} | {mode} | {cells} | {row["flips"]:.2%} |', flush=True)
-  (out / 'mismatch.json').write_text(json.dumps(table, indent=1))
+  text = json.dumps(table, indent=1)
+  (out / 'mismatch.json').write_text(text, encoding='utf-8')
 
 
 def asked(config: Config, args) -> tuple[list[np.ndarray], object]:

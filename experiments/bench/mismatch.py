@@ -66,7 +66,7 @@ def run(out: pathlib.Path, args) -> None:
   """Prints the table, and writes it to OUT/mismatch.json."""
   folder = cli.path('--checkpoint', args.checkpoint)
   config, variables = load_run(folder)
-  ids, rl = asked(config, args)
+  ids, rl = questions_of(config, args)
   table = {}
   print('| | replay | k3 | largest | outside 1/2 to 2 | flips |')
   print('| --- | --- | --- | --- | --- | --- |')
@@ -81,7 +81,7 @@ def run(out: pathlib.Path, args) -> None:
   (out / 'mismatch.json').write_text(text, encoding='utf-8')
 
 
-def asked(config: Config, args) -> tuple[list[np.ndarray], object]:
+def questions_of(config: Config, args) -> tuple[list[np.ndarray], object]:
   """Returns the prompts of the questions, and the fields of the rollout."""
   source = questions.source(args.task, args.seed)
   items = [source.train(i) for i in range(args.prompts)]

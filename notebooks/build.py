@@ -80,7 +80,10 @@ def run(path: pathlib.Path, seconds: int = 1800):
 
 
 def clean(notebook):
-  """Removes parts that differ from run to run: timings, machines' warnings."""
+  """Removes parts that differ from run to run: timings, machines' warnings.
+
+  Paths in what is printed begin at the root of the clone.
+  """
   notebook.metadata.pop('language_info', None)  # the version of Python
   for cell in notebook.cells:
     cell.metadata = {}
@@ -89,6 +92,8 @@ def clean(notebook):
       for output in cell.outputs:
         if output.get('name') == 'stderr':
           continue
+        if 'text' in output:
+          output.text = output.text.replace(f'{FOLDER.parent}/', '')
         if output.get('name') == 'stdout' and outputs and 'text' in outputs[-1]:
           outputs[-1].text += output.text
         else:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import codecs
 import functools
+from collections.abc import Callable
+from typing import Any
 
 from .. import prompt
 from ..data.tokenizer import Tokenizer
@@ -22,11 +24,7 @@ class Spelling:
   def __init__(self, tokenizer: Tokenizer):
     special = prompt.special_tokens(tokenizer)
     self._special = {index: text for text, index in special.items()}
-    self._core = getattr(tokenizer, 'core', None)
-    self._added = {}
-    if self._core is not None:
-      added = self._core.get_added_tokens_decoder()
-      self._added = {i: token.content for i, token in added.items()}
+    self._bytes_of = _reader(tokenizer)
 
   def name(self, token: int, as_id: bool = False) -> str:
     """Returns the name of a token, its text if it is one."""
@@ -46,14 +44,7 @@ class Spelling:
 
   def shown(self, token: int) -> bytes:
     """Returns the bytes that a token adds to a text, none for a special one."""
-    if token in self._special:
-      return b''
-    if self._core is None:
-      return bytes([token]) if token < 256 else b''
-    if token in self._added:
-      return self._added[token].encode()
-    word = self._core.id_to_token(token) or ''
-    return b''.join(map(_bytes_of, word))
+    return b'' if token in self._special else self._bytes_of(token)
 
 
 class Places:
@@ -70,18 +61,40 @@ class Places:
     return place
 
 
-def _bytes_of(letter: str) -> bytes:
-  byte = _alphabet().get(letter)
-  return letter.encode() if byte is None else bytes([byte])
+def _reader(tokenizer: Tokenizer) -> Callable[[int], bytes]:
+  """Returns the function from a token to its bytes; an unknown one has none."""
+  core = getattr(tokenizer, 'core', None)
+  if core is None:
+    return lambda token: bytes([token]) if token < 256 else b''
+  if hasattr(core, 'decode_single_token_bytes'):  # of the library tiktoken
+    return functools.partial(_of_ranks, core)
+  added = core.get_added_tokens_decoder()
+  texts = {token: value.content for token, value in added.items()}
+  return functools.partial(_of_words, core, texts)
+
+
+def _of_ranks(core: Any, token: int) -> bytes:
+  try:
+    return core.decode_single_token_bytes(token)
+  except KeyError:
+    return b''
+
+
+def _of_words(core: Any, texts: dict[int, str], token: int) -> bytes:
+  if token in texts:
+    return texts[token].encode()
+  bytes_of, word = _alphabet(), core.id_to_token(token) or ''
+  letters = (bytes_of.get(letter, letter.encode()) for letter in word)
+  return b''.join(letters)
 
 
 @functools.cache
-def _alphabet() -> dict[str, int]:
+def _alphabet() -> dict[str, bytes]:
   """Returns the byte of each letter of a byte-level BPE (GPT-2's).
 
   Bytes that print stand for themselves; the others are letters from 256 on.
   """
   printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
   others = [byte for byte in range(256) if byte not in printed]
-  letters = {chr(byte): byte for byte in printed}
-  return letters | {chr(256 + i): byte for i, byte in enumerate(others)}
+  letters = {chr(byte): bytes([byte]) for byte in printed}
+  return letters | {chr(256 + i): bytes([x]) for i, x in enumerate(others)}

@@ -327,6 +327,12 @@ def test_tokens_have_names_bytes_and_places():
     *(' a', 'bytes:\\xc3', 'bytes:\\xa9', 'bytes:\\xe9', '<end>', '中')
   ]
   assert words.shown(4) == b'' and words.shown(5) == '中'.encode()
+  # The library tiktoken has the bytes of each token, and no unknown one.
+  core = types.SimpleNamespace(
+    decode_single_token_bytes={0: b'\xc3'}.__getitem__
+  )
+  read = spelling._reader(types.SimpleNamespace(core=core))
+  assert read(0) == b'\xc3' and read(1) == b''
 
 
 def send(app, method, path, headers):

@@ -544,9 +544,6 @@ def test_the_policy_itself_teaches_nothing(whole, tmp_path):
   train.run(config, tmp_path / 'run', options, policy.opened())
   for row in steps(tmp_path / 'run'):
     assert row['grad_norm'] == row['teacher_kl'] == 0
-  _, variables = load_run(tmp_path / 'run')
-  _, before = load_run(whole)
-  chex.assert_trees_all_equal(variables, before)
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ import datetime
 import functools
 import itertools
 import json
+import signal
 import sys
 
 SECONDS = 5  # of a processor, for one chat
@@ -312,20 +313,16 @@ def render(template: str, values: dict | None, names: dict) -> Text:
   return out
 
 
-def _limit(seconds: int) -> None:
-  """Bounds memory, and the time until the answer to the next request."""
+def _limit() -> None:
+  """Bounds the memory of this process."""
   import resource  # Windows has none: `cli` says so
 
-  usage = resource.getrusage(resource.RUSAGE_SELF)
-  end = int(usage.ru_utime + usage.ru_stime) + 1 + seconds
-  hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-  for limit, values in (
-    (resource.RLIMIT_CORE, (0, 0)),
-    (resource.RLIMIT_CPU, (end, hard)),
-    (resource.RLIMIT_AS, (MEMORY, MEMORY)),
+  for limit, most in (
+    (resource.RLIMIT_CORE, 0),
+    (resource.RLIMIT_AS, MEMORY),
   ):
     with contextlib.suppress(ValueError, OSError):  # macOS has not all of them
-      resource.setrlimit(limit, values)
+      resource.setrlimit(limit, (most, most))
 
 
 def main() -> None:
@@ -333,9 +330,11 @@ def main() -> None:
 
   An answer is {'text', 'own'} or {'error'}.
   """
+  _limit()
   for line in sys.stdin.buffer:
     request = json.loads(line)
-    _limit(request.pop('seconds'))
+    # The kernel ends this process once it has computed so long.
+    signal.setitimer(signal.ITIMER_PROF, request.pop('seconds'))
     try:
       answer = dict(
         zip(('text', 'own'), traced(render(**request)), strict=True)
@@ -343,6 +342,7 @@ def main() -> None:
     except Exception as error:  # it is a program: it may raise anything
       line = ' '.join(f'{type(error).__name__}: {error!s:.400}'.split())
       answer = {'error': line[:200]}
+    signal.setitimer(signal.ITIMER_PROF, 0)
     sys.stdout.write(json.dumps(answer) + '\n')
     sys.stdout.flush()
 

@@ -107,7 +107,7 @@ def test_row49_a_template_s_failure_is_one_line(
   words, tmp_path, source, monkeypatch
 ):
   pytest.importorskip('jinja2')
-  monkeypatch.setattr(renderer, 'SECONDS', 1)
+  monkeypatch.setattr(renderer, 'SECONDS', 0.3)
   write_template(tmp_path, source)
   with pytest.raises(ConfigError, match='template') as error:
     template.prompt(tmp_path, words[0], 'hello')

@@ -98,7 +98,7 @@ def test_a_thought_that_the_template_opens_is_not_opened_twice(words):
   opens = "{% for m in messages %}{{ m['content'] + '<e>' }}{% endfor %}" + (
     "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}"
   )
-  chat = template.Template(BYTES, opens, '', '', {'<e>': 257})
+  chat = template.Template(BYTES, opens, {}, {'<e>': 257}, ends={257})
   turns = [('user', 'q'), ('assistant', '<think>\nx</think>y')]
   assert chat.prompt(turns[:1]).tolist()[-8:] == ids('<think>\n')
   assert chat.answer(turns).tolist() == [*ids('x</think>y'), 257]

@@ -34,6 +34,7 @@ _BENCHMARKS = {
   'mesh': 'a step on 8 fake CPU devices beside one (2)',
   'huggingface_streaming': 'speed and memory of loading a checkpoint (15)',
   'mismatch': 'rollout beside trainer by precision, with routing replay (3)',
+  'formats': 'speed and memory of loading each format of weights (5)',
   'card': 'all measurements of one NVIDIA GPU, which it needs (8 there)',
 }
 

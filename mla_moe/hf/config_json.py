@@ -32,9 +32,7 @@ F32 = np.dtype(np.float32)
 _NO_YARN = ('default', 'none', None)
 _ROPE = ('rope_theta', 'rope_type', 'type', 'max_position_embeddings')
 _LENGTH = 'original_max_position_embeddings'
-_ROPE_NEUTRAL = {'truncate': True, 'partial_rotary_factor': 1, 'factor': 1}
-_ROPE_NEUTRAL |= {'attention_factor': 1}
-_MISSING = object()
+_ONES = ('partial_rotary_factor', 'factor', 'attention_factor', 'truncate')
 
 
 def parameter_dtype(dtype: Any) -> np.dtype:
@@ -249,7 +247,7 @@ def _check_rope(
       value = 1 if round(value * (nope + rotary)) == rotary else value
     known = key in _ROPE or (key in yarn and (kind == 'yarn' or grows))
     known = known or (grows and key.startswith('llama_4_scaling'))
-    if known or value in (None, False, _ROPE_NEUTRAL.get(key)):
+    if known or value in (None, False, 1 if key in _ONES else None):
       continue
     if key in yarn and kind is None:
       raise ConfigError(

@@ -259,8 +259,7 @@ def decode(
 ) -> Float[np.ndarray, 'R C']:
   """Returns codes times scales, of the asked dtype.
 
-  `codes` are a tensor's rows from `first_row` on, `scale` is that of the whole
-  tensor, and `columns` the weight's number of columns (see `Stored`).
+  `codes` are rows from `first_row` on, `scale` is that of all rows (`Stored`).
   """
   rows, table = len(codes), _CODES[kind]
   raw = np.ascontiguousarray(codes).view(np.uint8).reshape(rows, -1)

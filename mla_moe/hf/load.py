@@ -3,9 +3,8 @@
 `config_json` translates config.json, `names` says which tensor is which part of
 which leaf, `formats` decodes, `safetensors` maps the files into memory and
 `source` checks the folder. Here the matrices stream: each is read once, in the
-order of the files, and is written into every device's shard of its leaf
-(`leaves`). So the host has a few matrices in memory besides the shards, for a
-model of any size. `save` is the way back.
+order of the files, in pieces, and is written into every device's shard of its
+leaf (`leaves`), so that a host needs little memory besides the shards.
 """
 
 from __future__ import annotations
@@ -55,9 +54,10 @@ def load_huggingface(
     filling = leaves.empty(opened.config, opened.rows, dtype, mesh)
 
     def move(row: names.Row, index: dict[str, int]) -> None:
-      block = row.take(opened.matrix(row, index))
-      filling[row.path].put(block, row.start(index))
-      opened.forget(row.tensor(index))
+      for piece in row.pieces:
+        block = row.take(opened.matrix(row, index, piece))
+        filling[row.path].put(block, row.start(index, piece))
+        opened.forget(row.tensor(index))
 
     local = [
       (row, index)

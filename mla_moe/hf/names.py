@@ -32,6 +32,7 @@ from mla_moe.config import ModelConfig
 from mla_moe.hf import dialects
 
 _GATE_UP = ('gate', 'up')
+_PIECE = 2**23  # numbers that are in memory at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +127,21 @@ class Row:
       slices.append(slice(index[first] * step, (index[first] + 1) * step))
     return tuple(slices)
 
-  def start(self, index: dict[str, int]) -> tuple[int, ...]:
-    """Returns the position in our leaf where the matrix's block begins."""
+  @functools.cached_property
+  def pieces(self) -> list[slice]:
+    """The rows of a matrix in parts, but where its heads are apart."""
+    first, *others = self._matrix_axes
+    fused = len(self.file_shape) > 2
+    if fused or (first,) not in self.released or '|' in first:
+      return [slice(None)]
+    step = max(1, _PIECE // math.prod(map(self.size, others)))
+    return [slice(a, a + step) for a in range(0, self.size(first), step)]
+
+  def start(
+    self, index: dict[str, int], piece: slice = slice(None)
+  ) -> tuple[int, ...]:
+    """Returns the position in our leaf where the block of a piece begins."""
+    index = {self._matrix_axes[0]: piece.start or 0} | index
     return tuple(index.get(axis, 0) for axis in self.ours)
 
   def _selected(self, axis: str, ours: str) -> np.ndarray | None:
@@ -165,7 +179,8 @@ class Row:
 
   def take(self, matrix: np.ndarray) -> np.ndarray:
     """Returns our block of one matrix, a view where nothing is selected."""
-    x = matrix.reshape([self.size(axis) for axis in self._matrix_axes])
+    sizes = [self.size(axis) for axis in self._matrix_axes[1:]]
+    x = matrix.reshape(-1, *sizes)
     order, selections = self._moves
     for axis, positions in selections:
       if (np.diff(positions) == 1).all():
@@ -205,8 +220,7 @@ def quantized(name: str) -> bool:
 
 def ignored(name: str) -> bool:
   """Returns whether a release may contain the tensor for nothing (Kimi K2)."""
-  unused = tuple(dialects.tables()['unused'].split())
-  return '.rotary_emb.' in name or name.endswith(unused)
+  return name.endswith(tuple(dialects.tables()['unused'].split()))
 
 
 def is_vision(name: str) -> bool:

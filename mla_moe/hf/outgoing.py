@@ -31,7 +31,8 @@ class Tensors:
   """The released tensors of a model's variables.
 
   sources: {tensor: the (row, index) pairs whose blocks fill it}. plan: {tensor:
-  (dtype, shape) in its file}, FP8's scales included.
+  (dtype, shape) in its file}, FP8's scales included. only_powers: all scales
+  that were written are powers of two.
 
   Raises:
     ConfigError: variables that do not fit the config.
@@ -46,7 +47,7 @@ class Tensors:
     dtype: np.dtype | None,
   ):
     self.fp8, self.power_of_two, self.dtype = fp8, power_of_two, dtype
-    self._only_powers = True
+    self.only_powers = True
     self.sources: dict[str, list] = {}
     self.plan: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
     rows = {row.path: row for row in names.rows(config)}
@@ -82,18 +83,10 @@ class Tensors:
       return config_json.BF16 if lossless else config_json.F32
     return dtype
 
-  def dtype_of(self, name: str) -> np.dtype:
-    """Returns a tensor's dtype in its file."""
-    return self.plan[name][0]
-
   def bytes_of(self, name: str) -> int:
     """Returns a tensor's size in its file."""
     dtype, shape = self.plan[name]
     return dtype.itemsize * math.prod(shape)
-
-  def all_powers_of_two(self) -> bool:
-    """Returns whether all scales written so far are powers of two."""
-    return self._only_powers
 
   def shards(self, limit: int) -> list[list[str]]:
     """Returns the names of each file, layer by layer.
@@ -138,7 +131,7 @@ class Tensors:
           arrays[name][place] = q
           arrays[f'{name}_scale_inv'][place] = scale
           mantissas = np.frexp(scale)[0]
-          self._only_powers &= bool((mantissas == 0.5).all())
+          self.only_powers &= bool((mantissas == 0.5).all())
 
   def _matrix(self, name: str, expert: Any = ...) -> np.ndarray:
     """Returns a released matrix in the leaf's dtype, or in `dtype` if set.

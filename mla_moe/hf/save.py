@@ -82,7 +82,7 @@ def save_huggingface(
   if dtype is not None:
     dtype = config_json.parameter_dtype(dtype)
   tensors = outgoing.Tensors(config, variables, fp8, power_of_two, dtype)
-  main_dtype = tensors.dtype_of(next(iter(tensors.plan)))
+  main_dtype = next(iter(tensors.plan.values()))[0]
   if fp8:
     main_dtype = config_json.BF16
   # Refuses a model that cannot be described, before anything is written.
@@ -109,7 +109,7 @@ def save_huggingface(
       index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
       _write_json(scratch / f'{stem}{_INDEX}', index)
     values = config_json.write(
-      config, str(main_dtype), fp8, tensors.all_powers_of_two()
+      config, str(main_dtype), fp8, tensors.only_powers
     )
     ends = _object(extras.get(_GENERATION)).get('eos_token_id')
     one = [values.get('eos_token_id')]

@@ -183,15 +183,15 @@ class Source:
 
     return sorted(matrices, key=position)
 
-  def matrix(self, row: names.Row, index: dict[str, int]) -> np.ndarray:
-    """Returns a released matrix (or vector) as floats.
+  def matrix(
+    self, row: names.Row, index: dict[str, int], piece: slice
+  ) -> np.ndarray:
+    """Returns rows of a released matrix (or vector) as floats; refuses NaN.
 
     They are of the source's dtype, but float32 for the router's bias.
-
-    Raises:
-      ConfigError: it contains NaN.
     """
     name, part = row.tensor(index), row.within(index)
+    part = part if piece == slice(None) else (piece, *part[1:])
     with _errors_in(str(self.files[self.stored[name].codes].path)):
       dtype = config_json.F32 if row.path[0] == 'router' else self.dtype
       return self._floats(name, part, dtype)

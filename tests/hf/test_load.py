@@ -22,7 +22,7 @@ from releases import (
 
 from mla_moe import load_huggingface, sharding
 from mla_moe.config import ConfigError, MeshConfig
-from mla_moe.hf import fp8_blocks
+from mla_moe.hf import fp8_blocks, names
 
 
 def test_experts_in_one_tensor_load_like_experts_one_by_one(copy):
@@ -46,6 +46,13 @@ def test_experts_in_one_tensor_load_like_experts_one_by_one(copy):
 
   rewrite(folder, fuse)
   chex.assert_trees_all_equal(load_huggingface(folder)[1], variables)
+
+
+@pytest.mark.parametrize('case', ['v3_release', 'families/mistral4'])
+def test_pieces_of_matrices_make_the_same_leaves(case, monkeypatch):
+  expected = loaded(case)[1]
+  monkeypatch.setattr(names, '_PIECE', 500)
+  chex.assert_trees_all_equal(load_huggingface(GOLDEN / case)[1], expected)
 
 
 def test_leaves_are_laid_on_the_mesh():

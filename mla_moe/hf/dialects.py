@@ -5,9 +5,8 @@ its numbers (config.json) and of its tensors, in the values that a file may
 leave out, and in the router. dialects.toml beside this file has these
 differences as data, so that everything else reads and writes DeepSeek's words.
 
-A key of config.json that nobody here understands may change the model's
-numbers. So each key is refused that is not in the file's lists, unless its
-value says "no": null, false, or empty.
+A key that is in none of its lists may change the model's numbers. So it is
+refused, unless its value says "no": null, false, or empty.
 """
 
 from __future__ import annotations

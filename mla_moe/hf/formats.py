@@ -13,8 +13,8 @@ refused.
   I32 [R, C/8] or C/4     4 or 8 bits each, unsigned around 8 or 128, low first
   U8 or I8 [R, C/2]       E2M1 numbers (MXFP4, NVFP4), the low half first
 
-NVFP4 has one number more for the tensor: a divisor in compressed-tensors, a
-factor in ModelOpt. Products are rounded to float32, then to the asked dtype.
+NVFP4 has one number more for the tensor, a divisor or (ModelOpt) a factor.
+Products are rounded to float32, then to the asked dtype.
 """
 
 from __future__ import annotations
@@ -51,10 +51,9 @@ _SCALES = (*_FLOATS, 'F8_E8M0', 'U8')
 
 
 class Stored(NamedTuple):
-  """The tensors of one weight, '' where it has none, and its `shape`.
+  """The tensors of one weight ('' is none), its shape, its kind (`_CODES`).
 
-  kind: 'float', or a key of `_CODES`. tile: rows and columns that share a
-  number of `scale`. divisor, factor: one number. sizes: the shape once more.
+  tile: rows and columns that share a number of `scale`. sizes: the shape.
   """
 
   codes: str

@@ -2,9 +2,8 @@
 
 `config_json` translates config.json, `names` says which tensor is which part of
 which leaf, `formats` decodes, `safetensors` maps the files into memory and
-`source` checks the folder. Here the matrices stream: each is read once, in the
-order of the files, in pieces, and is written into every device's shard of its
-leaf (`leaves`), so that a host needs little memory besides the shards.
+`source` checks the folder. Here matrices stream, in the order of the files, in
+pieces, into every device's shard of a leaf (`leaves`).
 """
 
 from __future__ import annotations

@@ -57,10 +57,11 @@ def drawing(config: Config) -> Draw:
   routes = rl.replay != 'none' and model.moe_layers > 0
   if rl.engine == 'scheduler':
     return _Engine(config, routes).draw
+  stop_ids = ends.of_run(config)
 
   def draw(variables, prompts, seeds):
     options = dict(cache=CacheConfig(routes=routes), speculative=rl.speculative)
-    options['stop_ids'] = ends.of_run(config)
+    options['stop_ids'] = stop_ids
     return rollouts.draw(model, rl, variables, prompts, seeds, **options)
 
   return draw

@@ -575,6 +575,31 @@ def test_teachers_share_the_weight():
   assert taught(plain, ['a']).rl.teachers == (('a', 1.0),)
 
 
+@pytest.mark.parametrize('name', ['rollout', 'scheduler'])
+def test_any_listed_end_ends_a_rollout(name, monkeypatch, tmp_path):
+  """A release's files, beside the tokenizer, list others than the config."""
+  listed = json.dumps({'eos_token_id': [7, 9]})
+  (tmp_path / 'generation_config.json').write_text(listed)
+  config = small()
+  data = dataclasses.replace(config.data, tokenizer=str(tmp_path / 'x.json'))
+  rl = dataclasses.replace(config.rl, engine=name)
+  config = dataclasses.replace(config, data=data, rl=rl)
+
+  class Ended(Exception):
+    pass
+
+  def draw(*_, stop_ids, **__):
+    raise Ended(*stop_ids)
+
+  work = types.SimpleNamespace(passes=0, accepted=0, submit=draw)
+  monkeypatch.setattr(rollouts, 'draw', draw)
+  monkeypatch.setattr(engine._Engine, '_with', lambda *_: work)
+  prompts = [np.ones(3, np.int32)]
+  with pytest.raises(Ended) as ended:
+    engine.drawing(config)(None, prompts, np.zeros(rl.samples, int))
+  assert ended.value.args == tuple(sorted({7, 9, config.model.eos_id}))
+
+
 def test_short_answers_do_not_read_pages_of_128(monkeypatch):
   """A row of the cache is one page at least, and is read whole."""
   pages = []

@@ -13,17 +13,9 @@ itself. Where that cannot be told, the chat is refused.
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import functools
-import importlib.util
-import json
 import os
 import pathlib
 import re
-import subprocess
-import sys
-import threading
 from typing import NamedTuple
 
 import numpy as np
@@ -39,7 +31,7 @@ from .. import cli
 from .. import ends as endings
 from .. import prompt as prompts
 from ..data.tokenizer import BOS, EOS, Tokenizer
-from . import renderer
+from . import renderer, rendering
 
 FLAGS = flags.FLAGS
 _TEMPLATE_BYTES = 2**20
@@ -68,7 +60,7 @@ def own() -> str:
     raise ConfigError(f'{path}: is no text in UTF-8') from None
   if not text.strip():
     raise ConfigError(f'{path}: is empty')
-  _run(text, None, {})
+  rendering.run(text, None, {})
   return text
 
 
@@ -111,21 +103,6 @@ def encode(
       special tokens that it needs.
   """
   return opened(folder, tokenizer, own).prompt(messages, special=special)
-
-
-class Rendered(NamedTuple):
-  """A chat's text; own: (start, end) of the characters of the template."""
-
-  text: str
-  own: list[tuple[int, int]]
-
-  def has_own(self, start: int, end: int) -> bool:
-    """Returns whether the template wrote all these characters."""
-    return any(a <= start and end <= b for a, b in self.own)
-
-  def is_own_free(self, start: int, end: int) -> bool:
-    """Returns whether the template wrote none of these characters."""
-    return all(end <= a or b <= start for a, b in self.own)
 
 
 class Template(NamedTuple):
@@ -198,7 +175,9 @@ class Template(NamedTuple):
     )
     end = whole.text[start : next(ends, start)]
     own = [(len(text), len(text + end))]
-    ids = _encode(Rendered(text + end, own), self.special, self.tokenizer)
+    ids = _encode(
+      rendering.Rendered(text + end, own), self.special, self.tokenizer
+    )
     eos = self.tokenizer.eos_id
     if end and ids[-1] not in self.ends:
       raise ConfigError(
@@ -207,7 +186,7 @@ class Template(NamedTuple):
       )
     return ids if end else np.append(ids, np.int32(eos))
 
-  def _continued(self, messages: list[tuple[str, str]]) -> Rendered:
+  def _continued(self, messages: list[tuple[str, str]]) -> rendering.Rendered:
     """Returns the chat up to the end of its last message, as transformers."""
     *earlier, (role, text) = messages
     mark = _mark(messages)
@@ -221,9 +200,9 @@ class Template(NamedTuple):
     if not whole.text.startswith(f'{mark} ', end):  # it trims messages
       text = text.rstrip()
     own = ((a, min(b, len(text))) for a, b in whole.own)
-    return Rendered(text, [(a, b) for a, b in own if a < b])
+    return rendering.Rendered(text, [(a, b) for a, b in own if a < b])
 
-  def _check_traced(self, rendered: Rendered, messages) -> None:
+  def _check_traced(self, rendered: rendering.Rendered, messages) -> None:
     """Refuses a template whose own special tokens cannot be told from texts.
 
     A special token of which the template wrote nothing is a person's, and
@@ -245,12 +224,14 @@ class Template(NamedTuple):
         'a text; write the token into --chat_template=FILE as it is'
       )
 
-  def _rendered(self, messages: list[tuple[str, str]], ready: bool) -> Rendered:
+  def _rendered(
+    self, messages: list[tuple[str, str]], ready: bool
+  ) -> rendering.Rendered:
     """Returns the template's text, `ready` for the next answer."""
     if self.text:
       messages = [{'role': role, 'content': text} for role, text in messages]
       values = {'messages': messages, 'add_generation_prompt': ready}
-      return _run(self.text, values, self.names)
+      return rendering.run(self.text, values, self.names)
     for token in (BOS, USER, ASSISTANT):
       if token not in self.special:
         raise ConfigError(
@@ -268,7 +249,7 @@ class Template(NamedTuple):
       before, after = map(renderer.own, around[role])
       parts += [before, text, after]
     parts.append(renderer.own(ASSISTANT if ready else ''))
-    return Rendered(*renderer.traced(renderer.concat(parts)))
+    return rendering.Rendered(*renderer.traced(renderer.concat(parts)))
 
 
 def opened(
@@ -330,73 +311,6 @@ def _of(folder: pathlib.Path, values: dict) -> str:
   return template or ''
 
 
-def _run(template: str, values: dict | None, names: dict[str, str]) -> Rendered:
-  """Returns the rendered template; without values it is only compiled.
-
-  Raises:
-    ConfigError: no jinja2, or a template that fails.
-  """
-  if importlib.util.find_spec('jinja2') is None:
-    raise ConfigError('a chat template needs jinja2: pip install "mla_moe[hf]"')
-  request = {'template': template, 'values': values, 'names': names}
-  answer = _child().ask(request | {'seconds': renderer.SECONDS})
-  if 'error' in answer:
-    raise ConfigError(f'the chat template fails ({answer["error"]})')
-  return Rendered(answer['text'], [tuple(span) for span in answer['own']])
-
-
-class _Child:
-  """The process that renders; it starts at the first request, and again after
-  one that the kernel has ended."""
-
-  def __init__(self):
-    self._lock = threading.Lock()
-    self._process = None
-    atexit.register(self._end)
-
-  def ask(self, request: dict) -> dict:
-    """Returns the answer to a request: {'text', 'own'} or {'error'}."""
-    with self._lock:
-      if self._process is None or self._process.poll() is not None:
-        self._end()
-        self._process = subprocess.Popen(
-          [sys.executable, '-P', renderer.__file__],
-          stdin=subprocess.PIPE,
-          stdout=subprocess.PIPE,
-          stderr=subprocess.DEVNULL,
-          start_new_session=True,  # Ctrl-C ends an answer, and not this
-        )
-      line = b''
-      with contextlib.suppress(BrokenPipeError):
-        self._process.stdin.write(json.dumps(request).encode() + b'\n')
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-      if line:
-        return json.loads(line)
-      self._end()
-    limits = f'{renderer.SECONDS} s or {renderer.MEMORY >> 20} MiB'
-    return {'error': f'it needs more than {limits}'}
-
-  def _end(self) -> None:
-    process, self._process = self._process, None
-    if process is not None:
-      process.kill()
-      process.stdout.close()
-      with contextlib.suppress(BrokenPipeError):
-        process.stdin.close()
-      process.wait()
-
-
-@functools.lru_cache(maxsize=1)
-def _child_of(pid: int) -> _Child:
-  return _Child()
-
-
-def _child() -> _Child:
-  """Returns the child of this process; a fork gets its own."""
-  return _child_of(os.getpid())
-
-
 def _mark(messages: list[tuple[str, str]]) -> str:
   """Returns a text that no message has."""
   mark = '\ue000'
@@ -406,7 +320,7 @@ def _mark(messages: list[tuple[str, str]]) -> str:
 
 
 def _encode(
-  rendered: Rendered, special: dict[str, int], tokenizer: Tokenizer
+  rendered: rendering.Rendered, special: dict[str, int], tokenizer: Tokenizer
 ) -> Int[np.ndarray, ' T']:
   """Returns the ids of the template's special tokens, and of the text between
   them."""

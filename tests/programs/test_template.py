@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from experiments import prompt
 from experiments import tokenizer as trained
 from experiments.data import tokenizer
-from experiments.serving import template
+from experiments.serving import rendering, template
 from mla_moe import ConfigError
 
 HERE = pathlib.Path(__file__).parent
@@ -227,8 +227,8 @@ def test_a_killed_renderer_comes_back(words):
   words, _ = words
   own = '{{ messages[0].content }}'
   before = template.encode(None, words, [('user', 'hi')], own)
-  template._child()._process.kill()
-  template._child()._process.wait()
+  rendering._child()._process.kill()
+  rendering._child()._process.wait()
   after = template.encode(None, words, [('user', 'hi')], own)
   np.testing.assert_array_equal(before, after)
 

@@ -93,6 +93,9 @@ def run(
     try:
       config = run_tokenizer.resolved(path, config)
       return _run(config, path, records, stop, options, open_source)
+    except signals.Stopped as signal:
+      print(f'Stopped by {signal} before the first step: nothing to save.')
+      return {'step': 0}
     except RuntimeError as error:
       if 'RESOURCE_EXHAUSTED' not in str(error):
         raise
@@ -132,7 +135,8 @@ def _run(
       trackers.append(tracking.Tracker(name, path, dataclasses.asdict(config)))
       stack.callback(trackers[0].close)
     open_source = open_source or source.open_text
-    setup = preparation.prepare(config, path, open_source)
+    with stop.at_once():
+      setup = preparation.prepare(config, path, open_source)
     stack.callback(setup.source.close)
     if setup.mesh:
       enter(jax.set_mesh(setup.mesh))
@@ -311,6 +315,8 @@ def _save(parts: Parts, progress: Progress) -> None:
   """Begins to save the progress, when the save before it has ended."""
   with _saving(parts.recorder, progress.number):
     parts.writer.wait()
+  for text in parts.writer.notices():
+    parts.recorder.incident(progress.number, text)
   with _saving(parts.recorder, progress.number):
     parts.writer.save(progress.number, progress.state, _facts(parts, progress))
 

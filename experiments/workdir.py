@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
@@ -35,6 +36,9 @@ _DIGEST = 'fields:'
 
 # Bytes of a file that are read at once.
 _BLOCK = 2**20
+
+# Rows are forced to the disk at least this often.
+_SYNC_SECONDS = 60
 
 # The errors of a disk that is full, read-only, failing or gone.
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
@@ -365,7 +369,8 @@ class Rows:
   If the disk is full, a row waits in memory and is tried again with each later
   row. `close` raises the OSError if rows are still waiting: no row is lost
   silently, and only a kill can tear one. A torn last row is cut off first:
-  nothing after it could be read.
+  nothing after it could be read. Once a minute, and at the end, rows are forced
+  to the disk: a machine that is taken away loses a minute of them.
   """
 
   def __init__(self, path: pathlib.Path):
@@ -373,15 +378,31 @@ class Rows:
     _cut_torn(self._file)
     self._path = path
     self._waiting: list[bytes] = []
+    self._synced = time.monotonic()
 
   def append(self, row: dict) -> None:
     """Writes the row, now or with a later one."""
     self._waiting.append(_line(row).encode())
     try:
       self._flush()
+      if time.monotonic() - self._synced >= _SYNC_SECONDS:
+        self.sync()
     except OSError as error:
       if len(self._waiting) == 1:
         print(f'WARNING: {trouble(self._path, error)}; rows wait in memory.')
+
+  def sync(self) -> None:
+    """Waits until the rows are on the disk.
+
+    Raises:
+      OSError: the disk fails.
+    """
+    self._synced = time.monotonic()
+    try:
+      os.fsync(self._file.fileno())
+    except OSError as error:
+      if error.errno != errno.EINVAL:  # no disk
+        raise
 
   def close(self) -> None:
     """Writes the rows that still wait, and closes the file.
@@ -391,6 +412,7 @@ class Rows:
     """
     try:
       self._flush()
+      self.sync()
     finally:
       self._file.close()
 

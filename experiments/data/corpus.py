@@ -14,9 +14,11 @@ end. A line says how much it is, and which files were left out.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
+import mmap
 import os
 import pathlib
 import shutil
@@ -34,6 +36,7 @@ from .tokenizer import Tokenizer
 
 _BLOCK = 1 << 20  # bytes per checksum
 _FORMAT = 2
+_SCRATCH = '.making-'
 _OLDER = (*sources.TEXT, '.jsonl', '.parquet')  # the kinds of format 1
 
 
@@ -194,30 +197,69 @@ class _Counts:
 def _write(folder, files, data, tokenizer, say):
   """Writes a scratch folder and renames it: `folder` is complete or absent."""
   folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-  scratch = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix='.making-'))
-  dtype = np.uint16 if tokenizer.vocab <= 1 << 16 else np.uint32
+  with _scratch(folder.parent) as scratch:
+    _write_into(scratch, folder, files, data, tokenizer, say)
+
+
+@contextlib.contextmanager
+def _scratch(cache: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields a folder in `cache`, locked; deletes it, and those of killed ones.
+
+  A lock ends with its process. Folders are made and judged under a lock of the
+  cache, so that none is judged before it has its own.
+  """
+  with contextlib.ExitStack() as stack:
+    with _locked(cache):
+      for path in cache.glob(f'{_SCRATCH}*'):
+        with _locked(path, wait=False) as free:
+          if free:  # its process has ended
+            shutil.rmtree(path, ignore_errors=True)
+      scratch = pathlib.Path(tempfile.mkdtemp(dir=cache, prefix=_SCRATCH))
+      stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+      stack.enter_context(_locked(scratch))
+    yield scratch
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path, wait: bool = True) -> Iterator[bool]:
+  """Holds the lock of a folder; yields whether it could be had.
+
+  A file system without locks has none to give.
+  """
+  import fcntl  # Windows has none: `cli` says so
+
+  handle, has = os.open(folder, os.O_RDONLY), True
   try:
-    paths = {part: scratch / f'{part}.bin' for part in ('train', 'heldout')}
-    counts = _tokenise(paths, files, data, tokenizer, dtype, say)
-    if not counts.documents:
-      raise ConfigError(f'data.source={data.source!r}: holds no text')
-    for line in _notices(counts, data):
-      say(line)
-    facts = dict(
-      dtype=np.dtype(dtype).name,
-      heldout_bytes=counts.heldout_bytes,
-      gzip_bits_per_byte=8 * counts.gzip_bytes / max(counts.heldout_bytes, 1),
-      prompt=counts.prompt,
-      checksums={part: _checksums(path) for part, path in paths.items()},
-    )
-    (scratch / 'corpus.json').write_text(json.dumps(facts), encoding='utf-8')
     try:
-      os.rename(scratch, folder)
-    except OSError:  # another process was first, with the same content
-      if not (folder / 'corpus.json').exists():
-        raise
+      fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+      has = False
+    yield has
   finally:
-    shutil.rmtree(scratch, ignore_errors=True)
+    os.close(handle)
+
+
+def _write_into(scratch, folder, files, data, tokenizer, say):
+  dtype = np.uint16 if tokenizer.vocab <= 1 << 16 else np.uint32
+  paths = {part: scratch / f'{part}.bin' for part in ('train', 'heldout')}
+  counts = _tokenise(paths, files, data, tokenizer, dtype, say)
+  if not counts.documents:
+    raise ConfigError(f'data.source={data.source!r}: holds no text')
+  for line in _notices(counts, data):
+    say(line)
+  facts = dict(
+    dtype=np.dtype(dtype).name,
+    heldout_bytes=counts.heldout_bytes,
+    gzip_bits_per_byte=8 * counts.gzip_bytes / max(counts.heldout_bytes, 1),
+    prompt=counts.prompt,
+    checksums={part: _checksums(path) for part, path in paths.items()},
+  )
+  (scratch / 'corpus.json').write_text(json.dumps(facts), encoding='utf-8')
+  try:
+    os.rename(scratch, folder)
+  except OSError:  # another process was first, with the same content
+    if not (folder / 'corpus.json').exists():
+      raise
 
 
 def _notices(counts: _Counts, data: DataConfig) -> Iterator[str]:
@@ -298,6 +340,20 @@ def _fim(tokens, key, data, tokenizer):
   return np.concatenate([[begin], prefix, [hole], suffix, [end], middle])
 
 
+def _mapped(path: pathlib.Path, dtype: str) -> np.ndarray:
+  """Returns the tokens of a file, mapped, and read without read-ahead.
+
+  Rows come from all over the file: the system would read many times what a row
+  needs.
+  """
+  if not path.stat().st_size:  # no empty file is mapped
+    return np.zeros(0, dtype)
+  with open(path, 'rb') as file:
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+  mapped.madvise(mmap.MADV_RANDOM)
+  return np.frombuffer(mapped, dtype)
+
+
 def _checksums(path: pathlib.Path) -> list[int]:
   with open(path, 'rb') as file:
     return [zlib.crc32(block) for block in iter(lambda: file.read(_BLOCK), b'')]
@@ -319,10 +375,7 @@ def _open(folder: pathlib.Path, tokenizer, fingerprint: str) -> Corpus:
         raise ConfigError(
           f'{path}: MiB {i} is damaged; delete the folder and start again'
         )
-    empty = np.zeros(0, facts['dtype'])  # numpy maps no empty file
-    streams[part] = (
-      np.memmap(path, facts['dtype'], 'r') if path.stat().st_size else empty
-    )
+    streams[part] = _mapped(path, facts['dtype'])
   return Corpus(
     train=streams['train'],
     heldout=streams['heldout'],

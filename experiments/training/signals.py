@@ -7,8 +7,14 @@ all devices. It is read after the step is dispatched, so that nobody waits.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import signal
+from collections.abc import Iterator
+
+
+class Stopped(BaseException):
+  """A signal came where nothing is to be saved; the message is its name."""
 
 
 class Stop:
@@ -16,6 +22,7 @@ class Stop:
 
   def __init__(self):
     self.number = 0
+    self._raises = False
 
   def __enter__(self) -> Stop:
     self._handlers = {}
@@ -31,6 +38,17 @@ class Stop:
     self.number = number
     for either in self._handlers:
       signal.signal(either, signal.SIG_DFL)
+    if self._raises:
+      raise Stopped(signal.Signals(number).name)
+
+  @contextlib.contextmanager
+  def at_once(self) -> Iterator[None]:
+    """Lets a signal in the block end it by `Stopped`: a text may take hours."""
+    self._raises = True
+    try:
+      yield
+    finally:
+      self._raises = False
 
   def share(self):
     """Starts to share the signal among processes; `agreed` reads the result."""

@@ -78,8 +78,15 @@ def remove(folder: os.PathLike | str, step: int) -> None:
   doomed = path.with_suffix(_REMOVED)
   if doomed.exists():
     shutil.rmtree(doomed)
-  os.rename(path, doomed)
-  shutil.rmtree(doomed)
+  if path.exists():
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def half_removed(folder: pathlib.Path) -> set[int]:
+  """Returns the steps whose deletion was begun and has not ended."""
+  names = (path.stem for path in folder.glob(f'*{_REMOVED}'))
+  return {int(name) for name in names if _is_step(name)}
 
 
 def clean(folder: pathlib.Path) -> None:

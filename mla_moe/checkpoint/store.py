@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import errno
 import importlib.metadata
+import math
 import os
 import pathlib
 import shutil
@@ -38,6 +39,10 @@ Damaged = seal.Damaged
 # no seal was cut off; a step without it is older than seals.
 _MARK = 'to_be_sealed'
 _FACTS = ocp.args.JsonRestore()
+# Orbax gives up a save after its deadline: 20 minutes, or more for a state that
+# a slow disk cannot take in them.
+_LEAST_SECONDS = 1200
+_BYTES_PER_SECOND = 50e6  # of each process
 
 
 class NotSaved(RuntimeError):
@@ -77,10 +82,13 @@ class Writer:
     self.folder = pathlib.Path(folder).resolve()
     self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if jax.process_index() == 0:
-      folders.clean(self.folder)
+      with contextlib.suppress(OSError):  # another start may do it
+        folders.clean(self.folder)
     self._policy = keep, keep_every, keep_best
     self._best = best
-    self._orbax = checkpointer()
+    self._seconds = _LEAST_SECONDS
+    self._orbax = checkpointer(self._seconds)
+    self._notices: list[str] = []
     self._thread = concurrent.futures.ThreadPoolExecutor(1)
     self._running = None
     self._last = None
@@ -104,6 +112,10 @@ class Writer:
     path = self.folder / str(step)
     if step == self._last and path.exists():
       return
+    if deadline(state) > self._seconds:
+      self._orbax.close()
+      self._seconds = deadline(state)
+      self._orbax = checkpointer(self._seconds)
     pending = fingerprint.of(state)
     items = ocp.args.Composite(
       state=ocp.args.StandardSave(state),
@@ -135,12 +147,18 @@ class Writer:
       self._last = None
       raise self._failed(path, error) from error
 
+  def notices(self) -> list[str]:
+    """Returns lines about steps that could not be deleted, each once."""
+    lines, self._notices = self._notices, []
+    return lines
+
   def _failed(self, path, error) -> NotSaved:
     """Returns the error as one line, after making room for the next save."""
     with contextlib.suppress(Exception):  # it may still be writing
       self._orbax.wait_until_finished()
     if jax.process_index() == 0 and self.folder.is_dir():
-      folders.clean(self.folder)
+      with contextlib.suppress(OSError):
+        folders.clean(self.folder)
     try:
       free = f'{shutil.disk_usage(self.folder).free / 2**20:,.0f} MiB are free'
     except OSError:
@@ -172,6 +190,7 @@ class Writer:
     self._prune()
 
   def _prune(self):
+    """Deletes old steps; one that stays is tried again after the next seal."""
     scores = {}
     for step in folders.steps(self.folder):
       try:
@@ -180,8 +199,14 @@ class Writer:
         continue
       if sealed is not None:
         scores[step] = sealed['facts'].get(self._best)
-    for step in scores.keys() - folders.retained(scores, *self._policy):
-      folders.remove(self.folder, step)
+    doomed = scores.keys() - folders.retained(scores, *self._policy)
+    for step in sorted(doomed | folders.half_removed(self.folder)):
+      try:
+        folders.remove(self.folder, step)
+      except OSError as error:
+        self._notices.append(
+          f'{self.folder / str(step)}: could not be deleted ({error.strerror})'
+        )
 
 
 def check(folder: os.PathLike | str, step: int) -> dict | None:
@@ -280,8 +305,15 @@ def facts(folder: os.PathLike | str, step: int) -> dict:
   return _unmarked(_load(path, facts=_FACTS)['facts'])
 
 
-def checkpointer() -> ocp.AsyncCheckpointer:
-  """Returns Orbax's reader and writer of one step.
+def deadline(state: PyTree) -> int:
+  """Returns the seconds that a save of the state may take."""
+  size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+  seconds = size / jax.process_count() / _BYTES_PER_SECOND
+  return max(_LEAST_SECONDS, math.ceil(seconds))
+
+
+def checkpointer(seconds: int = _LEAST_SECONDS) -> ocp.AsyncCheckpointer:
+  """Returns Orbax's reader and writer of one step, with a save's deadline.
 
   It marks a finished step by a commit file, the sign that `folders.steps` looks
   for. Orbax's other mode marks it by a rename: never mix the two, or a
@@ -293,6 +325,7 @@ def checkpointer() -> ocp.AsyncCheckpointer:
   mode = ocp.options.AtomicityMode.COMMIT_FILE
   return ocp.AsyncCheckpointer(
     handler,
+    async_options=ocp.options.AsyncOptions(timeout_secs=seconds),
     atomicity_options=ocp.options.AtomicityOptions(mode=mode),
     file_options=ocp.options.FileOptions(path_permission_mode=0o700),
   )

@@ -145,8 +145,9 @@ def bits_per_byte(nll: float, tokens_bytes: int) -> float:
 def _rows(stream, data, order, bos_id) -> Batch:
   """Returns rows `order` [n, B] of the stream."""
   t = data.seq_len
-  index = order[..., None] * t + np.arange(t + 1)
-  both = stream[index].astype(np.int32)  # [n, B, T+1]
+  both = np.empty((*order.shape, t + 1), np.int32)
+  for row, i in zip(both.reshape(-1, t + 1), order.flat, strict=True):
+    row[:] = stream[i * t : i * t + t + 1]  # one piece of the file
   tokens, targets = both[..., :-1], both[..., 1:]
   positions = np.broadcast_to(np.arange(t, dtype=np.int32), tokens.shape)
   segments = np.zeros(tokens.shape, np.int32)

@@ -3,6 +3,7 @@
 The row numbers are those of the table in docs/reliability.md.
 """
 
+import errno
 import math
 import os
 import random
@@ -225,3 +226,46 @@ def test_a_folder_that_vanishes_is_one_line(tmp_path):
       writer.save(1, make(1), {})
   assert '\n' not in str(error.value)
   assert not (tmp_path / 'run').exists()
+
+
+def test_a_step_that_cannot_be_deleted_fails_no_save(tmp_path, monkeypatch):
+  """As on a mount that renames no large folder; it is tried again later."""
+  state = {'w': jnp.arange(4.0)}
+  real, refused = os.rename, [1, 2]
+
+  def rename(source, target):
+    if str(target).endswith('.removed') and refused:
+      refused.pop()
+      raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    real(source, target)
+
+  monkeypatch.setattr(folders.os, 'rename', rename)
+  steps = lambda: folders.steps(tmp_path)
+  with store.Writer(tmp_path, 1) as writer:
+    for step in (1, 2, 3):
+      writer.save(step, state, {})
+    writer.wait()  # raises nothing: all were sealed
+    lines = [line.replace(str(tmp_path), '') for line in writer.notices()]
+    right = '/1: could not be deleted (Too many open files)'
+    assert lines == [right, right] and not writer.notices()
+    assert steps() == [1, 3]
+    writer.save(4, state, {})
+    writer.wait()
+    assert steps() == [4] and not writer.notices()
+  (tmp_path / '3.removed').mkdir()  # of a deletion that ended half-way
+  with store.Writer(tmp_path, 1) as writer:
+    writer.save(5, state, {})
+  assert sorted(os.listdir(tmp_path)) == ['5']
+
+
+def test_the_deadline_of_a_save_grows_with_the_state():
+  """50 MB a second of each process, and never less than 20 minutes."""
+
+  class Leaf:
+    nbytes = 188 * 10**9  # V2-Lite with AdamW
+
+  assert store.deadline([Leaf()]) == 3760
+  assert store.deadline({'w': np.zeros(4)}) == 1200
+  orbax = store.checkpointer(3760)
+  assert orbax._async_manager._timeout_secs == 3760
+  orbax.close()

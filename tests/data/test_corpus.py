@@ -128,6 +128,30 @@ def test_token_files_of_an_older_version_are_read(folder, tmp_path, text):
     corpus.prepare(config, BYTE, cache, print, known=old)
 
 
+def test_a_killed_process_leaves_nothing_for_ever(folder, tmp_path):
+  """Its folder has no lock any more; that of a process that lives has."""
+  cache = tmp_path / 'cache'
+  cache.mkdir()
+  for name in ('dead', 'alive'):
+    (cache / f'.making-{name}').mkdir()
+    (cache / f'.making-{name}' / 'train.bin').write_bytes(b'x')
+  with corpus._locked(cache / '.making-alive'):
+    text = prepared(small(source=folder), cache)
+  assert sorted(os.listdir(cache)) == ['.making-alive', text.fingerprint]
+
+
+@pytest.mark.skipif(
+  not os.path.exists('/proc/self/smaps'), reason='no Linux: no smaps'
+)
+def test_rows_are_read_without_read_ahead(text, tmp_path):
+  """The system knows that the mapping is read at random (flag rr)."""
+  maps = pathlib.Path('/proc/self/smaps').read_text('utf-8')
+  path = str(tmp_path / 'cache' / text.fingerprint / 'train.bin')
+  flags = maps.partition(path)[2].partition('VmFlags:')[2].splitlines()[0]
+  assert 'rr' in flags.split()
+  assert not text.train.flags.writeable
+
+
 @pytest.mark.parametrize('part', ['train', 'heldout'])
 def test_row20_a_flipped_bit_is_found_and_named(part, folder, tmp_path, text):
   path = tmp_path / 'cache' / text.fingerprint / f'{part}.bin'

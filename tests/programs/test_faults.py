@@ -22,7 +22,7 @@ import pytest
 
 from configs import tiny
 from experiments import cli, runtime, soak, train, workdir
-from experiments.data import tokenizer
+from experiments.data import corpus, tokenizer
 from experiments.training import (
   metrics,
   preparation,
@@ -284,6 +284,29 @@ def test_a_finished_run_tells_its_numbers_again(root):
   final = train.run(micro(1), root / 'first')
   assert final == {name: row[name] for name in ('step', 'loss', 'main_loss')}
   assert rows(root / 'first') == [row]
+
+
+def test_row11_a_signal_while_a_text_is_tokenised_ends_it(tmp_path, capsys):
+  """At once, with nothing left behind; before it the signal was not heard."""
+  source = tmp_path / 'text'
+  source.mkdir()
+  (source / 'a.txt').write_text('a line of text\n' * 99)
+
+  def open_source(config, words, path):
+    cache = path.parent / '.corpus'
+
+    def say(line):
+      os.kill(os.getpid(), signal.SIGTERM)
+
+    return corpus.prepare(config.data, words, cache, say)
+
+  config = micro(2, source=str(source))
+  end = train.run(config, tmp_path / 'run', open_source=open_source)
+  assert end == {'step': 0}
+  assert 'Stopped by SIGTERM before the first step' in capsys.readouterr().out
+  cache = tmp_path / '.corpus'
+  assert not cache.exists() or not os.listdir(cache)
+  assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 @pytest.mark.slow

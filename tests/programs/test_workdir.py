@@ -34,6 +34,20 @@ def test_rows_are_strict_json_and_nan_comes_back(tmp_path):
   assert math.isnan(old['loss'])
 
 
+def test_rows_are_on_the_disk_within_a_minute(tmp_path, monkeypatch):
+  """Forced there by the first row after 60 seconds, and at the end."""
+  now, synced = 0.0, []
+  monkeypatch.setattr(workdir.time, 'monotonic', lambda: now)
+  size = lambda _: synced.append((tmp_path / 'rows.jsonl').stat().st_size)
+  monkeypatch.setattr(workdir.os, 'fsync', size)
+  file = workdir.Rows(tmp_path / 'rows.jsonl')
+  for now in (0.0, 30.0, 59.0, 61.0, 100.0, 121.5):  # noqa: B007 (the clock)
+    file.append({'step': 1})
+  file.close()
+  row = len('{"step": 1}\n')
+  assert synced == [4 * row, 6 * row, 6 * row]
+
+
 @pytest.mark.parametrize('block', [1, 7, 2**20])
 def test_rows_are_read_and_dropped_from_the_end(tmp_path, monkeypatch, block):
   """The end of a long file is all that is read."""

@@ -232,14 +232,14 @@ def _steps(parts: Parts, start: Progress) -> End:
 def _dispatch(parts: Parts, clock: Clock, number: int, state, batch):
   """Starts a step on the devices; returns its state and its `Result`."""
   from mla_moe import fp8
-  from mla_moe.checkpoint import faults, fingerprint
+  from mla_moe.checkpoint import fingerprint
 
-  from .training import steps
+  from .training import disturbances, steps
   from .training.recorder import Result
 
   config = parts.setup.config
   rates = steps.rates(config, number)
-  disturbed, state = faults.disturb(number, rates, state)
+  disturbed, state = disturbances.disturb(number, rates, state)
   signal = parts.stop.share()
   clock.pause(parts.trace(number, state))
   if clock.running:

@@ -26,31 +26,12 @@ import errno
 import os
 import signal
 import time
-from typing import Any
 
 VARIABLE = 'MLA_MOE_FAULT'
 ACTIONS = ('kill', 'term', 'full', 'slow', 'hang', 'nan', 'spike', 'flip')
 POINTS = ('step', 'before_write', 'during_write', 'before_seal', 'after_seal')
 
 struck: set[tuple[str, int]] = set()  # (rule, step)
-
-
-def disturb(step: int, rates: Any, state: Any) -> tuple[Any, Any]:
-  """Returns the step's (rates, state), changed by the faults of the step.
-
-  A NaN comes by `rates.mtp_loss`, the weight of a term of the loss that is an
-  input of the compiled step.
-  """
-  actions = reach('step', step)
-  if 'nan' in actions:
-    rates = rates._replace(mtp_loss=float('nan'))
-  if 'spike' in actions:
-    window = dict(state.loss_window)
-    window['losses'] = window['losses'] - 1e4
-    state = state.replace(loss_window=window)
-  if 'flip' in actions:
-    state = state.replace(params=_flipped(state.params))
-  return rates, state
 
 
 def reach(point: str, step: int) -> set[str]:
@@ -85,20 +66,3 @@ def reach(point: str, step: int) -> set[str]:
   if 'full' in actions:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
   return actions & {'nan', 'spike', 'flip'}
-
-
-def _flipped(params):
-  """Returns the tree with one bit flipped: first leaf, last device."""
-  import jax
-  import numpy as np
-
-  leaves, tree = jax.tree.flatten(params)
-  shards = [shard.data for shard in leaves[0].addressable_shards]
-  host = np.array(shards[-1])
-  host.reshape(-1).view(np.uint8)[2] ^= 1
-  (device,) = shards[-1].devices()
-  shards[-1] = jax.device_put(host, device)
-  leaves[0] = jax.make_array_from_single_device_arrays(
-    leaves[0].shape, leaves[0].sharding, shards
-  )
-  return jax.tree.unflatten(tree, leaves)

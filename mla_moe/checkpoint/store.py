@@ -39,9 +39,7 @@ Damaged = seal.Damaged
 # no seal was cut off; a step without it is older than seals.
 _MARK = 'to_be_sealed'
 _FACTS = ocp.args.JsonRestore()
-# Orbax gives up a save after its deadline: 20 minutes, or more for a state that
-# a slow disk cannot take in them.
-_LEAST_SECONDS = 1200
+_LEAST_SECONDS = 1200  # until Orbax gives a save up
 _BYTES_PER_SECOND = 50e6  # of each process
 
 
@@ -82,7 +80,7 @@ class Writer:
     self.folder = pathlib.Path(folder).resolve()
     self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if jax.process_index() == 0:
-      with contextlib.suppress(OSError):  # another start may do it
+      with contextlib.suppress(OSError):
         folders.clean(self.folder)
     self._policy = keep, keep_every, keep_best
     self._best = best
@@ -112,10 +110,9 @@ class Writer:
     path = self.folder / str(step)
     if step == self._last and path.exists():
       return
-    if deadline(state) > self._seconds:
+    if (seconds := deadline(state)) > self._seconds:
       self._orbax.close()
-      self._seconds = deadline(state)
-      self._orbax = checkpointer(self._seconds)
+      self._orbax, self._seconds = checkpointer(seconds), seconds
     pending = fingerprint.of(state)
     items = ocp.args.Composite(
       state=ocp.args.StandardSave(state),

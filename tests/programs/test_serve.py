@@ -353,7 +353,7 @@ def test_row47_a_random_walk_of_requests_leaves_the_server_whole(server):
 @pytest.mark.timeout(0)
 def test_thousands_of_requests_leave_the_server_whole(server):
   answers = walk(server, 2000)
-  assert answers.count(200) > 400 and answers.count(400) > 400
+  assert answers.count(200) > 200 and answers.count(400) > 200
 
 
 def test_a_client_that_stalls_has_a_timer():

@@ -547,23 +547,29 @@ def test_the_policy_itself_teaches_nothing(whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_pupil_approaches_its_teachers(tmp_path):
-  """The mean of two, one of another size; its own divergence falls."""
-  names = []
-  for seed in (5, 6):
-    model = {'init_std': 0.2, 'dense_width': 16 * seed}
-    config = small(model=model, run={'steps': 2, 'seed': seed})
-    names.append(str(tmp_path / f'teacher{seed}'))
-    train.run(config, names[-1], open_source=policy.opened())
+def test_a_pupil_approaches_its_teacher(tmp_path):
+  """From nothing to one that writes digits: most bytes are mistakes."""
+  r1_program.write_examples(
+    tmp_path / 'cold.jsonl', r1_program.examples('sort3', 0, 40)
+  )
+  cold = r1_program._config(
+    'cold', '--config.run.steps=40', '--config.run.save_every=40',
+    f'--config.data.source={tmp_path / "cold.jsonl"}',
+  )  # fmt: skip
+  teacher = tmp_path / 'teacher'
+  train.run(cold, teacher, open_source=example_source.opened())
   config = small(
     beta=0.0,
-    teachers=tuple((name, 0.5) for name in names),
+    temperature=1.0,
+    prompts=16,
+    teachers=((str(teacher), 1.0),),
+    data={'batch_size': 32},
     optim={'learning_rate': 3e-3},
-    run={'steps': 60},
+    run={'steps': 60, 'save_every': 60, 'eval_every': 60},
   )
   train.run(config, tmp_path / 'pupil', open_source=policy.opened())
   kl = [row['teacher_kl'] for row in steps(tmp_path / 'pupil')]
-  assert min(kl[:4]) > 0 and np.mean(kl[-4:]) < 0.7 * np.mean(kl[:4]), kl
+  assert np.mean(kl[-4:]) < 0.5 * np.mean(kl[:4]), kl
 
 
 def test_teachers_share_the_weight():

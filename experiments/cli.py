@@ -21,6 +21,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -65,6 +66,29 @@ def path(name: str, value: os.PathLike | str) -> pathlib.Path:
     return pathlib.Path(text).expanduser()
   except RuntimeError:
     raise ConfigError(f'{name}={text!r}: there is no such user') from None
+
+
+def check_paths(config: Config) -> Config:
+  """Returns the config, whose paths begin here or at a home of this machine.
+
+  Raises:
+    ConfigError: as `path`.
+  """
+  for field in ('source', 'tokenizer'):
+    path(f'data.{field}', getattr(config.data, field))
+  path('rl.task', config.rl.task)
+  for name, _ in config.rl.teachers:
+    path('rl.teachers', name)
+  return config
+
+
+def _frozen(values: Any) -> Config:
+  """Returns the checked config; `freeze` may read the tokenizer's file."""
+  data = values.get('data')
+  name = data.get('tokenizer') if hasattr(data, 'get') else None
+  if isinstance(name, str):
+    path('data.tokenizer', name)
+  return check_paths(freeze(values))
 
 
 class _Path(flags.ArgumentParser):
@@ -120,7 +144,7 @@ def define(
 
 def config() -> Config:
   """Returns the checked config of the flags."""
-  return freeze(FLAGS.config)
+  return _frozen(FLAGS.config)
 
 
 def config_of(words: Sequence[str], define: Callable) -> Config:
@@ -139,7 +163,7 @@ def config_of(words: Sequence[str], define: Callable) -> Config:
     rest = values(words)[1:]
     if rest:
       raise ConfigError(f'{rest[0]!r}: not a flag; flags have --')
-    return freeze(values.config)
+    return _frozen(values.config)
   except ConfigError:
     raise
   except Exception as error:  # a config file may raise anything

@@ -48,7 +48,7 @@ def run(
 ) -> dict:
   """Runs the stages in `folder`; returns rewards before and after.
 
-  After a signal in the cold start it returns nothing.
+  After a signal it returns nothing.
 
   Raises:
     ConfigError: a task that there is not, a number of steps below 1, or a
@@ -85,7 +85,10 @@ def run(
     return {}
   print(f'Reinforcement: {steps} steps.')
   options = train.Options(init=str(folder / 'cold'))
-  train.run(reinforced, folder / 'rl', options, policy.opened())
+  end = train.run(reinforced, folder / 'rl', options, policy.opened())
+  if end['step'] < steps:
+    print('The reinforcement has not ended: the same command goes on with it.')
+    return {}
   numbers = compared(folder / 'rl')
   print(
     'Sampled answers right: {first:.1%} at first, {last:.1%} at the end; '

@@ -86,6 +86,10 @@ def run(
     ConfigError: a config, a text or a checkpoint that cannot be used.
     cli.Stopped: the run could not go on; its last good state is saved.
   """
+  folder = cli.path('workdir', folder)
+  cli.check_paths(config)
+  if options.init:
+    options = options._replace(init=str(cli.path('init', options.init)))
   with (
     distributed.claim(folder, config) as (path, records),
     signals.Stop() as stop,

@@ -136,10 +136,19 @@ def digest(config: Config) -> str:
   Fields of `_HARMLESS` are left out. So are fields at V3's values: a field
   that a later version adds changes no digest.
   """
-  if '.jsonl' in config.rl.task:
-    task = dataclasses.replace(config.rl, task='FILE.jsonl')
-    config = dataclasses.replace(config, rl=task)
-  return _hash([x for x in differences(config, _V3) if not _is_harmless(x)])
+  lines = differences(_without_paths(config), _V3)
+  return _hash([x for x in lines if not _is_harmless(x)])
+
+
+def _without_paths(config: Config) -> Config:
+  """Returns the config with one name for all questions, and for all teachers.
+
+  Their contents have a digest in each checkpoint, as a text has.
+  """
+  task = 'FILE.jsonl' if '.jsonl' in config.rl.task else config.rl.task
+  teachers = tuple(('DIR', weight) for _, weight in config.rl.teachers)
+  rl = dataclasses.replace(config.rl, task=task, teachers=teachers)
+  return dataclasses.replace(config, rl=rl)
 
 
 def _hash(lines: list[str]) -> str:
@@ -167,9 +176,6 @@ def of_another(config: Config, digest_of_run: str) -> bool:
 
 def _is_harmless(line: str) -> bool:
   """Whether a run may resume although this field of its config differs."""
-  if line.startswith('config.rl.task'):  # a task of ours is no path
-    old, _, new = line.partition(': ')[2].partition(' != ')
-    return all('.jsonl' in value for value in (old, new))
   harmless = line.startswith(_HARMLESS + _PATHS)
   return harmless and not line.startswith('config.run.seed')
 
@@ -208,7 +214,7 @@ def _bind(path: pathlib.Path, config: Config, text: str):
   """Writes config.json, unless the folder holds a run of another config."""
   if (path / 'config.json').exists():
     before = read_config(path)
-    lines = differences(config, before)
+    lines = differences(_without_paths(config), _without_paths(before))
     wrong = [line for line in lines if not _is_harmless(line)]
     if wrong and _begun(path):
       raise ConfigError(

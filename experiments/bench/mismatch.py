@@ -30,7 +30,7 @@ from mla_moe.model import replay
 from mla_moe.rl import episodes, objective
 from mla_moe.train.load import load_run
 
-from .. import cli
+from .. import cli, run_tokenizer
 from ..data import tokenizer
 from ..rl import prompts, questions, rollouts
 
@@ -66,6 +66,7 @@ def run(out: pathlib.Path, args) -> None:
   """Prints the table, and writes it to OUT/mismatch.json."""
   folder = cli.path('--checkpoint', args.checkpoint)
   config, variables = load_run(folder)
+  config = run_tokenizer.resolved(folder, config)
   ids, rl = questions_of(config, args)
   table = {}
   print('| | replay | k3 | largest | outside 1/2 to 2 | flips |')

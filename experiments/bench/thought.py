@@ -20,6 +20,8 @@ import pathlib
 import tempfile
 import time
 
+from mla_moe.config import Config
+
 from .. import cli, r1, train, workdir
 from ..rl import policy, tasks
 from ..training import example_source
@@ -88,7 +90,7 @@ def trained(arm: str, seed: int, cold: int, reinforced: int) -> dict:
       'cold', *shared, f'--config.data.source={file}',
       f'--config.run.steps={cold}', f'--config.run.save_every={cold}',
     )  # fmt: skip
-    train.run(begin, folder / 'cold', open_source=example_source.opened())
+    _train(begin, folder / 'cold', open_source=example_source.opened())
     rewarded = _config(
       'zero', *shared, f'--config.rl.task={TASK}',
       f'--config.run.steps={reinforced}', f'--config.rl.max_new={longest}',
@@ -98,7 +100,7 @@ def trained(arm: str, seed: int, cold: int, reinforced: int) -> dict:
     rewarded = dataclasses.replace(rewarded, rl=rl)
     options = train.Options(init=str(folder / 'cold'))
     opened = policy.opened(rewards={'last': last})
-    train.run(rewarded, folder / 'rl', options, opened)
+    _train(rewarded, folder / 'rl', options, opened)
     numbers = r1.compared(folder / 'rl')
     rows = workdir.rows(folder / 'rl' / 'metrics.jsonl')
     lengths = [r['completion_length'] for r in rows if 'reward' in r][-10:]
@@ -110,6 +112,13 @@ def trained(arm: str, seed: int, cold: int, reinforced: int) -> dict:
     'tokens': sum(lengths) / len(lengths),
     'cpu_seconds': time.process_time() - began,
   }
+
+
+def _train(config: Config, *args, **kwargs) -> None:
+  """Trains to the last step; a run that a signal ended gives no number."""
+  end = train.run(config, *args, **kwargs)
+  if end['step'] < config.run.steps:
+    raise cli.Stopped(f'stopped at step {end["step"]}: this arm has no number')
 
 
 def table(rows: list[dict]) -> list[tuple[str, ...]]:

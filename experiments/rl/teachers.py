@@ -13,13 +13,13 @@ logits 2 V: with V3's sizes 14 KB and 259 KB.
 
 from __future__ import annotations
 
-import pathlib
 from typing import NamedTuple
 
 from mla_moe import sharding, vocabulary
 from mla_moe.config import Config, ConfigError, ModelConfig
 from mla_moe.types import PyTree
 
+from .. import cli, run_tokenizer
 from ..data import tokenizer
 
 
@@ -61,7 +61,7 @@ def digest(teacher: Teacher) -> str:
 def _teacher(config, words, name, weight, mesh) -> Teacher:
   from mla_moe import load_huggingface, load_run
 
-  folder = pathlib.Path(name).expanduser()
+  folder = cli.path('rl.teachers', name)
   if not name or not folder.is_dir():
     raise ConfigError(
       f'rl.teachers names {name!r}: is no folder; set --teacher=RUN, or a '
@@ -69,7 +69,8 @@ def _teacher(config, words, name, weight, mesh) -> Teacher:
     )
   if (folder / 'checkpoints').is_dir():
     run, variables = load_run(folder, mesh=mesh)
-    model, own = run.model, run.data.tokenizer
+    model = run.model
+    own = run_tokenizer.path_of(folder, run.data.tokenizer)
   else:
     model, variables = load_huggingface(folder, config.model.dtype, mesh)
     own = str(vocabulary.file_of(str(folder)))

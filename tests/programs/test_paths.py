@@ -75,6 +75,38 @@ def test_a_path_anywhere_else_is_checked_the_same_way(call, tmp_path):
     assert "='gs://b/x': gs:// is not supported" in error
 
 
+@pytest.mark.parametrize('url', URLS)
+def test_a_path_of_a_config_is_none_of_another_machine(url, tmp_path):
+  """On the command line, and for a run in code before its folder is made."""
+  for key in ('data.source', 'data.tokenizer', 'rl.task', 'rl.teachers'):
+    value = f'(("{url}",1.0),)' if key == 'rl.teachers' else url
+    flag = f'--config.{key}={value}'
+    with pytest.raises(ConfigError, match=f'{key}={url!r}: .* not supported'):
+      cli.config_of(['--config=r1_tiny:distil', flag], cli.define)
+  config = freeze({'data': {'source': url}})
+  with pytest.raises(ConfigError, match='data.source=.* not supported'):
+    train.run(config, tmp_path / 'run')
+  with pytest.raises(ConfigError, match='workdir=.* not supported'):
+    train.run(freeze({}), url)
+  with pytest.raises(ConfigError, match='init=.* not supported'):
+    train.run(freeze({}), tmp_path / 'run', train.Options(init=url))
+  assert not (tmp_path / 'run').exists()
+
+
+def test_each_path_of_a_config_is_known():
+  """A field of text or of pairs is checked by `cli`, or is no path."""
+  config = freeze({})
+  fields = {
+    f'{group}.{field.name}'
+    for group in ('data', 'rl', 'run')
+    for field in dataclasses.fields(getattr(config, group))
+    if str(field.type) in ('str', 'tuple')
+  }
+  no_paths = {'rl.rewards'}
+  paths = {'data.source', 'data.tokenizer', 'rl.task', 'rl.teachers'}
+  assert fields == paths | no_paths
+
+
 @pytest.fixture(scope='module')
 def words(tmp_path_factory):
   """Folders of two tokenizers, the first with a template."""
@@ -145,6 +177,12 @@ def test_two_configs_that_differ_in_a_path_alone_are_one_run(tmp_path):
     for task in ('a/q.jsonl', 'b/q.jsonl', 'sort8', '')
   ]
   assert len({workdir.digest(config) for config in configs}) == 3
+  taught = [
+    dataclasses.replace(base, rl=dataclasses.replace(base.rl, teachers=pairs))
+    for pairs in ((('a', 0.5),), (('b', 0.5),), (('a', 1.0),))
+  ]
+  digests = [workdir.digest(config) for config in (*taught, base)]
+  assert digests[0] == digests[1] and len(set(digests)) == 3
   with workdir.claim(tmp_path, configs[0]):
     (tmp_path / 'metrics.jsonl').write_text('{"step": 1}\n')
   with workdir.claim(tmp_path, configs[1]):

@@ -369,13 +369,16 @@ def test_the_stages_of_r1_fit_each_task(tmp_path, monkeypatch):
   assert not runs and not (tmp_path / 'wrong').exists()
 
 
-def test_a_cold_start_that_a_signal_ends_is_no_base(tmp_path, monkeypatch):
-  runs = []
-  monkeypatch.setattr(
-    train, 'run', lambda *_, **__: runs.append(1) or {'step': 3}
-  )
-  assert not r1_program.run(tmp_path, 'sort3', 0, 9, 1)
-  assert len(runs) == 1
+def test_a_stage_that_a_signal_ends_is_neither_base_nor_result(
+  tmp_path, monkeypatch, capsys
+):
+  ends = []
+  monkeypatch.setattr(train, 'run', lambda *_, **__: {'step': ends.pop()})
+  for ends, stage in (([3], 'cold start'), ([3, 9], 'reinforcement')):
+    assert not r1_program.run(tmp_path, 'sort3', 0, 9, 5)
+    out = capsys.readouterr().out
+    assert not ends and f'The {stage} has not ended' in out
+    assert 'at the end' not in out
 
 
 def test_an_answer_that_ends_with_its_last_token_is_whole():

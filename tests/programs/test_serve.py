@@ -346,7 +346,7 @@ def test_no_number_in_any_field_breaks_the_server(server):
 
 def test_row47_a_random_walk_of_requests_leaves_the_server_whole(server):
   answers = walk(server, 100)
-  assert answers.count(200) > 20 and answers.count(400) > 20
+  assert answers.count(200) > 10 and answers.count(400) > 10
 
 
 @pytest.mark.by_hand

@@ -4,10 +4,11 @@
 
 Not run here, and not compared with the release, whose config.json was not at
 hand. Published are 26 layers, MLA without a query latent, MTP, 256K positions,
-10B parameters of which 1.8B are active, and 20T tokens of training. The other
-sizes are the ones that are quoted for it; they give 10.7B and 1.8B. Converting
-a release takes its own numbers, and `experiments.inspect` prints them. The
-recipe is not published: it is V3's here. Variants: smoke.
+10B parameters of which 1.8B are active, and 20T tokens of training. The widths,
+the experts, the vocabulary, the token ids, theta and the scale were not found
+published; the values here give 10.7B and 1.8B. Converting a release takes its
+own numbers, and `experiments.inspect` prints them. The recipe is not published:
+it is V3's here. Variants: smoke.
 """
 
 from mla_moe import config as c

@@ -44,10 +44,10 @@ class ConfigWarning(UserWarning):
 
 
 def few(names: Iterable[str]) -> str:
-  """Returns the first five names in order, and the number of the others."""
+  """Returns the first three names in order, and the number of the others."""
   names = sorted(names)
-  more = f' and {len(names) - 5:,} more' if names[5:] else ''
-  return ', '.join(names[:5]) + more
+  more = f' and {len(names) - 3:,} more' if names[3:] else ''
+  return ', '.join(names[:3]) + more
 
 
 def is_number(value: Any) -> bool:

@@ -126,7 +126,7 @@ def _check_computed(values: dict[str, Any], family: str, routed: bool) -> None:
     if family != 'mistral_large_3':  # its head_dim is another size
       rule = f'is no size of MLA: a head rotates qk_rope_head_dim={rotary}'
       only('head_dim', sizes, rule)
-  elif round(part * (values.get('head_dim') or nope + rotary)) != rotary:
+  elif abs(part * (values.get('head_dim') or nope + rotary) - rotary) >= 0.5:
     raise ConfigError(
       f'partial_rotary_factor={part!r}: a head rotates qk_rope_head_dim='
       f'{rotary} of its numbers here; set it to 1, or head_dim to fit'
@@ -148,14 +148,14 @@ def _dense_layers(values: dict[str, Any], model: dict, routed: bool) -> Any:
     return layers
   types = values.get('mlp_layer_types')
   if types is not None:
-    dense = list(types).count('dense')
-    if types != ['dense'] * dense + ['sparse'] * (layers - dense):
+    dense = types.count('dense')
+    sorted_types = ['dense'] * dense + ['sparse'] * (len(types) - dense)
+    if len(types) != layers or types != sorted_types:
       raise ConfigError(
-        f'mlp_layer_types={str(types)[:60]}…: must be "dense" for the first '
-        f'layers and "sparse" for the others of num_hidden_layers={layers}'
+        f'mlp_layer_types={str(types)[:60]}…: must be "dense" for the first of '
+        f'num_hidden_layers={layers} and "sparse" for the others'
       )
-  # Some files name more than there are.
-  return min(dense, layers) if type(dense) is type(layers) is int else dense
+  return min(dense, layers)  # some files name more than there are
 
 
 def _read_moe(values: dict[str, Any], family: str, own: Dialect) -> MoEConfig:
@@ -180,8 +180,6 @@ def _read_rope(values: dict[str, Any], family: str) -> RopeConfig:
   ropes = {}
   for name in ('rope_scaling', 'rope_parameters'):
     rope = values.get(name)
-    if rope and not isinstance(rope, dict):
-      raise ConfigError(f'{name}={rope!r}: must be an object')
     if rope:
       ropes[name] = _rope(name, rope, values, family)
   if len(set(ropes.values())) > 1:
@@ -208,9 +206,9 @@ def _rope(
   kind = 'yarn' if (kind, family) == ('deepseek_yarn', 'sarvam_mla') else kind
   if family == 'mistral_large_3' and rope.get('factor'):
     # Its YaRN multiplies the logits by m^2, unless apply_scale is false.
-    kind, scale = 'yarn', float(rope.get('apply_yarn_scaling', True))
-    rope = rope | {'mscale_all_dim': scale, 'attention_factor': 1.0}
-    rope['apply_yarn_scaling'] = None
+    scale = rope.get('apply_yarn_scaling') in (None, True)
+    kind, rope = 'yarn', rope | {'mscale_all_dim': float(scale)}
+    rope |= {'attention_factor': 1.0, 'apply_yarn_scaling': None}
   growth, beta = {}, rope.get('llama_4_scaling_beta')
   if 'mistral' in family and beta:
     length = rope.get('llama_4_scaling_length', rope.get(_LENGTH, 0))
@@ -243,8 +241,8 @@ def _check_rope(
   yarn = dialects.tables()['fields']['rope'].values()
   nope, rotary = values['qk_nope_head_dim'], values['qk_rope_head_dim']
   for key, value in rope.items():
-    if key == 'partial_rotary_factor' and value:
-      value = 1 if round(value * (nope + rotary)) == rotary else value
+    if key == 'partial_rotary_factor' and isinstance(value, float):
+      value = 1 if abs(value * (nope + rotary) - rotary) < 0.5 else value
     known = key in _ROPE or (key in yarn and (kind == 'yarn' or grows))
     known = known or (grows and key.startswith('llama_4_scaling'))
     if known or value in (None, False, 1 if key in _ONES else None):
@@ -293,9 +291,7 @@ def write(
   if 'mistral' in family:
     values |= _mistral_rope(rope, family)
   if fp8 and family == 'mistral_large_3':
-    raise ConfigError(
-      f"--fp8: {family} has no DeepSeek's tiles; write bfloat16"
-    )
+    raise ConfigError(f'--fp8: {family} has no tiles of 128; write bfloat16')
   if fp8:
     scales = {'scale_fmt': 'ue8m0'} if power_of_two else {}
     values['quantization_config'] = tables['written_fp8'] | scales
@@ -362,6 +358,8 @@ def _unlike(config: ModelConfig, family: str) -> str:
     return 'no MTP'
   lengths = {rope.query_positions, rope.original_positions} - {0}
   if family == 'mistral_large_3':
+    if (config.bos_id, config.eos_id) != (1, 2):  # its file has no place
+      return 'bos_id=1 and eos_id=2'
     both = rope.mscale, rope.mscale_all_dim
     if rope.factor > 1 and both not in ((0, 0), (1, 1)):
       return 'mscale and mscale_all_dim both 0 or 1'

@@ -137,7 +137,7 @@ def _family(values: dict[str, Any]) -> str:
   if 'n_layers' in values and 'kv_lora_rank' in values:
     return 'mistral_large_3'
   names, kind = values.get('architectures') or (), values.get('model_type')
-  kind = tables()['aliases'].get(kind, kind) if isinstance(kind, str) else kind
+  kind = tables()['aliases'].get(str(kind), str(kind))
   known = ', '.join(sorted({d.architectures[0] for d in families().values()}))
   if not isinstance(names, (list, tuple)) or len(names) > 1:
     raise ConfigError(f'architectures={names!r}: must name one of {known}')
@@ -160,14 +160,16 @@ def _family(values: dict[str, Any]) -> str:
 def _check(family: str, key: str, value: Any) -> None:
   """Refuses a key that is not understood, but where its value says no."""
   data, last = tables(), key.split('.')[-1]
+  types = data['types'].get(key, '').split()
+  if value is not None and types and type(value).__name__ not in types:
+    words = f'{repr(value)[:60]}: must be of type {" or ".join(types)}'
+    raise ConfigError(f'{dialect(family).keys.get(key, key)}={words}')
   if key in data['read'].split() or key in dialect(family).keys:
     return
-  if value is None or value is False or value in ('', [], {}):
+  neutral = data['neutral'].get(key, ())
+  if value is None or value is False or value in ('', [], {}, *neutral):
     return
   if any(fnmatch.fnmatchcase(last, name) for name in data['idle'].split()):
-    return
-  neutral = data['neutral'].get(key, ())
-  if value in neutral:
     return
   rule = f'only {neutral[0]!r} is computed' if neutral else 'is not understood'
   text = repr(value) if len(repr(value)) < 60 else f'{repr(value)[:60]}…'

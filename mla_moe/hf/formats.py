@@ -73,13 +73,19 @@ class Stored(NamedTuple):
 def blocks(quantization: Any) -> tuple[tuple[int, int], ...]:
   """Returns the tiles that a config's quantisation names, or refuses it."""
   place, data = 'quantization_config', dialects.tables()['quantization']
-  if not isinstance(quantization or {}, dict):
-    raise ConfigError(f'{place}={quantization!r}: must be an object')
   values = {'quant_method': 'fp8'} | (quantization or {})
   method, groups = values['quant_method'], values.get('config_groups') or {}
-  weights = [(g or {}).get('weights') or {} for g in groups.values()]
+  try:
+    weights = [dict((g or {}).get('weights') or {}) for g in groups.values()]
+  except (AttributeError, TypeError, ValueError):
+    raise ConfigError(
+      f'{place} config_groups={groups!r:.40}: no object'
+    ) from None
   if method is None or (method == 'compressed-tensors' and not groups):
-    raise ConfigError(f'{place} quant_method={method!r}: has no config_groups')
+    known = ', '.join(data['top']['quant_method'])
+    raise ConfigError(
+      f'{place} quant_method={method!r}: has no config_groups; read are {known}'
+    )
   parts = {'': values, 'sparsity_config ': values.get('sparsity_config') or {}}
   parts |= {f'group {n} ': group for n, group in enumerate(weights)}
   for part, group in parts.items():
@@ -95,8 +101,8 @@ def blocks(quantization: Any) -> tuple[tuple[int, int], ...]:
         )
   sizes = [values.get('weight_block_size')]
   for group in weights:
-    size = group.get('group_size') or 0
-    sizes += [group.get('block_structure'), [1, size] if size > 0 else None]
+    size = group.get('group_size') or -1
+    sizes += [group.get('block_structure'), [1, size] if size != -1 else None]
   for size in filter(None, sizes):
     valid = isinstance(size, list) and len(size) == 2
     if not valid or any(type(n) is not int or n < 1 for n in size):

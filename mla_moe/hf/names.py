@@ -43,8 +43,7 @@ class Row:
   names; {l} takes the numbers in `layers`. released: the tensors' axes, one
   group for each dimension of the file. ours: the leaf's axes. sizes: (letter,
   size) of every letter. family: that
-  spells the name.
-  rotary: the layout of rotated features in the file; ours has halves.
+  spells the name. rotary: the layout of rotated features; ours has halves.
 
   A leaf is read and written matrix by matrix. An `index` names one matrix: its
   position along each of the `loop_axes`, such as {'l': 3, 'e': 17, 'g': 0}.

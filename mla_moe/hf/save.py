@@ -89,13 +89,12 @@ def save_huggingface(
   config_json.write(config, str(main_dtype), fp8)
   shards = tensors.shards(shard_bytes)
   own = dialects.dialect(config.release.family)
-  stem = own.stem
   with replacing(target) as scratch:
     weight_map, total = {}, 0
     for number, shard in enumerate(shards, start=1):
-      file = f'{stem}.safetensors'
+      file = f'{own.stem}.safetensors'
       if len(shards) > 1:
-        file = f'{stem}-{number:05d}-of-{len(shards):05d}.safetensors'
+        file = f'{own.stem}-{number:05d}-of-{len(shards):05d}.safetensors'
       tensors.write(scratch / file, shard)
       for name in shard:
         weight_map[name] = file
@@ -107,7 +106,7 @@ def save_huggingface(
         shutil.copyfile(file, scratch / name)
     if len(shards) > 1:
       index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
-      _write_json(scratch / f'{stem}{_INDEX}', index)
+      _write_json(scratch / f'{own.stem}{_INDEX}', index)
     values = config_json.write(
       config, str(main_dtype), fp8, tensors.only_powers
     )

@@ -43,7 +43,7 @@ class Source:
   one array for both here. A `ConfigWarning` says so.
 
   Raises:
-    ConfigError: they do not agree; one line names the first five that do not.
+    ConfigError: they do not agree; one line names the first three that do not.
   """
 
   def __init__(
@@ -62,7 +62,7 @@ class Source:
       folder, dialects.dialect(self.config.release.family).stem, stack
     )
     self.config = _with_present_mtp(self.config, self.files)
-    fused = any(map(_is_fused, self.files))
+    fused = any('.mlp.experts.gate_up_proj' in name for name in self.files)
     if fused:
       release = dataclasses.replace(self.config.release, experts='fused')
       self.config = dataclasses.replace(self.config, release=release)
@@ -223,10 +223,6 @@ def _warn(folder: pathlib.Path, parts: str) -> None:
   warnings.warn(line, ConfigWarning, stacklevel=5)
 
 
-def _is_fused(name: str) -> bool:
-  return '.mlp.experts.gate_up_proj' in name
-
-
 def _config(folder: pathlib.Path) -> dict[str, Any]:
   """Returns the object of config.json; refuses an adapter of a model."""
   if not folder.is_dir():
@@ -286,13 +282,13 @@ def _open(
     raise ConfigError(f'{folder}: shards are missing: {few(absent)}')
   opened = lambda name: stack.enter_context(safetensors.File(folder / name))
   files = {shard: opened(shard) for shard in shards}
-  present = {name: file for file in files.values() for name in file.entries}
+  pairs = [(name, file) for file in files.values() for name in file.entries]
+  present = dict(pairs)
+  if twice := {name for name, file in pairs if present[name] is not file}:
+    raise ConfigError(f'{folder}: more than one shard holds: {few(twice)}')
   missing = shard_of.keys() - present.keys()
   if missing:
     raise ConfigError(f'{index}: its shards do not hold: {few(missing)}')
-  for name, shard in shard_of.items():
-    if name in files[shard].entries:
-      present[name] = files[shard]
   return present
 
 

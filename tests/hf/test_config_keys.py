@@ -10,7 +10,7 @@ import pytest
 from releases import GOLDEN
 
 from mla_moe.checked import ConfigError
-from mla_moe.hf import config_json, formats
+from mla_moe.hf import config_json, dialects, formats
 
 YARN = {
   'type': 'yarn',
@@ -66,6 +66,8 @@ REFUSED = [
   ),
   ({'num_local_experts': 8}, 'num_local_experts=8', 'contradicts'),
   ({'post_mlp_layernorm': True}, 'post_mlp_layernorm=True', 'take the key'),
+  ({'quantization_config': 'fp8'}, "quantization_config='fp8'", 'type dict'),
+  ({'text_config': {'hidden_size': 8}}, 'text_config={', 'take the key'),
   ({'model_type': 'youtu'}, "model_type='youtu'", 'set both'),
 ]
 
@@ -150,7 +152,6 @@ def packed(**changes):
     ({'quant_method': 'compressed-tensors'}, 'no config_groups'),
     ({'weight_block_size': [128, 0]}, 'weight_block_size=[128, 0]'),
     ({'weight_block_size': 128}, 'weight_block_size=128'),
-    ('fp8', "quantization_config='fp8'"),
   ],
 )
 def test_a_quantisation_that_is_not_read_is_refused(quantization, words):
@@ -165,3 +166,40 @@ def test_tiles_of_the_config_are_those_it_names():
   assert formats.blocks({'weight_block_size': [32, 64]}) == ((32, 64),)
   blocks = packed(block_structure=[128, 128], group_size=None)
   assert formats.blocks(blocks) == ((128, 128),)
+
+
+JUNK = ('a', [1], {'a': 1}, -1, 10**30, float('nan'))
+
+
+def parts(values, path=()):
+  """Yields the path of each value in an object, those of inner ones, too."""
+  for key, value in values.items():
+    yield (*path, key)
+    if isinstance(value, dict):
+      yield from parts(value, (*path, key))
+
+
+def replaced(values, path, value):
+  key, *rest = path
+  return values | {key: replaced(values[key], rest, value) if rest else value}
+
+
+@pytest.mark.parametrize('case', ['glm4_moe_lite', 'large3'])
+def test_a_value_of_another_type_is_a_line(case):
+  """Each value of a config in turn, by each of JUNK: read, or one line."""
+  (path,) = (GOLDEN / 'families' / case).glob('*.json')
+  base = json.loads(path.read_text())
+  key = 'quantization' if case == 'large3' else 'quantization_config'
+  base[key] = packed(block_structure=[128, 128])
+  refusals = 0
+  for path in parts(base):
+    for value in JUNK:
+      values = replaced(base, path, value)
+      try:
+        config_json.read(values, 'float32')
+        words = dialects.of(values)[1]
+        formats.blocks(words.get('quantization_config'))
+      except ConfigError as error:
+        refusals += 1
+        assert '\n' not in str(error) and len(str(error)) < 500, path
+  assert refusals > 100

@@ -189,3 +189,12 @@ def test_names_of_every_family_are_each_others():
     }
     counts.add(len(spelled))
   assert len(counts) == 1
+
+
+def test_ids_that_params_json_cannot_say_are_refused():
+  """Its exports would begin and end texts with other tokens."""
+  config, _ = loaded('families/large3')
+  assert config_json.family_of(config) == 'mistral_large_3'
+  other = dataclasses.replace(config, bos_id=0)
+  with pytest.raises(ConfigError, match='bos_id=1 and eos_id=2'):
+    config_json.family_of(other)

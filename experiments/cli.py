@@ -42,6 +42,8 @@ _NUMBER = re.compile(
   r'flag --(.*?): (?:invalid literal for|could not convert string to) '
   r'(int|float).*'
 )
+# That of absl for a text that is no bool.
+_BOOL = re.compile(r"flag --(.*?): \('?Non-boolean argument.*")
 
 
 class Stopped(RuntimeError):
@@ -362,6 +364,7 @@ def _message(error: Exception, name: str, words: Sequence[str]) -> str:
   if isinstance(error, (AttributeError, KeyError)):
     return _no_key(words) or f'config: {text}'
   text = ' '.join(text.split())
+  text = _BOOL.sub(r'\1: must be true or false', text)
   return _NUMBER.sub(r'\1: must be a \2', text).replace('a int', 'an int')
 
 

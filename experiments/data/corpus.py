@@ -86,6 +86,11 @@ def prepare(
   try:
     files, left_out = sources.listed(data.source, data.heldout)
   except sources.Absent as error:
+    if known and not is_here:
+      raise ConfigError(
+        f'{error}, and {cache} has not the tokens of this run; name its text, '
+        f'or bring {cache.name}/{known} from where the run began'
+      ) from None
     if not is_here:
       raise
     say(f'{error}. The run goes on with its tokens in {cache / known}.')

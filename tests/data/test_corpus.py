@@ -93,8 +93,10 @@ def test_a_run_goes_on_with_its_tokens_when_the_text_is_gone(
     'no such file' in line and f'goes on with its tokens in {cache}' in line
   )
   for known in ('', '0' * 24):
-    with pytest.raises(ConfigError, match='no such file'):
+    with pytest.raises(ConfigError, match='no such file') as error:
       again(known)
+    # The line of a run that goes on elsewhere says which folder it needs.
+    assert (f'bring cache/{known}' in str(error.value)) == bool(known)
   os.mkdir(folder)  # a disk that was cleaned
   assert again(text.fingerprint).fingerprint == text.fingerprint
   (pathlib.Path(folder) / 'a.txt').write_text('another text\n' * 99)

@@ -525,6 +525,7 @@ def test_a_launch_that_can_train_has_no_fault(case, clone):
     ('--config.model.moe.topk=3', 'did you mean config.model.moe.top_k?'),
     ('--config.run.steps=x', 'config.run.steps=x: must be an int'),
     ('--config.run.steps=0', 'config.run.steps=0'),
+    ('--config.rl.speculative=x', 'speculative=x: must be true or false'),
     ('--track=x', 'track'),
     ('seed=1', "'seed=1': not a flag; flags have --"),
   ],

@@ -6,6 +6,7 @@ misread field of config.json then shows at the first layer that it changes.
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import tempfile
 
@@ -18,8 +19,9 @@ from mla_moe.types import PyTree
 def compare(folder: pathlib.Path) -> float:
   """Prints each layer's largest error; returns that of the logits.
 
-  transformers cannot load FP8 without a GPU, nor Kimi K2's model_type. Such a
-  folder is first saved in float32, in a temporary folder.
+  transformers cannot load FP8 without a GPU, and not each family's words. Such
+  a folder is first saved in float32 and in DeepSeek's words (or Mistral's), in
+  a temporary folder: they compute the same.
 
   Raises:
     ConfigError: transformers is not installed.
@@ -32,16 +34,19 @@ def compare(folder: pathlib.Path) -> float:
       '--check needs transformers: pip install torch transformers'
     ) from None
   from mla_moe import files, load_huggingface, save_huggingface
+  from mla_moe.hf import source
 
   config, variables = load_huggingface(folder)
-  values = files.read_json(folder / 'config.json')
+  values = files.read_json(source.config_path(folder))
   native = values.get('model_type') in ('deepseek_v2', 'deepseek_v3')
   tokens = np.random.default_rng(0).integers(0, config.vocab, (1, 64))
   with tempfile.TemporaryDirectory() as scratch:
     loadable = folder
     if values.get('quantization_config') or not native:
       loadable = pathlib.Path(scratch) / 'plain'
-      save_huggingface(loadable, config, variables)
+      release = dataclasses.replace(config.release, family='')
+      plain = dataclasses.replace(config, release=release)
+      save_huggingface(loadable, plain, variables)
     model = transformers.AutoModelForCausalLM.from_pretrained(
       loadable,
       dtype=torch.float32,

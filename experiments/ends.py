@@ -24,7 +24,10 @@ def listed(folder: pathlib.Path | None) -> set[int]:
   for name in ('config.json', 'generation_config.json'):
     path = (folder or pathlib.Path(os.devnull)) / name
     if path.exists():
-      value = files.read_json(path).get('eos_token_id')
+      words = files.read_json(path)
+      inner = words.get('text_config')  # of a model that also sees
+      words |= inner if isinstance(inner, dict) else {}
+      value = words.get('eos_token_id')
       values = value if isinstance(value, list) else [value]
       ids |= {i for i in values if type(i) is int and i >= 0}
   return ids

@@ -77,22 +77,20 @@ def blocks(quantization: Any) -> tuple[tuple[int, int], ...]:
   method, groups = values['quant_method'], values.get('config_groups') or {}
   try:
     weights = [dict((g or {}).get('weights') or {}) for g in groups.values()]
+    sparsity = dict(values.get('sparsity_config') or {})
   except (AttributeError, TypeError, ValueError):
-    raise ConfigError(
-      f'{place} config_groups={groups!r:.40}: no object'
-    ) from None
-  if method is None or (method == 'compressed-tensors' and not groups):
-    known = ', '.join(data['top']['quant_method'])
-    raise ConfigError(
-      f'{place} quant_method={method!r}: has no config_groups; read are {known}'
-    )
-  parts = {'': values, 'sparsity_config ': values.get('sparsity_config') or {}}
+    groups = weights = None
+  if None in (method, groups) or (
+    method == 'compressed-tensors' and not groups
+  ):
+    rule = f'no config_groups; read: {", ".join(data["top"]["quant_method"])}'
+    raise ConfigError(f'{place} quant_method={method!r}: {rule}')
+  parts = {'': values, 'sparsity_config ': sparsity}
   parts |= {f'group {n} ': group for n, group in enumerate(weights)}
   for part, group in parts.items():
     for key, read in data[part.split(' ')[0] or 'top'].items():
-      foreign = (
-        key == 'format' and part == '' and method != 'compressed-tensors'
-      )
+      foreign = part == '' and method != 'compressed-tensors'
+      foreign = foreign and key == 'format'
       if group.get(key) not in (None, {}, *read) and not foreign:
         raise ConfigError(
           f'{place} {part}{key}={repr(group[key])[:40]}: only '

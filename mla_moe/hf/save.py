@@ -178,7 +178,9 @@ def extras_of(folder: os.PathLike | str) -> dict[str, pathlib.Path | bytes]:
       )
     extras[name] = path
   config = folder / 'config.json'
-  ends = _object(config if config.exists() else None).get('eos_token_id')
+  words = _object(config if config.exists() else None)
+  inner = words.get('text_config')  # of a model that also sees
+  ends = (inner if isinstance(inner, dict) else words).get('eos_token_id')
   if isinstance(ends, list):
     values = _object(extras.get(_GENERATION))
     own = values.get('eos_token_id', [])

@@ -149,7 +149,9 @@ def packed(**changes):
       packed() | {'sparsity_config': {'format': 'sparse-24'}},
       'sparse-24',
     ),
-    ({'quant_method': 'compressed-tensors'}, 'no config_groups'),
+    ({'quant_method': 'compressed-tensors'}, 'no config_groups; read: fp8'),
+    ({'config_groups': 3}, 'no config_groups; read: fp8, compressed'),
+    ({'config_groups': {'g': {'weights': [3]}}}, 'no config_groups'),
     ({'weight_block_size': [128, 0]}, 'weight_block_size=[128, 0]'),
     ({'weight_block_size': 128}, 'weight_block_size=128'),
   ],
@@ -191,6 +193,7 @@ def test_a_value_of_another_type_is_a_line(case):
   base = json.loads(path.read_text())
   key = 'quantization' if case == 'large3' else 'quantization_config'
   base[key] = packed(block_structure=[128, 128])
+  base[key]['sparsity_config'] = {'format': 'dense'}
   refusals = 0
   for path in parts(base):
     for value in JUNK:

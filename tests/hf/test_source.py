@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from releases import GOLDEN, loaded, refused, rewrite, set_config
 
+from experiments import ends as ends_of
 from mla_moe import load_huggingface, save_huggingface
 from mla_moe.checked import ConfigError, ConfigWarning, few
 from mla_moe.hf import config_json, outgoing, save, source
@@ -252,3 +253,9 @@ def test_every_end_of_a_text_goes_out_again(copy, tmp_path):
   assert said(tmp_path / 'c', name)['top_p'] == 0.9
   set_config(folder, eos_token_id=7)
   assert save.extras_of(folder) == {name: folder / name}
+  inner = {'text_config': {'eos_token_id': [3, 4]}}  # a model that sees
+  (folder / 'config.json').write_text(json.dumps(inner))
+  (folder / name).unlink()
+  out = json.loads(save.extras_of(folder)[name])
+  assert out['eos_token_id'] == [3, 4]
+  assert ends_of.listed(folder) == {3, 4}

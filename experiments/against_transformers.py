@@ -34,20 +34,26 @@ def compare(folder: pathlib.Path) -> float:
       '--check needs transformers: pip install torch transformers'
     ) from None
   from mla_moe import files, load_huggingface, save_huggingface
-  from mla_moe.hf import source
+  from mla_moe.hf import config_json, dialects, source
 
   config, variables = load_huggingface(folder)
   values = files.read_json(source.config_path(folder))
   native = values.get('model_type') in ('deepseek_v2', 'deepseek_v3')
+  release = dataclasses.replace(config.release, family='')
+  plain = dataclasses.replace(config, release=release)
+  family = config_json.family_of(plain)
+  if family == 'mistral4':  # transformers reads its experts in no other layout
+    release = dataclasses.replace(release, experts='fused')
+    plain = dataclasses.replace(config, release=release)
+  # By its name: AutoModelForCausalLM does not know Mistral 4.
+  name = dialects.dialect(family).architectures[0]
   tokens = np.random.default_rng(0).integers(0, config.vocab, (1, 64))
   with tempfile.TemporaryDirectory() as scratch:
     loadable = folder
     if values.get('quantization_config') or not native:
       loadable = pathlib.Path(scratch) / 'plain'
-      release = dataclasses.replace(config.release, family='')
-      plain = dataclasses.replace(config, release=release)
       save_huggingface(loadable, plain, variables)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    model = getattr(transformers, name).from_pretrained(
       loadable,
       dtype=torch.float32,
       attn_implementation='eager',

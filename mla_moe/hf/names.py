@@ -32,7 +32,7 @@ from mla_moe.config import ModelConfig
 from mla_moe.hf import dialects
 
 _GATE_UP = ('gate', 'up')
-_PIECE = 2**23  # numbers that are in memory at once
+_PIECE = 2**20  # numbers that are in memory at once
 
 
 @dataclasses.dataclass(frozen=True)

@@ -365,7 +365,8 @@ def _unlike(config: ModelConfig, family: str) -> str:
       return 'mscale and mscale_all_dim both 0 or 1'
   elif mistral and len(lengths) > 1:
     return 'query_positions equal to original_positions'
-  return ''
+  single = family == 'mistral4' and config.release.experts == 'single'
+  return "release.experts='fused'" if single else ''
 
 
 def _write_rope(rope: RopeConfig) -> dict[str, Any] | None:

@@ -111,8 +111,7 @@ def save_huggingface(
       config, str(main_dtype), fp8, tensors.only_powers
     )
     ends = _object(extras.get(_GENERATION)).get('eos_token_id')
-    one = [values.get('eos_token_id')]
-    if isinstance(ends, list) and ends[:1] == one:
+    if isinstance(ends, list) and ends[:1] == [values.get('eos_token_id')]:
       values['eos_token_id'] = ends
     _write_json(scratch / own.config, values)
     scratch.chmod(0o755)

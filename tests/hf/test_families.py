@@ -170,6 +170,13 @@ def test_a_family_that_does_not_compute_the_model_is_refused():
   )
   with pytest.raises(ConfigError, match='deepseek_v3 has no query_beta'):
     config_json.family_of(grown)
+  moe = dataclasses.replace(config.moe, scoring='softmax', method='group_top2')
+  config = dataclasses.replace(config, moe=moe)
+  # transformers would begin experts of their own tensors at random.
+  with pytest.raises(ConfigError, match="mistral4 has release.experts='fused'"):
+    config_json.family_of(config)
+  fused = dataclasses.replace(config, release=ReleaseConfig(experts='fused'))
+  assert config_json.family_of(fused) == 'mistral4'
 
 
 def test_names_of_every_family_are_each_others():

@@ -12,7 +12,7 @@ from releases import GOLDEN, loaded, refused, rewrite, same_bytes, tensors
 
 from mla_moe import Transformer, load_huggingface, save_huggingface
 from mla_moe.checked import ConfigError, ConfigWarning
-from mla_moe.config import ModelConfig, MoEConfig, ReleaseConfig
+from mla_moe.config import ModelConfig, MoEConfig, MTPConfig, ReleaseConfig
 from mla_moe.hf import config_json, dialects, names
 
 FAMILIES = ('glm4_moe_lite', 'youtu', 'sarvam_mla', 'mistral4', 'large3')
@@ -171,7 +171,7 @@ def test_a_family_that_does_not_compute_the_model_is_refused():
   with pytest.raises(ConfigError, match='deepseek_v3 has no query_beta'):
     config_json.family_of(grown)
   moe = dataclasses.replace(config.moe, scoring='softmax', method='group_top2')
-  config = dataclasses.replace(config, moe=moe)
+  config = dataclasses.replace(config, moe=moe, mtp=MTPConfig(depth=0))
   # transformers would begin experts of their own tensors at random.
   with pytest.raises(ConfigError, match="mistral4 has release.experts='fused'"):
     config_json.family_of(config)

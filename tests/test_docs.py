@@ -80,7 +80,7 @@ def smoke(line, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(2700)
 def test_every_documented_command_runs(tmp_path):
   assert len(commands()) >= 15
   for line, page in commands().items():

@@ -547,9 +547,10 @@ def test_row40_a_run_begins_from_the_weights_of_another(
   choose = functools.partial(warm_start.chosen, begun=True)
   origin = warm_start.Origin(str(root / 'origin'), 1, True)
   assert choose(root / 'warm', str(root / 'origin')) == origin
+  assert choose(root / 'warm', str(root / 'first')) == origin  # its copy
   assert choose(root / 'warm', '') == origin
   assert choose(root / 'first', '') is None
-  for folder, source in (('warm', 'first'), ('first', 'origin')):
+  for folder, source in (('warm', 'again'), ('first', 'origin')):
     with pytest.raises(ConfigError, match='has begun, from .*another --workd'):
       choose(root / folder, str(root / source))
 

@@ -29,12 +29,11 @@ class RLConfig(Checked):
   many whole questions. `rows` answers are drawn at a time (0: all), all in one
   loop or, by the 'scheduler', as rows become free (`engine`); with
   `speculative` the MTP module drafts, which draws other tokens of the same
-  distribution. `aggregate`
-  says over what the loss of a token is averaged: all tokens ('token', DAPO),
-  its answer and then the answers ('sequence', DeepSeekMath), or the constant
-  answers x max_new ('constant', Dr. GRPO). `scale` divides advantages by the
-  spread of the question's rewards ('std'), of the rollout's ('batch'), or not
-  at all ('none').
+  distribution. `aggregate` says over what the loss of a token is averaged: all
+  tokens ('token', DAPO), its answer and then the answers ('sequence',
+  DeepSeekMath), or the constant answers x max_new ('constant', Dr. GRPO).
+  `scale` divides advantages by the spread of the question's rewards ('std'), of
+  the rollout's ('batch'), or not at all ('none').
 
   `clip_low` and `clip_high` bound the ratio to [1 - low, 1 + high]; with
   surrogate 'cispo' `clip_high` is the ceiling itself. `ratio` is each token's

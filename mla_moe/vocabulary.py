@@ -14,7 +14,7 @@ import re
 from typing import Any, NamedTuple
 
 from mla_moe import files
-from mla_moe.checked import ConfigError
+from mla_moe.checked import ConfigError, few
 
 BOS, EOS = '<｜begin▁of▁sentence｜>', '<｜end▁of▁sentence｜>'
 FIM = ('<｜fim▁begin｜>', '<｜fim▁hole｜>', '<｜fim▁end｜>')
@@ -147,6 +147,5 @@ def text_of(token: Any) -> str:
 
 
 def choices(special: dict[int, str]) -> str:
-  """Returns the special tokens for a message, the first eight."""
-  tokens = (f'{i} {text!r}' for i, text in [*special.items()][:8])
-  return ', '.join(tokens) or 'none: it has no special token'
+  """Returns the special tokens for a message, the first of them."""
+  return few(f'{i} {text!r}' for i, text in special.items()) or 'none'

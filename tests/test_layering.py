@@ -50,6 +50,10 @@ def imports(path):
         yield module, alias.name
 
 
+def method(call):
+  return getattr(call.func, 'attr', '')
+
+
 @pytest.mark.parametrize('path', FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_source(path):
   folder = path.relative_to(ROOT).parts[0]
@@ -78,8 +82,11 @@ def test_source(path):
       assert called not in ('eval', 'exec'), node.lineno
       keywords = {k.arg: k.value for k in node.keywords}
       # PLW1514 of ruff does not see all of these.
-      if getattr(node.func, 'attr', '') in ('read_text', 'write_text'):
+      if method(node) in ('read_text', 'write_text'):
         assert 'encoding' in keywords or folder == 'tests', node.lineno
+      # Of a module, arguments and results are all that persists.
+      pure = {'sow', 'put_variable', 'perturb'}.isdisjoint([method(node)])
+      assert pure and 'mutable' not in keywords, node.lineno
       shell = keywords.get('shell')
       assert not (isinstance(shell, ast.Constant) and shell.value)
 

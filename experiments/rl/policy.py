@@ -300,24 +300,23 @@ class Policy(source.Source):
     rollout's. The reference is another model, whose routers choose themselves.
     """
     scorer = _scorer(program.of_devices(setup.config), setup.mesh)
-    score = lambda weights, batch: jax.tree.map(
-      np.asarray, scorer(weights, setup.place(batch))
-    )
+    score = lambda weights, batch: scorer(weights, setup.place(batch))
+    read = lambda *scored: np.asarray(score(*scored)[0])
     flips, divergence = [], []
     for i, update in enumerate(self._updates):
       free = update
       if update.routes is not None:
         free = update._replace(routes=np.full_like(update.routes, -1))
       if self._config.rl.replay == 'train':
-        old, routes = score(variables, free)
+        old, routes = map(np.asarray, score(variables, free))
         differ = replay.flips(*map(jnp.asarray, (routes, update.routes)))
         flips.append(np.asarray(differ)[update.targets >= 0])
         update = update._replace(old=old, routes=routes)
       elif self._teachers or not update.fresh:
         # Else the old policy is the update's own.
-        update = update._replace(old=score(variables, update)[0])
+        update = update._replace(old=read(variables, update))
       if reference:
-        update = update._replace(reference=score(reference, free)[0])
+        update = update._replace(reference=read(reference, free))
       if self._teachers:
         update, gap = self._taught(setup, update, free)
         divergence.append(gap)

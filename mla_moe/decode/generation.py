@@ -149,9 +149,8 @@ def rollout(
 
 def _nothing(rows: int, width: int) -> Rollout:
   """Returns the result of no row, or of rows without a token."""
-  floats = np.zeros((rows, width), np.float32)
-  counts, ended = np.zeros(rows, np.int32), np.zeros(rows, bool)
-  tokens = floats.astype(np.int32)
+  floats, counts = np.zeros((rows, width), np.float32), np.zeros(rows, np.int32)
+  tokens, ended = floats.astype(np.int32), counts > 0
   return Rollout(tokens, counts, floats, floats, ended, 0, 0)
 
 

@@ -212,10 +212,7 @@ def note_routes(
   chosen: Int[Array, 'B T K'],
   valid: Int[Array, ' B'] | None,
 ) -> Pages:
-  """Returns the pool with the experts of new tokens, if it notes them.
-
-  `cache` has the rows without the new tokens.
-  """
+  """Returns the pool with experts of tokens after `cache`, if it notes them."""
   if pages.routes is None:
     return pages
   slots = next_slots(cache, chosen.shape[1], valid)
@@ -228,8 +225,7 @@ def routes(cache: Cache) -> Int[Array, 'B S L K'] | None:
 
   L are the layers that note them; without any the result is None.
   """
-  pools = [pages.routes for pages in cache.layers]
-  pools = [pool for pool in pools if pool is not None]
+  pools = jax.tree.leaves([pages.routes for pages in cache.layers])
   if not pools:
     return None
   # [B, n, L, K, page_size]

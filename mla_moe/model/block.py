@@ -31,7 +31,7 @@ class Block(nn.Module):
   """Pre-norm attention, then the experts if `routed`, else a dense FFN.
 
   Returns the stream and, when routed, the layer's `moe.Stats`. A `mask` of 0
-  leaves a token out of the stats.
+  leaves a token out of the stats; `routes` are replayed (`router.replay`).
   """
 
   config: ModelConfig
@@ -45,6 +45,7 @@ class Block(nn.Module):
     angles: rope.Angles,
     segments: Int[Array, 'B T'] | None,
     mask: Float[Array, 'B T'] | None,
+    routes: Int[Array, 'B T K'] | None = None,
   ) -> tuple[Float[Array, 'B T D'], moe.Stats | None]:
     c = self.config
     norm = lambda name: layers.RMSNorm(c.norm_eps, name=name)
@@ -56,7 +57,7 @@ class Block(nn.Module):
     h = sharding.constrain(norm('ffn_norm')(x), *_STREAM)
     with jax.named_scope('ffn'):
       if self.routed:
-        y, stats = moe.MoE(c, self.functions.route, name='ffn')(h, mask)
+        y, stats = moe.MoE(c, self.functions.route, name='ffn')(h, mask, routes)
       else:
         ffn = layers.FeedForward(
           c.dense_width, c.init_std, products.recipe(c), name='ffn'
@@ -96,8 +97,8 @@ def stack(config: ModelConfig, routed: bool, functions: Functions) -> nn.Module:
   return nn.scan(
     remat_block(config, length),
     length=length,
-    variable_axes={'params': 0, 'router': 0, 'routes': 0},
+    variable_axes={'params': 0, 'router': 0},
     split_rngs={'params': True},
-    in_axes=nn.broadcast,
+    in_axes=(*[nn.broadcast] * 3, 0),
     metadata_params={nn.PARTITION_NAME: axis},
   )(config, routed, functions, name='moe' if routed else 'dense')

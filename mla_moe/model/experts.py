@@ -96,12 +96,8 @@ def _ragged(x, gates, chosen, w_gate_up, w_down, expected, recipe):
     blocks = expert_loop.cut(chosen, order, 128, sizes)
     args = x, gates, w_gate_up, w_down, blocks, recipe
     rest, w_gate_up, w_down = expert_loop.over_blocks(*args)
-  multiply = functools.partial(
-    fp8.ragged_dot,
-    group_sizes=sizes,
-    precision=recipe.precision,
-    impl=recipe.impl,
-  )
+  options = dict(precision=recipe.precision, impl=recipe.impl)
+  multiply = functools.partial(fp8.ragged_dot, group_sizes=sizes, **options)
   gate_up = multiply(dispatch.permute(x, layout), w_gate_up)
   out = multiply(layers.glu(gate_up.reshape(capacity, 2, -1)), w_down)
   out = dispatch.combine(out, gates, layout)
@@ -115,8 +111,7 @@ def _padded(x, gates, chosen, w_gate_up, w_down, expected):
   rows beyond it; with balanced load there are none.
   """
   e, dim = w_gate_up.shape[:2]
-  capacity = dispatch.capacity(expected, 8 * e) // e + 8
-  capacity = min(chosen.size, capacity)
+  capacity = min(chosen.size, dispatch.capacity(expected, 8 * e) // e + 8)
   order = dispatch.sort(chosen, e)
   index = jnp.arange(capacity, dtype=jnp.int32)[None]
   valid = index < order.sizes[:, None]

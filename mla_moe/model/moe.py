@@ -37,6 +37,7 @@ class Stats(NamedTuple):
   balance: Array  # [] float32: `router.balance`
   entropy: Array  # [] float32: `router.entropy`, nats
   overflow: Array  # [] int32: rows that `exchange` sent in later rounds
+  routes: Array | None = None  # [B, T, K] int32: own choices, beside a replay
 
 
 class MoE(nn.Module):
@@ -47,7 +48,10 @@ class MoE(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, 'B T D'], mask: Float[Array, 'B T'] | None
+    self,
+    x: Float[Array, 'B T D'],
+    mask: Float[Array, 'B T'] | None,
+    routes: Int[Array, 'B T K'] | None = None,
   ) -> tuple[Float[Array, 'B T D'], Stats]:
     moe, std = self.config.moe, self.config.init_std
     dim, e, width = x.shape[-1], moe.experts, moe.width
@@ -69,11 +73,10 @@ class MoE(nn.Module):
     if moe.shared:
       width = moe.shared * width
       shared = layers.FeedForward(width, std, recipe, name='shared')(x)
-    routes = self.get_variable('routes', 'chosen')
     args = x, mask, w_router, bias, ws, self.config, recipe, shared
     out, stats, chosen = routed(*args, self.route, routes)
     if routes is not None:
-      self.put_variable('routes', 'chosen', chosen)
+      stats = stats._replace(routes=chosen)
     return out if shared is None else out + shared, stats
 
 
@@ -93,7 +96,7 @@ def routed(
 
   `ws` are gate and up [E, D, 2, F] (or `packed`) and down [E, F, D]. A 0 in
   `mask` leaves a token out of the Stats. `shared`, not added here, is computed
-  while tokens travel. `routes` are those of `router.route`.
+  while tokens travel. `routes` are those of `router.replay`.
   """
   moe = config.moe
   axes = exchange.token_axes(x.shape, _STREAM)
@@ -107,7 +110,7 @@ def routed(
     with jax.named_scope('route'):
       own = routing = route(flat, w_router, bias, moe)
       if routes is not None:
-        routing = route(flat, w_router, bias, moe, routes.reshape(b * t, -1))
+        routing = router.replay(own, routes.reshape(b * t, -1), moe)
     ws = tuple(map(weights.gather, ws, splits, (x.dtype,) * len(ws)))
     with jax.named_scope('experts'):
       args = flat, routing, ws, axes, config, recipe, shared

@@ -7,9 +7,8 @@ or of the trainer's own before its updates (R2, arXiv 2507.18071), the trainer
 takes those experts; their gates are of its own scores and have gradients.
 
 A record is [B, T, L, K] int16, of input tokens in natural order, L layers with
-experts, and -1 where the router shall choose. It enters the network as a
-variable of each MoE layer, so that the scan over layers cuts it up, and comes
-back as the choice that the routers would have made. MTP modules have none.
+experts, and -1 where the router shall choose. The choices that the routers
+would have made come back beside the layers' statistics. MTP modules have none.
 """
 
 from __future__ import annotations
@@ -17,31 +16,25 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from mla_moe.model import sequence
-from mla_moe.types import Array, Bool, Int, PyTree
+from mla_moe.types import Array, Bool, Int
 
 
-def variables(routes: Int[Array, 'B T L K'] | None, mode: str) -> PyTree:
-  """Returns the variables of `Transformer` that replay a record.
+def by_layer(
+  routes: Int[Array, 'B T L K'] | None, mode: str
+) -> Int[Array, 'L B T K'] | None:
+  """Returns a record as `Transformer.features` replays it.
 
   With the mode 'compare' (`RLConfig.replay`) all routers choose.
   """
-  if routes is None:
-    return {}
-  if mode == 'compare':
-    routes = jnp.full_like(routes, -1)
-  chosen = jnp.moveaxis(sequence.arrange(routes), 2, 0).astype(jnp.int32)
-  return {'routes': {'moe': {'ffn': {'chosen': chosen}}}}
+  if routes is not None:
+    routes = jnp.full_like(routes, -1) if mode == 'compare' else routes
+    routes = jnp.moveaxis(sequence.arrange(routes), 2, 0).astype(jnp.int32)
+  return routes
 
 
-def record(variables: PyTree) -> Int[Array, 'B T L K'] | None:
-  """Returns the routers' own choices, of the variables after a pass.
-
-  It is None where the pass has had no record.
-  """
-  if 'routes' not in variables:
-    return None
-  chosen = variables['routes']['moe']['ffn']['chosen'].astype(jnp.int16)
-  return sequence.restore(jnp.moveaxis(chosen, 0, 2))
+def record(chosen: Int[Array, 'L B T K']) -> Int[Array, 'B T L K']:
+  """Returns the record of the choices of all layers, int16."""
+  return sequence.restore(jnp.moveaxis(chosen.astype(jnp.int16), 0, 2))
 
 
 def flips(

@@ -36,9 +36,8 @@ def route(
   w_router: Float[Array, 'D E'],
   bias: Float[Array, ' E'] | None,
   moe: MoEConfig,
-  routes: Int[Array, 'M K'] | None = None,
 ) -> Routing:
-  """Returns the Routing of tokens: by `routes`, or by `select` where -1."""
+  """Returns the Routing of tokens; the choice itself has no gradient."""
   logits = jnp.einsum(
     'md,de->me',
     x.astype(jnp.float32),
@@ -48,13 +47,20 @@ def route(
   sigmoid = moe.scoring == 'sigmoid'
   scores = jax.nn.sigmoid(logits) if sigmoid else jax.nn.softmax(logits, -1)
   chosen = select(jax.lax.stop_gradient(scores), bias, moe)
-  if routes is not None:
-    chosen = jnp.where(routes < 0, chosen, routes)
   chosen = checkpoint_name(chosen, SAVED[0])
+  return Routing(_gates(scores, chosen, moe), chosen, scores)
+
+
+def replay(own: Routing, routes: Int[Array, 'M K'], moe: MoEConfig) -> Routing:
+  """Returns the Routing to the experts `routes`; a row of -1 keeps its own."""
+  pick = lambda mine, other: jnp.where(routes[:, :1] < 0, mine, other)
+  gates = _gates(own.scores, routes, moe)
+  return Routing(pick(own.gates, gates), pick(own.chosen, routes), own.scores)
+
+
+def _gates(scores, chosen, moe):
   gates = jnp.take_along_axis(scores, chosen, axis=-1)
-  if moe.normalize:
-    gates = gates / (gates.sum(-1, keepdims=True) + 1e-20)
-  return Routing(gates * moe.scale, chosen, scores)
+  return (_normalised(gates) if moe.normalize else gates) * moe.scale
 
 
 def select(
@@ -76,9 +82,8 @@ def select(
     value = jax.lax.top_k(grouped, best)[0].sum(-1)
     top = jax.lax.top_k(value, moe.top_groups)[1]
     is_top = (top[:, :, None] == jnp.arange(moe.groups)[None, None]).any(1)
-    scores = jnp.where(is_top[:, :, None], grouped, -jnp.inf).reshape(
-      scores.shape
-    )
+    masked = jnp.where(is_top[:, :, None], grouped, -jnp.inf)
+    scores = masked.reshape(scores.shape)
   return jax.lax.top_k(scores, moe.top_k)[1].astype(jnp.int32)
 
 

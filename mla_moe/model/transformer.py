@@ -114,6 +114,7 @@ class Transformer(nn.Module):
     segments: Int[Array, 'B T'] | None = None,
     micro_batches: int = 0,
     arranged: bool = False,
+    routes: Int[Array, 'L B T K'] | None = None,
   ) -> Features:
     """Returns everything but the head's logits.
 
@@ -124,6 +125,7 @@ class Transformer(nn.Module):
         no expert counts those of a negative one. None is one document.
       micro_batches: of a pipeline (0: one a stage), on a mesh with stages.
       arranged: leave rows in the order of their devices (`sequence.arrange`).
+      routes: experts to replay in each MoE layer, in that order (`replay`).
     """
     c = self.config
     b, t = tokens.shape
@@ -139,14 +141,14 @@ class Transformer(nn.Module):
     x = self._embed(tokens)
     stats = None
     if c.dense_layers:
-      x, _ = self.dense(x, *context, None)
+      x, _ = self.dense(x, *context, None, None)
     run_stages = pipeline.takes(b, micro_batches) and not self.is_initializing()
     if c.moe_layers and run_stages:
       args = self.moe.variables, c, x, *context, micro_batches
       x, stats = pipeline.run(*args, self.functions)
       x = sharding.constrain(x, 'batch', 'length', 'stream')
     elif c.moe_layers:
-      x, stats = self.moe(x, *context, mask)
+      x, stats = self.moe(x, *context, mask, routes)
     hidden = self.final_norm(x)
     ahead, mtp_stats = self._predict_ahead(tokens, segments, hidden, context)
     if not arranged:

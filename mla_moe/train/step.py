@@ -231,28 +231,27 @@ def predictions(
   """
   network = transformer.Transformer(config.model, functions)
   variables = {'params': params, 'router': biases}
-  record = replay.variables(getattr(micro, 'routes', None), config.rl.replay)
+  routes = replay.by_layer(getattr(micro, 'routes', None), config.rl.replay)
   joined = config.data.packing == 'joined'
-  out, record = network.apply(
-    variables | record,
+  out = network.apply(
+    variables,
     micro.tokens,
     micro.positions,
     None if joined else micro.segments,
     config.mesh.pipeline,
     arranged=True,
+    routes=routes,
     method=network.features,
-    mutable=['routes'],
   )
   head = network.apply(variables, method=network.head)
-  count = 1 + len(out.mtp_hidden)
-  targets = [_ahead(micro.targets, micro.segments, k) for k in range(count)]
+  ahead = lambda k: sequence.arrange(_ahead(micro.targets, micro.segments, k))
   hidden = jnp.stack([out.hidden, *out.mtp_hidden])
   if config.rl.task:  # likelihoods at the temperature of the answers
     hidden = hidden / config.rl.temperature
-  targets = jnp.stack([sequence.arrange(t) for t in targets])
+  targets = jnp.stack([*map(ahead, range(len(hidden)))])
   nll, lse = losses.sharded_token_nll(hidden, head, targets)
-  routes = replay.record(record)
-  return Predictions(nll, lse, targets, _joined_stats(out), routes)
+  own = None if routes is None else replay.record(out.stats.routes)
+  return Predictions(nll, lse, targets, _joined_stats(out), own)
 
 
 def _ahead(
@@ -266,7 +265,7 @@ def _ahead(
 
 def _joined_stats(out: transformer.Features) -> moe.Stats:
   """Returns the statistics of the main layers, then of the MTP modules."""
-  both = [s for s in (out.stats, out.mtp_stats) if s is not None]
+  both = [s._replace(routes=None) for s in (out.stats, out.mtp_stats) if s]
   if not both:
     none, few = jnp.zeros((0,)), jnp.zeros((0,), jnp.int32)
     return moe.Stats(few[:, None], none, none, few)

@@ -13,7 +13,7 @@ import pytest
 from configs import r1_tiny
 from mla_moe import sharding
 from mla_moe.config import MeshConfig, freeze
-from mla_moe.model import replay, trace
+from mla_moe.model import replay, router, trace
 from mla_moe.train import step
 from mla_moe.train.state import init_state
 
@@ -127,12 +127,26 @@ def test_each_recorded_route_is_taken_once():
 
 
 def test_a_comparison_replays_nothing():
-  assert not replay.variables(None, 'rollout')
+  assert replay.by_layer(None, 'rollout') is None
   routes = jnp.zeros((B, T, L, K), jnp.int16)
   for mode, value in (('compare', -1), ('train', 0), ('rollout', 0)):
-    (chosen,) = jax.tree.leaves(replay.variables(routes, mode))
+    chosen = replay.by_layer(routes, mode)
     chex.assert_shape(chosen, (L, B, T, K))
     assert (chosen == value).all()
+
+
+def test_gates_of_a_router_of_ones_own_stay_where_nothing_is_replayed():
+  """A record of -1 compares: it must not change the model's function."""
+  scores = jax.nn.sigmoid(jax.random.normal(jax.random.key(4), (3, 8)))
+  chosen = router.select(scores, jnp.zeros(8), MOE)
+  own = router.Routing(jnp.full((3, K), 0.25), chosen, scores)
+  routes = jnp.array([[-1, -1], [5, 6], [-1, -1]], jnp.int32)
+  out = router.replay(own, routes, MOE)
+  chex.assert_trees_all_equal(out.gates[::2], own.gates[::2])
+  chex.assert_trees_all_equal(out.chosen[::2], own.chosen[::2])
+  np.testing.assert_array_equal(out.chosen[1], [5, 6])
+  want = MOE.scale * scores[1, 5:7] / scores[1, 5:7].sum()
+  chex.assert_trees_all_close(out.gates[1], want, rtol=1e-6)
 
 
 def test_flips_are_of_sets():

@@ -213,7 +213,8 @@ class Affine:
   def apply(self, w, x, angles, *_):
     cos = angles.cos
     load = jnp.full(1, len(x), jnp.int32)
-    return 10 * x + w * cos, moe.Stats(load, cos.mean(), x.mean(), load[0])
+    stats = moe.Stats(load, cos.mean(), x.mean(), load[0])
+    return 10 * x + w * cos, (stats, None)
 
 
 @pytest.mark.parametrize('micro_batches', [2, 4])

@@ -30,8 +30,9 @@ class Functions(NamedTuple):
 class Block(nn.Module):
   """Pre-norm attention, then the experts if `routed`, else a dense FFN.
 
-  Returns the stream and, when routed, the layer's `moe.Stats`. A `mask` of 0
-  leaves a token out of the stats; `routes` are replayed (`router.replay`).
+  Returns the stream and, when routed, the layer's `moe.Stats`; beside `routes`
+  that are replayed (`router.replay`), the router's own choices [B, T, K], too.
+  A `mask` of 0 leaves a token out of the stats.
   """
 
   config: ModelConfig
@@ -46,7 +47,7 @@ class Block(nn.Module):
     segments: Int[Array, 'B T'] | None,
     mask: Float[Array, 'B T'] | None,
     routes: Int[Array, 'B T K'] | None = None,
-  ) -> tuple[Float[Array, 'B T D'], moe.Stats | None]:
+  ) -> tuple[Float[Array, 'B T D'], tuple[moe.Stats | None, Array | None]]:
     c = self.config
     norm = lambda name: layers.RMSNorm(c.norm_eps, name=name)
     h = sharding.constrain(norm('attention_norm')(x), *_STREAM)
@@ -62,7 +63,7 @@ class Block(nn.Module):
         ffn = layers.FeedForward(
           c.dense_width, c.init_std, products.recipe(c), name='ffn'
         )
-        y, stats = ffn(h), None
+        y, stats = ffn(h), (None, None)
     return x + sharding.constrain(y, *_STREAM), stats
 
 

@@ -37,7 +37,6 @@ class Stats(NamedTuple):
   balance: Array  # [] float32: `router.balance`
   entropy: Array  # [] float32: `router.entropy`, nats
   overflow: Array  # [] int32: rows that `exchange` sent in later rounds
-  routes: Array | None = None  # [B, T, K] int32: own choices, beside a replay
 
 
 class MoE(nn.Module):
@@ -52,7 +51,7 @@ class MoE(nn.Module):
     x: Float[Array, 'B T D'],
     mask: Float[Array, 'B T'] | None,
     routes: Int[Array, 'B T K'] | None = None,
-  ) -> tuple[Float[Array, 'B T D'], Stats]:
+  ) -> tuple[Float[Array, 'B T D'], tuple[Stats, Array | None]]:
     moe, std = self.config.moe, self.config.init_std
     dim, e, width = x.shape[-1], moe.experts, moe.width
     recipe = products.recipe(self.config)
@@ -75,9 +74,8 @@ class MoE(nn.Module):
       shared = layers.FeedForward(width, std, recipe, name='shared')(x)
     args = x, mask, w_router, bias, ws, self.config, recipe, shared
     out, stats, chosen = routed(*args, self.route, routes)
-    if routes is not None:
-      stats = stats._replace(routes=chosen)
-    return out if shared is None else out + shared, stats
+    out = out if shared is None else out + shared
+    return out, (stats, None if routes is None else chosen)
 
 
 def routed(

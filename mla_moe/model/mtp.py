@@ -42,7 +42,7 @@ class MTP(nn.Module):
     x = jnp.concatenate(pair, axis=-1)
     x = jnp.einsum('btd,de->bte', x, w_join.astype(x.dtype))
     args = c, c.moe_layers > 0, self.functions
-    x, stats = block.remat_block(c)(*args, name='block')(
+    x, (stats, _) = block.remat_block(c)(*args, name='block')(
       x, angles, segments, mask
     )
     return x, norm('final_norm')(x), stats

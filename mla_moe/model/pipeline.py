@@ -91,7 +91,8 @@ def _region(layer, count, micro_batches, variables, *rows):
     x = jnp.where(stage == 0, x, received)
 
     def one(x, variables):
-      return layer.apply(variables, x, angles, segments, None)
+      x, (stats, _) = layer.apply(variables, x, angles, segments, None)
+      return x, stats
 
     x, stats = jax.lax.scan(one, x, variables)
     real = (index >= 0) & (index < micro_batches)

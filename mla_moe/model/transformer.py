@@ -37,12 +37,14 @@ class Features:
     predicts token i + k + 2, and the last k + 1 positions mean nothing.
   stats: `moe.Stats` with a leading axis of MoE layers, or None.
   mtp_stats: `moe.Stats` with a leading axis of modules, or None.
+  routes: the routers' own choices [L, B, T, K], beside a replay; or None.
   """
 
   hidden: PyTree
   mtp_hidden: PyTree
   stats: PyTree
   mtp_stats: PyTree
+  routes: PyTree
 
 
 @struct.dataclass
@@ -139,7 +141,7 @@ class Transformer(nn.Module):
     angles = rope.angles(positions, c.mla.rope_dim, c.mla.rope)
     context = angles, documents
     x = self._embed(tokens)
-    stats = None
+    stats, own = None, None
     if c.dense_layers:
       x, _ = self.dense(x, *context, None, None)
     run_stages = pipeline.takes(b, micro_batches) and not self.is_initializing()
@@ -148,12 +150,12 @@ class Transformer(nn.Module):
       x, stats = pipeline.run(*args, self.functions)
       x = sharding.constrain(x, 'batch', 'length', 'stream')
     elif c.moe_layers:
-      x, stats = self.moe(x, *context, mask, routes)
+      x, (stats, own) = self.moe(x, *context, mask, routes)
     hidden = self.final_norm(x)
     ahead, mtp_stats = self._predict_ahead(tokens, segments, hidden, context)
     if not arranged:
       hidden, ahead = jax.tree.map(sequence.restore, (hidden, ahead))
-    return Features(hidden, ahead, stats, mtp_stats)
+    return Features(hidden, ahead, stats, mtp_stats, own)
 
   def _embed(self, tokens):
     arranged = sequence.arrange(tokens)

@@ -250,7 +250,7 @@ def predictions(
     hidden = hidden / config.rl.temperature
   targets = jnp.stack([*map(ahead, range(len(hidden)))])
   nll, lse = losses.sharded_token_nll(hidden, head, targets)
-  own = None if routes is None else replay.record(out.stats.routes)
+  own = None if routes is None else replay.record(out.routes)
   return Predictions(nll, lse, targets, _joined_stats(out), own)
 
 
@@ -265,7 +265,7 @@ def _ahead(
 
 def _joined_stats(out: transformer.Features) -> moe.Stats:
   """Returns the statistics of the main layers, then of the MTP modules."""
-  both = [s._replace(routes=None) for s in (out.stats, out.mtp_stats) if s]
+  both = [s for s in (out.stats, out.mtp_stats) if s is not None]
   if not both:
     none, few = jnp.zeros((0,)), jnp.zeros((0,), jnp.int32)
     return moe.Stats(few[:, None], none, none, few)

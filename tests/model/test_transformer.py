@@ -170,14 +170,15 @@ def test_a_single_layer_is_made_again_too():
       block.Functions(),
     )
     x = jax.ShapeDtypeStruct((1, 64, config.dim), jnp.float32)
+    none = [None] * 3  # neither segments, nor a mask, nor routes
     angles = rope.angles(
       jnp.arange(64)[None], config.mla.rope_dim, config.mla.rope
     )
-    init = lambda x: run.init(jax.random.key(0), x, angles, None, None)
+    init = lambda x: run.init(jax.random.key(0), x, angles, *none)
     variables = jax.eval_shape(init, x)
 
     def loss(variables, x):
-      return run.apply(variables, x, angles, None, None)[0].sum()
+      return run.apply(variables, x, angles, *none)[0].sum()
 
     step = jax.jit(jax.value_and_grad(loss))
     compiled = step.lower(variables, x).compile()

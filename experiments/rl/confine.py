@@ -28,6 +28,7 @@ def confine(seconds: int, memory: int, length: int) -> None:
       importlib.import_module(name)
   # If the parent was killed: a first process ignores signals without a handler.
   signal.signal(signal.SIGALRM, lambda *_: os._exit(1))
+  signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the parent's, until here
   signal.alarm(seconds + 1)
   limits = {
     resource.RLIMIT_CORE: 0,

@@ -14,20 +14,14 @@ killed: that is an error of the grader, which is counted, and no wrong answer.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import json
-import os
 import queue
 import re
-import select
-import subprocess
-import sys
-import time
 from fractions import Fraction
 
 from mla_moe.config import ConfigError
 
+from .. import child
 from . import verifier
 
 LONGEST = 500  # characters of a final answer
@@ -160,61 +154,21 @@ class _Worker:
 
   def __init__(self, deadline: float):
     self._deadline = deadline
-    self._process: subprocess.Popen | None = None
-    self._rest = b''
+    self._child = child.Child(verifier.__file__, start=_START)
 
   def is_right(self, gold: str, answer: str) -> bool:
     request = {'gold': gold, 'answer': answer, 'seconds': self._deadline}
     try:
-      if self._process is None:
-        self._start()
-      self._process.stdin.write(json.dumps(request).encode() + b'\n')
-      self._process.stdin.flush()
-      reply = self._line(self._deadline, 'math-verify')
-    except BaseException as error:
-      self.close()
-      if isinstance(error, OSError):
-        raise Failed(f'math-verify: its process has ended ({error})') from None
-      raise
+      reply = self._child.ask(request, self._deadline)
+    except child.ChildError as error:
+      raise Failed(f'math-verify: {error}') from None
     if 'error' in reply:
       raise Failed(f'math-verify: {reply["error"]}')
     return reply['right']
 
-  def _start(self) -> None:
-    self._rest = b''
-    self._process = subprocess.Popen(
-      [sys.executable, '-P', verifier.__file__],
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.DEVNULL,
-      start_new_session=True,  # Ctrl-C is for the trainer
-    )
-    self._line(_START, 'math-verify, at its start')
-
-  def _line(self, seconds: float, name: str) -> dict:
-    """Returns the next line of the process, as JSON."""
-    end = time.monotonic() + seconds
-    file = self._process.stdout.fileno()
-    while b'\n' not in self._rest:
-      left = end - time.monotonic()
-      if left <= 0 or not select.select([file], [], [], left)[0]:
-        raise Failed(f'{name}: no answer in {seconds:g} s')
-      part = os.read(file, 2**16)
-      if not part:
-        raise Failed(f'{name}: its process has ended')
-      self._rest += part
-    line, _, self._rest = self._rest.partition(b'\n')
-    return json.loads(line)
-
   def close(self) -> None:
     """Kills the process, if there is one."""
-    if self._process is not None:
-      self._process.kill()
-      for pipe in (self._process.stdin, self._process.stdout):
-        with contextlib.suppress(OSError):  # a broken pipe is flushed
-          pipe.close()
-      self._process.wait()
-      self._process = None
+    self._child.close()
 
 
 def has_math_verify() -> bool:

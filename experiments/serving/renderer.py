@@ -331,6 +331,9 @@ def main() -> None:
   An answer is {'text', 'own'} or {'error'}.
   """
   _limit()
+  # A process inherits both from its parent, whose libraries may ignore it.
+  signal.signal(signal.SIGPROF, signal.SIG_DFL)
+  signal.pthread_sigmask(signal.SIG_SETMASK, ())
   for line in sys.stdin.buffer:
     request = json.loads(line)
     # The kernel ends this process once it has computed so long.

@@ -7,19 +7,19 @@ a hundred times as long as a chat does.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import functools
 import importlib.util
-import json
 import os
-import subprocess
-import sys
 import threading
 from typing import NamedTuple
 
 from mla_moe.config import ConfigError
 
+from .. import child
 from . import renderer
+
+_START = 30  # seconds, in which the process starts and imports jinja2
+_SLOWER = 20  # a busy machine's seconds for one of a processor
 
 
 class Rendered(NamedTuple):
@@ -46,59 +46,36 @@ def run(template: str, values: dict | None, names: dict[str, str]) -> Rendered:
   if importlib.util.find_spec('jinja2') is None:
     raise ConfigError('a chat template needs jinja2: pip install "mla_moe[hf]"')
   request = {'template': template, 'values': values, 'names': names}
-  answer = _child().ask(request | {'seconds': renderer.SECONDS})
+  answer = _renderer().ask(request)
   if 'error' in answer:
     raise ConfigError(f'the chat template fails ({answer["error"]})')
   return Rendered(answer['text'], [tuple(span) for span in answer['own']])
 
 
-class _Child:
-  """The process that renders; it starts at the first request, and again after
-  one that the kernel has ended."""
+class _Renderer:
+  """The process that renders, of one thread at a time."""
 
   def __init__(self):
     self._lock = threading.Lock()
-    self._process = None
-    atexit.register(self._end)
+    self.child = child.Child(renderer.__file__)
+    atexit.register(self.child.close)
 
   def ask(self, request: dict) -> dict:
     """Returns the answer to a request: {'text', 'own'} or {'error'}."""
+    request |= {'seconds': renderer.SECONDS}
     with self._lock:
-      if self._process is None or self._process.poll() is not None:
-        self._end()
-        self._process = subprocess.Popen(
-          [sys.executable, '-P', renderer.__file__],
-          stdin=subprocess.PIPE,
-          stdout=subprocess.PIPE,
-          stderr=subprocess.DEVNULL,
-          start_new_session=True,  # Ctrl-C ends an answer, and not this
-        )
-      line = b''
-      with contextlib.suppress(BrokenPipeError):
-        self._process.stdin.write(json.dumps(request).encode() + b'\n')
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-      if line:
-        return json.loads(line)
-      self._end()
-    limits = f'{renderer.SECONDS} s or {renderer.MEMORY >> 20} MiB'
-    return {'error': f'it needs more than {limits}'}
-
-  def _end(self) -> None:
-    process, self._process = self._process, None
-    if process is not None:
-      process.kill()
-      process.stdout.close()
-      with contextlib.suppress(BrokenPipeError):
-        process.stdin.close()
-      process.wait()
+      try:
+        return self.child.ask(request, _START + _SLOWER * renderer.SECONDS)
+      except child.ChildError:
+        limits = f'{renderer.SECONDS} s or {renderer.MEMORY >> 20} MiB'
+        return {'error': f'it needs more than {limits}'}
 
 
 @functools.lru_cache(maxsize=1)
-def _child_of(pid: int) -> _Child:
-  return _Child()
+def _renderer_of(pid: int) -> _Renderer:
+  return _Renderer()
 
 
-def _child() -> _Child:
-  """Returns the child of this process; a fork gets its own."""
-  return _child_of(os.getpid())
+def _renderer() -> _Renderer:
+  """Returns the renderer of this process; a fork gets its own."""
+  return _renderer_of(os.getpid())

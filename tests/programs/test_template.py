@@ -11,6 +11,8 @@ import copy
 import json
 import pathlib
 import re
+import select
+import signal
 
 import hypothesis
 import numpy as np
@@ -20,7 +22,7 @@ from hypothesis import strategies as st
 from experiments import prompt
 from experiments import tokenizer as trained
 from experiments.data import tokenizer
-from experiments.serving import rendering, template
+from experiments.serving import renderer, rendering, template
 from mla_moe import ConfigError
 
 HERE = pathlib.Path(__file__).parent
@@ -227,10 +229,53 @@ def test_a_killed_renderer_comes_back(words):
   words, _ = words
   own = '{{ messages[0].content }}'
   before = template.encode(None, words, [('user', 'hi')], own)
-  rendering._child()._process.kill()
-  rendering._child()._process.wait()
+  rendering._renderer().child._process.kill()
+  rendering._renderer().child._process.wait()
   after = template.encode(None, words, [('user', 'hi')], own)
   np.testing.assert_array_equal(before, after)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize('seconds, deadline', [(0.3, 900), (900, 0.3)])
+def test_row49_limits_hold_whatever_the_parent_does_with_signals(
+  words, monkeypatch, seconds, deadline
+):
+  """A library of the parent may ignore or block the signal of the limit."""
+  words, _ = words
+  monkeypatch.setattr(rendering, '_START', deadline)
+  monkeypatch.setattr(rendering, '_SLOWER', 0)
+  endless = '{% for i in range(99999) %}' * 2 + '{% endfor %}' * 2
+  monkeypatch.setattr(renderer, 'SECONDS', seconds)
+  rendering._renderer().child.close()  # the next one inherits
+  before = signal.signal(signal.SIGPROF, signal.SIG_IGN)
+  mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPROF})
+  try:
+    with pytest.raises(ConfigError, match='more than'):
+      template.encode(None, words, [('user', 'hi')], endless)
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    signal.signal(signal.SIGPROF, before)
+
+
+def test_an_answer_after_an_interruption_is_not_the_next_one_s(
+  words, monkeypatch
+):
+  words, _ = words
+  own = '{{ messages[0].content }}'
+  encode = lambda text: template.encode(None, words, [('user', text)], own)
+  expected = encode('hi')
+  pid = rendering._renderer().child._process.pid
+  with monkeypatch.context() as patch:
+    # The request is on its way, and Ctrl-C ends the wait.
+    patch.setattr(select, 'select', _interrupted)
+    with pytest.raises(KeyboardInterrupt):
+      encode('there')
+  np.testing.assert_array_equal(encode('hi'), expected)
+  assert rendering._renderer().child._process.pid != pid
+
+
+def _interrupted(*_):
+  raise KeyboardInterrupt
 
 
 def _transformers(name, chat, ready):

@@ -7,10 +7,9 @@ import json
 import pathlib
 import re
 import shlex
-import subprocess
-import sys
 import urllib.parse
 
+import children
 import jax
 import pytest
 
@@ -76,7 +75,7 @@ def smoke(line, folder):
   if words[2] == 'experiments.launch':
     assert '--dry-run' in words, line
     words.insert(words.index('--'), '--force')  # the clone may be at work
-  return [sys.executable, *words[1:]]
+  return words[1:]
 
 
 @pytest.mark.slow
@@ -84,13 +83,7 @@ def smoke(line, folder):
 def test_every_documented_command_runs(tmp_path):
   assert len(commands()) >= 15
   for line, page in commands().items():
-    done = subprocess.run(
-      smoke(line, tmp_path),
-      cwd=ROOT,
-      capture_output=True,
-      text=True,
-      timeout=600,
-    )
+    done = children.run(*smoke(line, tmp_path), timeout=600)
     assert done.returncode == 0, f'{page}: {line}\n{done.stderr[-2000:]}'
     if '.launch' in line:
       faults = done.stderr.splitlines()
@@ -106,12 +99,7 @@ def test_launched_configs_fit_their_slices():
     words = shlex.split(line)
     planned = ('--config', '--topology')
     words = [w for w in words if w.startswith(planned) and 'source' not in w]
-    done = subprocess.run(
-      [sys.executable, '-m', 'experiments.plan', *words],
-      cwd=ROOT,
-      capture_output=True,
-      text=True,
-    )
+    done = children.run('-m', 'experiments.plan', *words)
     assert done.returncode == 0, f'{line}\n{done.stderr}'
     last = done.stdout.splitlines()[-1]
     assert last.startswith('To train it so: '), last
@@ -128,13 +116,8 @@ def test_launched_configs_fit_their_slices():
 )
 @pytest.mark.slow
 def test_the_docs_build_with_warnings_as_errors(tmp_path):
-  command = [sys.executable, '-m', 'sphinx', '-q', '-W', '--keep-going']
-  done = subprocess.run(
-    [*command, '-b', 'html', str(DOCS), str(tmp_path)],
-    capture_output=True,
-    text=True,
-    timeout=200,
-  )
+  command = ['-m', 'sphinx', '-q', '-W', '--keep-going', '-b', 'html']
+  done = children.run(*command, DOCS, tmp_path, timeout=200)
   assert done.returncode == 0, done.stderr[-4000:]
   assert 'train_step' in (tmp_path / 'api.html').read_text()
 

@@ -6,17 +6,17 @@ The row numbers are those of the table in docs/reliability.md.
 import errno
 import math
 import os
+import pathlib
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
+import children
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from states import ROOT, make, restored, save
+from states import make, restored, save
 
 from mla_moe.checkpoint import faults, folders, store
 
@@ -24,29 +24,12 @@ from mla_moe.checkpoint import faults, folders, store
 pytestmark = pytest.mark.filterwarnings('default')
 
 
-SAVER = """
-import sys, jax.numpy as jnp
-from mla_moe.checkpoint import store
-with store.Writer(sys.argv[1], 3) as writer:
-  for step in range(int(sys.argv[2]), int(sys.argv[3]) + 1):
-    w = step + jnp.arange(1 << 20, dtype=jnp.float32)
-    writer.save(step, {'w': w}, {})
-    print(step, flush=True)
-    if sys.argv[4:] == ['exit']: sys.exit(3)
-    if sys.argv[4:] == ['raise']: raise KeyError('of the test')
-"""
+HERE = pathlib.Path(__file__).parent
 
 
-def saver(*words, fault='', **kwargs):
-  environment = dict(os.environ, MLA_MOE_FAULT=fault, PYTHONPATH=str(ROOT))
-  return subprocess.Popen(
-    [sys.executable, '-c', SAVER, *map(str, words)],
-    env=environment,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-    **kwargs,
-  )
+def saver(*words, fault=''):
+  environment = dict(os.environ, MLA_MOE_FAULT=fault)
+  return children.Child(HERE / 'saver.py', *words, env=environment)
 
 
 def newest(folder):
@@ -145,39 +128,8 @@ def test_row08_a_failed_save_is_told_and_does_not_block_later_ones(
   assert restored(tmp_path) == (3, '')
 
 
-LIMITED = """
-import resource, signal, sys, jax.numpy as jnp
-from mla_moe.checkpoint import folders, store
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-folder = sys.argv[1]
-like = {'w': jnp.zeros(1 << 20, jnp.float32)}
-state = lambda step: {'w': like['w'] + step + jnp.arange(1 << 20)}
-with store.Writer(folder, 9) as writer:
-  writer.save(1, state(1), {})
-  writer.wait()
-  resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-  try:
-    writer.save(2, state(2), {})
-    writer.wait()
-    print('saved?')
-  except store.NotSaved as error:
-    print(error)
-  no = resource.RLIM_INFINITY
-  resource.setrlimit(resource.RLIMIT_FSIZE, (no, no))
-  assert store.restore(folder, like).step == 1
-  writer.save(3, state(3), {})
-assert store.restore(folder, like).step == 3
-assert folders.steps(folder) == [1, 3]
-"""
-
-
 def test_row09_a_disk_that_takes_no_more_bytes(tmp_path):
-  ran = subprocess.run(
-    [sys.executable, '-c', LIMITED, tmp_path / 'run'],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-  )
+  ran = children.run(HERE / 'limited.py', tmp_path / 'run')
   assert ran.returncode == 0, ran.stderr
   (line,) = ran.stdout.splitlines()
   assert f'{tmp_path}/run/2: could not be saved' in line

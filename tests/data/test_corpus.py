@@ -4,13 +4,14 @@ import dataclasses
 import gzip
 import hashlib
 import json
-import multiprocessing
 import os
 import pathlib
 import stat
 
+import children
 import numpy as np
 import pytest
+from preparing import outcome
 from texts import (
   BEGIN,
   BOS,
@@ -177,22 +178,12 @@ def test_the_damaged_block_of_several_is_the_one_named(tmp_path, monkeypatch):
     corpus.prepare(config, BYTE, cache, print)
 
 
-def _prepare(source, cache, queue):
-  text = prepared(small(source=source), cache)
-  queue.put((text.fingerprint, int(text.train.astype(np.int64).sum())))
-
-
 def test_two_processes_may_prepare_at_once(folder, tmp_path, text):
-  context = multiprocessing.get_context('spawn')
-  queue = context.Queue()
-  args = (folder, str(tmp_path / 'other'), queue)
-  processes = [context.Process(target=_prepare, args=args) for _ in range(2)]
-  for process in processes:
-    process.start()
-  results = {queue.get(timeout=120) for _ in processes}
-  for process in processes:
-    process.join()
-  assert results == {(text.fingerprint, int(text.train.astype(np.int64).sum()))}
+  script = pathlib.Path(__file__).parent / 'preparing.py'
+  words = script, folder, tmp_path / 'other'
+  with children.Child(*words) as one, children.Child(*words) as other:
+    said = [child.communicate(120) for child in (one, other)]
+  assert said == 2 * [(f'{outcome(text)}\n', '')]
   assert os.listdir(tmp_path / 'other') == [text.fingerprint]
 
 

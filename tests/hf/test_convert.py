@@ -5,13 +5,12 @@ import math
 import pathlib
 import re
 import shutil
-import subprocess
-import sys
 
+import children
 import jax
 import numpy as np
 import pytest
-from releases import GOLDEN, ROOT, same_bytes, tensors
+from releases import GOLDEN, same_bytes, tensors
 
 from experiments.data import corpus, tokenizer
 from mla_moe import Transformer, load_huggingface
@@ -26,12 +25,7 @@ COMPUTE = ('remat=full', 'attention=reference', 'exchange=padded')
 
 
 def program(name, *words):
-  return subprocess.run(
-    [sys.executable, '-m', f'experiments.{name}', *map(str, words)],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-  )
+  return children.run('-m', f'experiments.{name}', *words)
 
 
 @pytest.fixture(scope='module')

@@ -5,12 +5,12 @@ import errno
 import importlib
 import json
 import os
+import pathlib
 import shutil
 import signal
-import subprocess
-import sys
 
 import chex
+import children
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -146,48 +146,17 @@ def test_save_dies_without_leaving_a_folder(tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
-KILLED = """
-import os, pathlib, signal, sys
-import numpy as np
-from mla_moe import config as c
-from mla_moe.hf import names, outgoing, save
-
-moment, target, force = sys.argv[1], pathlib.Path(sys.argv[2]), sys.argv[3:]
-mla = c.MLAConfig(heads=2, query_rank=0, kv_rank=8, nope_dim=8, rope_dim=4)
-config = c.ModelConfig(
-  vocab=258, dim=64, layers=1, dense_layers=1, dense_width=32, mla=mla,
-  mtp=c.MTPConfig(0),
-)
-variables = {}
-for row in names.rows(config):
-  tree = variables
-  for key in row.path[:-1]:
-    tree = tree.setdefault(key, {})
-  tree[row.path[-1]] = np.ones(row.shape, np.float32)
-
-def die(*_, **__):
-  os.kill(os.getpid(), signal.SIGKILL)
-
-if moment == 'file':
-  outgoing.fp8_blocks.check_finite = lambda name, _: 'o_proj' in name and die()
-elif moment == 'config':
-  save._replace = die
-elif moment == 'swap':
-  save.shutil.rmtree = die
-save.save_huggingface(target, config, variables, force=bool(force))
-"""
-
-
 @pytest.mark.parametrize('moment', ['file', 'config', 'swap'])
 def test_a_killed_save_leaves_no_folder_that_looks_complete(moment, tmp_path):
   """SIGKILL in a file, before the last rename, while the old one is deleted."""
   target = tmp_path / 'out'
-  command = [sys.executable, '-c', KILLED, moment, str(target)]
+  script = pathlib.Path(__file__).parent / 'killed_save.py'
+  words = [script, moment, target]
   if moment == 'swap':
     ignore = shutil.ignore_patterns('expected.npz')
     shutil.copytree(GOLDEN / 'v2_lite', target, ignore=ignore)
-    command.append('force')
-  out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    words.append('force')
+  out = children.run(*words)
   assert out.returncode == -signal.SIGKILL, out.stderr
   (left,) = (p for p in tmp_path.iterdir() if p != target)
   if moment == 'swap':  # the new one is complete, the old one moved away

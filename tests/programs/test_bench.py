@@ -10,6 +10,7 @@ import sys
 import types
 
 import chex
+import children
 import numpy as np
 import pytest
 
@@ -318,10 +319,7 @@ def test_all_parts_of_a_card_run_at_toy_size(tmp_path):
 def bench(*words):
   """The command with jax's devices as they are outside the tests."""
   environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
-  command = [sys.executable, '-m', 'experiments.bench', *words]
-  return subprocess.run(
-    command, capture_output=True, text=True, cwd=ROOT, env=environment
-  )
+  return children.run('-m', 'experiments.bench', *words, env=environment)
 
 
 def test_the_command_lists_its_benchmarks_and_each_has_flags(

@@ -2,10 +2,10 @@
 
 import pathlib
 import signal
-import subprocess
 import sys
 import types
 
+import children
 import pytest
 
 from experiments import chat, cli, opened, text
@@ -169,13 +169,8 @@ def test_a_pipe_is_answered_as_generate_does(tmp_path):
   flags += [f'--chat_template={tmp_path}/plain.jinja', '--max_new_tokens=8']
 
   def run(program, *words, **more):
-    done = subprocess.run(
-      [sys.executable, '-m', f'experiments.{program}', *flags, *words],
-      cwd=ROOT,
-      capture_output=True,
-      text=True,
-      **more,
-    )
+    module = f'experiments.{program}'
+    done = children.run('-m', module, *flags, *words, **more)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count('compiling, once') == 1
     assert done.stderr.count('Compiled in') == 1

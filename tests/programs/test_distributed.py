@@ -3,9 +3,8 @@
 import json
 import os
 import pathlib
-import subprocess
-import sys
 
+import children
 import jax
 import numpy as np
 import ports
@@ -123,15 +122,8 @@ def start(folder, index=None, port=0, more=()):
       'JAX_NUM_PROCESSES': '2',
       'JAX_PROCESS_ID': str(index),
     }
-  command = [sys.executable, '-m', 'experiments.train', *ARGUMENTS, *more]
-  child = subprocess.Popen(
-    [*command, f'--workdir={folder}'],
-    cwd=ROOT,
-    env=environ,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
+  words = '-m', 'experiments.train', *ARGUMENTS, *more, f'--workdir={folder}'
+  child = children.Child(*words, env=environ)
   _STARTED.append(child)
   return child
 

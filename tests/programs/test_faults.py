@@ -15,6 +15,7 @@ import sys
 import types
 
 import chex
+import children
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,18 +105,11 @@ def fault(monkeypatch):
 
 
 def program(root, name, *args, fault=''):
-  environment = {faults.VARIABLE: fault, 'PYTHONPATH': str(ROOT)}
-  return subprocess.Popen(
-    [
-      *(sys.executable, '-m', 'experiments.train', f'--workdir={root}/{name}'),
-      *('--config=configs/tiny.py:micro', f'--config.data.source={root}/texts'),
-      *args,
-    ],
-    cwd=ROOT,
-    env=os.environ | environment,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
+  words = f'--workdir={root}/{name}', '--config=configs/tiny.py:micro'
+  return children.Child(
+    *('-m', 'experiments.train', *words),
+    *(f'--config.data.source={root}/texts', *args),
+    env=os.environ | {faults.VARIABLE: fault},
   )
 
 

@@ -1,12 +1,12 @@
 """Chat templates, text that grows token by token, the program's edge."""
 
 import dataclasses
+import functools
 import json
 import pathlib
-import subprocess
-import sys
 import types
 
+import children
 import numpy as np
 import pytest
 
@@ -279,12 +279,7 @@ def test_flags_that_exclude_each_other_are_one_line(call):
 @pytest.mark.slow
 @pytest.mark.filterwarnings('default')
 def test_program_generates_from_a_release():
-  run = lambda *words: subprocess.run(
-    [sys.executable, '-m', 'experiments.generate', *words],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-  )
+  run = functools.partial(children.run, '-m', 'experiments.generate')
   folder = f'--checkpoint={ROOT}/tests/golden/v2_lite'
   out = run(folder, '--prompt=hi', '--max_new_tokens=4', '--tokenizer=byte')
   assert out.returncode == 0, out.stderr

@@ -1,10 +1,10 @@
 """Sweeps, the doctor, the profile's table: small programs beside training."""
 
 import json
-import subprocess
 import sys
 import types
 
+import children
 import jax
 import jax.numpy as jnp
 import pytest
@@ -52,8 +52,7 @@ def test_the_table_puts_the_best_run_first(tmp_path, capsys):
 
 
 def sweep_of(*words):
-  command = [sys.executable, '-m', 'experiments.sweep', *words]
-  return subprocess.run(command, capture_output=True, text=True, timeout=250)
+  return children.run('-m', 'experiments.sweep', *words, timeout=250)
 
 
 @pytest.mark.filterwarnings('ignore:the load_module')
@@ -106,8 +105,7 @@ def test_known_trouble_is_named():
 
 
 def test_the_doctor_reports():
-  command = [sys.executable, '-m', 'experiments.doctor']
-  process = subprocess.run(command, capture_output=True, text=True, timeout=100)
+  process = children.run('-m', 'experiments.doctor', timeout=100)
   for word in ('commit', 'python', 'disk', 'jax ', 'device', 'cpu'):
     assert word in process.stdout
 

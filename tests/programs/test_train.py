@@ -7,10 +7,10 @@ import os
 import pathlib
 import re
 import signal
-import subprocess
 import sys
 import time
 
+import children
 import jax
 import numpy as np
 import pytest
@@ -152,14 +152,7 @@ def test_row32_the_workdir_is_one_writers(tmp_path):
 
 def program(*args):
   environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
-  return subprocess.Popen(
-    [sys.executable, '-m', 'experiments.train', *args],
-    cwd=ROOT,
-    env=environment,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
+  return children.Child('-m', 'experiments.train', *args, env=environment)
 
 
 @pytest.mark.parametrize(

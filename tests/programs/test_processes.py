@@ -19,18 +19,18 @@ def pair(tmp_path_factory):
   flags = '--xla_force_host_platform_device_count=2'
   environment = os.environ | {'XLA_FLAGS': flags}
   script = pathlib.Path(__file__).parent / 'one_of_two.py'
-  pair = [
+  both = [
     children.Child(script, rank, folder, env=environment) for rank in range(2)
   ]
   try:
-    while pair[1].stdout.readline() not in ('ready\n', ''):
+    while both[1].stdout.readline() not in ('ready\n', ''):
       pass  # gloo prints, too
-    pair[1].send_signal(signal.SIGTERM)
-    outputs = [child.communicate() for child in pair]
+    both[1].send_signal(signal.SIGTERM)
+    outputs = [child.communicate() for child in both]
   finally:
-    for child in pair:
+    for child in both:
       child.kill()
-  assert [child.returncode for child in pair] == [0, 0], outputs
+  assert [child.returncode for child in both] == [0, 0], outputs
   return [out.splitlines()[-2:] for out, _ in outputs], folder
 
 

@@ -273,6 +273,17 @@ def alone(do: Callable[[], Any]) -> Any:
   return result
 
 
+def of_first(text: str) -> str:
+  """Returns the text, of at most 64 characters, that process 0 has."""
+  if processes() == 1:
+    return text
+  from jax.experimental import multihost_utils
+
+  message = np.frombuffer(text.encode().ljust(64, b'\0'), np.uint8)
+  message = np.asarray(multihost_utils.broadcast_one_to_all(message))
+  return bytes(message[message > 0].tolist()).decode()
+
+
 def rows(mesh, micro: int, devices: list) -> np.ndarray:
   """Returns the numbers of the rows, of `micro`, that these devices hold.
 

@@ -1,11 +1,12 @@
-"""The corpus: documents are tokenised once, into two flat files of token ids.
+"""The corpus: documents are tokenised once, into shards of token ids.
 
-Each document becomes bos, its tokens, eos. A fraction of the training documents
-is rearranged for fill-in-the-middle: prefix, suffix, middle (PSM; V3's report,
-section 4.1). The files lie in a folder whose name is a fingerprint of all that
-the tokens depend on, so a changed text or option makes another folder. They are
-read through a memory map, which returns a flipped bit without a word: therefore
-a checksum of every MiB is compared when the folder is opened.
+Units of the text become shards (`units`), in a folder whose name is a
+fingerprint of all that the tokens depend on, so a changed text or option makes
+another folder. To hash a text is to read it, and a start should read nothing.
+Therefore the folder lists stamps of texts that it was compared with: names,
+sizes and times of their files. The same stamp is the same text; another stamp
+is hashed once, and compared. Damaged tokens are found when they are touched
+(`shards`).
 
 About `data.heldout` of the text is held out (`holdout`), of a single book its
 end. A line says how much it is, and which files were left out.
@@ -14,43 +15,46 @@ end. A line says how much it is, and which files were left out.
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import contextlib
-import dataclasses
 import hashlib
 import json
-import mmap
 import os
 import pathlib
-import shutil
-import tempfile
+import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mla_moe.config import ConfigError, DataConfig
 
-from . import documents, encodings, holdout, sources
+from .. import workdir
+from . import documents, encodings, shards, sources, units, workers
+from .shards import Tokens
 from .tokenizer import Tokenizer
 
-_BLOCK = 1 << 20  # bytes per checksum
 _FORMAT = 2
-_SCRATCH = '.making-'
 _OLDER = (*sources.TEXT, '.jsonl', '.parquet')  # the kinds of format 1
+_OLDER_BLOCK = 1 << 20
+_PART = '.part-'  # begins the name of a folder that is not whole
+_GZIP_BYTES = 8 << 20  # of held-out text, to compare the model with
+_STAMPS = 16  # that a folder remembers
+_RECENT = 2 * 10**9  # ns: a file may change once more within a clock's tick
 
 
 class Corpus(NamedTuple):
-  """Two streams of token ids, and facts about the held-out text.
+  """Two streams of token ids, and facts about the text.
 
-  train, heldout: [tokens] uint16 or uint32, memory maps. heldout_bytes: of the
-  text in UTF-8. gzip_bits_per_byte: of the same text under gzip -9, to compare
-  the model's with. prompt: the beginning of a held-out document. fingerprint:
-  of everything that the tokens depend on.
+  train, heldout: [tokens] uint16 or uint32, read and checked when touched.
+  heldout_bytes: of the text in UTF-8. gzip_bits_per_byte: of its first 8 MiB
+  under gzip -9, to compare the model's with. prompt: the beginning of a
+  held-out document. fingerprint: of everything that the tokens depend on.
   """
 
-  train: np.ndarray
-  heldout: np.ndarray
+  train: Tokens
+  heldout: Tokens
   heldout_bytes: int
   gzip_bits_per_byte: float
   prompt: str
@@ -64,6 +68,7 @@ def prepare(
   cache: os.PathLike | str,
   say: Callable[[str], None] = print,
   known: str = '',
+  processes: int = 1,
 ) -> Corpus:
   """Returns the corpus of `data.source`; tokenises it if `cache` has it not.
 
@@ -75,12 +80,7 @@ def prepare(
       damaged cache, or one token that begins and ends documents, which packing
       'separate' cannot tell apart.
   """
-  bos = tokenizer.bos_id
-  if data.packing == 'separate' and bos == tokenizer.eos_id:
-    raise ConfigError(
-      f"data.packing='separate': bos_id={bos} is eos_id, too, so ends would "
-      "begin documents; use 'joined', or another token"
-    )
+  _check_ends(data, tokenizer)
   cache = pathlib.Path(cache)
   is_here = bool(known) and (cache / known / 'corpus.json').exists()
   try:
@@ -94,11 +94,16 @@ def prepare(
     if not is_here:
       raise
     say(f'{error}. The run goes on with its tokens in {cache / known}.')
-    return _open(cache / known, tokenizer, known)
+    return opened(cache / known, tokenizer)
+  stamp = _stamp(files, data, tokenizer)
+  for folder in [cache / known] if known else cache.glob('[!.]*'):
+    if stamp in _stamps(folder):
+      return opened(folder, tokenizer)
   fingerprint = _fingerprint(files, data, tokenizer)
   if known not in ('', fingerprint):
     if is_here and known == _older_fingerprint(files, data, tokenizer):
-      return _open(cache / known, tokenizer, known)
+      _remember(cache / known, stamp, files)
+      return opened(cache / known, tokenizer)
     raise ConfigError(
       f'data.source={data.source!r}: the text has changed since the run began; '
       'restore it, or start anew from its weights in another --workdir: '
@@ -106,12 +111,54 @@ def prepare(
     )
   folder = cache / fingerprint
   if not (folder / 'corpus.json').exists():
-    many = f'{len(files)} files' if len(files) > 1 else 'the file'
-    say(f'Tokenising {many} of {data.source!r} (once) ...')
-    if left_out:
-      say(left_out)
-    _write(folder, files, data, tokenizer, say)
-  return _open(folder, tokenizer, fingerprint)
+    _announce(files, left_out, data, say)
+    _make(folder, files, data, tokenizer, say, processes)
+  _remember(folder, stamp, files)
+  return opened(folder, tokenizer)
+
+
+def prepare_share(
+  data: DataConfig,
+  tokenizer: Tokenizer,
+  cache: os.PathLike | str,
+  share: tuple[int, int],
+  say: Callable[[str], None] = print,
+  processes: int = 1,
+) -> None:
+  """Writes the units i, i + n, ... of a text, for a share (i, n).
+
+  `prepare` makes a corpus of them when all are there.
+
+  Raises:
+    ConfigError: as `prepare`.
+  """
+  _check_ends(data, tokenizer)
+  files, left_out = sources.listed(data.source, data.heldout)
+  _announce(files, left_out, data, say)
+  place = pathlib.Path(cache), files, data, tokenizer, say
+  with _working(*place, is_shared=True) as work:
+    whole = units.of(files)
+    job = units.Job(work, data, tokenizer, by_key=len(whole) > 1)
+    workers.write(job, whole[share[0] :: share[1]], processes, say)
+    done = sum(units.is_done(work, unit) for unit in whole)
+    say(f'{done} of {len(whole)} units are done in {work}.')
+
+
+def _announce(files, left_out: str, data: DataConfig, say) -> None:
+  many = f'{len(files)} files' if len(files) > 1 else 'the file'
+  size = sum(file.size for file in files) / 1e6
+  say(f'Tokenising {many} of {data.source!r} (once; {size:,.1f} MB) ...')
+  if left_out:
+    say(left_out)
+
+
+def _check_ends(data: DataConfig, tokenizer: Tokenizer) -> None:
+  bos = tokenizer.bos_id
+  if data.packing == 'separate' and bos == tokenizer.eos_id:
+    raise ConfigError(
+      f"data.packing='separate': bos_id={bos} is eos_id, too, so ends would "
+      "begin documents; use 'joined', or another token"
+    )
 
 
 def check(corpus: Corpus, data: DataConfig) -> None:
@@ -137,15 +184,58 @@ def check(corpus: Corpus, data: DataConfig) -> None:
       )
 
 
-def _fingerprint(files, data, tokenizer) -> str:
-  facts = dict(
-    format=_FORMAT,
-    files=[_identity(file) for file in files],
+def _options(data: DataConfig, tokenizer: Tokenizer) -> dict:
+  """Returns all that the tokens depend on beside the files."""
+  return dict(
     tokenizer=tokenizer.fingerprint,
     ids=(tokenizer.bos_id, tokenizer.eos_id, tokenizer.fim_ids),
     options=(data.fim_rate, data.heldout, data.seed),
   )
+
+
+def _hash(facts: dict) -> str:
   return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
+
+
+def _fingerprint(
+  files: Sequence[sources.File], data: DataConfig, tokenizer: Tokenizer
+) -> str:
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+    identities = list(threads.map(_identity, files))
+  facts = dict(format=_FORMAT, files=identities)
+  return _hash(facts | _options(data, tokenizer))
+
+
+def _stamp(files, data, tokenizer, of_content: bool = False) -> str:
+  """Returns a hash of all names, sizes and times, and of the options.
+
+  `of_content` leaves out the time of change, in which copies differ.
+  """
+  stamp = lambda s: s.partition(':')[0] if of_content else s
+  rows = [(f.name, f.is_document, f.size, stamp(f.stamp)) for f in files]
+  facts = dict(format=_FORMAT, stamps=rows)
+  return _hash(facts | _options(data, tokenizer))
+
+
+def _stamps(folder: pathlib.Path) -> list[str]:
+  """Returns the stamps of texts whose tokens are in a folder."""
+  try:
+    stamps = json.loads((folder / 'stamps.json').read_text(encoding='utf-8'))
+  except (OSError, ValueError):
+    return []
+  return stamps if isinstance(stamps, list) else []
+
+
+def _remember(
+  folder: pathlib.Path, stamp: str, files: Sequence[sources.File]
+) -> None:
+  """Adds a stamp to a folder's, unless a file has changed just now."""
+  newest = max(sources.changed(file) for file in files)
+  if time.time_ns() - newest < _RECENT:
+    return
+  stamps = [*_stamps(folder), stamp][-_STAMPS:]
+  with contextlib.suppress(OSError):  # the next start hashes again
+    workdir.write(folder / 'stamps.json', json.dumps(stamps))
 
 
 def _older_fingerprint(files, data, tokenizer) -> str:
@@ -178,215 +268,226 @@ def _identity(file: sources.File) -> tuple[str, ...]:
   return name, sources.kind(file.path), compression, documents.digest(file)
 
 
-@dataclasses.dataclass
-class _Counts:
-  """Facts that are collected while the documents stream by.
-
-  rows: of `documents.read`. tokens: of both sides. broken: a file with pieces
-  of invalid UTF-8.
-  """
-
-  rows: collections.Counter = dataclasses.field(
-    default_factory=collections.Counter
-  )
-  documents: int = 0
-  tokens: int = 0
-  heldout_tokens: int = 0
-  replaced: int = 0
-  broken: str = ''
-  heldout_bytes: int = 0
-  gzip_bytes: int = 0
-  prompt: str = ''
-
-
-def _write(folder, files, data, tokenizer, say):
-  """Writes a scratch folder and renames it: `folder` is complete or absent."""
-  folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-  with _scratch(folder.parent) as scratch:
-    _write_into(scratch, folder, files, data, tokenizer, say)
+def _make(folder, files, data, tokenizer, say, processes) -> None:
+  """Writes all units, then names their folder: it is whole or absent."""
+  cache = folder.parent
+  with _working(cache, files, data, tokenizer, say) as work:
+    if (folder / 'corpus.json').exists():  # another process was first
+      return
+    for path in work.glob('*.new'):
+      path.unlink()
+    whole = units.of(files)
+    job = units.Job(work, data, tokenizer, by_key=len(whole) > 1)
+    workers.write(job, whole, processes, say)
+    for line in _merge(job, len(whole)):
+      say(line)
+    os.rename(work, folder)
 
 
 @contextlib.contextmanager
-def _scratch(cache: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Yields a folder in `cache`, locked; deletes it, and those of killed ones.
+def _working(
+  cache, files, data, tokenizer, say, is_shared: bool = False
+) -> Iterator[pathlib.Path]:
+  """Yields the folder of a text's units that are done, locked.
 
-  A lock ends with its process. Folders are made and judged under a lock of the
-  cache, so that none is judged before it has its own.
+  Processes with shares of one text lock it together. It stays after a kill, and
+  goes if no unit was done.
   """
-  with contextlib.ExitStack() as stack:
-    with _locked(cache):
-      for path in cache.glob(f'{_SCRATCH}*'):
-        with _locked(path, wait=False) as free:
-          if free:  # its process has ended
-            shutil.rmtree(path, ignore_errors=True)
-      scratch = pathlib.Path(tempfile.mkdtemp(dir=cache, prefix=_SCRATCH))
-      stack.callback(shutil.rmtree, scratch, ignore_errors=True)
-      stack.enter_context(_locked(scratch))
-    yield scratch
-
-
-@contextlib.contextmanager
-def _locked(folder: pathlib.Path, wait: bool = True) -> Iterator[bool]:
-  """Holds the lock of a folder; yields whether it could be had.
-
-  A file system without locks has none to give.
-  """
-  import fcntl  # Windows has none: `cli` says so
-
-  handle, has = os.open(folder, os.O_RDONLY), True
+  cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+  stamp = _stamp(files, data, tokenizer, of_content=True)
+  work = cache / f'{_PART}{stamp}'
+  handle = _locked(work, is_shared, say)
   try:
-    try:
-      fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-      has = False
-    yield has
+    yield work
   finally:
+    if not list(work.glob('*.json')):
+      for path in work.glob('*.new'):
+        path.unlink(missing_ok=True)
+      with contextlib.suppress(OSError):
+        work.rmdir()
     os.close(handle)
 
 
-def _write_into(scratch, folder, files, data, tokenizer, say):
-  dtype = np.uint16 if tokenizer.vocab <= 1 << 16 else np.uint32
-  paths = {part: scratch / f'{part}.bin' for part in ('train', 'heldout')}
-  counts = _tokenise(paths, files, data, tokenizer, dtype, say)
-  if not counts.documents:
-    raise ConfigError(f'data.source={data.source!r}: holds no text')
-  for line in _notices(counts, data):
-    say(line)
-  facts = dict(
-    dtype=np.dtype(dtype).name,
-    heldout_bytes=counts.heldout_bytes,
-    gzip_bits_per_byte=8 * counts.gzip_bytes / max(counts.heldout_bytes, 1),
-    prompt=counts.prompt,
-    checksums={part: _checksums(path) for part, path in paths.items()},
-  )
-  (scratch / 'corpus.json').write_text(json.dumps(facts), encoding='utf-8')
-  try:
-    os.rename(scratch, folder)
-  except OSError:  # another process was first, with the same content
-    if not (folder / 'corpus.json').exists():
-      raise
+def _locked(folder: pathlib.Path, is_shared: bool, say) -> int:
+  """Makes a folder, and returns its handle, whose lock ends with its process.
 
-
-def _notices(counts: _Counts, data: DataConfig) -> Iterator[str]:
-  """Yields lines about the text that a person should know."""
-  if counts.replaced:
-    yield (
-      f'{counts.replaced} pieces of invalid UTF-8 were replaced by U+FFFD, the '
-      f'first in {counts.broken}.'
-    )
-  for kind, count in counts.rows.items():
-    yield f'{count} {kind} were skipped.'
-  part = counts.heldout_tokens / counts.tokens
-  line = f'{counts.documents:,} documents; {part:.1%} of the text is held out'
-  if data.heldout / 2 <= part <= 2 * data.heldout:
-    yield f'{line}.'
-  else:
-    yield (
-      f'ATTENTION: {line}, where data.heldout={data.heldout:g}: the text is '
-      'short, or a document outweighs the others.'
-    )
-
-
-def _tokenise(paths, files, data, tokenizer, dtype, say) -> _Counts:
-  """Writes the token ids of all documents to `paths` (train, heldout)."""
-  counts, gzip = _Counts(), zlib.compressobj(9, wbits=31)
-  stream = _documents(files, counts, say)
-  with (
-    open(paths['train'], 'wb') as train,
-    open(paths['heldout'], 'wb') as heldout,
-  ):
-    for group in holdout.sides(stream, data.heldout):
-      ids = tokenizer.encode_batch([document.text for document, _ in group])
-      for (document, is_heldout), tokens in zip(group, ids, strict=True):
-        if is_heldout:
-          text = document.text.encode('utf-8', 'replace')
-          counts.heldout_bytes += len(text)
-          counts.gzip_bytes += len(gzip.compress(text))
-          counts.prompt = counts.prompt or document.text[:400]
-        else:
-          tokens = _fim(tokens, document.key, data, tokenizer)
-        parts = ([tokenizer.bos_id], tokens, [tokenizer.eos_id])
-        row = np.concatenate(parts).astype(dtype)
-        (heldout if is_heldout else train).write(row.tobytes())
-        counts.tokens += len(row)
-        counts.heldout_tokens += len(row) * is_heldout
-  counts.gzip_bytes += len(gzip.flush())
-  return counts
-
-
-def _documents(
-  files: Iterable[sources.File], counts: _Counts, say: Callable[[str], None]
-) -> Iterator[documents.Document]:
-  """Yields the documents in order; counts them, and reports progress."""
-  files, reported = list(files), 0
-  for number, file in enumerate(files):
-    for document in documents.read(file, counts.rows):
-      counts.documents += 1
-      if document.replaced:
-        counts.replaced += document.replaced
-        counts.broken = counts.broken or file.name
-      yield document
-    tenths = 10 * (number + 1) // len(files)
-    if tenths > reported and len(files) > 5000:
-      reported = tenths
-      say(f'  {10 * tenths} % of {len(files)} files')
-
-
-def _fim(tokens, key, data, tokenizer):
-  """Returns `tokens`, in the order PSM for `fim_rate` of the documents."""
-  if not tokenizer.fim_ids or len(tokens) < 3:
-    return tokens
-  random = np.random.default_rng((data.seed, key))
-  if random.random() >= data.fim_rate:
-    return tokens
-  begin, hole, end = tokenizer.fim_ids
-  a, b = np.sort(random.integers(0, len(tokens) + 1, 2))
-  prefix, middle, suffix = tokens[:a], tokens[a:b], tokens[b:]
-  return np.concatenate([[begin], prefix, [hole], suffix, [end], middle])
-
-
-def _mapped(path: pathlib.Path, dtype: str) -> np.ndarray:
-  """Returns the tokens of a file, mapped, and read without read-ahead.
-
-  Rows come from all over the file: the system would read many times what a row
-  needs.
+  A file system without locks has none to give: two processes would do the same
+  work, and write the same files.
   """
-  if not path.stat().st_size:  # no empty file is mapped
-    return np.zeros(0, dtype)
-  with open(path, 'rb') as file:
-    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-  mapped.madvise(mmap.MADV_RANDOM)
-  return np.frombuffer(mapped, dtype)
+  import fcntl  # Windows has none: `cli` says so
+
+  kind = fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX
+  while True:
+    folder.mkdir(exist_ok=True, mode=0o700)
+    with contextlib.suppress(FileNotFoundError):
+      handle = os.open(folder, os.O_RDONLY)
+      try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+      except BlockingIOError:
+        say(f'Another process tokenises this text, in {folder}: waiting.')
+        fcntl.flock(handle, kind)
+      except OSError:
+        return handle
+      if os.path.samestat(os.fstat(handle), os.stat(folder)):
+        return handle
+      os.close(handle)  # the other has finished, and renamed it
 
 
-def _checksums(path: pathlib.Path) -> list[int]:
-  with open(path, 'rb') as file:
-    return [zlib.crc32(block) for block in iter(lambda: file.read(_BLOCK), b'')]
-
-
-def _open(folder: pathlib.Path, tokenizer, fingerprint: str) -> Corpus:
-  """Returns the corpus in `folder`, its checksums compared.
+def _merge(job: units.Job, count: int) -> Iterator[str]:
+  """Writes corpus.json; yields lines about the text that a person should know.
 
   Raises:
-    ConfigError: names the first MiB that differs.
+    ConfigError: no document.
   """
-  facts = json.loads((folder / 'corpus.json').read_text(encoding='utf-8'))
-  streams = {}
-  for part, expected in facts['checksums'].items():
-    path = folder / f'{part}.bin'
-    actual = _checksums(path)
-    for i in range(max(len(actual), len(expected))):
-      if actual[i : i + 1] != expected[i : i + 1]:
-        raise ConfigError(
-          f'{path}: MiB {i} is damaged; delete the folder and start again'
-        )
-    streams[part] = _mapped(path, facts['dtype'])
-  return Corpus(
-    train=streams['train'],
-    heldout=streams['heldout'],
-    heldout_bytes=facts['heldout_bytes'],
-    gzip_bits_per_byte=facts['gzip_bits_per_byte'],
-    prompt=facts['prompt'],
-    bos_id=tokenizer.bos_id,
-    fingerprint=fingerprint,
+  facts = [_facts_of(job.folder, number) for number in range(count)]
+  total = lambda name: sum(one[name] for one in facts)
+  if not total('documents'):
+    raise ConfigError(f'data.source={job.data.source!r}: holds no text')
+  first = lambda name: next((one[name] for one in facts if one[name]), '')
+  if total('replaced'):
+    yield (
+      f'{total("replaced")} pieces of invalid UTF-8 were replaced by U+FFFD, '
+      f'the first in {first("broken")}.'
+    )
+  rows: collections.Counter = collections.Counter()
+  for one in facts:
+    rows.update(one['rows'])
+  for kind, many in rows.items():
+    yield f'{many} {kind} were skipped.'
+  lengths = {
+    part: [one['lengths'][part] for one in facts] for part in shards.PARTS
+  }
+  values = dict(
+    dtype=job.dtype,
+    block=shards.BLOCK,
+    lengths=lengths,
+    largest=max(one['largest'] for one in facts),
+    documents=total('documents'),
+    text_bytes=total('text_bytes'),
+    heldout_bytes=total('heldout_bytes'),
+    prompt=first('prompt'),
   )
+  heldout = _tokens(job.folder, 'heldout', values)
+  values['gzip_bits_per_byte'] = _gzip_bits(heldout, job.tokenizer)
+  values['check'] = _check(values)
+  workdir.write(job.folder / 'corpus.json', json.dumps(values))
+  yield _heldout_line(values, job.data)
+
+
+def _facts_of(folder: pathlib.Path, number: int) -> dict:
+  path = shards.file_of(folder, number, 'json')
+  try:
+    return json.loads(path.read_text(encoding='utf-8'))
+  except (OSError, ValueError) as error:
+    raise _damaged(path, error) from None
+
+
+def _damaged(path: pathlib.Path, error: Exception) -> ConfigError:
+  why = ' '.join(str(error).split())[:80]
+  return ConfigError(
+    f'{path}: is damaged ({why}); delete {path.parent} and start again'
+  )
+
+
+def _heldout_line(values: dict, data: DataConfig) -> str:
+  heldout = sum(values['lengths']['heldout'])
+  part = heldout / (heldout + sum(values['lengths']['train']))
+  line = (
+    f'{values["documents"]:,} documents; {part:.1%} of the text is held out'
+  )
+  if data.heldout / 2 <= part <= 2 * data.heldout:
+    return f'{line}.'
+  return (
+    f'ATTENTION: {line}, where data.heldout={data.heldout:g}: the text is '
+    'short, or a document outweighs the others.'
+  )
+
+
+def _gzip_bits(heldout: Tokens, tokenizer: Tokenizer) -> float:
+  """Returns bits per byte of the text of these tokens under gzip -9."""
+  gzip, size, packed = zlib.compressobj(9, wbits=31), 0, 0
+  rest = np.zeros(0, heldout.dtype)
+  for piece in heldout.pieces():
+    rest = np.concatenate([rest, piece])
+    end = len(rest) - np.argmax(rest[::-1] == tokenizer.eos_id)
+    if rest[end - 1] != tokenizer.eos_id:
+      continue  # no document ends here
+    text = tokenizer.decode(rest[:end]).encode('utf-8', 'replace')
+    text, rest = text[: _GZIP_BYTES - size], rest[end:]
+    packed += len(gzip.compress(text))
+    size += len(text)
+    if size == _GZIP_BYTES:
+      break
+  return 8 * (packed + len(gzip.flush())) / max(size, 1)
+
+
+def _check(values: dict) -> int:
+  """Returns a checksum of the facts in corpus.json."""
+  rest = {name: value for name, value in values.items() if name != 'check'}
+  return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+
+
+def _tokens(folder: pathlib.Path, part: str, values: dict) -> Tokens:
+  def shard(number: int, length: int) -> shards.Shard:
+    return shards.Shard(
+      shards.file_of(folder, number, part),
+      values['dtype'],
+      length,
+      values['block'],
+      lambda: _facts_of(folder, number)['checksums'][part],
+    )
+
+  lengths = values['lengths'][part]
+  numbered = [(i, length) for i, length in enumerate(lengths) if length]
+  return Tokens([shard(*one) for one in numbered], values['dtype'])
+
+
+def _older_tokens(folder: pathlib.Path, part: str, values: dict) -> Tokens:
+  """Returns the tokens of one file, and checksums of MiB in corpus.json."""
+  path, expected = folder / f'{part}.bin', values['checksums'][part]
+  size = path.stat().st_size if path.is_file() else 0
+  if -(-size // _OLDER_BLOCK) != len(expected):
+    raise _damaged(path, ValueError(f'has {size} bytes'))
+  length = size // np.dtype(values['dtype']).itemsize
+  args = path, values['dtype'], length, _OLDER_BLOCK, lambda: expected
+  return Tokens([shards.Shard(*args)] if length else [], values['dtype'])
+
+
+def opened(folder: pathlib.Path, tokenizer: Tokenizer) -> Corpus:
+  """Returns the corpus in `folder`, of which no token is read.
+
+  Raises:
+    ConfigError: it is damaged.
+  """
+  path = folder / 'corpus.json'
+  try:
+    values: dict[str, Any] = json.loads(path.read_text(encoding='utf-8'))
+    if 'lengths' in values and values['check'] != _check(values):
+      raise ValueError('its checksum differs')
+    read = _tokens if 'lengths' in values else _older_tokens
+    train, heldout = (read(folder, part, values) for part in shards.PARTS)
+    return Corpus(
+      train=train,
+      heldout=heldout,
+      heldout_bytes=values['heldout_bytes'],
+      gzip_bits_per_byte=values['gzip_bits_per_byte'],
+      prompt=values['prompt'],
+      bos_id=tokenizer.bos_id,
+      fingerprint=folder.name,
+    )
+  except ConfigError:
+    raise
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise _damaged(path, error) from None
+
+
+def verify(corpus: Corpus) -> int:
+  """Reads all tokens of a corpus, and compares their checksums.
+
+  Returns their number.
+
+  Raises:
+    ConfigError: names the first block that differs.
+  """
+  streams = (corpus.train, corpus.heldout)
+  return sum(len(piece) for tokens in streams for piece in tokens.pieces())

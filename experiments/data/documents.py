@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import codecs
 import collections
+import contextlib
 import hashlib
 import json
 import re
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from mla_moe.config import ConfigError
 
@@ -47,11 +48,15 @@ class Document(NamedTuple):
 
 
 def read(
-  file: File, counts: collections.Counter | None = None
+  file: File,
+  counts: collections.Counter | None = None,
+  start: int = 0,
+  stop: int | None = None,
 ) -> Iterator[Document]:
   """Yields the file's documents in order, without the empty ones.
 
-  Rows without a text are counted in `counts[EMPTY]`.
+  Rows without a text are counted in `counts[EMPTY]`. `start` and `stop` are one
+  of the file's `ranges`.
 
   Raises:
     ConfigError: the file cannot be opened, decoded or parsed (with its line or
@@ -60,9 +65,9 @@ def read(
   counts = collections.Counter() if counts is None else counts
   kind = sources.kind(file.path)
   if kind == 'parquet':
-    contents = _parquet(file.path)
+    contents = _parquet(file.path, start, stop)
   elif kind == 'jsonl':
-    contents = _jsonl(file.path)
+    contents = _jsonl(file.path, start, stop)
   else:
     yield from _text(file)
     return
@@ -72,6 +77,28 @@ def read(
       yield document._replace(replaced=document.replaced + replaced)
     else:
       counts[EMPTY] += 1
+
+
+def ranges(file: File, size: int) -> list[tuple[int, int | None]]:
+  """Returns the parts of a file of about `size` bytes that can be read apart.
+
+  They are (start, stop) of bytes of a .jsonl, whose lines belong to the range
+  in which they begin, or of row groups of a .parquet. Other files are whole.
+
+  Raises:
+    ConfigError: as `read`.
+  """
+  kind = sources.kind(file.path)
+  _, compression = encodings.suffixes(file.path)
+  if file.size > size and kind == 'parquet':
+    with _opened_parquet(file.path) as opened:
+      groups = opened.metadata.num_row_groups
+    step = max(1, groups * size // file.size)
+    return [(i, min(i + step, groups)) for i in range(0, groups, step)]
+  is_cut = file.size > size and kind == 'jsonl' and not compression
+  if is_cut and encodings.is_utf8(file.path):
+    return [(i, min(i + size, file.size)) for i in range(0, file.size, size)]
+  return [(0, None)]
 
 
 def digest(file: File) -> str:
@@ -136,10 +163,19 @@ def _pieces(file: BinaryIO) -> Iterator[bytes]:
   yield rest
 
 
-def _jsonl(path: str) -> Iterator[tuple[bytes | None, int]]:
+def _jsonl(
+  path: str, start: int, stop: int | None
+) -> Iterator[tuple[bytes | None, int]]:
   """Yields (text, U+FFFD outside it that stand for broken UTF-8) of rows."""
   with encodings.opened(path) as file:
+    if start:
+      file.seek(start - 1)
+      file.readline()  # it begins in the range before
+    first = place = 0 if stop is None else file.tell()
     for number, line in enumerate(file, 1):
+      if stop is not None and place >= stop:
+        return
+      place += len(line)
       if not line.strip():
         continue
       # Files that were joined have their marks in the middle.
@@ -148,18 +184,46 @@ def _jsonl(path: str) -> Iterator[tuple[bytes | None, int]]:
         row = json.loads(raw.text)
       except (ValueError, RecursionError) as error:
         why = getattr(error, 'msg', str(error))
-        raise ConfigError(f'{path}:{number}: not JSON ({why})') from None
+        where = f'{path}:{number + (_lines(path, first) if start else 0)}'
+        raise ConfigError(f'{where}: not JSON ({why})') from None
       text = row.get('text', 0) if isinstance(row, dict) else 0
       if not isinstance(text, str | None):
-        raise ConfigError(
-          f'{path}:{number}: must be an object with a string "text"'
-        )
+        where = f'{path}:{number + (_lines(path, first) if start else 0)}'
+        raise ConfigError(f'{where}: must be an object with a string "text"')
       # JSON may spell half a surrogate pair, which UTF-8 cannot write.
       yield (text or '').encode('utf-8', 'surrogatepass'), raw.replaced
 
 
-def _parquet(path: str) -> Iterator[tuple[bytes | None, int]]:
-  """Yields (text, 0) of rows."""
+def _lines(path: str, place: int) -> int:
+  """Returns the number of lines before a place of a file."""
+  count = 0
+  with encodings.opened(path) as file:
+    rest = place - file.tell()
+    while rest > 0 and (block := file.read(min(rest, _READ_BYTES))):
+      count, rest = count + block.count(b'\n'), rest - len(block)
+  return count
+
+
+def _parquet(
+  path: str, start: int, stop: int | None
+) -> Iterator[tuple[bytes | None, int]]:
+  """Yields (text, 0) of rows of these row groups."""
+  with _opened_parquet(path) as file:
+    import pyarrow
+
+    if 'text' not in file.schema_arrow.names:
+      names = ', '.join(file.schema_arrow.names)
+      raise ConfigError(f'{path}: has no column "text", only {names}')
+    groups = range(file.metadata.num_row_groups)[start:stop]
+    for batch in file.iter_batches(1024, list(groups), columns=['text']):
+      # As bytes: a column of strings may contain invalid UTF-8.
+      for content in batch.column(0).cast(pyarrow.binary()).to_pylist():
+        yield content, 0
+
+
+@contextlib.contextmanager
+def _opened_parquet(path: str) -> Iterator[Any]:
+  """Yields pyarrow's file; its errors inside the block are a line, too."""
   try:
     import pyarrow
     import pyarrow.parquet
@@ -169,13 +233,7 @@ def _parquet(path: str) -> Iterator[tuple[bytes | None, int]]:
     ) from None
   try:
     with pyarrow.parquet.ParquetFile(path) as file:
-      if 'text' not in file.schema_arrow.names:
-        names = ', '.join(file.schema_arrow.names)
-        raise ConfigError(f'{path}: has no column "text", only {names}')
-      for batch in file.iter_batches(1024, columns=['text']):
-        # As bytes: a column of strings may contain invalid UTF-8.
-        for content in batch.column(0).cast(pyarrow.binary()).to_pylist():
-          yield content, 0
+      yield file
   except pyarrow.ArrowException as error:
     why = str(error).splitlines()[0]
     raise ConfigError(f'{path}: not a readable .parquet ({why})') from None

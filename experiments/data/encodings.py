@@ -52,7 +52,7 @@ def opened(path: str) -> Iterator[BinaryIO]:
     ConfigError: the file cannot be opened, is damaged or cut off, or is not in
       the encoding of its mark.
   """
-  try:
+  with _errors(path):
     encoding, mark = _encoding(path)
     with _decompressed(path) as file:
       file.read(mark)
@@ -60,6 +60,13 @@ def opened(path: str) -> Iterator[BinaryIO]:
         yield file
       else:
         yield io.BufferedReader(_Recoded(file, encoding), _BUFFER_BYTES)
+
+
+@contextlib.contextmanager
+def _errors(path: str) -> Iterator[None]:
+  """Makes lines of the errors of a file that is read."""
+  try:
+    yield
   except UnicodeDecodeError as error:
     raise ConfigError(
       f'{path}: is {error.encoding.upper()} by its mark, but {error.reason}; '
@@ -71,6 +78,16 @@ def opened(path: str) -> Iterator[BinaryIO]:
     raise ConfigError(f'{path}: cannot be read ({error.strerror})') from None
   except (EOFError, zlib.error, lzma.LZMAError) as error:
     raise _damaged(path, error) from None
+
+
+def is_utf8(path: str) -> bool:
+  """Whether a file is UTF-8, so that its bytes are those that are read.
+
+  Raises:
+    ConfigError: as `opened`.
+  """
+  with _errors(path):
+    return _encoding(path)[0] == 'utf-8'
 
 
 def _damaged(path: str, error: Exception) -> ConfigError:

@@ -26,14 +26,17 @@ Sides = list[tuple[Document, bool]]  # whether each is held out
 
 def sides(documents: Iterator[Document], fraction: float) -> Iterator[Sides]:
   """Yields the documents with their sides, in order, `MOST` at a time."""
-  first = list(itertools.islice(documents, MOST))
-  more = list(itertools.islice(documents, MOST))
-  if first and not more:
-    yield _weighed(first, fraction)
+  first = list(itertools.islice(documents, MOST + 1))
+  if len(first) <= MOST:
+    yield from [_weighed(first, fraction)] if first else []
     return
-  while first:
-    yield [(document, _is_heldout(document, fraction)) for document in first]
-    first, more = more, list(itertools.islice(documents, MOST))
+  yield from by_key(itertools.chain(first, documents), fraction)
+
+
+def by_key(documents: Iterator[Document], fraction: float) -> Iterator[Sides]:
+  """Yields the same of a part of a text that has more than `MOST` of them."""
+  while group := list(itertools.islice(documents, MOST)):
+    yield [(document, _is_heldout(document, fraction)) for document in group]
 
 
 def _is_heldout(document: Document, fraction: float) -> bool:

@@ -48,12 +48,15 @@ class File(NamedTuple):
   """A file of the source.
 
   name: relative to the source, parts joined by '/'. path: to open it.
-  is_document: all of it is one document.
+  is_document: all of it is one document. size: its bytes. stamp: changes with
+  its content; the same content may have many.
   """
 
   name: str
   path: str
   is_document: bool
+  size: int = 0
+  stamp: str = ''
 
 
 class Listing(NamedTuple):
@@ -99,7 +102,7 @@ def listed(source: str, heldout: float = 1.0) -> Listing:
       raise ConfigError(
         f'data.source={source!r}: its lines are no {{"text": ..}}'
       )
-    return Listing([File(os.path.basename(path), path, False)], '')
+    return Listing([_file(os.path.dirname(path), path, False)], '')
   if os.path.isdir(path):
     root, entries = path, _walk(path, frozenset(('__pycache__',)))
   elif _MAGIC.search(path):
@@ -135,6 +138,12 @@ def kind(path: str) -> str:
   if suffix == '.parquet':
     return '' if compression else 'parquet'
   return 'text' if suffix in TEXT else 'jsonl' if suffix in ROWS else ''
+
+
+def changed(file: File) -> int:
+  """Returns when a file changed for the last time, in ns; 0 if unknown."""
+  times = [int(part) for part in file.stamp.split(':') if part.isdigit()]
+  return max(times, default=0)
 
 
 def _walk(root: str, skipped: frozenset[str]) -> Iterator[tuple[str, str]]:
@@ -206,10 +215,21 @@ def _left_out(root: str, others: Iterable[tuple[str, str]]) -> str:
 
 
 def _relative(root: str, path: str) -> str:
-  return os.path.relpath(path, root).replace(os.sep, '/')
+  return os.path.relpath(path, root or '.').replace(os.sep, '/')
 
 
 def _files(
   root: str, paths: list[str], is_document: Callable[[str], bool]
 ) -> list[File]:
-  return sorted(File(_relative(root, p), p, is_document(p)) for p in paths)
+  return sorted(_file(root, path, is_document(path)) for path in paths)
+
+
+def _file(root: str, path: str, is_document: bool) -> File:
+  """Returns a file with its stamp.
+
+  The time of change is beside that of modification, which copies may bring
+  along, and some archives set to one date.
+  """
+  facts = os.stat(path)
+  stamp = f'{facts.st_mtime_ns}:{facts.st_ctime_ns}'
+  return File(_relative(root, path), path, is_document, facts.st_size, stamp)

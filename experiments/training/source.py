@@ -164,13 +164,15 @@ def open_text(
       f'rl.task={config.rl.task!r}: is for python -m experiments.rl; leave it '
       'empty to train on text'
     )
-  tokenise = functools.partial(
-    corpus.prepare,
-    config.data,
-    words,
-    path.parent / '.corpus',
-    known=_recorded(path / 'checkpoints'),
-  )
-  text = distributed.alone(tokenise) or tokenise()
+  cache = path.parent / '.corpus'
+  tokenise = functools.partial(corpus.prepare, config.data, words, cache)
+  known = _recorded(path / 'checkpoints')
+  text = distributed.alone(lambda: tokenise(known=known))
+  name = distributed.of_first(text.fingerprint if text else '')
+  if not text:
+    # The first process vouches for the text, where they share a folder.
+    is_here = (cache / name / 'corpus.json').exists()
+    shared = functools.partial(corpus.opened, cache / name, words)
+    text = shared() if is_here else tokenise(known=name)
   corpus.check(text, config.data)
   return Text(text, config)

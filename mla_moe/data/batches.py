@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -62,7 +62,7 @@ def _ramp(data: DataConfig) -> tuple[np.ndarray, np.ndarray]:
 
 
 def batch_at(
-  stream: np.ndarray,
+  stream: Any,
   data: DataConfig,
   step: int,
   bos_id: int,
@@ -72,7 +72,7 @@ def batch_at(
   """Returns the batch of a step, or these rows of each micro-batch.
 
   Args:
-    stream: [tokens], the corpus.
+    stream: [tokens], the corpus: an array, or a sequence whose slices are.
     bos_id: begins a document, for packing 'separate'.
     rows: numbers of rows of a micro-batch.
     left_out: number of sequences to skip before this step. After a roll-back a
@@ -116,7 +116,7 @@ def with_padding(batch: Batch, data: DataConfig) -> Batch:
 
 
 def eval_batches(
-  stream: np.ndarray, data: DataConfig, bos_id: int, count: int
+  stream: Any, data: DataConfig, bos_id: int, count: int
 ) -> list[Batch]:
   """Returns the same `count` micro-batches every time, spread over the stream.
 

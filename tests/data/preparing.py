@@ -10,7 +10,7 @@ from texts import prepared, small
 
 
 def outcome(text):
-  return f'{text.fingerprint} {int(text.train.astype(np.int64).sum())}'
+  return f'{text.fingerprint} {int(np.asarray(text.train, np.int64).sum())}'
 
 
 if __name__ == '__main__':

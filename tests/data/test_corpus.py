@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import stat
+import zlib
 
 import children
 import numpy as np
@@ -26,8 +27,9 @@ from texts import (
   write_folder,
 )
 
-from experiments.data import corpus, tokenizer
+from experiments.data import corpus, documents, shards, sources, tokenizer
 from mla_moe.config import ConfigError
+from mla_moe.data import batches
 
 
 def test_a_second_call_reuses_the_files_in_silence(folder, tmp_path, text):
@@ -106,6 +108,20 @@ def test_a_run_goes_on_with_its_tokens_when_the_text_is_gone(
   assert os.listdir(cache) == [text.fingerprint]  # nothing was tokenised
 
 
+def _rewrite_as_older(folder, target):
+  """Writes a corpus as it was before there were shards."""
+  facts = json.loads((folder / 'corpus.json').read_text())
+  target.mkdir()
+  checksums = {}
+  for part in ('train', 'heldout'):
+    content = (folder / f'00000.{part}').read_bytes()
+    (target / f'{part}.bin').write_bytes(content)
+    checksums[part] = [zlib.crc32(content)]
+  names = ('dtype', 'heldout_bytes', 'gzip_bits_per_byte', 'prompt')
+  facts = {name: facts[name] for name in names} | {'checksums': checksums}
+  (target / 'corpus.json').write_text(json.dumps(facts))
+
+
 def test_token_files_of_an_older_version_are_read(folder, tmp_path, text):
   """Of format 1: names of all files, a file above 1 MiB in pieces."""
   (pathlib.Path(folder) / 'more.txt.gz').write_bytes(b'not known then')
@@ -121,26 +137,18 @@ def test_token_files_of_an_older_version_are_read(folder, tmp_path, text):
     options=(0.0, 0.2, 0),
   )
   old = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
-  os.rename(cache / text.fingerprint, cache / old)
+  _rewrite_as_older(cache / text.fingerprint, cache / old)
   config = small(source=folder)
   again = corpus.prepare(config, BYTE, cache, print, known=old)
   assert again.fingerprint == old
   np.testing.assert_array_equal(again.train, text.train)
+  (cache / old / 'train.bin').write_bytes(b'x' * 2 * len(text.train))
+  damaged = corpus.prepare(config, BYTE, cache, print, known=old)
+  with pytest.raises(ConfigError, match='train.bin: MiB 0 is damaged'):
+    damaged.train[:9]
   (pathlib.Path(folder) / '00.txt').write_text('another text')
   with pytest.raises(ConfigError, match='the text has changed since the run'):
     corpus.prepare(config, BYTE, cache, print, known=old)
-
-
-def test_a_killed_process_leaves_nothing_for_ever(folder, tmp_path):
-  """Its folder has no lock any more; that of a process that lives has."""
-  cache = tmp_path / 'cache'
-  cache.mkdir()
-  for name in ('dead', 'alive'):
-    (cache / f'.making-{name}').mkdir()
-    (cache / f'.making-{name}' / 'train.bin').write_bytes(b'x')
-  with corpus._locked(cache / '.making-alive'):
-    text = prepared(small(source=folder), cache)
-  assert sorted(os.listdir(cache)) == ['.making-alive', text.fingerprint]
 
 
 @pytest.mark.skipif(
@@ -148,34 +156,116 @@ def test_a_killed_process_leaves_nothing_for_ever(folder, tmp_path):
 )
 def test_rows_are_read_without_read_ahead(text, tmp_path):
   """The system knows that the mapping is read at random (flag rr)."""
+  ids = text.train[:9]
   maps = pathlib.Path('/proc/self/smaps').read_text('utf-8')
-  path = str(tmp_path / 'cache' / text.fingerprint / 'train.bin')
+  path = str(tmp_path / 'cache' / text.fingerprint / '00000.train')
   flags = maps.partition(path)[2].partition('VmFlags:')[2].splitlines()[0]
   assert 'rr' in flags.split()
-  assert not text.train.flags.writeable
+  assert not ids.flags.writeable
 
 
 @pytest.mark.parametrize('part', ['train', 'heldout'])
 def test_row20_a_flipped_bit_is_found_and_named(part, folder, tmp_path, text):
-  path = tmp_path / 'cache' / text.fingerprint / f'{part}.bin'
+  """Before its tokens are in a batch; a start reads none of them."""
+  path = tmp_path / 'cache' / text.fingerprint / f'00000.{part}'
   content = bytearray(path.read_bytes())
   content[len(content) // 2] ^= 4
   path.write_bytes(content)
-  with pytest.raises(ConfigError, match=rf'{part}\.bin: MiB 0 is damaged'):
-    corpus.prepare(small(source=folder), BYTE, tmp_path / 'cache', print)
+  config = small(source=folder)
+  again = corpus.prepare(config, BYTE, tmp_path / 'cache', print)
+  damage = rf'00000\.{part}: MiB 0 is damaged'
+  with pytest.raises(ConfigError, match=damage):
+    corpus.verify(again)
+  with pytest.raises(ConfigError, match=damage):
+    if part == 'train':
+      batches.batch_at(again.train, config, 0, BOS)
+    else:
+      batches.eval_batches(again.heldout, config, BOS, 1)
+
+
+def test_row20_a_file_that_was_cut_or_changed_is_found(folder, tmp_path, text):
+  path, cache = tmp_path / 'cache' / text.fingerprint, tmp_path / 'cache'
+  again = lambda: corpus.prepare(small(source=folder), BYTE, cache, print)
+  shard, facts = path / '00000.train', path / 'corpus.json'
+  content, record = shard.read_bytes(), facts.read_text()
+  shard.write_bytes(content[:-2])
+  with pytest.raises(ConfigError, match='00000.train: has .* bytes, not'):
+    again()
+  shard.unlink()
+  with pytest.raises(ConfigError, match='00000.train: is missing'):
+    again()
+  shard.write_bytes(content)
+  length = f'{text.heldout_bytes}'
+  for damaged in (record[:-3], record.replace(length, '9' * len(length)), '{}'):
+    facts.write_text(damaged)
+    with pytest.raises(ConfigError, match='corpus.json: is damaged'):
+      again()
+  facts.write_text(record)
+  assert again().heldout_bytes == text.heldout_bytes
 
 
 def test_the_damaged_block_of_several_is_the_one_named(tmp_path, monkeypatch):
-  monkeypatch.setattr(corpus, '_BLOCK', 64)
+  """Rows of the others are read, however often."""
+  monkeypatch.setattr(shards, 'BLOCK', 64)
   source = write_folder(tmp_path / 'text')
   config, cache = small(source=source), tmp_path / 'cache'
   text = prepared(config, cache)
-  path = cache / text.fingerprint / 'train.bin'
+  path = cache / text.fingerprint / '00000.train'
   content = bytearray(path.read_bytes())
   content[64 * 5 + 1] ^= 1
   path.write_bytes(content)
-  with pytest.raises(ConfigError, match='MiB 5 '):
-    corpus.prepare(config, BYTE, cache, print)
+  again = corpus.prepare(config, BYTE, cache, print)
+  right = np.frombuffer(content, np.uint16)
+  for start, stop in ((0, 160), (192, len(right)), (31, 33), (192, 193)):
+    np.testing.assert_array_equal(again.train[start:stop], right[start:stop])
+  for start, stop in ((150, 161), (191, 192), (0, len(right))):
+    with pytest.raises(ConfigError, match='from byte 320'):
+      again.train[start:stop]
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+  """The files that were hashed, by their names, and no wait for clocks."""
+  names, digest = [], documents.digest
+  monkeypatch.setattr(corpus, '_RECENT', 0)
+  monkeypatch.setattr(
+    documents, 'digest', lambda file: names.append(file.name) or digest(file)
+  )
+  return names
+
+
+def test_a_start_reads_nothing_until_a_stamp_differs(folder, tmp_path, hashed):
+  """A touched text is hashed once; one of another content is another."""
+  cache = tmp_path / 'cache'
+  text = prepared(small(source=folder), cache)
+  assert len(hashed) == 40
+  hashed.clear()
+  for known in ('', text.fingerprint):
+    again = corpus.prepare(small(source=folder), BYTE, cache, print, known)
+    assert not hashed and again.fingerprint == text.fingerprint
+  path = pathlib.Path(folder) / '07.txt'
+  os.utime(path, ns=(1, 1))
+  for count in (40, 0):
+    assert prepared(small(source=folder), cache).fingerprint == text.fingerprint
+    assert len(hashed) == count
+    hashed.clear()
+  # The same size and date, and another text: the time of change tells.
+  path.write_bytes(path.read_bytes().swapcase())
+  os.utime(path, ns=(1, 1))
+  other = prepared(small(source=folder), cache)
+  assert len(hashed) == 40 and other.fingerprint != text.fingerprint
+  third = prepared(small(source=folder, seed=1), cache)
+  assert third.fingerprint not in (text.fingerprint, other.fingerprint)
+
+
+def test_a_text_that_changed_just_now_is_not_remembered(folder, tmp_path):
+  """Within the same tick of a clock it may change once more."""
+  text = prepared(small(source=folder), tmp_path / 'cache')
+  path = tmp_path / 'cache' / text.fingerprint / 'stamps.json'
+  assert not path.exists()
+  file = sources.File('a', 'a', True, 1, '1:2')
+  corpus._remember(path.parent, 'old', [file])
+  assert corpus._stamps(path.parent) == ['old']
 
 
 def test_two_processes_may_prepare_at_once(folder, tmp_path, text):
@@ -230,7 +320,8 @@ def test_fim_rate_is_a_share_and_its_dice_are_keyed(tmp_path):
   rows_of('jsonl', path, [f'row number {i}' for i in range(3000)])
   config = small(source=str(path), fim_rate=0.1)
   first = prepared(config, cache)
-  fraction = (first.train == BEGIN).sum() / (first.train == BOS).sum()
+  ids = np.asarray(first.train)
+  fraction = (ids == BEGIN).sum() / (ids == BOS).sum()
   assert abs(fraction - 0.1) < 0.03  # 4.9 standard deviations of 2400 dice
   other = dataclasses.replace(config, seed=1)
   second = prepared(other, cache)

@@ -44,5 +44,6 @@ def rows_of(kind, path, rows):
 
 def documents_of(stream):
   """Returns the documents of a stream: lists of ids with bos and eos."""
-  starts = np.flatnonzero(stream == BOS)
-  return [part.tolist() for part in np.split(np.array(stream), starts[1:])]
+  ids = np.asarray(stream)
+  starts = np.flatnonzero(ids == BOS)
+  return [part.tolist() for part in np.split(ids, starts[1:])]

@@ -1,0 +1,195 @@
+"""Token files: the shards of a corpus, memory-mapped, and checked when touched.
+
+A shard has the token ids of one unit of work (`units`), in two flat files: one
+for training, one held out. A memory map returns a flipped bit without a word.
+Therefore each shard has a checksum of every 64 KiB, and a block is compared
+when its first token is read. So a start reads no token, whatever the corpus'
+size, and no step trains on a damaged one. Maps are made then, too: a corpus of
+terabytes has thousands of shards.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import mmap
+import os
+import pathlib
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from mla_moe.config import ConfigError
+
+BLOCK = 1 << 16  # bytes per checksum
+PARTS = ('train', 'heldout')
+
+
+def file_of(folder: pathlib.Path, number: int, part: str) -> pathlib.Path:
+  """Returns the file of a shard: of 'train', of 'heldout', or its facts."""
+  return folder / f'{number:05}.{part}'
+
+
+class Shard:
+  """The tokens of one file, mapped and checked when they are read.
+
+  Args:
+    path: of the file.
+    dtype: of its ids.
+    length: its number of ids.
+    block: bytes per checksum.
+    checksums: reads the CRC-32 of every block, when the first is read.
+
+  Raises:
+    ConfigError: the file is missing, or has another length.
+  """
+
+  def __init__(
+    self,
+    path: pathlib.Path,
+    dtype: str,
+    length: int,
+    block: int,
+    checksums: Callable[[], list[int]],
+  ):
+    self._path, self._dtype, self._length = path, np.dtype(dtype), length
+    self._block, self._checksums = block, checksums
+    self._ids: np.ndarray | None = None
+    self._checked = bytearray()
+    size = path.stat().st_size if path.is_file() else -1
+    if size != length * self._dtype.itemsize:
+      state = 'is missing' if size < 0 else f'has {size} bytes'
+      raise ConfigError(
+        f'{path}: {state}, not {length * self._dtype.itemsize}: it is damaged; '
+        f'delete {path.parent} and start again'
+      )
+
+  def __len__(self) -> int:
+    return self._length
+
+  def __getitem__(self, place: slice) -> np.ndarray:
+    """Returns the ids of a slice without a step, its blocks checked.
+
+    Raises:
+      ConfigError: names the first block that differs.
+    """
+    start, stop, _ = place.indices(self._length)
+    if start >= stop:
+      return np.zeros(0, self._dtype)
+    if self._ids is None:
+      self._open()
+    size = self._dtype.itemsize
+    first, last = start * size // self._block, (stop * size - 1) // self._block
+    number = self._checked.find(0, first, last + 1)
+    while number >= 0:
+      self._check(number)
+      number = self._checked.find(0, number, last + 1)
+    return self._ids[start:stop]
+
+  def _open(self) -> None:
+    """Maps the file without read-ahead: rows come from all over it."""
+    try:
+      with open(self._path, 'rb') as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+      raise ConfigError(
+        f'{self._path}: cannot be read ({error.strerror})'
+      ) from None
+    mapped.madvise(mmap.MADV_RANDOM)
+    self._expected = self._checksums()
+    self._checked = bytearray(-(-len(mapped) // self._block))
+    self._ids = np.frombuffer(mapped, self._dtype)
+
+  def _check(self, number: int) -> None:
+    place = number * self._block
+    step = self._block // self._dtype.itemsize
+    block = self._ids[number * step : (number + 1) * step]
+    if [zlib.crc32(block)] != self._expected[number : number + 1]:
+      raise ConfigError(
+        f'{self._path}: MiB {place >> 20} is damaged (the {len(block.data)} '
+        f'ids from byte {place}); delete {self._path.parent} and start again'
+      )
+    self._checked[number] = 1
+
+
+class Tokens:
+  """The ids of many shards, one after the other, as one stream.
+
+  Its slices are arrays. `np.asarray` reads, and checks, all of it.
+  """
+
+  def __init__(self, shards: Iterable[Shard], dtype: str):
+    self._shards, self.dtype = list(shards), np.dtype(dtype)
+    sizes = map(len, self._shards)
+    self._starts = list(itertools.accumulate(sizes, initial=0))
+
+  def __len__(self) -> int:
+    return self._starts[-1]
+
+  def __getitem__(self, place: slice) -> np.ndarray:
+    start, stop, _ = place.indices(len(self))
+    parts = []
+    number = bisect.bisect_right(self._starts, start) - 1
+    while start < stop:
+      first, last = self._starts[number], min(self._starts[number + 1], stop)
+      parts.append(self._shards[number][start - first : last - first])
+      start, number = max(start, last), number + 1
+    if len(parts) == 1:
+      return parts[0]
+    return np.concatenate([np.zeros(0, self.dtype), *parts])
+
+  def __array__(self, dtype: Any = None, copy: bool | None = None):
+    ids = self[:]
+    return ids if dtype is None else ids.astype(dtype)
+
+  def pieces(self, size: int = 1 << 22) -> Iterator[np.ndarray]:
+    """Yields all ids in order, some at a time, each block checked."""
+    for start in range(0, len(self), size):
+      yield self[start : start + size]
+
+
+class Writer:
+  """Writes ids to a file, whole or not at all; use it in a `with` block.
+
+  The file has its name when `seal` has forced it to the disk.
+
+  Attributes:
+    length: ids so far. checksums: of the blocks so far. largest: id so far.
+  """
+
+  def __init__(self, path: pathlib.Path, dtype: Any):
+    self._path, self._dtype = path, np.dtype(dtype)
+    self.length, self.largest = 0, -1
+    self.checksums: list[int] = []
+    self._rest = bytearray()
+
+  def __enter__(self) -> Writer:
+    self._file = open(f'{self._path}.new', 'wb')
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._file.close()
+
+  def add(self, ids: np.ndarray) -> None:
+    """Appends ids."""
+    self.length += len(ids)
+    self.largest = max(self.largest, int(ids.max(initial=-1)))
+    self._rest += ids.astype(self._dtype).tobytes()
+    if len(self._rest) >= 16 * BLOCK:
+      whole = len(self._rest) // BLOCK * BLOCK
+      self._flush(whole)
+
+  def _flush(self, size: int) -> None:
+    part, self._rest = bytes(self._rest[:size]), self._rest[size:]
+    blocks = (part[i : i + BLOCK] for i in range(0, size, BLOCK))
+    self.checksums += map(zlib.crc32, blocks)
+    self._file.write(part)
+
+  def seal(self) -> None:
+    """Ends the file, and gives it its name."""
+    self._flush(len(self._rest))
+    self._file.flush()
+    os.fsync(self._file.fileno())
+    os.replace(f'{self._path}.new', self._path)

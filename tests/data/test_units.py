@@ -1,0 +1,222 @@
+"""Units of work: whoever writes them, and however often, the stream is one."""
+
+import codecs
+import json
+import os
+import sys
+import types
+
+import numpy as np
+import pytest
+from texts import BYTE, documents_of, prepared, rows_of, small
+
+from experiments.data import corpus, encoders, tokenizer, units
+from mla_moe.config import ConfigError
+
+TEXTS = [f'row {i}: {"añ字" * (i % 13)}' for i in range(700)]
+
+
+@pytest.fixture
+def few_bytes(monkeypatch):
+  """Units of 2 KB."""
+  monkeypatch.setattr(units, '_LEAST_BYTES', 2000)
+
+
+def write(folder, kind):
+  """Writes a text of more than 256 documents."""
+  folder.mkdir()
+  if kind == 'txt':
+    for i in range(0, 700):
+      (folder / f'{i:03}.txt').write_text(TEXTS[i], encoding='utf-8')
+  elif kind == 'parquet':
+    rows_of('parquet', folder / 'a.parquet', TEXTS)
+    parquet = pytest.importorskip('pyarrow.parquet')
+    table = parquet.read_table(folder / 'a.parquet')
+    parquet.write_table(table, folder / 'a.parquet', row_group_size=90)
+  else:
+    rows_of('jsonl', folder / 'a.jsonl', TEXTS)
+    content = (folder / 'a.jsonl').read_bytes()
+    if kind == 'marked':
+      (folder / 'a.jsonl').write_bytes(codecs.BOM_UTF8 + content)
+    if kind == 'utf-16':
+      (folder / 'a.jsonl').write_text(content.decode(), encoding='utf-16')
+    (folder / 'b.txt').write_text('a note\n')
+  return str(folder)
+
+
+def streams(text):
+  return [np.asarray(part).tolist() for part in (text.train, text.heldout)]
+
+
+@pytest.mark.parametrize(
+  'kind, count',
+  [('txt', 16), ('jsonl', 41), ('marked', 41), ('utf-16', 2), ('parquet', 8)],
+)
+def test_many_units_are_the_stream_of_one(tmp_path, monkeypatch, kind, count):
+  config = small(source=write(tmp_path / 'text', kind), fim_rate=0.3)
+  lines = []
+  one = corpus.prepare(config, BYTE, tmp_path / 'one', lines.append)
+  monkeypatch.setattr(units, '_LEAST_BYTES', 2000)
+  many = corpus.prepare(config, BYTE, tmp_path / 'many', lines.append)
+  paths = list((tmp_path / 'many' / many.fingerprint).glob('*.json'))
+  shards = [path for path in paths if path.stem.isdigit()]
+  assert len(shards) == count
+  assert streams(many) == streams(one)
+  assert many._replace(train=0, heldout=0) == one._replace(train=0, heldout=0)
+  half = len(lines) // 2
+  assert lines[half:] == lines[:half]
+  assert len(documents_of(many.train)) > 256
+
+
+def test_a_text_of_few_documents_is_weighed_whole(tmp_path, few_bytes):
+  """Its last document's end is held out, wherever units would end."""
+  folder = tmp_path / 'text'
+  folder.mkdir()
+  for i in range(3):
+    (folder / f'{i}.txt').write_text(f'{i} is a line of a book\n' * 300)
+  (unit,) = units.of(corpus.sources.listed(str(folder), 1.0).files)
+  assert unit.size == sum(path.stat().st_size for path in folder.iterdir())
+  text = prepared(small(source=str(folder), heldout=0.1), tmp_path / 'cache')
+  part = len(text.heldout) / (len(text.heldout) + len(text.train))
+  assert 0.05 < part < 0.2
+
+
+def test_processes_and_shares_write_the_same_shards(tmp_path, few_bytes):
+  config = small(source=write(tmp_path / 'text', 'jsonl'))
+  one = prepared(config, tmp_path / 'one')
+  cache, lines = tmp_path / 'two', []
+  for share in ((0, 3), (2, 3)):
+    corpus.prepare_share(config, BYTE, cache, share, lines.append)
+  assert not list(cache.glob('[!.]*'))  # it is no corpus yet
+  two = corpus.prepare(config, BYTE, cache, lines.append, processes=2)
+  assert two.fingerprint == one.fingerprint
+  for path in (tmp_path / 'one' / one.fingerprint).iterdir():
+    same = cache / two.fingerprint / path.name
+    assert same.read_bytes() == path.read_bytes()
+  assert any('of 41 units were done before' in line for line in lines)
+  assert os.listdir(cache) == [two.fingerprint]
+
+
+def test_a_kill_costs_one_unit(tmp_path, few_bytes, monkeypatch):
+  """The others stay, and a torn file of the one is written again."""
+  config = small(source=write(tmp_path / 'text', 'jsonl'))
+  one, cache = prepared(config, tmp_path / 'one'), tmp_path / 'two'
+  write_unit, calls = units.write, []
+
+  def killed(job, unit, encode, tell):
+    calls.append(unit.number)
+    if len(calls) == 8:
+      (job.folder / '00007.train.new').write_bytes(b'half')
+      raise KeyboardInterrupt
+    write_unit(job, unit, encode, tell)
+
+  monkeypatch.setattr(units, 'write', killed)
+  with pytest.raises(KeyboardInterrupt):
+    prepared(config, cache)
+  (work,) = cache.iterdir()
+  assert work.name.startswith('.part-')
+  two = prepared(config, cache)
+  assert calls == [*range(8), *range(7, 41)]
+  assert streams(two) == streams(one)
+  assert not list((cache / two.fingerprint).glob('*.new'))
+
+
+@pytest.mark.parametrize(
+  'processes', [1, pytest.param(2, marks=pytest.mark.slow)]
+)
+def test_a_broken_row_is_named_by_its_line(tmp_path, few_bytes, processes):
+  path = tmp_path / 'rows.jsonl'
+  rows_of('jsonl', path, TEXTS)
+  lines = path.read_text(encoding='utf-8').splitlines(keepends=True)
+  lines[432] = 'no row\n'
+  path.write_text(''.join(lines), encoding='utf-8')
+  with pytest.raises(ConfigError, match=r'rows.jsonl:433: not JSON'):
+    corpus.prepare(
+      small(source=str(path)), BYTE, tmp_path / 'c', str, processes=processes
+    )
+
+
+@pytest.fixture(scope='module')
+def words(tmp_path_factory):
+  """A small BPE of DeepSeek's kind."""
+  program = pytest.importorskip('experiments.tokenizer')
+  pytest.importorskip('tokenizers', reason='extra [hf] is missing')
+  folder = tmp_path_factory.mktemp('words') / 'bpe'
+  program.write(folder, TEXTS, 400)
+  return tokenizer.load(str(folder))
+
+
+def fake(monkeypatch, encode):
+  """Installs a gigatoken that encodes by `encode`; returns its tokenizers."""
+  made = []
+
+  class Fake:
+    @classmethod
+    def from_json(cls, text):
+      made.append(json.loads(text))
+      return cls()
+
+    def encode_batch(self, texts):
+      return encode(texts)
+
+  rows = types.SimpleNamespace(
+    flatten=np.concatenate, num=lambda rows: [len(row) for row in rows]
+  )
+  monkeypatch.setitem(
+    sys.modules, 'gigatoken', types.SimpleNamespace(Tokenizer=Fake)
+  )
+  monkeypatch.setitem(sys.modules, 'awkward', rows)
+  return made
+
+
+def test_the_fast_encoder_is_used_where_its_ids_are_the_same(
+  monkeypatch, words
+):
+  calls = []
+
+  def encode(texts):
+    calls.append(len(texts))
+    return words.encode_batch(texts)
+
+  values = fake(monkeypatch, encode)
+  encoder = encoders.Encoder(words)
+  assert [token['content'] for token in values[0]['added_tokens']] == []
+  assert r'\'' not in json.dumps(values[0]['pre_tokenizer'])
+  ids = encoder([*TEXTS[:5], 'half a pair \ud800'])
+  assert calls == [6, 1] and 'gigatoken' in encoder.line
+  own = words.encode_batch([*TEXTS[:5], 'half a pair \ud800'])
+  assert [row.tolist() for row in ids] == [row.tolist() for row in own]
+
+
+@pytest.mark.parametrize('wrong', ['word', 'special', 'later'])
+def test_an_encoder_of_other_ids_is_not_believed(monkeypatch, words, wrong):
+  """In the first documents, in a special token, in a later unit."""
+  spoiled = {
+    'word': lambda text: 'row 3' in text,
+    'special': lambda text: '<｜' in text,
+    'later': lambda text: 'row 333' in text,
+  }[wrong]
+
+  def encode(texts):
+    rows = words.encode_batch(texts)
+    return [r + spoiled(t) for r, t in zip(rows, texts, strict=True)]
+
+  fake(monkeypatch, encode)
+  monkeypatch.setattr(encoders, '_FIRST_BYTES', 2000)
+  encoder = encoders.Encoder(words)
+  for start in (0, 333):
+    encoder.next_unit()
+    ids = encoder(TEXTS[start : start + 9])
+    own = words.encode_batch(TEXTS[start : start + 9])
+    assert [row.tolist() for row in ids] == [row.tolist() for row in own]
+  assert 'other ids' in encoder.line
+
+
+def test_gigatoken_gives_the_ids_of_tokenizers(words):
+  pytest.importorskip('gigatoken', reason='extra [fast] is missing')
+  encoder = encoders.Encoder(words)
+  special = "<｜end▁of▁sentence｜> quoted, it's\r\n\r\n  12345 日本語 x"
+  texts = [*TEXTS, special, special * 3]
+  ids, own = encoder(texts), words.encode_batch(texts)
+  assert [row.tolist() for row in ids] == [row.tolist() for row in own]
+  assert encoder.line.startswith('gigatoken encodes')

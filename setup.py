@@ -9,6 +9,7 @@ from setuptools import find_packages, setup
 PROGRAMS = find_packages(include=['experiments*', 'configs'])
 HF = ['tokenizers>=0.20', 'jinja2>=3.1.6', 'tiktoken>=0.9']
 DATA = ['pyarrow>=15']
+FAST = ['gigatoken>=0.10']
 SERVE = ['starlette>=0.40', 'uvicorn>=0.30']
 DOCS = ['sphinx>=8.2,<10', 'myst-parser>=4', 'furo>=2024.8']
 VIZ = ['matplotlib>=3.9', 'tensorboard>=2.18']
@@ -45,6 +46,7 @@ CI = [
   *EVAL,
   *RL,
   *GYM,
+  *FAST,
   'transformers>=5.13',  # its chats are compared with ours, without torch
   'jax-cuda13-plugin>=0.10.2',
   'nvidia-cuda-nvcc>=13',
@@ -88,6 +90,9 @@ setup(
     'tpu': TPU,
     'hf': HF,
     'data': DATA,
+    'fast': FAST,
+    'gcs': ['gcsfs>=2025.3'],
+    's3': ['s3fs>=2025.3'],
     'serve': SERVE,
     'viz': VIZ,
     'notebooks': NOTEBOOKS,

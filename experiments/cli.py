@@ -31,6 +31,7 @@ from mla_moe.config import Config, ConfigError, freeze
 from mla_moe.config import keys as config_keys
 
 from . import commands
+from .data import remote
 
 FLAGS = flags.FLAGS
 CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
@@ -76,8 +77,9 @@ def check_paths(config: Config) -> Config:
   Raises:
     ConfigError: as `path`.
   """
-  for field in ('source', 'tokenizer'):
-    path(f'data.{field}', getattr(config.data, field))
+  if not remote.is_remote(config.data.source):
+    path('data.source', config.data.source)
+  path('data.tokenizer', config.data.tokenizer)
   path('rl.task', config.rl.task)
   for name, _ in config.rl.teachers:
     path('rl.teachers', name)

@@ -38,6 +38,7 @@ from .tokenizer import Tokenizer
 _FORMAT = 2
 _OLDER = (*sources.TEXT, '.jsonl', '.parquet')  # the kinds of format 1
 _OLDER_BLOCK = 1 << 20
+_FACTS = ('documents', 'text_bytes', 'replaced')
 _PART = '.part-'  # begins the name of a folder that is not whole
 _GZIP_BYTES = 8 << 20  # of held-out text, to compare the model with
 _STAMPS = 16  # that a folder remembers
@@ -51,6 +52,8 @@ class Corpus(NamedTuple):
   heldout_bytes: of the text in UTF-8. gzip_bits_per_byte: of its first 8 MiB
   under gzip -9, to compare the model's with. prompt: the beginning of a
   held-out document. fingerprint: of everything that the tokens depend on.
+  facts: numbers of the documents, of bytes of text and of pieces of invalid
+  UTF-8; none of tokens that an earlier version wrote.
   """
 
   train: Tokens
@@ -60,6 +63,7 @@ class Corpus(NamedTuple):
   prompt: str
   bos_id: int
   fingerprint: str
+  facts: dict[str, int]
 
 
 def prepare(
@@ -231,7 +235,8 @@ def _remember(
 ) -> None:
   """Adds a stamp to a folder's, unless a file has changed just now."""
   newest = max(sources.changed(file) for file in files)
-  if time.time_ns() - newest < _RECENT:
+  is_known = all(file.stamp for file in files)
+  if not is_known or time.time_ns() - newest < _RECENT:
     return
   stamps = [*_stamps(folder), stamp][-_STAMPS:]
   with contextlib.suppress(OSError):  # the next start hashes again
@@ -362,8 +367,7 @@ def _merge(job: units.Job, count: int) -> Iterator[str]:
     block=shards.BLOCK,
     lengths=lengths,
     largest=max(one['largest'] for one in facts),
-    documents=total('documents'),
-    text_bytes=total('text_bytes'),
+    **{name: total(name) for name in _FACTS},
     heldout_bytes=total('heldout_bytes'),
     prompt=first('prompt'),
   )
@@ -474,11 +478,31 @@ def opened(folder: pathlib.Path, tokenizer: Tokenizer) -> Corpus:
       prompt=values['prompt'],
       bos_id=tokenizer.bos_id,
       fingerprint=folder.name,
+      facts={name: values[name] for name in _FACTS if name in values},
     )
   except ConfigError:
     raise
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise _damaged(path, error) from None
+
+
+def table(corpus: Corpus) -> list[tuple[str, str]]:
+  """Returns the text in numbers, for people: (name, value)."""
+  facts = corpus.facts
+  heldout, tokens = len(corpus.heldout), len(corpus.train) + len(corpus.heldout)
+  rows = [('tokens', f'{tokens:,}')]
+  if facts:
+    rows += [
+      ('documents', f'{facts["documents"]:,}'),
+      ('bytes of text', f'{facts["text_bytes"]:,}'),
+      ('bytes a token', f'{facts["text_bytes"] / tokens:.2f}'),
+      ('pieces of invalid UTF-8', f'{facts["replaced"]:,}'),
+    ]
+  rows += [
+    ('tokens held out', f'{heldout:,} ({heldout / tokens:.1%})'),
+    ('bits a byte by gzip -9', f'{corpus.gzip_bits_per_byte:.3f}'),
+  ]
+  return rows
 
 
 def verify(corpus: Corpus) -> int:

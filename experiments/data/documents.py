@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from mla_moe.config import ConfigError
 
-from . import encodings, sources
+from . import encodings, remote, sources
 from .sources import File
 
 _PIECE_BYTES = 8 << 10
@@ -102,13 +102,18 @@ def ranges(file: File, size: int) -> list[tuple[int, int | None]]:
 
 
 def digest(file: File) -> str:
-  """Returns the SHA-256 of the file's content.
+  """Returns the SHA-256 of the file's content, or a bucket's checksum of it.
 
   Raises:
     ConfigError: the file cannot be read.
   """
+  if remote.is_checksum(file.stamp):
+    return file.stamp
   try:
-    with open(file.path, 'rb') as opened:
+    is_remote = remote.is_remote(file.path)
+    with (
+      remote.opened(file.path) if is_remote else open(file.path, 'rb') as opened
+    ):
       return hashlib.file_digest(opened, 'sha256').hexdigest()
   except OSError as error:
     raise ConfigError(
@@ -232,10 +237,12 @@ def _opened_parquet(path: str) -> Iterator[Any]:
       f'{path}: .parquet needs pyarrow: pip install "mla_moe[data]"'
     ) from None
   try:
-    with pyarrow.parquet.ParquetFile(path) as file:
+    source = remote.opened(path) if remote.is_remote(path) else path
+    with pyarrow.parquet.ParquetFile(source) as file:
       yield file
   except pyarrow.ArrowException as error:
     why = str(error).splitlines()[0]
     raise ConfigError(f'{path}: not a readable .parquet ({why})') from None
   except OSError as error:
-    raise ConfigError(f'{path}: cannot be read ({error.strerror})') from None
+    why = error.strerror or ' '.join(str(error).split())
+    raise ConfigError(f'{path}: cannot be read ({why})') from None

@@ -21,6 +21,8 @@ from typing import Any, BinaryIO
 
 from mla_moe.config import ConfigError
 
+from . import remote
+
 COMPRESSED = ('.gz', '.bz2', '.xz', '.zst')
 # UTF-32's mark of little bytes begins with UTF-16's, and so comes before it.
 _MARKS = (
@@ -78,6 +80,11 @@ def _errors(path: str) -> Iterator[None]:
     raise ConfigError(f'{path}: cannot be read ({error.strerror})') from None
   except (EOFError, zlib.error, lzma.LZMAError) as error:
     raise _damaged(path, error) from None
+  except Exception:  # of a bucket's library
+    if not remote.is_remote(path):
+      raise
+    with remote.errors(path):
+      raise
 
 
 def is_utf8(path: str) -> bool:
@@ -110,28 +117,36 @@ def _encoding(path: str) -> tuple[str, int]:
   return 'utf-8', 0
 
 
-def _decompressed(path: str) -> Any:
+@contextlib.contextmanager
+def _decompressed(path: str) -> Iterator[Any]:
   _, compression = suffixes(path)
-  if compression == '.gz':
-    return gzip.open(path)
-  if compression == '.bz2':
-    return bz2.open(path)
-  if compression == '.xz':
-    return lzma.open(path)
-  if compression == '.zst':
-    return _zstd(path)
-  return open(path, 'rb')
+  is_remote = remote.is_remote(path)
+  with remote.opened(path) if is_remote else open(path, 'rb') as source:
+    if not compression:
+      yield source
+      return
+    with _DECOMPRESSORS[compression](source) as file:
+      yield file
 
 
-def _zstd(path: str) -> BinaryIO:
+def _zstd(source: BinaryIO) -> BinaryIO:
   try:
     import pyarrow
   except ImportError:
+    name = getattr(source, 'name', 'a file')
     raise ConfigError(
-      f'{path}: .zst needs pyarrow: pip install "mla_moe[data]"'
+      f'{name}: .zst needs pyarrow: pip install "mla_moe[data]"'
     ) from None
-  stream = pyarrow.input_stream(path, compression='zstd')
+  stream = pyarrow.input_stream(source, compression='zstd')
   return io.BufferedReader(stream, _BUFFER_BYTES)
+
+
+_DECOMPRESSORS = {
+  '.gz': gzip.open,
+  '.bz2': bz2.open,
+  '.xz': lzma.open,
+  '.zst': _zstd,
+}
 
 
 class _Recoded(io.RawIOBase):

@@ -22,7 +22,7 @@ from typing import NamedTuple
 from mla_moe.config import ConfigError
 
 from .. import cli
-from . import encodings
+from . import encodings, remote
 
 TEXT = ('.txt', '.md', '.rst', '.py')
 ROWS = ('.jsonl', '.json', '.parquet')
@@ -90,7 +90,10 @@ def listed(source: str, heldout: float = 1.0) -> Listing:
       raise Absent(
         f"data.source='stdlib': no .py files in {root!r}; give a folder of text"
       )
-    return Listing(_files(root, paths, lambda path: True), '')
+    files = [_file(root, path, True, *_stat(path)) for path in paths]
+    return Listing(sorted(files), '')
+  if remote.is_remote(source):
+    return _of_bucket(source, heldout)
   path = str(cli.path('data.source', source))
   kinds = ', '.join(TEXT + ROWS)
   if os.path.isfile(path):
@@ -102,9 +105,11 @@ def listed(source: str, heldout: float = 1.0) -> Listing:
       raise ConfigError(
         f'data.source={source!r}: its lines are no {{"text": ..}}'
       )
-    return Listing([_file(os.path.dirname(path), path, False)], '')
+    file = _file(os.path.dirname(path), path, False, *_stat(path))
+    return Listing([file], '')
   if os.path.isdir(path):
-    root, entries = path, _walk(path, frozenset(('__pycache__',)))
+    root = _snapshot(path)
+    entries = _walk(root, frozenset(('__pycache__',)))
   elif _MAGIC.search(path):
     root = os.path.dirname(path[: _MAGIC.search(path).start()]) or '.'
     entries = [(p, _irregular(p)) for p in glob.glob(path, recursive=True)]
@@ -112,6 +117,45 @@ def listed(source: str, heldout: float = 1.0) -> Listing:
       entries = [(p, why) for p, why in entries if why != 'folders']
   else:
     raise Absent(f'data.source={source!r}: no such file or folder')
+  return _listing(source, root, entries, heldout, _stat)
+
+
+def _of_bucket(source: str, heldout: float) -> Listing:
+  """Returns the files of a bucket, whose stamps are its own checksums."""
+  root, objects = remote.listed(source)
+  if not objects:
+    raise Absent(f'data.source={source!r}: no such file or folder')
+  facts = {path: (size, stamp) for path, size, stamp in objects}
+
+  def why(path: str) -> str:
+    return 'hidden' if '/.' in path.removeprefix(root) else ''
+
+  entries = [(path, why(path)) for path in facts]
+  return _listing(source, root, entries, heldout, facts.__getitem__)
+
+
+def _snapshot(root: str) -> str:
+  """Returns the folder of a data set's files in a cache of Hugging Face's hub.
+
+  It has `blobs`, and a folder of links to them for each revision.
+  """
+  ref = os.path.join(root, 'refs', 'main')
+  if not os.path.isfile(ref) or os.path.getsize(ref) > 99:
+    return root
+  with open(ref, encoding='utf-8') as file:
+    folder = os.path.join(root, 'snapshots', file.read().strip())
+  return folder if os.path.isdir(folder) else root
+
+
+def _listing(
+  source: str,
+  root: str,
+  entries: Iterable[tuple[str, str]],
+  heldout: float,
+  facts_of: Callable[[str], tuple[int, str]],
+) -> Listing:
+  """Returns the files of known kinds among (path, why it is left out or '')."""
+  kinds = ', '.join(TEXT + ROWS)
   paths, others = [], []
   for path, why in entries:
     why = why or _unknown(path)
@@ -121,15 +165,18 @@ def listed(source: str, heldout: float = 1.0) -> Listing:
     only = f'; {left_out}' if left_out else ''
     raise Absent(f'data.source={source!r}: holds no file of {kinds}{only}')
   paths = [path for _, path in paths]
-  sizes = {path: os.path.getsize(path) for path in paths}
-  part = heldout * sum(sizes.values())
+  facts = {path: facts_of(path) for path in paths}
+  part = heldout * sum(size for size, _ in facts.values())
   most = min(_DOCUMENT_BYTES, max(part, _LEAST_BYTES))
   # A compressed text of some KB may have any size.
   is_document = lambda path: (
-    len(paths) > 1 and sizes[path] <= most and not encodings.suffixes(path)[1]
+    len(paths) > 1
+    and facts[path][0] <= most
+    and not encodings.suffixes(path)[1]
   )
   line = f'{source!r}: {left_out}.' if left_out else ''
-  return Listing(_files(root, paths, is_document), line)
+  files = [_file(root, p, is_document(p), *facts[p]) for p in paths]
+  return Listing(sorted(files), line)
 
 
 def kind(path: str) -> str:
@@ -218,18 +265,17 @@ def _relative(root: str, path: str) -> str:
   return os.path.relpath(path, root or '.').replace(os.sep, '/')
 
 
-def _files(
-  root: str, paths: list[str], is_document: Callable[[str], bool]
-) -> list[File]:
-  return sorted(_file(root, path, is_document(path)) for path in paths)
+def _file(
+  root: str, path: str, is_document: bool, size: int, stamp: str
+) -> File:
+  return File(_relative(root, path), path, is_document, size, stamp)
 
 
-def _file(root: str, path: str, is_document: bool) -> File:
-  """Returns a file with its stamp.
+def _stat(path: str) -> tuple[int, str]:
+  """Returns the size and the stamp of a file.
 
   The time of change is beside that of modification, which copies may bring
   along, and some archives set to one date.
   """
   facts = os.stat(path)
-  stamp = f'{facts.st_mtime_ns}:{facts.st_ctime_ns}'
-  return File(_relative(root, path), path, is_document, facts.st_size, stamp)
+  return facts.st_size, f'{facts.st_mtime_ns}:{facts.st_ctime_ns}'

@@ -161,8 +161,10 @@ def _files(
 
 def _absent_here(name: str, path: str, _) -> str:
   """Returns the fault of a path on files that all machines share, or ''."""
-  from ..data import sources
+  from ..data import remote, sources
 
+  if remote.is_remote(path):
+    return ''  # each machine reads it by itself
   if name == 'config.data.source':
     try:
       sources.listed(path)
@@ -175,6 +177,10 @@ def _absent_here(name: str, path: str, _) -> str:
 
 def _absent_there(name: str, path: str, folders: dict[str, str]) -> str:
   """Returns the fault of a path for machines of their own, or ''."""
+  from ..data import remote
+
+  if remote.is_remote(path):
+    return ''
   place = os.path.normpath(path)
   if any(place.startswith(f'{folder}/') for folder in folders):
     return ''

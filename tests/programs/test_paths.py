@@ -9,6 +9,7 @@ import pytest
 from absl import flags
 
 from experiments import cli, run_tokenizer, tokenizer, train, workdir
+from experiments.data import remote
 from experiments.training import warm_start
 from mla_moe.config import ConfigError, freeze
 
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings('ignore:the load_module')
 FOLDER = pathlib.Path(cli.__file__).parent
 # Flags of text that are no paths, of all programs.
 WORDS = {'topology', 'mesh', 'system', 'task', 'prompt', 'host', 'name'}
-WORDS |= {'profile', 'vary', 'only', 'config', 'suffix', 'prefix'}
+WORDS |= {'shard', 'profile', 'vary', 'only', 'config', 'suffix', 'prefix'}
 PATHS = {'workdir', 'init', 'data', 'out', 'checkpoint', 'tokenizer', 'include'}
 PATHS |= {'chat_template', 'source', 'target'}
 URLS = ('gs://b/x', 's3://b/x', 'hf://datasets/x', 'https://x.org/y')
@@ -68,23 +69,25 @@ def test_a_path_anywhere_else_is_checked_the_same_way(call, tmp_path):
     ('profile', 'gs://b/x'),
     ('checkpoint', 'ls', 'gs://b/x'),
     ('sweep', '--vary=data.seed=1', '--workdir=gs://b/x'),
-    ('tokenizer', 'gs://b/x', f'--out={tmp_path}/x'),
+    ('tokenizer', 'https://b/x', f'--out={tmp_path}/x'),
   ):
     code, _, error = call(program, *words)
     assert code == 2 and error.count('\n') == 1
-    assert "='gs://b/x': gs:// is not supported" in error
+    url = next(w for w in words if '://' in w).rpartition('=')[2]
+    assert f'={url!r}: {url[:-3]} is not supported' in error
 
 
 @pytest.mark.parametrize('url', URLS)
 def test_a_path_of_a_config_is_none_of_another_machine(url, tmp_path):
   """On the command line, and for a run in code before its folder is made."""
-  for key in ('data.source', 'data.tokenizer', 'rl.task', 'rl.teachers'):
+  keys = ('data.source', 'data.tokenizer', 'rl.task', 'rl.teachers')
+  for key in keys[remote.is_remote(url) :]:
     value = f'(("{url}",1.0),)' if key == 'rl.teachers' else url
     flag = f'--config.{key}={value}'
     with pytest.raises(ConfigError, match=f'{key}={url!r}: .* not supported'):
       cli.config_of(['--config=r1_tiny:distil', flag], cli.define)
-  config = freeze({'data': {'source': url}})
-  with pytest.raises(ConfigError, match='data.source=.* not supported'):
+  config = freeze({'data': {'tokenizer': url}})
+  with pytest.raises(ConfigError, match='data.tokenizer=.* not supported'):
     train.run(config, tmp_path / 'run')
   with pytest.raises(ConfigError, match='workdir=.* not supported'):
     train.run(freeze({}), url)

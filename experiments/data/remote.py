@@ -1,0 +1,108 @@
+"""Files of buckets: listed once, and read as streams, through fsspec.
+
+A bucket knows a checksum of each object. It stands for the content, so a text
+of terabytes is compared by one listing, and read only where it is tokenised.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+from mla_moe.config import ConfigError
+
+# Schemes, and the extras of their libraries; memory:// is fsspec's own.
+SCHEMES = {'gs': 'gcs', 's3': 's3', 'hf': 'hf', 'memory': 'data'}
+# Checksums of an object, by their names in GCS, S3 and Hugging Face's hub.
+_CHECKSUMS = ('md5Hash', 'crc32c', 'ETag', 'blob_id')
+_TIMES = ('generation', 'mtime', 'LastModified', 'updated', 'created')
+_SCHEME = re.compile(rf'({"|".join(SCHEMES)})://')
+_BUFFER_BYTES = 1 << 20
+
+
+class Object(NamedTuple):
+  """A file of a bucket. stamp: changes with its content; '' if unknown."""
+
+  path: str
+  size: int
+  stamp: str
+
+
+def is_remote(path: str) -> bool:
+  """Whether a path is a URL that can be a source of text."""
+  return bool(_SCHEME.match(path))
+
+
+def is_checksum(stamp: str) -> bool:
+  """Whether a stamp follows from the content of an object alone."""
+  return stamp.partition('=')[0] in _CHECKSUMS
+
+
+def listed(url: str) -> tuple[str, list[Object]]:
+  """Returns a root and all objects below a URL, which may be a glob or a file.
+
+  Raises:
+    ConfigError: no library for the scheme, or no access.
+  """
+  with errors(url):
+    system, path = _system(url)
+    if '*' in path:
+      found = system.glob(path, detail=True)
+      root = path[: path.index('*')].rpartition('/')[0]
+    elif system.isfile(path):
+      found, root = {path: system.info(path)}, path.rpartition('/')[0]
+    else:
+      found, root = system.find(path, detail=True), path
+    files = {p: facts for p, facts in found.items() if facts['type'] == 'file'}
+    return system.unstrip_protocol(root), [
+      Object(
+        system.unstrip_protocol(path), int(facts['size'] or 0), _stamp(facts)
+      )
+      for path, facts in sorted(files.items())
+    ]
+
+
+def opened(path: str) -> BinaryIO:
+  """Returns an object as a stream, which can seek.
+
+  Raises:
+    ConfigError: as `listed`.
+  """
+  with errors(path):
+    system, place = _system(path)
+    return io.BufferedReader(system.open(place, 'rb'), _BUFFER_BYTES)
+
+
+@contextlib.contextmanager
+def errors(path: str) -> Iterator[None]:
+  """Makes lines of the errors of a bucket: each library has its own."""
+  try:
+    yield
+  except ConfigError:
+    raise
+  except ImportError:
+    scheme = path.partition('://')[0]
+    raise ConfigError(
+      f'{path}: {scheme}:// needs its library: '
+      f'pip install "mla_moe[{SCHEMES[scheme]}]"'
+    ) from None
+  except Exception as error:
+    why = ' '.join(str(error).split())[:120] or type(error).__name__
+    raise ConfigError(f'{path}: cannot be read ({why})') from None
+
+
+def _system(url: str) -> tuple[Any, str]:
+  """Returns fsspec's file system of a URL, and the path there."""
+  import fsspec
+
+  return fsspec.core.url_to_fs(url)
+
+
+def _stamp(facts: dict) -> str:
+  for name in (*_CHECKSUMS, *_TIMES):
+    if facts.get(name):
+      return f'{name}={facts[name]}'
+  return ''

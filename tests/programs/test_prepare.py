@@ -1,0 +1,36 @@
+"""The program that tokenises: what a run finds, and mistakes in a line."""
+
+import pytest
+
+from experiments import prepare
+from mla_moe.config import ConfigError
+
+
+def test_a_run_finds_the_tokens(call, tmp_path):
+  """The same words as of `train`; the second time nothing is tokenised."""
+  source = tmp_path / 'text'
+  source.mkdir()
+  for i in range(9):
+    (source / f'{i}.txt').write_text(f'{i} is a line of text\n' * 200)
+  words = ('--config=tiny:smoke', f'--workdir={tmp_path}/run')
+  words += (f'--config.data.source={source}', '--processes=1')
+  code, output, error = call('prepare', *words, '--shard=0/1')
+  assert (code, error) == (0, '') and '1 of 1 units are done' in output
+  code, output, _ = call('prepare', *words)
+  assert code == 0 and '1 of 1 units were done before' in output
+  code, output, _ = call('prepare', *words, '--verify')
+  assert code == 0 and 'Tokenising' not in output
+  assert 'tokens have their checksums' in output
+  (folder,) = (tmp_path / '.corpus').iterdir()
+  size = sum(p.stat().st_size // 2 for p in folder.glob('00000.[th]*'))
+  assert f'  tokens                     {size:,}\n' in output
+  path = folder / '00000.train'
+  path.write_bytes(path.read_bytes()[:-1] + b'\x01')
+  code, _, error = call('prepare', *words, '--verify')
+  assert code == 2 and '00000.train: MiB 0 is damaged' in error
+
+
+@pytest.mark.parametrize('text', ['8/8', '-1/8', '1', '1/2/3', 'a/b', '0/0'])
+def test_a_shard_that_is_none_is_one_line(text):
+  with pytest.raises(ConfigError, match='--shard=.*must be i/n'):
+    prepare.share_of(text)

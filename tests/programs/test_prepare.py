@@ -25,7 +25,7 @@ def test_a_run_finds_the_tokens(call, tmp_path):
   size = sum(p.stat().st_size // 2 for p in folder.glob('00000.[th]*'))
   assert f'  tokens                     {size:,}\n' in output
   path = folder / '00000.train'
-  path.write_bytes(path.read_bytes()[:-1] + b'\x01')
+  path.write_bytes(path.read_bytes()[:-1] + b'\x02')
   code, _, error = call('prepare', *words, '--verify')
   assert code == 2 and '00000.train: MiB 0 is damaged' in error
 

@@ -50,13 +50,13 @@ def listed(url: str) -> tuple[str, list[Object]]:
   with errors(url):
     system, path = _system(url)
     if '*' in path:
-      found = system.glob(path, detail=True)
+      objects = system.glob(path, detail=True)
       root = path[: path.index('*')].rpartition('/')[0]
     elif system.isfile(path):
-      found, root = {path: system.info(path)}, path.rpartition('/')[0]
+      objects, root = {path: system.info(path)}, path.rpartition('/')[0]
     else:
-      found, root = system.find(path, detail=True), path
-    files = {p: facts for p, facts in found.items() if facts['type'] == 'file'}
+      objects, root = system.find(path, detail=True), path
+    files = {p: facts for p, facts in objects.items() if facts['type'] == 'file'}
     return system.unstrip_protocol(root), [
       Object(
         system.unstrip_protocol(path), int(facts['size'] or 0), _stamp(facts)

@@ -56,12 +56,13 @@ def listed(url: str) -> tuple[str, list[Object]]:
       objects, root = {path: system.info(path)}, path.rpartition('/')[0]
     else:
       objects, root = system.find(path, detail=True), path
-    files = {p: facts for p, facts in objects.items() if facts['type'] == 'file'}
+    is_file = lambda path: objects[path]['type'] == 'file'
     return system.unstrip_protocol(root), [
       Object(
         system.unstrip_protocol(path), int(facts['size'] or 0), _stamp(facts)
       )
-      for path, facts in sorted(files.items())
+      for path, facts in sorted(objects.items())
+      if is_file(path)
     ]
 
 

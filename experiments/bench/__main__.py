@@ -28,6 +28,7 @@ _BENCHMARKS = {
   'decode': 'decoding beside the peer; the cache, long contexts (10)',
   'rl': 'reinforcement beside TRL; fine-tuning beside pre-training (10)',
   'thought': 'written steps before answers, or none: reinforced alike (10)',
+  'data': 'tokenising beside the library alone; a later start (6)',
   'checkpoint': 'the pause of a save beside Orbax alone, the seal (1)',
   'precision': "FP8's loss beside bf16's: whole runs, or --pairs=96 (25; 90)",
   'balance': 'balancing by a bias or by a loss: perplexity, MaxVio (45)',

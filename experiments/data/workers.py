@@ -7,6 +7,7 @@ of documents whether that lives.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -86,18 +87,22 @@ def _in_processes(job, rest, count, progress, say) -> None:
   pipes, processes = [], []
   try:
     for _ in range(count):
-      receiver, sender = context.Pipe(duplex=False)
-      args = (sender, place, job, rest, count)
+      ours, theirs = context.Pipe()
+      args = (theirs, place, max(1, (os.cpu_count() or 1) // count))
       process = context.Process(target=_work, args=args, daemon=True)
-      process.start()
-      sender.close()
-      pipes.append(receiver)
       processes.append(process)
+      process.start()
+      theirs.close()
+      pipes.append(ours)
+    for pipe in pipes:  # what is large waits for no process to have started
+      with contextlib.suppress(OSError):  # it has ended: `_follow` says so
+        pipe.send((job, rest))
     _follow(pipes, processes, rest, progress, say)
   finally:
-    for process in processes:
+    begun = [process for process in processes if process.pid]
+    for process in begun:
       process.terminate()
-    for process in processes:
+    for process in begun:
       process.join()
 
 
@@ -108,7 +113,7 @@ def _follow(pipes, processes, rest, progress, say) -> None:
     for pipe in multiprocessing.connection.wait(pipes, _POLL):
       try:
         kind, value = pipe.recv()
-      except EOFError:
+      except (EOFError, OSError):
         pipes.remove(pipe)
         continue
       if kind == 'error':
@@ -128,11 +133,14 @@ def _follow(pipes, processes, rest, progress, say) -> None:
       )
 
 
-def _work(pipe, place, job: Job, rest: Sequence[Unit], count: int) -> None:
+def _work(pipe, place, cores: int) -> None:
   """Writes the next unit until there is none."""
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
-  cores = os.cpu_count() or 1
-  os.environ['RAYON_NUM_THREADS'] = str(max(1, cores // count))
+  os.environ['RAYON_NUM_THREADS'] = str(cores)
+  try:
+    job, rest = pipe.recv()
+  except EOFError:  # the parent has ended
+    sys.exit(1)
 
   def tell(size: int) -> None:
     if not multiprocessing.parent_process().is_alive():

@@ -30,7 +30,7 @@ import numpy as np
 
 from mla_moe.config import ConfigError, DataConfig
 
-from .. import workdir
+from .. import commands, workdir
 from . import documents, encodings, shards, sources, units, workers
 from .shards import Tokens
 from .tokenizer import Tokenizer
@@ -41,6 +41,7 @@ _OLDER_BLOCK = 1 << 20
 _FACTS = ('documents', 'text_bytes', 'replaced')
 _PART = '.part-'  # begins the name of a folder that is not whole
 _GZIP_BYTES = 8 << 20  # of held-out text, to compare the model with
+_LARGE_BYTES = 10**9  # of a text for which there is a hint
 _STAMPS = 16  # that a folder remembers
 _RECENT = 2 * 10**9  # ns: a file may change once more within a clock's tick
 
@@ -115,7 +116,7 @@ def prepare(
     )
   folder = cache / fingerprint
   if not (folder / 'corpus.json').exists():
-    _announce(files, left_out, data, say)
+    _announce(files, left_out, data, say, processes)
     _make(folder, files, data, tokenizer, say, processes)
   _remember(folder, stamp, files)
   return opened(folder, tokenizer)
@@ -138,7 +139,7 @@ def prepare_share(
   """
   _check_ends(data, tokenizer)
   files, left_out = sources.listed(data.source, data.heldout)
-  _announce(files, left_out, data, say)
+  _announce(files, left_out, data, say, processes)
   place = pathlib.Path(cache), files, data, tokenizer, say
   with _working(*place, is_shared=True) as work:
     whole = units.of(files)
@@ -148,10 +149,13 @@ def prepare_share(
     say(f'{done} of {len(whole)} units are done in {work}.')
 
 
-def _announce(files, left_out: str, data: DataConfig, say) -> None:
+def _announce(files, left_out: str, data: DataConfig, say, processes) -> None:
   many = f'{len(files)} files' if len(files) > 1 else 'the file'
-  size = sum(file.size for file in files) / 1e6
-  say(f'Tokenising {many} of {data.source!r} (once; {size:,.1f} MB) ...')
+  size = sum(file.size for file in files)
+  say(f'Tokenising {many} of {data.source!r} (once; {size / 1e6:,.1f} MB) ...')
+  if processes == 1 and size > _LARGE_BYTES:
+    line = 'python -m experiments.prepare, with the same words, uses all cores.'
+    say(commands.typed(line))
   if left_out:
     say(left_out)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from texts import BYTE, documents_of, prepared, rows_of, small
 
-from experiments.data import corpus, encoders, tokenizer, units
+from experiments.data import corpus, encoders, tokenizer, units, workers
 from mla_moe.config import ConfigError
 
 TEXTS = [f'row {i}: {"añ字" * (i % 13)}' for i in range(700)]
@@ -95,6 +95,29 @@ def test_processes_and_shares_write_the_same_shards(tmp_path, few_bytes):
     assert same.read_bytes() == path.read_bytes()
   assert any('of 41 units were done before' in line for line in lines)
   assert os.listdir(cache) == [two.fingerprint]
+
+
+def test_a_large_text_has_a_hint(tmp_path, few_bytes, monkeypatch):
+  monkeypatch.setattr(corpus, '_LARGE_BYTES', 999)
+  config, lines = small(source=write(tmp_path / 'text', 'jsonl')), []
+  corpus.prepare(config, BYTE, tmp_path / 'cache', lines.append)
+  assert 'prepare, with the same words, uses all cores.' in lines[1]
+  assert lines[0].startswith('Tokenising 2 files') and '0.1 MB' in lines[0]
+
+
+def test_progress_is_speed_and_the_time_that_is_left(monkeypatch):
+  """Units that were done before are done, and no part of the speed."""
+  lines, seconds = [], iter([100.0, 105.0, 130.0, 140.0])
+  monkeypatch.setattr(workers.time, 'monotonic', lambda: next(seconds))
+  whole = [units.Unit(i, (), 10**9) for i in range(4)]
+  progress = workers.Progress(whole, whole[1:], lines.append)
+  progress.tell(1)  # too soon after the last
+  progress.unit(whole[1])
+  progress.tell(5 * 10**8)
+  assert lines == [
+    '  50.0%: 33.3 MB/s, 1 min left',
+    '  62.5%: 37.5 MB/s, 1 min left',
+  ]
 
 
 def test_a_kill_costs_one_unit(tmp_path, few_bytes, monkeypatch):

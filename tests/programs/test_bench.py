@@ -123,6 +123,26 @@ def test_the_price_of_a_seal_is_measured(tmp_path, monkeypatch, capsys):
   assert [p.name for p in (tmp_path / 'found').iterdir()] == ['checkpoint.json']
 
 
+@pytest.mark.slow
+def test_tokenising_and_a_later_start_are_measured(
+  tmp_path, monkeypatch, capsys
+):
+  """A later start reads no text: it takes a small part of the first."""
+  pytest.importorskip('tokenizers', reason='extra [hf]')
+  monkeypatch.chdir(tmp_path)
+  words = ['bench', 'data', '--out=found', '--rounds=1', '--megabytes=1']
+  words += ['--vocab=600', '--start_megabytes=20']
+  monkeypatch.setattr(sys, 'argv', words)
+  program.main()
+  results = json.loads((tmp_path / 'found/data.json').read_text())
+  start = dict(results['start']['figures'])
+  seconds = {name: float(text.split()[0]) for name, text in start.items()}
+  assert seconds['third'] < 0.2 * seconds['first']
+  ways = [row[0].strip() for row in results['encoding']['figures']]
+  assert ways[:2] == ['library', 'tokenizers']
+  assert 'MB/s' in capsys.readouterr().out
+
+
 def test_the_gap_between_losses_is_relative_and_smoothed():
   reference = {
     'step': list(range(1, 101)),

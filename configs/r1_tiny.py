@@ -13,6 +13,7 @@ Its first stage is `cold`, for `experiments.sft`; the others are for
   cispo  CISPO: the ratio is a capped weight, and no token loses its gradient
   v32    V3.2: no spread, the unbiased KL estimate, stale worse answers dropped
   distil V4's on-policy distillation: needs --teacher=RUN, learns from no reward
+  anneal zero, whose rate falls to 0 in its second half: for countdown
 
 One update follows each rollout: with four at this rate the policy collapses.
 Adam's moments are fresh, hence the warm-up.
@@ -57,6 +58,7 @@ def get_config(arg=''):
     cispo=change(
       several, surrogate='cispo', clip_high=5.0, aggregate='token', beta=0.0
     ),
+    anneal=annealed(change(zero, heldout=1024)),
     distil=change(zero, beta=0.0, teachers=(('', 1.0),)),
     v32=change(several, scale='none', kl_form='unbiased', off_policy=0.5),
   )
@@ -145,3 +147,15 @@ def reinforced(model):
     check_every=50,
   )
   return c.Config(model=model, optim=optim, data=data, run=run, rl=rl)
+
+
+def annealed(config):
+  """Returns the config with a learning rate that ends at 0.
+
+  Half of countdown's groups have no spread, and a constant rate follows the
+  noise of the others: greedy answers then differ by 6 points in 25 steps.
+  """
+  half = float(STEPS * 512 * 10)
+  phases = (('constant', half, 1.0), ('linear', half, 0.0))
+  optim = dataclasses.replace(config.optim, phases=phases)
+  return dataclasses.replace(config, optim=optim)

@@ -81,7 +81,7 @@ def check_paths(config: Config) -> Config:
     path('data.source', config.data.source)
   path('data.tokenizer', config.data.tokenizer)
   path('rl.task', config.rl.task)
-  for name, _ in config.rl.teachers:
+  for name, *_ in config.rl.teachers:
     path('rl.teachers', name)
   return config
 

@@ -10,8 +10,8 @@ Three steps, each a run in a folder of its own, as R1's first stages:
   rl/         it is paid for right answers, and learns the rest (`.rl`)
 
 The same command resumes. --seed changes all three, --task is one of
-`experiments.rl.tasks`. The last lines compare the cold start with the end, on
-questions that neither stage has seen.
+`experiments.rl.tasks`, --variant one of `configs/r1_tiny.py`. The last lines
+compare the cold start with the end, on questions that neither stage has seen.
 """
 
 from __future__ import annotations
@@ -37,22 +37,29 @@ def main() -> None:
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--cold', type=int, default=100, help='steps')
   parser.add_argument('--steps', type=int, default=150, help='by reinforcement')
+  text = 'of configs/r1_tiny.py, for rl/'
+  parser.add_argument('--variant', default='zero', help=text)
   args = parser.parse_args()
   with cli.edge():
     folder = cli.path('--workdir', args.workdir)
-    run(folder, args.task, args.seed, args.cold, args.steps)
+    run(folder, args.task, args.seed, args.cold, args.steps, args.variant)
 
 
 def run(
-  folder: pathlib.Path, task: str, seed: int, cold: int, steps: int
+  folder: pathlib.Path,
+  task: str,
+  seed: int,
+  cold: int,
+  steps: int,
+  variant: str = 'zero',
 ) -> dict:
   """Runs the stages in `folder`; returns rewards before and after.
 
   After a signal it returns nothing.
 
   Raises:
-    ConfigError: a task that there is not, a number of steps below 1, or a
-      folder with another run.
+    ConfigError: a task or variant that there is not, a number of steps below
+      1, or a folder with another run.
   """
   from .rl import policy
   from .training import example_source
@@ -72,10 +79,15 @@ def run(
     f'--config.run.steps={cold}', f'--config.run.save_every={cold}',
   )  # fmt: skip
   reinforced = _config(
-    'zero', *sizes, f'--config.rl.task={task}', f'--config.run.steps={steps}',
+    variant, *sizes, f'--config.rl.task={task}', f'--config.run.steps={steps}',
     f'--config.rl.max_new={longest}',
   )  # fmt: skip
   policy.check(reinforced)
+  if reinforced.rl.teachers:
+    raise ConfigError(
+      f'--variant={variant}: has teachers; run it by experiments.rl, with '
+      '--teacher=RUN'
+    )
   folder.mkdir(parents=True, exist_ok=True, mode=0o700)
   write_examples(folder / 'cold.jsonl', items[: 64 * cold])
   print(f'Cold start: {cold} steps on {64 * cold:,} answers to {task}.')

@@ -106,7 +106,8 @@ def run(
     allow_code=allow_code,
     template=maker.template,
   )
-  with workdir.lock(folder), grader:
+  begun = lambda folder: any(workdir.backwards(folder / 'rows'))
+  with workdir.lock(folder, begun), grader:
     done = len(workdir.rows(folder / 'rows', change=lambda row: None))
     flags = {'seed': seed, 'keep': keep}
     settings = flags | _settings(model, source, rl)

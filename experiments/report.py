@@ -18,11 +18,9 @@ import sys
 
 import numpy as np
 
-from mla_moe import files
-
 from . import cli, commands, comparison, history, page, workdir
 from .rl import charts, viewer
-from .training import warm_start
+from .training import samples, warm_start
 
 _INCIDENTS = 50  # the last ones
 
@@ -45,7 +43,7 @@ def write(folder: pathlib.Path) -> pathlib.Path | None:
     *_incidents(folder / 'incidents.jsonl'),
     *_experts(run.steps, history.loads(folder), run.config['model']),
     *_fp8(run.fp8),
-    *(answers or _sample(folder / 'samples.txt')),
+    *(answers or _sample(folder / samples.FILE)),
     '<h2>Config</h2>',
     f'<pre>{html.escape(config)}</pre>',
   ]
@@ -132,11 +130,9 @@ def _fp8(rows) -> list[str]:
 
 
 def _sample(path: pathlib.Path) -> list[str]:
-  if not path.exists():
+  last = samples.last(path)
+  if not last:
     return []
-  files.check_regular(path)
-  text = path.read_text(encoding='utf-8', errors='replace')
-  last = text.split('--- step ')[-1]
   return [
     '<h2>A sample</h2>',
     '<p>The model continues after &laquo;&lt;&lt;&lt;&raquo;.</p>',

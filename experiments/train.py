@@ -396,12 +396,13 @@ def _finish(parts: Parts, end: End) -> None:
 def _report(path: pathlib.Path) -> None:
   """Draws the report, and prints where the results are."""
   from . import report
+  from .training import samples
 
   metrics = path / 'metrics.jsonl'
   # A run that a signal stops in its first steps may have logged nothing.
   logged = any('loss' in row for row in workdir.rows(metrics))
   if distributed.first() and logged:
-    files = report.write(path), metrics, path / 'samples.txt'
+    files = report.write(path), metrics, path / samples.FILE
     names = [file.name for file in files if file and file.exists()]
     print(f'Results in {path}: {", ".join(names)}.')
 

@@ -81,16 +81,22 @@ def claim(folder: os.PathLike | str, config: Config):
 
 
 @contextlib.contextmanager
-def lock(path: pathlib.Path):
+def lock(
+  path: pathlib.Path, begun: Callable[[pathlib.Path], bool] | None = None
+):
   """Makes the folder, readable by this user only, and holds its lock.
 
-  The lock is the kernel's: it ends with the process, even by SIGKILL.
+  The lock is the kernel's: it ends with the process, even by SIGKILL. A program
+  that is refused leaves nothing: after a ConfigError in the block, the entries
+  that the block made are removed, unless the work there has `begun`; without
+  that argument, a run begins with its first row or checkpoint.
 
   Raises:
     ConfigError: the folder is a file, cannot be written, or is locked.
   """
   import fcntl  # Windows has none: `cli` says so
 
+  absent = [x for x in (path / 'lock', path, *path.parents) if not x.exists()]
   if path.exists() and not path.is_dir():
     raise ConfigError(f'workdir={str(path)!r}: is a file; name a folder')
   try:
@@ -112,7 +118,33 @@ def lock(path: pathlib.Path):
     file.truncate(0)
     file.write(f'{os.getpid()} on {os.uname().nodename}')
     file.flush()
-    yield
+    before = {entry.name for entry in path.iterdir()}
+    try:
+      yield
+    except ConfigError:
+      if not (begun or _begun)(path):
+        _clear(path, before, absent)
+      raise
+
+
+def _clear(
+  path: pathlib.Path, before: set[str], absent: list[pathlib.Path]
+) -> None:
+  """Removes a folder's entries that were not there `before`.
+
+  Of the `absent` paths, the lock and folders that are empty now go, too.
+  """
+  for entry in path.iterdir():
+    if entry.name in before and entry not in absent:
+      continue
+    if entry.is_dir() and not entry.is_symlink():
+      shutil.rmtree(entry, ignore_errors=True)
+    else:
+      entry.unlink(missing_ok=True)
+  # The cache of compiled programs lies beside a run.
+  for folder in (path.parent / '.jax_cache', *absent[1:]):
+    with contextlib.suppress(OSError):
+      folder.rmdir()
 
 
 def redacted(text: str) -> str:
@@ -146,7 +178,7 @@ def _without_paths(config: Config) -> Config:
   Their contents have a digest in each checkpoint, as a text has.
   """
   task = 'FILE.jsonl' if '.jsonl' in config.rl.task else config.rl.task
-  teachers = tuple(('DIR', weight) for _, weight in config.rl.teachers)
+  teachers = tuple(('DIR', *rest) for _, *rest in config.rl.teachers)
   rl = dataclasses.replace(config.rl, task=task, teachers=teachers)
   return dataclasses.replace(config, rl=rl)
 

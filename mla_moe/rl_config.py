@@ -54,10 +54,10 @@ class RLConfig(Checked):
   `dynamic` (0: off) draws up to so many rollouts until `prompts` questions have
   both right and wrong answers (DAPO). `truncated` answers, those without an
   end, can be dropped. `overlong` is the length of DAPO's ramp before `max_new`.
-  At an evaluation, `heldout` questions are answered greedily.
-
-  `teachers` are (folder, weight) of models that distil into the policy
-  (`advantages.taught`); the rest of the weights, up to 1, is the rewards'.
+  At an evaluation, `heldout` questions are answered greedily. `teachers` are
+  (folder, weight) or (folder, weight, kind) of models that distil into the
+  policy (`advantages.taught`) by all questions or by those of a kind; the rest
+  of a question's weights, up to 1, is the rewards'.
   """
 
   task: str = ''
@@ -109,17 +109,14 @@ class RLConfig(Checked):
       self.temperature > 0,
       'must be above 0: greedy answers to a question are all alike',
     )
-    weights = [pair[1] for pair in self.teachers if _is_weighted(pair)]
     self._require(
       'teachers',
-      len(weights) == len(self.teachers) and sum(weights) < 1 + 1e-6,
-      "must be (folder, weight) pairs, such as (('runs/r1', 1.0),), whose "
-      'weights are above 0 and at most 1 in all',
+      all(map(_is_teacher, self.teachers)) and _most(self.teachers) < 1 + 1e-6,
+      'must be (folder, weight) or (folder, weight, kind), such as '
+      "(('runs/r1', 1.0),); weights are above 0 and at most 1 in all",
     )
     self._require('clip_high', self.clip_high > 0, 'must be above 0')
-    self._require(
-      'correct_limit', self.correct_limit >= 1, 'must be at least 1'
-    )
+    self._require('correct_limit', self.correct_limit >= 1, 'must be 1 or more')
     self._require(
       'overlong',
       self.overlong < self.max_new,
@@ -127,8 +124,16 @@ class RLConfig(Checked):
     )
 
 
-def _is_weighted(pair: object) -> bool:
-  """Whether an object is a (folder, weight) pair."""
-  if not (isinstance(pair, tuple) and len(pair) == 2):
+def _is_teacher(teacher: object) -> bool:
+  """Whether an object is a folder, a weight and perhaps a kind."""
+  if not (isinstance(teacher, tuple) and len(teacher) in (2, 3)):
     return False
-  return isinstance(pair[0], str) and is_number(pair[1]) and 0 < pair[1] <= 1
+  texts = all(isinstance(x, str) for x in teacher[::2])
+  return texts and is_number(teacher[1]) and 0 < teacher[1] <= 1
+
+
+def _most(teachers: tuple) -> float:
+  """Returns the largest sum of weights that the teachers of a question have."""
+  kinds = {teacher[2:] for teacher in teachers}
+  of = lambda kind: (t[1] for t in teachers if t[2:] in ((), kind))
+  return max((sum(of(kind)) for kind in kinds), default=0.0)

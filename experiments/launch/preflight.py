@@ -1,10 +1,11 @@
 """Faults of a launch that can be known before a machine is paid for.
 
-Four questions. Is the config in the commit that is sent? Has the mesh as many
-devices as the slices? Does a training step fit them, by the plan's arithmetic?
-Are the text and other files there? A backend answers two of them: `devices`
-returns its slices, and `folders` returns the folders that its machines have
-beside the commit, or None where they share this machine's files.
+Five questions. Does the config train on text? Is it in the commit that is sent?
+Has the mesh as many devices as the slices? Does a training step fit them, by
+the plan's arithmetic? Are the text and other files there? A backend answers two
+of them: `devices` returns its slices, and `folders` returns the folders that
+its machines have beside the commit, or None where they share this machine's
+files.
 """
 
 from __future__ import annotations
@@ -41,6 +42,12 @@ def findings(backend: ModuleType, action: str, job: Job) -> list[str]:
   config = cli.config_of(job.arguments, train.define)
   folders = backend.folders(job, action)
   lines = [] if folders is None else _commit(job)
+  if config.rl.task:
+    lines.append(
+      f'config.rl.task={config.rl.task!r}: a launch starts experiments.train, '
+      'which learns from text; run python -m experiments.rl on a machine that '
+      'has the questions, the teachers and --init'
+    )
   try:
     _check_fit(config, backend.devices(job))
   except ConfigError as error:

@@ -9,16 +9,18 @@ questions right, or no group of answers has a spread and nothing is learned.
 loss. The loop is `experiments.train`'s with the policy's answers in the place
 of a text (`rl.policy`): the same command again resumes, --replay=STEP compares.
 rewards.jsonl has each answer's reward, groups.jsonl some answers in full.
---teacher=RUN,DIR names models that distil into the policy (`rl.teachers`).
+--teacher=RUN,DIR names models that distil into the policy (`rl.teachers`), and
+--teacher=maths=RUN,code=DIR those of a kind of question each.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 
 from absl import flags
 
-from mla_moe.config import Config
+from mla_moe.config import Config, ConfigError
 
 from .. import cli, train
 from ..serving import template
@@ -48,14 +50,28 @@ def main() -> None:
 def taught(config: Config, names: list[str]) -> Config:
   """Returns the config with these teachers; they share its teachers' weight.
 
-  Where it has none they have all of it, and rewards teach nothing.
+  Where it has none they have all of it, and rewards teach nothing. Those of a
+  kind share the questions of their kind.
+
+  Raises:
+    ConfigError: only some names have a kind.
   """
   if not names:
     return config
-  total = sum(weight for _, weight in config.rl.teachers) or 1.0
-  pairs = tuple((name, total / len(names)) for name in names)
+  parts = [re.fullmatch(r'(?:(\w+)=)?(.*)', name) for name in names]
+  kinds = [part[1] for part in parts]
+  if None in kinds and any(kinds):
+    raise ConfigError(
+      f'--teacher={",".join(names)}: names a kind of questions for some alone; '
+      'give each one a kind, as in --teacher=maths=runs/a,code=runs/b, or none'
+    )
+  total = sum(weight for _, weight, *_ in config.rl.teachers) or 1.0
+  teachers = tuple(
+    (part[2], total / kinds.count(kind), *([kind] if kind else []))
+    for part, kind in zip(parts, kinds, strict=True)
+  )
   return dataclasses.replace(
-    config, rl=dataclasses.replace(config.rl, teachers=pairs)
+    config, rl=dataclasses.replace(config.rl, teachers=teachers)
   )
 
 

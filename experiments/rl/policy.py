@@ -98,6 +98,8 @@ class Policy(source.Source):
     self._check_lengths()
     self._drawing = engine.drawing(config)
     self._ends = ends.of_run(config)
+    if rl.teachers:
+      teachers.check_kinds(config, self._kinds())
     self._teachers = teachers.load(config, words)
     self._grader = grading.Grader(
       self._questions,
@@ -117,6 +119,7 @@ class Policy(source.Source):
     self.heldout = []
     self._record = self._alarms = None
     self._updates: list[episodes.Episodes] = []
+    self._shares: list[list[np.ndarray]] = []  # of teachers, in each update
     self._groups: list[Group] = []
     # The loop reads the row of a step when it has the batch of the next one.
     self._row, self._row_before, self._rollout = {}, {}, 0
@@ -276,7 +279,7 @@ class Policy(source.Source):
     key = (self._config.run.seed << 20) + rollout
     order = batches.permute(np.arange(len(groups)), len(groups), key)
     micro = data.micro_batch or data.batch_size
-    updates = []
+    updates, self._shares = [], []
     for part in order.reshape(rl.minibatches, -1):
       chosen = [groups[i] for i in part]
       answers = [answer for group in chosen for answer in group.answers]
@@ -291,7 +294,24 @@ class Policy(source.Source):
       ]
       fresh = not updates
       updates.append(episodes.pack(answers, data.seq_len, micro, fresh))
+      kinds = [group.question.kind for group in chosen for _ in group.answers]
+      self._shares.append(self._shared(answers, kinds))
     return updates
+
+  def _shared(self, answers, kinds) -> list[np.ndarray]:
+    """Returns each teacher's part of the advantage of an update's tokens."""
+    data, parts = self._config.data, []
+    for teacher in self._teachers:
+      # In the places of the advantages, and of full precision where it counts.
+      of = [float(teacher.share(kind) > 0) for kind in kinds]
+      marked = [
+        answer._replace(advantage=mark)
+        for answer, mark in zip(answers, of, strict=True)
+      ]
+      micro = data.micro_batch or data.batch_size
+      packed = episodes.pack(marked, data.seq_len, micro)
+      parts.append(teacher.weight * packed.advantage.astype(np.float64))
+    return parts
 
   def _score(self, setup, variables, reference) -> None:
     """Gives the updates the log-probabilities that they are compared with.
@@ -318,32 +338,41 @@ class Policy(source.Source):
       if reference:
         update = update._replace(reference=read(reference, free))
       if self._teachers:
-        update, gap = self._taught(setup, update, free)
+        shares = self._shares[i]
+        update, gap = self._taught(setup, update, free, shares)
         divergence.append(gap)
       self._updates[i] = update
     if flips:
       self._row['route_flips'] = float(np.concatenate(flips).mean())
-    if divergence:
+    if divergence and np.concatenate(divergence).size:
       self._row['teacher_kl'] = float(np.concatenate(divergence).mean())
 
-  def _taught(self, setup, update, free) -> tuple[episodes.Episodes, Any]:
+  def _taught(
+    self, setup, update, free, shares
+  ) -> tuple[episodes.Episodes, np.ndarray]:
     """Returns the update with its teachers' advantages, and divergences.
 
     `free` is the update without replay: with its routes, a teacher of the
-    policy's shapes is computed by the very program of the policy.
+    policy's shapes is computed by the very program of the policy. A teacher
+    without a question in the update does not read it.
     """
     read, config = [], setup.config
-    for model, variables, weight in self._teachers:
-      same = model == config.model
+    for teacher, share in zip(self._teachers, shares, strict=True):
+      if not share.any():
+        continue
+      same = teacher.model == config.model
       batch = free if same else free._replace(routes=None)
-      theirs = program.of_devices(dataclasses.replace(config, model=model))
-      scorer = _scorer(theirs, setup.mesh)
-      log_probs, _ = scorer(variables, setup.place(batch))
-      read.append((weight, np.asarray(log_probs)))
+      theirs = dataclasses.replace(config, model=teacher.model)
+      scorer = _scorer(program.of_devices(theirs), setup.mesh)
+      log_probs, _ = scorer(teacher.variables, setup.place(batch))
+      read.append((share, np.asarray(log_probs)))
+    if not read:
+      return update, np.zeros(0)
     advantage, gap = advantages.taught(update.advantage, update.old, read)
     inside = update.targets >= 0
     advantage = np.where(inside, advantage, 0.0).astype(np.float32)
-    return update._replace(advantage=advantage), gap[inside]
+    read_by_one = inside & (sum(shares) > 0)
+    return update._replace(advantage=advantage), gap[read_by_one]
 
   def evaluate(self, setup, number: int, state: Any) -> tuple[dict, str]:
     """Returns the part of held-out questions answered right, greedily."""
@@ -360,20 +389,29 @@ class Policy(source.Source):
     share = float(np.nanmean(right)) if right else 0.0
     return {'pass_at_1': share}, f'held out, greedy: {share:.1%} right'
 
-  def sample(self, setup, number: int, state: Any, folder: pathlib.Path):
-    """Writes two groups of the last rollout: its first, and its widest."""
+  def sample(self, setup, number: int, state: Any) -> list[str]:
+    """Returns two groups of the last rollout: its first, and its widest.
+
+    Their rows go to groups.jsonl.
+    """
     if not self._groups:
-      return
+      return []
     widest = max(self._groups, key=lambda group: group.rewards.std())
     chosen = [self._groups[0], widest]
-    rows = workdir.Rows(self._path / 'groups.jsonl')
-    with open(folder / 'samples.txt', 'a', encoding='utf-8') as file:
-      for group in chosen[: 1 + (widest is not self._groups[0])]:
-        rows.append({'step': number, **_shown(group)})
-        file.write(f'--- step {number}\n{group.question.text}<<<\n')
-        for text, reward in zip(group.texts, group.rewards, strict=True):
-          file.write(f'{reward:+.3f}  {text}\n')
+    rows, texts = workdir.Rows(self._path / 'groups.jsonl'), []
+    for group in chosen[: 1 + (widest is not self._groups[0])]:
+      rows.append({'step': number, **_shown(group)})
+      lines = [f'{group.question.text}<<<']
+      for text, reward in zip(group.texts, group.rewards, strict=True):
+        lines.append(f'{reward:+.3f}  {text}')
+      texts.append('\n'.join(lines))
     rows.close()
+    return texts
+
+  def _kinds(self) -> set[str]:
+    """Returns the kinds of the questions to learn from, as far as looked at."""
+    count = self._questions.size or _LOOKED_AT
+    return {self._questions.train(i).kind for i in range(count)}
 
   def _check_lengths(self) -> None:
     """Refuses a config whose rows are too short for a question.

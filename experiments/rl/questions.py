@@ -13,7 +13,8 @@ same questions again.
                         is another name of "prompt", and "messages" is a chat
                         that ends with the user. An "answer" in the form of
                         GSM8K counts from its last ####. "tests" are those of
-                        `sandbox`, for an answer that is a program.
+                        `sandbox`, for an answer that is a program; "kind"
+                        chooses the question's teacher.
   reasoning_gym:NAME    a generator of reasoning-gym (extra [gym])
 
 Of reasoning-gym only questions and answers are used. Its scorers pay for an
@@ -187,7 +188,10 @@ def _question(line: bytes) -> Question:
   if not isinstance(text, str) or not text.strip():
     raise ConfigError(f'"{names[0]}" must be a text that is not empty')
   tests = sandbox.checked(row['tests']) if 'tests' in row else ()
-  return Question(text, _answer(row, tests), tests, messages)
+  kind = row.get('kind', '')
+  if not isinstance(kind, str):
+    raise ConfigError('"kind" must be a text')
+  return Question(text, _answer(row, tests), tests, messages, kind)
 
 
 def _answer(row: dict, tests: tuple) -> str:

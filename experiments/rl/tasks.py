@@ -42,13 +42,15 @@ class Question(NamedTuple):
   """A question as text, and an answer that is right (countdown has others).
 
   A question for a program has `tests` (`sandbox`); `messages` are (role, text)
-  of the chat that `text` joins, where the question is one.
+  of the chat that `text` joins, where the question is one. Teachers may be
+  those of a `kind`.
   """
 
   text: str
   answer: str
   tests: tuple = ()
   messages: tuple[tuple[str, str], ...] = ()
+  kind: str = ''
 
 
 def parse(task: str) -> tuple[str, int]:

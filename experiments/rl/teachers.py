@@ -3,7 +3,7 @@
 The pupil answers, and teachers read its answers: the advantage of a token is
 log teacher - log pupil (`advantages.taught`). So it learns from its own
 mistakes, as by reinforcement, and from each of their tokens. V4 makes one model
-of its specialists so.
+of its specialists so: each teaches the questions of its kind.
 
 V4 sums the divergence over the whole vocabulary. Here it is estimated by the
 token drawn, as Thinking Machines do: a teacher leaves 4 bytes of a token. Its
@@ -24,11 +24,19 @@ from ..data import tokenizer
 
 
 class Teacher(NamedTuple):
-  """A model that reads answers; variables: {'params', 'router'}."""
+  """A model that reads answers; variables: {'params', 'router'}.
+
+  Without a `kind` it teaches by all questions.
+  """
 
   model: ModelConfig
   variables: PyTree
   weight: float
+  kind: str = ''
+
+  def share(self, kind: str) -> float:
+    """Returns its part of the advantage of an answer to a question."""
+    return self.weight if self.kind in ('', kind) else 0.0
 
 
 def load(config: Config, words: tokenizer.Tokenizer) -> list[Teacher]:
@@ -45,9 +53,29 @@ def load(config: Config, words: tokenizer.Tokenizer) -> list[Teacher]:
   if config.mesh.devices > 1:
     mesh = sharding.make_mesh(config.mesh)
   return [
-    _teacher(config, words, name, weight, mesh)
-    for name, weight in config.rl.teachers
+    _teacher(config, words, name, mesh)._replace(weight=weight, kind=kind)
+    for name, weight, kind in map(_whole, config.rl.teachers)
   ]
+
+
+def check_kinds(config: Config, kinds: set[str]) -> None:
+  """Refuses a teacher of a kind that no question is of.
+
+  Raises:
+    ConfigError: names the kind, and those of the questions.
+  """
+  for name, _, kind in map(_whole, config.rl.teachers):
+    if kind and kind not in kinds:
+      known = ', '.join(sorted(map(repr, kinds - {''}))) or 'none'
+      raise ConfigError(
+        f'rl.teachers: {name} teaches questions of the kind {kind!r}, and '
+        f'{config.rl.task} has {known}; a line of it names its "kind"'
+      )
+
+
+def _whole(teacher: tuple) -> tuple[str, float, str]:
+  name, weight, *kind = teacher
+  return name, weight, *(kind or ('',))
 
 
 def digest(teacher: Teacher) -> str:
@@ -58,7 +86,7 @@ def digest(teacher: Teacher) -> str:
   return repr(sorted(values.items()))
 
 
-def _teacher(config, words, name, weight, mesh) -> Teacher:
+def _teacher(config, words, name, mesh) -> Teacher:
   from mla_moe import load_huggingface, load_run
 
   folder = cli.path('rl.teachers', name)
@@ -87,4 +115,4 @@ def _teacher(config, words, name, weight, mesh) -> Teacher:
       f'rl.teachers: {name} reads max_positions={model.max_positions} tokens, '
       f'fewer than data.seq_len={config.data.seq_len}; name another teacher'
     )
-  return Teacher(model, variables, weight)
+  return Teacher(model, variables, 0.0)

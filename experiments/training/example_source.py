@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -81,10 +80,8 @@ class Examples(source.Source):
     batch = _filled(self._pairs, rows, order.shape, self._data.seq_len)
     return batches.with_padding(batch, self._data)
 
-  def sample(
-    self, setup, number: int, state: Any, folder: pathlib.Path
-  ) -> None:
-    """Writes answers to held-out prompts, beside the right ones."""
+  def sample(self, setup, number: int, state: Any) -> list[str]:
+    """Returns answers to held-out prompts, beside the right ones."""
     model, decode = setup.config.model, setup.tokenizer.decode
     few = self._heldout[:_SAMPLES]
     lengths = [len(x.prompt) for x in few]
@@ -101,12 +98,15 @@ class Examples(source.Source):
       stop_ids=ends.of_run(setup.config),
       seed=number,
     )
-    with open(folder / 'samples.txt', 'a', encoding='utf-8') as file:
-      for i, x in enumerate(few):
-        end = '' if rollout.ended[i] else ' ... (no end)'
-        answer = decode(rollout.tokens[i, : rollout.counts[i]])
-        file.write(f'--- step {number}\n{decode(x.prompt)}<<<\n{answer}{end}\n')
-        file.write(f'=== in the data\n{decode(x.completion)}\n')
+    texts = []
+    for i, x in enumerate(few):
+      end = '' if rollout.ended[i] else ' ... (no end)'
+      answer = decode(rollout.tokens[i, : rollout.counts[i]])
+      texts.append(
+        f'{decode(x.prompt)}<<<\n{answer}{end}\n'
+        f'=== in the data\n{decode(x.completion)}'
+      )
+    return texts
 
 
 def opened(own: str = '') -> source.Open:

@@ -19,7 +19,7 @@ from mla_moe.checkpoint import fingerprint
 from mla_moe.train import optim
 
 from .. import runtime, workdir
-from . import logs, starts, steps, tracking
+from . import logs, samples, starts, steps, tracking
 from .preparation import Setup, matmul_peak
 
 _FINAL = ('step', 'loss', 'main_loss', 'bits_per_byte')
@@ -90,6 +90,7 @@ class Recorder:
     path = self._folder / 'fingerprints.jsonl'
     workdir.rewind(path, step)
     self._fingerprints = workdir.Rows(path)
+    samples.rewind(self._folder / samples.FILE, step)
 
   def close(self) -> None:
     """Closes the files.
@@ -179,8 +180,9 @@ class Recorder:
     self._tell(number, text)
 
   def sample(self, number: int, state: Any) -> None:
-    """Lets the source write a sample."""
-    self._setup.source.sample(self._setup, number, state, self._folder)
+    """Records the source's samples."""
+    texts = self._setup.source.sample(self._setup, number, state)
+    samples.append(self._folder / samples.FILE, number, texts)
 
   def fp8_health(self, number: int, state: Any) -> None:
     """Records the health of FP8, always on the same held-out batch."""

@@ -92,8 +92,8 @@ class Source(abc.ABC):
       beside = f' (gzip -9: {gzip:.3f})'
     return row, f'held out: {bits:.3f} bits per byte{beside}'
 
-  def sample(self, setup, number: int, state: Any, folder: pathlib.Path):
-    """Writes a continuation of the prompt's beginning to samples.txt.
+  def sample(self, setup, number: int, state: Any) -> list[str]:
+    """Returns texts for samples.txt: the prompt's beginning, continued.
 
     Decoding unrolls the layers. Where FSDP splits them, a compiler may gather
     the weights of many at once, unlike a training step's scan.
@@ -110,10 +110,8 @@ class Source(abc.ABC):
       temperature=_TEMPERATURE,
       seed=number,
     )
-    text = setup.tokenizer.decode(rollout.tokens[0])
-    with open(folder / 'samples.txt', 'a', encoding='utf-8') as file:
-      file.write(f'--- step {number}\n{setup.tokenizer.decode(prompt)}')
-      file.write(f'<<<\n{text}\n')
+    decode = setup.tokenizer.decode
+    return [f'{decode(prompt)}<<<\n{decode(rollout.tokens[0])}']
 
 
 Open = Callable[[Config, tokenizer.Tokenizer, pathlib.Path], Source]

@@ -43,7 +43,7 @@ def advantages(
 def taught(
   advantage: Float[np.ndarray, '*b'],
   old: Float[np.ndarray, '*b'],
-  teachers: Sequence[tuple[float, Float[np.ndarray, '*b']]],
+  teachers: Sequence[tuple[Float[np.ndarray, '*b'], Float[np.ndarray, '*b']]],
 ) -> tuple[Float[np.ndarray, '*b'], Float[np.ndarray, '*b']]:
   """Returns the advantage of each token by teachers, and their divergence.
 
@@ -52,11 +52,12 @@ def taught(
   token is log teacher - log policy (on-policy distillation). Teachers are
   (weight, log-probabilities); the rest of their weights, up to 1, is that of
   the rewards' `advantage`. `old` has the policy's log-probabilities. The
-  divergence is the weighted mean of log policy - log teacher.
+  divergence is the weighted mean of log policy - log teacher, 0 without one.
   """
   total = sum(weight for weight, _ in teachers)
   gap = sum(weight * (log_probs - old) for weight, log_probs in teachers)
-  return max(1.0 - total, 0.0) * advantage + gap, -gap / total
+  rest = np.maximum(1.0 - total, 0.0)
+  return rest * advantage + gap, -gap / np.where(total, total, 1.0)
 
 
 def without_errors(

@@ -566,6 +566,16 @@ def test_a_config_that_is_not_sent_is_a_fault(clone, monkeypatch):
   assert 'is not the root of a git clone' in line
 
 
+def test_a_config_of_another_program_is_a_fault(clone):
+  """The program itself would refuse it, on machines that cost money."""
+  teachers = "--config.rl.teachers=(('runs/one', 1.0),)"
+  words = ['--config.rl.task=questions.jsonl', teachers]
+  for case in ('tpu', 'slurm'):
+    line, *_ = faults(case, *words, flags=[f'--topology={SIZES[case]}'])
+    assert line.startswith("config.rl.task='questions.jsonl': a launch starts")
+    assert line.isprintable() and 'the teachers' in line
+
+
 def test_a_mesh_of_another_size_is_a_fault_whose_cure_is_one(clone):
   (line,) = faults('tpu', flags=['--topology=v5e:2x2', '--slices=1'])
   assert 'product is 8, v5e:2x2 has 4 devices; ' in line

@@ -180,6 +180,8 @@ def test_a_run_goes_on_bit_for_bit(whole, resumed):
   assert list(map(clean, rows(whole))) == list(map(clean, rows(resumed)))
   assert rows(whole, 'fingerprints') == rows(resumed, 'fingerprints')
   assert rows(whole, 'groups') == rows(resumed, 'groups')
+  texts = [(run / 'samples.txt').read_bytes() for run in (whole, resumed)]
+  assert texts[0] == texts[1] and texts[0].count(b'--- step') >= 2
 
 
 def test_rewards_are_read_and_not_judged_again(whole, resumed):
@@ -582,6 +584,33 @@ def test_teachers_share_the_weight():
   assert taught(config, ['a', 'b']).rl.teachers == (('a', 0.5), ('b', 0.5))
   plain = freeze(r1_tiny.get_config('zero'))
   assert taught(plain, ['a']).rl.teachers == (('a', 1.0),)
+  assert taught(plain, ['runs/a=b']).rl.teachers == (('runs/a=b', 1.0),)
+  kinds = taught(plain, ['x=a', 'x=b', 'y=c']).rl.teachers
+  assert kinds == (('a', 0.5, 'x'), ('b', 0.5, 'x'), ('c', 1.0, 'y'))
+  with pytest.raises(ConfigError, match='for some alone'):
+    taught(plain, ['x=a', 'b'])
+
+
+@pytest.mark.slow
+def test_a_teacher_teaches_the_questions_of_its_kind(whole, tmp_path):
+  """By the policy itself all gradient is gone, but for the other kind's."""
+  lines = [
+    {'prompt': f'{i:03}>', 'answer': 'a', 'kind': 'xy'[i % 2]}
+    for i in range(64)
+  ]
+  task = tmp_path / 'questions.jsonl'
+  task.write_text(''.join(f'{json.dumps(line)}\n' for line in lines))
+  teachers = [(str(whole), 1.0, kind) for kind in 'xy']
+  ends = []
+  for name, chosen in (('both', teachers), ('one', teachers[:1])):
+    config = small(
+      task=str(task), beta=0.0, teachers=tuple(chosen), run={'steps': 2}
+    )
+    options = train.Options(init=str(whole))
+    train.run(config, tmp_path / name, options, policy.opened())
+    ends.append(steps(tmp_path / name))
+  assert all(row['grad_norm'] == row['teacher_kl'] == 0 for row in ends[0])
+  assert ends[1][0]['grad_norm'] > 0 and ends[1][0]['teacher_kl'] == 0
 
 
 @pytest.mark.parametrize('name', ['rollout', 'scheduler'])
@@ -653,6 +682,10 @@ def test_short_answers_do_not_read_pages_of_128(monkeypatch):
     (dict(template='chat'), 'template'),
     (dict(teachers=(('', 1.0),)), "names '': is no folder; set --teacher=RUN"),
     (dict(teachers=(('tests/golden/v2_lite', 1.0),)), 'tokenizer'),
+    (
+      dict(teachers=(('', 1.0, 'x'),)),
+      "questions of the kind 'x', and sort3 has none",
+    ),
     (dict(speculative=True), 'rl.speculative=True: the model has no MTP'),
     (dict(engine='scheduler', mesh={'data': 2}), "rl.engine='scheduler'"),
     (
@@ -665,10 +698,12 @@ def test_what_cannot_be_learned_is_refused(
   change, words, tmp_path, monkeypatch
 ):
   monkeypatch.undo()  # the real grader
+  folder = tmp_path / 'runs' / 'one'
   with pytest.raises(ConfigError) as error:
-    train.run(small(**change), tmp_path, open_source=policy.opened())
+    train.run(small(**change), folder, open_source=policy.opened())
   assert words in str(error.value)
   assert '\n' not in str(error.value)
+  assert not (tmp_path / 'runs').exists(), 'a refused run leaves a folder'
 
 
 @pytest.mark.parametrize(
@@ -679,7 +714,9 @@ def test_what_cannot_be_learned_is_refused(
     ('rows', 7, 'multiple of samples'),
     ('kl_form', 'k1', 'must be one of k3, unbiased'),
     ('teachers', (('a', 0.6), ('b', 0.5)), 'at most 1 in all'),
-    ('teachers', ('a',), '(folder, weight) pairs'),
+    ('teachers', ('a',), '(folder, weight) or (folder, weight, kind)'),
+    ('teachers', (('a', 0.5, 3),), '(folder, weight, kind)'),
+    ('teachers', (('a', 0.6), ('b', 0.5, 'x')), 'at most 1 in all'),
   ],
 )
 def test_fields_that_say_nothing_are_refused(field, value, words):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import checkpoint, history, report, workdir
-from experiments.training import logs
+from experiments.training import logs, samples
 from mla_moe.checkpoint import faults, folders, seal, store
 from mla_moe.config import ConfigError, DataConfig, freeze
 
@@ -67,6 +67,45 @@ def test_rows_are_read_and_dropped_from_the_end(tmp_path, monkeypatch, block):
   workdir.rewind(path, 2)
   assert path.read_text() == '{"step": 1}\n'
   assert not list(workdir.backwards(tmp_path / 'none'))
+
+
+def test_samples_are_cut_back_to_a_step(tmp_path):
+  """At every step, after a kill at any byte, and with headings by the model."""
+  path, until = tmp_path / samples.FILE, {0: b''}
+  for step in (2, 4, 16):
+    samples.append(path, step, [f'ask<<<\nsays\r\n--- step 1\n{step}', '2\n3'])
+    until[step] = path.read_bytes()
+  assert samples.last(path) == '16\n2\n3\n'
+  assert until[16].count(b'\n--- step') == 5 and b'\n --- step 1\n' in until[2]
+  for size in range(len(until[4]), len(until[16]) + 1):
+    for step in (4, 2, 0):
+      path.write_bytes(until[16][:size])
+      samples.rewind(path, step)
+      assert path.read_bytes() == until[step]
+  path.write_bytes(until[16])
+  samples.rewind(path, 16)
+  assert path.read_bytes() == until[16]
+
+
+def test_a_program_that_is_refused_leaves_nothing(tmp_path):
+  """Neither in a folder of its own, nor in one that a person has made."""
+  path = tmp_path / 'runs' / 'one'
+  for _ in range(2):
+    with pytest.raises(ConfigError, match='no'), workdir.claim(path, CONFIG):
+      (path / 'huggingface').mkdir()
+      (path / '.jax_cache').write_text('')
+      raise ConfigError('no')
+    assert not (tmp_path / 'runs').exists()
+  path.mkdir(parents=True)
+  (path / 'notes').write_text('mine')
+  with pytest.raises(ConfigError), workdir.claim(path, CONFIG):
+    raise ConfigError('no')
+  assert [entry.name for entry in path.iterdir()] == ['notes']
+  with pytest.raises(ConfigError), workdir.claim(path, CONFIG):
+    (path / 'metrics.jsonl').write_text('{"step": 1}\n')
+    raise ConfigError('a later step')
+  names = {entry.name for entry in path.iterdir()}
+  assert names == {'notes', 'lock', 'config.json', 'metrics.jsonl'}
 
 
 def test_a_long_file_is_read_at_even_distances(tmp_path):

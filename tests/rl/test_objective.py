@@ -202,6 +202,12 @@ def test_a_teacher_that_is_the_policy_teaches_nothing():
   assert not nothing.any() and not gap.any()
   half, _ = adv.taught(reward, old, [(0.5, old)])
   chex.assert_trees_all_equal(half, reward / 2)
+  # Of three columns, two teachers have one each; the last has the reward alone.
+  one, two = np.array([[1.0, 0, 0]]), np.array([[0, 0.5, 0]])
+  theirs = [(one, old + 2), (two, old - 3)]
+  mixed, gap = adv.taught(reward, old, theirs)
+  chex.assert_trees_all_close(mixed, np.tile([2, 0.5 - 1.5, 1], (2, 1)))
+  chex.assert_trees_all_close(gap, np.tile([-2.0, 3, 0], (2, 1)))
 
 
 def test_the_reference_itself_costs_nothing():

@@ -12,6 +12,7 @@ outweighs the residuals of all other layers.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -19,10 +20,12 @@ import numpy as np
 from flax import linen as nn
 
 from mla_moe import cost, sharding
-from mla_moe.config import Config, MeshConfig
+from mla_moe.config import Config, DataConfig, MeshConfig, ModelConfig
 from mla_moe.train import losses
+from mla_moe.train.state import abstract_state
 from mla_moe.types import PyTree
 
+from ..rl import teachers
 from . import rollout
 
 WIDTH = {'float32': 4, 'bfloat16': 2}  # bytes of a number
@@ -47,6 +50,8 @@ class Footprint:
       before it is scattered.
     logits: the loss's blocks.
     reference: the policy from which reinforcement measures its divergence.
+    teachers: their weights, where they distil into the policy.
+    routes: the rollout's experts of an update's tokens, as `rl.replay` asks.
     decoding: the weights in the layout of decoding.
     cache: the latents of the answers that are drawn at a time.
   """
@@ -60,13 +65,15 @@ class Footprint:
   gathered: int
   logits: int
   reference: int = 0
+  teachers: int = 0
+  routes: int = 0
   decoding: int = 0
   cache: int = 0
 
   @property
   def state(self) -> int:
     """Bytes that stay from step to step."""
-    return self.parameters + self.optimizer + self.reference
+    return self.parameters + self.optimizer + self.reference + self.teachers
 
   @property
   def rollout(self) -> int:
@@ -112,6 +119,9 @@ def footprint(config: Config, layout: PyTree | None = None) -> Footprint:
   if config.rl.task:
     reinforced = {
       'reference': parameters if config.rl.beta else 0,
+      'teachers': teachers_bytes(config, parameters),
+      'routes': rollout.record_bytes(config, config.data.batch_size)
+      // rollout.shards(config.mesh),
       'decoding': rollout.weights_bytes(config, parameters),
       'cache': rollout.cache_bytes(config),
     }
@@ -126,6 +136,28 @@ def footprint(config: Config, layout: PyTree | None = None) -> Footprint:
     logits=logits_bytes(config),
     **reinforced,
   )
+
+
+def teachers_bytes(config: Config, parameters: int) -> int:
+  """Returns a device's bytes of the weights of all teachers.
+
+  One whose folder is not here counts like the policy, as `parameters`.
+  """
+  total = 0
+  for name, *_ in config.rl.teachers:
+    model, dtype = teachers.shape_of(name, config)
+    size = parameters
+    if model != config.model:
+      size = state_bytes(_weights(model, config.data), config.mesh)
+    total += size * WIDTH[dtype] // 4
+  return total
+
+
+@functools.lru_cache(maxsize=16)
+def _weights(model: ModelConfig, data: DataConfig) -> PyTree:
+  """Returns the shapes of a model's parameters, and of its routers."""
+  layout = abstract_state(Config(model=model, data=data))
+  return layout.params, layout.router
 
 
 def state_bytes(

@@ -14,7 +14,7 @@ from mla_moe import cost, fp8
 from mla_moe.config import Config, MeshConfig
 
 from .. import chips, page
-from . import search, traffic
+from . import rollout, search, traffic
 from .bill import bubble
 
 _MEANS = {
@@ -27,6 +27,8 @@ _MEANS = {
   'gathered': "FSDP's copy of a layer, and its gradient",
   'logits': "the loss's blocks and the head's gradient",
   'reference': 'the policy that the divergence is measured from',
+  'teachers': 'models that distil; one that is not here is like the policy',
+  'routes': "an update's tokens, with the experts that the rollout chose",
   'decoding': 'in a rollout: the weights in the layout of decoding',
   'cache': "in a rollout: its answers' latents",
 }
@@ -217,13 +219,13 @@ def draw_money(pairs):
 def _sizes(footprint) -> dict[str, int]:
   """Returns the parts, without those of a reinforcement that is not there."""
   sizes = dataclasses.asdict(footprint)
-  ours = 'reference', 'decoding', 'cache'
+  ours = 'reference', 'teachers', 'routes', 'decoding', 'cache'
   return {name: n for name, n in sizes.items() if n or name not in ours}
 
 
 def _at_once(footprint) -> dict[str, int]:
   """Returns the parts that the fullest moment has; their sum is `total`."""
-  state = 'parameters', 'optimizer', 'reference'
+  state = 'parameters', 'optimizer', 'reference', 'teachers'
   ours = 'decoding', 'cache'
   is_rollout = footprint.rollout > footprint.update
   return {
@@ -248,13 +250,16 @@ def _step_rows(plan, bill) -> list[tuple[str, str]]:
     rl = config.rl
     answers = f'{rl.prompts * rl.samples:,} of {rl.max_new:,} tokens'
     rows += [
-      ('scoring, by reference and old policy', f'{bill.scoring:,.2f} s'),
+      ('scoring, by all but the policy', f'{bill.scoring:,.2f} s'),
       (
         f'answering, 1/{rl.minibatches} of a rollout',
         f'{bill.answering:,.2f} s',
       ),
       ('answers of a rollout', answers),
     ]
+    record = rollout.record_bytes(config, rl.prompts * rl.samples)
+    if record:
+      rows.append(('record of their routes, on the host', search.gib(record)))
   for axis, size in traffic.by_axis(config).items():
     if size:
       rows.append((f'received over {axis}', search.gib(size)))

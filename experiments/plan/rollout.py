@@ -28,8 +28,8 @@ def rows_here(config: Config) -> int:
 
   Rows are split like a batch, or are all on each device if they do not divide.
   """
-  rows, shards = _rows(config), _shards(config.mesh)
-  return rows // shards if rows % shards == 0 else rows
+  rows, parts = _rows(config), shards(config.mesh)
+  return rows // parts if rows % parts == 0 else rows
 
 
 def weights_bytes(config: Config, parameters: int) -> int:
@@ -52,6 +52,15 @@ def cache_bytes(config: Config) -> int:
   return rows_here(config) * config.data.seq_len * token
 
 
+def record_bytes(config: Config, rows: int) -> int:
+  """Returns bytes of the experts that `rl.replay` notes of rows of tokens."""
+  model = config.model
+  if config.rl.replay == 'none':
+    return 0
+  choices = (model.layers - model.dense_layers) * model.moe.top_k
+  return 2 * rows * config.data.seq_len * choices
+
+
 def seconds(
   config: Config, chip: chips.Chip, utilisation: float, parameters: int
 ) -> float:
@@ -66,7 +75,7 @@ def seconds(
   length = prompt + rl.max_new / 2  # of a row, on average
   rows = rows_here(config)
   flops = rows * answer_flops_per_token(config, length)
-  flops *= _shards(config.mesh) / config.mesh.devices  # tensor, context
+  flops *= shards(config.mesh) / config.mesh.devices  # tensor, context
   latents = rows * length * cost.cache_bytes_per_token(config)
   size = weights_bytes(config, parameters) + latents
   step = max(flops / (chip.bf16 * utilisation), size / chip.bandwidth)
@@ -89,10 +98,13 @@ def scoring(config: Config) -> float:
   """Returns the FLOPs of the scores of an update, of those of its training.
 
   A forward pass is a third. The reference needs one, and so does the old policy
-  in all updates of a rollout but the first.
+  in all updates of a rollout but the first, or in all where teachers or routes
+  of its own are compared with it. A teacher counts as large as the policy.
   """
   rl = config.rl
-  return (bool(rl.beta) + 1 - 1 / rl.minibatches) / 3
+  is_old = rl.teachers or rl.replay == 'train'
+  old = 1 if is_old else 1 - 1 / rl.minibatches
+  return (bool(rl.beta) + len(rl.teachers) + old) / 3
 
 
 def _rows(config: Config) -> int:
@@ -100,5 +112,6 @@ def _rows(config: Config) -> int:
   return min(rl.rows or rl.prompts * rl.samples, rl.prompts * rl.samples)
 
 
-def _shards(mesh: MeshConfig) -> int:
+def shards(mesh: MeshConfig) -> int:
+  """Returns the parts into which a mesh splits a batch."""
   return math.prod(getattr(mesh, a) for a in sharding.spec(('batch',))[0])

@@ -13,13 +13,15 @@ logits 2 V: with V3's sizes 14 KB and 259 KB.
 
 from __future__ import annotations
 
+import pathlib
 from typing import NamedTuple
 
-from mla_moe import sharding, vocabulary
+from mla_moe import files, sharding, vocabulary
 from mla_moe.config import Config, ConfigError, ModelConfig
+from mla_moe.hf import config_json, source
 from mla_moe.types import PyTree
 
-from .. import cli, run_tokenizer
+from .. import cli, run_tokenizer, workdir
 from ..data import tokenizer
 
 
@@ -56,6 +58,23 @@ def load(config: Config, words: tokenizer.Tokenizer) -> list[Teacher]:
     _teacher(config, words, name, mesh)._replace(weight=weight, kind=kind)
     for name, weight, kind in map(_whole, config.rl.teachers)
   ]
+
+
+def shape_of(name: str, config: Config) -> tuple[ModelConfig, str]:
+  """Returns a teacher's model, and the dtype that its weights will have.
+
+  No weights are read. Of a folder that is not here it is the config's model.
+  """
+  folder = pathlib.Path(name)
+  if name and (folder / 'checkpoints').is_dir():
+    return workdir.read_config(folder).model, 'float32'
+  if name and folder.is_dir():
+    values, dtype = (
+      files.read_json(source.config_path(folder)),
+      config.model.dtype,
+    )
+    return config_json.read(values, dtype), dtype
+  return config.model, 'float32'
 
 
 def check_kinds(config: Config, kinds: set[str]) -> None:

@@ -25,7 +25,7 @@ from experiments.plan import (
   search,
   traffic,
 )
-from mla_moe import cost, sharding
+from mla_moe import cost, load_huggingface, sharding
 from mla_moe.config import (
   CacheConfig,
   ComputeConfig,
@@ -45,6 +45,7 @@ V3 = freeze(deepseek_v3.get_config())
 LITE = freeze(deepseek_v2_lite.get_config())
 SMOKE = freeze(small.get_config('smoke'))
 ZERO = freeze(r1_tiny.get_config('zero'))
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def on_mesh(config, **mesh):
@@ -222,13 +223,40 @@ def test_a_rollout_has_the_decoder_s_own_bytes():
   assert got.total == got.state + max(got.update, got.rollout)
   assert got.state + got.update + got.rollout == sum(dataclasses.astuple(got))
   text = memory.footprint(dataclasses.replace(config, rl=RLConfig()), layout)
-  assert text.reference == text.rollout == 0 and text.update == got.update
+  assert text.reference == text.rollout == 0
+  assert text.update == got.update - got.routes
   # The page draws what is there at once.
   assert list(report._sizes(text)) == list(report._at_once(text))
   full = dataclasses.replace(got, cache=10**9)
   for size in (got, full, text):
     assert sum(report._at_once(size).values()) == size.total
   assert 'cache' in report._at_once(full) and 'logits' in report._at_once(got)
+
+
+def test_teachers_and_routes_have_their_bytes():
+  """Those of a release's own weights; of one elsewhere, the policy's."""
+  folder = ROOT / 'tests' / 'golden' / 'v2_lite'
+  change = lambda config, **rl: dataclasses.replace(
+    config, rl=dataclasses.replace(config.rl, **rl)
+  )
+  pairs = (str(folder), 0.5, 'x'), ('elsewhere', 1.0, 'y')
+  config = change(ZERO, teachers=pairs, replay='rollout')
+  got, none = memory.footprint(config), memory.footprint(ZERO)
+  _, weights = load_huggingface(folder, config.model.dtype)
+  assert got.teachers == size_of(weights) + got.parameters
+  assert got.state == none.state + got.teachers and none.teachers == 0
+  rl, data, moe = config.rl, config.data, config.model.moe
+  layers = config.model.layers - config.model.dense_layers
+  routes = np.zeros(
+    (data.batch_size, data.seq_len, layers, moe.top_k), np.int16
+  )
+  assert got.routes == routes.nbytes
+  assert rollout.record_bytes(config, rl.prompts * rl.samples) == routes.nbytes
+  assert memory.footprint(change(ZERO, replay='none')).routes == 0
+  halves = on_mesh(config, data=2)
+  assert memory.footprint(halves).routes == got.routes // 2
+  # The old policy, the reference and two teachers: four passes of a third.
+  assert rollout.scoring(change(config, beta=0.1)) == pytest.approx(4 / 3)
 
 
 def test_a_mesh_splits_the_reference_and_the_rows():

@@ -610,7 +610,8 @@ def test_a_teacher_teaches_the_questions_of_its_kind(whole, tmp_path):
     train.run(config, tmp_path / name, options, policy.opened())
     ends.append(steps(tmp_path / name))
   assert all(row['grad_norm'] == row['teacher_kl'] == 0 for row in ends[0])
-  assert ends[1][0]['grad_norm'] > 0 and ends[1][0]['teacher_kl'] == 0
+  assert any(row['grad_norm'] > 0 for row in ends[1])
+  assert ends[1][0].get('teacher_kl', 0) == 0
 
 
 @pytest.mark.parametrize('name', ['rollout', 'scheduler'])

@@ -114,8 +114,9 @@ def to_run(
   import jax.numpy as jnp
 
   from mla_moe import load_huggingface, sharding
-  from mla_moe.checkpoint import store
   from mla_moe.hf import save
+
+  from . import saving
 
   _check_target(source, target, force)
   extras = save.extras_of(source)
@@ -146,7 +147,7 @@ def to_run(
         else:
           shutil.copyfile(file, own / name)
       (path / 'config.py').write_text(commands.typed(_CONFIG), encoding='utf-8')
-      with store.Writer(path / 'checkpoints', config.run.keep) as writer:
+      with saving.Writer(path / 'checkpoints', config.run.keep) as writer:
         # The empty corpus: the run may train on any text.
         facts = {'corpus': '', 'config': workdir.digest(config)}
         writer.save(0, state, facts)

@@ -26,10 +26,9 @@ import tempfile
 import time
 from typing import NamedTuple
 
-from mla_moe.checkpoint import faults
 from mla_moe.config import ConfigError
 
-from . import cli, commands, workdir
+from . import cli, commands, faults, workdir
 
 _DISASTERS = 6  # of one run, before it may finish
 _TIMED = ('tokens_per_s', 'mfu', 'memory_mib')

@@ -52,7 +52,7 @@ class Parts(NamedTuple):
 
   setup: Any  # preparation.Setup
   recorder: Any  # recorder.Recorder
-  writer: Any  # store.Writer
+  writer: Any  # saving.Writer
   watchdog: Watchdog
   stop: signals.Stop
   trace: Any  # of `profile.steps`
@@ -125,8 +125,7 @@ def _run(
   """
   import jax
 
-  from mla_moe.checkpoint import store
-
+  from . import saving
   from .training import logs, preparation, source, steps
   from .training.recorder import Recorder
 
@@ -146,7 +145,7 @@ def _run(
       enter(jax.set_mesh(setup.mesh))
     run = config.run
     keep = dict(keep_every=run.keep_every, keep_best=run.keep_best)
-    writer = enter(store.Writer(path / 'checkpoints', run.keep, **keep))
+    writer = enter(saving.Writer(path / 'checkpoints', run.keep, **keep))
     watchdog = enter(Watchdog(run.step_timeout))
     start, is_warm = _start(setup, options)
     print(preparation.headline(config))
@@ -307,18 +306,34 @@ def _attempt(chore, progress: Progress, recorder) -> None:
 @contextlib.contextmanager
 def _saving(recorder, number: int):
   """Makes an incident of a save that fails in the block: training goes on."""
-  from mla_moe.checkpoint import store
+  from . import saving
 
   try:
     yield
-  except store.NotSaved as error:
+  except saving.NotSaved as error:
     recorder.incident(number, str(error))
 
 
+def _until(done, recorder, number: int, last: int = -1) -> None:
+  """Calls `ready` or `wait` of a writer; saves that failed are incidents.
+
+  Raises:
+    NotSaved: that of the step `last`.
+  """
+  from . import saving
+
+  while True:
+    try:
+      return done()
+    except saving.NotSaved as error:
+      if error.step == last:
+        raise
+      recorder.incident(number, str(error))
+
+
 def _save(parts: Parts, progress: Progress) -> None:
-  """Begins to save the progress, when the save before it has ended."""
-  with _saving(parts.recorder, progress.number):
-    parts.writer.wait()
+  """Begins to save the progress, when the one before it is written."""
+  _until(parts.writer.ready, parts.recorder, progress.number)
   for text in parts.writer.notices():
     parts.recorder.incident(progress.number, text)
   with _saving(parts.recorder, progress.number):
@@ -344,8 +359,7 @@ def _go_back(parts: Parts, end: End) -> Progress:
 
   setup, recorder, writer, *_ = parts
   config, (number, _, counts) = setup.config, end.progress
-  with _saving(recorder, number):
-    writer.wait()
+  _until(writer.wait, recorder, number)
   start = resume(setup, before=end.first, move_refused=True)
   if start is None:
     raise cli.Stopped(
@@ -372,17 +386,16 @@ def _finish(parts: Parts, end: End) -> None:
   Raises:
     cli.Stopped: the run was halted, or its last step could not be saved.
   """
-  from mla_moe.checkpoint import store
+  from . import saving
 
   number = end.progress.number
   try:
     if end.kind == 'halted':
-      with _saving(parts.recorder, number):
-        parts.writer.wait()
+      _until(parts.writer.wait, parts.recorder, number)
       facts = _facts(parts, end.progress)
       parts.writer.save(number, end.progress.state, facts)
-    parts.writer.wait()
-  except store.NotSaved as error:
+    _until(parts.writer.wait, parts.recorder, number, last=number)
+  except saving.NotSaved as error:
     raise cli.Stopped(f'{error}; sealed steps are as they were') from None
   if end.kind == 'halted':
     parts.recorder.incident(number, end.reason)

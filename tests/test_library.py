@@ -17,8 +17,8 @@ import pytest
 from flax import linen as nn
 
 from configs import tiny
+from experiments import saving
 from mla_moe import Functions, Transformer, fp8, init_state, sharding
-from mla_moe.checkpoint import store
 from mla_moe.config import ConfigError, MeshConfig, freeze
 from mla_moe.model import attention, router, trace
 from mla_moe.train import load
@@ -37,7 +37,7 @@ def page(tmp_path_factory):
   (run / 'config.json').write_text(json.dumps(dataclasses.asdict(MICRO)))
   zeros = lambda x: jnp.zeros(x.shape, x.dtype)
   state = jax.tree.map(zeros, load.shapes(MICRO))
-  with store.Writer(run / 'checkpoints', keep=1) as writer:
+  with saving.Writer(run / 'checkpoints', keep=1) as writer:
     writer.save(3, state, {})
   blocks = re.findall(r'```python\n(.*?)```', PAGE, re.S)
   assert len(blocks) >= 9

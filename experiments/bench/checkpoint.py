@@ -58,15 +58,15 @@ def pauses(folder: pathlib.Path, rounds: int) -> dict:
   """Returns medians of seconds: a save blocks, and is on the disk."""
   import orbax.checkpoint as ocp
 
-  from mla_moe.checkpoint import store
+  from .. import saving
 
   state = _arrays(_PAUSE_MIB)
   items = ocp.args.Composite(
     state=ocp.args.StandardSave(state), facts=ocp.args.JsonSave({})
   )
   times = {name: {'pause': [], 'safe': []} for name in ('ours', 'orbax')}
-  orbax = store.checkpointer()
-  with store.Writer(folder / 'ours', 1) as writer:
+  orbax = saving.checkpointer()
+  with saving.Writer(folder / 'ours', 1) as writer:
     for i in range(1, rounds + 2):
       kinds = {
         'orbax': (
@@ -94,14 +94,16 @@ def pauses(folder: pathlib.Path, rounds: int) -> dict:
 
 def seals(folder: pathlib.Path, rounds: int) -> dict:
   """Returns medians of the seal's seconds and processor seconds."""
-  from mla_moe.checkpoint import seal, store
+  from mla_moe.checkpoint import seal
 
-  with store.Writer(folder / 'large', 1) as writer:
+  from .. import saving
+
+  with saving.Writer(folder / 'large', 1) as writer:
     writer.save(1, _arrays(_SEAL_MIB), {})
   seconds, processor = [], []
   for _ in range(rounds):
     began, of_process = time.perf_counter(), time.process_time()
-    seal.write(folder / 'large/1', {})
+    seal.write(folder / 'large/1', seal.records(folder / 'large/1'), {})
     seconds.append(time.perf_counter() - began)
     processor.append(time.process_time() - of_process)
   whole, busy = statistics.median(seconds), statistics.median(processor)

@@ -1,6 +1,6 @@
 """Faults of numbers, on purpose: a NaN, a spike, a flipped bit in a step.
 
-`mla_moe.checkpoint.faults` says when each strikes. The compiled step contains
+`experiments.faults` says when each strikes. The compiled step contains
 none: numbers are broken by its inputs, memory between two steps.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mla_moe.checkpoint import faults
+from .. import faults
 
 
 def disturb(step: int, rates: Any, state: Any) -> tuple[Any, Any]:

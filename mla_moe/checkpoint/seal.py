@@ -5,6 +5,9 @@ without a word. So `seal.json` records every file of a step's folder, facts
 about the contents, and its own hash. It is written under another name and then
 renamed, so it is complete or absent: a folder without it was cut off, or is
 older than seals.
+
+Of several processes each hashes the files that it wrote, which Orbax puts into
+a folder `ocdbt.process_N`; process 0 hashes the others.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 
 from mla_moe import files
 from mla_moe.config import ConfigError
@@ -29,11 +33,20 @@ class Damaged(ConfigError):
   """A checkpoint differs from its seal; one line names the file and how."""
 
 
-def write(folder: pathlib.Path, facts: dict) -> None:
-  """Seals the folder as it is now, and waits until all of it is on the disk."""
+def records(
+  folder: pathlib.Path, process: int = 0, processes: int = 1
+) -> dict[str, list]:
+  """Returns {name: [size, SHA-256]} of the files of one of `processes`."""
+  names = _names(folder)
+  own = [name for name in names if _owner(name, processes) == process]
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
-    list(threads.map(files.sync, _paths(folder)))
-  body = {'format': FORMAT, 'files': _records(folder), **facts}
+    values = list(threads.map(_record, (folder / name for name in own)))
+  return dict(zip(own, values, strict=True))
+
+
+def write(folder: pathlib.Path, records: dict, facts: dict) -> None:
+  """Seals the folder with its files' records, on the disk when this ends."""
+  body = {'format': FORMAT, 'files': records, **facts}
   body['sha256'] = _hash(body)
   scratch = folder / f'{NAME}.new'
   with open(scratch, 'w', encoding='utf-8') as file:
@@ -72,25 +85,37 @@ def read(folder: pathlib.Path) -> dict | None:
 
 
 def check(folder: pathlib.Path, seal: dict) -> None:
-  """Compares every file with the seal: names and sizes first, then hashes.
+  """Compares the files' names and sizes with the seal; reads none of them.
 
   Raises:
     Damaged: names the first file that is absent, new or different.
   """
   sealed = seal['files']
-  present = {str(path.relative_to(folder)) for path in _paths(folder)}
+  present = set(_names(folder))
   for name in sorted(sealed.keys() | present):
     if name not in present:
       raise Damaged(f'{folder}/{name}: is missing')
     if name not in sealed:
       raise Damaged(f'{folder}/{name}: is not of this checkpoint')
-    size = (folder / name).stat().st_size
+    path = folder / name
+    if not path.is_file():  # a device never ends, and a pipe never begins
+      raise Damaged(f'{path}: is no regular file')
+    size = path.stat().st_size
     if size != sealed[name][0]:
-      raise Damaged(f'{folder}/{name}: has {size} bytes, had {sealed[name][0]}')
-  records = _records(folder)
-  for name in sorted(sealed):
-    if records[name] != sealed[name]:
-      raise Damaged(f'{folder}/{name}: its SHA-256 is not what it was')
+      raise Damaged(f'{path}: has {size} bytes, had {sealed[name][0]}')
+
+
+def damage(
+  folder: pathlib.Path, seal: dict, process: int = 0, processes: int = 1
+) -> str:
+  """Returns a line on the first file with another hash than in the seal.
+
+  It reads the files of one of `processes`, and is '' if all are as they were.
+  """
+  for name, record in records(folder, process, processes).items():
+    if record != seal['files'].get(name):
+      return f'{folder}/{name}: its SHA-256 is not what it was'
+  return ''
 
 
 def _hash(body: dict) -> str:
@@ -98,31 +123,28 @@ def _hash(body: dict) -> str:
   return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _paths(folder: pathlib.Path) -> list[pathlib.Path]:
-  """Returns every file of the folder but the seal."""
+def _names(folder: pathlib.Path) -> list[str]:
+  """Returns the names of all files of the folder but the seal."""
   seals = (NAME, f'{NAME}.new')
-  return [
-    path
+  names = [
+    str(path.relative_to(folder))
     for path in sorted(folder.rglob('*'))
-    if not path.is_dir() and not (path.parent == folder and path.name in seals)
+    if not path.is_dir()
   ]
+  return [name for name in names if name not in seals]
 
 
-def _records(folder: pathlib.Path) -> dict[str, list]:
-  """Returns {name: [size, SHA-256]} of every file."""
-  paths = _paths(folder)
-  with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
-    records = list(threads.map(_record, paths))
-  return {
-    str(path.relative_to(folder)): record
-    for path, record in zip(paths, records, strict=True)
-  }
+def _owner(name: str, processes: int) -> int:
+  """Returns the process that hashes a file: its writer, where Orbax says."""
+  folder = re.search(r'ocdbt\.process_(\d+)/', name)
+  return int(folder[1]) % processes if folder else 0
 
 
 def _record(path: pathlib.Path) -> list:
   digest, size = hashlib.sha256(), 0
-  if not path.is_file():  # a device never ends, and a pipe never begins
+  if not path.is_file():
     raise Damaged(f'{path}: is no regular file')
+  files.sync(path)  # a seal vouches for the bytes on the disk
   with open(path, 'rb') as file:
     while block := file.read(_BLOCK):
       digest.update(block)

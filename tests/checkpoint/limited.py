@@ -9,6 +9,7 @@ import sys
 
 import jax.numpy as jnp
 
+from experiments import saving
 from mla_moe.checkpoint import folders, store
 
 
@@ -20,7 +21,7 @@ def main(folder):
   signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
   like = {'w': jnp.zeros(1 << 20, jnp.float32)}
   state = lambda step: {'w': like['w'] + step + jnp.arange(1 << 20)}
-  with store.Writer(folder, 9) as writer:
+  with saving.Writer(folder, 9) as writer:
     writer.save(1, state(1), {})
     writer.wait()
     limit(100_000)
@@ -28,7 +29,7 @@ def main(folder):
       writer.save(2, state(2), {})
       writer.wait()
       print('saved?')
-    except store.NotSaved as error:
+    except saving.NotSaved as error:
       print(error)
     limit(resource.RLIM_INFINITY)
     assert store.restore(folder, like).step == 1

@@ -9,11 +9,11 @@ import sys
 
 import jax.numpy as jnp
 
-from mla_moe.checkpoint import store
+from experiments import saving
 
 
 def main(folder, first, last, end=''):
-  with store.Writer(folder, 3) as writer:
+  with saving.Writer(folder, 3) as writer:
     for step in range(int(first), int(last) + 1):
       w = step + jnp.arange(1 << 20, dtype=jnp.float32)
       writer.save(step, {'w': w}, {})

@@ -5,6 +5,7 @@ import pathlib
 import chex
 import jax.numpy as jnp
 
+from experiments import saving
 from mla_moe.checkpoint import store
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -27,7 +28,7 @@ LIKE = make(0)
 
 
 def save(folder, *steps, **policy):
-  with store.Writer(folder, policy.pop('keep', 9), **policy) as writer:
+  with saving.Writer(folder, policy.pop('keep', 9), **policy) as writer:
     for step in steps:
       writer.save(step, make(step), {'corpus': 'x', 'bits_per_byte': 1 / step})
 

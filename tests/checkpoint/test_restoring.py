@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from states import LIKE, ROOT, make, restored, save
 
+from experiments import saving
 from mla_moe import ConfigError, sharding
 from mla_moe.checkpoint import fingerprint, folders, seal, store
 from mla_moe.config import MeshConfig
@@ -115,7 +116,7 @@ def test_row15_another_mesh_restores_the_same_bits(two, tmp_path, sizes):
     fingerprint.read(fingerprint.of(x)) for x in (make(2), state)
   )
   assert before == after
-  with store.Writer(tmp_path, 9) as writer:
+  with saving.Writer(tmp_path, 9) as writer:
     writer.save(2, state, {})
   assert restored(tmp_path) == (2, '')
 
@@ -160,7 +161,7 @@ def test_row34_the_format_without_seals_is_read_when_asked_to():
 
 def test_row34_a_later_format_says_who_wrote_it(damaged, monkeypatch):
   monkeypatch.setattr(seal, 'FORMAT', 7)
-  seal.write(damaged / '2', {'versions': {'mla_moe': '9.9'}})
+  seal.write(damaged / '2', {}, {'versions': {'mla_moe': '9.9'}})
   monkeypatch.undo()
   step, said = restored(damaged)
   assert step == 1 and 'format 7, written by mla_moe 9.9' in said
@@ -196,7 +197,7 @@ def test_what_is_restored_is_what_was_on_the_device(damaged):
   sealed = seal.read(damaged / '2')
   sealed['fingerprints']['params.w'] ^= 1
   facts = {k: v for k, v in sealed.items() if k not in ('format', 'files')}
-  seal.write(damaged / '2', facts)
+  seal.write(damaged / '2', seal.records(damaged / '2'), facts)
   step, said = restored(damaged)
   assert step == 1 and 'params.w is not, once read, what was saved' in said
 

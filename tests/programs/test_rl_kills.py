@@ -9,8 +9,7 @@ import sys
 
 import pytest
 
-from experiments import soak, workdir
-from mla_moe.checkpoint import faults
+from experiments import faults, soak, workdir
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 24  # two updates a rollout

@@ -8,8 +8,7 @@ import sys
 import jax.numpy as jnp
 import pytest
 
-from experiments import soak
-from mla_moe.checkpoint import store
+from experiments import saving, soak
 
 pytestmark = pytest.mark.filterwarnings('default')  # Orbax's, which is called
 
@@ -20,7 +19,7 @@ def actor(wrong):
   def start(folder, name, steps, rule=''):
     path, disturbed = folder / name, name != 'whole'
     shift = 1 if disturbed and wrong == 'state' else 0
-    with store.Writer(path / 'checkpoints', 1) as writer:
+    with saving.Writer(path / 'checkpoints', 1) as writer:
       writer.save(steps, {'w': jnp.arange(4.0) + shift}, {})
     shift = 1e-9 if disturbed and wrong == 'metrics' else 0.0
     for file in ('metrics', 'load', 'fingerprints'):
@@ -79,7 +78,7 @@ def test_disasters_need_something_to_strike(tmp_path):
 def test_files_are_damaged_only_where_a_sealed_step_remains(tmp_path):
   """A full disk leaves steps without a seal: none to fall back to."""
   folder = tmp_path / 'checkpoints'
-  with store.Writer(folder, 3) as writer:
+  with saving.Writer(folder, 3) as writer:
     for step in (5, 9):
       writer.save(step, {'w': jnp.arange(4.0)}, {})
   kinds = lambda: {

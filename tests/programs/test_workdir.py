@@ -9,9 +9,9 @@ import shutil
 import numpy as np
 import pytest
 
-from experiments import checkpoint, history, report, workdir
+from experiments import checkpoint, faults, history, report, saving, workdir
 from experiments.training import logs, samples
-from mla_moe.checkpoint import faults, folders, seal, store
+from mla_moe.checkpoint import folders, seal, store
 from mla_moe.config import ConfigError, DataConfig, freeze
 
 
@@ -241,7 +241,7 @@ class Process:
     self.step = restored.step if restored else 0
     workdir.rewind(self.root / 'rows.jsonl', self.step)
     self.rows = workdir.Rows(self.root / 'rows.jsonl')
-    self.writer = store.Writer(self.folder, 1, keep_best=1)
+    self.writer = saving.Writer(self.folder, 1, keep_best=1)
     self.stack = stack
 
   def save(self, score, steps):
@@ -254,7 +254,8 @@ class Process:
 
   def end(self):
     """Ends without a word: the kernel frees the lock."""
-    self.writer._thread.shutdown()
+    self.writer._writing.shutdown()
+    self.writer._sealing.shutdown()
     self.writer._orbax.wait_until_finished()
     self.writer._orbax.close()
     self.rows._file.close()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from configs import tiny
+from experiments import saving
 from mla_moe import ConfigError
 from mla_moe.checkpoint import store
 from mla_moe.config import freeze
@@ -37,7 +38,7 @@ def test_a_checkpoint_with_the_older_name_of_a_field_is_restored(
   state, like = filled(3), filled(0)
   older = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
   older['guard'] = older.pop('loss_window')
-  with store.Writer(tmp_path, 3) as writer:
+  with saving.Writer(tmp_path, 3) as writer:
     for step, tree in ((1, older), (2, state)):
       writer.save(step, tree, {})
       writer.wait()

@@ -2,11 +2,15 @@
 
   python tests/programs/one_of_two.py RANK FOLDER
 
-Two devices each. The last two lines are the signal with its step, and the leaf
-whose copies differ after the second process's copy has drifted.
+Two devices each. The last five lines are the signal with its step; the files
+that this process hashed; the step after it, whose save failed on the second
+process; the step that is restored, and the refusal of a later one with a bit
+flipped; the leaf whose copies differ after the second process's has drifted.
 """
 
 import itertools
+import os
+import pathlib
 import sys
 import time
 
@@ -15,10 +19,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from experiments import faults, saving
 from experiments.training import signals
-from mla_moe.checkpoint import fingerprint, store
+from mla_moe.checkpoint import agreement, fingerprint, seal, store
 
 WHOLE = np.arange(8, dtype=np.float32)
+LARGE = np.arange(4096, dtype=np.float32)
 
 
 def main(rank, folder):
@@ -32,20 +38,67 @@ def main(rank, folder):
     return jax.make_array_from_callback(x.shape, where, lambda at: x[at])
 
   state = {'w': put(WHOLE, P('fsdp')), 'n': put(np.float32(0), P())}
+  state['v'] = put(LARGE, P(('data', 'fsdp')))  # half is in each process
+  hashed = watch()
   step, state = steps(state, folder)
   restored = store.restore(folder, state)
   assert restored.step == step
   prints, apart = fingerprint.read(fingerprint.of(restored.state))
   assert not apart, apart
   assert prints == fingerprint.read(fingerprint.of(state))[0]
+  print(*sorted(hashed), flush=True)
+  fail(rank, folder, state, step + 1)
+  if rank:
+    flip(pathlib.Path(folder, str(step + 2)))
+  agreement.agree(next(agreement.turns), '', ''.join)  # after the flip
+  lines = []
+  restored = store.restore(folder, state, say=lines.append)
+  print(restored.step - step, *lines, flush=True)
   state['w'] = put((WHOLE + 1) if rank else WHOLE, P('fsdp'))
   print(*fingerprint.read(fingerprint.of(state))[1], flush=True)
 
 
+def watch():
+  """The names of the files that this process hashes from here on."""
+  records, hashed = seal.records, []
+
+  def watched(*words):
+    own = records(*words)
+    hashed.extend(own)
+    return own
+
+  seal.records = watched
+  return hashed
+
+
+def fail(rank, folder, state, step):
+  """Saves a step that the second process cannot write, and the next one."""
+  with saving.Writer(folder, 3) as writer:
+    if rank:
+      os.environ[faults.VARIABLE] = f'full@during_write:{step}'
+    writer.save(step, state, {})
+    try:
+      writer.wait()
+      print('saved?', flush=True)
+    except saving.NotSaved as error:
+      print(error.step - step + 1, 'not saved', flush=True)
+    os.environ.pop(faults.VARIABLE, None)
+    writer.save(step + 1, state, {})
+
+
+def flip(folder):
+  """Flips a bit in the largest file of the second process."""
+  files = folder.rglob('ocdbt.process_1/d/*')
+  path = max(files, key=lambda file: file.stat().st_size)
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+
+
 def steps(state, folder):
   """Steps until both have seen a signal; the step and state that are saved."""
-  train = jax.jit(lambda s: {'w': s['w'] + 1, 'n': s['n'] + s['w'].sum()})
-  with store.Writer(folder, 3) as writer, signals.Stop() as stop:
+  train = jax.jit(lambda s: s | {'w': s['w'] + 1, 'n': s['n'] + s['w'].sum()})
+  with saving.Writer(folder, 3) as writer, signals.Stop() as stop:
     for step in itertools.count(1):
       shared = stop.share()
       state = train(state)

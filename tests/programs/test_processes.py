@@ -11,89 +11,6 @@ import pytest
 
 from mla_moe.checkpoint import seal, store
 
-<<<<<<< HEAD
-=======
-ROOT = pathlib.Path(__file__).parents[2]
-
-_PROGRAM = """
-import itertools, os, pathlib, sys, time
-import jax, numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-rank, folder = int(sys.argv[1]), sys.argv[2]
-address = f'unix:{folder}/socket'  # no port that another program may have
-jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-jax.distributed.initialize(
-  address, 2, rank, coordinator_bind_address=address)
-from experiments import saving
-from experiments.training import signals
-from mla_moe.checkpoint import agreement, fingerprint, seal, store
-
-mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ('data', 'fsdp'))
-whole = np.arange(8, dtype=np.float32)
-def put(x, spec):
-  where = NamedSharding(mesh, spec)
-  return jax.make_array_from_callback(x.shape, where, lambda at: x[at])
-state = {'w': put(whole, P('fsdp')), 'n': put(np.float32(0), P())}
-large = np.arange(4096, dtype=np.float32)
-state['v'] = put(large, P(('data', 'fsdp')))  # half is in each process
-train = jax.jit(
-  lambda s: s | {'w': s['w'] + 1, 'n': s['n'] + s['w'].sum()})
-records, hashed = seal.records, []
-def watched(*words):
-  own = records(*words)
-  hashed.extend(own)
-  return own
-seal.records = watched
-with saving.Writer(folder, 3) as writer, signals.Stop() as stop:
-  for step in itertools.count(1):
-    shared = stop.share()
-    state = train(state)
-    name = signals.agreed(shared)
-    if step == 5:
-      print('ready', flush=True)
-    if name:
-      writer.save(step, state, {})
-      break
-    time.sleep(0.05)
-print(name, step, flush=True)
-restored = store.restore(folder, state)
-assert restored.step == step
-prints, apart = fingerprint.read(fingerprint.of(restored.state))
-assert not apart, apart
-assert prints == fingerprint.read(fingerprint.of(state))[0]
-print(*sorted(hashed), flush=True)
-both = lambda: agreement.agree(next(agreement.turns), '', ''.join)
-# One process cannot write its part of a step: no process has saved it.
-with saving.Writer(folder, 3) as writer:
-  if rank:
-    os.environ['MLA_MOE_FAULT'] = f'full@during_write:{step + 1}'
-  writer.save(step + 1, state, {})
-  try:
-    writer.wait()
-  except saving.NotSaved as error:
-    print(error.step - step, 'not saved', flush=True)
-  os.environ.pop('MLA_MOE_FAULT', None)
-  writer.save(step + 2, state, {})
-# A bit flips in the files of process 1, and both refuse the step by its name.
-if rank:
-  place = pathlib.Path(folder, str(step + 2))
-  files = place.rglob('ocdbt.process_1/d/*')
-  path = max(files, key=lambda file: file.stat().st_size)
-  content = bytearray(path.read_bytes())
-  content[len(content) // 2] ^= 1
-  path.write_bytes(content)
-both()
-lines = []
-restored = store.restore(folder, state, say=lines.append)
-print(restored.step - step, *lines, flush=True)
-# One process's copy of the replicated w drifts.
-mine = (whole + 1) if rank else whole
-state['w'] = jax.make_array_from_callback(
-  whole.shape, NamedSharding(mesh, P('fsdp')), lambda at: mine[at])
-print(*fingerprint.read(fingerprint.of(state))[1], flush=True)
-"""
-
->>>>>>> b925b4a (A seal in O(state / hosts), a start in O(objects): each process hashes its own files beside the next save; names, sizes and fingerprints decide)
 
 @pytest.fixture(scope='module')
 def pair(tmp_path_factory):
@@ -113,13 +30,8 @@ def pair(tmp_path_factory):
   finally:
     for child in both:
       child.kill()
-<<<<<<< HEAD
   assert [child.returncode for child in both] == [0, 0], outputs
-  return [out.splitlines()[-2:] for out, _ in outputs], folder
-=======
-  assert [child.returncode for child in children] == [0, 0], outputs
   return [out.splitlines()[-5:] for out, _ in outputs], folder
->>>>>>> b925b4a (A seal in O(state / hosts), a start in O(objects): each process hashes its own files beside the next save; names, sizes and fingerprints decide)
 
 
 def test_row12_a_signal_to_one_process_stops_both_at_the_same_step(pair):

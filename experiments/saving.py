@@ -78,7 +78,7 @@ class Writer:
     self._writing = concurrent.futures.ThreadPoolExecutor(1)
     self._sealing = concurrent.futures.ThreadPoolExecutor(1)
     self._seals: collections.deque = collections.deque()  # (step, future)
-    self._written = None
+    self._completion = None
     self._last = None
 
   def __enter__(self) -> Writer:
@@ -119,9 +119,9 @@ class Writer:
     except Exception as error:  # Orbax raises many types
       raise self._failed(step, error) from error
     self._last, turn = step, next(agreement.turns)
-    written = self._written = self._writing.submit(self._write, step)
+    completion = self._completion = self._writing.submit(self._write, step)
     sealed = self._sealing.submit(
-      self._seal, step, written, turn, pending, facts
+      self._seal, step, completion, turn, pending, facts
     )
     self._seals.append((step, sealed))
 
@@ -130,10 +130,10 @@ class Writer:
 
     The last step is written, and all steps before it are sealed.
     """
-    written, self._written = self._written, None
+    completion, self._completion = self._completion, None
     try:
-      if written is not None:
-        written.result()
+      if completion is not None:
+        completion.result()
     except Exception as error:
       step, _ = self._seals.pop()
       raise self._failed(step, error) from error
@@ -182,11 +182,11 @@ class Writer:
     faults.reach('during_write', step)
     self._orbax.wait_until_finished()
 
-  def _seal(self, step, written, turn, pending, facts):
+  def _seal(self, step, completion, turn, pending, facts):
     """Seals the step, with all processes, and prunes (in another thread)."""
     path, records, mine, errors = self.folder / str(step), {}, '', []
     try:
-      written.result()
+      completion.result()
       if jax.process_index() == 0:
         faults.reach('before_seal', step)
       me, processes = jax.process_index(), jax.process_count()

@@ -130,7 +130,7 @@ def test_a_slow_hash_delays_no_save_but_the_one_after_the_next(
   with saving.Writer(tmp_path, 9) as writer:
     writer.save(1, make(1), {})
     writer.save(2, make(2), {})
-    writer._written.result()
+    writer._completion.result()
     assert folders.steps(tmp_path) == [1, 2] and begun in ([], ['1'])
     assert not [*tmp_path.rglob(seal.NAME)]
     third = threading.Thread(target=writer.save, args=(3, make(3), {}))

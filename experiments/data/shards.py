@@ -163,7 +163,8 @@ class Writer:
     self._path, self._dtype = path, np.dtype(dtype)
     self.length, self.largest = 0, -1
     self.checksums: list[int] = []
-    self._rest = bytearray()
+    self._ids: list[np.ndarray] = []
+    self._waiting = 0
 
   def __enter__(self) -> Writer:
     self._file = open(f'{self._path}.new', 'wb')
@@ -172,24 +173,29 @@ class Writer:
   def __exit__(self, *_) -> None:
     self._file.close()
 
-  def add(self, ids: np.ndarray) -> None:
+  def add(self, *ids: np.ndarray) -> None:
     """Appends ids."""
-    self.length += len(ids)
-    self.largest = max(self.largest, int(ids.max(initial=-1)))
-    self._rest += ids.astype(self._dtype).tobytes()
-    if len(self._rest) >= 16 * BLOCK:
-      whole = len(self._rest) // BLOCK * BLOCK
-      self._flush(whole)
+    self._ids += ids
+    self._waiting += sum(map(len, ids))
+    if self._waiting >= 16 * BLOCK:
+      self._flush(BLOCK // self._dtype.itemsize)
 
-  def _flush(self, size: int) -> None:
-    part, self._rest = bytes(self._rest[:size]), self._rest[size:]
-    blocks = (part[i : i + BLOCK] for i in range(0, size, BLOCK))
+  def _flush(self, multiple: int) -> None:
+    """Writes a multiple of so many ids."""
+    ids = np.concatenate([np.zeros(0, np.int32), *self._ids])
+    size = len(ids) // multiple * multiple
+    whole, rest = ids[:size], ids[size:]
+    self._ids, self._waiting = [rest], len(rest)
+    self.length += size
+    self.largest = max(self.largest, int(whole.max(initial=-1)))
+    content = whole.astype(self._dtype).data.cast('B')
+    blocks = (content[i : i + BLOCK] for i in range(0, len(content), BLOCK))
     self.checksums += map(zlib.crc32, blocks)
-    self._file.write(part)
+    self._file.write(content)
 
   def seal(self) -> None:
     """Ends the file, and gives it its name."""
-    self._flush(len(self._rest))
+    self._flush(1)
     self._file.flush()
     os.fsync(self._file.fileno())
     os.replace(f'{self._path}.new', self._path)

@@ -136,6 +136,8 @@ def write(
   stream = _read(unit, facts)
   split = holdout.by_key if job.by_key else holdout.sides
   path = lambda part: shards.file_of(job.folder, unit.number, part)
+  ends = job.tokenizer.bos_id, job.tokenizer.eos_id
+  bos, eos = (np.array([index], np.int32) for index in ends)
   with (
     shards.Writer(path('train'), job.dtype) as train,
     shards.Writer(path('heldout'), job.dtype) as heldout,
@@ -150,10 +152,7 @@ def write(
           facts.prompt = facts.prompt or document.text[:400]
         else:
           ids = _fim(ids, document.key, job.data, job.tokenizer)
-        ends = [job.tokenizer.bos_id], [job.tokenizer.eos_id]
-        (heldout if is_heldout else train).add(
-          np.concatenate([ends[0], ids, ends[1]])
-        )
+        (heldout if is_heldout else train).add(bos, ids, eos)
       tell(facts.text_bytes)
     writers = dict(zip(shards.PARTS, (train, heldout), strict=True))
     for writer in writers.values():

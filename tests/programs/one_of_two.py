@@ -2,12 +2,14 @@
 
   python tests/programs/one_of_two.py RANK FOLDER
 
-Two devices each. The last five lines are the signal with its step; the files
+Two devices each. The last six lines are the signal with its step; the files
 that this process hashed; the step after it, whose save failed on the second
 process; the step that is restored, and the refusal of a later one with a bit
-flipped; the leaf whose copies differ after the second process's has drifted.
+flipped; the leaf whose copies differ after the second process's has drifted;
+the fingerprint of a text, of which the second process reads nothing.
 """
 
+import contextlib
 import itertools
 import os
 import pathlib
@@ -20,8 +22,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments import faults, saving
-from experiments.training import signals
+from experiments.data import sources, tokenizer
+from experiments.training import signals, source
 from mla_moe.checkpoint import agreement, fingerprint, seal, store
+from mla_moe.config import freeze
 
 WHOLE = np.arange(8, dtype=np.float32)
 LARGE = np.arange(4096, dtype=np.float32)
@@ -56,6 +60,21 @@ def main(rank, folder):
   print(restored.step - step, *lines, flush=True)
   state['w'] = put((WHOLE + 1) if rank else WHOLE, P('fsdp'))
   print(*fingerprint.read(fingerprint.of(state))[1], flush=True)
+  print(text(pathlib.Path(folder) / 'data', rank), flush=True)
+
+
+def text(folder, rank):
+  """Opens a text; process 1 cannot list it, and trusts process 0."""
+  data = dict(source=str(folder / 'text'), seq_len=8, batch_size=2)
+  if rank:
+    sources.listed = None
+  else:
+    (folder / 'text').mkdir(parents=True)
+    (folder / 'text' / 'a.txt').write_text('a line of text\n' * 99)
+  words = tokenizer.load('byte')
+  with contextlib.redirect_stdout(None):
+    opened = source.open_text(freeze({'data': data}), words, folder / 'run')
+  return opened.fingerprint
 
 
 def watch():

@@ -31,7 +31,7 @@ def pair(tmp_path_factory):
     for child in both:
       child.kill()
   assert [child.returncode for child in both] == [0, 0], outputs
-  return [out.splitlines()[-5:] for out, _ in outputs], folder
+  return [out.splitlines()[-6:] for out, _ in outputs], folder
 
 
 def test_row12_a_signal_to_one_process_stops_both_at_the_same_step(pair):
@@ -72,3 +72,9 @@ def test_row03_a_bit_that_flips_in_one_process_s_file_is_refused_by_both(pair):
 def test_row29_processes_see_that_their_replicas_differ(pair):
   (first, second), _ = pair
   assert first[4] == second[4] == 'w on the device at (1, 0)'
+
+
+def test_processes_read_a_text_once(pair):
+  """The second opens the folder that the first names."""
+  (first, second), _ = pair
+  assert first[5] == second[5] and len(first[5]) == 24

@@ -10,6 +10,7 @@ configs/tiny.py of a clone, and mla_moe/configs/tiny.py of an installed package.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import importlib.util
 import inspect
@@ -19,6 +20,7 @@ import pathlib
 import re
 import sys
 import traceback
+import typing
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -28,7 +30,6 @@ from ml_collections import config_flags
 
 from mla_moe.checked import ConfigWarning
 from mla_moe.config import Config, ConfigError, freeze
-from mla_moe.config import keys as config_keys
 
 from . import commands
 from .data import remote
@@ -375,6 +376,16 @@ def _alike(word: str, name: str) -> bool:
   parts = name.split('_')
   short = ''.join(part[0] for part in parts)
   return word.replace('_', '') in (''.join(parts), short if parts[1:] else '')
+
+
+def config_keys(group: type = Config, path: str = 'config') -> Iterator[str]:
+  """Yields the path of each field of a group, nested ones included."""
+  for name, kind in typing.get_type_hints(group).items():
+    here = f'{path}.{name}'
+    if dataclasses.is_dataclass(kind):
+      yield from config_keys(kind, here)
+    else:
+      yield here
 
 
 def _no_key(words: Sequence[str]) -> str:

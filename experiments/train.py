@@ -422,9 +422,9 @@ def _report(path: pathlib.Path) -> None:
 
 def _out_of_memory(config: Config, error: Exception) -> str:
   """Returns a line with the size of the state, and three ways to need less."""
-  from mla_moe import cost
+  from .plan import memory
 
-  state = sum(cost.training_bytes_per_device(config).values()) / 2**30
+  state = sum(memory.training_bytes_per_device(config).values()) / 2**30
   data, mesh = config.data, config.mesh
   return (
     f'out of memory ({str(error).splitlines()[0][:200]}); parameters, '

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from mla_moe import files
 from mla_moe.checked import is_number
-from mla_moe.config import Config, ConfigError, ModelConfig, differences, freeze
+from mla_moe.config import Config, ConfigError, ModelConfig, freeze
 
 from . import run_tokenizer
 
@@ -194,6 +194,19 @@ def _older_digest(config: Config) -> str:
   return _hash(
     [x for x in lines if x.startswith(_PATHS) or not _is_harmless(x)]
   )
+
+
+def differences(ours: Any, theirs: Any, path: str = 'config') -> list[str]:
+  """Returns the fields that differ in two configs, as 'path: a != b'."""
+  lines = []
+  for field in dataclasses.fields(ours):
+    a, b = getattr(ours, field.name), getattr(theirs, field.name)
+    here = f'{path}.{field.name}'
+    if dataclasses.is_dataclass(a):
+      lines += differences(a, b, here)
+    elif a != b:
+      lines.append(f'{here}: {a!r} != {b!r}')
+  return lines
 
 
 def of_another(config: Config, digest_of_run: str) -> bool:

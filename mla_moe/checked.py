@@ -15,7 +15,7 @@ import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import ml_collections
@@ -156,34 +156,11 @@ def freeze(values: Any, cls: type, path: str) -> Any:
 
 
 def _number(value: Any) -> Any:
-  """Returns the value, with numbers for references in it (`follow_run`)."""
-  if isinstance(value, tuple):
+  """Returns numbers for references (`follow_run`), tuples for lists."""
+  if isinstance(value, list | tuple):
     return tuple(map(_number, value))
   is_reference = isinstance(value, ml_collections.FieldReference)
   return value.get() if is_reference else value
-
-
-def keys(cls: type, path: str) -> Iterator[str]:
-  """Yields the path of every field of `cls`, nested ones included."""
-  for name, hint in typing.get_type_hints(cls).items():
-    here = f'{path}.{name}'
-    if dataclasses.is_dataclass(hint):
-      yield from keys(hint, here)
-    else:
-      yield here
-
-
-def differences(ours: Any, theirs: Any, path: str = 'config') -> list[str]:
-  """Returns the fields that differ in two configs, as 'path: a != b'."""
-  lines = []
-  for field in dataclasses.fields(ours):
-    a, b = getattr(ours, field.name), getattr(theirs, field.name)
-    here = f'{path}.{field.name}'
-    if dataclasses.is_dataclass(a):
-      lines += differences(a, b, here)
-    elif a != b:
-      lines.append(f'{here}: {a!r} != {b!r}')
-  return lines
 
 
 # Keys of older versions, and their new places ('' is none).

@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any, Literal
 
 from mla_moe import checked, vocabulary
 from mla_moe.checked import Checked, ConfigError, check_divides, is_number
-from mla_moe.checked import differences as differences
 from mla_moe.checked import thaw as thaw
+from mla_moe.data_config import DataConfig as DataConfig
 from mla_moe.rl_config import RLConfig as RLConfig
 from mla_moe.run_config import RunConfig as RunConfig
 from mla_moe.use_config import CacheConfig as CacheConfig
@@ -324,59 +323,6 @@ class OptimConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig(Checked):
-  """The source of the tokens, and the tokens of a step.
-
-  `source` is 'stdlib' (the source files of Python's standard library: real
-  text that is always there), or a folder, glob or file of .txt, .jsonl or
-  .parquet. `tokenizer` is 'byte' or the path of a tokenizer.json. A step has
-  `batch_size` sequences, computed `micro_batch` at a time (0: all at once). The
-  batch grows from `batch_start` (0: no ramp) over `ramp_tokens`. `packing` is
-  'joined' (documents follow each other and see each other, as V3 pre-trained)
-  or 'separate' (attention and positions end with the document). `fim_rate` is
-  the fraction of documents turned into fill-in-the-middle, `heldout` the
-  fraction of text for evaluation.
-  """
-
-  source: str = 'stdlib'
-  tokenizer: str = 'byte'
-  packing: Literal['joined', 'separate'] = 'joined'
-  seq_len: int = 4096
-  batch_size: int = 15360
-  batch_start: int = 0
-  ramp_tokens: float = 0.0
-  micro_batch: int = 0
-  fim_rate: float = 0.1
-  heldout: float = 0.02
-  seed: int = 0
-
-  def _rules(self):
-    self._positive('batch_size')
-    self._require('seq_len', self.seq_len > 1, 'must be at least 2')
-    self._require('source', self.source != '', "must be 'stdlib' or a path")
-    self._require('tokenizer', self.tokenizer != '', "must be 'byte' or a path")
-    self._require('fim_rate', self.fim_rate <= 1, 'is a probability')
-    self._require('heldout', 0 < self.heldout < 1, 'must be between 0 and 1')
-    micro = self.micro_batch or self.batch_size
-    self._require(
-      'micro_batch',
-      self.batch_size % micro == 0,
-      f'must divide batch_size={self.batch_size}',
-    )
-    self._require(
-      'batch_start',
-      self.batch_start <= self.batch_size and self.batch_start % micro == 0,
-      f'must be a multiple of micro_batch={micro} up to '
-      f'batch_size={self.batch_size}',
-    )
-    self._require(
-      'ramp_tokens',
-      (self.ramp_tokens > 0) == (self.batch_start > 0),
-      f'belongs to batch_start={self.batch_start}: set both or neither',
-    )
-
-
-@dataclasses.dataclass(frozen=True)
 class MeshConfig(Checked):
   """Devices along each axis of the mesh; the product is their number.
 
@@ -469,8 +415,3 @@ def freeze(values: Any) -> Config:
     ids = vocabulary.fill(name, model.vocab, model.bos_id, model.eos_id)
     model = dataclasses.replace(model, **ids)
   return dataclasses.replace(config, model=model)
-
-
-def keys() -> Iterator[str]:
-  """Yields every key of a Config: `config.model.dim` and so on."""
-  return checked.keys(Config, 'config')

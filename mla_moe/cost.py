@@ -1,4 +1,4 @@
-"""The costs of a model: parameters, FLOPs, cache, memory, hours and money.
+"""The costs of a model: parameters, FLOPs, cache, hours and money.
 
 Arithmetic on the config, without JAX. A training step costs 6 FLOPs for each
 active matrix parameter and token (2 forward, 4 backward), plus the quadratic
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from mla_moe.config import Config, ModelConfig
+from mla_moe.config import ModelConfig
 
 _BYTES = {'float32': 4, 'bfloat16': 2, 'float16': 2, 'int8': 1, 'float8': 1}
 
@@ -120,32 +120,6 @@ def cache_bytes_per_token(config, dtype: str = 'bfloat16') -> int:
   model = _model(config)
   per_layer = model.mla.kv_rank + model.mla.rope_dim
   return per_layer * model.layers * _BYTES[str(dtype)]
-
-
-def training_bytes_per_device(config: Config) -> dict[str, int]:
-  """Returns the bytes of a device's parameters, gradients and AdamW moments.
-
-  All of them are float32. Parameters are split over fsdp and tensor, experts
-  over expert, too, and all of the MoE layers over stage; zero1 splits the
-  moments over data. Activations are not counted.
-  """
-  counts, mesh, model = parameters(config), config.mesh, config.model
-  expert = 3 * model.dim * model.moe.width
-  mtp_routed = model.mtp.depth * model.moe.experts * expert
-  mtp_routed *= model.moe_layers > 0
-  # A MoE layer without its experts: attention, norms, router, shared.
-  attention = sum(_attention(model)) + 2 * model.dim
-  staged = model.moe_layers * attention + counts.shared + counts.router
-  rest = counts.total + counts.mtp - counts.routed - mtp_routed - staged
-  experts_here = (counts.routed // mesh.stage + mtp_routed) // mesh.expert
-  here = experts_here + staged // mesh.stage + rest
-  here //= mesh.fsdp * mesh.tensor
-  replicas = mesh.data if mesh.states == 'zero1' else 1
-  return {
-    'parameters': 4 * here,
-    'gradients': 4 * here,
-    'optimizer': 8 * here // replicas,
-  }
 
 
 def hours_and_money(

@@ -15,7 +15,6 @@ from mla_moe.config import (
   ComputeConfig,
   ConfigError,
   ModelConfig,
-  differences,
   freeze,
 )
 
@@ -176,7 +175,7 @@ def test_no_field_is_dead():
 def test_differences_name_the_fields():
   a = Config()
   b = dataclasses.replace(a, run=dataclasses.replace(a.run, steps=7))
-  assert differences(a, b) == ['config.run.steps: 243425 != 7']
+  assert workdir.differences(a, b) == ['config.run.steps: 243425 != 7']
 
 
 COMPUTE = ComputeConfig('full', 'xla', 'loop', 'padded', 'dequant')

@@ -5,6 +5,7 @@ import importlib
 
 import pytest
 
+from experiments.plan import memory
 from mla_moe import Config, cost
 from mla_moe.config import (
   MeshConfig,
@@ -112,7 +113,7 @@ def test_the_steps_use_up_the_published_tokens(name):
 def test_memory_of_the_state_on_a_mesh(sizes, parameters, moments):
   config = load('deepseek_v2_lite')
   mesh = MeshConfig(**sizes)
-  got = cost.training_bytes_per_device(dataclasses.replace(config, mesh=mesh))
+  got = memory.training_bytes_per_device(dataclasses.replace(config, mesh=mesh))
   assert got['parameters'] / 2**20 == pytest.approx(parameters, abs=2)
   assert got['optimizer'] / 2**20 == pytest.approx(moments, abs=4)
 

@@ -38,7 +38,7 @@ LEFT_OUT = {
   'routing replay': {'model/replay'},
   "a tokenizer's ids": {'files', 'vocabulary'},
   'numbers of the loop, of reinforcement and of use': {
-    *('run_config', 'rl_config', 'use_config'),
+    *('run_config', 'rl_config', 'use_config', 'data_config'),
   },
   'the type of a batch': {'data/batches'},
 }

@@ -91,6 +91,32 @@ class Footprint:
     return self.state + max(self.update, self.rollout)
 
 
+def training_bytes_per_device(config: Config) -> dict[str, int]:
+  """Returns the bytes of a device's parameters, gradients and AdamW moments.
+
+  All of them are float32. Parameters are split over fsdp and tensor, experts
+  over expert, too, and all of the MoE layers over stage; zero1 splits the
+  moments over data. Activations are not counted.
+  """
+  counts, mesh, model = cost.parameters(config), config.mesh, config.model
+  expert = 3 * model.dim * model.moe.width
+  mtp_routed = model.mtp.depth * model.moe.experts * expert
+  mtp_routed *= model.moe_layers > 0
+  # A MoE layer without its experts: attention, norms, router, shared.
+  attention = (counts.attention + counts.norms - model.dim) // model.layers
+  staged = model.moe_layers * attention + counts.shared + counts.router
+  rest = counts.total + counts.mtp - counts.routed - mtp_routed - staged
+  experts_here = (counts.routed // mesh.stage + mtp_routed) // mesh.expert
+  here = experts_here + staged // mesh.stage + rest
+  here //= mesh.fsdp * mesh.tensor
+  replicas = mesh.data if mesh.states == 'zero1' else 1
+  return {
+    'parameters': 4 * here,
+    'gradients': 4 * here,
+    'optimizer': 8 * here // replicas,
+  }
+
+
 def footprint(config: Config, layout: PyTree | None = None) -> Footprint:
   """Returns the footprint of a config on its mesh.
 
@@ -104,7 +130,7 @@ def footprint(config: Config, layout: PyTree | None = None) -> Footprint:
   once more for the turn that is added.
   """
   if layout is None:
-    even = cost.training_bytes_per_device(config)
+    even = training_bytes_per_device(config)
     parameters, optimizer = even['parameters'], even['optimizer']
     staged = parameters
   else:

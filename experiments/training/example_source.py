@@ -74,8 +74,9 @@ class Examples(source.Source):
   def batch(
     self, setup, number: int, state: Any, left_out: int
   ) -> batches.Batch:
-    args = self.rows, self._data, number - 1, setup.rows, left_out
-    order = batches.order_at(*args)
+    args = self._data, number - 1, setup.rows, left_out
+    sequences = batches.sequences_at(*args)
+    order = batches.shuffled(sequences, self.rows, self._data)
     rows = [self._rows[i] for i in order.flat]
     batch = _filled(self._pairs, rows, order.shape, self._data.seq_len)
     return batches.with_padding(batch, self._data)

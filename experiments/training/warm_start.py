@@ -16,7 +16,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 from mla_moe import files
-from mla_moe.config import Config, ConfigError, ModelConfig, differences
+from mla_moe.config import Config, ConfigError, ModelConfig
 
 from .. import distributed, workdir
 
@@ -202,7 +202,9 @@ def check(ours: ModelConfig, theirs: ModelConfig, source: str) -> None:
     ConfigError: names the differing fields.
   """
   same = {name: getattr(ours, name) for name in _NUMBERS}
-  lines = differences(ours, dataclasses.replace(theirs, **same), 'config.model')
+  lines = workdir.differences(
+    ours, dataclasses.replace(theirs, **same), 'config.model'
+  )
   if not lines:
     return
   text = '; '.join(lines)

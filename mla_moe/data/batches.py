@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,21 +80,24 @@ def batch_at(
       run continues elsewhere in the text, with its schedules unchanged.
   """
   total = (len(stream) - 1) // data.seq_len
-  order = order_at(total, data, step, rows, left_out)
+  order = shuffled(sequences_at(data, step, rows, left_out), total, data)
   return with_padding(_rows(stream, data, order, bos_id), data)
 
 
-def order_at(
-  total: int,
+def sequences_at(
   data: DataConfig,
   step: int,
   rows: np.ndarray | slice = slice(None),
   left_out: int = 0,
 ) -> np.ndarray:
-  """Returns the numbers [n, B] of `batch_at`'s rows, of `total` an epoch."""
+  """Returns the numbers [n, B], in the run, of `batch_at`'s rows."""
   micro = data.micro_batch or data.batch_size
   first, size = span(data, step)
-  sequences = first + left_out + np.arange(size).reshape(-1, micro)[:, rows]
+  return first + left_out + np.arange(size).reshape(-1, micro)[:, rows]
+
+
+def shuffled(sequences: np.ndarray, total: int, data: DataConfig) -> np.ndarray:
+  """Returns the rows of a stream of `total` that these of its epochs are."""
   epochs, index = np.divmod(sequences, total)
   order = np.zeros_like(index)
   for epoch in np.unique(epochs):
@@ -145,9 +149,21 @@ def bits_per_byte(nll: float, tokens_bytes: int) -> float:
 def _rows(stream, data, order, bos_id) -> Batch:
   """Returns rows `order` [n, B] of the stream."""
   t = data.seq_len
-  both = np.empty((*order.shape, t + 1), np.int32)
-  for row, i in zip(both.reshape(-1, t + 1), order.flat, strict=True):
-    row[:] = stream[i * t : i * t + t + 1]  # one piece of the file
+  pieces = (stream[i * t : i * t + t + 1] for i in order.flat)
+  return gathered(pieces, order.shape, data, bos_id)
+
+
+def gathered(
+  pieces: Iterable[np.ndarray],
+  shape: tuple[int, ...],
+  data: DataConfig,
+  bos_id: int,
+) -> Batch:
+  """Returns the batch of rows [n, B], each a piece of T+1 tokens."""
+  t = data.seq_len
+  both = np.empty((*shape, t + 1), np.int32)
+  for row, piece in zip(both.reshape(-1, t + 1), pieces, strict=True):
+    row[:] = piece
   tokens, targets = both[..., :-1], both[..., 1:]
   positions = np.broadcast_to(np.arange(t, dtype=np.int32), tokens.shape)
   segments = np.zeros(tokens.shape, np.int32)
@@ -160,7 +176,7 @@ def _rows(stream, data, order, bos_id) -> Batch:
     targets = np.where(ids[..., 1:] == segments, targets, -1)
   arrays = (tokens, targets, segments, positions)
   arrays = (np.ascontiguousarray(x) for x in arrays)
-  return Batch(*arrays, np.int32(len(order)))
+  return Batch(*arrays, np.int32(shape[0]))
 
 
 def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:

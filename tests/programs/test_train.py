@@ -29,7 +29,6 @@ from mla_moe.config import (
   MeshConfig,
   MTPConfig,
   freeze,
-  keys,
 )
 from mla_moe.decode import generation
 from mla_moe.kernels import block_tpu
@@ -253,7 +252,7 @@ def test_help_is_of_the_config_and_of_our_flags(monkeypatch, capsys):
   words = shown.split()
   assert words.index('--workdir=here') < words.index('--config.run.steps=7')
   assert '--config.model.moe.top_k=6' in words
-  assert all(f'--{key}=' in shown for key in keys())
+  assert all(f'--{key}=' in shown for key in cli.config_keys())
   assert 'Multi-head Latent Attention' in shown  # the group's meaning
 
 

@@ -55,6 +55,13 @@ def is_number(value: Any) -> bool:
   return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def is_row(row: object, *kinds: type) -> bool:
+  """Whether a row of a field has these kinds, of which float is any number."""
+  good = lambda x, kind: is_number(x) if kind is float else isinstance(x, kind)
+  same = isinstance(row, tuple) and len(row) == len(kinds)
+  return same and all(map(good, row, kinds))
+
+
 def coerce(name: str, value: Any, kind: Any, least: int = 0) -> Any:
   """Returns `value` as `kind`; ints become floats, lists become tuples.
 

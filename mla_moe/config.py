@@ -18,7 +18,7 @@ import math
 from typing import Any, Literal
 
 from mla_moe import checked, vocabulary
-from mla_moe.checked import Checked, ConfigError, check_divides, is_number
+from mla_moe.checked import Checked, ConfigError, check_divides, is_row
 from mla_moe.checked import thaw as thaw
 from mla_moe.data_config import DataConfig as DataConfig
 from mla_moe.rl_config import RLConfig as RLConfig
@@ -309,15 +309,11 @@ class OptimConfig(Checked):
     self._require('clip', self.clip > 0, 'must be above 0')
     self._require('phases', len(self.phases) > 0, 'needs at least one phase')
     for phase in self.phases:
-      good = (
-        isinstance(phase, tuple)
-        and len(phase) == 3
-        and phase[0] in ('constant', 'linear', 'cosine')
-        and all(is_number(x) and x >= 0 for x in phase[1:])
-      )
       self._require(
         'phases',
-        good,
+        is_row(phase, str, float, float)
+        and phase[0] in ('constant', 'linear', 'cosine')
+        and min(phase[1:]) >= 0,
         'each is (constant|linear|cosine, tokens, fraction of the peak rate)',
       )
 

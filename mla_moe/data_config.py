@@ -7,7 +7,7 @@ import math
 import re
 from typing import Literal
 
-from mla_moe.checked import Checked, is_number
+from mla_moe.checked import Checked, is_number, is_row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class DataConfig(Checked):
       not self.sources or self.source == 'stdlib',
       f'stands in the place of source={self.source!r}; leave that out',
     )
-    names = [row[-1] for row in self.sources if _is_row(row, str, float, str)]
+    names = [row[-1] for row in self.sources if is_row(row, str, float, str)]
     self._require(
       'sources',
       len(names) == len({*names}) == len(self.sources) <= 32
@@ -85,7 +85,7 @@ class DataConfig(Checked):
     for row in [(0, tuple(row[1] for row in self.sources)), *self.phases]:
       self._require(
         'phases',
-        _is_row(row, float, tuple)
+        is_row(row, float, tuple)
         and before <= row[0]
         and len(row[1]) == len(self.sources)
         and all(is_number(w) and 0 <= w < math.inf for w in row[1])
@@ -94,10 +94,3 @@ class DataConfig(Checked):
         'above 0, for each source, and the tokens of phases rise',
       )
       before = row[0]
-
-
-def _is_row(row: object, *kinds: type) -> bool:
-  """Whether a row of a field has these kinds, of which float is any number."""
-  good = lambda x, kind: is_number(x) if kind is float else isinstance(x, kind)
-  same = isinstance(row, tuple) and len(row) == len(kinds)
-  return same and all(map(good, row, kinds))

@@ -78,8 +78,12 @@ def check_paths(config: Config) -> Config:
   Raises:
     ConfigError: as `path`.
   """
-  if not remote.is_remote(config.data.source):
-    path('data.source', config.data.source)
+  for name, place in (
+    ('data.source', config.data.source),
+    *(('data.sources', place) for place, *_ in config.data.sources),
+  ):
+    if not remote.is_remote(place):
+      path(name, place)
   path('data.tokenizer', config.data.tokenizer)
   path('rl.task', config.rl.task)
   for name, *_ in config.rl.teachers:

@@ -27,6 +27,7 @@ from . import run_tokenizer
 # for its content, which has a digest of its own in each checkpoint.
 _HARMLESS = ('config.run.', 'config.mesh.', 'config.model.compute.')
 _HARMLESS += ('config.model.release.',)
+_HARMLESS += ('config.data.max_epochs',)
 _PATHS = ('config.data.source', 'config.data.tokenizer')
 
 _V3 = dataclasses.replace(Config(), model=ModelConfig(bos_id=0, eos_id=1))
@@ -173,14 +174,16 @@ def digest(config: Config) -> str:
 
 
 def _without_paths(config: Config) -> Config:
-  """Returns the config with one name for all questions, and for all teachers.
+  """Returns the config with one name for all questions, teachers and sources.
 
   Their contents have a digest in each checkpoint, as a text has.
   """
   task = 'FILE.jsonl' if '.jsonl' in config.rl.task else config.rl.task
   teachers = tuple(('DIR', *rest) for _, *rest in config.rl.teachers)
   rl = dataclasses.replace(config.rl, task=task, teachers=teachers)
-  return dataclasses.replace(config, rl=rl)
+  sources = tuple(('PATH', *rest) for _, *rest in config.data.sources)
+  data = dataclasses.replace(config.data, sources=sources)
+  return dataclasses.replace(config, data=data, rl=rl)
 
 
 def _hash(lines: list[str]) -> str:

@@ -43,6 +43,7 @@ def follow_run(values: ConfigDict) -> ConfigDict:
   along = lambda length: FieldReference(length) * (tokens / tokens.get())
   phases = [(kind, along(float(n)), end) for kind, n, end in optim.phases]
   optim.warmup_steps = along(optim.warmup_steps).to_int()
+  data.phases = tuple((along(float(n)), weights) for n, weights in data.phases)
   optim.phases, data.ramp_tokens = tuple(phases), along(data.ramp_tokens)
   optim.bias_tokens = along(optim.bias_tokens)
   optim.mtp_tokens = along(optim.mtp_tokens)
@@ -74,8 +75,11 @@ def smoke(config: Checked) -> Checked:
     mla=small_mla,
     moe=small_moe,
   )
+  length = config.run.steps * config.data.batch_size * config.data.seq_len
+  stretch = 20 * 8 * 128 / length
   data = dataclasses.replace(
     config.data,
+    phases=tuple((n * stretch, weights) for n, weights in config.data.phases),
     seq_len=128,
     batch_size=8,
     batch_start=0,

@@ -175,7 +175,9 @@ def check(corpus: Corpus, data: DataConfig) -> None:
   Raises:
     ConfigError: fewer tokens than a batch.
   """
-  batch = data.batch_size * data.seq_len + 1
+  # A batch has rows of all sources.
+  rows = 1 if data.sources else data.batch_size
+  batch = rows * data.seq_len + 1
   for name, stream, least, remedy in (
     ('training', corpus.train, batch, 'lower data.batch_size or data.seq_len'),
     (

@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from mla_moe.config import DataConfig
+from mla_moe.config import Config, ConfigError, DataConfig
 from mla_moe.data import batches
 
 BLOCK = 1024
-# Of S sources the heaviest has BLOCK / S - S + 1 rows of a block or more.
-MOST = 32
+# Of S sources the heaviest gives BLOCK / S - S + 1 rows of a block or more: of
+# at most 32 (`DataConfig`), one or more.
 
 
 def batch_at(
@@ -70,11 +70,50 @@ def given(data: DataConfig, sequences: int) -> np.ndarray:
   counts = np.zeros(len(data.sources), np.int64)
   for first, last, weights in _phases(data):
     if sequences > first:
-      blocks, rest = divmod(min(last, sequences) - first, BLOCK)
+      blocks, rest = divmod(int(min(last, sequences)) - first, BLOCK)
       part = _block(weights, data.seed, blocks)[0][:rest]
       counts += np.bincount(part, minlength=len(counts))
       counts += _of_blocks(weights, blocks)
   return counts
+
+
+def epochs(
+  data: DataConfig, streams: Sequence[Any], sequences: int
+) -> dict[str, float]:
+  """Returns how often the first `sequences` of a run read each source.
+
+  The name of the only one is ''.
+  """
+  names = [name for *_, name in data.sources] or ['']
+  counts = given(data, sequences) if data.sources else [sequences]
+  totals = [(len(stream) - 1) // data.seq_len for stream in streams]
+  parts = zip(names, counts, totals, strict=True)
+  return {name: float(count / total) for name, count, total in parts}
+
+
+def check(config: Config, streams: Sequence[Any]) -> None:
+  """Refuses phases after the run, and sources that it would read too often.
+
+  Raises:
+    ConfigError: names the field and the fix.
+  """
+  data, steps = config.data, config.run.steps
+  sequences, _ = batches.span(data, steps)
+  tokens = sequences * data.seq_len
+  if data.phases and data.phases[-1][0] >= tokens:
+    raise ConfigError(
+      f'data.phases: one begins after {data.phases[-1][0]:,.0f} tokens, and '
+      f'the run has {tokens:,}; let it begin earlier, or raise run.steps'
+    )
+  for name, times in epochs(data, streams, sequences).items():
+    if times > data.max_epochs > 0:
+      of = f'source {name!r}' if name else f'data.source={data.source!r}'
+      raise ConfigError(
+        f'data.max_epochs={data.max_epochs:g}: the {steps:,} steps read {of} '
+        f'{times:.3g} times; give more of its text'
+        + (', lower its weight' if name else '')
+        + ' or run.steps'
+      )
 
 
 def _phases(data: DataConfig) -> list[tuple[int, float, tuple]]:

@@ -157,6 +157,7 @@ def _files(
     'config.data.source': '' if data.source == 'stdlib' else data.source,
     'config.data.tokenizer': '' if data.tokenizer == 'byte' else data.tokenizer,
   }
+  paths |= {f'config.data.sources {x[2]}': x[0] for x in data.sources}
   for word in job.arguments:
     flag, _, value = word.lstrip('-').partition('=')
     if not flag.startswith('config') and os.path.exists(value):
@@ -172,7 +173,7 @@ def _absent_here(name: str, path: str, _) -> str:
 
   if remote.is_remote(path):
     return ''  # each machine reads it by itself
-  if name == 'config.data.source':
+  if name.startswith('config.data.source'):
     try:
       sources.listed(path)
     except ConfigError as error:

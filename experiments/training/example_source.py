@@ -130,6 +130,11 @@ def check(config: Config) -> None:
       f'rl.task={task!r}: is for python -m experiments.rl; leave it empty to '
       'learn from examples'
     )
+  if data.sources:
+    raise ConfigError(
+      f'data.sources={data.sources!r}: are texts; name examples by '
+      '--data=FILE.jsonl'
+    )
   if data.source == 'stdlib':
     raise ConfigError(
       "data.source='stdlib': is text, and no examples; name them by "

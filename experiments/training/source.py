@@ -10,23 +10,26 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import dataclasses
 import functools
+import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mla_moe.checkpoint import folders, seal
-from mla_moe.config import Config, ConfigError
+from mla_moe.config import Config, ConfigError, DataConfig
 from mla_moe.data import batches
 from mla_moe.decode import generation
 
 from .. import distributed
-from ..data import corpus, tokenizer
+from ..data import corpus, mixture, tokenizer
 from . import steps
 
 _TEMPERATURE = 0.7  # of the samples
+_JOINT = '+'  # between the fingerprints of several texts
 
 
 class Source(abc.ABC):
@@ -80,12 +83,7 @@ class Source(abc.ABC):
 
   def evaluate(self, setup, number: int, state: Any) -> tuple[dict, str]:
     """Returns the numbers of the held-out text, and a line about them."""
-    nll, size = 0.0, 0
-    for batch in self.heldout:
-      nll += float(setup.evaluate(state, setup.place(batch))['nll'])
-      targets = batch.targets[batch.targets >= 0]
-      size += int(setup.byte_lengths[targets].sum())
-    bits, gzip = batches.bits_per_byte(nll, size), self.gzip_bits_per_byte
+    bits, gzip = _bits(setup, state, self.heldout), self.gzip_bits_per_byte
     row, beside = {'bits_per_byte': bits}, ''
     if gzip is not None:
       row['gzip_bits_per_byte'] = gzip
@@ -117,26 +115,61 @@ class Source(abc.ABC):
 Open = Callable[[Config, tokenizer.Tokenizer, pathlib.Path], Source]
 
 
-class Text(Source):
-  """The stream of a corpus, for pre-training."""
+def _bits(setup, state: Any, heldout: Sequence[batches.Batch]) -> float:
+  """Returns bits per byte of held-out micro-batches."""
+  nll, size = 0.0, 0
+  for batch in heldout:
+    nll += float(setup.evaluate(state, setup.place(batch))['nll'])
+    targets = batch.targets[batch.targets >= 0]
+    size += int(setup.byte_lengths[targets].sum())
+  return batches.bits_per_byte(nll, size)
 
-  def __init__(self, text: corpus.Corpus, config: Config):
-    self._text = text
-    self.fingerprint, self.prompt = text.fingerprint, text.prompt
-    self.gzip_bits_per_byte = text.gzip_bits_per_byte
-    self.heldout = batches.eval_batches(
-      text.heldout, config.data, text.bos_id, config.run.eval_batches
-    )
+
+class Text(Source):
+  """The stream of a corpus for pre-training, or of one for each source.
+
+  The held-out number of several is the mean of theirs.
+  """
+
+  def __init__(self, texts: Sequence[corpus.Corpus], config: Config):
+    mean = lambda values: math.fsum(values) / len(texts)
+    data, count = config.data, config.run.eval_batches
+    self._data, self._left_out, self._bos = data, 0, texts[0].bos_id
+    self._streams = [text.train for text in texts]
+    self.fingerprint = _JOINT.join(text.fingerprint for text in texts)
+    self.prompt = texts[0].prompt
+    self.gzip_bits_per_byte = mean(text.gzip_bits_per_byte for text in texts)
+    of = lambda x: batches.eval_batches(x.heldout, data, x.bos_id, count)
+    names = [name for *_, name in data.sources] or ['']
+    self._sets = dict(zip(names, map(of, texts), strict=True))
+    self.heldout = self._sets[names[0]]
 
   def batch(self, setup, number: int, state: Any, left_out: int):
-    return batches.batch_at(
-      self._text.train,
-      setup.config.data,
-      number - 1,
-      self._text.bos_id,
-      setup.rows,
-      left_out,
-    )
+    self._left_out = left_out
+    args = self._data, number - 1, self._bos, setup.rows, left_out
+    if self._data.sources:
+      return mixture.batch_at(self._streams, *args)
+    return batches.batch_at(self._streams[0], *args)
+
+  def row(self, number: int) -> dict:
+    """Returns how often each of several sources has been read."""
+    if not self._data.sources:
+      return {}
+    sequences = batches.span(self._data, number)[0] + self._left_out
+    epochs = mixture.epochs(self._data, self._streams, sequences)
+    return {f'epoch_{name}': times for name, times in epochs.items()}
+
+  def evaluate(self, setup, number: int, state: Any) -> tuple[dict, str]:
+    if list(self._sets) == ['']:
+      return super().evaluate(setup, number, state)
+    bits = {name: _bits(setup, state, x) for name, x in self._sets.items()}
+    own = [bits[name] for *_, name in self._data.sources]
+    row = {'bits_per_byte': math.fsum(own) / len(own)}
+    row['gzip_bits_per_byte'] = self.gzip_bits_per_byte
+    row |= {f'bits_per_byte/{name}': value for name, value in bits.items()}
+    each = ', '.join(f'{name} {value:.3f}' for name, value in bits.items())
+    mean = row['bits_per_byte']
+    return row, f'held out: {mean:.3f} bits per byte ({each})'
 
 
 def _recorded(checkpoints: pathlib.Path) -> str:
@@ -162,9 +195,25 @@ def open_text(
       f'rl.task={config.rl.task!r}: is for python -m experiments.rl; leave it '
       'empty to train on text'
     )
-  cache = path.parent / '.corpus'
-  tokenise = functools.partial(corpus.prepare, config.data, words, cache)
-  known = _recorded(path / 'checkpoints')
+  data, cache = config.data, path.parent / '.corpus'
+  places = [place for place, *_ in data.sources] or [data.source]
+  known = _recorded(path / 'checkpoints').split(_JOINT)
+  if len(known) != len(places):  # of other sources: `progress` says so
+    known = [''] * len(places)
+  texts = []
+  for place, fingerprint in zip(places, known, strict=True):
+    one = dataclasses.replace(data, source=place, sources=(), phases=())
+    texts.append(_opened(one, words, cache, fingerprint))
+    corpus.check(texts[-1], dataclasses.replace(data, source=place))
+  mixture.check(config, [text.train for text in texts])
+  return Text(texts, config)
+
+
+def _opened(
+  data: DataConfig, words: tokenizer.Tokenizer, cache: pathlib.Path, known: str
+) -> corpus.Corpus:
+  """Returns the corpus of one source; the first process tokenises it."""
+  tokenise = functools.partial(corpus.prepare, data, words, cache)
   text = distributed.alone(lambda: tokenise(known=known))
   name = distributed.of_first(text.fingerprint if text else '')
   if not text:
@@ -172,5 +221,4 @@ def open_text(
     is_here = (cache / name / 'corpus.json').exists()
     shared = functools.partial(corpus.opened, cache / name, words)
     text = shared() if is_here else tokenise(known=name)
-  corpus.check(text, config.data)
-  return Text(text, config)
+  return text

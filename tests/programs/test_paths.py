@@ -80,9 +80,13 @@ def test_a_path_anywhere_else_is_checked_the_same_way(call, tmp_path):
 @pytest.mark.parametrize('url', URLS)
 def test_a_path_of_a_config_is_none_of_another_machine(url, tmp_path):
   """On the command line, and for a run in code before its folder is made."""
-  keys = ('data.source', 'data.tokenizer', 'rl.task', 'rl.teachers')
-  for key in keys[remote.is_remote(url) :]:
-    value = f'(("{url}",1.0),)' if key == 'rl.teachers' else url
+  rows = {
+    'data.sources': f'(("{url}",1.0,"a"),)',
+    'rl.teachers': f'(("{url}",1.0),)',
+  }
+  keys = ('data.source', 'data.sources', 'data.tokenizer', 'rl.task')
+  for key in (*keys, 'rl.teachers')[2 * remote.is_remote(url) :]:
+    value = rows.get(key, url)
     flag = f'--config.{key}={value}'
     with pytest.raises(ConfigError, match=f'{key}={url!r}: .* not supported'):
       cli.config_of(['--config=r1_tiny:distil', flag], cli.define)
@@ -105,8 +109,9 @@ def test_each_path_of_a_config_is_known():
     for field in dataclasses.fields(getattr(config, group))
     if str(field.type) in ('str', 'tuple')
   }
-  no_paths = {'rl.rewards'}
+  no_paths = {'rl.rewards', 'data.phases'}
   paths = {'data.source', 'data.tokenizer', 'rl.task', 'rl.teachers'}
+  paths |= {'data.sources'}
   assert fields == paths | no_paths
 
 
@@ -170,6 +175,12 @@ def test_two_configs_that_differ_in_a_path_alone_are_one_run(tmp_path):
     base, data=dataclasses.replace(base.data, **paths)
   )
   assert workdir.digest(moved) == workdir.digest(base)
+  place = lambda path, weight: dataclasses.replace(
+    base,
+    data=dataclasses.replace(base.data, sources=((path, weight, 'a'),)),
+  )
+  assert workdir.digest(place('x', 1.0)) == workdir.digest(place('y', 1.0))
+  assert workdir.digest(place('x', 1.0)) != workdir.digest(place('x', 2.0))
   # That of an older version has the paths, and is known while they stay.
   older = workdir._older_digest(moved)
   assert older != workdir.digest(moved)

@@ -28,7 +28,7 @@ from . import run_tokenizer
 _HARMLESS = ('config.run.', 'config.mesh.', 'config.model.compute.')
 _HARMLESS += ('config.model.release.',)
 _HARMLESS += ('config.data.max_epochs',)
-_PATHS = ('config.data.source', 'config.data.tokenizer')
+_PATHS = ('config.data.source:', 'config.data.tokenizer:')
 
 _V3 = dataclasses.replace(Config(), model=ModelConfig(bos_id=0, eos_id=1))
 

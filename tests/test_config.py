@@ -9,8 +9,8 @@ import pathlib
 import pytest
 
 from configs import tiny
-from experiments import convert, workdir
-from mla_moe import Config, checked
+from experiments import cli, convert, workdir
+from mla_moe import Config
 from mla_moe.config import (
   ComputeConfig,
   ConfigError,
@@ -194,7 +194,7 @@ def test_a_release_is_computed_as_the_recipe_says():
     assert getattr(combined, field.name) == getattr(source, field.name)
 
 
-@pytest.mark.parametrize('key', list(checked.keys(ComputeConfig, 'compute')))
+@pytest.mark.parametrize('key', list(cli.config_keys(ComputeConfig, 'compute')))
 def test_a_run_goes_on_when_it_is_computed_otherwise(key, tmp_path):
   name = key.rpartition('.')[2]
   model = dataclasses.replace(load('tiny').model, precision='fp8_block')

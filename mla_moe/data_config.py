@@ -69,11 +69,8 @@ class DataConfig(Checked):
       (self.ramp_tokens > 0) == (self.batch_start > 0),
       f'belongs to batch_start={self.batch_start}: set both or neither',
     )
-    self._require(
-      'sources',
-      not self.sources or self.source == 'stdlib',
-      f'stands in the place of source={self.source!r}; leave that out',
-    )
+    alone = self.source == 'stdlib' or not self.sources
+    self._require('source', alone, 'has sources in its place; leave it out')
     names = [row[-1] for row in self.sources if is_row(row, str, float, str)]
     self._require(
       'sources',

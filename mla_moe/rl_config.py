@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from mla_moe.checked import Checked, check_divides, is_number
+from mla_moe.checked import Checked, check_divides, is_row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,10 +126,8 @@ class RLConfig(Checked):
 
 def _is_teacher(teacher: object) -> bool:
   """Whether an object is a folder, a weight and perhaps a kind."""
-  if not (isinstance(teacher, tuple) and len(teacher) in (2, 3)):
-    return False
-  texts = all(isinstance(x, str) for x in teacher[::2])
-  return texts and is_number(teacher[1]) and 0 < teacher[1] <= 1
+  row = is_row(teacher, str, float) or is_row(teacher, str, float, str)
+  return row and 0 < teacher[1] <= 1
 
 
 def _most(teachers: tuple) -> float:

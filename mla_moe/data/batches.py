@@ -85,10 +85,7 @@ def batch_at(
 
 
 def sequences_at(
-  data: DataConfig,
-  step: int,
-  rows: np.ndarray | slice = slice(None),
-  left_out: int = 0,
+  data: DataConfig, step: int, rows: np.ndarray | slice, left_out: int
 ) -> np.ndarray:
   """Returns the numbers [n, B], in the run, of `batch_at`'s rows."""
   micro = data.micro_batch or data.batch_size
@@ -154,10 +151,7 @@ def _rows(stream, data, order, bos_id) -> Batch:
 
 
 def gathered(
-  pieces: Iterable[np.ndarray],
-  shape: tuple[int, ...],
-  data: DataConfig,
-  bos_id: int,
+  pieces: Iterable[np.ndarray], shape: tuple, data: DataConfig, bos_id: int
 ) -> Batch:
   """Returns the batch of rows [n, B], each a piece of T+1 tokens."""
   t = data.seq_len

@@ -157,7 +157,7 @@ BAD = [
   (dict(sources=(('a', 1.0, 'a b'),)), 'different words'),
   (dict(sources=(('a', 1.0),)), 'path, weight, name'),
   (dict(sources=tuple((str(i), 1.0, str(i)) for i in range(33))), 'up to 32'),
-  (dict(sources=AB, source='text'), 'leave that out'),
+  (dict(sources=AB, source='text'), 'leave it out'),
   (dict(phases=((9.0, (1.0,)),)), 'for each source'),
   (dict(sources=AB, phases=((9.0, (1.0,)),)), 'for each source'),
   (dict(sources=AB, phases=((9.0, (0.0, 0.0)),)), 'one above 0'),

@@ -24,9 +24,10 @@ import time
 from absl import flags
 
 from mla_moe.config import Config, ConfigError
+from mla_moe.data import batches
 
 from . import cli, run_tokenizer
-from .data import corpus, tokenizer
+from .data import corpus, mixture, tokenizer
 from .training import signals
 
 FLAGS = flags.FLAGS
@@ -76,17 +77,27 @@ def run(
   )
   cache = folder.parent / '.corpus'
   count = processes or os.cpu_count() or 1
-  if share:
-    corpus.prepare_share(data, words, cache, share, processes=count)
-    return
-  began = time.monotonic()
-  text = corpus.prepare(data, words, cache, processes=count)
-  corpus.check(text, data)
-  if verify:
-    print(f'{corpus.verify(text):,} tokens have their checksums.')
-  for name, value in corpus.table(text):
-    print(f'  {name:26} {value}')
-  print(f'In {cache / text.fingerprint}, {time.monotonic() - began:.1f} s.')
+  singles, texts = mixture.singles(data), []
+  for name, one in singles.items():
+    if share:
+      corpus.prepare_share(one, words, cache, share, processes=count)
+      continue
+    began = time.monotonic()
+    text = corpus.prepare(one, words, cache, processes=count)
+    corpus.check(text, one, rows=int(len(singles) > 1))
+    texts.append(text.train)
+    if verify:
+      print(f'{corpus.verify(text):,} tokens have their checksums.')
+    if name:
+      print(f'{name}:')
+    for fact, value in corpus.table(text):
+      print(f'  {fact:26} {value}')
+    print(f'In {cache / text.fingerprint}, {time.monotonic() - began:.1f} s.')
+  if texts:
+    sequences, _ = batches.span(data, config.run.steps)
+    for name, times in mixture.epochs(data, texts, sequences).items():
+      print(f'{config.run.steps:,} steps: {times:.3g} epochs {name}'.rstrip())
+    mixture.check(config, texts)
 
 
 def main() -> None:

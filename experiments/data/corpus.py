@@ -169,15 +169,13 @@ def _check_ends(data: DataConfig, tokenizer: Tokenizer) -> None:
     )
 
 
-def check(corpus: Corpus, data: DataConfig) -> None:
-  """Refuses a corpus with too little text.
+def check(corpus: Corpus, data: DataConfig, rows: int = 0) -> None:
+  """Refuses a corpus with fewer tokens than `rows` rows; 0 is a batch.
 
   Raises:
-    ConfigError: fewer tokens than a batch.
+    ConfigError: too little text.
   """
-  # A batch has rows of all sources.
-  rows = 1 if data.sources else data.batch_size
-  batch = rows * data.seq_len + 1
+  batch = (rows or data.batch_size) * data.seq_len + 1
   for name, stream, least, remedy in (
     ('training', corpus.train, batch, 'lower data.batch_size or data.seq_len'),
     (

@@ -10,6 +10,7 @@ number of the row: hosts agree, and a run resumes in any phase.
 
 from __future__ import annotations
 
+import dataclasses
 import fractions
 import functools
 import math
@@ -24,6 +25,14 @@ from mla_moe.data import batches
 BLOCK = 1024
 # Of S sources the heaviest gives BLOCK / S - S + 1 rows of a block or more: of
 # at most 32 (`DataConfig`), one or more.
+
+
+def singles(data: DataConfig) -> dict[str, DataConfig]:
+  """Returns the config of each source alone; the name of an only one is ''."""
+  one = lambda path: dataclasses.replace(
+    data, source=path, sources=(), phases=()
+  )
+  return {name: one(path) for path, _, name in data.sources} or {'': data}
 
 
 def batch_at(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import dataclasses
 import functools
 import math
 import pathlib
@@ -195,16 +194,15 @@ def open_text(
       f'rl.task={config.rl.task!r}: is for python -m experiments.rl; leave it '
       'empty to train on text'
     )
-  data, cache = config.data, path.parent / '.corpus'
-  places = [place for place, *_ in data.sources] or [data.source]
+  cache, singles = path.parent / '.corpus', mixture.singles(config.data)
   known = _recorded(path / 'checkpoints').split(_JOINT)
-  if len(known) != len(places):  # of other sources: `progress` says so
-    known = [''] * len(places)
+  if len(known) != len(singles):  # of other sources: `progress` says so
+    known = [''] * len(singles)
   texts = []
-  for place, fingerprint in zip(places, known, strict=True):
-    one = dataclasses.replace(data, source=place, sources=(), phases=())
-    texts.append(_opened(one, words, cache, fingerprint))
-    corpus.check(texts[-1], dataclasses.replace(data, source=place))
+  for data, fingerprint in zip(singles.values(), known, strict=True):
+    texts.append(_opened(data, words, cache, fingerprint))
+    # A batch has rows of several sources.
+    corpus.check(texts[-1], data, rows=int(len(singles) > 1))
   mixture.check(config, [text.train for text in texts])
   return Text(texts, config)
 

@@ -30,6 +30,24 @@ def test_a_run_finds_the_tokens(call, tmp_path):
   assert code == 2 and '00000.train: MiB 0 is damaged' in error
 
 
+def test_sources_of_a_mixture_are_prepared_one_by_one(call, tmp_path):
+  rows = []
+  for name, many in (('one', 30), ('two', 60)):
+    path = tmp_path / f'{name}.txt'
+    path.write_text('a line\n' * 100 * many)
+    rows.append((str(path), 1.0, name))
+  words = ['--config=tiny:smoke', f'--workdir={tmp_path}/run', '--processes=1']
+  words += [f'--config.data.sources={tuple(rows)}', '--config.run.steps=9']
+  code, output, error = call('prepare', *words)
+  assert (code, error) == (0, '') and len([*tmp_path.glob('.corpus/*')]) == 2
+  # 72 rows: 36 or so of each.
+  epochs = [x for x in output.splitlines() if x.startswith('9 steps: ')]
+  one, two = (float(line.split()[2]) for line in epochs)
+  assert [x.split()[-1] for x in epochs] == ['one', 'two'] and one > two
+  code, _, error = call('prepare', *words, '--config.data.max_epochs=0.1')
+  assert code == 2 and "read source 'one'" in error and error.count('\n') == 1
+
+
 @pytest.mark.parametrize('text', ['8/8', '-1/8', '1', '1/2/3', 'a/b', '0/0'])
 def test_a_shard_that_is_none_is_one_line(text):
   with pytest.raises(ConfigError, match='--shard=.*must be i/n'):

@@ -64,7 +64,7 @@ def places(
   source, number = np.zeros_like(sequences), np.zeros_like(sequences)
   for first, last, weights in _phases(data):
     inside = (first <= sequences) & (sequences < last)
-    base = given(data, first)
+    base = rows_before(data, first)
     for b in np.unique((sequences[inside] - first) // BLOCK).tolist():
       start = first + b * BLOCK
       here = inside & (start <= sequences) & (sequences < start + BLOCK)
@@ -74,7 +74,7 @@ def places(
   return source, number
 
 
-def given(data: DataConfig, sequences: int) -> np.ndarray:
+def rows_before(data: DataConfig, sequences: int) -> np.ndarray:
   """Returns each source's rows among the first `sequences` of a run."""
   counts = np.zeros(len(data.sources), np.int64)
   for first, last, weights in _phases(data):
@@ -94,7 +94,7 @@ def epochs(
   The name of the only one is ''.
   """
   names = [name for *_, name in data.sources] or ['']
-  counts = given(data, sequences) if data.sources else [sequences]
+  counts = rows_before(data, sequences) if data.sources else [sequences]
   totals = [(len(stream) - 1) // data.seq_len for stream in streams]
   parts = zip(names, counts, totals, strict=True)
   return {name: float(count / total) for name, count, total in parts}

@@ -46,7 +46,7 @@ def test_shares_of_blocks_are_exact(weights, seed, block):
   rows = np.arange(block * 1024, (block + 1) * 1024)
   source, number = mixture.places(data, rows)
   counts = np.bincount(source, minlength=len(weights))
-  before, after = (mixture.given(data, rows[0] + n) for n in (0, 1024))
+  before, after = (mixture.rows_before(data, rows[0] + n) for n in (0, 1024))
   np.testing.assert_array_equal(after - before, counts)
   assert (counts >= 0).all() and after.sum() == rows[-1] + 1
   for s, count in enumerate(before):  # its rows come one after the other
@@ -81,7 +81,7 @@ def test_phases_change_the_shares_and_no_row_comes_twice():
   np.testing.assert_array_equal(counts, [0, 512, 1536])
   for rows in (0, 1, 699, 700, 701, 2899, 2900, 5000):
     np.testing.assert_array_equal(
-      mixture.given(data, rows), np.bincount(source[:rows], minlength=3)
+      mixture.rows_before(data, rows), np.bincount(source[:rows], minlength=3)
     )
 
 
@@ -117,7 +117,7 @@ def test_each_epoch_of_a_source_has_each_of_its_rows_once(streams):
   seen = np.concatenate([batch.tokens[0, :, 0] for batch in rows])
   for s, stream in enumerate(streams):
     own, total = seen[seen % 4 == s] // 4, len(stream) // 8
-    assert len(own) == mixture.given(data, 360)[s]
+    assert len(own) == mixture.rows_before(data, 360)[s]
     for first in range(0, len(own), total):
       epoch = own[first : first + total]
       assert len(set(epoch)) == len(epoch)
@@ -125,7 +125,7 @@ def test_each_epoch_of_a_source_has_each_of_its_rows_once(streams):
   epochs = mixture.epochs(data, streams, 360)
   lengths = dict(a=50, b=90, c=40)
   assert epochs == {
-    name: mixture.given(data, 360)[s] / lengths[name]
+    name: mixture.rows_before(data, 360)[s] / lengths[name]
     for s, name in enumerate('abc')
   }
 

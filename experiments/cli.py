@@ -81,6 +81,7 @@ def check_paths(config: Config) -> Config:
   for name, place in (
     ('data.source', config.data.source),
     *(('data.sources', place) for place, *_ in config.data.sources),
+    *(('data.validation', place) for place, *_ in config.data.validation),
   ):
     if not remote.is_remote(place):
       path(name, place)

@@ -93,6 +93,9 @@ def run(
     for fact, value in corpus.table(text):
       print(f'  {fact:26} {value}')
     print(f'In {cache / text.fingerprint}, {time.monotonic() - began:.1f} s.')
+  for name, one in mixture.validations(data).items() if texts else ():
+    text = corpus.prepare(one, words, cache, processes=count)
+    print(f'{name}, for validation: {len(mixture.whole(text, one)):,} tokens')
   if texts:
     sequences, _ = batches.span(data, config.run.steps)
     for name, times in mixture.epochs(data, texts, sequences).items():

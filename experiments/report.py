@@ -40,6 +40,7 @@ def write(folder: pathlib.Path) -> pathlib.Path | None:
   parts = [
     *(f'<p>{html.escape(line)}</p>' for line in lines),
     *(_reinforced(run) if run.is_rl else _trained(run)),
+    *_texts(run.starts),
     *_incidents(folder / 'incidents.jsonl'),
     *_experts(run.steps, history.loads(folder), run.config['model']),
     *_fp8(run.fp8),
@@ -85,6 +86,23 @@ def _reinforced(run: history.History) -> list[str]:
     '<h2>Updates</h2>',
     updates,
   ]
+
+
+def _texts(starts: list[dict]) -> list[str]:
+  """Returns a table of the texts of the last start; older runs have none."""
+  columns, cells = [], []
+  try:
+    for text in starts[-1].get('texts', []) if starts else []:
+      row = dict(text['table']) | {'epochs': f'{text["epochs"]:.3g}'}
+      cells.append([str(text['source'] or '-'), *map(str, row.values())])
+      columns = ['source', *map(str, row)]
+  except (TypeError, ValueError, KeyError):
+    return []  # edited by hand
+  if not cells or any(len(row) != len(columns) for row in cells):
+    return []
+  cells = [list(map(html.escape, row)) for row in cells]
+  columns = list(map(html.escape, columns))
+  return ['<h2>Texts</h2>', page.table(columns, cells)]
 
 
 def _incidents(path: pathlib.Path) -> list[str]:
@@ -183,6 +201,10 @@ def _learning(steps, evals) -> str:
     level = evals[-1].get('gzip_bits_per_byte')
     if level is not None:
       plot.axhline(level, color=page.COLOURS[1], ls='--', label='gzip -9')
+    for name in _sets(evals[-1]):
+      points = [(row['step'], row[name]) for row in evals if name in _sets(row)]
+      label = name.partition('/')[2]
+      plot.plot(*zip(*points, strict=True), '.-', label=label, lw=0.8)
     plot.set_ylim(0, None)
     page.legend(plot)
   plot.set(title='Held-out text', xlabel='step', ylabel='bits per byte')
@@ -194,6 +216,13 @@ def _learning(steps, evals) -> str:
     plot.set(title=unit.capitalize(), xlabel='step', ylabel=unit)
   axes[1, 1].set_yscale('log')
   return _over_steps(figure, axes)
+
+
+def _sets(row: dict) -> list[str]:
+  """Returns the names of single sets' numbers in the row of an evaluation."""
+  is_number = lambda value: type(value) in (int, float)
+  prefix = 'bits_per_byte/'
+  return [n for n in row if n.startswith(prefix) and is_number(row[n])]
 
 
 def _over_steps(figure, axes) -> str:

@@ -27,7 +27,7 @@ from . import run_tokenizer
 # for its content, which has a digest of its own in each checkpoint.
 _HARMLESS = ('config.run.', 'config.mesh.', 'config.model.compute.')
 _HARMLESS += ('config.model.release.',)
-_HARMLESS += ('config.data.max_epochs',)
+_HARMLESS += ('config.data.max_epochs', 'config.data.validation')
 _PATHS = ('config.data.source:', 'config.data.tokenizer:')
 
 _V3 = dataclasses.replace(Config(), model=ModelConfig(bos_id=0, eos_id=1))

@@ -27,13 +27,15 @@ class DataConfig(Checked):
   `sources` are (path, weight, name) in the place of `source`: rows come from
   them by weight (`data.mixture`). `phases` are (tokens, weights): from so many
   tokens of the run on, the sources have these weights. No source is read more
-  than `max_epochs` times (0: any).
+  than `max_epochs` times (0: any). `validation` are (path, name) of texts that
+  are evaluated, too.
   """
 
   source: str = 'stdlib'
   sources: tuple = ()
   phases: tuple = ()
   max_epochs: float = 0.0
+  validation: tuple = ()
   tokenizer: str = 'byte'
   packing: Literal['joined', 'separate'] = 'joined'
   seq_len: int = 4096
@@ -72,11 +74,15 @@ class DataConfig(Checked):
     alone = self.source == 'stdlib' or not self.sources
     self._require('source', alone, 'has sources in its place; leave it out')
     names = [row[-1] for row in self.sources if is_row(row, str, float, str)]
+    names += [row[-1] for row in self.validation if is_row(row, str, str)]
+    count = len(self.sources) + len(self.validation)
     self._require(
       'sources',
-      len(names) == len({*names}) == len(self.sources) <= 32
+      len(names) == len({*names}) == count
+      and len(self.sources) <= 32
       and all(re.fullmatch(r'[\w-]+', name) for name in names),
-      'must be up to 32 (path, weight, name), the names different words',
+      f'must be up to 32 (path, weight, name), validation={self.validation!r} '
+      '(path, name), and all names different words',
     )
     before = 0.0
     for row in [(0, tuple(row[1] for row in self.sources)), *self.phases]:

@@ -22,6 +22,8 @@ import numpy as np
 from mla_moe.config import Config, ConfigError, DataConfig
 from mla_moe.data import batches
 
+from . import corpus, shards
+
 BLOCK = 1024
 # Of S sources the heaviest gives BLOCK / S - S + 1 rows of a block or more: of
 # at most 32 (`DataConfig`), one or more.
@@ -29,10 +31,33 @@ BLOCK = 1024
 
 def singles(data: DataConfig) -> dict[str, DataConfig]:
   """Returns the config of each source alone; the name of an only one is ''."""
-  one = lambda path: dataclasses.replace(
-    data, source=path, sources=(), phases=()
-  )
+  alone = dataclasses.replace(data, sources=(), phases=(), validation=())
+  one = lambda path: dataclasses.replace(alone, source=path)
   return {name: one(path) for path, _, name in data.sources} or {'': data}
+
+
+def validations(data: DataConfig) -> dict[str, DataConfig]:
+  """Returns the config of each validation set, of which both parts are used."""
+  alone = dataclasses.replace(data, sources=(), phases=(), validation=())
+  one = lambda path: dataclasses.replace(
+    alone, source=path, fim_rate=0.0, heldout=0.5
+  )
+  return {name: one(path) for path, name in data.validation}
+
+
+def whole(text: corpus.Corpus, data: DataConfig) -> shards.Tokens:
+  """Returns all tokens of a validation set.
+
+  Raises:
+    ConfigError: fewer than a row.
+  """
+  tokens = shards.Tokens([text.train, text.heldout], text.train.dtype)
+  if len(tokens) <= data.seq_len:
+    raise ConfigError(
+      f'data.validation={data.source!r}: {len(tokens)} tokens, but a row needs '
+      f'{data.seq_len + 1}; give more text, or lower data.seq_len'
+    )
+  return tokens
 
 
 def batch_at(

@@ -157,7 +157,8 @@ def _files(
     'config.data.source': '' if data.source == 'stdlib' else data.source,
     'config.data.tokenizer': '' if data.tokenizer == 'byte' else data.tokenizer,
   }
-  paths |= {f'config.data.sources {x[2]}': x[0] for x in data.sources}
+  texts = *data.sources, *data.validation
+  paths |= {f'config.data.sources {name}': path for path, *_, name in texts}
   for word in job.arguments:
     flag, _, value = word.lstrip('-').partition('=')
     if not flag.startswith('config') and os.path.exists(value):

@@ -73,7 +73,7 @@ class Recorder:
     self._logs = self._fingerprints = None
     self.bits_per_byte: dict[int, float] = {}
     self.rewind(start)
-    starts.record(folder, start)
+    starts.record(folder, start, setup.source.table)
 
   def rewind(self, step: int) -> None:
     """Drops the rows after `step`; `final` is read from those before."""

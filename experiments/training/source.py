@@ -24,7 +24,7 @@ from mla_moe.data import batches
 from mla_moe.decode import generation
 
 from .. import distributed
-from ..data import corpus, mixture, tokenizer
+from ..data import corpus, mixture, shards, tokenizer
 from . import steps
 
 _TEMPERATURE = 0.7  # of the samples
@@ -39,6 +39,7 @@ class Source(abc.ABC):
     heldout: micro-batches for evaluation.
     prompt: text whose beginning a sample continues.
     gzip_bits_per_byte: of the held-out text, or None.
+    table: numbers of the run's texts, for people.
     writes: whether the source may write to the run's folder: a replay may not.
   """
 
@@ -46,6 +47,7 @@ class Source(abc.ABC):
   heldout: list[batches.Batch]
   prompt: str
   gzip_bits_per_byte: float | None = None
+  table: Sequence[dict] = ()
   writes: bool = True
 
   @abc.abstractmethod
@@ -130,7 +132,12 @@ class Text(Source):
   The held-out number of several is the mean of theirs.
   """
 
-  def __init__(self, texts: Sequence[corpus.Corpus], config: Config):
+  def __init__(
+    self,
+    texts: Sequence[corpus.Corpus],
+    validation: dict[str, shards.Tokens],
+    config: Config,
+  ):
     mean = lambda values: math.fsum(values) / len(texts)
     data, count = config.data, config.run.eval_batches
     self._data, self._left_out, self._bos = data, 0, texts[0].bos_id
@@ -138,10 +145,19 @@ class Text(Source):
     self.fingerprint = _JOINT.join(text.fingerprint for text in texts)
     self.prompt = texts[0].prompt
     self.gzip_bits_per_byte = mean(text.gzip_bits_per_byte for text in texts)
-    of = lambda x: batches.eval_batches(x.heldout, data, x.bos_id, count)
     names = [name for *_, name in data.sources] or ['']
-    self._sets = dict(zip(names, map(of, texts), strict=True))
-    self.heldout = self._sets[names[0]]
+    parts = dict(zip(names, (text.heldout for text in texts), strict=True))
+    self._sets = {
+      name: batches.eval_batches(tokens, data, self._bos, count)
+      for name, tokens in (parts | validation).items()
+    }
+    self._names, self.heldout = names, self._sets[names[0]]
+    sequences, _ = batches.span(data, config.run.steps)
+    epochs = mixture.epochs(data, self._streams, sequences)
+    self.table = [
+      dict(source=name, epochs=epochs[name], table=corpus.table(text))
+      for name, text in zip(names, texts, strict=True)
+    ]
 
   def batch(self, setup, number: int, state: Any, left_out: int):
     self._left_out = left_out
@@ -162,9 +178,10 @@ class Text(Source):
     if list(self._sets) == ['']:
       return super().evaluate(setup, number, state)
     bits = {name: _bits(setup, state, x) for name, x in self._sets.items()}
-    own = [bits[name] for *_, name in self._data.sources]
+    own = [bits[name] for name in self._names]
     row = {'bits_per_byte': math.fsum(own) / len(own)}
     row['gzip_bits_per_byte'] = self.gzip_bits_per_byte
+    bits.pop('', None)  # an only source is the mean
     row |= {f'bits_per_byte/{name}': value for name, value in bits.items()}
     each = ', '.join(f'{name} {value:.3f}' for name, value in bits.items())
     mean = row['bits_per_byte']
@@ -204,7 +221,11 @@ def open_text(
     # A batch has rows of several sources.
     corpus.check(texts[-1], data, rows=int(len(singles) > 1))
   mixture.check(config, [text.train for text in texts])
-  return Text(texts, config)
+  validation = {}
+  for name, data in mixture.validations(config.data).items():
+    text = _opened(data, words, cache, '')
+    validation[name] = mixture.whole(text, data)
+  return Text(texts, validation, config)
 
 
 def _opened(

@@ -9,6 +9,7 @@ import datetime
 import importlib.metadata
 import pathlib
 import platform
+from collections.abc import Sequence
 
 import jax
 
@@ -17,8 +18,11 @@ from .. import doctor, workdir
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax')
 
 
-def record(folder: pathlib.Path, step: int) -> None:
-  """Adds the row of a start from `step`; the date is UTC."""
+def record(folder: pathlib.Path, step: int, texts: Sequence[dict] = ()) -> None:
+  """Adds the row of a start from `step`; the date is UTC.
+
+  `texts` are numbers of the run's texts.
+  """
   now = datetime.datetime.now(datetime.UTC)
   row = {
     'step': step,
@@ -29,6 +33,7 @@ def record(folder: pathlib.Path, step: int) -> None:
     'device': jax.devices()[0].device_kind,
     'devices': jax.device_count(),
     'processes': jax.process_count(),
+    **({'texts': list(texts)} if texts else {}),
   }
   rows = workdir.Rows(folder / 'starts.jsonl')
   rows.append(row)

@@ -3,14 +3,16 @@
 import dataclasses
 import fractions
 import itertools
+import types
 
 import hypothesis
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from texts import BOS, prepared, small, write_folder
+from texts import BOS, BYTE, prepared, small, write_folder
 
 from experiments.data import mixture
+from experiments.training import source
 from mla_moe.config import Config, ConfigError, RunConfig, freeze
 from mla_moe.data import batches
 
@@ -166,6 +168,8 @@ BAD = [
     'tokens of phases rise',
   ),
   (dict(max_epochs=-1.0), 'negative'),
+  (dict(sources=AB, validation=(('c', 'a'),)), 'all names different'),
+  (dict(validation=(('c', 'a', 'b'),)), 'path, name'),
 ]
 
 
@@ -195,3 +199,58 @@ def test_a_small_source_has_at_least_a_row(tmp_path):
   with pytest.raises(ConfigError, match='training tokens, but a batch needs'):
     corpus.check(text, long)
   corpus.check(text, long, rows=1)
+
+
+def test_sources_and_validation_sets_are_evaluated_by_name(tmp_path):
+  """Against each set's own batches, with a loss that tells tokens apart."""
+  for name in 'ab':
+    write_folder(tmp_path / name, 30 + (name == 'b'))
+  (tmp_path / 'all.txt').write_text('xyz\n' * 90)
+  data = small(
+    sources=tuple((str(tmp_path / n), 1.0, n) for n in 'ab'),
+    validation=((str(tmp_path / 'all.txt'), 'all'),),
+  )
+  config = Config(data=data, run=RunConfig(steps=3, eval_batches=2))
+  opened = source.open_text(config, BYTE, tmp_path / 'run')
+  setup = types.SimpleNamespace(
+    evaluate=lambda _, b: {'nll': b.targets[b.targets >= 0].sum() * np.log(2)},
+    place=lambda batch: batch,
+    byte_lengths=np.ones(BYTE.vocab, np.int64),
+  )
+  row, line = opened.evaluate(setup, 1, None)
+  right = {}
+  for name, one in (mixture.singles(data) | mixture.validations(data)).items():
+    text = prepared(one, tmp_path / '.corpus')
+    stream = text.heldout
+    if name == 'all':
+      stream = np.concatenate([text.train[:], text.heldout[:]])
+      assert len(stream) > 4 * len(text.heldout) / 3 > 0
+    parts = batches.eval_batches(stream, data, BOS, 2)
+    ids = np.concatenate([b.targets[b.targets >= 0] for b in parts])
+    right[f'bits_per_byte/{name}'] = ids.mean()
+  assert {n: row[n] for n in right} == pytest.approx(right)
+  own = [right[f'bits_per_byte/{name}'] for name in 'ab']
+  assert row['bits_per_byte'] == pytest.approx(np.mean(own))
+  assert 'a ' in line and 'all ' in line
+  assert [x['source'] for x in opened.table] == ['a', 'b']
+  alone = dataclasses.replace(data, sources=(), source=str(tmp_path / 'a'))
+  opened = source.open_text(
+    dataclasses.replace(config, data=alone), BYTE, tmp_path / 'run'
+  )
+  row, _ = opened.evaluate(setup, 1, None)
+  assert row['bits_per_byte'] == pytest.approx(right['bits_per_byte/a'])
+  assert set(row) == {
+    'bits_per_byte',
+    'bits_per_byte/all',
+    'gzip_bits_per_byte',
+  }
+
+
+def test_a_validation_set_has_a_row(tmp_path):
+  path = tmp_path / 'short.txt'
+  path.write_text('abc')
+  data = small(validation=((str(path), 'short'),))
+  (one,) = mixture.validations(data).values()
+  text = prepared(one, tmp_path / 'cache')
+  with pytest.raises(ConfigError, match='data.validation=.* a row needs 9'):
+    mixture.whole(text, one)

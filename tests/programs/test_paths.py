@@ -82,10 +82,12 @@ def test_a_path_of_a_config_is_none_of_another_machine(url, tmp_path):
   """On the command line, and for a run in code before its folder is made."""
   rows = {
     'data.sources': f'(("{url}",1.0,"a"),)',
+    'data.validation': f'(("{url}","a"),)',
     'rl.teachers': f'(("{url}",1.0),)',
   }
-  keys = ('data.source', 'data.sources', 'data.tokenizer', 'rl.task')
-  for key in (*keys, 'rl.teachers')[2 * remote.is_remote(url) :]:
+  keys = ('data.source', 'data.sources', 'data.validation')
+  keys += ('data.tokenizer', 'rl.task', 'rl.teachers')
+  for key in keys[3 * remote.is_remote(url) :]:
     value = rows.get(key, url)
     flag = f'--config.{key}={value}'
     with pytest.raises(ConfigError, match=f'{key}={url!r}: .* not supported'):
@@ -111,7 +113,7 @@ def test_each_path_of_a_config_is_known():
   }
   no_paths = {'rl.rewards', 'data.phases'}
   paths = {'data.source', 'data.tokenizer', 'rl.task', 'rl.teachers'}
-  paths |= {'data.sources'}
+  paths |= {'data.sources', 'data.validation'}
   assert fields == paths | no_paths
 
 

@@ -38,8 +38,11 @@ def test_sources_of_a_mixture_are_prepared_one_by_one(call, tmp_path):
     rows.append((str(path), 1.0, name))
   words = ['--config=tiny:smoke', f'--workdir={tmp_path}/run', '--processes=1']
   words += [f'--config.data.sources={tuple(rows)}', '--config.run.steps=9']
+  (tmp_path / 'new.txt').write_text('a new line\n' * 30)
+  words += [f'--config.data.validation={((str(tmp_path / "new.txt"), "new"),)}']
   code, output, error = call('prepare', *words)
-  assert (code, error) == (0, '') and len([*tmp_path.glob('.corpus/*')]) == 2
+  assert (code, error) == (0, '') and len([*tmp_path.glob('.corpus/*')]) == 3
+  assert 'new, for validation: 334 tokens\n' in output  # with four ends
   # 72 rows: 36 or so of each.
   epochs = [x for x in output.splitlines() if x.startswith('9 steps: ')]
   one, two = (float(line.split()[2]) for line in epochs)

@@ -219,7 +219,8 @@ def _stamp(files, data, tokenizer, of_content: bool = False) -> str:
 
   `of_content` leaves out the time of change, in which copies differ.
   """
-  stamp = lambda s: s.partition(':')[0] if of_content else s
+  is_cut = lambda s: of_content and '=' not in s  # a bucket's has one part
+  stamp = lambda s: s.partition(':')[0] if is_cut(s) else s
   rows = [(f.name, f.is_document, f.size, stamp(f.stamp)) for f in files]
   facts = dict(format=_FORMAT, stamps=rows)
   return _hash(facts | _options(data, tokenizer))

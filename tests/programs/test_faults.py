@@ -350,6 +350,28 @@ def test_row18_another_text_is_refused(root, tmp_path):
     train.run(config, root / 'text')
 
 
+def test_row20_damage_that_comes_later_trains_no_step(root, tmp_path):
+  """A run that goes on stops before the step; mended, it goes on."""
+  source = tmp_path / 'text'
+  source.mkdir()
+  for i in range(40):
+    (source / f'{i}.txt').write_text(f'{i} is a line of a text. ' * 9)
+  config = micro(2, source=str(source), heldout=0.3)
+  train.run(config, root / 'damaged')
+  words = tokenizer.load('byte')
+  text = corpus.prepare(config.data, words, root / '.corpus', str)
+  path = root / '.corpus' / text.fingerprint / '00000.train'
+  content = path.read_bytes()
+  path.write_bytes(content[:-1] + b'\x02')
+  before = rows(root / 'damaged')
+  config = micro(3, source=str(source), heldout=0.3)
+  with pytest.raises(ConfigError, match='00000.train: MiB 0 is damaged'):
+    train.run(config, root / 'damaged')
+  assert rows(root / 'damaged') == before
+  path.write_bytes(content)
+  assert train.run(config, root / 'damaged')['step'] == 3
+
+
 def test_row24_bad_steps_in_a_row_stop_the_run_with_its_last_good_state(
   root, fault
 ):

@@ -9,6 +9,7 @@ import shutil
 import sys
 import tempfile
 
+gc.disable()  # until all is imported, of which little is garbage
 _FLAGS = [os.environ.get('XLA_FLAGS', '')]
 _FLAGS += ['--xla_force_host_platform_device_count=8']
 # Where little is to be optimized, this emitter compiles in 0.6 of the time, and
@@ -80,6 +81,7 @@ def pytest_collection_finish():
   """
   gc.collect()
   gc.freeze()
+  gc.enable()
   gc.set_threshold(20_000, 20, 20)
 
 

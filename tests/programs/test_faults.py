@@ -39,7 +39,7 @@ from mla_moe.checkpoint import folders, store
 from mla_moe.config import Config, MeshConfig, freeze
 from mla_moe.data import batches
 from mla_moe.train import optim, step
-from mla_moe.train.state import init_state
+from mla_moe.train.state import empty_window, init_state
 
 ROOT = pathlib.Path(__file__).parents[2]
 MICRO = freeze(tiny.get_config('micro'))
@@ -149,7 +149,9 @@ def stepped(config, *inputs):
 
 
 def fresh(config):
-  return init_state(jax.random.key(0), program_of.of_devices(config))
+  """MICRO's state, which is compiled once, with the window of `config`."""
+  state = init_state(jax.random.key(0), program_of.of_devices(MICRO))
+  return state.replace(loss_window=empty_window(config.optim))
 
 
 def batch(number=0):

@@ -491,10 +491,11 @@ def test_answers_drawn_in_parts_are_the_same(whole):
   prompts = [np.array([256, *range(n)], np.int32) for n in (3, 4, 3, 4)]
   seeds = rollouts.seeds(0, 0, 16)
   one, two = (
-    rollouts.draw(config.model, config.rl, variables, prompts, seeds)
-    for config in (small(), small(rows=8))
+    engine.drawing(config)(variables, prompts, seeds)
+    for config in (small(), small(rows=8))  # the first is the run's program
   )
   chex.assert_trees_all_equal(one.tokens, two.tokens)
+  chex.assert_trees_all_equal(one.routes, two.routes)
   chex.assert_trees_all_close(one.log_probs, two.log_probs, atol=1e-5)
 
 

@@ -406,26 +406,9 @@ def walk(server, draws, steps):
   [('v2_lite', 0), pytest.param('v3_release', 1, marks=pytest.mark.slow)],
 )
 def test_a_random_walk_loses_no_page_and_changes_no_token(case, drafts):
-  config, weights, _ = golden(case)
   server = make(case=case, speculative=bool(drafts))
   done = walk(server, np.random.default_rng(0), 250)
   assert len(done) > 20
-  done = done[:64]
-  prompts = np.zeros((64, 64), np.int32)  # one program of rollout for all
-  lengths, seeds, temperatures = np.ones((3, 64), np.int32)
-  for i, (ids, seed, knobs, _) in enumerate(done):
-    prompts[i, : len(ids)] = ids
-    lengths[i], seeds[i] = len(ids), seed
-    temperatures[i] = knobs['temperature']
-  out = rollout(
-    config,
-    weights,
-    prompts,
-    30,
-    lengths=lengths,
-    seed=seeds,
-    temperature=temperatures,
-    speculative=bool(drafts),
-  )
-  for (*_, tokens), expected in zip(done, out.tokens, strict=False):
-    assert tokens == expected[: len(tokens)].tolist()
+  for ids, seed, knobs, tokens in done:
+    out = alone(ids, 30, case, seed=seed, speculative=bool(drafts), **knobs)
+    assert tokens == out[: len(tokens)]

@@ -152,8 +152,8 @@ def reinforced(model):
 def annealed(config):
   """Returns the config with a learning rate that ends at 0.
 
-  Half of countdown's groups have no spread, and a constant rate follows the
-  noise of the others: greedy answers then differ by 6 points in 25 steps.
+  Two of five groups have no spread at the end of countdown, and a constant rate
+  follows the noise of the others: pass@1 moves by 6 points in 25 steps.
   """
   half = float(STEPS * 512 * 10)
   phases = (('constant', half, 1.0), ('linear', half, 0.0))

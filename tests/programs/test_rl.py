@@ -820,3 +820,21 @@ def test_a_model_learns_to_sort(seed, tmp_path, monkeypatch):
   assert len(chosen) == counts['rows'] >= 32
   for row in chosen:
     assert row['completion'] == ''.join(sorted(row['prompt'][:-1]))
+
+
+@pytest.mark.by_hand
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize('seed', [0, 1, 2])
+def test_a_model_learns_countdown(seed, tmp_path, monkeypatch):
+  """The worst of three seeds: a tenth more of the questions."""
+  monkeypatch.undo()
+  numbers = r1_program.run(tmp_path, 'countdown3', seed, 600, 200, 'anneal')
+  assert numbers['greedy'] >= numbers['greedy_first'] + 0.10, numbers
+
+
+def test_a_variant_with_teachers_is_another_program_s(tmp_path):
+  with pytest.raises(ConfigError, match='--variant=distil: has teachers'):
+    r1_program.run(tmp_path / 'one', 'sort4', 0, 1, 1, 'distil')
+  with pytest.raises(ConfigError, match="variant 'zeros'"):
+    r1_program.run(tmp_path / 'one', 'sort4', 0, 1, 1, 'zeros')
+  assert not any(tmp_path.iterdir())

@@ -28,7 +28,7 @@ class DataConfig(Checked):
   them by weight (`data.mixture`). `phases` are (tokens, weights): from so many
   tokens of the run on, the sources have these weights. No source is read more
   than `max_epochs` times (0: any). `validation` are (path, name) of texts that
-  are evaluated, too.
+  are evaluated, too. `dtype` is that of the ids in a raw .bin.
   """
 
   source: str = 'stdlib'
@@ -36,6 +36,7 @@ class DataConfig(Checked):
   phases: tuple = ()
   max_epochs: float = 0.0
   validation: tuple = ()
+  dtype: Literal['uint16', 'uint32'] = 'uint16'
   tokenizer: str = 'byte'
   packing: Literal['joined', 'separate'] = 'joined'
   seq_len: int = 4096

@@ -29,9 +29,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mla_moe.config import ConfigError, DataConfig
+from mla_moe.files import read_json
 
 from .. import commands, workdir
-from . import documents, encodings, shards, sources, units, workers
+from . import documents, encodings, shards, sources, token_files, units, workers
 from .shards import Tokens
 from .tokenizer import Tokenizer
 
@@ -87,6 +88,10 @@ def prepare(
   """
   _check_ends(data, tokenizer)
   cache = pathlib.Path(cache)
+  if paths := token_files.files(data.source):
+    return _of_ids(paths, data, tokenizer, cache, say, known)
+  if (pathlib.Path(data.source) / 'corpus.json').exists():
+    return _of_shards(pathlib.Path(data.source), data, tokenizer)
   is_here = bool(known) and (cache / known / 'corpus.json').exists()
   try:
     files, left_out = sources.listed(data.source, data.heldout)
@@ -120,6 +125,51 @@ def prepare(
     _make(folder, files, data, tokenizer, say, processes)
   _remember(folder, stamp, files)
   return opened(folder, tokenizer)
+
+
+def _of_ids(
+  paths: list[str],
+  data: DataConfig,
+  tokenizer: Tokenizer,
+  cache: pathlib.Path,
+  say: Callable[[str], None],
+  known: str,
+) -> Corpus:
+  """Returns the corpus of files of ids; its text is not known.
+
+  Raises:
+    ConfigError: as `token_files.opened`, or other ids than the run's.
+  """
+  train, heldout, facts = token_files.opened(paths, data, tokenizer, cache, say)
+  if known not in ('', facts['fingerprint']):
+    raise ConfigError(
+      f'data.source={data.source!r}: the ids have changed since the run began; '
+      'restore them, or start anew in another --workdir'
+    )
+  names = ('heldout_bytes', 'gzip_bits_per_byte', 'prompt', 'fingerprint')
+  rest = {name: facts[name] for name in names}
+  return Corpus(train, heldout, bos_id=tokenizer.bos_id, facts={}, **rest)
+
+
+def _of_shards(
+  folder: pathlib.Path, data: DataConfig, tokenizer: Tokenizer
+) -> Corpus:
+  """Returns the corpus in a folder of shards that `prepare` has made elsewhere.
+
+  Raises:
+    ConfigError: it is damaged, or of another tokenizer.
+  """
+  text = opened(folder, tokenizer)
+  values = read_json(folder / 'corpus.json')
+  ours = tokenizer.fingerprint
+  largest = values.get('largest', 0)
+  if values.get('tokenizer', ours) != ours or largest >= tokenizer.vocab:
+    raise ConfigError(
+      f'data.source={str(folder)!r}: its shards are of another tokenizer than '
+      f'data.tokenizer={data.tokenizer!r}, which has {tokenizer.vocab} ids; '
+      f'their largest is {largest}'
+    )
+  return text
 
 
 def prepare_share(
@@ -372,6 +422,7 @@ def _merge(job: units.Job, count: int) -> Iterator[str]:
     block=shards.BLOCK,
     lengths=lengths,
     largest=max(one['largest'] for one in facts),
+    tokenizer=job.tokenizer.fingerprint,
     **{name: total(name) for name in _FACTS},
     heldout_bytes=total('heldout_bytes'),
     prompt=first('prompt'),

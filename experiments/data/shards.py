@@ -41,6 +41,7 @@ class Shard:
     length: its number of ids.
     block: bytes per checksum.
     checksums: reads the CRC-32 of every block, when the first is read.
+    offset: the byte of the first id; the ids may then end before the file.
 
   Raises:
     ConfigError: the file is missing, or has another length.
@@ -53,12 +54,14 @@ class Shard:
     length: int,
     block: int,
     checksums: Callable[[], list[int]],
+    offset: int = 0,
   ):
     self._path, self._dtype, self._length = path, np.dtype(dtype), length
     self._block, self._checksums = block, checksums
     self._ids: np.ndarray | None = None
     self._checked = bytearray()
-    size = path.stat().st_size if path.is_file() else -1
+    self._offset = offset
+    size = path.stat().st_size - offset if path.is_file() else -1
     if size != length * self._dtype.itemsize:
       state = 'is missing' if size < 0 else f'has {size} bytes'
       raise ConfigError(
@@ -99,8 +102,8 @@ class Shard:
       ) from None
     mapped.madvise(mmap.MADV_RANDOM)
     self._expected = self._checksums()
-    self._checked = bytearray(-(-len(mapped) // self._block))
-    self._ids = np.frombuffer(mapped, self._dtype)
+    self._ids = np.frombuffer(mapped, self._dtype, -1, self._offset)
+    self._checked = bytearray(-(-self._ids.nbytes // self._block))
 
   def _check(self, number: int) -> None:
     place = number * self._block

@@ -170,11 +170,11 @@ def _files(
 
 def _absent_here(name: str, path: str, _) -> str:
   """Returns the fault of a path on files that all machines share, or ''."""
-  from ..data import remote, sources
+  from ..data import remote, sources, token_files
 
   if remote.is_remote(path):
     return ''  # each machine reads it by itself
-  if name.startswith('config.data.source'):
+  if name.startswith('config.data.source') and not token_files.files(path):
     try:
       sources.listed(path)
     except ConfigError as error:

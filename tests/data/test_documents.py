@@ -104,7 +104,7 @@ def fails(config, tmp_path):
 
 
 def test_missing_empty_and_unknown_sources_are_named(tmp_path):
-  empty, odd = tmp_path / 'empty.txt', tmp_path / 'odd.bin'
+  empty, odd = tmp_path / 'empty.txt', tmp_path / 'odd.dat'
   empty.write_bytes(b'')
   odd.write_bytes(b'x')
   (tmp_path / 'none').mkdir()
@@ -115,7 +115,7 @@ def test_missing_empty_and_unknown_sources_are_named(tmp_path):
     ('nowhere', 'no such file'),
     ('nowhere/*.txt', 'holds no file'),
     ('empty.txt', 'is empty'),
-    ('odd.bin', 'must end in'),
+    ('odd.dat', 'must end in'),
     ('none', 'holds no file'),
     ('blank', 'holds no text'),
   ):

@@ -45,6 +45,9 @@ _SYNC_SECONDS = 60
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 DISK |= {errno.ESTALE, errno.ENODEV}
 
+# The answers of a file system without locks: some network mounts.
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
+
 # The forms of services' keys. A config is saved, and may be shared.
 _SECRETS = re.compile(
   r'hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}'
@@ -93,7 +96,8 @@ def lock(
   that argument, a run begins with its first row or checkpoint.
 
   Raises:
-    ConfigError: the folder is a file, cannot be written, or is locked.
+    ConfigError: the folder is a file, cannot be written or locked, or is
+      locked.
   """
   import fcntl  # Windows has none: `cli` says so
 
@@ -110,7 +114,13 @@ def lock(
   with file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
+      if error.errno in _NO_LOCKS:
+        raise ConfigError(
+          f'workdir={str(path)!r}: its file system has no locks '
+          f'({error.strerror}): nothing would keep a second run out; name a '
+          'folder on another'
+        ) from None
       file.seek(0)
       raise ConfigError(
         f'workdir={str(path)!r}: process {file.read().strip() or "?"} is '

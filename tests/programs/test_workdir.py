@@ -2,8 +2,11 @@
 
 import collections
 import contextlib
+import errno
+import fcntl
 import json
 import math
+import os
 import shutil
 
 import numpy as np
@@ -380,3 +383,23 @@ def test_row46_a_random_walk_of_two_processes_loses_no_step(
   for process in both:
     if process.stack:
       process.end()
+
+
+@pytest.mark.parametrize(
+  'code', ['ENOSYS', 'ENOLCK', 'EOPNOTSUPP', 'EWOULDBLOCK']
+)
+def test_row32_a_file_system_without_locks_is_no_other_process(
+  tmp_path, monkeypatch, code
+):
+  def refused(*_):
+    number = getattr(errno, code)
+    raise OSError(number, os.strerror(number))
+
+  monkeypatch.setattr(fcntl, 'flock', refused)
+  right = 'has no locks' if code != 'EWOULDBLOCK' else 'is writing to it'
+  with (
+    pytest.raises(ConfigError, match=right) as error,
+    workdir.lock(tmp_path / 'run'),
+  ):
+    pass
+  assert '\n' not in str(error.value)

@@ -115,18 +115,8 @@ def rollout(
     ConfigError: input that cannot be continued.
     FloatingPointError: logits that are not finite; names the step.
   """
-  prompts, job = _prepare(
-    config,
-    prompt,
-    max_new_tokens,
-    lengths,
-    speculative,
-    stop_ids,
-    cache,
-    knobs,
-    samples,
-    multiple,
-  )
+  args, sizes = (config, prompt, max_new_tokens, lengths), (samples, multiple)
+  prompts, job = _prepare(*args, speculative, stop_ids, cache, knobs, *sizes)
   if not job.output_length or not len(job.knobs.seed):
     return _nothing(len(job.knobs.seed), max_new_tokens)
   out, broken = jax.device_get(_rollout(variables, *prompts, job))
@@ -182,16 +172,10 @@ def stream(
   state = _start(weights, *prompts, job)
   before = np.zeros(len(job.knobs.seed), np.int32)
   while True:
-    tokens, counts, done, broken, passes, accepted = jax.device_get(
-      (
-        state.tokens,
-        state.counts,
-        state.done,
-        state.broken,
-        state.passes,
-        state.accepted,
-      )
-    )
+    passes, accepted, broken = state.passes, state.accepted, state.broken
+    arrays = state.tokens, state.counts, state.done, broken, passes, accepted
+    arrays = jax.device_get(arrays)
+    tokens, counts, done, broken, passes, accepted = arrays
     _check_finite(broken)
     rows = zip(tokens, before, counts, strict=True)
     pieces = [row[start:stop] for row, start, stop in rows]

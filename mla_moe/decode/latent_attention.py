@@ -27,6 +27,7 @@ does not matter. The oracle of all three is `model.mla.Attention`.
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,7 @@ ABSORBED = 128  # most new tokens a row for which the absorbed form is used
 # something, and so do the tokens of the last block that lie beyond the row.
 _SMALL = 128  # tokens
 _LARGE = 5 * 2**16  # numbers, latents and logits together: 1.25 MiB
+_ROWS = 64  # whose block of latents both products find in a CPU's caches
 _KERNEL_ROWS = 512  # heads times tokens whose queries fit in on-chip memory
 
 
@@ -192,21 +194,35 @@ def _absorbed(q, kv, up, cache, valid, scale):
   if cache.impl != 'xla' and heads * t <= _KERNEL_ROWS:
     out = _by_kernel(q, cache, rank)
     return jnp.einsum('bntc,ncu->btnu', out, v_up)
+
+  def rows(q, table, lengths, valid):
+    def block(table):
+      tokens = latent_cache.read(pages, table, q.dtype.name, rope_dim)
+      # Keys first: the cache is the long operand, and nothing is turned.
+      logits = products.dot('bsw,bqw->bsq', tokens, q)
+      # The whole width, though only the latent is needed: slicing would copy.
+      add = lambda p: products.dot('bsq,bsw->bqw', p.astype(q.dtype), tokens)
+      return logits, add
+
+    part = cache.replace(table=table, lengths=lengths)
+    positions = jnp.tile(_positions(part, t), heads)
+    return _sweep(block, part, valid, positions, width, axis=1)
+
   q = q.reshape(b, heads * t, width)
-
-  def block(table):
-    tokens = latent_cache.read(pages, table, q.dtype.name, rope_dim)
-    # Keys first: the cache is the long operand, and nothing is turned.
-    logits = products.dot('bsw,bqw->bsq', tokens, q)
-    # The whole width, though only the latent is needed: slicing would copy.
-    add = lambda p: products.dot('bsq,bsw->bqw', p.astype(q.dtype), tokens)
-    return logits, add
-
-  positions = jnp.tile(_positions(cache, t), heads)
-  out = _sweep(block, cache, valid, positions, width, axis=1)
+  out = _by_rows(rows, (q, cache.table, cache.lengths, valid))
   out = out.reshape(b, heads, t, width)[..., :rank].astype(q_nope.dtype)
   out = jnp.einsum('bntc,ncu->nbtu', out, v_up)
   return out.transpose(1, 2, 0, 3)
+
+
+def _by_rows(function, args):
+  """Returns `function(*args)`; on a CPU, of as many rows as its caches hold."""
+  few = math.gcd(len(args[0]), _ROWS)
+  if few in (len(args[0]), 1, 2, 4, 8) or sharding.target_platform() != 'cpu':
+    return function(*args)
+  cut = lambda x: x.reshape(-1, few, *x.shape[1:])
+  out = jax.lax.map(lambda part: function(*part), tuple(map(cut, args)))
+  return out.reshape(-1, *out.shape[2:])
 
 
 def _by_kernel(q, cache, rank):

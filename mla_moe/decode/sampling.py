@@ -114,7 +114,7 @@ def distribution(
   logits = jnp.where(seen, lower, logits)
   greedy = knobs.temperature[:, None] == 0
   ids = jnp.arange(logits.shape[-1])[None]
-  best = jnp.where(ids == logits.argmax(-1)[:, None], 0.0, -jnp.inf)
+  best = jnp.where(ids == _argmax(logits)[:, None], 0.0, -jnp.inf)
 
   def warm(logits):
     x = logits / jnp.where(greedy, 1.0, knobs.temperature[:, None])
@@ -153,12 +153,22 @@ def draw(
   """Returns a token of each row for `position`, int32."""
 
   def warm(x):
-    one = lambda key, x: jax.random.categorical(key, x)
-    return jax.vmap(one)(_keys(knobs, position, use), x)
+    noise = lambda key: jax.random.gumbel(key, x.shape[1:])
+    return _argmax(x + jax.vmap(noise)(_keys(knobs, position, use)))
 
-  best = lambda x: x.argmax(-1)
   greedy = jnp.all(knobs.temperature == 0)
-  return jax.lax.cond(greedy, best, warm, log_probs).astype(jnp.int32)
+  return jax.lax.cond(greedy, _argmax, warm, log_probs)
+
+
+def _argmax(x: Float[Array, 'B V']) -> Int[Array, ' B']:
+  """Returns the first column of each row's largest number; the last, of NaN.
+
+  Not by `jnp.argmax`: into that, XLA's CPU backend would fuse the random
+  numbers, and then compute them one by one.
+  """
+  ids = jnp.arange(x.shape[-1], dtype=jnp.int32)
+  largest = x == x.max(-1, keepdims=True)
+  return jnp.where(largest, ids, ids[-1]).min(-1)
 
 
 def uniform(

@@ -49,15 +49,8 @@ def grpo(
   current = jax.lax.stop_gradient(log_probs)
   old = jnp.where(micro.fresh > 0, current, place('old'))
   answers = jnp.where(inside, place('segments'), -1)
-  loss, arrays = token_loss(
-    log_probs,
-    old,
-    rollout,
-    place('reference'),
-    place('advantage'),
-    answers,
-    config.rl,
-  )
+  args = log_probs, old, rollout, place('reference'), place('advantage')
+  loss, arrays = token_loss(*args, answers, config.rl)
   mean = lambda x: jnp.where(inside, x, 0.0).sum() / whole.tokens
   k3 = lambda gap: jnp.exp(gap) - gap - 1
   gap = jnp.where(inside, old - rollout, 0.0)  # two programs, one policy

@@ -103,6 +103,21 @@ def test_long_rows_are_read_in_blocks_large_and_small(form, monkeypatch):
   chex.assert_trees_all_close(out, expected['logits'], atol=2e-4)
 
 
+def test_many_rows_are_read_a_few_at_a_time(monkeypatch):
+  from mla_moe.decode import latent_attention
+
+  monkeypatch.setattr(latent_attention, '_ROWS', 16)
+  config, _, weights, expected = golden('v2_lite')
+  tokens = np.tile(expected['tokens'][:, :8], (24, 1))
+  cache, _ = forward.split(scrambled(empty(config, 48, 8)), config)
+  run = jax.jit(functools.partial(forward.hidden, config=config))
+  x, _ = run(weights, cache, tokens)
+  logits = np.tile(expected['logits'][:, :8], (24, 1, 1))
+  chex.assert_trees_all_close(forward.logits(weights, x), logits, atol=2e-4)
+  sizes = lambda x: jnp.full(len(x), len(x))
+  assert (latent_attention._by_rows(sizes, (jnp.ones(48),)) == 16).all()
+
+
 def test_ragged_rows_equal_single_ones():
   config, _, weights, expected = golden('v3_release')
   tokens, valid = expected['tokens'][:, :40], np.array([40, 23], np.int32)

@@ -39,12 +39,12 @@ def inputs(t, batch=2, heads=3, dtype=jnp.float32):
 @pytest.mark.parametrize(
   't, heads',
   [
-    *((1, 3), (256, 3), (515, 4)),
+    *((1, 3), (256, 3), (515, 4), (130, 16)),
     pytest.param(7, 3, marks=pytest.mark.slow),
   ],
 )
 def test_blocks_equal_the_oracle(t, heads, packed):
-  """The last one is padded, and wide enough to be cut into parts."""
+  """The last two are padded; the third is wide enough to be cut into parts."""
   args, g, segments = inputs(t, heads=heads)
   assert flash._chunks(args[0]) == (4 if heads == 4 else 1)
   segments = (segments, segments) if packed else None

@@ -20,7 +20,7 @@ from .tokenizer import BPETokenizer, Tokenizer
 
 Encode = Callable[[list[str]], list[np.ndarray]]
 
-_FIRST_BYTES = 1 << 20  # of the first comparison of a process
+_FIRST_BYTES = 1 << 18  # of the first comparison of a process
 _LATER_BYTES = 1 << 14  # of those of later units
 _ESCAPES = {'r': '\r', 'n': '\n', "'": "'"}
 

@@ -216,24 +216,28 @@ def read(
     with np.errstate(over='ignore'):  # 3.4e38 is infinity in bfloat16
       out = raw.astype(dtype)
   else:
-    scale = _scales(stored, tensor)
-    if raw.ndim > 2:
-      raw, scale = raw[0], scale[part[0].start]
-    tile, first, columns = stored.tile, part[-2].start or 0, stored.shape[-1]
-    out = decode(stored.kind, raw, scale, tile, columns, first, dtype)
+    rows, columns = stored.shape[-2:]
+    first, end, _ = part[-2].indices(rows)
+    scale = _scales(stored, part, first, end, tensor)
+    raw = raw if raw.ndim == 2 else raw[0]
+    first %= stored.tile[0]
+    out = decode(stored.kind, raw, scale, stored.tile, columns, first, dtype)
   fp8_blocks.check_finite(stored.codes, out)
   return out
 
 
-def _scales(stored: Stored, tensor: Callable) -> Float[np.ndarray, '*e r c']:
-  """Returns a weight's scales as float32, with its second scale in them.
+def _scales(
+  stored: Stored, part: tuple, first: int, end: int, tensor: Callable
+) -> Float[np.ndarray, 'r c']:
+  """Returns the scales of rows [first, end) as float32, second ones in them.
 
   Eight bits without a sign are the exponents of powers of two.
   """
-  scale = tensor(stored.scale)
+  scale, size = tensor(stored.scale), stored.tile[0]
   scale = scale.view(_E8M0) if scale.dtype == np.uint8 else scale
-  scale = scale.astype(np.float32)
   scale = scale.reshape(scale_shape(stored.shape, stored.tile))
+  rows = slice(first // size, -(-end // size))
+  scale = scale[*(s.start for s in part[:-2]), rows].astype(np.float32)
   for name, power in ((stored.divisor, -1.0), (stored.factor, 1.0)):
     if name and tensor(name).size != 1:
       raise ConfigError(f'tensor {name!r} must be one number')
@@ -262,7 +266,7 @@ def decode(
 ) -> Float[np.ndarray, 'R C']:
   """Returns codes times scales, of the asked dtype.
 
-  `codes` are rows from `first_row` on, `scale` is that of all rows (`Stored`).
+  `scale` begins with the tile that has the first row, its `first_row`-th.
   """
   rows, table = len(codes), _CODES[kind]
   raw = np.ascontiguousarray(codes).view(np.uint8).reshape(rows, -1)

@@ -24,10 +24,10 @@ import time
 from absl import flags
 
 from mla_moe.config import Config, ConfigError
-from mla_moe.data import batches
+from mla_moe.data import batches, mixture
 
 from . import cli, run_tokenizer
-from .data import corpus, mixture, tokenizer
+from .data import blend, corpus, tokenizer
 from .training import signals
 
 FLAGS = flags.FLAGS
@@ -77,7 +77,7 @@ def run(
   )
   cache = folder.parent / '.corpus'
   count = processes or os.cpu_count() or 1
-  singles, texts = mixture.singles(data), []
+  singles, texts = blend.singles(data), []
   for name, one in singles.items():
     if share:
       corpus.prepare_share(one, words, cache, share, processes=count)
@@ -93,14 +93,14 @@ def run(
     for fact, value in corpus.table(text):
       print(f'  {fact:26} {value}')
     print(f'In {cache / text.fingerprint}, {time.monotonic() - began:.1f} s.')
-  for name, one in mixture.validations(data).items() if texts else ():
+  for name, one in blend.validations(data).items() if texts else ():
     text = corpus.prepare(one, words, cache, processes=count)
-    print(f'{name}, for validation: {len(mixture.whole(text, one)):,} tokens')
+    print(f'{name}, for validation: {len(blend.whole(text, one)):,} tokens')
   if texts:
     sequences, _ = batches.span(data, config.run.steps)
     for name, times in mixture.epochs(data, texts, sequences).items():
       print(f'{config.run.steps:,} steps: {times:.3g} epochs {name}'.rstrip())
-    mixture.check(config, texts)
+    blend.check(config, texts)
 
 
 def main() -> None:

@@ -47,7 +47,13 @@ ROOT = pathlib.Path(__file__).parent.parent
 SOURCES = (
   *('model/*.py', 'fp8/*.py', 'decode/*.py', 'cost.py'),
   *('train/losses.py', 'train/optim.py', 'train/step.py', 'train/state.py'),
-  *('data/batches.py', 'hf/names.py', 'hf/fp8_blocks.py', 'rl/*.py'),
+  *(
+    'data/batches.py',
+    'data/mixture.py',
+    'hf/names.py',
+    'hf/fp8_blocks.py',
+    'rl/*.py',
+  ),
 )
 # Reading of texts, the arithmetic among the programs' files.
 PROGRAMS = 'experiments/data'

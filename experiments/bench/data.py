@@ -1,4 +1,4 @@
-"""Tokenising a text, and starting with it: processor seconds.
+"""Tokenising a text, mixing it, and starting with it: processor seconds.
 
 Three ways take turns on the same documents, by default of Python's own library,
 with one tokenizer, which was trained on a quarter of them:
@@ -8,6 +8,7 @@ with one tokenizer, which was trained on a quarter of them:
   tokenizers  `prepare` with that library: it reads, encodes and writes
   gigatoken   `prepare` with gigatoken (extra [fast]), and its comparisons
 
+Batches of 256 rows come from one stream, or from a mixture of three, in turns.
 A later start finds the tokens of a larger text, and reads the first batch.
 Processor seconds are of all threads.
 """
@@ -15,6 +16,8 @@ Processor seconds are of all threads.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import importlib.util
 import itertools
 import json
@@ -25,8 +28,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
+
 from mla_moe.config import DataConfig
-from mla_moe.data import batches
+from mla_moe.data import batches, mixture
 
 from .. import tokenizer as program
 from ..data import corpus, tokenizer
@@ -43,7 +48,7 @@ def flags(parser) -> None:
   parser.add_argument('--rounds', type=int, default=3, help='of each')
   text = 'of the text of a later start'
   parser.add_argument('--start_megabytes', type=int, default=4000, help=text)
-  parser.add_argument('--only', default='', help='encoding or start')
+  parser.add_argument('--only', default='', help='encoding, mixing or start')
 
 
 def run(out: pathlib.Path, args) -> None:
@@ -54,6 +59,7 @@ def run(out: pathlib.Path, args) -> None:
       'encoding': lambda: encoding(
         folder, args.source, args.megabytes * 10**6, args.vocab, args.rounds
       ),
+      'mixing': lambda: mixing(4 * args.rounds),
       'start': lambda: start(folder, args.start_megabytes * 10**6),
     }
     results = show.measure(out / 'data.json', parts, args.only)
@@ -91,6 +97,31 @@ def encoding(
     rows.append(
       [f'{name:10}', f'{median:.2f} s', f'{speed:.1f} MB/s', f'{ratio:.2f} x']
     )
+  return rows
+
+
+def mixing(rounds: int) -> list[list[str]]:
+  """Returns rows of the tokens a second of `batch_at`, of medians."""
+  random = np.random.default_rng(0)
+  sizes = (48 << 20, 32 << 20, 16 << 20)
+  streams = [random.integers(0, 60000, n).astype(np.uint16) for n in sizes]
+  data = DataConfig(seq_len=4096, batch_size=256)
+  weights = zip('abc', (0.5, 0.3, 0.2), 'abc', strict=True)
+  mixed = dataclasses.replace(data, sources=tuple(weights))
+  ways = {
+    'one stream': lambda step: batches.batch_at(streams[0], data, step, 0),
+    'mixed': lambda step: mixture.batch_at(streams, mixed, step, 0),
+  }
+  seconds: dict[str, list[float]] = {name: [] for name in ways}
+  for step in range(rounds):
+    for name in sorted(ways, reverse=step % 2 == 1):
+      seconds[name].append(_processor(functools.partial(ways[name], step)))
+  rows = []
+  for name, times in seconds.items():
+    pairs = zip(seconds['one stream'], times, strict=True)
+    ratio = statistics.median(first / other for first, other in pairs)
+    speed = data.batch_size * data.seq_len / 1e6 / statistics.median(times)
+    rows.append([f'{name:10}', f'{speed:.0f} M tokens/s', f'{ratio:.2f} x'])
   return rows
 
 

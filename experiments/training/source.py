@@ -20,11 +20,11 @@ import numpy as np
 
 from mla_moe.checkpoint import folders, seal
 from mla_moe.config import Config, ConfigError, DataConfig
-from mla_moe.data import batches
+from mla_moe.data import batches, mixture
 from mla_moe.decode import generation
 
 from .. import distributed
-from ..data import corpus, mixture, shards, tokenizer
+from ..data import blend, corpus, shards, tokenizer
 from . import steps
 
 _TEMPERATURE = 0.7  # of the samples
@@ -211,7 +211,7 @@ def open_text(
       f'rl.task={config.rl.task!r}: is for python -m experiments.rl; leave it '
       'empty to train on text'
     )
-  cache, singles = path.parent / '.corpus', mixture.singles(config.data)
+  cache, singles = path.parent / '.corpus', blend.singles(config.data)
   known = _recorded(path / 'checkpoints').split(_JOINT)
   if len(known) != len(singles):  # of other sources: `progress` says so
     known = [''] * len(singles)
@@ -220,11 +220,11 @@ def open_text(
     texts.append(_opened(data, words, cache, fingerprint))
     # A batch has rows of several sources.
     corpus.check(texts[-1], data, rows=int(len(singles) > 1))
-  mixture.check(config, [text.train for text in texts])
+  blend.check(config, [text.train for text in texts])
   validation = {}
-  for name, data in mixture.validations(config.data).items():
+  for name, data in blend.validations(config.data).items():
     text = _opened(data, words, cache, '')
-    validation[name] = mixture.whole(text, data)
+    validation[name] = blend.whole(text, data)
   return Text(texts, validation, config)
 
 

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import strategies as st
 from texts import BOS, BYTE, prepared, small, write_folder
 
-from experiments.data import mixture
+from experiments.data import blend
 from experiments.training import source
 from mla_moe.config import Config, ConfigError, RunConfig, freeze
-from mla_moe.data import batches
+from mla_moe.data import batches, mixture
 
 AB = (('a', 3.0, 'a'), ('b', 1.0, 'b'))
 
@@ -48,7 +48,9 @@ def test_shares_of_blocks_are_exact(weights, seed, block):
   rows = np.arange(block * 1024, (block + 1) * 1024)
   source, number = mixture.places(data, rows)
   counts = np.bincount(source, minlength=len(weights))
-  before, after = (mixture.rows_before(data, rows[0] + n) for n in (0, 1024))
+  before, after = (
+    mixture.rows_before(data, int(rows[0]) + n) for n in (0, 1024)
+  )
   np.testing.assert_array_equal(after - before, counts)
   assert (counts >= 0).all() and after.sum() == rows[-1] + 1
   for s, count in enumerate(before):  # its rows come one after the other
@@ -137,17 +139,17 @@ def test_epochs_above_the_limit_and_phases_after_the_run_are_refused(streams):
   run = RunConfig(steps=60)
   config = lambda **changes: Config(data=mixed([1, 1, 2], **changes), run=run)
   most = max(mixture.epochs(config().data, streams, 360).values())
-  mixture.check(config(max_epochs=most), streams)
+  blend.check(config(max_epochs=most), streams)
   line = rf"data.max_epochs=4: the 60 steps read source 'c' {most:.3g} times;"
   with pytest.raises(ConfigError, match=line):
-    mixture.check(config(max_epochs=4), streams)
+    blend.check(config(max_epochs=4), streams)
   last = lambda tokens: config(phases=[(tokens, (1, 1, 1))])
-  mixture.check(last(60 * 48 - 1), streams)
+  blend.check(last(60 * 48 - 1), streams)
   with pytest.raises(ConfigError, match='after 2,880 tokens, and the run has'):
-    mixture.check(last(60 * 48), streams)
+    blend.check(last(60 * 48), streams)
   alone = Config(data=small(max_epochs=0.5), run=RunConfig(steps=5))
   with pytest.raises(ConfigError, match="data.source='stdlib' 0.6 times"):
-    mixture.check(alone, streams[:1])
+    blend.check(alone, streams[:1])
 
 
 BAD = [
@@ -219,7 +221,7 @@ def test_sources_and_validation_sets_are_evaluated_by_name(tmp_path):
   )
   row, line = opened.evaluate(setup, 1, None)
   right = {}
-  for name, one in (mixture.singles(data) | mixture.validations(data)).items():
+  for name, one in (blend.singles(data) | blend.validations(data)).items():
     text = prepared(one, tmp_path / '.corpus')
     stream = text.heldout
     if name == 'all':
@@ -250,7 +252,7 @@ def test_a_validation_set_has_a_row(tmp_path):
   path = tmp_path / 'short.txt'
   path.write_text('abc')
   data = small(validation=((str(path), 'short'),))
-  (one,) = mixture.validations(data).values()
+  (one,) = blend.validations(data).values()
   text = prepared(one, tmp_path / 'cache')
   with pytest.raises(ConfigError, match='data.validation=.* a row needs 9'):
-    mixture.whole(text, one)
+    blend.whole(text, one)

@@ -140,6 +140,8 @@ def test_tokenising_and_a_later_start_are_measured(
   assert seconds['third'] < 0.2 * seconds['first']
   ways = [row[0].strip() for row in results['encoding']['figures']]
   assert ways[:2] == ['library', 'tokenizers']
+  mixing = {row[0].strip(): row for row in results['mixing']['figures']}
+  assert int(mixing['mixed'][1].split()[0]) > 10
   assert 'MB/s' in capsys.readouterr().out
 
 

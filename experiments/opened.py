@@ -169,6 +169,7 @@ def check_ids(ids: Sequence[int], vocab: int) -> None:
 def _tokenizer(name: str, own: str, config: ModelConfig) -> Tokenizer:
   """Returns the tokenizer `name`, or the model's own if that is ''."""
   if not name and own != 'byte' and not os.path.exists(own):
+    vocabulary.refuse_tekken(pathlib.Path(own))
     raise ConfigError(
       f"{own!r}: is not there; name the model's by --tokenizer=FILE, or "
       '--tokenizer=byte where it was trained on bytes'

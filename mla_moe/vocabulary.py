@@ -57,6 +57,7 @@ def read(name: str) -> Vocabulary:
   if name == 'byte':
     return BYTE
   path = file_of(name)
+  refuse_tekken(path)
   try:
     content = files.read_bytes(path)
   except ConfigError as error:
@@ -64,6 +65,20 @@ def read(name: str) -> Vocabulary:
       f"data.tokenizer={name!r}: must be 'byte' or a tokenizer.json ({error})"
     ) from None
   return parse(content, str(path), settings_of(path))
+
+
+def refuse_tekken(path: pathlib.Path) -> None:
+  """Refuses Mistral's own tokenizer, also where `path` is not there beside it.
+
+  Raises:
+    ConfigError: names the file, and the one to use.
+  """
+  tekken = path.with_name('tekken.json')
+  if path == tekken or (tekken.exists() and not path.exists()):
+    raise ConfigError(
+      f'{tekken}: is not read; use the tokenizer.json of the same model, which '
+      "Mistral's releases in transformers' layout have, in its place"
+    )
 
 
 def settings_of(path: pathlib.Path) -> dict[str, Any]:

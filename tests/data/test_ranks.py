@@ -6,10 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from experiments import prompt, run_tokenizer
+from experiments import opened, prompt, run_tokenizer
 from experiments.data import ranks, tokenizer
+from experiments.tokenizer import byte_tokenizer
 from mla_moe import vocabulary
-from mla_moe.config import ConfigError
+from mla_moe.config import ConfigError, ModelConfig
 
 # The releases' pattern as their code spells it.
 WORDS = (
@@ -187,3 +188,17 @@ def test_bad_ranks_are_one_line(tmp_path, monkeypatch):
   monkeypatch.setitem(__import__('sys').modules, 'tiktoken', None)
   with pytest.raises(ConfigError, match=r'pip install "mla_moe\[hf\]"'):
     tokenizer.load(str(tmp_path))
+
+
+def test_tekken_is_refused_with_the_way_out(tmp_path):
+  """As a file, in a folder, and beside a model without another tokenizer."""
+  tekken = tmp_path / 'tekken.json'
+  tekken.write_text('{"vocab": [], "config": {"pattern": "x"}}')
+  for name in (tekken, tmp_path):
+    with pytest.raises(ConfigError, match='tekken.json: is not read; use the'):
+      tokenizer.load(str(name))
+  own = str(tmp_path / 'tokenizer.json')
+  with pytest.raises(ConfigError, match='tekken.json: is not read; use the'):
+    opened._tokenizer('', own, ModelConfig())
+  (tmp_path / 'tokenizer.json').write_bytes(byte_tokenizer())
+  assert tokenizer.load(str(tmp_path)).vocab == 261

@@ -1,7 +1,7 @@
 """The fastest encoder that gives a tokenizer's own ids.
 
-gigatoken (extra [fast]) encodes a byte-level BPE some fifty times faster than
-the library `tokenizers`. It is young, and so never believed: it encodes the
+gigatoken (extra [fast]) encodes a byte-level BPE many times faster than the
+library `tokenizers`. It is young, and so never believed: it encodes the
 first documents of a text, and a text that spells every added token, and is used
 only if all ids are those of `tokenizers`. Each unit of work begins with such a
 comparison of some KB; one that fails is encoded by `tokenizers`, to its end.

@@ -42,7 +42,8 @@ def read_bytes(path: pathlib.Path, limit: int = LIMIT) -> bytes:
   check_regular(path)
   try:
     with open(path, 'rb') as file:
-      content = file.read(limit + 1)
+      size = os.fstat(file.fileno()).st_size  # read() allocates its argument
+      content = file.read(min(size, limit) + 1)
   except OSError as error:
     raise ConfigError(f'{path}: cannot be read ({error.strerror})') from None
   if len(content) > limit:

@@ -105,7 +105,7 @@ def run(out: pathlib.Path, args) -> None:
   )
   print('|---|---|---|---|---|---|')
   for name in chosen:
-    size = write(folder / name, args.experts, args.width, name)
+    size = write(folder / name, model(args.experts, args.width), name)
     words = (f'--folder={folder / name}', '--load')
     command = [*commands.program('bench'), 'formats', *words]
     runs = []
@@ -126,7 +126,12 @@ def run(out: pathlib.Path, args) -> None:
 def model(experts: int, width: int) -> c.ModelConfig:
   """Returns Kimi K2's sizes in one layer, nine tenths of it experts."""
   moe = c.MoEConfig(
-    experts=experts, width=width, groups=1, top_groups=1, scale=2.827
+    experts=experts,
+    top_k=min(8, experts),
+    width=width,
+    groups=1,
+    top_groups=1,
+    scale=2.827,
   )
   return c.ModelConfig(
     vocab=1024,
@@ -140,9 +145,8 @@ def model(experts: int, width: int) -> c.ModelConfig:
   )
 
 
-def write(folder: pathlib.Path, experts: int, width: int, name: str) -> int:
+def write(folder: pathlib.Path, config: c.ModelConfig, name: str) -> int:
   """Writes the folder; returns its bytes. Only experts are quantised."""
-  config = model(experts, width)
   parts, quantization = FORMATS[name]
   shutil.rmtree(folder, ignore_errors=True)
   folder.mkdir(parents=True)

@@ -144,7 +144,8 @@ def _entry(name: str, info: Any, size: int) -> Entry:
   valid = valid and all(_is_size(n, size) for n in offsets)
   require(
     valid and offsets[0] <= offsets[1],
-    f'data_offsets {offsets!r} do not lie within the {size} bytes of data',
+    f'data_offsets {offsets!r} do not lie within the {size} bytes of data; the '
+    'file is truncated or incomplete: download it again',
   )
   dtype, length = DTYPES[code], offsets[1] - offsets[0]
   require(

@@ -1,9 +1,11 @@
 """Loading: all layouts give the same leaves; errors name the tensor or file."""
 
+import dataclasses
 import json
 import shutil
 import sys
 import time
+import tracemalloc
 
 import chex
 import jax
@@ -20,9 +22,10 @@ from releases import (
   set_config,
 )
 
+from experiments.bench import formats
 from mla_moe import load_huggingface, sharding
 from mla_moe.config import ConfigError, MeshConfig
-from mla_moe.hf import fp8_blocks, names
+from mla_moe.hf import fp8_blocks, load, names
 
 
 def test_experts_in_one_tensor_load_like_experts_one_by_one(copy):
@@ -217,7 +220,7 @@ def test_truncated_file_is_refused(copy):
   folder = copy('v2_lite')
   path = folder / 'model.safetensors'
   path.write_bytes(path.read_bytes()[:-1])
-  refused(folder, 'model.safetensors', 'truncated')
+  refused(folder, 'model.safetensors', 'is truncated or incomplete')
 
 
 @pytest.mark.parametrize(
@@ -303,3 +306,33 @@ def test_a_device_is_no_file(copy):
     folder.symlink_to('/dev/zero')
     refused(folder.parent, name, 'no regular file')
     shutil.rmtree(folder.parent)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['int4', 'nvfp4'])
+def test_memory_beyond_the_leaves_is_below_a_matrix(
+  kind, tmp_path, monkeypatch
+):
+  """Kimi K2 Thinking's names and layout, its matrices in eight pieces each."""
+  monkeypatch.setattr(names, '_PIECE', 2**15)
+  monkeypatch.setattr(fp8_blocks, 'CHUNK', 2**12)
+  monkeypatch.setattr(load, '_THREADS', 1)
+  config = formats.model(experts=8, width=512)
+  mla = dataclasses.replace(config.mla, heads=2, query_rank=32, kv_rank=32)
+  config = dataclasses.replace(config, dim=512, vocab=64, mla=mla)
+  formats.write(tmp_path, config, kind)
+  read, peaks = load._in_threads, []
+
+  def traced(*args):  # the leaves are there already, and are not counted
+    tracemalloc.start()
+    try:
+      read(*args)
+      peaks.append(tracemalloc.get_traced_memory()[1])
+    finally:
+      tracemalloc.stop()
+
+  monkeypatch.setattr(load, '_in_threads', traced)
+  _, variables = load_huggingface(tmp_path)
+  experts = variables['params']['moe']['ffn']['w_down']
+  chex.assert_shape(experts, (1, 8, 512, 512))
+  assert 0 < peaks[0] < experts[0, 0].nbytes

@@ -1,0 +1,108 @@
+"""Releases that are broken, through the commands: one line, nothing left."""
+
+import json
+import pathlib
+import shutil
+
+import pytest
+
+GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
+SHARD = 'model-0000{}-of-00003.safetensors'
+INDEX = 'model.safetensors.index.json'
+
+
+def header(path, change):
+  """Writes a file's header again after `change(entries)`."""
+  content = path.read_bytes()
+  size = int.from_bytes(content[:8], 'little')
+  entries = json.loads(content[8 : 8 + size])
+  change(entries)
+  text = json.dumps(entries).encode()
+  path.write_bytes(len(text).to_bytes(8, 'little') + text + content[8 + size :])
+
+
+def turned(ending):
+  """Swaps rows and columns of the first such matrix that is not square."""
+
+  def change(entries):
+    for name, entry in entries.items():
+      shape = entry.get('shape', [])
+      if name.endswith(ending) and len(shape) == 2 and shape[0] != shape[1]:
+        entry['shape'] = shape[::-1]
+        return
+
+  return lambda folder: [
+    header(folder / SHARD.format(n), change) for n in (1, 2, 3)
+  ]
+
+
+def places(change):
+  """Changes the index's map from tensors to files."""
+
+  def apply(folder):
+    values = json.loads((folder / INDEX).read_text())
+    change(folder, values['weight_map'])
+    (folder / INDEX).write_text(json.dumps(values))
+
+  return apply
+
+
+def twice(folder, shard_of):
+  """Places a tensor in a second shard that is a copy of the first."""
+  shutil.copy(folder / SHARD.format(1), folder / 'model-4.safetensors')
+  shard_of[next(iter(shard_of))] = 'model-4.safetensors'
+
+
+def shorten(folder):
+  path = folder / SHARD.format(2)
+  path.write_bytes(path.read_bytes()[:-1])
+
+
+def long_header(folder):
+  path = folder / SHARD.format(2)
+  path.write_bytes((2**40).to_bytes(8, 'little') + path.read_bytes()[8:])
+
+
+FAULTS = {
+  'a shard is missing': (
+    lambda folder: (folder / SHARD.format(2)).unlink(),
+    'shards are missing: model-00002-of',
+  ),
+  'an index names other files': (
+    places(lambda _, m: m.update({next(iter(m)): 'other.safetensors'})),
+    'shards are missing: other.safetensors',
+  ),
+  'a tensor is in two shards': (places(twice), 'more than one shard holds'),
+  'a weight is turned': (turned('_proj.weight'), 'by config.json it must'),
+  'scales are turned': (turned('weight_scale_inv'), 'by config.json it must'),
+  'a file is truncated': (shorten, 'truncated or incomplete'),
+  'a header is longer than its file': (
+    long_header,
+    'a header of 1099511627776',
+  ),
+  'tensors of another family': (
+    lambda folder: shutil.copy(GOLDEN / 'v2_lite/config.json', folder),
+    'must have [259, 96]',
+  ),
+}
+COMMANDS = {
+  'convert': ('--source={}', '--target={}/../out', '--config=tiny:smoke'),
+  'generate': ('--checkpoint={}', '--prompt=hi', '--tokenizer=byte'),
+  'serve': ('--checkpoint={}', '--tokenizer=byte', '--port=0'),
+  'inspect': ('{}',),
+}
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+@pytest.mark.parametrize('fault', FAULTS)
+def test_a_broken_release_is_one_line(fault, command, tmp_path, call):
+  folder = tmp_path / 'release'
+  shutil.copytree(GOLDEN / 'v3_release', folder)
+  change, line = FAULTS[fault]
+  change(folder)
+  words = (word.format(folder) for word in COMMANDS[command])
+  code, out, error = call(command, *words)
+  assert code == 2, out + error
+  assert error.startswith('error: ') and error.count('\n') == 1
+  assert line in error, error
+  assert [path.name for path in tmp_path.iterdir()] == ['release']

@@ -309,12 +309,12 @@ def test_row11_a_signal_while_a_text_is_tokenised_ends_it(tmp_path, capsys):
 def test_row13_a_second_signal_ends_at_once_and_hurts_nothing(root):
   """It comes while the save that the first asked for is being written."""
   child = program(
-    *(root, 'twice', '--config.run.save_every=3'),
+    *(root, 'twice', '--config.run.save_every=2'),
     fault='term@step:5,slow@during_write:5,term@during_write:5',
   )
   child.communicate()
   assert child.returncode == -signal.SIGTERM
-  assert int(state_of(root / 'twice', 3).step) == 3
+  assert int(state_of(root / 'twice').step) in (2, 4)  # 4 may have no seal yet
 
 
 @pytest.mark.parametrize(

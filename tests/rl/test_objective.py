@@ -172,7 +172,8 @@ def test_teachers_give_the_gradient_of_the_reverse_divergence():
   lp, one, two = (
     jax.nn.log_softmax(x) for x in (logits, *rng.normal(size=(2, 7)))
   )
-  pairs = [(0.6, np.asarray(one)), (0.4, np.asarray(two))]
+  weights = np.full((2, 7), [[0.6], [0.4]])
+  pairs = list(zip(weights, (np.asarray(one), np.asarray(two)), strict=True))
   advantage, gap = adv.taught(np.full(7, 9.0), np.asarray(lp), pairs)
   p = np.exp(lp)
 
@@ -198,12 +199,12 @@ def test_teachers_give_the_gradient_of_the_reverse_divergence():
 def test_a_teacher_that_is_the_policy_teaches_nothing():
   old = np.random.default_rng(3).normal(size=(2, 3)).astype(np.float32)
   reward = np.ones((2, 3), np.float32)
-  nothing, gap = adv.taught(reward, old, [(1.0, old)])
+  nothing, gap = adv.taught(reward, old, [(np.ones((2, 3)), old)])
   assert not nothing.any() and not gap.any()
-  half, _ = adv.taught(reward, old, [(0.5, old)])
+  half, _ = adv.taught(reward, old, [(np.full((2, 3), 0.5), old)])
   chex.assert_trees_all_equal(half, reward / 2)
   # Of three columns, two teachers have one each; the last has the reward alone.
-  one, two = np.array([[1.0, 0, 0]]), np.array([[0, 0.5, 0]])
+  one, two = np.array([[1.0, 0, 0]] * 2), np.array([[0, 0.5, 0]] * 2)
   theirs = [(one, old + 2), (two, old - 3)]
   mixed, gap = adv.taught(reward, old, theirs)
   chex.assert_trees_all_close(mixed, np.tile([2, 0.5 - 1.5, 1], (2, 1)))

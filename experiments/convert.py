@@ -54,13 +54,14 @@ import json
 import pathlib
 
 from mla_moe import config as c
+from mla_moe import vocabulary
 
 
 def get_config(arg=''):
   """config.json, beside this file."""
   path = pathlib.Path(__file__).with_name('config.json')
   values = json.loads(path.read_text(encoding='utf-8'))
-  own = path.with_name('huggingface') / 'tokenizer.json'
+  own = vocabulary.file_of(str(path.with_name('huggingface')))
   if own.exists():
     values['data']['tokenizer'] = str(own)
   return c.thaw(c.variant(c.freeze(values), arg))
@@ -120,15 +121,12 @@ def to_run(
 
   _check_target(source, target, force)
   extras = save.extras_of(source)
+  name = _tokenizer(source, target, [*extras], recipe.data.tokenizer)
+  data = dataclasses.replace(recipe.data, tokenizer=name)
   mesh = sharding.make_mesh(recipe.mesh) if recipe.mesh.devices > 1 else None
   free = contextlib.nullcontext()
   with workdir.lock(target) if is_run(target) else free:
     model, variables = load_huggingface(source, jnp.float32, mesh)
-    data = recipe.data
-    kinds = [x for x in vocabulary.FILES if x in extras]
-    if kinds:
-      tokenizer = str(target / run_tokenizer.FOLDER / kinds[0])
-      data = dataclasses.replace(data, tokenizer=tokenizer)
     model = combined(model, recipe.model)
     config = dataclasses.replace(recipe, model=model, data=data)
     sharding.check(config)
@@ -138,7 +136,7 @@ def to_run(
       workdir.claim(scratch, config) as path,
     ):
       own = path / run_tokenizer.FOLDER
-      if 'tokenizer.json' in extras:  # whatever lay at the target before
+      if {*vocabulary.FILES} & extras.keys():  # not those of before
         shutil.rmtree(own, ignore_errors=True)
       own.mkdir(exist_ok=True)
       for name, file in extras.items():
@@ -151,6 +149,26 @@ def to_run(
         # The empty corpus: the run may train on any text.
         facts = {'corpus': '', 'config': workdir.digest(config)}
         writer.save(0, state, facts)
+
+
+def _tokenizer(
+  source: pathlib.Path, target: pathlib.Path, extras: list[str], recipe: str
+) -> str:
+  """Returns the run's tokenizer: the release's, else the recipe's.
+
+  Raises:
+    ConfigError: bytes in the place of a tokenizer that is not read.
+  """
+  for name in vocabulary.FILES:
+    if name in extras:
+      return str(target / run_tokenizer.FOLDER / name)
+  if recipe == 'byte':
+    vocabulary.refuse_tekken(vocabulary.file_of(str(source)))
+  print(
+    f'WARNING: {source}: has no {" or ".join(vocabulary.FILES)}; the tokenizer '
+    f"is the recipe's, --config.data.tokenizer={recipe}."
+  )
+  return recipe
 
 
 def _check_target(

@@ -1,10 +1,16 @@
 """Releases that are broken, through the commands: one line, nothing left."""
 
+import contextlib
+import functools
+import io
 import json
 import pathlib
+import runpy
 import shutil
 
 import pytest
+
+from experiments import convert, tokenizer
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 SHARD = 'model-0000{}-of-00003.safetensors'
@@ -106,3 +112,44 @@ def test_a_broken_release_is_one_line(fault, command, tmp_path, call):
   assert error.startswith('error: ') and error.count('\n') == 1
   assert line in error, error
   assert [path.name for path in tmp_path.iterdir()] == ['release']
+
+
+def test_another_tokenizer_than_the_release_s_is_no_secret(tmp_path, call):
+  """tekken.json is refused, but for a recipe that names a file in its place."""
+  folder, out = tmp_path / 'release', io.StringIO()
+  shutil.copytree(GOLDEN / 'families' / 'large3', folder)
+  take = functools.partial(convert._tokenizer, folder, tmp_path / 'run', [])
+  with contextlib.redirect_stdout(out):
+    assert take('byte') == 'byte'
+    (folder / 'tekken.json').write_text('{}')
+    assert take('/own.json') == '/own.json'
+  first, second = out.getvalue().splitlines()
+  line = f'WARNING: {folder}: has no tokenizer.json or tiktoken.model; the '
+  line += "tokenizer is the recipe's, --config.data.tokenizer="
+  assert first == f'{line}byte.' and second == f'{line}/own.json.'
+  words = (
+    f'--source={folder}',
+    f'--target={tmp_path}/run',
+    '--config=tiny:smoke',
+  )
+  code, _, error = call('convert', *words)
+  assert code == 2 and error.count('\n') == 1
+  assert 'tekken.json: is not read; use the tokenizer.json' in error
+  assert [path.name for path in tmp_path.iterdir()] == ['release']
+
+
+def test_a_run_that_moves_takes_a_tiktoken_model_with_it(tmp_path, call):
+  """With --force, no file of the tokenizer before it stays beside it."""
+  folder, run = tmp_path / 'release', tmp_path / 'run'
+  shutil.copytree(GOLDEN / 'families' / 'youtu', folder)
+  words = f'--source={folder}', f'--target={run}', '--config=tiny:smoke'
+  for name in ('tokenizer.json', 'tiktoken.model'):
+    (folder / name).write_bytes(tokenizer.byte_tokenizer())
+    code, out, error = call('convert', *words, '--force')
+    assert code == 0 and 'WARNING' not in out, out + error
+    assert [path.name for path in (run / 'huggingface').iterdir()] == [name]
+    (folder / name).unlink()
+  moved = run.rename(tmp_path / 'moved')
+  config = runpy.run_path(str(moved / 'config.py'))['get_config']()
+  own = moved / 'huggingface' / 'tiktoken.model'
+  assert config.data.tokenizer == str(own)

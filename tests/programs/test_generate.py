@@ -83,7 +83,9 @@ def test_what_a_person_writes_is_no_special_token(words, tmp_path):
 def test_templates_cannot_escape(words, tmp_path, text):
   pytest.importorskip('jinja2')
   write_template(tmp_path, text)
-  with pytest.raises(ConfigError, match='template'):
+  with pytest.raises(
+    ConfigError, match='the chat template fails|: chat_template is'
+  ):
     template.prompt(tmp_path, words[0], 'hello')
 
 
@@ -109,7 +111,9 @@ def test_row49_a_template_s_failure_is_one_line(
   pytest.importorskip('jinja2')
   monkeypatch.setattr(renderer, 'SECONDS', 0.3)
   write_template(tmp_path, source)
-  with pytest.raises(ConfigError, match='template') as error:
+  with pytest.raises(
+    ConfigError, match='the chat template fails|: chat_template is'
+  ) as error:
     template.prompt(tmp_path, words[0], 'hello')
   assert '\n' not in str(error.value) and len(str(error.value)) < 400
 

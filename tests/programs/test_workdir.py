@@ -153,7 +153,7 @@ def test_a_config_that_is_none_is_one_line(content, tmp_path):
     path.symlink_to('/dev/zero')
   else:
     path.write_bytes(content)
-  with pytest.raises(ConfigError, match='config') as error:
+  with pytest.raises(ConfigError, match=r'config\.(json|model)') as error:
     workdir.read_config(tmp_path)
   assert '\n' not in str(error.value)
 

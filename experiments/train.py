@@ -19,14 +19,16 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from absl import flags
 
 from mla_moe import vocabulary
+from mla_moe.checkpoint import storage
 from mla_moe.config import Config, RunConfig
 
-from . import cli, distributed, profile, run_tokenizer, workdir
+from . import bucket, cli, distributed, profile, run_tokenizer, workdir
 from .training import signals, skips, tracking
 from .training.clock import Clock
 from .training.progress import Progress, resume
@@ -86,17 +88,17 @@ def run(
     ConfigError: a config, a text or a checkpoint that cannot be used.
     cli.Stopped: the run could not go on; its last good state is saved.
   """
-  folder = cli.path('workdir', folder)
+  folder = cli.run_folder('workdir', folder)
   cli.check_paths(config)
   if options.init:
     options = options._replace(init=str(cli.path('init', options.init)))
   with (
-    distributed.claim(folder, config) as (path, records),
+    distributed.claim(folder, config) as (path, records, send),
     signals.Stop() as stop,
   ):
     try:
       config = run_tokenizer.resolved(path, config)
-      return _run(config, path, records, stop, options, open_source)
+      return _run(config, path, records, send, stop, options, open_source)
     except signals.Stopped as signal:
       print(f'Stopped by {signal} before the first step: nothing to save.')
       return {'step': 0}
@@ -114,14 +116,15 @@ def _run(
   config: Config,
   path: pathlib.Path,
   records: pathlib.Path,
+  send: Callable,
   stop: signals.Stop,
   options: Options,
   open_source: Any,
 ) -> dict:
   """Opens the parts of a run, trains, and closes them.
 
-  Checkpoints go to `path` and rows to `records`: the same folder on the first
-  process, a scratch folder on the others.
+  Rows go to `records`: `path` on the first process, a scratch folder on the
+  others. `send` is called before each seal.
   """
   import jax
 
@@ -145,7 +148,8 @@ def _run(
       enter(jax.set_mesh(setup.mesh))
     run = config.run
     keep = dict(keep_every=run.keep_every, keep_best=run.keep_best)
-    writer = enter(saving.Writer(path / 'checkpoints', run.keep, **keep))
+    keep['before_seal'] = send
+    writer = enter(saving.Writer(workdir.checkpoints(path), run.keep, **keep))
     watchdog = enter(Watchdog(run.step_timeout))
     start, is_warm = _start(setup, options)
     print(preparation.headline(config))
@@ -475,7 +479,7 @@ def begin(config: Config, open_source: Any = None) -> None:
     from .training import replay
 
     replay.replay(
-      pathlib.Path(values.workdir),
+      _here(values.workdir),
       values.replay,
       allow_unsealed=options.allow_unsealed,
       open_source=open_source,
@@ -483,6 +487,12 @@ def begin(config: Config, open_source: Any = None) -> None:
     return
   distributed.agree(config)
   run(config, values.workdir, options, open_source)
+
+
+def _here(folder: str) -> pathlib.Path:
+  """Returns a run's folder, or the copy of its records in a bucket."""
+  is_bucket = storage.is_bucket(folder)
+  return bucket.fetched(folder) if is_bucket else pathlib.Path(folder)
 
 
 def configured() -> Config:
@@ -496,7 +506,7 @@ def configured() -> Config:
   data = flags.FLAGS.config.get('data') or {}
   name = data.get('tokenizer')
   if isinstance(name, str) and not vocabulary.exists(name):
-    run = pathlib.Path(flags.FLAGS.workdir)
+    run = _here(flags.FLAGS.workdir)
     data.tokenizer = run_tokenizer.path_of(run, name)
   return cli.config()
 

@@ -35,6 +35,9 @@ _V3 = dataclasses.replace(Config(), model=ModelConfig(bos_id=0, eos_id=1))
 # A digest with another beginning is of another version of `digest`.
 _DIGEST = 'fields:'
 
+# The file that names the bucket of a folder's checkpoints.
+ORIGIN = 'bucket.json'
+
 # Bytes of a file that are read at once.
 _BLOCK = 2**20
 
@@ -45,7 +48,7 @@ _SYNC_SECONDS = 60
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 DISK |= {errno.ESTALE, errno.ENODEV}
 
-# The answers of a file system without locks: some network mounts.
+# The answers of a file system without locks: gcsfuse, some NFS and 9p mounts.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 # The forms of services' keys. A config is saved, and may be shared.
@@ -118,8 +121,8 @@ def lock(
       if error.errno in _NO_LOCKS:
         raise ConfigError(
           f'workdir={str(path)!r}: its file system has no locks '
-          f'({error.strerror}): nothing would keep a second run out; name a '
-          'folder on another'
+          f'({error.strerror}), so nothing would keep a second run out; name a '
+          'folder of a disk, or gs://BUCKET/FOLDER'
         ) from None
       file.seek(0)
       raise ConfigError(
@@ -291,10 +294,20 @@ def _bind(path: pathlib.Path, config: Config, text: str):
     raise ConfigError(trouble(path, error)) from None
 
 
+def checkpoints(path: pathlib.Path) -> Any:
+  """Returns the folder of a run's checkpoints: here, or in its bucket."""
+  origin = path / ORIGIN
+  if not origin.exists():
+    return path / 'checkpoints'
+  from mla_moe.checkpoint import storage
+
+  return storage.path(files.read_json(origin)['url'])
+
+
 def _begun(path: pathlib.Path) -> bool:
   """Whether a step was logged or saved; before that the config may change."""
-  checkpoints = path / 'checkpoints'
-  steps = checkpoints.is_dir() and any(checkpoints.iterdir())
+  folder = checkpoints(path)
+  steps = folder.is_dir() and any(folder.iterdir())
   return steps or any(backwards(path / 'metrics.jsonl'))
 
 

@@ -65,7 +65,7 @@ def pauses(folder: pathlib.Path, rounds: int) -> dict:
     state=ocp.args.StandardSave(state), facts=ocp.args.JsonSave({})
   )
   times = {name: {'pause': [], 'safe': []} for name in ('ours', 'orbax')}
-  orbax = saving.checkpointer()
+  orbax = saving.checkpointer(folder)
   with saving.Writer(folder / 'ours', 1) as writer:
     for i in range(1, rounds + 2):
       kinds = {

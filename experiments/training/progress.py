@@ -38,7 +38,7 @@ def resume(
   from . import program
 
   restored = store.restore(
-    setup.path / 'checkpoints',
+    workdir.checkpoints(setup.path),
     program.state_shapes(setup.config, setup.mesh),
     before=before,
     allow_unsealed=allow_unsealed,

@@ -91,7 +91,7 @@ def _recorded(
     if row['step'] == number:
       left_out = row.get('left_out', row.get('passed'))  # the older name
       return _renamed(row['leaves']), left_out
-  checkpoints = folder / 'checkpoints'
+  checkpoints = workdir.checkpoints(folder)
   if number in folders.steps(checkpoints):
     sealed = store.check(checkpoints, number)
     if sealed:

@@ -23,7 +23,7 @@ from mla_moe.config import Config, ConfigError, DataConfig
 from mla_moe.data import batches, mixture
 from mla_moe.decode import generation
 
-from .. import distributed
+from .. import distributed, workdir
 from ..data import blend, corpus, shards, tokenizer
 from . import steps
 
@@ -212,7 +212,7 @@ def open_text(
       'empty to train on text'
     )
   cache, singles = path.parent / '.corpus', blend.singles(config.data)
-  known = _recorded(path / 'checkpoints').split(_JOINT)
+  known = _recorded(workdir.checkpoints(path)).split(_JOINT)
   if len(known) != len(singles):  # of other sources: `progress` says so
     known = [''] * len(singles)
   texts = []

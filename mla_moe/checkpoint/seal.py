@@ -7,7 +7,8 @@ renamed, so it is complete or absent: a folder without it was cut off, or is
 older than seals.
 
 Of several processes each hashes the files that it wrote, which Orbax puts into
-a folder `ocdbt.process_N`; process 0 hashes the others.
+a folder `ocdbt.process_N`; process 0 hashes the others. In a bucket the hash is
+the service's own, of one listing by process 0 (`storage`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import pathlib
 import re
 
 from mla_moe import files
+from mla_moe.checkpoint import storage
 from mla_moe.config import ConfigError
 
 NAME = 'seal.json'
@@ -34,9 +36,12 @@ class Damaged(ConfigError):
 
 
 def records(
-  folder: pathlib.Path, process: int = 0, processes: int = 1
+  folder: os.PathLike, process: int = 0, processes: int = 1
 ) -> dict[str, list]:
   """Returns {name: [size, SHA-256]} of the files of one of `processes`."""
+  if storage.is_bucket(folder):
+    listed = {} if process else storage.objects(folder)
+    return {name: listed[name] for name in listed if name != NAME}
   names = _names(folder)
   own = [name for name in names if _owner(name, processes) == process]
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
@@ -44,10 +49,13 @@ def records(
   return dict(zip(own, values, strict=True))
 
 
-def write(folder: pathlib.Path, records: dict, facts: dict) -> None:
+def write(folder: os.PathLike, records: dict, facts: dict) -> None:
   """Seals the folder with its files' records, on the disk when this ends."""
   body = {'format': FORMAT, 'files': records, **facts}
   body['sha256'] = _hash(body)
+  if storage.is_bucket(folder):
+    (folder / NAME).write_text(json.dumps(body, indent=1))
+    return
   scratch = folder / f'{NAME}.new'
   with open(scratch, 'w', encoding='utf-8') as file:
     json.dump(body, file, indent=1)
@@ -58,7 +66,7 @@ def write(folder: pathlib.Path, records: dict, facts: dict) -> None:
     files.sync(path)
 
 
-def read(folder: pathlib.Path) -> dict | None:
+def read(folder: os.PathLike) -> dict | None:
   """Returns the seal's facts and files, or None where there is no seal.
 
   Raises:
@@ -68,7 +76,10 @@ def read(folder: pathlib.Path) -> dict | None:
   try:
     if not path.exists():
       return None
-    body = json.loads(files.read_bytes(path))
+    if storage.is_bucket(path):
+      body = json.loads(path.read_bytes())
+    else:
+      body = json.loads(files.read_bytes(path))
     expected = body.pop('sha256')
     version = body['format']
   except _NO_SEAL as error:
@@ -84,13 +95,18 @@ def read(folder: pathlib.Path) -> dict | None:
   return body
 
 
-def check(folder: pathlib.Path, seal: dict) -> None:
+def check(folder: os.PathLike, seal: dict) -> None:
   """Compares the files' names and sizes with the seal; reads none of them.
+
+  Of a bucket's objects it compares the hashes, too: they are in the listing.
 
   Raises:
     Damaged: names the first file that is absent, new or different.
   """
   sealed = seal['files']
+  if storage.is_bucket(folder):
+    _check_objects(folder, sealed)
+    return
   present = set(_names(folder))
   for name in sorted(sealed.keys() | present):
     if name not in present:
@@ -105,13 +121,29 @@ def check(folder: pathlib.Path, seal: dict) -> None:
       raise Damaged(f'{path}: has {size} bytes, had {sealed[name][0]}')
 
 
+def _check_objects(folder: os.PathLike, sealed: dict) -> None:
+  present = records(folder)
+  for name in sorted(sealed.keys() | present.keys()):
+    if present.get(name) != sealed.get(name):
+      raise Damaged(
+        f'{folder}/{name}: has (bytes, CRC-32C) {present.get(name)}, '
+        f'had {sealed.get(name)}'
+      )
+
+
 def damage(
-  folder: pathlib.Path, seal: dict, process: int = 0, processes: int = 1
+  folder: os.PathLike, seal: dict, process: int = 0, processes: int = 1
 ) -> str:
   """Returns a line on the first file with another hash than in the seal.
 
   It reads the files of one of `processes`, and is '' if all are as they were.
   """
+  is_listed = any(len(hash_) < 64 for _, hash_ in seal['files'].values())
+  if is_listed and not storage.is_bucket(folder):
+    raise ConfigError(
+      f'{folder}: is a copy from a bucket, and was sealed with the checksums '
+      'there; verify it in its bucket, gs://'
+    )
   for name, record in records(folder, process, processes).items():
     if record != seal['files'].get(name):
       return f'{folder}/{name}: its SHA-256 is not what it was'
@@ -123,7 +155,7 @@ def _hash(body: dict) -> str:
   return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _names(folder: pathlib.Path) -> list[str]:
+def _names(folder: os.PathLike) -> list[str]:
   """Returns the names of all files of the folder but the seal."""
   seals = (NAME, f'{NAME}.new')
   names = [

@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from mla_moe.checkpoint import agreement, fingerprint, folders, seal
+from mla_moe.checkpoint import agreement, fingerprint, folders, seal, storage
 from mla_moe.config import ConfigError
 from mla_moe.types import PyTree
 
@@ -53,7 +52,7 @@ def check(folder: os.PathLike | str, step: int) -> dict | None:
   Raises:
     Damaged: one line, which names the file.
   """
-  path = pathlib.Path(folder) / str(step)
+  path = storage.path(folder) / str(step)
   try:
     sealed = seal.read(path)
     if sealed is not None:
@@ -96,7 +95,7 @@ def restore(
     ConfigError: a step of another tree, shape or dtype (names the first leaf).
     Damaged: every step was refused.
   """
-  folder = pathlib.Path(folder).resolve()
+  folder = storage.path(folder)
   steps = folders.steps(folder)
   wanted = [s for s in reversed(steps) if before is None or s < before]
   refusals, all_unfinished = [], True
@@ -143,7 +142,7 @@ def facts(folder: os.PathLike | str, step: int) -> dict:
   Raises:
     Damaged: they cannot be read.
   """
-  path = pathlib.Path(folder).resolve() / str(step)
+  path = storage.path(folder) / str(step)
   return _unmarked(_load(path, facts=_FACTS)['facts'])
 
 
@@ -190,6 +189,8 @@ def _damage(path, sealed) -> str:
       text = seal.damage(path, sealed, jax.process_index(), jax.process_count())
     except (OSError, Damaged) as error:
       text = str(error)
+    except ConfigError:  # a copy from a bucket
+      text = ''
   return _first(text)
 
 
@@ -279,7 +280,7 @@ def _described(tree: Any) -> dict[str, tuple]:
   }
 
 
-def _compare(stored: dict, wanted: dict, path: pathlib.Path):
+def _compare(stored: dict, wanted: dict, path: os.PathLike):
   for name in sorted(stored.keys() | wanted.keys()):
     if stored.get(name) != wanted.get(name):
       raise ConfigError(

@@ -83,7 +83,7 @@ def test_row01_killed_while_deleting_nothing_stays(tmp_path, monkeypatch):
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-    patched.setattr(folders.shutil, 'rmtree', killed)
+    patched.setattr(folders.storage.shutil, 'rmtree', killed)
     folders.remove(tmp_path, 1)
   assert folders.steps(tmp_path) == [2]
   with saving.Writer(tmp_path, 3):
@@ -264,6 +264,6 @@ def test_the_deadline_of_a_save_grows_with_the_state():
 
   assert saving.deadline([Leaf()]) == 3760
   assert saving.deadline({'w': np.zeros(4)}) == 1200
-  orbax = saving.checkpointer(3760)
+  orbax = saving.checkpointer('', 3760)
   assert orbax._async_manager._timeout_secs == 3760
   orbax.close()

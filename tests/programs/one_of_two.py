@@ -1,12 +1,13 @@
 """One of two processes that step, save at a signal, and compare replicas.
 
-  python tests/programs/one_of_two.py RANK FOLDER
+  python tests/programs/one_of_two.py RANK FOLDER [PLACE]
 
-Two devices each. The last six lines are the signal with its step; the files
-that this process hashed; the step after it, whose save failed on the second
-process; the step that is restored, and the refusal of a later one with a bit
-flipped; the leaf whose copies differ after the second process's has drifted;
-the fingerprint of a text, of which the second process reads nothing.
+Two devices each. PLACE is that of the checkpoints, if it is not FOLDER. The
+last six lines are the signal with its step; the files that this process
+hashed; the step after it, whose save failed on the second process; the step
+that is restored, and the refusal of a later one with a bit flipped; the leaf
+whose copies differ after the second process's has drifted; the fingerprint of
+a text, of which the second process reads nothing.
 """
 
 import contextlib
@@ -24,14 +25,14 @@ from jax.sharding import PartitionSpec as P
 from experiments import faults, saving
 from experiments.data import sources, tokenizer
 from experiments.training import signals, source
-from mla_moe.checkpoint import agreement, fingerprint, seal, store
+from mla_moe.checkpoint import agreement, fingerprint, seal, storage, store
 from mla_moe.config import freeze
 
 WHOLE = np.arange(8, dtype=np.float32)
 LARGE = np.arange(4096, dtype=np.float32)
 
 
-def main(rank, folder):
+def main(rank, folder, place=''):
   address = f'unix:{folder}/socket'  # no port that another program may have
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   jax.distributed.initialize(address, 2, rank, coordinator_bind_address=address)
@@ -43,20 +44,20 @@ def main(rank, folder):
 
   state = {'w': put(WHOLE, P('fsdp')), 'n': put(np.float32(0), P())}
   state['v'] = put(LARGE, P(('data', 'fsdp')))  # half is in each process
-  hashed = watch()
-  step, state = steps(state, folder)
-  restored = store.restore(folder, state)
+  hashed, place = watch(), place or folder
+  step, state = steps(state, place)
+  restored = store.restore(place, state)
   assert restored.step == step
   prints, apart = fingerprint.read(fingerprint.of(restored.state))
   assert not apart, apart
   assert prints == fingerprint.read(fingerprint.of(state))[0]
   print(*sorted(hashed), flush=True)
-  fail(rank, folder, state, step + 1)
+  fail(rank, place, state, step + 1)
   if rank:
-    flip(pathlib.Path(folder, str(step + 2)))
+    flip(storage.path(f'{place}/{step + 2}'))
   agreement.agree(next(agreement.turns), '', ''.join)  # after the flip
   lines = []
-  restored = store.restore(folder, state, say=lines.append)
+  restored = store.restore(place, state, say=lines.append)
   print(restored.step - step, *lines, flush=True)
   state['w'] = put((WHOLE + 1) if rank else WHOLE, P('fsdp'))
   print(*fingerprint.read(fingerprint.of(state))[1], flush=True)
@@ -107,8 +108,10 @@ def fail(rank, folder, state, step):
 
 def flip(folder):
   """Flips a bit in the largest file of the second process."""
-  files = folder.rglob('ocdbt.process_1/d/*')
-  path = max(files, key=lambda file: file.stat().st_size)
+  objects = storage.is_bucket(folder) and storage.objects(folder)
+  files = objects or seal.records(folder)
+  own = [name for name in files if 'ocdbt.process_1/d/' in name]
+  path = folder / max(own, key=lambda name: files[name][0])
   content = bytearray(path.read_bytes())
   content[len(content) // 2] ^= 1
   path.write_bytes(content)
@@ -132,4 +135,4 @@ def steps(state, folder):
 
 
 if __name__ == '__main__':
-  main(int(sys.argv[1]), sys.argv[2])
+  main(int(sys.argv[1]), *sys.argv[2:])

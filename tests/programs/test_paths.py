@@ -54,7 +54,7 @@ def test_a_path_of_a_flag_begins_at_home(flag, monkeypatch):
   train.define(values, words)
   values(words)
   assert values[flag].value == '/home/somebody/runs/x'
-  for url in URLS:
+  for url in URLS[flag == 'workdir' :]:  # a run lies in gs://
     with pytest.raises(ConfigError, match='://.* is not supported') as error:
       cli.config_of([f'--{flag}={url}'], train.define)
     assert f'--{flag}={url!r}' in str(error.value)
@@ -67,7 +67,7 @@ def test_a_path_anywhere_else_is_checked_the_same_way(call, tmp_path):
   for program, *words in (
     ('report', 'gs://b/x'),
     ('profile', 'gs://b/x'),
-    ('checkpoint', 'ls', 'gs://b/x'),
+    ('checkpoint', 'ls', 's3://b/x'),
     ('sweep', '--vary=data.seed=1', '--workdir=gs://b/x'),
     ('tokenizer', 'https://b/x', f'--out={tmp_path}/x'),
   ):
@@ -95,8 +95,9 @@ def test_a_path_of_a_config_is_none_of_another_machine(url, tmp_path):
   config = freeze({'data': {'tokenizer': url}})
   with pytest.raises(ConfigError, match='data.tokenizer=.* not supported'):
     train.run(config, tmp_path / 'run')
-  with pytest.raises(ConfigError, match='workdir=.* not supported'):
-    train.run(freeze({}), url)
+  if not url.startswith('gs:'):
+    with pytest.raises(ConfigError, match='workdir=.* not supported'):
+      train.run(freeze({}), url)
   with pytest.raises(ConfigError, match='init=.* not supported'):
     train.run(freeze({}), tmp_path / 'run', train.Options(init=url))
   assert not (tmp_path / 'run').exists()

@@ -1,0 +1,279 @@
+"""A run in a bucket: gs://BUCKET/RUN, claimed by one process, with its records.
+
+Checkpoints go to the bucket by themselves (`saving`). The small files of a run,
+its records, are appended to, which an object cannot be: they are in a folder of
+this machine and are copied to the bucket before each seal, and at the end. So
+the rows of a sealed step are there before the step counts. A start copies them
+back first, maybe on another machine.
+
+The lock is an object with the holder's name, written with its generation as a
+condition: of two writers the service lets one win. The holder rewrites it twice
+a minute and before each seal. One that stays unchanged for two minutes, by the
+service's clock, was left by a kill; on the same machine a dead process gives it
+up at once. A holder that has lost the lock ends the process: it saves nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from mla_moe.checkpoint import storage
+from mla_moe.config import Config, ConfigError
+
+from . import workdir
+
+LOCK = 'lock'
+_PROBE = 'lock.probe'
+_ORIGIN = workdir.ORIGIN
+_BEAT = 30.0  # seconds
+_STALE = 120.0
+_OWN = {LOCK, _PROBE, _ORIGIN, 'checkpoints', 'profile'}  # not copied
+
+
+def local(url: str) -> pathlib.Path:
+  """Returns this machine's folder for the records of the run `url`."""
+  name = url.removeprefix(storage.SCHEME).strip('/')
+  if not name or '..' in name.split('/'):
+    raise ConfigError(f'workdir={url!r}: must be gs://BUCKET/FOLDER')
+  return pathlib.Path.home() / '.cache' / 'mla_moe' / 'gs' / name
+
+
+class Records:
+  """Copies of a run's small files, between `folder` and the bucket."""
+
+  def __init__(self, url: str, folder: pathlib.Path):
+    name, _, prefix = url.removeprefix(storage.SCHEME).partition('/')
+    self._bucket = storage.client().bucket(name)
+    self._prefix, self._folder = f'{prefix.strip("/")}/', folder
+    self._sent: dict[str, tuple] = {}
+
+  def fetch(self) -> None:
+    """Copies the bucket's files here; the bucket's are the right ones."""
+    url = f'{storage.SCHEME}{self._bucket.name}/{self._prefix}'
+    for name in storage.objects(url):
+      if name.split('/')[0] not in _OWN:
+        path = self._folder / name
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._bucket.blob(self._prefix + name).download_to_filename(path)
+        self._sent[name] = _stamp(path)
+
+  def send(self) -> None:
+    """Copies the files that have changed to the bucket."""
+    for path in sorted(self._folder.rglob('*')):
+      name = path.relative_to(self._folder).as_posix()
+      is_own = name.split('/')[0] in _OWN or name.endswith('.new')
+      if is_own or not path.is_file() or self._sent.get(name) == _stamp(path):
+        continue
+      stamp = _stamp(path)
+      self._bucket.blob(self._prefix + name).upload_from_string(
+        path.read_bytes()
+      )
+      self._sent[name] = stamp
+
+
+def _stamp(path: pathlib.Path) -> tuple[int, int]:
+  status = path.stat()
+  return status.st_size, status.st_mtime_ns
+
+
+class Lost(Exception):
+  """Another process has the lock."""
+
+
+class Lock:
+  """The object `lock` of a run in a bucket; use it in a `with` block."""
+
+  def __init__(self, url: str, beat: float = _BEAT, stale: float = _STALE):
+    name, _, prefix = url.removeprefix(storage.SCHEME).partition('/')
+    self._bucket = storage.client().bucket(name)
+    self._prefix, self._url = f'{prefix.strip("/")}/', url
+    self._beat, self._stale = beat, stale
+    self._one = threading.Lock()
+    self._ended = threading.Event()
+    self._generation = 0
+
+  def __enter__(self) -> Lock:
+    before = self._bucket.get_blob(self._prefix + LOCK)
+    if before is not None:
+      text = before.download_as_bytes().decode(errors='replace')
+      age = self._age(before)
+      if age < self._stale and not _is_dead(text):
+        raise ConfigError(
+          f'workdir={self._url!r}: {_holder(text)} is writing to it, or was '
+          f'{age:.0f} s ago; its lock ends {self._stale:.0f} s after its '
+          'last sign of life: wait, or name another folder'
+        )
+      self._generation = before.generation
+    try:
+      self.renew()
+    except Lost:
+      raise ConfigError(
+        f'workdir={self._url!r}: another process has just begun to write to '
+        'it; name another folder'
+      ) from None
+    self._thread = threading.Thread(target=self._keep, daemon=True)
+    self._thread.start()
+    return self
+
+  def __exit__(self, *_) -> None:
+    from google.api_core import exceptions
+
+    self._ended.set()
+    self._thread.join()
+    blob = self._bucket.blob(self._prefix + LOCK)
+    with contextlib.suppress(exceptions.GoogleAPIError):
+      blob.delete(if_generation_match=self._generation)
+
+  def renew(self) -> None:
+    """Writes the lock again.
+
+    Raises:
+      Lost: it is no longer ours.
+    """
+    from google.api_core import exceptions
+
+    with self._one:
+      blob = self._bucket.blob(self._prefix + LOCK)
+      try:
+        blob.upload_from_string(
+          json.dumps(_me()), if_generation_match=self._generation
+        )
+      except exceptions.PreconditionFailed:
+        raise Lost from None
+      self._generation = blob.generation
+
+  def hold(self) -> None:
+    """Writes the lock again; ends the process if it is another's."""
+    try:
+      self.renew()
+    except Lost:
+      print(
+        f'error: {self._url}: another process has taken this run over; '
+        'nothing more is saved here',
+        file=sys.stderr,
+        flush=True,
+      )
+      os._exit(1)
+
+  def _keep(self):
+    """Renews the lock; a service that does not answer is asked again."""
+    from google.api_core import exceptions
+
+    while not self._ended.wait(self._beat):
+      with contextlib.suppress(exceptions.GoogleAPIError, OSError):
+        self.hold()
+
+  def _age(self, blob) -> float:
+    """Returns the seconds since a write, by the service's clock alone."""
+    probe = self._bucket.blob(self._prefix + _PROBE)
+    probe.upload_from_string(b'')
+    probe.reload()
+    return (probe.updated - blob.updated).total_seconds()
+
+
+def _me() -> dict[str, Any]:
+  """Returns this process's name: its machine since its start, and its id."""
+  boot = pathlib.Path('/proc/sys/kernel/random/boot_id')
+  space = pathlib.Path('/proc/self/ns/pid')
+  return {
+    'pid': os.getpid(),
+    'host': os.uname().nodename,
+    'boot': boot.read_text(encoding='utf-8').strip() if boot.exists() else '',
+    'space': space.stat().st_ino if space.exists() else 0,
+  }
+
+
+def _is_dead(text: str) -> bool:
+  """Whether a lock's holder was a process of this machine that has ended."""
+  me, pid = _me(), None
+  with contextlib.suppress(ValueError, AttributeError, TypeError):
+    holder = json.loads(text)
+    same = all(holder.get(name) == me[name] for name in ('boot', 'space'))
+    pid = int(holder['pid']) if same and me['boot'] else None
+  if not pid or pid < 0:
+    return False
+  try:
+    os.kill(pid, 0)
+  except ProcessLookupError:
+    return True
+  except OSError:
+    return False
+  return False
+
+
+def _holder(text: str) -> str:
+  try:
+    holder = json.loads(text)
+    return f'process {int(holder["pid"])} on {str(holder["host"])!r}'
+  except (ValueError, KeyError, TypeError):
+    return 'another process'
+
+
+def fetched(url: str, process: int = 0) -> pathlib.Path:
+  """Returns a folder here with the records of a run, to be read alone."""
+  folder = local(url)
+  if process:  # process 0 of the same machine writes to the first
+    folder = folder.with_name(f'{folder.name}@{process}')
+  with _one_line(url):
+    _opened(url, folder)
+  return folder
+
+
+def _opened(url: str, folder: pathlib.Path) -> Records:
+  """Returns the records, fetched into a folder that knows its bucket."""
+  folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+  records = Records(url, folder)
+  records.fetch()
+  origin = {'url': f'{url.rstrip("/")}/checkpoints'}
+  workdir.write(folder / _ORIGIN, json.dumps(origin))
+  return records
+
+
+@contextlib.contextmanager
+def _one_line(url: str) -> Iterator[None]:
+  """Makes one line of the service's refusals in the block."""
+  from google.api_core import exceptions
+  from google.auth.exceptions import GoogleAuthError
+
+  try:
+    yield
+  except (exceptions.GoogleAPIError, GoogleAuthError, OSError) as error:
+    text = ' '.join(str(error).split())[:200]
+    raise ConfigError(f'workdir={url!r}: {text}') from None
+
+
+@contextlib.contextmanager
+def claim(url: str, config: Config) -> Iterator[tuple[pathlib.Path, Callable]]:
+  """Yields the folder of a run's records here, and the call that sends them.
+
+  `send` is for the moment before a seal: it renews the lock, too.
+
+  Raises:
+    ConfigError: the bucket denies, or another process has the run.
+  """
+  storage.client()
+  folder = local(url)
+  with contextlib.ExitStack() as stack:
+    with _one_line(url):
+      lock = stack.enter_context(Lock(url))
+      records = _opened(url, folder)
+    stack.enter_context(workdir.claim(folder, config))
+
+    def send() -> None:
+      records.send()
+      lock.hold()
+
+    with _one_line(url):
+      send()
+    try:
+      yield folder, send
+    finally:
+      with _one_line(url):
+        send()

@@ -1,0 +1,142 @@
+"""Runs in a bucket: one writer, records, kills, and another machine."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import threading
+
+import children
+import pytest
+from bucket_server import NAME, server  # noqa: F401
+
+from experiments import bucket, soak
+from mla_moe.checkpoint import folders, seal, storage
+from mla_moe.config import ConfigError
+
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.usefixtures('server'),
+  pytest.mark.filterwarnings('default'),  # of third-party code
+]
+
+
+def blob(url):
+  return storage.client().bucket(NAME).blob(url.removeprefix(f'gs://{NAME}/'))
+
+
+def test_row32_of_two_writers_the_service_lets_one_win():
+  url = f'gs://{NAME}/two'
+  with bucket.Lock(url) as lock:
+    with (
+      pytest.raises(ConfigError, match=f'process {os.getpid()} on .* wait'),
+      bucket.Lock(url),
+    ):
+      pass
+    # Both have read that there is no lock: the second one's write is refused.
+    lock._generation, right = 0, lock._generation
+    with pytest.raises(bucket.Lost):
+      lock.renew()
+    lock._generation = right
+    lock.renew()
+  with bucket.Lock(url):  # was given back
+    pass
+  assert not blob(f'{url}/lock').exists()
+
+
+def test_row32_a_stale_lock_is_taken_over_and_its_holder_ends(monkeypatch):
+  url, ended = f'gs://{NAME}/stale', threading.Event()
+
+  def end(code):
+    assert code == 1
+    ended.set()
+    raise SystemExit(code)
+
+  monkeypatch.setattr(bucket.os, '_exit', end)
+  slow = bucket.Lock(url, beat=3600)
+  with slow:
+    with bucket.Lock(url, stale=-1.0) as second:  # any age is too old
+      with pytest.raises(SystemExit):
+        slow.hold()
+      assert ended.is_set()
+      second.renew()
+    # The first one's end has not deleted the second's lock, nor it by itself.
+  assert not blob(f'{url}/lock').exists()
+
+
+def test_row32_a_dead_process_of_this_machine_holds_no_lock():
+  url = f'gs://{NAME}/dead'
+  holder = bucket._me() | {'pid': 2**22 + 1}  # above the kernel's largest
+  blob(f'{url}/lock').upload_from_string(json.dumps(holder))
+  with bucket.Lock(url):
+    pass
+  for other in ('boot', 'space'):
+    holder = bucket._me() | {'pid': 2**22 + 1, other: 'elsewhere'}
+    blob(f'{url}/lock').upload_from_string(json.dumps(holder))
+    with pytest.raises(ConfigError, match='is writing to it'), bucket.Lock(url):
+      pass
+  blob(f'{url}/lock').upload_from_string('\x00[')
+  with pytest.raises(ConfigError, match='another process'), bucket.Lock(url):
+    pass
+
+
+def train(folder, home, texts, fault=''):
+  words = ['--config=tiny:micro', f'--workdir={folder}']
+  words += [f'--config.data.source={texts}', '--config.run.steps=20']
+  environment = dict(os.environ, HOME=str(home), MLA_MOE_FAULT=fault)
+  return children.run('-m', 'experiments.train', *words, env=environment)
+
+
+def test_row01_and_14_killed_and_resumed_on_another_machine(tmp_path):
+  """The bucket's run ends as a local one, in every bit and every row."""
+  texts = soak.texts(tmp_path / 'texts')
+  home, url = tmp_path / 'home', f'gs://{NAME}/run'
+  whole = train(tmp_path / 'whole', home, texts)
+  assert whole.returncode == 0, whole.stderr
+  for fault in ('kill@before_seal:10', 'kill@during_write:15'):
+    ran = train(url, home, texts, fault)
+    assert ran.returncode == -signal.SIGKILL, ran.stderr
+    shutil.rmtree(home)  # another machine, but for the dead process's name
+  ran = train(url, home, texts)
+  assert ran.returncode == 0, ran.stderr
+  assert 'Resuming' in ran.stdout
+  shutil.rmtree(home)
+  os.environ['HOME'], before = str(home), os.environ['HOME']
+  try:
+    here = bucket.fetched(url)
+    assert soak.outcome(here) == soak.outcome(tmp_path / 'whole')
+  finally:
+    os.environ['HOME'] = before
+  names = {name.split('/')[0] for name in storage.objects(url)}
+  assert names >= {'config.json', 'metrics.jsonl', 'report.html', 'checkpoints'}
+  assert 'lock' not in names
+
+
+def test_row12_two_processes_seal_in_a_bucket_and_refuse_a_flip(tmp_path):
+  script = pathlib.Path(__file__).parent / 'one_of_two.py'
+  flags = '--xla_force_host_platform_device_count=2'
+  environment = dict(os.environ, XLA_FLAGS=flags)
+  place = f'gs://{NAME}/pair'
+  both = [
+    children.Child(script, rank, tmp_path, place, env=environment)
+    for rank in range(2)
+  ]
+  try:
+    while both[1].stdout.readline() not in ('ready\n', ''):
+      pass  # gloo prints, too
+    both[1].send_signal(signal.SIGTERM)
+    outputs = [child.communicate() for child in both]
+  finally:
+    for child in both:
+      child.kill()
+  assert [child.returncode for child in both] == [0, 0], outputs
+  first, second = (out.splitlines()[-6:] for out, _ in outputs)
+  step = int(first[0].split()[1])
+  assert first[0] == second[0] and not second[1]  # one listing, of process 0
+  assert first[2] == second[2] == '1 not saved'
+  assert first[3] == second[3] and first[3].startswith('0 CHECKPOINT')
+  assert 'ocdbt.process_1/d/' in first[3] and 'CRC-32C' in first[3]
+  sealed = seal.read(storage.path(place) / str(step))
+  assert sealed['processes'] == 2
+  assert folders.steps(place)[0] == step

@@ -45,12 +45,32 @@ def local(url: str) -> pathlib.Path:
   return pathlib.Path.home() / '.cache' / 'mla_moe' / 'gs' / name
 
 
+def client() -> Any:
+  """Returns the client of Google's library.
+
+  Raises:
+    ConfigError: the extra is not installed, or nothing says who asks.
+  """
+  try:
+    import gcsfs  # noqa: F401, of Orbax
+    from google.auth.exceptions import DefaultCredentialsError
+
+    return storage.client()
+  except ImportError:
+    raise ConfigError(
+      'gs://: needs Google\'s libraries; pip install "mla_moe[gcs]"'
+    ) from None
+  except (DefaultCredentialsError, OSError) as error:
+    text = ' '.join(str(error).split())[:200]
+    raise ConfigError(f'gs://: no credentials ({text})') from None
+
+
 class Records:
   """Copies of a run's small files, between `folder` and the bucket."""
 
   def __init__(self, url: str, folder: pathlib.Path):
     name, _, prefix = url.removeprefix(storage.SCHEME).partition('/')
-    self._bucket = storage.client().bucket(name)
+    self._bucket = client().bucket(name)
     self._prefix, self._folder = f'{prefix.strip("/")}/', folder
     self._sent: dict[str, tuple] = {}
 
@@ -92,7 +112,7 @@ class Lock:
 
   def __init__(self, url: str, beat: float = _BEAT, stale: float = _STALE):
     name, _, prefix = url.removeprefix(storage.SCHEME).partition('/')
-    self._bucket = storage.client().bucket(name)
+    self._bucket = client().bucket(name)
     self._prefix, self._url = f'{prefix.strip("/")}/', url
     self._beat, self._stale = beat, stale
     self._one = threading.Lock()
@@ -218,6 +238,7 @@ def _holder(text: str) -> str:
 
 def fetched(url: str, process: int = 0) -> pathlib.Path:
   """Returns a folder here with the records of a run, to be read alone."""
+  client()
   folder = local(url)
   if process:  # process 0 of the same machine writes to the first
     folder = folder.with_name(f'{folder.name}@{process}')
@@ -258,7 +279,7 @@ def claim(url: str, config: Config) -> Iterator[tuple[pathlib.Path, Callable]]:
   Raises:
     ConfigError: the bucket denies, or another process has the run.
   """
-  storage.client()
+  client()
   folder = local(url)
   with contextlib.ExitStack() as stack:
     with _one_line(url):

@@ -22,7 +22,7 @@ import time
 from mla_moe.checkpoint import storage
 from mla_moe.config import ConfigError
 
-from . import cli, commands, workdir
+from . import bucket, cli, commands, retention, workdir
 
 
 def main() -> None:
@@ -41,6 +41,8 @@ def main() -> None:
     try:
       is_bucket = storage.is_bucket(args.folder) and args.command == 'verify'
       read = cli.run_folder if is_bucket else cli.path
+      if is_bucket:
+        bucket.client()
       folder = find(read('DIR', args.folder))
       chosen = _chosen(folder, args.steps)
       if args.command == 'ls':
@@ -143,7 +145,7 @@ def rm(
         'rm: no whole step would be left; --force deletes all the same'
       )
     for step in steps:
-      folders.remove(folder, step)
+      retention.remove(folder, step)
       print(f'{step}: deleted')
     path = folder / 'refused'
     if refused and path.is_dir():

@@ -27,17 +27,17 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from mla_moe import files
 from mla_moe.checkpoint import (
   agreement,
   fingerprint,
-  folders,
   seal,
   storage,
   store,
 )
 from mla_moe.types import PyTree
 
-from . import faults
+from . import faults, retention
 
 _LEAST_SECONDS = 1200  # until Orbax gives a save up
 _BYTES_PER_SECOND = 50e6  # of each process
@@ -76,11 +76,11 @@ class Writer:
     before_seal: Callable[[], Any] = lambda: None,
   ):
     self.folder = storage.path(folder)
-    options = storage.private(folder)
+    options = retention.private(folder)
     self.folder.mkdir(parents=True, exist_ok=True, **options)
     if jax.process_index() == 0:
       with contextlib.suppress(OSError):
-        folders.clean(self.folder)
+        retention.clean(self.folder)
     self._policy = keep, keep_every, keep_best
     self._best, self._before_seal = best, before_seal
     self._seconds = _LEAST_SECONDS
@@ -126,7 +126,7 @@ class Writer:
       if not self._exists():  # Orbax would make it again, without a lock
         raise FileNotFoundError(errno.ENOENT, 'the folder is gone')
       if path.exists() and jax.process_index() == 0:
-        folders.set_aside(self.folder, step)
+        retention.set_aside(self.folder, step)
       self._orbax.save(path, args=items)
     except Exception as error:  # Orbax raises many types
       raise self._failed(step, error) from error
@@ -178,7 +178,7 @@ class Writer:
       self._orbax.wait_until_finished()
     if jax.process_index() == 0 and self._exists():
       with contextlib.suppress(OSError):
-        folders.clean(self.folder)
+        retention.clean(self.folder)
     return NotSaved(
       step,
       f'{self.folder / str(step)}: could not be saved '
@@ -229,7 +229,7 @@ class Writer:
         sealed = {'step': step, 'facts': facts, 'fingerprints': fingerprints}
         sealed |= {'versions': versions(), 'processes': len(texts)}
         self._before_seal()
-        seal.write(path, records, sealed)
+        write_seal(path, records, sealed)
       except Exception as error:
         errors.append(error)
         return f'process 0: {type(error).__name__}: {store.first_line(error)}'
@@ -242,26 +242,24 @@ class Writer:
       raise RuntimeError(refusal)
     if jax.process_index() == 0:
       faults.reach('after_seal', step)
-      self._prune()
+      self._notices += retention.prune(self.folder, self._policy, self._best)
 
-  def _prune(self):
-    """Deletes old steps; one that stays is tried again after the next seal."""
-    scores = {}
-    for step in folders.steps(self.folder):
-      try:
-        sealed = seal.read(self.folder / str(step))
-      except seal.Damaged:
-        continue
-      if sealed is not None:
-        scores[step] = sealed['facts'].get(self._best)
-    doomed = scores.keys() - folders.retained(scores, *self._policy)
-    for step in sorted(doomed | folders.half_removed(self.folder)):
-      try:
-        folders.remove(self.folder, step)
-      except OSError as error:
-        self._notices.append(
-          f'{self.folder / str(step)}: could not be deleted ({error.strerror})'
-        )
+
+def write_seal(folder: os.PathLike, records: dict, facts: dict) -> None:
+  """Seals the folder with its files' records, on the disk when this ends."""
+  body = {'format': seal.FORMAT, 'files': records, **facts}
+  body['sha256'] = seal.digest(body)
+  if storage.is_bucket(folder):
+    (folder / seal.NAME).write_text(json.dumps(body, indent=1))
+    return
+  scratch = folder / f'{seal.NAME}.new'
+  with open(scratch, 'w', encoding='utf-8') as file:
+    json.dump(body, file, indent=1)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(scratch, folder / seal.NAME)
+  for path in (folder, folder.parent):
+    files.sync(path)
 
 
 def deadline(state: PyTree) -> int:

@@ -28,7 +28,15 @@ from mla_moe import vocabulary
 from mla_moe.checkpoint import storage
 from mla_moe.config import Config, RunConfig
 
-from . import bucket, cli, distributed, profile, run_tokenizer, workdir
+from . import (
+  bucket,
+  cli,
+  distributed,
+  profile,
+  retention,
+  run_tokenizer,
+  workdir,
+)
 from .training import signals, skips, tracking
 from .training.clock import Clock
 from .training.progress import Progress, resume
@@ -182,7 +190,7 @@ def _start(setup, options: Options) -> tuple[Progress, bool]:
   from .training import preparation, warm_start
 
   unsealed = options.allow_unsealed
-  start = resume(setup, allow_unsealed=unsealed, move_refused=True)
+  start = resume(setup, allow_unsealed=unsealed, set_aside=retention.set_aside)
   origin = warm_start.chosen(setup.path, options.init, begun=bool(start))
   if start:
     print(f'Resuming {setup.path} at step {start.number}.')
@@ -364,7 +372,7 @@ def _go_back(parts: Parts, end: End) -> Progress:
   setup, recorder, writer, *_ = parts
   config, (number, _, counts) = setup.config, end.progress
   _until(writer.wait, recorder, number)
-  start = resume(setup, before=end.first, move_refused=True)
+  start = resume(setup, before=end.first, set_aside=retention.set_aside)
   if start is None:
     raise cli.Stopped(
       f'step {number}: spikes since step {end.first}, and no checkpoint from '

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from mla_moe.config import ConfigError
@@ -23,7 +24,7 @@ def resume(
   *,
   before: int | None = None,
   allow_unsealed: bool = False,
-  move_refused: bool = False,
+  set_aside: Callable[[Any, int], Any] | None = None,
 ) -> Progress | None:
   """Returns the progress at the newest complete checkpoint, or None.
 
@@ -42,7 +43,7 @@ def resume(
     program.state_shapes(setup.config, setup.mesh),
     before=before,
     allow_unsealed=allow_unsealed,
-    move_refused=move_refused,
+    set_aside=set_aside,
     renamed=RENAMED,
   )
   if restored is None:

@@ -49,23 +49,6 @@ def records(
   return dict(zip(own, values, strict=True))
 
 
-def write(folder: os.PathLike, records: dict, facts: dict) -> None:
-  """Seals the folder with its files' records, on the disk when this ends."""
-  body = {'format': FORMAT, 'files': records, **facts}
-  body['sha256'] = _hash(body)
-  if storage.is_bucket(folder):
-    (folder / NAME).write_text(json.dumps(body, indent=1))
-    return
-  scratch = folder / f'{NAME}.new'
-  with open(scratch, 'w', encoding='utf-8') as file:
-    json.dump(body, file, indent=1)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(scratch, folder / NAME)
-  for path in (folder, folder.parent):
-    files.sync(path)
-
-
 def read(folder: os.PathLike) -> dict | None:
   """Returns the seal's facts and files, or None where there is no seal.
 
@@ -84,7 +67,7 @@ def read(folder: os.PathLike) -> dict | None:
     version = body['format']
   except _NO_SEAL as error:
     raise Damaged(f'{path}: cannot be read ({error!r})') from None
-  if expected != _hash(body):
+  if expected != digest(body):
     raise Damaged(f'{path}: is not as it was written')
   if version > FORMAT:
     raise Damaged(
@@ -150,7 +133,8 @@ def damage(
   return ''
 
 
-def _hash(body: dict) -> str:
+def digest(body: dict) -> str:
+  """Returns the hash that a seal has of itself."""
   text = json.dumps(body, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()
 

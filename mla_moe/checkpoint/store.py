@@ -70,7 +70,7 @@ def restore(
   *,
   before: int | None = None,
   allow_unsealed: bool = False,
-  move_refused: bool = False,
+  set_aside: Callable[[Any, int], Any] | None = None,
   renamed: Mapping[str, str] | None = None,
   say: Callable[[str], Any] = print,
 ) -> Restored | None:
@@ -86,8 +86,9 @@ def restore(
     before: only steps below this one.
     allow_unsealed: take a step without a seal, too, although its bytes cannot
       be checked.
-    move_refused: move refused steps, and steps not `before`, into the folder
-      `refused`, so that the run can write steps of the same numbers.
+    set_aside: called by process 0 with the folder and a refused step, or one
+      not `before`: it moves the step, so that the run can write one of the same
+      number, and returns the new place.
     renamed: {name in older checkpoints: field of `like`}, a dataclass.
     say: called with a line for every refusal.
 
@@ -99,9 +100,9 @@ def restore(
   steps = folders.steps(folder)
   wanted = [s for s in reversed(steps) if before is None or s < before]
   refusals, all_unfinished = [], True
-  if move_refused and jax.process_index() == 0:
+  if set_aside and jax.process_index() == 0:
     for step in set(steps) - set(wanted):
-      folders.set_aside(folder, step)
+      set_aside(folder, step)
   for step in wanted:
     reason, sealed, unfinished = _judge(folder, step, allow_unsealed)
     all_unfinished = all_unfinished and unfinished
@@ -120,15 +121,14 @@ def restore(
         like,
         before=before,
         allow_unsealed=allow_unsealed,
-        move_refused=move_refused,
+        set_aside=set_aside,
         renamed=renamed,
         say=say,
       )
     refusals.append(reason)
     say(f'CHECKPOINT {step} REFUSED. {reason}')
-    if move_refused and jax.process_index() == 0:
-      place = folders.set_aside(folder, step)
-      say(f'It now lies in {place}.')
+    if set_aside and jax.process_index() == 0:
+      say(f'It now lies in {set_aside(folder, step)}.')
   if refusals and not all_unfinished:
     raise Damaged(
       f'{folder}: no step can be trusted; the newest: {refusals[0]}'

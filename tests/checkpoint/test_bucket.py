@@ -7,7 +7,7 @@ from bucket_server import NAME, server  # noqa: F401
 from states import LIKE, make, restored, save
 
 from experiments import checkpoint as program
-from experiments import faults, saving
+from experiments import faults, retention, saving
 from mla_moe import ConfigError
 from mla_moe.checkpoint import folders, seal, storage, store
 
@@ -47,7 +47,7 @@ def test_row03_saved_pruned_read_and_a_flipped_object_is_refused(folder):
   blob(path).upload_from_string(bytes(content))
   with pytest.raises(store.Damaged, match='CRC-32C'):
     store.check(folder, 3)
-  step, said = restored(folder, move_refused=True)
+  step, said = restored(folder, set_aside=retention.set_aside)
   assert step == 2 and path in said and said.count('CHECKPOINT') == 1
   assert folders.steps(folder) == [2]
   assert storage.objects(f'{folder}/refused/3-0').keys() >= {seal.NAME}

@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from states import LIKE, ROOT, make, restored, save
 
-from experiments import saving
+from experiments import retention, saving
 from mla_moe import ConfigError, sharding
 from mla_moe.checkpoint import fingerprint, folders, seal, store
 from mla_moe.config import MeshConfig
@@ -169,7 +169,7 @@ def test_row34_the_format_without_seals_is_read_when_asked_to():
 
 def test_row34_a_later_format_says_who_wrote_it(damaged, monkeypatch):
   monkeypatch.setattr(seal, 'FORMAT', 7)
-  seal.write(damaged / '2', {}, {'versions': {'mla_moe': '9.9'}})
+  saving.write_seal(damaged / '2', {}, {'versions': {'mla_moe': '9.9'}})
   monkeypatch.undo()
   step, said = restored(damaged)
   assert step == 1 and 'format 7, written by mla_moe 9.9' in said
@@ -205,7 +205,7 @@ def test_what_is_restored_is_what_was_on_the_device(damaged):
   sealed = seal.read(damaged / '2')
   sealed['fingerprints']['params.w'] ^= 1
   facts = {k: v for k, v in sealed.items() if k not in ('format', 'files')}
-  seal.write(damaged / '2', seal.records(damaged / '2'), facts)
+  saving.write_seal(damaged / '2', seal.records(damaged / '2'), facts)
   step, said = restored(damaged)
   assert step == 1 and 'params.w is not, once read, what was saved' in said
 
@@ -220,7 +220,7 @@ def test_every_step_damaged_is_an_error_and_none_at_all_is_not(damaged):
 
 def test_refused_steps_are_moved_out_of_the_way_of_new_ones(damaged):
   (damaged / '2/state/_METADATA').unlink()
-  assert restored(damaged, move_refused=True)[0] == 1
+  assert restored(damaged, set_aside=retention.set_aside)[0] == 1
   assert folders.steps(damaged) == [1]
   save(damaged, 2, keep=1)
   assert restored(damaged) == (2, '')

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from states import make, restored, save
 
-from experiments import faults, saving
+from experiments import faults, retention, saving
 from mla_moe.checkpoint import folders, seal, store
 
 # Warnings of third-party code that is called here are not ours to mend.
@@ -37,7 +37,7 @@ def saver(*words, fault=''):
 def newest(folder):
   """Returns the step that a saver's folder restores; its bytes are right."""
   like = {'w': jnp.zeros(1 << 20, jnp.float32)}
-  checkpoint = store.restore(folder, like, move_refused=True)
+  checkpoint = store.restore(folder, like, set_aside=retention.set_aside)
   if checkpoint is None:
     return 0
   step, state, _ = checkpoint
@@ -83,8 +83,8 @@ def test_row01_killed_while_deleting_nothing_stays(tmp_path, monkeypatch):
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-    patched.setattr(folders.storage.shutil, 'rmtree', killed)
-    folders.remove(tmp_path, 1)
+    patched.setattr(retention.shutil, 'rmtree', killed)
+    retention.remove(tmp_path, 1)
   assert folders.steps(tmp_path) == [2]
   with saving.Writer(tmp_path, 3):
     assert [p.name for p in tmp_path.iterdir()] == ['2']
@@ -195,11 +195,11 @@ def test_row10_leaving_right_after_a_save_keeps_it(tmp_path, exit_by, code):
 
 def test_the_policy_keeps_the_newest_the_spaced_and_the_best(tmp_path):
   scores = {10: 3.0, 20: 1.0, 30: 2.0, 40: None, 50: 2.5}
-  assert folders.retained(scores, 2) == {40, 50}
-  assert folders.retained(scores, 1, keep_every=20) == {20, 40, 50}
-  assert folders.retained(scores, 1, keep_best=2) == {20, 30, 50}
+  assert retention.retained(scores, 2) == {40, 50}
+  assert retention.retained(scores, 1, keep_every=20) == {20, 40, 50}
+  assert retention.retained(scores, 1, keep_best=2) == {20, 30, 50}
   scores |= {1: math.nan, 2: -math.inf}  # no number is no score
-  assert folders.retained(scores, 1, keep_best=2) == {20, 30, 50}
+  assert retention.retained(scores, 1, keep_best=2) == {20, 30, 50}
   save(tmp_path, 5, 4, 3, keep=1, keep_every=4, keep_best=1)
   assert folders.steps(tmp_path) == [4, 5]  # 1 / 5 is the best score
 
@@ -237,7 +237,7 @@ def test_a_step_that_cannot_be_deleted_fails_no_save(tmp_path, monkeypatch):
       raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     real(source, target)
 
-  monkeypatch.setattr(folders.os, 'rename', rename)
+  monkeypatch.setattr(retention.os, 'rename', rename)
   steps = lambda: folders.steps(tmp_path)
   with saving.Writer(tmp_path, 1) as writer:
     for step in (1, 2, 3):

@@ -12,7 +12,15 @@ import shutil
 import numpy as np
 import pytest
 
-from experiments import checkpoint, faults, history, report, saving, workdir
+from experiments import (
+  checkpoint,
+  faults,
+  history,
+  report,
+  retention,
+  saving,
+  workdir,
+)
 from experiments.training import logs, samples
 from mla_moe.checkpoint import folders, seal, store
 from mla_moe.config import ConfigError, DataConfig, freeze
@@ -240,7 +248,7 @@ class Process:
     """Claims the folder; returns the step that it goes on from."""
     stack = contextlib.ExitStack()
     stack.enter_context(workdir.claim(self.root, CONFIG))
-    restored = read(self.folder, move_refused=True)
+    restored = read(self.folder, set_aside=retention.set_aside)
     self.step = restored.step if restored else 0
     workdir.rewind(self.root / 'rows.jsonl', self.step)
     self.rows = workdir.Rows(self.root / 'rows.jsonl')

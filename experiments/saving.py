@@ -250,7 +250,8 @@ def write_seal(folder: os.PathLike, records: dict, facts: dict) -> None:
   body = {'format': seal.FORMAT, 'files': records, **facts}
   body['sha256'] = seal.digest(body)
   if storage.is_bucket(folder):
-    (folder / seal.NAME).write_text(json.dumps(body, indent=1))
+    text = json.dumps(body, indent=1)
+    (folder / seal.NAME).write_text(text, encoding='utf-8')
     return
   scratch = folder / f'{seal.NAME}.new'
   with open(scratch, 'w', encoding='utf-8') as file:

@@ -19,6 +19,7 @@ import contextlib
 import json
 import os
 import pathlib
+import secrets
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -118,6 +119,7 @@ class Lock:
     self._one = threading.Lock()
     self._ended = threading.Event()
     self._generation = 0
+    self._text = json.dumps(_me() | {'nonce': secrets.token_hex(8)}).encode()
 
   def __enter__(self) -> Lock:
     before = self._bucket.get_blob(self._prefix + LOCK)
@@ -154,6 +156,9 @@ class Lock:
   def renew(self) -> None:
     """Writes the lock again.
 
+    Google's library repeats a write whose answer was lost, and the service then
+    refuses the second: the lock's content says whose it is.
+
     Raises:
       Lost: it is no longer ours.
     """
@@ -163,10 +168,12 @@ class Lock:
       blob = self._bucket.blob(self._prefix + LOCK)
       try:
         blob.upload_from_string(
-          json.dumps(_me()), if_generation_match=self._generation
+          self._text, if_generation_match=self._generation
         )
       except exceptions.PreconditionFailed:
-        raise Lost from None
+        blob = self._bucket.get_blob(self._prefix + LOCK)
+        if blob is None or blob.download_as_bytes() != self._text:
+          raise Lost from None
       self._generation = blob.generation
 
   def hold(self) -> None:

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import pathlib
 import shutil
+import sys
 
 import pytest
 from absl import flags
@@ -101,6 +102,18 @@ def test_a_path_of_a_config_is_none_of_another_machine(url, tmp_path):
   with pytest.raises(ConfigError, match='init=.* not supported'):
     train.run(freeze({}), tmp_path / 'run', train.Options(init=url))
   assert not (tmp_path / 'run').exists()
+
+
+def test_a_run_in_a_bucket_needs_the_extra(call, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'gcsfs', None)  # it is not installed
+  for program, *words in (
+    ('train', '--config=tiny', '--workdir=gs://b/x'),
+    ('train', '--config=tiny', '--workdir=gs://b/x', '--replay=1'),
+    ('checkpoint', 'verify', 'gs://b/x'),
+  ):
+    code, _, error = call(program, *words)
+    assert code == 2 and error.count('\n') == 1, error
+    assert 'pip install "mla_moe[gcs]"' in error
 
 
 def test_each_path_of_a_config_is_known():

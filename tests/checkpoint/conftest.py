@@ -5,6 +5,14 @@ import shutil
 import pytest
 from states import save
 
+from experiments import faults
+
+
+@pytest.fixture(autouse=True)
+def unstruck():
+  """A rule strikes a step once in a process: each test begins anew."""
+  faults.struck.clear()
+
 
 @pytest.fixture(scope='module')
 def two(tmp_path_factory):

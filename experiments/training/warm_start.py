@@ -114,8 +114,9 @@ def begin(setup, origin: Origin, *, allow_unsealed: bool = False) -> Any:
 
 def _of_run(setup, folder, step, allow_unsealed) -> tuple[Any, Origin]:
   from mla_moe.checkpoint import store
-  from mla_moe.train.load import shapes
   from mla_moe.train.state import RENAMED
+
+  from . import program
 
   config, theirs = setup.config, workdir.read_config(folder)
   check_tokenizer(setup, theirs, folder)
@@ -123,7 +124,7 @@ def _of_run(setup, folder, step, allow_unsealed) -> tuple[Any, Origin]:
   like = dataclasses.replace(config, optim=theirs.optim, rl=theirs.rl)
   restored = store.restore(
     folder / 'checkpoints',
-    shapes(like, setup.mesh),
+    program.state_shapes(like, setup.mesh),
     before=None if step is None else step + 1,
     allow_unsealed=allow_unsealed,
     renamed=RENAMED,
@@ -155,11 +156,12 @@ def _at_step_0(setup, params: Any, router: Any, opt: Any) -> Any:
   import jax.numpy as jnp
 
   from mla_moe.train import optim
-  from mla_moe.train.load import shapes
   from mla_moe.train.state import State, empty_window, reference_of
 
+  from . import program
+
   config: Config = setup.config
-  layout = shapes(config, setup.mesh)
+  layout = program.state_shapes(config, setup.mesh)
   places = jax.tree.map(lambda x: x.sharding, layout)
   if opt is None:
     init = optim.optimizer(config.optim).init

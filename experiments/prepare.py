@@ -92,7 +92,9 @@ def run(
       print(f'{name}:')
     for fact, value in corpus.table(text):
       print(f'  {fact:26} {value}')
-    print(f'In {cache / text.fingerprint}, {time.monotonic() - began:.1f} s.')
+    place = cache / text.fingerprint
+    place = place if place.exists() else one.source  # ids stay where they lie
+    print(f'In {place}, {time.monotonic() - began:.1f} s.')
   for name, one in blend.validations(data).items() if texts else ():
     text = corpus.prepare(one, words, cache, processes=count)
     print(f'{name}, for validation: {len(blend.whole(text, one)):,} tokens')

@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -90,8 +91,8 @@ def prepare(
   cache = pathlib.Path(cache)
   if paths := token_files.files(data.source):
     return _of_ids(paths, data, tokenizer, cache, say, known)
-  if (pathlib.Path(data.source) / 'corpus.json').exists():
-    return _of_shards(pathlib.Path(data.source), data, tokenizer)
+  if folder := _shards_of(data.source):
+    return _of_shards(folder, data, tokenizer, known)
   is_here = bool(known) and (cache / known / 'corpus.json').exists()
   try:
     files, left_out = sources.listed(data.source, data.heldout)
@@ -151,13 +152,20 @@ def _of_ids(
   return Corpus(train, heldout, bos_id=tokenizer.bos_id, facts={}, **rest)
 
 
+def _shards_of(source: str) -> pathlib.Path | None:
+  """Returns the folder of shards that a source is, or None."""
+  folder = pathlib.Path(os.path.expanduser(source))
+  return folder if (folder / 'corpus.json').exists() else None
+
+
 def _of_shards(
-  folder: pathlib.Path, data: DataConfig, tokenizer: Tokenizer
+  folder: pathlib.Path, data: DataConfig, tokenizer: Tokenizer, known: str
 ) -> Corpus:
   """Returns the corpus in a folder of shards that `prepare` has made elsewhere.
 
   Raises:
-    ConfigError: it is damaged, or of another tokenizer.
+    ConfigError: it is damaged, of another tokenizer, or of another text than
+      the run's.
   """
   text = opened(folder, tokenizer)
   values = read_json(folder / 'corpus.json')
@@ -168,6 +176,13 @@ def _of_shards(
       f'data.source={str(folder)!r}: its shards are of another tokenizer than '
       f'data.tokenizer={data.tokenizer!r}, which has {tokenizer.vocab} ids; '
       f'their largest is {largest}'
+    )
+  if not re.fullmatch('[0-9a-f]{24}', folder.name):  # it was renamed
+    text = text._replace(fingerprint=_hash(values))
+  if known not in ('', text.fingerprint):
+    raise ConfigError(
+      f'data.source={data.source!r}: its shards are of another text than the '
+      "run's; restore them, or start anew in another --workdir"
     )
   return text
 
@@ -188,6 +203,9 @@ def prepare_share(
     ConfigError: as `prepare`.
   """
   _check_ends(data, tokenizer)
+  if token_files.files(data.source) or _shards_of(data.source):
+    say(f'{data.source!r} has ids: there is nothing to tokenise.')
+    return
   files, left_out = sources.listed(data.source, data.heldout)
   _announce(files, left_out, data, say, processes)
   place = pathlib.Path(cache), files, data, tokenizer, say

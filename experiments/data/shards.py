@@ -41,7 +41,8 @@ class Shard:
     length: its number of ids.
     block: bytes per checksum.
     checksums: reads the CRC-32 of every block, when the first is read.
-    offset: the byte of the first id; the ids may then end before the file.
+    offset: the byte of the first id.
+    remedy: of damage; '' if the file's folder can be made again.
 
   Raises:
     ConfigError: the file is missing, or has another length.
@@ -55,18 +56,20 @@ class Shard:
     block: int,
     checksums: Callable[[], list[int]],
     offset: int = 0,
+    remedy: str = '',
   ):
     self._path, self._dtype, self._length = path, np.dtype(dtype), length
     self._block, self._checksums = block, checksums
     self._ids: np.ndarray | None = None
     self._checked = bytearray()
     self._offset = offset
+    self._remedy = remedy or f'delete {path.parent} and start again'
     size = path.stat().st_size - offset if path.is_file() else -1
     if size != length * self._dtype.itemsize:
       state = 'is missing' if size < 0 else f'has {size} bytes'
       raise ConfigError(
         f'{path}: {state}, not {length * self._dtype.itemsize}: it is damaged; '
-        f'delete {path.parent} and start again'
+        f'{self._remedy}'
       )
 
   def __len__(self) -> int:
@@ -112,7 +115,7 @@ class Shard:
     if [zlib.crc32(block)] != self._expected[number : number + 1]:
       raise ConfigError(
         f'{self._path}: MiB {place >> 20} is damaged (the {len(block.data)} '
-        f'ids from byte {place}); delete {self._path.parent} and start again'
+        f'ids from byte {place}); {self._remedy}'
       )
     self._checked[number] = 1
 
@@ -141,7 +144,8 @@ class Tokens:
       start, number = max(start, last), number + 1
     if len(parts) == 1:
       return parts[0]
-    return np.concatenate([np.zeros(0, self.dtype), *parts])
+    none = np.zeros(0, self.dtype)
+    return np.concatenate([none, *parts], dtype=self.dtype)
 
   def __array__(self, dtype: Any = None, copy: bool | None = None):
     ids = self[:]

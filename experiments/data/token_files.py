@@ -35,6 +35,7 @@ _MAGIC = b'MMIDIDX\x00\x00'  # of Megatron's .idx
 # Its codes of types.
 _TYPES = {1: 'uint8', 3: 'int16', 4: 'int32', 5: 'int64', 8: 'uint16'}
 _PIECE = 1 << 22  # ids that are read at once
+_REMEDY = 'its time is that of its first reading: bring its copy, or touch it'
 _SAMPLE = 1 << 21  # held-out ids whose text is compressed
 
 
@@ -98,7 +99,9 @@ def opened(
       for packing 'separate'.
   """
   facts = dict(
+    format=2,
     files=[_stamp(path) for path in paths],
+    indices=[_stamp(path) for path in map(_index, paths) if path],
     options=(data.dtype, data.heldout, tokenizer.fingerprint),
   )
   stamp = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
@@ -108,7 +111,12 @@ def opened(
         'data.fim_rate is of no effect.')  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     _adopt(paths, folder, data, tokenizer)
-  values = json.loads((folder / 'ids.json').read_text(encoding='utf-8'))
+  try:
+    values = json.loads((folder / 'ids.json').read_text(encoding='utf-8'))
+  except (OSError, ValueError):
+    raise ConfigError(
+      f'{folder}/ids.json: is damaged; delete {folder} and start again'
+    ) from None
   parts = _parts(folder, values, data)
   if data.packing == 'separate' and tokenizer.bos_id not in parts[0][:_SAMPLE]:
     raise ConfigError(
@@ -123,8 +131,11 @@ def _parts(folder, values: dict, data: DataConfig) -> tuple[Part, Part]:
 
   def shard(layout: Layout, checksums: list[int]) -> shards.Shard:
     path, dtype, offset, length = layout
-    args = pathlib.Path(path), dtype, length, shards.BLOCK, lambda: checksums
-    return shards.Shard(*args, offset=offset)
+    place = folder / path  # an absolute path is itself
+    args = place, dtype, length, shards.BLOCK, lambda: checksums
+    # Only the copy of a table can be made again.
+    remedy = '' if place.parent == folder else _REMEDY
+    return shards.Shard(*args, offset=offset, remedy=remedy)
 
   pairs = zip(values['layouts'], values['checksums'], strict=True)
   whole = [shard(Layout(*layout), sums) for layout, sums in pairs]
@@ -146,11 +157,15 @@ def _adopt(paths, folder, data: DataConfig, tokenizer: Tokenizer) -> None:
       starts = range(0, len(ids), block)
       sums += [zlib.crc32(ids[i : i + block]) for i in starts]
       digest.update(ids.astype('<i8').tobytes())
-    layouts.append(layout)
+    # The cache may move, and starts have other working folders.
+    is_copy = os.path.dirname(layout.path) == str(folder)
+    name = os.path.basename if is_copy else os.path.abspath
+    layouts.append(layout._replace(path=name(layout.path)))
     checksums.append(sums)
   digest.update(json.dumps((data.heldout, tokenizer.fingerprint)).encode())
   dtype = np.result_type(*(layout.dtype for layout in layouts))
-  values = dict(layouts=layouts, checksums=checksums, dtype=dtype.name)
+  dtype = dtype.name if dtype.kind in 'iu' else 'int64'  # uint64 with int64
+  values = dict(layouts=layouts, checksums=checksums, dtype=dtype)
   values['fingerprint'] = digest.hexdigest()[:24]
   _, heldout = _parts(folder, values, data)
   lengths = tokenizer.byte_lengths()
@@ -203,10 +218,8 @@ def _layout(path, copy, data: DataConfig, tokenizer: Tokenizer) -> Layout:
   if suffix == '.npy':
     layout = _of_numpy(path)
   elif suffix == '.bin':
-    index = os.path.splitext(path)[0] + '.idx'
-    dtype = data.dtype
-    if os.path.exists(index):
-      dtype = _of_megatron(index, size)
+    index = _index(path)
+    dtype = _of_megatron(index, size) if index else data.dtype
     width = np.dtype(dtype).itemsize
     if size % width:
       raise ConfigError(
@@ -220,6 +233,13 @@ def _layout(path, copy, data: DataConfig, tokenizer: Tokenizer) -> Layout:
   return layout
 
 
+def _index(path: str) -> str:
+  """Returns the .idx beside a .bin, or ''."""
+  stem, suffix = os.path.splitext(path)
+  is_there = suffix.lower() == '.bin' and os.path.exists(f'{stem}.idx')
+  return f'{stem}.idx' if is_there else ''
+
+
 def _of_numpy(path: str) -> Layout:
   try:
     ids = np.load(path, mmap_mode='r', allow_pickle=False)
@@ -231,6 +251,9 @@ def _of_numpy(path: str) -> Layout:
       f'{path}: has {ids.dtype} of shape {ids.shape}, and ids are integers of '
       'one axis'
     )
+  rest = os.path.getsize(path) - ids.offset - ids.nbytes
+  if rest:
+    raise ConfigError(f'{path}: has {rest} bytes after its ids; write it again')
   return Layout(path, ids.dtype.name, ids.offset, len(ids))
 
 

@@ -84,12 +84,14 @@ def test_each_kind_has_the_same_rows(kind, tmp_path):
 def test_files_of_a_glob_are_one_stream(tmp_path):
   """In order of name, of any types, and cut anywhere."""
   np.save(tmp_path / '1.npy', IDS[:333].astype(np.int64))
-  np.save(tmp_path / '2.npy', IDS[333:].astype(np.uint16))
+  np.save(tmp_path / '2.npy', IDS[333:400].astype(np.uint16))
+  np.save(tmp_path / '3.npy', IDS[400:].astype(np.uint64))
   data = small(source=f'{tmp_path}/*.npy')
   text = prepared(data, tmp_path / 'cache')
   both = np.concatenate([text.train[:], text.heldout[:]])
   np.testing.assert_array_equal(both, IDS)
-  np.testing.assert_array_equal(text.train[330:337], IDS[330:337])
+  np.testing.assert_array_equal(text.train[330:437], IDS[330:437])
+  assert text.train[330:437].dtype == np.int64
 
 
 def test_ids_are_read_once_and_known_by_their_content(tmp_path):
@@ -120,8 +122,75 @@ def test_damage_after_the_first_start_is_found_when_it_is_touched(tmp_path):
   path.write_bytes(content)
   os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
   text = prepared(data, tmp_path / 'cache')
-  with pytest.raises(ConfigError, match='ids.npy: MiB 0 is damaged'):
+  with pytest.raises(ConfigError, match='ids.npy: MiB 0 is damaged') as error:
     batches.batch_at(text.train, data, 0, BOS)
+  assert 'delete' not in str(error.value)  # the folder is not ours
+
+
+@pytest.mark.parametrize('kind', ['npy', 'parquet'])
+def test_ids_stay_when_the_cache_or_the_working_folder_moves(
+  tmp_path, monkeypatch, kind
+):
+  path, _ = write(kind, tmp_path)
+  data = small(source=str(path))
+  monkeypatch.chdir(tmp_path)
+  near = dataclasses.replace(data, source=path.name)
+  text = corpus.prepare(near, BYTE, 'cache', print)
+  os.rename('cache', 'moved')
+  elsewhere = tmp_path / 'elsewhere'
+  elsewhere.mkdir()
+  monkeypatch.chdir(elsewhere)
+  lines = []
+  again = corpus.prepare(data, BYTE, '../moved', lines.append, text.fingerprint)
+  assert again.fingerprint == text.fingerprint and not lines
+  assert corpus.verify(again) == len(IDS)
+
+
+def test_an_index_that_comes_later_is_read(tmp_path):
+  path, _ = write('bin', tmp_path)
+  data = small(source=str(path))
+  prepared(data, tmp_path / 'cache')
+  path.with_suffix('.idx').write_bytes(b'nonsense')
+  with pytest.raises(ConfigError, match='is no index of Megatron'):
+    prepared(data, tmp_path / 'cache')
+
+
+def test_a_damaged_record_of_ids_is_one_line(tmp_path):
+  path, _ = write('bin', tmp_path)
+  data = small(source=str(path))
+  prepared(data, tmp_path / 'cache')
+  (record,) = tmp_path.glob('cache/*/ids.json')
+  record.write_text(record.read_text()[:99])
+  with pytest.raises(ConfigError, match='ids.json: is damaged; delete'):
+    prepared(data, tmp_path / 'cache')
+
+
+def test_a_share_passes_over_ids(tmp_path):
+  """They need no tokenising, and a mixture may have text beside them."""
+  path, _ = write('bin', tmp_path)
+  text = prepared(small(source=write_folder(tmp_path / 'text')), tmp_path / 'a')
+  for source in (path, tmp_path / 'a' / text.fingerprint):
+    lines, data = [], small(source=str(source))
+    corpus.prepare_share(data, BYTE, tmp_path / 'cache', (0, 2), lines.append)
+    assert lines == [f'{str(source)!r} has ids: there is nothing to tokenise.']
+
+
+def test_renamed_shards_are_known_by_their_content(tmp_path):
+  """Not by their name: other shards under it are not the run's."""
+  data = small(source=str(tmp_path / 'tokens'))
+  names = []
+  for count in (40, 50):
+    folder = write_folder(tmp_path / f'text{count}', count)
+    text = prepared(small(source=folder), tmp_path / 'a')
+    names.append(tmp_path / 'a' / text.fingerprint)
+  os.rename(names[0], data.source)
+  first = prepared(data, tmp_path / 'b')
+  os.rename(data.source, tmp_path / 'other')
+  other = dataclasses.replace(data, source=str(tmp_path / 'other'))
+  assert prepared(other, tmp_path / 'b').fingerprint == first.fingerprint
+  os.rename(names[1], data.source)
+  with pytest.raises(ConfigError, match='are of another text than the run'):
+    corpus.prepare(data, BYTE, tmp_path / 'b', print, first.fingerprint)
 
 
 def test_shards_of_another_place_are_a_source(tmp_path):
@@ -157,7 +226,11 @@ def test_mistakes_are_one_line(tmp_path):
     assert '\n' not in str(error.value) and name in str(error.value)
   np.save(tmp_path / 'float.npy', np.ones(9))
   np.save(tmp_path / 'negative.npy', -np.ones(99, np.int32))
-  for name, words in (('float', 'are integers'), ('negative', 'the id -1')):
+  np.save(tmp_path / 'long.npy', np.ones(99, np.int32))
+  with open(tmp_path / 'long.npy', 'ab') as file:
+    file.write(b'more')
+  mistakes = ('float', 'are integers'), ('negative', 'the id -1')
+  for name, words in (*mistakes, ('long', 'has 4 bytes after its ids')):
     with pytest.raises(ConfigError, match=words):
       prepared(small(source=f'{tmp_path}/{name}.npy'), tmp_path / 'cache')
   path = megatron(tmp_path / 'cut.bin', DOCUMENTS)

@@ -152,6 +152,11 @@ def _of_ids(
   return Corpus(train, heldout, bos_id=tokenizer.bos_id, facts={}, **rest)
 
 
+def has_ids(source: str) -> bool:
+  """Whether a source is ids already: files of them, or a folder of shards."""
+  return bool(token_files.files(source) or _shards_of(source))
+
+
 def _shards_of(source: str) -> pathlib.Path | None:
   """Returns the folder of shards that a source is, or None."""
   folder = pathlib.Path(os.path.expanduser(source))
@@ -203,7 +208,7 @@ def prepare_share(
     ConfigError: as `prepare`.
   """
   _check_ends(data, tokenizer)
-  if token_files.files(data.source) or _shards_of(data.source):
+  if has_ids(data.source):
     say(f'{data.source!r} has ids: there is nothing to tokenise.')
     return
   files, left_out = sources.listed(data.source, data.heldout)

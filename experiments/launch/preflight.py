@@ -154,11 +154,14 @@ def _files(
   """
   data = config.data
   paths = {
-    'config.data.source': '' if data.source == 'stdlib' else data.source,
+    'config.data.source': data.source,
     'config.data.tokenizer': '' if data.tokenizer == 'byte' else data.tokenizer,
   }
-  texts = *data.sources, *data.validation
-  paths |= {f'config.data.sources {name}': path for path, *_, name in texts}
+  for field in ('sources', 'validation'):
+    for path, *_, name in getattr(data, field):
+      paths[f'config.data.{field} {name}'] = path
+  texts = [name for name in paths if name != 'config.data.tokenizer']
+  paths |= {name: '' for name in texts if paths[name] == 'stdlib'}
   for word in job.arguments:
     flag, _, value = word.lstrip('-').partition('=')
     if not flag.startswith('config') and os.path.exists(value):
@@ -170,13 +173,15 @@ def _files(
 
 def _absent_here(name: str, path: str, _) -> str:
   """Returns the fault of a path on files that all machines share, or ''."""
-  from ..data import remote, sources, token_files
+  from ..data import corpus, remote, sources
 
   if remote.is_remote(path):
     return ''  # each machine reads it by itself
-  if name.startswith('config.data.source') and not token_files.files(path):
+  if name.startswith(('config.data.source', 'config.data.validation')):
     try:
-      sources.listed(path)
+      if not corpus.has_ids(path):
+        sources.listed(path)
+      return ''
     except ConfigError as error:
       return str(error)
   return (

@@ -621,6 +621,16 @@ def test_a_path_of_this_machine_is_a_fault_on_others(clone, monkeypatch):
   assert faults('vm', source('../x'), action='start') == []
   flags = ['--topology=h100:8']
   assert faults('slurm', source(f'{clone}/here.txt'), flags=flags) == []
+  (clone / 'shards').mkdir()
+  (clone / 'shards' / 'corpus.json').write_text('{}')
+  rows = ('stdlib', 1, 'lib'), (f'{clone}/shards', 1, 'shards')
+  sets = (f'{clone}/here.tx?', 'set'), ('stdlib', 'all')
+  train = [f'--config.data.sources={rows}', f'--config.data.validation={sets}']
+  assert faults('slurm', *train, flags=flags) == []
+  lines = faults('tpu', *train, flags=[f'--topology={SIZES["tpu"]}'])
+  first, second = (line.partition('=')[0] for line in lines)
+  assert first == 'config.data.sources shards'
+  assert second == 'config.data.validation set'
   (line,) = faults('slurm', source('/absent/*.txt'), flags=flags)
   assert line.startswith("data.source='/absent/*.txt': ")
 

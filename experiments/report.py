@@ -90,16 +90,19 @@ def _reinforced(run: history.History) -> list[str]:
 
 def _texts(starts: list[dict]) -> list[str]:
   """Returns a table of the texts of the last start; older runs have none."""
-  columns, cells = [], []
+  rows = []
   try:
     for text in starts[-1].get('texts', []) if starts else []:
-      row = dict(text['table']) | {'epochs': f'{text["epochs"]:.3g}'}
-      cells.append([str(text['source'] or '-'), *map(str, row.values())])
-      columns = ['source', *map(str, row)]
+      row = {'source': text['source'] or '-'} | dict(text['table'])
+      rows.append(row | {'epochs': f'{text["epochs"]:.3g}'})
   except (TypeError, ValueError, KeyError):
     return []  # edited by hand
-  if not cells or any(len(row) != len(columns) for row in cells):
+  if not rows:
     return []
+  # Ids have fewer numbers than a text.
+  columns = list(max(rows, key=len))
+  cells = [[str(row.get(name, '-')) for name in columns] for row in rows]
+  columns = list(map(str, columns))
   cells = [list(map(html.escape, row)) for row in cells]
   columns = list(map(html.escape, columns))
   return ['<h2>Texts</h2>', page.table(columns, cells)]

@@ -182,8 +182,23 @@ def digest(config: Config) -> str:
   Fields of `_HARMLESS` are left out. So are fields at V3's values: a field
   that a later version adds changes no digest.
   """
-  lines = differences(_without_paths(config), _V3)
+  return _digest(config, _spelled)
+
+
+def _digest(config: Config, spell: Callable[[Any], str]) -> str:
+  lines = differences(_without_paths(config), _V3, spell=spell)
   return _hash([x for x in lines if not _is_harmless(x)])
+
+
+def _spelled(value: Any) -> str:
+  """Returns a value's words; in tuples, which may mix them, 3 is 3.0."""
+
+  def same(x: Any) -> Any:
+    if isinstance(x, tuple):
+      return tuple(map(same, x))
+    return float(x) if type(x) is int and abs(x) < 2**53 else x
+
+  return repr(same(value) if isinstance(value, tuple) else value)
 
 
 def _without_paths(config: Config) -> Config:
@@ -212,16 +227,21 @@ def _older_digest(config: Config) -> str:
   )
 
 
-def differences(ours: Any, theirs: Any, path: str = 'config') -> list[str]:
+def differences(
+  ours: Any,
+  theirs: Any,
+  path: str = 'config',
+  spell: Callable[[Any], str] = repr,
+) -> list[str]:
   """Returns the fields that differ in two configs, as 'path: a != b'."""
   lines = []
   for field in dataclasses.fields(ours):
     a, b = getattr(ours, field.name), getattr(theirs, field.name)
     here = f'{path}.{field.name}'
     if dataclasses.is_dataclass(a):
-      lines += differences(a, b, here)
+      lines += differences(a, b, here, spell)
     elif a != b:
-      lines.append(f'{here}: {a!r} != {b!r}')
+      lines.append(f'{here}: {spell(a)} != {spell(b)}')
   return lines
 
 
@@ -231,8 +251,8 @@ def of_another(config: Config, digest_of_run: str) -> bool:
   A digest of an older version cannot be compared: the answer is no.
   """
   comparable = digest_of_run.startswith(_DIGEST)
-  same = digest_of_run in (digest(config), _older_digest(config))
-  return comparable and not same
+  older = _older_digest(config), _digest(config, repr)
+  return comparable and digest_of_run not in (digest(config), *older)
 
 
 def _is_harmless(line: str) -> bool:

@@ -197,6 +197,12 @@ def test_two_configs_that_differ_in_a_path_alone_are_one_run(tmp_path):
   )
   assert workdir.digest(place('x', 1.0)) == workdir.digest(place('y', 1.0))
   assert workdir.digest(place('x', 1.0)) != workdir.digest(place('x', 2.0))
+  # Numbers in tuples are equal as 3 and 3.0; older digests had their words.
+  whole, real = place('x', 3), place('x', 3.0)
+  assert whole == real and workdir.digest(whole) == workdir.digest(real)
+  words = workdir._digest(whole, repr)
+  assert words not in map(workdir.digest, (whole, real))
+  assert not workdir.of_another(whole, words)
   # That of an older version has the paths, and is known while they stay.
   older = workdir._older_digest(moved)
   assert older != workdir.digest(moved)

@@ -99,14 +99,17 @@ def test_texts_and_their_held_out_numbers_are_in_the_report(tmp_path):
   rows = [*GOOD[:20], evaluation(10, 3.0) | {'bits_per_byte/web': 2.5}]
   folder = write(tmp_path / 'run', [*rows, evaluation(20, 2.9)])
   assert '<h2>Texts</h2>' not in report.write(folder).read_text()
-  texts = [{'source': '<web>', 'epochs': 0.5, 'table': [['tokens', '1,234']]}]
+  table = [['tokens', '1,234']]
+  texts = [{'source': '<web>', 'epochs': 0.5, 'table': table}]
+  of_text = [*table, ['documents', '77']]  # which ids have not
+  texts.append({'source': 'b', 'epochs': 2.0, 'table': of_text})
   start = {'step': 0, 'date': '2026-11-29', 'texts': texts}
   (folder / 'starts.jsonl').write_text(json.dumps(start))
   last = evaluation(30, 2.8) | {'bits_per_byte/web': 2.4}
   with open(folder / 'metrics.jsonl', 'a', encoding='utf-8') as file:
     file.write(json.dumps(last | {'bits_per_byte/code': 'x'}))
   text = report.write(folder).read_text()
-  for cell in ('&lt;web&gt;', '1,234', '0.5'):
+  for cell in ('&lt;web&gt;', '1,234', '0.5', '-', '77'):
     assert f'<td>{cell}</td>' in text
   for bad in (3, [{}], [{'source': 1, 'epochs': 'x', 'table': 4}]):
     (folder / 'starts.jsonl').write_text(json.dumps(start | {'texts': bad}))

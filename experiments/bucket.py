@@ -22,13 +22,13 @@ import pathlib
 import secrets
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from mla_moe.checkpoint import storage
 from mla_moe.config import Config, ConfigError
 
-from . import workdir
+from . import cli, workdir
 
 LOCK = 'lock'
 _PROBE = 'lock.probe'
@@ -76,27 +76,52 @@ class Records:
     self._sent: dict[str, tuple] = {}
 
   def fetch(self) -> None:
-    """Copies the bucket's files here; the bucket's are the right ones."""
+    """Copies the bucket's files here; the bucket's are the right ones.
+
+    Those that only this machine has are of a run that the bucket has lost, or
+    of one that ended before its first copy: they go.
+    """
     url = f'{storage.SCHEME}{self._bucket.name}/{self._prefix}'
-    for name in storage.objects(url):
-      if name.split('/')[0] not in _OWN:
-        path = self._folder / name
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._bucket.blob(self._prefix + name).download_to_filename(path)
-        self._sent[name] = _stamp(path)
+    names = _records(storage.objects(url), '/checkpoints/')
+    for name in self._here():
+      if name not in names:
+        (self._folder / name).unlink()
+    for name in names:
+      path = self._folder / name
+      path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+      self._bucket.blob(self._prefix + name).download_to_filename(path)
+      self._sent[name] = _stamp(path)
 
   def send(self) -> None:
     """Copies the files that have changed to the bucket."""
-    for path in sorted(self._folder.rglob('*')):
-      name = path.relative_to(self._folder).as_posix()
-      is_own = name.split('/')[0] in _OWN or name.endswith('.new')
-      if is_own or not path.is_file() or self._sent.get(name) == _stamp(path):
-        continue
+    for name in self._here():
+      path = self._folder / name
       stamp = _stamp(path)
+      if self._sent.get(name) == stamp:
+        continue
       self._bucket.blob(self._prefix + name).upload_from_string(
         path.read_bytes()
       )
       self._sent[name] = stamp
+
+  def _here(self) -> list[str]:
+    """Returns the names of this machine's copies."""
+    paths = (p for p in sorted(self._folder.rglob('*')) if p.is_file())
+    names = [path.relative_to(self._folder).as_posix() for path in paths]
+    return _records(names, f'/{_ORIGIN}')
+
+
+def _records(names: Iterable[str], mark: str) -> list[str]:
+  """Returns the names of records; `mark` is in every other run below."""
+  names = list(names)
+  others = [f'{x.partition(mark)[0]}/' for x in names if mark in x]
+  return [
+    name
+    for name in names
+    if name.split('/')[0] not in _OWN
+    and not name.endswith('.new')
+    and not name.startswith(tuple(others))
+  ]
 
 
 def _stamp(path: pathlib.Path) -> tuple[int, int]:
@@ -145,12 +170,10 @@ class Lock:
     return self
 
   def __exit__(self, *_) -> None:
-    from google.api_core import exceptions
-
     self._ended.set()
     self._thread.join()
     blob = self._bucket.blob(self._prefix + LOCK)
-    with contextlib.suppress(exceptions.GoogleAPIError):
+    with contextlib.suppress(Exception):  # a lock that stays grows stale
       blob.delete(if_generation_match=self._generation)
 
   def renew(self) -> None:
@@ -191,10 +214,8 @@ class Lock:
 
   def _keep(self):
     """Renews the lock; a service that does not answer is asked again."""
-    from google.api_core import exceptions
-
     while not self._ended.wait(self._beat):
-      with contextlib.suppress(exceptions.GoogleAPIError, OSError):
+      with contextlib.suppress(Exception):  # of the service or of credentials
         self.hold()
 
   def _age(self, blob) -> float:
@@ -247,9 +268,9 @@ def fetched(url: str, process: int = 0) -> pathlib.Path:
   """Returns a folder here with the records of a run, to be read alone."""
   client()
   folder = local(url)
-  if process:  # process 0 of the same machine writes to the first
-    folder = folder.with_name(f'{folder.name}@{process}')
-  with _one_line(url):
+  # A run of this machine may be writing to the folder itself.
+  folder = folder.with_name(f'{folder.name}@{process}')
+  with one_line(url):
     _opened(url, folder)
   return folder
 
@@ -265,16 +286,22 @@ def _opened(url: str, folder: pathlib.Path) -> Records:
 
 
 @contextlib.contextmanager
-def _one_line(url: str) -> Iterator[None]:
+def one_line(url: str) -> Iterator[None]:
   """Makes one line of the service's refusals in the block."""
+  try:
+    yield
+  except refusals() as error:
+    text = ' '.join(str(error).split())[:200]
+    raise ConfigError(f'workdir={url!r}: {text}') from None
+
+
+def refusals() -> tuple[type[Exception], ...]:
+  """Returns the types of the service's errors, in each of its libraries."""
+  from gcsfs.retry import HttpError
   from google.api_core import exceptions
   from google.auth.exceptions import GoogleAuthError
 
-  try:
-    yield
-  except (exceptions.GoogleAPIError, GoogleAuthError, OSError) as error:
-    text = ' '.join(str(error).split())[:200]
-    raise ConfigError(f'workdir={url!r}: {text}') from None
+  return exceptions.GoogleAPIError, GoogleAuthError, HttpError, OSError
 
 
 @contextlib.contextmanager
@@ -285,23 +312,37 @@ def claim(url: str, config: Config) -> Iterator[tuple[pathlib.Path, Callable]]:
 
   Raises:
     ConfigError: the bucket denies, or another process has the run.
+    cli.Stopped: the bucket failed later.
   """
   client()
   folder = local(url)
   with contextlib.ExitStack() as stack:
-    with _one_line(url):
+    with one_line(url):
       lock = stack.enter_context(Lock(url))
       records = _opened(url, folder)
     stack.enter_context(workdir.claim(folder, config))
 
     def send() -> None:
+      lock.hold()  # first: the records of another holder are newer
       records.send()
       lock.hold()
 
-    with _one_line(url):
+    with one_line(url):
       send()
     try:
       yield folder, send
-    finally:
-      with _one_line(url):
+    except BaseException as error:  # says more than a copy that fails, too
+      with contextlib.suppress(Exception):
         send()
+      is_local = isinstance(error, OSError) and error.errno is not None
+      if is_local or not isinstance(error, refusals()):
+        raise
+      text = ' '.join(str(error).split())[:200]
+      raise cli.Stopped(f'{url}: {text}') from error
+    try:
+      with one_line(url):
+        send()
+    except ConfigError as error:
+      raise cli.Stopped(
+        f'{error}; the last rows are in {folder}, but not in the bucket'
+      ) from None

@@ -37,13 +37,16 @@ def main() -> None:
   parser.add_argument('--refused', action='store_true', help='rm: also these')
   parser.add_argument('--force', action='store_true', help='rm: the last one')
   args = parser.parse_args()
-  with cli.edge():
+  with cli.edge(), contextlib.ExitStack() as stack:
+    enter = stack.enter_context
     try:
       is_bucket = storage.is_bucket(args.folder) and args.command == 'verify'
       read = cli.run_folder if is_bucket else cli.path
+      folder = read('DIR', args.folder)
       if is_bucket:
         bucket.client()
-      folder = find(read('DIR', args.folder))
+        enter(bucket.one_line(folder))
+      folder = find(folder)
       chosen = _chosen(folder, args.steps)
       if args.command == 'ls':
         ls(folder, chosen)

@@ -68,10 +68,9 @@ def prune(
   for step in sorted(doomed | half_removed(folder)):
     try:
       remove(folder, step)
-    except OSError as error:
-      lines.append(
-        f'{folder / str(step)}: could not be deleted ({error.strerror})'
-      )
+    except Exception as error:  # a bucket's are of many types
+      text = getattr(error, 'strerror', None) or error
+      lines.append(f'{folder / str(step)}: could not be deleted ({text})')
   return lines
 
 
@@ -133,8 +132,14 @@ def private(folder: os.PathLike | str) -> dict[str, int]:
 
 
 def _delete(folder: Any) -> None:
-  """Deletes a folder and all below."""
-  folder.rmtree() if storage.is_bucket(folder) else shutil.rmtree(folder)
+  """Deletes a folder and all below; in a bucket, last what `clean` needs."""
+  if not storage.is_bucket(folder):
+    shutil.rmtree(folder)
+    return
+  for child in folder.iterdir():
+    if child.name != _ORBAX:
+      child.rmtree() if child.is_dir() else child.unlink(missing_ok=True)
+  folder.rmtree()
 
 
 def _move(folder: os.PathLike, target: os.PathLike) -> None:

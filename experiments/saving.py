@@ -79,7 +79,7 @@ class Writer:
     options = retention.private(folder)
     self.folder.mkdir(parents=True, exist_ok=True, **options)
     if jax.process_index() == 0:
-      with contextlib.suppress(OSError):
+      with contextlib.suppress(Exception):  # a bucket's are of many types
         retention.clean(self.folder)
     self._policy = keep, keep_every, keep_best
     self._best, self._before_seal = best, before_seal
@@ -116,6 +116,7 @@ class Writer:
       self._orbax.close()
       self._orbax = checkpointer(self.folder, seconds)
       self._seconds = seconds
+    turn = next(agreement.turns)  # drawn by all, whichever of them fails
     pending = fingerprint.of(state)
     items = ocp.args.Composite(
       state=ocp.args.StandardSave(state),
@@ -129,8 +130,11 @@ class Writer:
         retention.set_aside(self.folder, step)
       self._orbax.save(path, args=items)
     except Exception as error:  # Orbax raises many types
+      failed = concurrent.futures.Future()
+      failed.set_exception(error)  # the other processes hear of it
+      self._sealing.submit(self._seal, step, failed, turn, pending, facts)
       raise self._failed(step, error) from error
-    self._last, turn = step, next(agreement.turns)
+    self._last = step
     completion = self._completion = self._writing.submit(self._write, step)
     sealed = self._sealing.submit(
       self._seal, step, completion, turn, pending, facts
@@ -177,7 +181,7 @@ class Writer:
     with contextlib.suppress(Exception):  # it may still be writing
       self._orbax.wait_until_finished()
     if jax.process_index() == 0 and self._exists():
-      with contextlib.suppress(OSError):
+      with contextlib.suppress(Exception):
         retention.clean(self.folder)
     return NotSaved(
       step,
@@ -242,7 +246,12 @@ class Writer:
       raise RuntimeError(refusal)
     if jax.process_index() == 0:
       faults.reach('after_seal', step)
-      self._notices += retention.prune(self.folder, self._policy, self._best)
+      try:
+        lines = retention.prune(self.folder, self._policy, self._best)
+      except Exception as error:  # the step is sealed all the same
+        text = f'{type(error).__name__}: {store.first_line(error)}'
+        lines = [f'{self.folder}: old steps could not be deleted ({text})']
+      self._notices += lines
 
 
 def write_seal(folder: os.PathLike, records: dict, facts: dict) -> None:

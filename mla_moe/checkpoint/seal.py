@@ -106,12 +106,20 @@ def check(folder: os.PathLike, seal: dict) -> None:
 
 def _check_objects(folder: os.PathLike, sealed: dict) -> None:
   present = records(folder)
+  if not _is_listed(sealed):  # copied from a disk: only sizes can be compared
+    present = {name: present[name][:1] for name in present}
+    sealed = {name: sealed[name][:1] for name in sealed}
   for name in sorted(sealed.keys() | present.keys()):
     if present.get(name) != sealed.get(name):
       raise Damaged(
         f'{folder}/{name}: has (bytes, CRC-32C) {present.get(name)}, '
         f'had {sealed.get(name)}'
       )
+
+
+def _is_listed(sealed: dict[str, list]) -> bool:
+  """Whether the hashes are a bucket's, and no SHA-256."""
+  return any(len(hash_) < 64 for _, hash_ in sealed.values())
 
 
 def damage(
@@ -121,11 +129,16 @@ def damage(
 
   It reads the files of one of `processes`, and is '' if all are as they were.
   """
-  is_listed = any(len(hash_) < 64 for _, hash_ in seal['files'].values())
+  is_listed = _is_listed(seal['files'])
   if is_listed and not storage.is_bucket(folder):
     raise ConfigError(
       f'{folder}: is a copy from a bucket, and was sealed with the checksums '
       'there; verify it in its bucket, gs://'
+    )
+  if storage.is_bucket(folder) and not is_listed:
+    raise ConfigError(
+      f'{folder}: is a copy from a disk, and was sealed with SHA-256 there; '
+      'verify it on a disk'
     )
   for name, record in records(folder, process, processes).items():
     if record != seal['files'].get(name):

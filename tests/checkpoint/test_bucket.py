@@ -103,3 +103,58 @@ def test_verify_reads_a_listing_and_a_copy_is_verified_where_it_was_sealed(
   assert restored(tmp_path) == (1, '')
   with pytest.raises(ConfigError, match='verify it in its bucket'):
     store.check(tmp_path, 1)
+
+
+def test_a_service_that_fails_refuses_no_step(folder, monkeypatch):
+  save(folder, 1, 2)
+  moved = []
+
+  def fails(*_, **__):
+    raise OSError('away')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(store.ocp.StandardCheckpointHandler, 'restore', fails)
+    with pytest.raises(ConfigError, match='/2: cannot be read .*away') as error:
+      restored(folder, set_aside=lambda *step: moved.append(step))
+    assert not isinstance(error.value, store.Damaged)
+  with monkeypatch.context() as patch:
+    patch.setattr(seal, 'check', fails)
+    with pytest.raises(OSError, match='away'):
+      restored(folder, set_aside=lambda *step: moved.append(step))
+  assert not moved and restored(folder) == (2, '')
+
+
+def test_a_deletion_that_fails_is_a_notice_and_is_finished_later(
+  folder, monkeypatch
+):
+  save(folder, 1)
+  children, unlink = [], retention.storage.path(folder).__class__.unlink
+
+  def once(path, *words, **options):
+    children.append(path.name)
+    if len(children) > 1:  # the first is the commit file
+      raise RuntimeError('away')
+    return unlink(path, *words, **options)
+
+  with saving.Writer(folder, 1) as writer:
+    writer.save(2, make(2), {})
+    monkeypatch.setattr(type(storage.path(folder)), 'unlink', once)
+    writer.wait()
+    monkeypatch.undo()
+    assert '/1: could not be deleted (away)' in writer.notices()[0]
+  assert folders.steps(folder) == [2]
+  with saving.Writer(folder, 1):
+    assert {n.split('/')[0] for n in storage.objects(folder)} == {'2'}
+
+
+def test_a_run_that_was_copied_into_a_bucket_goes_on(folder, tmp_path):
+  save(tmp_path, 1, 2)
+  for path in tmp_path.rglob('*'):
+    if path.is_file():
+      name = path.relative_to(tmp_path).as_posix()
+      blob(f'{folder}/{name}').upload_from_filename(path)
+  assert restored(folder) == (2, '')
+  with pytest.raises(ConfigError, match='verify it on a disk'):
+    store.check(folder, 2)
+  blob(f'{folder}/2/state/_METADATA').upload_from_string(b'')
+  assert restored(folder)[0] == 1

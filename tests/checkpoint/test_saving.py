@@ -267,3 +267,34 @@ def test_the_deadline_of_a_save_grows_with_the_state():
   orbax = saving.checkpointer('', 3760)
   assert orbax._async_manager._timeout_secs == 3760
   orbax.close()
+
+
+def test_row08_a_save_that_cannot_begin_is_heard_by_all(tmp_path, monkeypatch):
+  """Else a process's next step would answer for this one."""
+  heard = []
+
+  def agree(turn, text, answer):
+    heard.append((turn, bool(text)))
+    return answer([text])
+
+  monkeypatch.setattr(saving.agreement, 'agree', agree)
+  monkeypatch.setenv(faults.VARIABLE, 'full@before_write:1')
+  with saving.Writer(tmp_path, 9) as writer:
+    with pytest.raises(saving.NotSaved, match='/1: could not be saved'):
+      writer.save(1, make(1), {})
+    writer.save(2, make(2), {})
+  (first, before), (second, after) = heard
+  assert second == first + 1 and not before and after
+  assert folders.steps(tmp_path) == [2]
+
+
+def test_row08_a_failed_prune_fails_no_sealed_save(tmp_path, monkeypatch):
+  def fails(*_):
+    raise RuntimeError('away')
+
+  monkeypatch.setattr(retention, 'prune', fails)
+  with saving.Writer(tmp_path, 9) as writer:
+    writer.save(1, make(1), {})
+    writer.wait()
+    assert 'could not be deleted (RuntimeError: away)' in writer.notices()[0]
+  assert restored(tmp_path) == (1, '')

@@ -11,9 +11,9 @@ import children
 import pytest
 from bucket_server import NAME, server  # noqa: F401
 
-from experiments import bucket, soak
+from experiments import bucket, cli, soak
 from mla_moe.checkpoint import folders, seal, storage
-from mla_moe.config import ConfigError
+from mla_moe.config import Config, ConfigError
 
 pytestmark = [
   pytest.mark.slow,
@@ -142,3 +142,81 @@ def test_row12_two_processes_seal_in_a_bucket_and_refuse_a_flip(tmp_path):
   sealed = seal.read(storage.path(place) / str(step))
   assert sealed['processes'] == 2
   assert folders.steps(place)[0] == step
+
+
+def test_records_are_the_bucket_s_and_not_of_runs_below(tmp_path):
+  url, here = f'gs://{NAME}/records', tmp_path / 'here'
+  for name in ('config.json', 'huggingface/a', 'b/checkpoints/1/x', 'b/rows'):
+    blob(f'{url}/{name}').upload_from_string(name)
+  for name in ('metrics.jsonl', 'lock', 'c/bucket.json', 'c/rows'):
+    (here / name).parent.mkdir(parents=True, exist_ok=True)
+    (here / name).write_text('of another run')
+  records = bucket.Records(url, here)
+  records.fetch()
+  files = {
+    p.relative_to(here).as_posix() for p in here.rglob('*') if p.is_file()
+  }
+  assert files == {
+    'config.json',
+    'huggingface/a',
+    'lock',
+    'c/bucket.json',
+    'c/rows',
+  }
+  (here / 'metrics.jsonl').write_text('{}')
+  records.send()
+  assert storage.objects(url).keys() == {
+    'config.json',
+    'huggingface/a',
+    'b/checkpoints/1/x',
+    'b/rows',
+    'metrics.jsonl',
+  }
+
+
+def test_who_lost_the_lock_sends_no_records(tmp_path, monkeypatch):
+  url = f'gs://{NAME}/fenced'
+  monkeypatch.setenv('HOME', str(tmp_path))
+
+  class Ended(BaseException):
+    pass
+
+  def end(code):
+    raise Ended
+
+  with pytest.raises(Ended), bucket.claim(url, Config()) as (folder, send):
+    send()
+    # A reader on the same machine leaves the writer's folder alone.
+    (folder / 'metrics.jsonl').write_text('{"step": 1}\n')
+    other = bucket.fetched(url)
+    assert other != folder and not (other / 'metrics.jsonl').exists()
+    assert (folder / 'metrics.jsonl').read_text()
+    blob(f'{url}/lock').upload_from_string('{}')
+    monkeypatch.setattr(bucket.os, '_exit', end)
+    send()
+  assert 'metrics.jsonl' not in storage.objects(url)
+
+
+def test_a_service_that_fails_is_one_line_and_exit_code_1(
+  tmp_path, monkeypatch
+):
+  from google.api_core.exceptions import ServiceUnavailable
+
+  url = f'gs://{NAME}/failing'
+  monkeypatch.setenv('HOME', str(tmp_path))
+
+  def fails(*_):
+    raise ServiceUnavailable('away')
+
+  with (
+    pytest.raises(cli.Stopped, match='away; the last rows are in'),
+    bucket.claim(url, Config()),
+  ):
+    monkeypatch.setattr(bucket.Records, 'send', fails)
+  monkeypatch.undo()
+  monkeypatch.setenv('HOME', str(tmp_path))
+  with (
+    pytest.raises(cli.Stopped, match='failing: 503 away'),
+    bucket.claim(url, Config()),
+  ):
+    fails()

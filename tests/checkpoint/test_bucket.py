@@ -128,17 +128,17 @@ def test_a_deletion_that_fails_is_a_notice_and_is_finished_later(
   folder, monkeypatch
 ):
   save(folder, 1)
-  children, unlink = [], retention.storage.path(folder).__class__.unlink
+  kind = type(storage.path(folder))
+  unlink = kind.unlink
 
-  def once(path, *words, **options):
-    children.append(path.name)
-    if len(children) > 1:  # the first is the commit file
+  def fails(path, *words, **options):
+    if path.parent.name == '1' and path.name == seal.NAME:
       raise RuntimeError('away')
     return unlink(path, *words, **options)
 
   with saving.Writer(folder, 1) as writer:
     writer.save(2, make(2), {})
-    monkeypatch.setattr(type(storage.path(folder)), 'unlink', once)
+    monkeypatch.setattr(kind, 'unlink', fails)
     writer.wait()
     monkeypatch.undo()
     assert '/1: could not be deleted (away)' in writer.notices()[0]

@@ -98,6 +98,8 @@ def run(
   for name, one in blend.validations(data).items() if texts else ():
     text = corpus.prepare(one, words, cache, processes=count)
     print(f'{name}, for validation: {len(blend.whole(text, one)):,} tokens')
+    if verify:
+      print(f'{corpus.verify(text):,} tokens have their checksums.')
   if texts:
     sequences, _ = batches.span(data, config.run.steps)
     for name, times in mixture.epochs(data, texts, sequences).items():

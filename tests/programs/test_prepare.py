@@ -49,6 +49,13 @@ def test_sources_of_a_mixture_are_prepared_one_by_one(call, tmp_path):
   assert [x.split()[-1] for x in epochs] == ['one', 'two'] and one > two
   code, _, error = call('prepare', *words, '--config.data.max_epochs=0.1')
   assert code == 2 and "read source 'one'" in error and error.count('\n') == 1
+  # --verify reads validation sets, too: the one of the fewest tokens.
+  parts = tmp_path.glob('.corpus/*/00000.train')
+  path = min(parts, key=lambda path: path.stat().st_size)
+  path.write_bytes(path.read_bytes()[:-1] + b'\x02')
+  code, output, error = call('prepare', *words, '--verify')
+  assert code == 2 and output.count('tokens have their checksums') == 2
+  assert '00000.train: MiB 0 is damaged' in error
 
 
 @pytest.mark.parametrize('text', ['8/8', '-1/8', '1', '1/2/3', 'a/b', '0/0'])

@@ -465,6 +465,15 @@ def _facts_of(folder: pathlib.Path, number: int) -> dict:
     raise _damaged(path, error) from None
 
 
+def _checksums(folder: pathlib.Path, number: int, part: str) -> list[int]:
+  """Returns the checksums of a shard's blocks, of facts that may be edited."""
+  try:
+    return list(_facts_of(folder, number)['checksums'][part])
+  except (KeyError, TypeError) as error:
+    path = shards.file_of(folder, number, 'json')
+    raise _damaged(path, ValueError(f'no checksums: {error}')) from None
+
+
 def _damaged(path: pathlib.Path, error: Exception) -> ConfigError:
   why = ' '.join(str(error).split())[:80]
   return ConfigError(
@@ -517,7 +526,7 @@ def _tokens(folder: pathlib.Path, part: str, values: dict) -> Tokens:
       values['dtype'],
       length,
       values['block'],
-      lambda: _facts_of(folder, number)['checksums'][part],
+      lambda: _checksums(folder, number, part),
     )
 
   lengths = values['lengths'][part]

@@ -175,6 +175,17 @@ def test_a_share_passes_over_ids(tmp_path):
     assert lines == [f'{str(source)!r} has ids: there is nothing to tokenise.']
 
 
+@pytest.mark.parametrize('facts', ['{}', '[]', '{"checksums": 3}', '{"a'])
+def test_facts_without_checksums_are_one_line(tmp_path, facts):
+  source = write_folder(tmp_path / 'text')
+  text = prepared(small(source=source), tmp_path / 'a')
+  folder = tmp_path / 'a' / text.fingerprint
+  (folder / '00000.json').write_text(facts)
+  again = prepared(small(source=str(folder)), tmp_path / 'b')
+  with pytest.raises(ConfigError, match='00000.json: is damaged'):
+    again.train[:9]
+
+
 def test_renamed_shards_are_known_by_their_content(tmp_path):
   """Not by their name: other shards under it are not the run's."""
   data = small(source=str(tmp_path / 'tokens'))

@@ -252,7 +252,7 @@ def _is_dead(text: str) -> bool:
   except ProcessLookupError:
     return True
   except OSError:
-    return False
+    pass
   return False
 
 

@@ -1,10 +1,10 @@
-"""Units of work: a text is cut into parts that become shards one by one.
+"""Units of work: parts of a text, of which each becomes a shard.
 
 A unit is some files, a range of bytes of a .jsonl, or row groups of a .parquet.
-Its tokens depend on nothing outside it, and units follow from the files alone:
-so whoever writes them, in whatever order, the shards one after the other are
-the same stream, bit for bit. A unit is done when its facts have their name; a
-kill costs the units that were being written.
+Its tokens depend on nothing outside it, and units follow from the files alone.
+So any process may write any unit at any time: the shards in a row are the same
+stream, bit for bit. A unit is done when its facts have their name; a kill costs
+the units that were being written.
 
 Each document becomes bos, its tokens, eos. A fraction of the training documents
 is rearranged for fill-in-the-middle: prefix, suffix, middle (PSM; V3's report,

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable
 
 import jax
+from orbax.checkpoint import multihost
 
 _PATIENCE = 7 * 86_400_000  # milliseconds; the coordinator sees a death earlier
 # The number of an agreement; all processes must draw them in the same order.
@@ -27,9 +28,7 @@ def agree(turn: int, text: str, answer: Callable[[list[str]], str]) -> str:
   """
   if jax.process_count() == 1:
     return answer([text])
-  from jax._src.distributed import global_state
-
-  client = global_state.client
+  client = multihost.get_jax_distributed_client()
   get = lambda name: client.blocking_key_value_get(f'{key}/{name}', _PATIENCE)
   key = f'mla_moe/{turn}'
   client.key_value_set(f'{key}/{jax.process_index()}', f' {text}')

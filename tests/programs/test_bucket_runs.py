@@ -2,12 +2,12 @@
 
 import json
 import os
-import pathlib
 import shutil
 import signal
 import threading
 
 import children
+import pairs
 import pytest
 from bucket_server import NAME, server  # noqa: F401
 
@@ -116,24 +116,8 @@ def test_row01_and_14_killed_and_resumed_on_another_machine(tmp_path):
 
 
 def test_row12_two_processes_seal_in_a_bucket_and_refuse_a_flip(tmp_path):
-  script = pathlib.Path(__file__).parent / 'one_of_two.py'
-  flags = '--xla_force_host_platform_device_count=2'
-  environment = dict(os.environ, XLA_FLAGS=flags)
   place = f'gs://{NAME}/pair'
-  both = [
-    children.Child(script, rank, tmp_path, place, env=environment)
-    for rank in range(2)
-  ]
-  try:
-    while both[1].stdout.readline() not in ('ready\n', ''):
-      pass  # gloo prints, too
-    both[1].send_signal(signal.SIGTERM)
-    outputs = [child.communicate() for child in both]
-  finally:
-    for child in both:
-      child.kill()
-  assert [child.returncode for child in both] == [0, 0], outputs
-  first, second = (out.splitlines()[-6:] for out, _ in outputs)
+  first, second = pairs.stopped(tmp_path, place)
   step = int(first[0].split()[1])
   assert first[0] == second[0] and not second[1]  # one listing, of process 0
   assert first[2] == second[2] == '1 not saved'

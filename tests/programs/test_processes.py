@@ -1,12 +1,8 @@
 """Two processes of one run: rows 3, 8, 12 and 29, and the hashes of a seal."""
 
-import os
-import pathlib
-import signal
-
-import children
 import jax.numpy as jnp
 import numpy as np
+import pairs
 import pytest
 
 from mla_moe.checkpoint import seal, store
@@ -16,22 +12,7 @@ from mla_moe.checkpoint import seal, store
 def pair(tmp_path_factory):
   """The last lines of two processes, one of which got SIGTERM; their folder."""
   folder = tmp_path_factory.mktemp('pair')
-  flags = '--xla_force_host_platform_device_count=2'
-  environment = os.environ | {'XLA_FLAGS': flags}
-  script = pathlib.Path(__file__).parent / 'one_of_two.py'
-  both = [
-    children.Child(script, rank, folder, env=environment) for rank in range(2)
-  ]
-  try:
-    while both[1].stdout.readline() not in ('ready\n', ''):
-      pass  # gloo prints, too
-    both[1].send_signal(signal.SIGTERM)
-    outputs = [child.communicate() for child in both]
-  finally:
-    for child in both:
-      child.kill()
-  assert [child.returncode for child in both] == [0, 0], outputs
-  return [out.splitlines()[-6:] for out, _ in outputs], folder
+  return pairs.stopped(folder), folder
 
 
 def test_row12_a_signal_to_one_process_stops_both_at_the_same_step(pair):

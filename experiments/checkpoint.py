@@ -19,10 +19,10 @@ import shutil
 import sys
 import time
 
-from mla_moe.checkpoint import storage
 from mla_moe.config import ConfigError
 
-from . import bucket, cli, commands, retention, workdir
+from . import cli, commands, workdir
+from .checkpointing import bucket, retention, storage
 
 
 def main() -> None:
@@ -72,7 +72,7 @@ def find(folder: pathlib.Path) -> pathlib.Path:
 
 def ls(folder: pathlib.Path, steps: list[int]) -> None:
   """Prints a line for each step: size, seal, date, score and versions."""
-  from mla_moe.checkpoint import seal, store
+  from .checkpointing import seal, store
 
   if not steps:
     print(f'{folder}: no checkpoints')
@@ -104,7 +104,7 @@ def ls(folder: pathlib.Path, steps: list[int]) -> None:
 
 def verify(folder: pathlib.Path, steps: list[int]) -> bool:
   """Returns whether every step matches its seal; prints a line for each."""
-  from mla_moe.checkpoint import store
+  from .checkpointing import store
 
   intact = bool(steps)
   for step in steps:
@@ -133,7 +133,7 @@ def rm(
     ConfigError: nothing to delete, a run that writes to the folder, or no
       intact step would be left.
   """
-  from mla_moe.checkpoint import folders
+  from .checkpointing import folders
 
   if not steps and not refused:
     raise ConfigError('rm: name the steps to delete, or --refused')
@@ -158,7 +158,7 @@ def rm(
 
 def _chosen(folder, steps) -> list[int]:
   """Returns `steps`, which must exist, or all where none is named."""
-  from mla_moe.checkpoint import folders
+  from .checkpointing import folders
 
   present = folders.steps(folder)
   for step in steps:
@@ -168,7 +168,7 @@ def _chosen(folder, steps) -> list[int]:
 
 
 def _intact(folder, step) -> bool:
-  from mla_moe.checkpoint import store
+  from .checkpointing import store
 
   try:
     return store.check(folder, step) is not None

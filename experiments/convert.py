@@ -117,7 +117,7 @@ def to_run(
   from mla_moe import load_huggingface, sharding
   from mla_moe.hf import save
 
-  from . import saving
+  from .checkpointing import saving
 
   _check_target(source, target, force)
   extras = save.extras_of(source)
@@ -224,7 +224,9 @@ def to_huggingface(
     ConfigError: no checkpoint, a target that exists, a model that no release
       computes.
   """
-  from mla_moe import load_run, save_huggingface
+  from mla_moe import save_huggingface
+
+  from .checkpointing.load import load_run
 
   config, variables = load_run(source, allow_unsealed=allow_unsealed)
   extras = _extras(source, config)

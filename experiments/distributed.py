@@ -31,10 +31,10 @@ from typing import Any
 import numpy as np
 
 from mla_moe import files
-from mla_moe.checkpoint import storage
 from mla_moe.config import Config, ConfigError
 
-from . import bucket, workdir
+from . import workdir
+from .checkpointing import bucket, storage
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 # A clone has them beside each other, an installed package one in the other.

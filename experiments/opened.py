@@ -136,7 +136,9 @@ def load_variables(
   """
   if not folder.is_dir():
     raise ConfigError(f'--checkpoint={str(folder)!r}: is no folder')
-  from mla_moe import load_huggingface, load_run
+  from mla_moe import load_huggingface
+
+  from .checkpointing.load import load_run
 
   if (folder / 'checkpoints').is_dir():
     run, variables = load_run(folder, allow_unsealed=allow_unsealed)

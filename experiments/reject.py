@@ -138,7 +138,7 @@ def _settings(model, source, rl: RLConfig) -> dict:
 
   The weights are there by a hash, so that no file has two teachers.
   """
-  from mla_moe.checkpoint import fingerprint
+  from .checkpointing import fingerprint
 
   values, _ = fingerprint.read(fingerprint.of(model.variables))
   names = 'template', 'rewards', 'samples', 'max_new', 'temperature'

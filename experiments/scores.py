@@ -14,10 +14,10 @@ import pathlib
 import string
 
 from mla_moe import files
-from mla_moe.checkpoint import fingerprint
 from mla_moe.config import ConfigError
 
 from . import opened, workdir
+from .checkpointing import fingerprint
 
 _PROBE = f'{string.printable} äöü Привет 東京 <｜User｜>'
 

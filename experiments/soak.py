@@ -129,7 +129,7 @@ def outcome(folder: pathlib.Path) -> dict:
   Raises:
     ConfigError: the last checkpoint is not whole.
   """
-  from mla_moe.checkpoint import folders, store
+  from .checkpointing import folders, store
 
   checkpoints = workdir.checkpoints(folder)
   last = folders.steps(checkpoints)[-1]
@@ -159,7 +159,7 @@ def _disaster(
     late: no disaster any more.
     alone: seconds of the undisturbed run.
   """
-  from mla_moe.checkpoint import folders, seal
+  from .checkpointing import folders, seal
 
   saved_steps = folders.steps(path / 'checkpoints')
   sealed = [
@@ -210,7 +210,7 @@ def _allowed(name: str) -> tuple[int, ...]:
 
 def _at_end(folder: pathlib.Path, steps: int) -> bool:
   """Returns whether the last step is sealed and the run ended after it."""
-  from mla_moe.checkpoint import folders, seal
+  from .checkpointing import folders, seal
 
   path = folder / 'checkpoints'
   if folders.steps(path)[-1:] != [steps]:

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from mla_moe import vocabulary
-from mla_moe.checkpoint import storage
 from mla_moe.config import Config, RunConfig
 
 from . import (
@@ -37,6 +36,7 @@ from . import (
   run_tokenizer,
   workdir,
 )
+from .checkpointing import storage
 from .training import signals, skips, tracking
 from .training.clock import Clock
 from .training.progress import Progress, resume
@@ -136,7 +136,7 @@ def _run(
   """
   import jax
 
-  from . import saving
+  from .checkpointing import saving
   from .training import logs, preparation, source, steps
   from .training.recorder import Recorder
 
@@ -247,8 +247,8 @@ def _steps(parts: Parts, start: Progress) -> End:
 def _dispatch(parts: Parts, clock: Clock, number: int, state, batch):
   """Starts a step on the devices; returns its state and its `Result`."""
   from mla_moe import fp8
-  from mla_moe.checkpoint import fingerprint
 
+  from .checkpointing import fingerprint
   from .training import disturbances, steps
   from .training.recorder import Result
 
@@ -318,7 +318,7 @@ def _attempt(chore, progress: Progress, recorder) -> None:
 @contextlib.contextmanager
 def _saving(recorder, number: int):
   """Makes an incident of a save that fails in the block: training goes on."""
-  from . import saving
+  from .checkpointing import saving
 
   try:
     yield
@@ -332,7 +332,7 @@ def _until(done, recorder, number: int, last: int = -1) -> None:
   Raises:
     NotSaved: that of the step `last`.
   """
-  from . import saving
+  from .checkpointing import saving
 
   while True:
     try:
@@ -398,7 +398,7 @@ def _finish(parts: Parts, end: End) -> None:
   Raises:
     cli.Stopped: the run was halted, or its last step could not be saved.
   """
-  from . import saving
+  from .checkpointing import saving
 
   number = end.progress.number
   try:

@@ -319,7 +319,7 @@ def checkpoints(path: pathlib.Path) -> Any:
   origin = path / ORIGIN
   if not origin.exists():
     return path / 'checkpoints'
-  from mla_moe.checkpoint import storage
+  from .checkpointing import storage
 
   return storage.path(files.read_json(origin)['url'])
 

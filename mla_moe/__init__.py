@@ -20,14 +20,12 @@ from mla_moe.model.trace import Trace, trace
 from mla_moe.model.transformer import Output, Transformer
 
 if TYPE_CHECKING:
-  from mla_moe.train.load import load_run
   from mla_moe.train.state import init_state
   from mla_moe.train.step import predictions, pretraining, train_step
 
 # Imported at their first use: optax doubles the modules, and not all train.
 _TRAINING = {
   'init_state': 'state',
-  'load_run': 'load',
   'predictions': 'step',
   'pretraining': 'step',
   'train_step': 'step',
@@ -47,7 +45,6 @@ __all__ = [
   'generate',
   'init_state',
   'load_huggingface',
-  'load_run',
   'predictions',
   'pretraining',
   'rollout',

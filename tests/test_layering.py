@@ -15,7 +15,7 @@ LAYERS = (
   'variants files data_config rl_config run_config use_config',
   'vocabulary',
   'config',
-  'cost sharding kernels data checkpoint',
+  'cost sharding kernels data',
   'fp8',
   'model',
   'train decode hf',

@@ -17,11 +17,10 @@ import pytest
 from flax import linen as nn
 
 from configs import tiny
-from experiments import saving
+from experiments.checkpointing import load, saving
 from mla_moe import Functions, Transformer, fp8, init_state, sharding
 from mla_moe.config import ConfigError, MeshConfig, freeze
 from mla_moe.model import attention, router, trace
-from mla_moe.train import load
 
 ROOT = pathlib.Path(__file__).parent.parent
 MICRO = freeze(tiny.get_config('micro'))

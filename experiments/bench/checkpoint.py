@@ -58,7 +58,7 @@ def pauses(folder: pathlib.Path, rounds: int) -> dict:
   """Returns medians of seconds: a save blocks, and is on the disk."""
   import orbax.checkpoint as ocp
 
-  from .. import saving
+  from ..checkpointing import saving
 
   state = _arrays(_PAUSE_MIB)
   items = ocp.args.Composite(
@@ -94,9 +94,7 @@ def pauses(folder: pathlib.Path, rounds: int) -> dict:
 
 def seals(folder: pathlib.Path, rounds: int) -> dict:
   """Returns medians of the seal's seconds and processor seconds."""
-  from mla_moe.checkpoint import seal
-
-  from .. import saving
+  from ..checkpointing import saving, seal
 
   with saving.Writer(folder / 'large', 1) as writer:
     writer.save(1, _arrays(_SEAL_MIB), {})

@@ -28,9 +28,9 @@ from configs import r1_tiny
 from mla_moe.config import CacheConfig, Config, freeze
 from mla_moe.model import replay
 from mla_moe.rl import episodes, objective
-from mla_moe.train.load import load_run
 
 from .. import cli, run_tokenizer
+from ..checkpointing.load import load_run
 from ..data import tokenizer
 from ..rl import prompts, questions, rollouts
 

@@ -99,14 +99,16 @@ def _whole(teacher: tuple) -> tuple[str, float, str]:
 
 def digest(teacher: Teacher) -> str:
   """Returns the teacher's sums: a run resumes with the very same weights."""
-  from mla_moe.checkpoint import fingerprint
+  from ..checkpointing import fingerprint
 
   values, _ = fingerprint.read(fingerprint.of(teacher.variables))
   return repr(sorted(values.items()))
 
 
 def _teacher(config, words, name, mesh) -> Teacher:
-  from mla_moe import load_huggingface, load_run
+  from mla_moe import load_huggingface
+
+  from ..checkpointing.load import load_run
 
   folder = cli.path('rl.teachers', name)
   if not name or not folder.is_dir():

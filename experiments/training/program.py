@@ -25,10 +25,10 @@ from mla_moe.config import Config, RunConfig
 from mla_moe.data import batches
 from mla_moe.rl import objective
 from mla_moe.train import optim, step
-from mla_moe.train.load import shapes
 from mla_moe.train.state import State, placement
 
 from .. import runtime
+from ..checkpointing.load import shapes
 
 # Fields that the host reads alone, by group; it alone reads all of `run`, too.
 HOST = {

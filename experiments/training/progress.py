@@ -33,9 +33,9 @@ def resume(
   Raises:
     ConfigError: the checkpoint is of another text or another config.
   """
-  from mla_moe.checkpoint import store
   from mla_moe.train.state import RENAMED
 
+  from ..checkpointing import store
   from . import program
 
   restored = store.restore(

@@ -15,10 +15,10 @@ import jax
 import numpy as np
 
 from mla_moe import cost
-from mla_moe.checkpoint import fingerprint
 from mla_moe.train import optim
 
 from .. import runtime, workdir
+from ..checkpointing import fingerprint
 from . import logs, samples, starts, steps, tracking
 from .preparation import Setup, matmul_peak
 

@@ -36,8 +36,7 @@ def replay(
   """
   import jax
 
-  from mla_moe.checkpoint import fingerprint
-
+  from ..checkpointing import fingerprint
   from . import preparation, source, steps
 
   config = workdir.read_config(folder)
@@ -84,7 +83,7 @@ def _recorded(
 
   They are in fingerprints.jsonl, or in the seal of the step's checkpoint.
   """
-  from mla_moe.checkpoint import folders, store
+  from ..checkpointing import folders, store
 
   rows = workdir.rows(folder / 'fingerprints.jsonl')
   for row in rows:

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mla_moe.checkpoint import folders, seal
 from mla_moe.config import Config, ConfigError, DataConfig
 from mla_moe.data import batches, mixture
 from mla_moe.decode import generation
 
 from .. import distributed, workdir
+from ..checkpointing import folders, seal
 from ..data import blend, corpus, shards, tokenizer
 from . import steps
 

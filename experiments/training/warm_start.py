@@ -113,9 +113,9 @@ def begin(setup, origin: Origin, *, allow_unsealed: bool = False) -> Any:
 
 
 def _of_run(setup, folder, step, allow_unsealed) -> tuple[Any, Origin]:
-  from mla_moe.checkpoint import store
   from mla_moe.train.state import RENAMED
 
+  from ..checkpointing import store
   from . import program
 
   config, theirs = setup.config, workdir.read_config(folder)

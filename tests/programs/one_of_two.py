@@ -22,10 +22,17 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments import faults, saving
+from experiments import faults
+from experiments.checkpointing import (
+  agreement,
+  fingerprint,
+  saving,
+  seal,
+  storage,
+  store,
+)
 from experiments.data import sources, tokenizer
 from experiments.training import signals, source
-from mla_moe.checkpoint import agreement, fingerprint, seal, storage, store
 from mla_moe.config import freeze
 
 WHOLE = np.arange(8, dtype=np.float32)

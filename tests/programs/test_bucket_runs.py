@@ -11,8 +11,8 @@ import pairs
 import pytest
 from bucket_server import NAME, server  # noqa: F401
 
-from experiments import bucket, cli, soak
-from mla_moe.checkpoint import folders, seal, storage
+from experiments import cli, soak
+from experiments.checkpointing import bucket, folders, seal, storage
 from mla_moe.config import Config, ConfigError
 
 pytestmark = [

@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 
 from experiments import opened
+from experiments.checkpointing.load import load_run
 from experiments.data import tokenizer
 from experiments.serving import endpoint, scheduler
 from experiments.serving.engine import Engine
 from experiments.training import examples
-from mla_moe import CacheConfig, Transformer, load_huggingface, load_run
+from mla_moe import CacheConfig, Transformer, load_huggingface
 from mla_moe.hf import dialects, safetensors
 
 pytestmark = [

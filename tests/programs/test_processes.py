@@ -5,7 +5,7 @@ import numpy as np
 import pairs
 import pytest
 
-from mla_moe.checkpoint import seal, store
+from experiments.checkpointing import seal, store
 
 
 @pytest.fixture(scope='module')

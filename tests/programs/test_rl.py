@@ -17,6 +17,8 @@ from configs import r1, r1_tiny
 from experiments import cli, reject, train, workdir
 from experiments import opened as opened_model
 from experiments import r1 as r1_program
+from experiments.checkpointing import store
+from experiments.checkpointing.load import load_run
 from experiments.data import tokenizer
 from experiments.rl import (
   engine,
@@ -31,9 +33,7 @@ from experiments.rl import (
 from experiments.rl.__main__ import taught
 from experiments.training import example_source, program
 from mla_moe import config as c
-from mla_moe.checkpoint import store
 from mla_moe.config import ConfigError, freeze
-from mla_moe.train.load import load_run
 from mla_moe.train.state import init_state
 
 # Of ml_collections, where a test reads a config as the command line does.
@@ -151,7 +151,7 @@ def test_biases_do_not_move(whole):
 
 
 def store_state(folder, step):
-  from mla_moe.train.load import shapes
+  from experiments.checkpointing.load import shapes
 
   like = shapes(workdir.read_config(folder))
   return store.restore(folder / 'checkpoints', like, before=step + 1).state

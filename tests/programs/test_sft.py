@@ -13,10 +13,10 @@ import pytest
 from configs import tiny as base
 from experiments import tokenizer as trained
 from experiments import train, workdir
+from experiments.checkpointing import store
 from experiments.data import tokenizer
 from experiments.serving import template
 from experiments.training import example_source, examples, replay
-from mla_moe.checkpoint import store
 from mla_moe.config import ConfigError, MeshConfig, MTPConfig, freeze
 from mla_moe.data import batches, packing
 from mla_moe.decode import generation

@@ -8,7 +8,8 @@ import sys
 import jax.numpy as jnp
 import pytest
 
-from experiments import saving, soak
+from experiments import soak
+from experiments.checkpointing import saving
 
 pytestmark = pytest.mark.filterwarnings('default')  # Orbax's, which is called
 

@@ -19,10 +19,10 @@ from ml_collections import config_flags
 
 from configs import tiny
 from experiments import cli, report, train, workdir
+from experiments.checkpointing import folders, load, store
 from experiments.data import tokenizer
 from experiments.training import metrics, steps
 from mla_moe import fp8
-from mla_moe.checkpoint import folders, store
 from mla_moe.config import (
   ComputeConfig,
   ConfigError,
@@ -32,7 +32,6 @@ from mla_moe.config import (
 )
 from mla_moe.decode import generation
 from mla_moe.kernels import block_tpu
-from mla_moe.train import load
 from mla_moe.train.state import init_state
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -12,17 +12,9 @@ import shutil
 import numpy as np
 import pytest
 
-from experiments import (
-  checkpoint,
-  faults,
-  history,
-  report,
-  retention,
-  saving,
-  workdir,
-)
+from experiments import checkpoint, faults, history, report, workdir
+from experiments.checkpointing import folders, retention, saving, seal, store
 from experiments.training import logs, samples
-from mla_moe.checkpoint import folders, seal, store
 from mla_moe.config import ConfigError, DataConfig, freeze
 
 

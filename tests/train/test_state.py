@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from experiments import saving
+from experiments.checkpointing import saving, store
 from mla_moe import ConfigError
-from mla_moe.checkpoint import store
 from mla_moe.config import freeze
 from mla_moe.train.state import RENAMED, State, init_state
 

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 from states import make, restored, save
 
-from experiments import faults, retention, saving
-from mla_moe.checkpoint import folders, seal, store
+from experiments import faults
+from experiments.checkpointing import folders, retention, saving, seal, store
 
 # Warnings of third-party code that is called here are not ours to mend.
 pytestmark = pytest.mark.filterwarnings('default')

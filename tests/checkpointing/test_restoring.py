@@ -16,9 +16,15 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from states import LIKE, ROOT, make, restored, save
 
-from experiments import retention, saving
+from experiments.checkpointing import (
+  fingerprint,
+  folders,
+  retention,
+  saving,
+  seal,
+  store,
+)
 from mla_moe import ConfigError, sharding
-from mla_moe.checkpoint import fingerprint, folders, seal, store
 from mla_moe.config import MeshConfig
 
 OLD = ROOT / 'tests/golden/checkpoint_unsealed'

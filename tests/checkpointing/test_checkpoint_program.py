@@ -7,7 +7,7 @@ import pytest
 
 from experiments import checkpoint as program
 from experiments import workdir
-from mla_moe.checkpoint import folders
+from experiments.checkpointing import folders
 from mla_moe.config import ConfigError
 
 

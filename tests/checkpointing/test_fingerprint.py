@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mla_moe.checkpoint import fingerprint
+from experiments.checkpointing import fingerprint
 
 
 @pytest.mark.parametrize('bit', [0, 15, 31])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from mla_moe.checkpoint import storage
+from . import storage
 
 COMMIT = 'commit_success.txt'  # Orbax's name for it
 

@@ -21,8 +21,9 @@ import pathlib
 import re
 
 from mla_moe import files
-from mla_moe.checkpoint import storage
 from mla_moe.config import ConfigError
+
+from . import storage
 
 NAME = 'seal.json'
 FORMAT = 1

@@ -5,8 +5,7 @@ import pathlib
 import chex
 import jax.numpy as jnp
 
-from experiments import saving
-from mla_moe.checkpoint import store
+from experiments.checkpointing import saving, store
 
 ROOT = pathlib.Path(__file__).parents[2]
 

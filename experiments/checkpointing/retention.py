@@ -13,7 +13,7 @@ import os
 import shutil
 from typing import Any
 
-from mla_moe.checkpoint import folders, seal, storage
+from . import folders, seal, storage
 
 _ORBAX = '_CHECKPOINT_METADATA'  # in every folder that Orbax has begun
 _REFUSED = 'refused'

@@ -2,7 +2,7 @@
 
 A step has the arrays and facts that Orbax wrote, and a seal: the size and hash
 of every file (`seal`) and a number for every array as it was on the devices
-(`fingerprint`). `experiments/saving.py` writes them.
+(`fingerprint`). `saving` writes them.
 
 Reading begins with the newest step and compares three things: the names and
 sizes of the files with the seal; tree, shapes and dtypes with those of the run
@@ -25,9 +25,10 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from mla_moe.checkpoint import agreement, fingerprint, folders, seal, storage
 from mla_moe.config import ConfigError
 from mla_moe.types import PyTree
+
+from . import agreement, fingerprint, folders, seal, storage
 
 Damaged = seal.Damaged
 # Orbax writes this key with the facts, before the seal. A step that has it but

@@ -1,6 +1,6 @@
 """Saves three steps; the system lets no file grow during the second.
 
-python tests/checkpoint/limited.py FOLDER
+python tests/checkpointing/limited.py FOLDER
 """
 
 import resource
@@ -9,8 +9,7 @@ import sys
 
 import jax.numpy as jnp
 
-from experiments import saving
-from mla_moe.checkpoint import folders, store
+from experiments.checkpointing import folders, saving, store
 
 
 def limit(size):

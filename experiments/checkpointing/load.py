@@ -1,7 +1,7 @@
-"""Loads the model of a run's folder: the counterpart of `hf.load`.
+"""Loads the model of a run's folder: the counterpart of `mla_moe.hf.load`.
 
 A run has its config in config.json and its states in `checkpoints`. The newest
-one that is whole is read and compared with its seal (`checkpoint.store`); the
+one that is whole is read and compared with its seal (`store`); the
 optimizer's state is read with it and dropped.
 """
 
@@ -36,7 +36,7 @@ def load_run(
     ConfigError: no run, no checkpoint, or one of another config.
     store.Damaged: no checkpoint can be trusted.
   """
-  from mla_moe.checkpoint import store  # orbax is slow to import
+  from . import store  # orbax is slow to import
 
   folder = pathlib.Path(folder)
   config = freeze(files.read_json(folder / 'config.json'))

@@ -25,10 +25,10 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from mla_moe.checkpoint import storage
 from mla_moe.config import Config, ConfigError
 
-from . import cli, workdir
+from .. import cli, workdir
+from . import storage
 
 LOCK = 'lock'
 _PROBE = 'lock.probe'

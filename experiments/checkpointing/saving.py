@@ -7,7 +7,7 @@ deleted. So the newest sealed step is complete at every instant, and a step
 counts as saved when its seal exists.
 
 A step is hashed while the next one is written: each process hashes its own
-files, and process 0 joins the records. `mla_moe.checkpoint.store` reads.
+files, and process 0 joins the records. `store` reads.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ import jax
 import orbax.checkpoint as ocp
 
 from mla_moe import files
-from mla_moe.checkpoint import (
+from mla_moe.types import PyTree
+
+from .. import faults
+from . import (
   agreement,
   fingerprint,
+  retention,
   seal,
   storage,
   store,
 )
-from mla_moe.types import PyTree
-
-from . import faults, retention
 
 _LEAST_SECONDS = 1200  # until Orbax gives a save up
 _BYTES_PER_SECOND = 50e6  # of each process

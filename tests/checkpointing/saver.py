@@ -1,6 +1,6 @@
 """Saves steps of 4 MiB one after the other, and says each that has begun.
 
-  python tests/checkpoint/saver.py FOLDER FIRST LAST [exit | raise]
+  python tests/checkpointing/saver.py FOLDER FIRST LAST [exit | raise]
 
 The fourth word ends the process after its first save.
 """
@@ -9,7 +9,7 @@ import sys
 
 import jax.numpy as jnp
 
-from experiments import saving
+from experiments.checkpointing import saving
 
 
 def main(folder, first, last, end=''):

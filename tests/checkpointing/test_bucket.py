@@ -7,9 +7,16 @@ from bucket_server import NAME, server  # noqa: F401
 from states import LIKE, make, restored, save
 
 from experiments import checkpoint as program
-from experiments import faults, retention, saving
+from experiments import faults
+from experiments.checkpointing import (
+  folders,
+  retention,
+  saving,
+  seal,
+  storage,
+  store,
+)
 from mla_moe import ConfigError
-from mla_moe.checkpoint import folders, seal, storage, store
 
 pytestmark = [
   pytest.mark.slow,

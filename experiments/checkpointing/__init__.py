@@ -1,0 +1,1 @@
+"""Checkpoints that notice damage: written, sealed, pruned, read again."""

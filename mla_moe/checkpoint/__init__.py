@@ -1,1 +1,0 @@
-"""Checkpoints that notice damage: store, seal, fingerprint."""

@@ -27,16 +27,8 @@ from absl import flags
 from mla_moe import vocabulary
 from mla_moe.config import Config, RunConfig
 
-from . import (
-  bucket,
-  cli,
-  distributed,
-  profile,
-  retention,
-  run_tokenizer,
-  workdir,
-)
-from .checkpointing import storage
+from . import cli, distributed, profile, run_tokenizer, workdir
+from .checkpointing import bucket, retention, storage
 from .training import signals, skips, tracking
 from .training.clock import Clock
 from .training.progress import Progress, resume

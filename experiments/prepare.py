@@ -27,7 +27,7 @@ from mla_moe.config import Config, ConfigError
 from mla_moe.data import batches, mixture
 
 from . import cli, run_tokenizer
-from .data import blend, corpus, tokenizer
+from .data import blend, corpus, corpus_folder, tokenizer
 from .training import signals
 
 FLAGS = flags.FLAGS
@@ -79,27 +79,30 @@ def run(
   count = processes or os.cpu_count() or 1
   singles, texts = blend.singles(data), []
   for name, one in singles.items():
-    if share:
-      corpus.prepare_share(one, words, cache, share, processes=count)
-      continue
     began = time.monotonic()
-    text = corpus.prepare(one, words, cache, processes=count)
-    corpus.check(text, one, rows=int(len(singles) > 1))
+    with blend.named('data.sources', name):
+      if share:
+        corpus.prepare_share(one, words, cache, share, processes=count)
+        continue
+      text = corpus.prepare(one, words, cache, processes=count)
+      corpus_folder.check(text, one, rows=int(len(singles) > 1))
     texts.append(text.train)
     if verify:
-      print(f'{corpus.verify(text):,} tokens have their checksums.')
+      print(f'{corpus_folder.verify(text):,} tokens have their checksums.')
     if name:
       print(f'{name}:')
-    for fact, value in corpus.table(text):
+    for fact, value in corpus_folder.table(text):
       print(f'  {fact:26} {value}')
     place = cache / text.fingerprint
     place = place if place.exists() else one.source  # ids stay where they lie
     print(f'In {place}, {time.monotonic() - began:.1f} s.')
   for name, one in blend.validations(data).items() if texts else ():
-    text = corpus.prepare(one, words, cache, processes=count)
-    print(f'{name}, for validation: {len(blend.whole(text, one)):,} tokens')
+    with blend.named('data.validation', name):
+      text = corpus.prepare(one, words, cache, processes=count)
+      tokens = len(blend.whole(text, one))
+    print(f'{name}, for validation: {tokens:,} tokens')
     if verify:
-      print(f'{corpus.verify(text):,} tokens have their checksums.')
+      print(f'{corpus_folder.verify(text):,} tokens have their checksums.')
   if texts:
     sequences, _ = batches.span(data, config.run.steps)
     for name, times in mixture.epochs(data, texts, sequences).items():

@@ -6,14 +6,16 @@ Both parts of a validation set are evaluated, so it is as good as all held out.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mla_moe.config import Config, ConfigError, DataConfig
 from mla_moe.data import batches, mixture
 
-from . import corpus, shards
+from . import corpus_folder, shards
 
 
 def singles(data: DataConfig) -> dict[str, DataConfig]:
@@ -32,7 +34,23 @@ def validations(data: DataConfig) -> dict[str, DataConfig]:
   return {name: one(path) for path, name in data.validation}
 
 
-def whole(text: corpus.Corpus, data: DataConfig) -> shards.Tokens:
+@contextlib.contextmanager
+def named(field: str, name: str) -> Iterator[None]:
+  """Errors in the block about `data.source` are of this row of a field.
+
+  The config of a source alone has its path there (`singles`). The row of the
+  only source has no name.
+  """
+  try:
+    yield
+  except ConfigError as error:
+    if not name:
+      raise
+    words = re.sub('^data[.]source(?=[=:])', f'{field}: {name}', str(error))
+    raise type(error)(words) from None
+
+
+def whole(text: corpus_folder.Corpus, data: DataConfig) -> shards.Tokens:
   """Returns all tokens of a validation set.
 
   Raises:

@@ -39,12 +39,14 @@ EMPTY = 'rows without text'  # of the counts of `read`
 class Document(NamedTuple):
   """A text and its key, uniform in [0, 2**64).
 
-  replaced: number of U+FFFD in the text that stand for broken UTF-8.
+  replaced: number of U+FFFD in the text that stand for broken UTF-8. content:
+  another hash of 64 bits, of the content, which is the key where that is.
   """
 
   key: int
   text: str
   replaced: int
+  content: int
 
 
 def read(
@@ -122,15 +124,19 @@ def digest(file: File) -> str:
 
 
 def _document(hashed: bytes, content: bytes) -> Document:
-  key = int.from_bytes(
-    hashlib.blake2b(hashed, digest_size=8).digest(), 'little'
-  )
+  key = _hash(hashed)
+  own = key if hashed is content else _hash(content)
   try:
-    return Document(key, content.decode('utf-8'), 0)
+    return Document(key, content.decode('utf-8'), 0, own)
   except UnicodeDecodeError:
     text = content.decode('utf-8', 'replace')
     genuine = content.count('\ufffd'.encode())
-    return Document(key, text, text.count('\ufffd') - genuine)
+    return Document(key, text, text.count('\ufffd') - genuine, own)
+
+
+def _hash(content: bytes) -> int:
+  digest = hashlib.blake2b(content, digest_size=8).digest()
+  return int.from_bytes(digest, 'little')
 
 
 def _text(file: File) -> Iterator[Document]:

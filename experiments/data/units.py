@@ -13,6 +13,7 @@ section 4.1).
 
 from __future__ import annotations
 
+import array
 import collections
 import itertools
 import json
@@ -106,10 +107,12 @@ class _Facts:
   """Facts that are collected while the documents of a unit stream by.
 
   rows: of `documents.read`. replaced, broken: pieces of invalid UTF-8, and the
-  first file that has any.
+  first file that has any. hashes: of each document's content; they are no part
+  of the facts, but a file beside them until the text is whole.
   """
 
   def __init__(self):
+    self.hashes = array.array('Q')
     self.rows: collections.Counter = collections.Counter()
     self.documents = self.replaced = 0
     self.text_bytes = self.heldout_bytes = 0
@@ -161,6 +164,7 @@ def write(
   checksums = {part: writer.checksums for part, writer in writers.items()}
   largest = max(writer.largest for writer in writers.values())
   values = vars(facts) | dict(lengths=lengths, largest=largest)
+  path('hashes').write_bytes(values.pop('hashes').tobytes())
   text = json.dumps(values | dict(checksums=checksums))
   workdir.write(path('json'), text)
 
@@ -170,6 +174,7 @@ def _read(unit: Unit, facts: _Facts) -> Iterator[Document]:
   for file, start, stop in unit.pieces:
     for document in documents.read(file, facts.rows, start, stop):
       facts.documents += 1
+      facts.hashes.append(document.content)
       if document.replaced:
         facts.replaced += document.replaced
         facts.broken = facts.broken or file.name

@@ -24,7 +24,7 @@ from mla_moe.decode import generation
 
 from .. import distributed, workdir
 from ..checkpointing import folders, seal
-from ..data import blend, corpus, shards, tokenizer
+from ..data import blend, corpus, corpus_folder, shards, tokenizer
 from . import steps
 
 _TEMPERATURE = 0.7  # of the samples
@@ -134,7 +134,7 @@ class Text(Source):
 
   def __init__(
     self,
-    texts: Sequence[corpus.Corpus],
+    texts: Sequence[corpus_folder.Corpus],
     validation: dict[str, shards.Tokens],
     config: Config,
   ):
@@ -155,7 +155,7 @@ class Text(Source):
     sequences, _ = batches.span(data, config.run.steps)
     epochs = mixture.epochs(data, self._streams, sequences)
     self.table = [
-      dict(source=name, epochs=epochs[name], table=corpus.table(text))
+      dict(source=name, epochs=epochs[name], table=corpus_folder.table(text))
       for name, text in zip(names, texts, strict=True)
     ]
 
@@ -216,21 +216,23 @@ def open_text(
   if len(known) != len(singles):  # of other sources: `progress` says so
     known = [''] * len(singles)
   texts = []
-  for data, fingerprint in zip(singles.values(), known, strict=True):
-    texts.append(_opened(data, words, cache, fingerprint))
-    # A batch has rows of several sources.
-    corpus.check(texts[-1], data, rows=int(len(singles) > 1))
+  for (name, data), fingerprint in zip(singles.items(), known, strict=True):
+    with blend.named('data.sources', name):
+      texts.append(_opened(data, words, cache, fingerprint))
+      # A batch has rows of several sources.
+      corpus_folder.check(texts[-1], data, rows=int(len(singles) > 1))
   blend.check(config, [text.train for text in texts])
   validation = {}
   for name, data in blend.validations(config.data).items():
-    text = _opened(data, words, cache, '')
-    validation[name] = blend.whole(text, data)
+    with blend.named('data.validation', name):
+      text = _opened(data, words, cache, '')
+      validation[name] = blend.whole(text, data)
   return Text(texts, validation, config)
 
 
 def _opened(
   data: DataConfig, words: tokenizer.Tokenizer, cache: pathlib.Path, known: str
-) -> corpus.Corpus:
+) -> corpus_folder.Corpus:
   """Returns the corpus of one source; the first process tokenises it."""
   tokenise = functools.partial(corpus.prepare, data, words, cache)
   text = distributed.alone(lambda: tokenise(known=known))
@@ -238,6 +240,6 @@ def _opened(
   if not text:
     # The first process vouches for the text, where they share a folder.
     is_here = (cache / name / 'corpus.json').exists()
-    shared = functools.partial(corpus.opened, cache / name, words)
+    shared = functools.partial(corpus_folder.opened, cache / name, words)
     text = shared() if is_here else tokenise(known=name)
   return text

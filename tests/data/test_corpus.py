@@ -27,7 +27,15 @@ from texts import (
   write_folder,
 )
 
-from experiments.data import corpus, documents, shards, sources, tokenizer
+from experiments.data import (
+  corpus,
+  corpus_folder,
+  documents,
+  identity,
+  shards,
+  sources,
+  tokenizer,
+)
 from mla_moe.config import ConfigError
 from mla_moe.data import batches
 
@@ -175,7 +183,7 @@ def test_row20_a_flipped_bit_is_found_and_named(part, folder, tmp_path, text):
   again = corpus.prepare(config, BYTE, tmp_path / 'cache', print)
   damage = rf'00000\.{part}: MiB 0 is damaged'
   with pytest.raises(ConfigError, match=damage):
-    corpus.verify(again)
+    corpus_folder.verify(again)
   with pytest.raises(ConfigError, match=damage):
     if part == 'train':
       batches.batch_at(again.train, config, 0, BOS)
@@ -227,7 +235,7 @@ def test_the_damaged_block_of_several_is_the_one_named(tmp_path, monkeypatch):
 def hashed(monkeypatch):
   """The files that were hashed, by their names, and no wait for clocks."""
   names, digest = [], documents.digest
-  monkeypatch.setattr(corpus, '_RECENT', 0)
+  monkeypatch.setattr(identity, '_RECENT', 0)
   monkeypatch.setattr(
     documents, 'digest', lambda file: names.append(file.name) or digest(file)
   )
@@ -264,8 +272,8 @@ def test_a_text_that_changed_just_now_is_not_remembered(folder, tmp_path):
   path = tmp_path / 'cache' / text.fingerprint / 'stamps.json'
   assert not path.exists()
   file = sources.File('a', 'a', True, 1, '1:2')
-  corpus._remember(path.parent, 'old', [file])
-  assert corpus._stamps(path.parent) == ['old']
+  identity.remember(path.parent, 'old', [file])
+  assert identity.stamps(path.parent) == ['old']
 
 
 def test_two_processes_may_prepare_at_once(folder, tmp_path, text):
@@ -347,12 +355,12 @@ def test_row21_too_little_text_and_too_small_a_vocabulary_are_said(
   tokens = len(text.train)
   large = small(source=folder, seq_len=512, batch_size=8)
   with pytest.raises(ConfigError) as caught:
-    corpus.check(text, large)
+    corpus_folder.check(text, large)
   assert f'{tokens} training tokens' in str(caught.value)
   assert f'needs {512 * 8 + 1}' in str(caught.value)
   long = small(source=folder, seq_len=len(text.heldout), batch_size=1)
   with pytest.raises(ConfigError, match='raise data.heldout=0.2, or lower'):
-    corpus.check(text, long)
-  corpus.check(text, small(source=folder))
+    corpus_folder.check(text, long)
+  corpus_folder.check(text, small(source=folder))
   with pytest.raises(ConfigError, match='model.vocab=257.*258'):
     tokenizer.load('byte', vocab=257)

@@ -11,7 +11,13 @@ import pathlib
 import pytest
 from texts import BOS, BYTE, EOS, documents_of, prepared, rows_of, small
 
-from experiments.data import corpus, documents, encodings, sources
+from experiments.data import (
+  corpus,
+  corpus_folder,
+  documents,
+  encodings,
+  sources,
+)
 from mla_moe.config import ConfigError
 
 
@@ -98,7 +104,7 @@ def fails(config, tmp_path):
   with pytest.raises(ConfigError) as caught:
     text = prepared(config, tmp_path / 'cache')
     data_config = dataclasses.replace(config, seq_len=max(config.seq_len, 8))
-    corpus.check(text, data_config)
+    corpus_folder.check(text, data_config)
   assert '\n' not in str(caught.value)
   return str(caught.value)
 

@@ -86,7 +86,7 @@ LOW = next(w for w in map(str, range(10_000)) if key_of(w * 5000) < 2**56)
 @hypothesis.settings(max_examples=60)
 def test_sides_lose_nothing_and_neither_is_empty(pairs, fraction):
   """In any text of more than one character; equal keys stay on one side."""
-  texts = [documents.Document(key * 2**62, text, 0) for key, text in pairs]
+  texts = [documents.Document(key * 2**62, text, 0, 0) for key, text in pairs]
   (sides,) = holdout.sides(iter(texts), fraction)
   assert ''.join(d.text for d, _ in sides) == ''.join(d.text for d in texts)
   heldout = sum(len(d.text) for d, is_heldout in sides if is_heldout)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import strategies as st
 from texts import BOS, BYTE, prepared, small, write_folder
 
-from experiments.data import blend
+from experiments.data import blend, corpus_folder, sources
 from experiments.training import source
 from mla_moe.config import Config, ConfigError, RunConfig, freeze
 from mla_moe.data import batches, mixture
@@ -191,16 +191,38 @@ def test_a_mixture_survives_json():
   assert config.data.phases == ((9.0, (1.0, 2.0)),)
 
 
+@pytest.mark.parametrize('kind', ['sources', 'validation'])
+def test_an_error_names_the_field_of_its_text(kind, tmp_path):
+  """Never data.source where that is not set; the class of error stays."""
+  (tmp_path / 'words.txt').write_text('short')
+  rows = {'absent': 'gone', 'words.txt': 'short', 'x.doc': 'odd'}
+  (tmp_path / 'x.doc').write_text('odd')
+  for path, name in rows.items():
+    place = str(tmp_path / path)
+    row = (place, 1.0, name) if kind == 'sources' else (place, name)
+    data = small(heldout=0.5, **{kind: (row,)})
+    of = blend.singles if kind == 'sources' else blend.validations
+    ((key, one),) = of(data).items()
+    with pytest.raises(ConfigError) as error:
+      with blend.named(f'data.{kind}', key):
+        text = prepared(one, tmp_path / 'cache')
+        blend.whole(text, one)
+        corpus_folder.check(text, one)
+    line = str(error.value)
+    own = f'data.{kind}: {name}={place!r}: '
+    assert line.startswith((own, f'data.validation={place!r}')), line
+    assert 'data.source=' not in line
+    assert isinstance(error.value, sources.Absent) == (path == 'absent')
+
+
 def test_a_small_source_has_at_least_a_row(tmp_path):
   """A batch may be longer than a source, and not than a whole text."""
-  from experiments.data import corpus
-
   path = write_folder(tmp_path / 'text')
   long = small(source=path, batch_size=10**4)
   text = prepared(long, tmp_path / 'cache')
   with pytest.raises(ConfigError, match='training tokens, but a batch needs'):
-    corpus.check(text, long)
-  corpus.check(text, long, rows=1)
+    corpus_folder.check(text, long)
+  corpus_folder.check(text, long, rows=1)
 
 
 def test_sources_and_validation_sets_are_evaluated_by_name(tmp_path):

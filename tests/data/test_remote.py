@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from texts import BYTE, documents_of, prepared, rows_of, small
 
-from experiments.data import corpus, documents, remote, sources, units
+from experiments.data import corpus, documents, identity, remote, sources, units
 from mla_moe.config import ConfigError
 
 ROWS = [f'row {i} é' for i in range(400)]
@@ -72,7 +72,7 @@ def test_a_checksum_of_a_bucket_stands_for_the_content(
     return {name: sums(self, name) for name in facts}
 
   monkeypatch.setattr(type(system), 'find', found)
-  monkeypatch.setattr(corpus, '_RECENT', 0)
+  monkeypatch.setattr(identity, '_RECENT', 0)
   text = prepared(small(source=url), tmp_path / 'cache')
   content = system.cat('/bucket/text/notes.txt')
   system.pipe('/bucket/text/notes.txt', content)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from texts import BOS, BYTE, EOS, prepared, small, write_folder
 
-from experiments.data import corpus
+from experiments.data import corpus, corpus_folder
 from mla_moe.config import ConfigError
 from mla_moe.data import batches
 
@@ -78,7 +78,7 @@ def test_each_kind_has_the_same_rows(kind, tmp_path):
   lengths = BYTE.byte_lengths()
   assert text.heldout_bytes == lengths[IDS[cut:]].sum()
   assert text.prompt and text.gzip_bits_per_byte > 0
-  assert corpus.verify(text) == len(IDS)
+  assert corpus_folder.verify(text) == len(IDS)
 
 
 def test_files_of_a_glob_are_one_stream(tmp_path):
@@ -143,7 +143,7 @@ def test_ids_stay_when_the_cache_or_the_working_folder_moves(
   lines = []
   again = corpus.prepare(data, BYTE, '../moved', lines.append, text.fingerprint)
   assert again.fingerprint == text.fingerprint and not lines
-  assert corpus.verify(again) == len(IDS)
+  assert corpus_folder.verify(again) == len(IDS)
 
 
 def test_an_index_that_comes_later_is_read(tmp_path):
@@ -182,8 +182,43 @@ def test_facts_without_checksums_are_one_line(tmp_path, facts):
   folder = tmp_path / 'a' / text.fingerprint
   (folder / '00000.json').write_text(facts)
   again = prepared(small(source=str(folder)), tmp_path / 'b')
-  with pytest.raises(ConfigError, match='00000.json: is damaged'):
+  with pytest.raises(ConfigError, match='00000.json: is damaged') as error:
     again.train[:9]
+  assert str(error.value).endswith(corpus._REMEDY)
+
+
+def _flip(path):
+  content = bytearray(path.read_bytes())
+  content[-9] ^= 1
+  path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+  ('name', 'harm'),
+  [
+    ('corpus.json', _flip),
+    ('corpus.json', lambda path: path.write_text('{}')),
+    ('00000.train', _flip),
+    ('00000.train', lambda path: path.unlink()),
+    ('00000.heldout', lambda path: path.write_bytes(b'cut')),
+    ('00000.json', lambda path: path.unlink()),
+  ],
+)
+def test_damage_of_a_user_s_shards_is_not_ours_to_delete(name, harm, tmp_path):
+  """Of the tokens in the run's own cache deletion is the way out."""
+  text = prepared(small(source=write_folder(tmp_path / 'text')), tmp_path / 'a')
+  folder = tmp_path / 'a' / text.fingerprint
+  harm(folder / name)
+
+  def read(source, cache):
+    with pytest.raises(ConfigError, match=name) as error:
+      corpus_folder.verify(prepared(small(source=str(source)), cache))
+    return str(error.value)
+
+  assert 'delete' not in (line := read(folder, tmp_path / 'b'))
+  assert line.endswith(corpus._REMEDY) and str(folder / name) in line
+  line = read(tmp_path / 'text', tmp_path / 'a')
+  assert f'delete {folder} and start again' in line
 
 
 def test_renamed_shards_are_known_by_their_content(tmp_path):

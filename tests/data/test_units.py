@@ -3,14 +3,23 @@
 import codecs
 import json
 import os
+import pathlib
 import sys
 import types
 
 import numpy as np
 import pytest
-from texts import BYTE, documents_of, prepared, rows_of, small
+from texts import BYTE, documents_of, prepared, rows_of, small, write_folder
 
-from experiments.data import corpus, encoders, tokenizer, units, workers
+from experiments.data import (
+  corpus,
+  corpus_folder,
+  encoders,
+  making,
+  tokenizer,
+  units,
+  workers,
+)
 from mla_moe.config import ConfigError
 
 TEXTS = [f'row {i}: {"añ字" * (i % 13)}' for i in range(700)]
@@ -95,6 +104,33 @@ def test_processes_and_shares_write_the_same_shards(tmp_path, few_bytes):
     assert same.read_bytes() == path.read_bytes()
   assert any('of 41 units were done before' in line for line in lines)
   assert os.listdir(cache) == [two.fingerprint]
+
+
+def test_equal_documents_are_counted_across_units(tmp_path, few_bytes):
+  """Each after its first, by content and not by name; no file of them stays."""
+  rows = [f'row {i % 300}' for i in range(700)]
+  rows_of('jsonl', tmp_path / 'rows.jsonl', rows)
+  folder = write_folder(tmp_path / 'text')
+  for name in ('00', '07'):
+    content = pathlib.Path(f'{folder}/{name}.txt').read_bytes()
+    pathlib.Path(f'{folder}/copy-of-{name}.txt').write_bytes(content)
+  cache = tmp_path / 'cache'
+  for source, right in ((tmp_path / 'rows.jsonl', 400), (folder, 2)):
+    text = prepared(small(source=str(source)), cache)
+    assert text.facts['duplicates'] == right
+    part = right / text.facts['documents']
+    row = ('duplicates', f'{right} ({part:.1%})')
+    assert row in corpus_folder.table(text)
+  assert len([*cache.glob('*/*.json')]) > 8 and not [*cache.glob('*/*.hashes')]
+
+
+def test_hashes_are_compared_in_parts(tmp_path, monkeypatch):
+  monkeypatch.setattr(making, '_HASH_BYTES', 1000)
+  hashes = np.arange(300, dtype=np.uint64) * 2**40 + np.arange(300, dtype='u8')
+  for number, part in enumerate((hashes, hashes[:99], hashes[:7])):
+    part.tofile(tmp_path / f'{number:05}.hashes')
+  assert making._duplicates(tmp_path, 3) == {'duplicates': 106}
+  assert making._duplicates(tmp_path, 4) == {}  # a unit of an earlier version
 
 
 def test_a_large_text_has_a_hint(tmp_path, few_bytes, monkeypatch):

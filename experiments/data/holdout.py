@@ -106,7 +106,8 @@ def _cut(document: Document, part: float) -> tuple[Document, Document]:
   The end begins with a line, or with a word of a long line.
   """
   text = document.text
-  size = max(1, round(len(text) * min(part, 1)))
+  # The beginning has a character, too, if there are two.
+  size = max(1, min(round(len(text) * part), len(text) - 1))
   place = len(text) - size
   line, later = text.rfind('\n', 0, place) + 1, text.find('\n', place, -1) + 1
   if line and len(text) - line <= 2 * size:

@@ -28,7 +28,8 @@ class DataConfig(Checked):
   them by weight (`data.mixture`). `phases` are (tokens, weights): from so many
   tokens of the run on, the sources have these weights. No source is read more
   than `max_epochs` times (0: any). `validation` are (path, name) of texts that
-  are evaluated, too. `dtype` is that of the ids in a raw .bin.
+  are evaluated, too. `dtype` is that of the ids in a raw .bin. Of ids in a
+  bucket `block_rows` neighbours are read together (0: rows of any places).
   """
 
   source: str = 'stdlib'
@@ -37,6 +38,7 @@ class DataConfig(Checked):
   max_epochs: float = 0.0
   validation: tuple = ()
   dtype: Literal['uint16', 'uint32'] = 'uint16'
+  block_rows: int = 0
   tokenizer: str = 'byte'
   packing: Literal['joined', 'separate'] = 'joined'
   seq_len: int = 4096

@@ -22,9 +22,11 @@ from mla_moe.files import read_json
 
 from .. import commands
 from . import (
+  bucket_shards,
   corpus_folder,
   identity,
   making,
+  remote,
   sources,
   token_files,
   units,
@@ -55,12 +57,12 @@ def prepare(
       damaged cache, or one token that begins and ends documents, which packing
       'separate' cannot tell apart.
   """
-  _check_ends(data, tokenizer)
   cache = pathlib.Path(cache)
-  if paths := token_files.files(data.source):
-    return _of_ids(paths, data, tokenizer, cache, say, known)
-  if folder := _shards_of(data.source):
-    return _of_shards(folder, data, tokenizer, known)
+  if files := token_files.files(data.source):
+    return _of_ids(files, data, tokenizer, cache, say, known)
+  _check_ends(data, tokenizer)
+  if _has_shards(data.source):
+    return _of_shards(data, tokenizer, cache, known)
   is_here = bool(known) and (cache / known / 'corpus.json').exists()
   try:
     files, left_out = sources.listed(data.source, data.heldout)
@@ -97,7 +99,7 @@ def prepare(
 
 
 def _of_ids(
-  paths: list[str],
+  files: list[remote.Object],
   data: DataConfig,
   tokenizer: Tokenizer,
   cache: pathlib.Path,
@@ -109,30 +111,32 @@ def _of_ids(
   Raises:
     ConfigError: as `token_files.opened`, or other ids than the run's.
   """
-  train, heldout, facts = token_files.opened(paths, data, tokenizer, cache, say)
+  train, heldout, facts = token_files.opened(files, data, tokenizer, cache, say)
   if known not in ('', facts['fingerprint']):
     raise ConfigError(
       f'data.source={data.source!r}: the ids have changed since the run began; '
       'restore them, or start anew in another --workdir'
     )
-  names = ('heldout_bytes', 'gzip_bits_per_byte', 'prompt', 'fingerprint')
+  names = ('gzip_bits_per_byte', 'prompt', 'fingerprint')
   rest = {name: facts[name] for name in names}
   return Corpus(train, heldout, bos_id=tokenizer.bos_id, facts={}, **rest)
 
 
 def has_ids(source: str) -> bool:
   """Whether a source is ids already: files of them, or a folder of shards."""
-  return bool(token_files.files(source) or _shards_of(source))
+  return bool(token_files.files(source)) or _has_shards(source)
 
 
-def _shards_of(source: str) -> pathlib.Path | None:
-  """Returns the folder of shards that a source is, or None."""
-  folder = pathlib.Path(os.path.expanduser(source))
-  return folder if (folder / 'corpus.json').exists() else None
+def _has_shards(source: str) -> bool:
+  """Whether a source is a folder of shards, on a disk or in a bucket."""
+  if remote.is_remote(source):
+    path = f'{source.rstrip("/")}/corpus.json'
+    return '*' not in path and bool(remote.found(path))
+  return os.path.exists(os.path.join(os.path.expanduser(source), 'corpus.json'))
 
 
 def _of_shards(
-  folder: pathlib.Path, data: DataConfig, tokenizer: Tokenizer, known: str
+  data: DataConfig, tokenizer: Tokenizer, cache: pathlib.Path, known: str
 ) -> Corpus:
   """Returns the corpus in a folder of shards that `prepare` has made elsewhere.
 
@@ -140,17 +144,21 @@ def _of_shards(
     ConfigError: it is damaged, of another tokenizer, or of another text than
       the run's.
   """
-  text = corpus_folder.opened(folder, tokenizer, _REMEDY)
-  values = read_json(folder / 'corpus.json')
+  if remote.is_remote(data.source):
+    text, values = bucket_shards.opened(data.source, tokenizer, cache)
+  else:
+    folder = pathlib.Path(os.path.expanduser(data.source))
+    text = corpus_folder.opened(folder, tokenizer, _REMEDY)
+    values = read_json(folder / 'corpus.json')
   ours = tokenizer.fingerprint
   largest = values.get('largest', 0)
   if values.get('tokenizer', ours) != ours or largest >= tokenizer.vocab:
     raise ConfigError(
-      f'data.source={str(folder)!r}: its shards are of another tokenizer than '
+      f'data.source={data.source!r}: its shards are of another tokenizer than '
       f'data.tokenizer={data.tokenizer!r}, which has {tokenizer.vocab} ids; '
       f'their largest is {largest}'
     )
-  if not re.fullmatch('[0-9a-f]{24}', folder.name):  # it was renamed
+  if not re.fullmatch('[0-9a-f]{24}', text.fingerprint):  # it was renamed
     text = text._replace(fingerprint=identity.hash_of(values))
   if known not in ('', text.fingerprint):
     raise ConfigError(
@@ -175,10 +183,10 @@ def prepare_share(
   Raises:
     ConfigError: as `prepare`.
   """
-  _check_ends(data, tokenizer)
   if has_ids(data.source):
     say(f'{data.source!r} has ids: there is nothing to tokenise.')
     return
+  _check_ends(data, tokenizer)
   files, left_out = sources.listed(data.source, data.heldout)
   _announce(files, left_out, data, say, processes)
   place = pathlib.Path(cache), files, data, tokenizer, say

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pathlib
 import zlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,8 +28,8 @@ class Corpus(NamedTuple):
   """Two streams of token ids, and facts about the text.
 
   train, heldout: [tokens] uint16 or uint32, read and checked when touched.
-  heldout_bytes: of the text in UTF-8. gzip_bits_per_byte: of its first 8 MiB
-  under gzip -9, to compare the model's with. prompt: the beginning of a
+  gzip_bits_per_byte: of the first 8 MiB of the held-out text under gzip -9, to
+  compare the model's with. prompt: the beginning of a
   held-out document. fingerprint: of everything that the tokens depend on.
   facts: numbers of the documents, of bytes of text, of pieces of invalid UTF-8
   and of documents equal to one before; tokens of an earlier version lack some.
@@ -36,7 +37,6 @@ class Corpus(NamedTuple):
 
   train: Tokens
   heldout: Tokens
-  heldout_bytes: int
   gzip_bits_per_byte: float
   prompt: str
   bos_id: int
@@ -56,26 +56,43 @@ def opened(
   """
   path = folder / 'corpus.json'
   try:
-    values: dict[str, Any] = json.loads(path.read_text(encoding='utf-8'))
-    if 'lengths' in values and values['check'] != checksum(values):
-      raise ValueError('its checksum differs')
+    values = parsed(path.read_text(encoding='utf-8'))
     read = tokens_of if 'lengths' in values else _older_tokens
     streams = [read(folder, part, values, remedy) for part in shards.PARTS]
-    train, heldout = streams
-    return Corpus(
-      train=train,
-      heldout=heldout,
-      heldout_bytes=values['heldout_bytes'],
-      gzip_bits_per_byte=values['gzip_bits_per_byte'],
-      prompt=values['prompt'],
-      bos_id=tokenizer.bos_id,
-      fingerprint=folder.name,
-      facts={name: values[name] for name in FACTS if name in values},
-    )
+    return of_values(values, streams, folder.name, tokenizer)
   except ConfigError:
     raise
   except (OSError, ValueError, KeyError, TypeError) as error:
-    raise _damaged(path, error, remedy) from None
+    raise damaged(path, error, remedy) from None
+
+
+def parsed(text: str) -> dict[str, Any]:
+  """Returns the facts in corpus.json.
+
+  Raises:
+    ValueError, KeyError, TypeError: they are damaged.
+  """
+  values = json.loads(text)
+  if 'lengths' in values and values['check'] != checksum(values):
+    raise ValueError('its checksum differs')
+  return values
+
+
+def of_values(
+  values: dict[str, Any],
+  streams: Sequence[Tokens],
+  fingerprint: str,
+  tokenizer: Tokenizer,
+) -> Corpus:
+  """Returns the corpus with these facts, and ids of training and held out."""
+  return Corpus(
+    *streams,
+    gzip_bits_per_byte=values['gzip_bits_per_byte'],
+    prompt=values['prompt'],
+    bos_id=tokenizer.bos_id,
+    fingerprint=fingerprint,
+    facts={name: values[name] for name in FACTS if name in values},
+  )
 
 
 def tokens_of(
@@ -105,7 +122,7 @@ def _older_tokens(
   path, expected = folder / f'{part}.bin', values['checksums'][part]
   size = path.stat().st_size if path.is_file() else 0
   if -(-size // _OLDER_BLOCK) != len(expected):
-    raise _damaged(path, ValueError(f'has {size} bytes'), remedy)
+    raise damaged(path, ValueError(f'has {size} bytes'), remedy)
   length = size // np.dtype(values['dtype']).itemsize
   args = path, values['dtype'], length, _OLDER_BLOCK, lambda: expected
   shard = lambda: shards.Shard(*args, remedy=remedy)
@@ -122,7 +139,7 @@ def facts_of(folder: pathlib.Path, number: int, remedy: str = '') -> dict:
   try:
     return json.loads(path.read_text(encoding='utf-8'))
   except (OSError, ValueError) as error:
-    raise _damaged(path, error, remedy) from None
+    raise damaged(path, error, remedy) from None
 
 
 def _checksums(folder, number: int, part: str, remedy: str) -> list[int]:
@@ -131,10 +148,11 @@ def _checksums(folder, number: int, part: str, remedy: str) -> list[int]:
     return list(facts_of(folder, number, remedy)['checksums'][part])
   except (KeyError, TypeError) as error:
     path, why = shards.file_of(folder, number, 'json'), f'no checksums: {error}'
-    raise _damaged(path, ValueError(why), remedy) from None
+    raise damaged(path, ValueError(why), remedy) from None
 
 
-def _damaged(path: pathlib.Path, error: Exception, remedy: str) -> ConfigError:
+def damaged(path: Any, error: Exception, remedy: str) -> ConfigError:
+  """Returns a line about a damaged file and the way out: `remedy`, or ''."""
   why = ' '.join(str(error).split())[:80]
   remedy = remedy or f'delete {path.parent} and start again'
   return ConfigError(f'{path}: is damaged ({why}); {remedy}')

@@ -129,7 +129,6 @@ def _merge(job: units.Job, count: int) -> Iterator[str]:
     tokenizer=job.tokenizer.fingerprint,
     **{name: total(name) for name in ('documents', 'text_bytes', 'replaced')},
     **_duplicates(job.folder, count),
-    heldout_bytes=total('heldout_bytes'),
     prompt=first('prompt'),
   )
   heldout = corpus_folder.tokens_of(job.folder, 'heldout', values)

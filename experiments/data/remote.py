@@ -77,6 +77,36 @@ def opened(path: str) -> BinaryIO:
     return io.BufferedReader(system.open(place, 'rb'), _BUFFER_BYTES)
 
 
+def found(path: str) -> Object | None:
+  """Returns an object, or None if there is none.
+
+  Raises:
+    ConfigError: as `listed`.
+  """
+  with errors(path):
+    system, place = _system(path)
+    try:
+      facts = system.info(place)
+    except FileNotFoundError:
+      return None
+    is_file = facts['type'] == 'file'
+    return Object(path, int(facts['size']), _stamp(facts)) if is_file else None
+
+
+def part(path: str, start: int, stop: int) -> bytes:
+  """Returns these bytes of an object.
+
+  Raises:
+    ConfigError: as `listed`, or the object is shorter.
+  """
+  with errors(path):
+    system, place = _system(path)
+    content = system.cat_file(place, start=start, end=stop)
+    if len(content) != stop - start:
+      raise ConfigError(f'{path}: ends before byte {stop}: it has changed')
+    return content
+
+
 @contextlib.contextmanager
 def errors(path: str) -> Iterator[None]:
   """Makes lines of the errors of a bucket: each library has its own."""

@@ -123,11 +123,14 @@ class Shard:
 class Tokens:
   """The ids of many shards, one after the other, as one stream.
 
-  Its slices are arrays. `np.asarray` reads, and checks, all of it.
+  Its slices are arrays. `np.asarray` reads, and checks, all of it. `begins`
+  marks the ids of a slice that begin documents, where all shards know it.
   """
 
-  def __init__(self, shards: Iterable[Shard], dtype: str):
+  def __init__(self, shards: Iterable[Any], dtype: Any):
     self._shards, self.dtype = list(shards), np.dtype(dtype)
+    known = [getattr(shard, 'begins', None) for shard in self._shards]
+    self.begins = self._begins if known and all(known) else None
     sizes = map(len, self._shards)
     self._starts = list(itertools.accumulate(sizes, initial=0))
 
@@ -135,17 +138,25 @@ class Tokens:
     return self._starts[-1]
 
   def __getitem__(self, place: slice) -> np.ndarray:
+    return self._joined(place, lambda shard, part: shard[part], self.dtype)
+
+  def _begins(self, place: slice) -> np.ndarray:
+    return self._joined(place, lambda shard, part: shard.begins(part), bool)
+
+  def _joined(self, place: slice, read: Callable, dtype: Any) -> np.ndarray:
+    """Returns the arrays of a slice's shards in a row."""
     start, stop, _ = place.indices(len(self))
     parts = []
     number = bisect.bisect_right(self._starts, start) - 1
     while start < stop:
       first, last = self._starts[number], min(self._starts[number + 1], stop)
-      parts.append(self._shards[number][start - first : last - first])
+      part = slice(start - first, last - first)
+      parts.append(read(self._shards[number], part))
       start, number = max(start, last), number + 1
     if len(parts) == 1:
       return parts[0]
-    none = np.zeros(0, self.dtype)
-    return np.concatenate([none, *parts], dtype=self.dtype)
+    none = np.zeros(0, dtype)
+    return np.concatenate([none, *parts], dtype=dtype)
 
   def __array__(self, dtype: Any = None, copy: bool | None = None):
     ids = self[:]

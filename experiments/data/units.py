@@ -115,7 +115,7 @@ class _Facts:
     self.hashes = array.array('Q')
     self.rows: collections.Counter = collections.Counter()
     self.documents = self.replaced = 0
-    self.text_bytes = self.heldout_bytes = 0
+    self.text_bytes = 0
     self.broken = self.prompt = ''
 
 
@@ -151,7 +151,6 @@ def write(
         size = len(document.text.encode('utf-8', 'replace'))
         facts.text_bytes += size
         if is_heldout:
-          facts.heldout_bytes += size
           facts.prompt = facts.prompt or document.text[:400]
         else:
           ids = _fim(ids, document.key, job.data, job.tokenizer)

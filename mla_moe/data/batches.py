@@ -18,6 +18,8 @@ import numpy as np
 
 from mla_moe.config import DataConfig
 
+_OPEN_BLOCKS = 16  # whose rows are mixed, so that as many are read at a time
+
 
 class Batch(NamedTuple):
   """The rows of one step as numpy arrays, in n micro-batches.
@@ -99,8 +101,31 @@ def shuffled(sequences: np.ndarray, total: int, data: DataConfig) -> np.ndarray:
   order = np.zeros_like(index)
   for epoch in np.unique(epochs):
     mask = epochs == epoch
-    order[mask] = permute(index[mask], total, (data.seed << 20) + int(epoch))
+    key = (data.seed << 20) + int(epoch)
+    order[mask] = _order(index[mask], total, key, data.block_rows)
   return order
+
+
+def _order(index: np.ndarray, total: int, key: int, block: int) -> np.ndarray:
+  """Returns the rows at places `index` of an epoch, a permutation.
+
+  With blocks of rows the blocks are permuted, and then the rows of each
+  `_OPEN_BLOCKS` of them in turn. Rows after the last whole block come last.
+  """
+  whole = total // block * block if block else 0
+  if not whole:
+    return permute(index, total, key)
+  size = _OPEN_BLOCKS * block
+  starts = np.where(index < whole, index // size * size, whole)
+  order = np.zeros_like(index)
+  for start in np.unique(starts).tolist():
+    mask, rest = starts == start, (whole if start < whole else total) - start
+    own = (key + 1 << 40) + start
+    order[mask] = start + permute(index[mask] - start, min(rest, size), own)
+  number, place = np.divmod(order, block)
+  inside = order < whole
+  number[inside] = permute(number[inside], whole // block, key)
+  return number * block + place
 
 
 def with_padding(batch: Batch, data: DataConfig) -> Batch:
@@ -145,24 +170,41 @@ def bits_per_byte(nll: float, tokens_bytes: int) -> float:
 
 def _rows(stream, data, order, bos_id) -> Batch:
   """Returns rows `order` [n, B] of the stream."""
-  t = data.seq_len
-  pieces = (stream[i * t : i * t + t + 1] for i in order.flat)
-  return gathered(pieces, order.shape, data, bos_id)
+  pieces = (row_at(stream, i, data, bos_id) for i in order.ravel().tolist())
+  return gathered(pieces, order.shape, data)
+
+
+def row_at(
+  stream: Any, i: int, data: DataConfig, bos_id: int
+) -> tuple[np.ndarray, np.ndarray | bool]:
+  """Returns (T+1 tokens, whether each begins a document) of a row.
+
+  A stream may know the beginnings; those of others are their `bos_id`.
+  """
+  place = slice(i * data.seq_len, (i + 1) * data.seq_len + 1)
+  tokens = stream[place]
+  if data.packing != 'separate':
+    return tokens, False
+  begins = getattr(stream, 'begins', None)
+  return tokens, tokens == bos_id if begins is None else begins(place)
 
 
 def gathered(
-  pieces: Iterable[np.ndarray], shape: tuple, data: DataConfig, bos_id: int
+  pieces: Iterable[tuple[np.ndarray, np.ndarray | bool]],
+  shape: tuple,
+  data: DataConfig,
 ) -> Batch:
-  """Returns the batch of rows [n, B], each a piece of T+1 tokens."""
+  """Returns the batch of rows [n, B], each a piece of `row_at`."""
   t = data.seq_len
   both = np.empty((*shape, t + 1), np.int32)
-  for row, piece in zip(both.reshape(-1, t + 1), pieces, strict=True):
-    row[:] = piece
+  starts = np.empty(both.shape, bool)
+  rows = zip(both.reshape(-1, t + 1), starts.reshape(-1, t + 1), strict=True)
+  for (row, start), (tokens, begins) in zip(rows, pieces, strict=True):
+    row[:], start[:] = tokens, begins
   tokens, targets = both[..., :-1], both[..., 1:]
   positions = np.broadcast_to(np.arange(t, dtype=np.int32), tokens.shape)
   segments = np.zeros(tokens.shape, np.int32)
   if data.packing == 'separate':
-    starts = both == bos_id
     ids = np.cumsum(starts, axis=-1, dtype=np.int32)
     segments = ids[..., :-1]
     begins = np.where(starts[..., :-1], positions, 0)

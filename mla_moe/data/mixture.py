@@ -37,14 +37,14 @@ def batch_at(
   """Returns `batches.batch_at` of the streams of `data.sources`."""
   sequences = batches.sequences_at(data, step, rows, left_out)
   source, number = places(data, sequences)
-  order, t = np.zeros_like(number), data.seq_len
+  order = np.zeros_like(number)
   for s, stream in enumerate(streams):
     own = source == s
-    total = (len(stream) - 1) // t
+    total = (len(stream) - 1) // data.seq_len
     order[own] = batches.shuffled(number[own], total, data) if own.any() else 0
-  both = zip(source.flat, order.flat, strict=True)
-  pieces = (streams[s][i * t : i * t + t + 1] for s, i in both)
-  batch = batches.gathered(pieces, order.shape, data, bos_id)
+  both = zip(source.ravel().tolist(), order.ravel().tolist(), strict=True)
+  pieces = (batches.row_at(streams[s], i, data, bos_id) for s, i in both)
+  batch = batches.gathered(pieces, order.shape, data)
   return batches.with_padding(batch, data)
 
 

@@ -222,3 +222,61 @@ def test_bits_per_byte_of_a_uniform_guess_is_eight_bits_and_the_specials():
   assert size == 6
   nll = np.log(256) * (len(ids) - 1)
   np.testing.assert_allclose(batches.bits_per_byte(nll, size), 8 * 7 / 6)
+
+
+@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.given(
+  total=st.integers(1, 400), block=st.integers(1, 40), seed=st.integers(0, 3)
+)
+def test_blocks_of_rows_are_read_together_and_each_row_once(total, block, seed):
+  """At most 17 blocks in any 16 blocks of places; epochs differ."""
+  data = small(block_rows=block, seed=seed)
+  order = batches.shuffled(np.arange(2 * total), total, data)
+  for epoch in (order[:total], order[total:]):
+    assert sorted(epoch) == list(range(total))
+    whole, size = total // block * block, 16 * block
+    for start in range(0, whole, size):
+      rows = epoch[start : min(start + size, whole)]
+      blocks, counts = np.unique(rows // block, return_counts=True)
+      assert (counts == block).all() and len(blocks) <= 16
+    assert sorted(epoch[whole:]) == list(range(whole, total))
+  # Any of the places by themselves, as hosts ask for them.
+  some = np.arange(2 * total).reshape(2, -1)[:, ::3]
+  np.testing.assert_array_equal(
+    batches.shuffled(some, total, data), order.reshape(2, -1)[:, ::3]
+  )
+
+
+def test_blocks_come_in_another_order_in_each_epoch_and_are_mixed():
+  order = batches.shuffled(np.arange(1280), 640, small(block_rows=10))
+  first, second = order[:640] // 10, order[640:] // 10
+  assert set(first[:160]) != set(second[:160])
+  assert set(first[:160]) not in ({*range(16)}, set(first[160:320]))
+  assert (np.diff(order) == 1).mean() < 0.05  # neighbours are apart
+
+
+def test_a_stream_that_knows_its_beginnings_needs_no_bos():
+  """Segments, positions and targets as if each document began with bos."""
+  ids = np.arange(1, 90, dtype=np.uint16)
+  starts = np.isin(np.arange(89) % 11, (0, 4, 5))
+
+  class Stream:
+    def __len__(self):
+      return len(ids)
+
+    def __getitem__(self, place):
+      return ids[place]
+
+    def begins(self, place):
+      return starts[place]
+
+  data = small(packing='separate')
+  ours = batches.batch_at(Stream(), data, 0, BOS)
+  marked = np.where(starts, BOS, ids)
+  right = batches.batch_at(marked, data, 0, BOS)
+  for name in ('segments', 'positions', 'count'):
+    np.testing.assert_array_equal(getattr(ours, name), getattr(right, name))
+  assert len({*ours.segments.flat}) > 2 and not (ours.tokens == BOS).any()
+  np.testing.assert_array_equal(ours.targets < 0, right.targets < 0)
+  known = ours.targets >= 0
+  np.testing.assert_array_equal(ours.targets[known], ours.tokens[known] + 1)

@@ -125,7 +125,7 @@ def _rewrite_as_older(folder, target):
     content = (folder / f'00000.{part}').read_bytes()
     (target / f'{part}.bin').write_bytes(content)
     checksums[part] = [zlib.crc32(content)]
-  names = ('dtype', 'heldout_bytes', 'gzip_bits_per_byte', 'prompt')
+  names = ('dtype', 'gzip_bits_per_byte', 'prompt')
   facts = {name: facts[name] for name in names} | {'checksums': checksums}
   (target / 'corpus.json').write_text(json.dumps(facts))
 
@@ -203,13 +203,13 @@ def test_row20_a_file_that_was_cut_or_changed_is_found(folder, tmp_path, text):
   with pytest.raises(ConfigError, match='00000.train: is missing'):
     again()
   shard.write_bytes(content)
-  length = f'{text.heldout_bytes}'
+  length = f'{text.facts["text_bytes"]}'
   for damaged in (record[:-3], record.replace(length, '9' * len(length)), '{}'):
     facts.write_text(damaged)
     with pytest.raises(ConfigError, match='corpus.json: is damaged'):
       again()
   facts.write_text(record)
-  assert again().heldout_bytes == text.heldout_bytes
+  assert again().facts == text.facts
 
 
 def test_the_damaged_block_of_several_is_the_one_named(tmp_path, monkeypatch):
@@ -301,7 +301,6 @@ def test_gzip_and_the_share_are_those_of_the_held_out_text(tmp_path):
   rows = documents_of(text.heldout)
   assert abs(len(rows) / 3000 - 0.2) < 0.035  # 4.8 standard deviations
   plain = b''.join(bytes(document[1:-1]) for document in rows)
-  assert text.heldout_bytes == len(plain)
   bits = 8 * len(gzip.compress(plain, 9)) / len(plain)
   np.testing.assert_allclose(text.gzip_bits_per_byte, bits, rtol=1e-12)
   assert plain.decode().startswith(text.prompt[:10])

@@ -131,7 +131,7 @@ def _has_shards(source: str) -> bool:
   """Whether a source is a folder of shards, on a disk or in a bucket."""
   if remote.is_remote(source):
     path = f'{source.rstrip("/")}/corpus.json'
-    return '*' not in path and bool(remote.found(path))
+    return '*' not in path and bool(remote.lookup(path))
   return os.path.exists(os.path.join(os.path.expanduser(source), 'corpus.json'))
 
 

@@ -38,14 +38,14 @@ class Layout(NamedTuple):
   length: int
 
 
-def found(path: str) -> remote.Object | None:
+def lookup(path: str) -> remote.Object | None:
   """Returns a file, whose stamp changes with it, or None if there is none.
 
   Raises:
     ConfigError: a bucket that cannot be read.
   """
   if remote.is_remote(path):
-    return remote.found(path)
+    return remote.lookup(path)
   if not os.path.isfile(path):
     return None
   facts = os.stat(path)
@@ -55,7 +55,7 @@ def found(path: str) -> remote.Object | None:
 def index_of(path: str) -> remote.Object | None:
   """Returns the .idx beside a .bin, or None."""
   stem, suffix = os.path.splitext(path)
-  return found(f'{stem}.idx') if suffix.lower() == '.bin' else None
+  return lookup(f'{stem}.idx') if suffix.lower() == '.bin' else None
 
 
 def of(

@@ -77,7 +77,7 @@ def opened(path: str) -> BinaryIO:
     return io.BufferedReader(system.open(place, 'rb'), _BUFFER_BYTES)
 
 
-def found(path: str) -> Object | None:
+def lookup(path: str) -> Object | None:
   """Returns an object, or None if there is none.
 
   Raises:

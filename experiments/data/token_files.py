@@ -95,7 +95,7 @@ def files(source: str) -> list[remote.Object]:
   else:
     path = str(cli.path('data.source', source))
     paths = sorted(glob.glob(path, recursive=True)) or [path]
-    objects = [x for x in map(id_layouts.found, paths) if x]
+    objects = [x for x in map(id_layouts.lookup, paths) if x]
   if suffix == '.parquet':
     is_text = not any(id_layouts.has_ids(x.path) for x in objects)
     return [] if is_text else objects
@@ -103,7 +103,7 @@ def files(source: str) -> list[remote.Object]:
 
 
 def opened(
-  found: Sequence[remote.Object],
+  objects: Sequence[remote.Object],
   data: DataConfig,
   tokenizer: Tokenizer,
   cache: pathlib.Path,
@@ -115,7 +115,7 @@ def opened(
     ConfigError: a damaged file, ids that the tokenizer lacks, or no documents
       for packing 'separate'.
   """
-  pairs = [(file, id_layouts.index_of(file.path)) for file in found]
+  pairs = [(file, id_layouts.index_of(file.path)) for file in objects]
   facts = dict(
     format=_FORMAT,
     files=[_stamp(x) for pair in pairs for x in pair if x],
@@ -124,7 +124,7 @@ def opened(
   stamp = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
   folder = cache / f'ids-{stamp}'
   if not (folder / 'ids.json').exists():
-    _announce(found, data, say)
+    _announce(objects, data, say)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     _adopt(pairs, folder, data, tokenizer)
   try:
@@ -144,11 +144,11 @@ def opened(
   return train, heldout, values
 
 
-def _announce(found, data: DataConfig, say: Callable[[str], None]) -> None:
+def _announce(objects, data: DataConfig, say: Callable[[str], None]) -> None:
   say(f'Reading the ids of {data.source!r} (once), which are as they are: '
       'data.fim_rate is of no effect.')  # fmt: skip
   rows = chunks.CHUNK // (data.seq_len * np.dtype(data.dtype).itemsize)
-  total = sum(file.size for file in found)
+  total = sum(file.size for file in objects)
   if remote.is_remote(data.source) and not data.block_rows and rows > 1:
     say(
       f'Each of their rows brings {chunks.CHUNK >> 20} MiB, until all '

@@ -15,7 +15,8 @@ the sizes of tests/golden/families.
 
 --release writes V3 in DeepSeek's layout: FP8 tiles, shards with an index, the
 older keys of config.json, and an MTP layer, which is made of transformers' own
-parts and whose mtp_logits [2, 95] are added to expected.npz.
+parts and whose mtp_logits [2, 95] are added to expected.npz. --mtp adds such a
+layer to glm4_moe_lite, as GLM-4.7-Flash has it.
 
 Needs torch and transformers; the cases in tests/golden are from transformers
 5.23.0, the families' from 5.24.0. Nothing here imports mla_moe.
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import copy
 import json
 import pathlib
 
@@ -186,11 +188,13 @@ def mtp_module(model):
   It has two norms, a projection, a decoder layer and the head's norm.
   """
   import torch
-  from transformers.models.deepseek_v3 import modeling_deepseek_v3 as parts
 
   config, dim = model.config, model.config.hidden_size
-  norm = lambda: parts.DeepseekV3RMSNorm(dim, config.rms_norm_eps)
-  layer = parts.DeepseekV3DecoderLayer(config, config.num_hidden_layers)
+  norm = lambda: type(model.model.norm)(dim, config.rms_norm_eps)
+  own = copy.deepcopy(config)
+  if hasattr(own, 'mlp_layer_types'):  # GLM's, which end before this layer
+    own.mlp_layer_types = [*own.mlp_layer_types, 'sparse']
+  layer = type(model.model.layers[-1])(own, config.num_hidden_layers)
   layer.enorm, layer.hnorm = norm(), norm()
   layer.eh_proj = torch.nn.Linear(2 * dim, dim, bias=False)
   layer.shared_head = torch.nn.Module()
@@ -224,6 +228,21 @@ def mtp_logits(model, layer, tokens):
   )
   x = x[0] if isinstance(x, tuple) else x
   return model.lm_head(layer.shared_head.norm(x))
+
+
+def write_family(folder, config, tensors):
+  """Writes one file, and config.json with an MTP layer."""
+  from safetensors.torch import save_file
+
+  folder.mkdir(parents=True, exist_ok=True)
+  whole = {name: tensor.clone() for name, tensor in tensors.items()}
+  save_file(whole, folder / 'model.safetensors')
+  values = config.to_dict() | {
+    'architectures': ['Glm4MoeLiteForCausalLM'],
+    'dtype': 'float32',
+    'num_nextn_predict_layers': 1,
+  }
+  (folder / 'config.json').write_text(json.dumps(values, indent=1))
 
 
 def write_release(folder, config, tensors, shards=3):
@@ -378,6 +397,7 @@ def main() -> None:
   parser.add_argument('--kind', choices=sorted(KINDS), default='v3')
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--release', action='store_true')
+  parser.add_argument('--mtp', action='store_true')
   parser.add_argument('--tiny', action='store_true')
   parser.add_argument('overrides', nargs='*')
   flags = parser.parse_args()
@@ -386,6 +406,8 @@ def main() -> None:
   v3 = flags.kind == 'v3'
   if flags.release and not v3:
     parser.error('--release is for --kind=v3')
+  if flags.mtp and flags.kind != 'glm4_moe_lite':
+    parser.error('--mtp is for --kind=glm4_moe_lite')
   names = {'v3': 'deepseek_v3', 'v2': 'deepseek_v2', 'large3': 'mistral4'}
   kind = transformers.CONFIG_MAPPING[names.get(flags.kind, flags.kind)]
   torch.manual_seed(flags.seed)
@@ -410,16 +432,18 @@ def main() -> None:
   expected = {'tokens': tokens.astype(np.int32)}
   ids = torch.from_numpy(tokens)
   with torch.no_grad():
-    if flags.release:
+    if flags.release or flags.mtp:
       layer = mtp_module(model)
       prefix = f'model.layers.{config.num_hidden_layers}.'
-      tensors = release(views('', model)) | release(views(prefix, layer))
+      read = release if flags.release else dict
+      tensors = read(views('', model)) | read(views(prefix, layer))
       for name, original in (
         ('embed_tokens.weight', 'model.embed_tokens.weight'),
         ('shared_head.head.weight', 'lm_head.weight'),
       ):
         tensors[prefix + name] = tensors[original].clone()
-      write_release(flags.folder, config, tensors)
+      write = write_release if flags.release else write_family
+      write(flags.folder, config, tensors)
       expected['mtp_logits'] = mtp_logits(model, layer, ids).numpy()
     else:
       model.save_pretrained(flags.folder)

@@ -16,24 +16,29 @@ from mla_moe.config import ModelConfig, MoEConfig, MTPConfig, ReleaseConfig
 from mla_moe.hf import config_json, dialects, names
 
 FAMILIES = ('glm4_moe_lite', 'youtu', 'sarvam_mla', 'mistral4', 'large3')
+FAMILIES += ('glm4_moe_lite_mtp',)  # as released: transformers has no MTP layer
 
 
 def words(folder):
   """The object of config.json, or of the params.json in its place."""
-  (path,) = (p for p in folder.glob('*.json') if 'index' not in p.name)
+  (path,) = [*folder.glob('config.json'), *folder.glob('params.json')]
   return json.loads(path.read_text())
 
 
-SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in FAMILIES[:-2]]
+SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in FAMILIES[:-3]]
 
 
-@pytest.mark.parametrize('case', [*SLOW, *FAMILIES[-2:]])
+@pytest.mark.parametrize('case', [*SLOW, *FAMILIES[-3:]])
 def test_logits_and_greedy_are_those_of_transformers(case):
   config, variables = loaded(f'families/{case}')
   expected = np.load(GOLDEN / 'families' / case / 'expected.npz')
   run = jax.jit(Transformer(config).apply)
   out = run(variables, expected['tokens'])
   chex.assert_trees_all_close(out.logits, expected['logits'], atol=2e-4)
+  assert config.mtp.depth == ('mtp_logits' in expected)
+  if config.mtp.depth:
+    mtp = expected['mtp_logits'][None]
+    chex.assert_trees_all_close(out.mtp_logits, mtp, atol=2e-4)
   greedy = expected['greedy']
   again = run(variables, np.pad(greedy, [(0, 0), (0, 48)])).logits.argmax(-1)
   np.testing.assert_array_equal(again[:, 23:47], greedy[:, 24:])
@@ -45,18 +50,61 @@ def test_a_family_goes_out_in_its_own_words(case, tmp_path):
   config, variables = loaded(f'families/{case}')
   save_huggingface(tmp_path / 'out', config, variables, shard_bytes=10**5)
   same_bytes(tensors(source), tensors(tmp_path / 'out'))
-  (tmp_path / 'out' / 'generation_config.json').unlink()
   ours, theirs = words(tmp_path / 'out'), words(source)
-  for key in ('architectures', 'model_type', 'num_experts', 'moe', 'yarn'):
+  mtp = 'num_nextn_predict_layers'
+  for key in ('architectures', 'model_type', 'num_experts', 'moe', 'yarn', mtp):
     own = {'moe': {'expert_parallel': 1, 'expert_model_parallel': 1}}
     expected = theirs.get(key)
     if key == 'moe' and expected:
       assert ours[key] | own[key] == expected
     else:
-      assert ours.get(key) == expected, key
+      assert (ours.get(key) or 0) == (expected or 0), key
   again, back = load_huggingface(tmp_path / 'out')
   assert again == config
   chex.assert_trees_all_equal(back, variables)
+
+
+def test_a_family_without_tiles_is_refused_in_fp8(tmp_path):
+  config, variables = loaded('families/large3')
+  with pytest.raises(ConfigError, match='no tiles of 128; write bfloat16'):
+    save_huggingface(tmp_path / 'out', config, variables, fp8=True)
+  assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+  ('kind', 'case'),
+  [
+    ('fp8', 'mistral4'),
+    ('fp8', 'glm4_moe_lite_mtp'),
+    ('bfloat16', 'large3'),
+    *(
+      pytest.param(kind, case, marks=pytest.mark.slow)
+      for kind in ('fp8', 'bfloat16')
+      for case in ('youtu', 'sarvam_mla', 'glm4_moe_lite')
+    ),
+  ],
+)
+def test_a_family_goes_out_in_fewer_bits_and_again_the_same(
+  kind, case, tmp_path
+):
+  """Rounded as the format says, once: what comes back goes out unchanged."""
+  config, variables = loaded(f'families/{case}')
+  options = dict(fp8=True) if kind == 'fp8' else dict(dtype='bfloat16')
+  save_huggingface(tmp_path / 'one', config, variables, **options)
+  dtype = jnp.float32 if kind == 'fp8' else jnp.bfloat16
+  again, back = load_huggingface(tmp_path / 'one', dtype)
+  written = tensors(tmp_path / 'one')
+  save_huggingface(tmp_path / 'two', again, back, fp8=kind == 'fp8')
+  same_bytes(written, tensors(tmp_path / 'two'))
+  assert words(tmp_path / 'one') == words(tmp_path / 'two')
+  dtypes = {str(x.dtype) for x in written.values()}
+  assert ('float8_e4m3fn' in dtypes) == (kind == 'fp8')
+  for ours, right in zip(*map(jax.tree.leaves, (back, variables)), strict=True):
+    ours, right = (np.asarray(x, np.float32) for x in (ours, right))
+    # Half a step of four bits of a number, or of the smallest of a tile.
+    step = 2**-4 if kind == 'fp8' else 2**-8
+    bound = np.maximum(abs(right) * step, abs(right).max() * step * 2**-6)
+    assert (abs(ours - right) <= bound).all()
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,33 @@ def test_a_broken_release_is_one_line(fault, command, tmp_path, call):
   assert [path.name for path in tmp_path.iterdir()] == ['release']
 
 
+@pytest.mark.parametrize('fault', FAULTS)
+@pytest.mark.parametrize('command', ['train', 'sft'])
+def test_a_broken_release_begins_no_run(fault, command, tmp_path, call):
+  """The folder stays free: the same words begin a run once it is whole."""
+  folder, run = tmp_path / 'release', tmp_path / 'run'
+  shutil.copytree(GOLDEN / 'v3_release', folder)
+  change, line = FAULTS[fault]
+  change(folder)
+  (tmp_path / 'text.txt').write_text('a line of text\n' * 99)
+  rows = [{'prompt': f'{i}', 'completion': 'b' * 9} for i in range(99)]
+  (tmp_path / 'rows.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  words = ('--config=tiny:micro', f'--init={folder}', f'--workdir={run}')
+  own = [f'--config.data.source={tmp_path}/text.txt']
+  if command == 'sft':
+    own = [f'--data={tmp_path}/rows.jsonl', '--config.data.fim_rate=0']
+    own += ['--config.data.packing=separate', '--config.data.tokenizer=byte']
+  code, out, error = call(command, *words, *own)
+  assert code == 2, out + error
+  assert error.startswith('error: ') and error.count('\n') == 1
+  assert line in error, error
+  assert 'Begins from' not in out
+  files = {str(p.relative_to(run)) for p in run.rglob('*') if p.is_file()}
+  assert not [x for x in files if 'init.json' in x or 'checkpoints/' in x], (
+    files
+  )
+
+
 def test_another_tokenizer_than_the_release_s_is_no_secret(tmp_path, call):
   """tekken.json is refused, but for a recipe that names a file in its place."""
   folder, out = tmp_path / 'release', io.StringIO()

@@ -21,6 +21,7 @@ from mla_moe import checked, vocabulary
 from mla_moe.checked import Checked, ConfigError, check_divides, is_row
 from mla_moe.checked import thaw as thaw
 from mla_moe.data_config import DataConfig as DataConfig
+from mla_moe.dsa_config import DSAConfig as DSAConfig
 from mla_moe.rl_config import RLConfig as RLConfig
 from mla_moe.run_config import RunConfig as RunConfig
 from mla_moe.use_config import CacheConfig as CacheConfig
@@ -222,6 +223,7 @@ class ModelConfig(Checked):
   precision: Literal['bf16', 'fp8_tensor', 'fp8_channel', 'fp8_block'] = 'bf16'
   compute: ComputeConfig = ComputeConfig()
   mla: MLAConfig = MLAConfig()
+  dsa: DSAConfig = DSAConfig()
   moe: MoEConfig = MoEConfig()
   mtp: MTPConfig = MTPConfig()
   release: ReleaseConfig = ReleaseConfig()
@@ -252,6 +254,7 @@ class ModelConfig(Checked):
       self.dense_layers <= self.layers,
       f'must not exceed layers={self.layers}',
     )
+    self.dsa.check(self)
     for name in ('bos_id', 'eos_id'):
       self._require(
         name,

@@ -40,6 +40,7 @@ RULES = (
   ('embed', 'fsdp'),
   ('rank', 'fsdp'),  # the latent's axis of an up-projection
   ('heads', 'tensor'),
+  ('index_heads', None),  # a set is of all heads: each device scores it
   ('experts', 'expert'),
   ('mlp', 'tensor'),
   ('latent', None),

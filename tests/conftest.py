@@ -50,7 +50,7 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 # a line for people. A folder's name stands for all that it holds.
 _PACKAGE = pathlib.Path(__file__).parent.parent / 'mla_moe'
 _OWN = {'__init__', '__pycache__', 'checked', 'config', 'variants'}
-_OWN |= {'run_config', 'rl_config', 'use_config', 'data_config'}
+_OWN |= {'run_config', 'rl_config', 'use_config', 'data_config', 'dsa_config'}
 _CHECKED = [
   f'mla_moe.{path.stem}' for path in _PACKAGE.iterdir() if path.stem not in _OWN
 ]

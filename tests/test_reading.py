@@ -40,6 +40,9 @@ LEFT_OUT = {
   'numbers of the loop, of reinforcement and of use': {
     *('run_config', 'rl_config', 'use_config', 'data_config'),
   },
+  'sparse attention, which V3 does not have': {
+    *('dsa_config', 'model/indexer', 'model/sparse'),
+  },
   'the type of a batch': {'data/batches'},
 }
 MOE = ('model/router', 'model/moe', 'model/experts', 'model/dispatch')

@@ -1,10 +1,9 @@
 """Causal attention whose keys and values differ in width, in O(T) memory.
 
 `attend` computes softmax(scale * q k^T) v for the decompressed form of MLA,
-whose queries and keys are 192 wide and values 128 (in V3). The surprise is how
-few libraries do that: most kernels insist on equal widths. Here are the choice
-between cores by platform, the quadratic oracle, and two libraries' kernels;
-`flash` is the core that runs anywhere.
+whose queries and keys are 192 wide and values 128 (in V3); most libraries
+insist on equal widths. Here are the choice between cores by platform, the
+quadratic oracle, and two libraries' kernels; `flash` runs anywhere.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mla_moe import kernels, sharding
+from mla_moe import fp8, kernels, sharding
 from mla_moe.model import flash, products
 from mla_moe.model.sequence import Part
 from mla_moe.types import Array, Float
@@ -78,11 +77,19 @@ def choose_core(
   return 'xla'
 
 
+@jax.named_scope('expand')
+def expand(latent, k_rope, ws, recipe, name=fp8.SAVED):
+  """Returns keys [B, S, N, H + R] and values [B, S, N, U] of the latents."""
+  equations = 'btc,cnh->btnh', 'btc,cnu->btnu'
+  k_nope, v = products.einsums(equations, latent, ws, recipe, name)
+  shape = (*k_nope.shape[:3], k_rope.shape[-1])
+  shared = jnp.broadcast_to(k_rope[:, :, None], shape)
+  return jnp.concatenate([k_nope, shared], axis=-1), v
+
+
 def _reference(q, k, v, segments, part, scale):
   logits = products.dot('btnh,bsnh->bnts', q, k) * scale
-  pieces = part.pieces()
-  length = q.shape[1] // len(pieces)
-  at = jnp.concatenate([p * length + jnp.arange(length) for p in pieces])
+  at = part.positions(q.shape[1])
   seen = (at[:, None] >= jnp.arange(k.shape[1])[None, :])[None, None]
   if segments is not None:
     of_queries, of_keys = segments

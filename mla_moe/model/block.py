@@ -14,7 +14,17 @@ from flax import linen as nn
 
 from mla_moe import sharding
 from mla_moe.config import ModelConfig
-from mla_moe.model import attention, layers, mla, moe, products, rope, router
+from mla_moe.model import (
+  attention,
+  indexer,
+  layers,
+  mla,
+  moe,
+  products,
+  rope,
+  router,
+  sparse,
+)
 from mla_moe.types import Array, Float, Int
 
 _STREAM = ('batch', 'length', 'stream')
@@ -27,12 +37,19 @@ class Functions(NamedTuple):
   route: Callable = router.route
 
 
+class Reports(NamedTuple):
+  """Measurements of one layer, each None where there are none."""
+
+  stats: moe.Stats | None  # of its experts
+  routes: Array | None  # [B, T, K]: the router's choices, beside a replay
+  index: sparse.Report | None  # of its indexer
+
+
 class Block(nn.Module):
   """Pre-norm attention, then the experts if `routed`, else a dense FFN.
 
-  Returns the stream and, when routed, the layer's `moe.Stats`; beside `routes`
-  that are replayed (`router.replay`), the router's own choices [B, T, K], too.
-  A `mask` of 0 leaves a token out of the stats.
+  The carry is the stream, and the sets of keys where layers share them
+  (`indexer.Sets`). A `mask` of 0 leaves a token out of the stats.
   """
 
   config: ModelConfig
@@ -42,18 +59,19 @@ class Block(nn.Module):
   @nn.compact
   def __call__(
     self,
-    x: Float[Array, 'B T D'],
+    carry: tuple[Float[Array, 'B T D'], indexer.Sets | None],
     angles: rope.Angles,
     segments: Int[Array, 'B T'] | None,
     mask: Float[Array, 'B T'] | None,
     routes: Int[Array, 'B T K'] | None = None,
-  ) -> tuple[Float[Array, 'B T D'], tuple[moe.Stats | None, Array | None]]:
-    c = self.config
+  ) -> tuple[tuple, Reports]:
+    c, (x, sets) = self.config, carry
     norm = lambda name: layers.RMSNorm(c.norm_eps, name=name)
     h = sharding.constrain(norm('attention_norm')(x), *_STREAM)
     with jax.named_scope('attention'):
       core = self.functions.attend
-      y = mla.Attention(c, core, name='attention')(h, angles, segments)
+      attention_layer = mla.Attention(c, core, name='attention')
+      y, report, sets = attention_layer(h, angles, segments, sets)
     x = x + sharding.constrain(y, *_STREAM)
     h = sharding.constrain(norm('ffn_norm')(x), *_STREAM)
     with jax.named_scope('ffn'):
@@ -64,7 +82,7 @@ class Block(nn.Module):
           c.dense_width, c.init_std, products.recipe(c), name='ffn'
         )
         y, stats = ffn(h), (None, None)
-    return x + sharding.constrain(y, *_STREAM), stats
+    return (x + sharding.constrain(y, *_STREAM), sets), Reports(*stats, report)
 
 
 def remat_block(config: ModelConfig, length: int = 1) -> type[nn.Module]:
@@ -92,14 +110,17 @@ def remat_block(config: ModelConfig, length: int = 1) -> type[nn.Module]:
 
 def stack(config: ModelConfig, routed: bool, functions: Functions) -> nn.Module:
   """Returns the MoE or the dense blocks as a scan; stats get a layer axis."""
-  length, axis = config.dense_layers, 'layers'
+  length, axis, types = config.dense_layers, 'layers', config.dsa.types
+  types = types[length:] if routed else types[:length]
   if routed:
     length, axis = config.moe_layers, 'routed_layers'
-  return nn.scan(
+  layers_of_stack = nn.scan(
     remat_block(config, length),
     length=length,
     variable_axes={'params': 0, 'router': 0},
     split_rngs={'params': True},
     in_axes=(*[nn.broadcast] * 3, 0),
     metadata_params={nn.PARTITION_NAME: axis},
-  )(config, routed, functions, name='moe' if routed else 'dense')
+  )
+  run = indexer.expanded(layers_of_stack, types)
+  return run(config, routed, functions, name='moe' if routed else 'dense')

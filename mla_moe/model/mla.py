@@ -22,23 +22,25 @@ from mla_moe.config import ModelConfig
 from mla_moe.model import (
   attention,
   flash,
+  indexer,
   layers,
   products,
   rope,
   sequence,
+  sparse,
   weights,
 )
 from mla_moe.types import Array, Float, Int
 
 # Checkpoint names that `compute.remat='latents'` saves for the backward pass.
-SAVED = ('q_latent', 'kv_latent', 'k_rope', *flash.SAVED)
+SAVED = ('q_latent', 'kv_latent', 'k_rope', indexer.SET, *flash.SAVED)
 
 _UP = ('rank', 'heads', 'head_dim')  # an up-projection's logical axes
 _HEADS = ('batch', 'part', 'heads', 'head_dim')
 
 
 class Attention(nn.Module):
-  """MLA of one layer: the stream in, the stream's change out."""
+  """MLA of one layer: the stream in; its change out, and `sparse`'s reports."""
 
   config: ModelConfig
   attend: Callable = attention.attend
@@ -49,7 +51,8 @@ class Attention(nn.Module):
     x: Float[Array, 'B T D'],
     angles: rope.Angles,
     segments: Int[Array, 'B T'] | None,
-  ) -> Float[Array, 'B T D']:
+    sets: indexer.Sets | None = None,
+  ) -> tuple:
     mla, std = self.config.mla, self.config.init_std
     recipe = products.recipe(self.config)
     weight = lambda name, shape, *axes: weights.weight(
@@ -80,6 +83,8 @@ class Attention(nn.Module):
     with jax.named_scope('query'):
       if mla.query_rank:
         q = products.checkpoint_input(norm('q_norm')(q), 'q_latent', recipe)
+      index = indexer.of_layer(self.config, x, q, angles, sets)
+      if mla.query_rank:
         q = products.einsum('btq,qnh->btnh', q, w_q_up, recipe, 'q_latent')
       q = jnp.concatenate(rope.queries(q, mla.nope_dim, angles), axis=-1)
       q = sharding.constrain(q, *_HEADS)
@@ -89,10 +94,13 @@ class Attention(nn.Module):
     latent = norm('kv_norm')(latent)
     k_rope = checkpoint_name(rope.rotate(k_rope, angles), 'k_rope')
     args = q, latent, k_rope, (w_k_up, w_v_up), segments, self.config, recipe
-    y = attend_latents(*args, self.attend)
+    if self.config.dsa.heads:
+      y, report, sets = sparse.attend_latents(*args, index, sets)
+    else:
+      y, report = attend_latents(*args, self.attend), None
     shape = (heads, mla.value_dim, dim)
     w_out = weight('w_out', shape, 'heads', 'head_dim', 'embed')
-    return products.einsum('btnu,nud->btd', y, w_out, recipe)
+    return products.einsum('btnu,nud->btd', y, w_out, recipe), report, sets
 
 
 def attend_latents(
@@ -138,7 +146,7 @@ def attend_latents(
     k_rope = sequence.gather(k_rope, parts)
     if segments is not None:
       segments = segments, sequence.gather(segments, parts)
-    k, v = _expand(latent, k_rope, ws, recipe, name)
+    k, v = attention.expand(latent, k_rope, ws, recipe, name)
     part, scale = sequence.this_part(parts), rope.softmax_scale(config.mla)
     with jax.named_scope('attend'):
       y = attend(q, k, v, scale=scale, segments=segments, part=part, impl=core)
@@ -159,13 +167,3 @@ def attend_latents(
   check_vma = core in ('xla', 'reference')
   run = sharding.shard_map(region, in_specs, in_specs[0], check_vma=check_vma)
   return run(q, latent, k_rope, ws, segments)
-
-
-@jax.named_scope('expand')
-def _expand(latent, k_rope, ws, recipe, name):
-  """Returns keys [B, S, N, H + R] and values [B, S, N, U] of the latents."""
-  equations = 'btc,cnh->btnh', 'btc,cnu->btnu'
-  k_nope, v = products.einsums(equations, latent, ws, recipe, name)
-  shape = (*k_nope.shape[:3], k_rope.shape[-1])
-  shared = jnp.broadcast_to(k_rope[:, :, None], shape)
-  return jnp.concatenate([k_nope, shared], axis=-1), v

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mla_moe.config import ModelConfig
-from mla_moe.model import block, layers, moe, rope, weights
+from mla_moe.model import block, layers, rope, weights
 from mla_moe.types import Array, Float, Int
 
 
@@ -32,8 +32,8 @@ class MTP(nn.Module):
     angles: rope.Angles,
     segments: Int[Array, 'B T'] | None,
     mask: Float[Array, 'B T'] | None,
-  ) -> tuple[Float[Array, 'B T D'], Float[Array, 'B T D'], moe.Stats | None]:
-    """Returns the next module's input, its norm for the head, and stats."""
+  ) -> tuple[Float[Array, 'B T D'], Float[Array, 'B T D'], block.Reports]:
+    """Returns the next module's input, its norm for the head, and reports."""
     c = self.config
     norm = lambda name: layers.RMSNorm(c.norm_eps, name=name)
     pair = [norm('embed_norm')(embedded), norm('hidden_norm')(hidden)]
@@ -42,7 +42,7 @@ class MTP(nn.Module):
     x = jnp.concatenate(pair, axis=-1)
     x = jnp.einsum('btd,de->bte', x, w_join.astype(x.dtype))
     args = c, c.moe_layers > 0, self.functions
-    x, (stats, _) = block.remat_block(c)(*args, name='block')(
-      x, angles, segments, mask
+    (x, _), reports = block.remat_block(c)(*args, name='block')(
+      (x, None), angles, segments, mask
     )
-    return x, norm('final_norm')(x), stats
+    return x, norm('final_norm')(x), reports

@@ -91,8 +91,9 @@ def _region(layer, count, micro_batches, variables, *rows):
     x = jnp.where(stage == 0, x, received)
 
     def one(x, variables):
-      x, (stats, _) = layer.apply(variables, x, angles, segments, None)
-      return x, stats
+      args = (x, None), angles, segments, None
+      (x, _), reports = layer.apply(variables, *args)
+      return x, reports.stats
 
     x, stats = jax.lax.scan(one, x, variables)
     real = (index >= 0) & (index < micro_batches)

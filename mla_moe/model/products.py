@@ -116,9 +116,8 @@ def dot(equation: str, a: Array, b: Array) -> Array:
 
   if a.dtype == b.dtype == jnp.float32:
     return accumulate(a, b)
-  widened = lambda a, b: accumulate(
-    a.astype(jnp.float32), b.astype(jnp.float32)
-  )
+  wide = lambda x: x.astype(jnp.float32)
+  widened = lambda a, b: accumulate(wide(a), wide(b))
   return jax.lax.platform_dependent(a, b, cpu=widened, default=accumulate)
 
 

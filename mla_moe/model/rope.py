@@ -6,9 +6,8 @@ and are permuted once, when they are loaded (`hf.names`). YaRN extends the
 context: it divides the slow frequencies by the extension factor, keeps the fast
 ones, and ramps between them. The surprise is its temperature m^2: it
 multiplies the whole attention logit, also the part without positions. Cosine
-and sine get the ratio of two m's, which is 1 in every released model. Without
-YaRN (pre-training at 4K) m is 1. Mistral's models grow the queries with their
-position, by 1 + beta ln(1 + floor(position / length)), for long contexts.
+and sine get the ratio of two m's, which is 1 in every released model. Mistral's
+queries grow with their position, by 1 + beta ln(1 + floor(position / length)).
 """
 
 from __future__ import annotations
@@ -49,11 +48,8 @@ def _ramp(dim: int, rope: RopeConfig) -> tuple[float, float]:
   """Returns the pairs between which YaRN's ramp goes from 0 to 1."""
 
   def pair(turns):  # the pair with this many turns in the original length
-    return (
-      dim
-      * math.log(rope.original_positions / (turns * 2 * math.pi))
-      / (2 * math.log(rope.theta))
-    )
+    ratio = rope.original_positions / (turns * 2 * math.pi)
+    return dim * math.log(ratio) / (2 * math.log(rope.theta))
 
   low = max(math.floor(pair(rope.beta_fast)), 0.0)
   high = min(math.ceil(pair(rope.beta_slow)), dim - 1)

@@ -34,6 +34,11 @@ class Part(NamedTuple):
       return (0,)
     return self.index, 2 * self.count - 1 - self.index
 
+  def positions(self, length: int) -> Array:
+    """Returns the places in the sequence of the part's `length` tokens."""
+    each = jnp.arange(length // len(self.pieces()), dtype=jnp.int32)
+    return jnp.concatenate([p * len(each) + each for p in self.pieces()])
+
 
 def parts(length: int) -> int:
   """Returns the number of parts of a sequence of this length here."""

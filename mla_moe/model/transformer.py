@@ -17,6 +17,7 @@ from mla_moe.config import ConfigError, ModelConfig
 from mla_moe.model import (
   block,
   embedding,
+  indexer,
   layers,
   mtp,
   pipeline,
@@ -38,6 +39,8 @@ class Features:
   stats: `moe.Stats` with a leading axis of MoE layers, or None.
   mtp_stats: `moe.Stats` with a leading axis of modules, or None.
   routes: the routers' own choices [L, B, T, K], beside a replay; or None.
+  index: `sparse.Report` with a leading axis of all layers, those of the MTP
+    modules last; or None.
   """
 
   hidden: PyTree
@@ -45,6 +48,7 @@ class Features:
   stats: PyTree
   mtp_stats: PyTree
   routes: PyTree
+  index: PyTree = None
 
 
 @struct.dataclass
@@ -140,30 +144,37 @@ class Transformer(nn.Module):
     positions = sequence.arrange(positions)
     angles = rope.angles(positions, c.mla.rope_dim, c.mla.rope)
     context = angles, documents
-    x = self._embed(tokens)
-    stats, own = None, None
+    x, sets = self._embed(tokens), indexer.no_sets(tokens, c.dsa)
+    stats, own, index = None, None, []
     if c.dense_layers:
-      x, _ = self.dense(x, *context, None, None)
+      (x, sets), reports = self.dense((x, sets), *context, None, None)
+      index.append(reports.index)
     run_stages = pipeline.takes(b, micro_batches) and not self.is_initializing()
     if c.moe_layers and run_stages:
       args = self.moe.variables, c, x, *context, micro_batches
       x, stats = pipeline.run(*args, self.functions)
       x = sharding.constrain(x, 'batch', 'length', 'stream')
     elif c.moe_layers:
-      x, (stats, own) = self.moe(x, *context, mask, routes)
+      sets = indexer.enter(sets, c.dense_layers, c.dsa)
+      x, (stats, own, of_moe) = self.moe((x, sets), *context, mask, routes)
+      x = x[0]
+      index.append(of_moe)
     hidden = self.final_norm(x)
-    ahead, mtp_stats = self._predict_ahead(tokens, segments, hidden, context)
+    ahead, mtp_stats, of_mtp = self._predict_ahead(
+      tokens, segments, hidden, context
+    )
+    index = jax.tree.map(lambda *x: jnp.concatenate(x), *index, *of_mtp)
     if not arranged:
       hidden, ahead = jax.tree.map(sequence.restore, (hidden, ahead))
-    return Features(hidden, ahead, stats, mtp_stats, own)
+    return Features(hidden, ahead, stats, mtp_stats, own, index)
 
   def _embed(self, tokens):
     arranged = sequence.arrange(tokens)
     return embedding.lookup(self.embedding, arranged, self.config.dtype)
 
   def _predict_ahead(self, tokens, segments, hidden, context):
-    """Returns the MTP modules' hidden states and stats, see `Features`."""
-    outputs, stats, x = [], [], hidden
+    """Returns the MTP modules' hidden states, stats and index reports."""
+    outputs, stats, index, x = [], [], [], hidden
     b, t = tokens.shape
     for k, module in enumerate(self.mtp, start=1):
       # A document's last k tokens have no successor: no expert counts them.
@@ -173,12 +184,13 @@ class Transformer(nn.Module):
         inside = inside & same & (segments >= 0)
       ahead = self._embed(jnp.roll(tokens, -k, axis=1))
       inside = sequence.arrange(inside * 1.0)
-      x, normed, report = module(x, ahead, *context, inside)
+      x, normed, reports = module(x, ahead, *context, inside)
       outputs.append(normed)
-      stats.append(report)
+      stats.append(reports.stats)
+      index.append(jax.tree.map(lambda x: x[None], reports.index))
     if not stats or not self.config.moe_layers:
-      return outputs, None
-    return outputs, jax.tree.map(lambda *x: jnp.stack(x), *stats)
+      return outputs, None, index
+    return outputs, jax.tree.map(lambda *x: jnp.stack(x), *stats), index
 
 
 def fp8_copies(params: PyTree, config: ModelConfig) -> PyTree:

@@ -1,0 +1,314 @@
+"""The lightning indexer of DeepSeek Sparse Attention (V3.2, section 2.1).
+
+A query attends to the K keys with the highest index scores,
+
+  I[t, s] = sum_j w[t, j] * relu(q[t, j] . k[s])   over the heads j.
+
+All heads of the index share one key a token, which has a LayerNorm with a
+bias, and all heads of MLA share the set. Nothing of I enters the attention. The
+surprise is its rotation: the rotated features come first here, and last in MLA.
+
+`select` makes scores in tiles and keeps a running top-k, so that the scores of
+all pairs never exist. Equal scores, such as the zeros of the relu, go to the
+lowest index on every device. A full layer selects; a shared one takes the set
+of the last full layer (`Sets`), and has no parameters.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+from mla_moe import sharding
+from mla_moe.config import DSAConfig, ModelConfig
+from mla_moe.model import products, rope, weights
+from mla_moe.model.sequence import Part
+from mla_moe.types import Array, Float, Int, PyTree
+
+SET = 'index_set'  # the checkpoint name of a layer's sets
+_QUERIES = 128  # whose scores are in one tile
+_KEYS = 2048  # the fewest keys in one
+
+
+class Index(NamedTuple):
+  """The index's queries and keys of some tokens.
+
+  `w` has the factors of the score, H_I^-1/2 * d_I^-1/2, in it.
+  """
+
+  q: Array  # [B, T, H_I, d_I]
+  w: Array  # [B, T, H_I] float32
+  k: Array  # [B, T, d_I]
+
+
+class Sets(NamedTuple):
+  """The last full layer's sets, on their way to the shared layers."""
+
+  selected: Array  # [B, T, K] int32, see `select`
+  layer: Array | None  # [] int32: the next layer; None: all are shared here
+
+
+class Indexer(nn.Module):
+  """The parameters of one layer's indexer, for `project`."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self) -> dict[str, PyTree]:
+    c, dsa, std = self.config, self.config.dsa, self.config.init_std
+    param = lambda name, shape, *axes: weights.param(
+      self, name, shape, axes, std
+    )
+    wide, source = c.dim, 'embed'
+    if dsa.q_from == 'latent':
+      wide, source = c.mla.query_rank, 'rank'
+    query = (wide, dsa.heads, dsa.dim)
+    return {
+      'w_query': param('w_query', query, source, 'index_heads', 'head_dim'),
+      'w_key': param('w_key', (c.dim, dsa.dim), 'embed', 'head_dim'),
+      'w_heads': param('w_heads', (c.dim, dsa.heads), 'embed', 'index_heads'),
+      'key_norm': _KeyNorm(dsa.dim, name='key_norm')(),
+    }
+
+
+class _KeyNorm(nn.Module):
+  dim: int
+
+  @nn.compact
+  def __call__(self):
+    zeros = nn.with_logical_partitioning(nn.initializers.zeros, ('norm',))
+    return {
+      'scale': weights.param(self, 'scale', (self.dim,), ('norm',), 0.0),
+      'bias': self.param('bias', zeros, (self.dim,), jnp.float32),
+    }
+
+
+def of_layer(
+  config: ModelConfig,
+  x: Float[Array, 'B T D'],
+  q_latent: Float[Array, ...],
+  angles: rope.Angles,
+  sets: Sets | None,
+) -> Index | None:
+  """In MLA: returns the layer's Index, None without one."""
+  if not config.dsa.heads or (sets is not None and sets.layer is None):
+    return None
+  params = Indexer(config, name='indexer')()
+  return project(params, x, q_latent, angles, config)
+
+
+@jax.named_scope('index')
+def project(
+  params: dict[str, PyTree],
+  x: Float[Array, 'B T D'],
+  q_latent: Float[Array, ...],
+  angles: rope.Angles,
+  config: ModelConfig,
+) -> Index:
+  """Returns the Index of tokens; x and the latent get no gradient from it.
+
+  Args:
+    params: `Indexer`'s: w_query [Q or D, H_I, d_I], w_key [D, d_I], w_heads
+      [D, H_I], key_norm {scale, bias} [d_I].
+    x: the input of MLA, after its norm.
+    q_latent: the normed latent of MLA's queries; unused with `q_from` 'x'.
+    angles: MLA's.
+    config: the model's.
+  """
+  dsa, rotary = config.dsa, config.mla.rope_dim
+  x, q_latent = jax.lax.stop_gradient((x, q_latent))
+  source = q_latent if dsa.q_from == 'latent' else x
+  q = products.einsum('btq,qhd->bthd', source, params['w_query'])
+  k = products.einsum('btd,di->bti', x, params['w_key'])
+  k = layer_norm(k, **params['key_norm'], eps=dsa.k_norm_eps)
+  # float32 also where the model is not: a small error reorders the keys.
+  w = products.dot('btd,dh->bth', x.astype(jnp.float32), params['w_heads'])
+  w = w * (dsa.heads * dsa.dim) ** -0.5
+  first = rotary if dsa.rope_first else dsa.dim - rotary
+
+  def rotate(x):
+    parts = [x[..., :first], x[..., first:]]
+    turned = 0 if dsa.rope_first else 1
+    parts[turned] = rope.rotate(parts[turned], angles)
+    return jnp.concatenate(parts, axis=-1)
+
+  constrain = lambda x, *axes: sharding.constrain(x, 'batch', 'part', *axes)
+  return Index(
+    constrain(rotate(q), 'index_heads', 'head_dim'),
+    constrain(w, 'index_heads'),
+    constrain(rotate(k), 'head_dim'),
+  )
+
+
+def layer_norm(
+  x: Float[Array, '*b d'],
+  scale: Float[Array, ' d'],
+  bias: Float[Array, ' d'],
+  eps: float,
+) -> Float[Array, '*b d']:
+  """Returns (x - mean) / sqrt(var + eps) * scale + bias; float32 inside."""
+  wide = x.astype(jnp.float32)
+  wide = wide - wide.mean(-1, keepdims=True)
+  wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
+  fit = lambda p: jnp.expand_dims(p, tuple(range(x.ndim - 1)))
+  return (wide * fit(scale) + fit(bias)).astype(x.dtype)
+
+
+def scores(
+  q: Float[Array, 'B T heads d'],
+  w: Float[Array, 'B T heads'],
+  k: Float[Array, 'B S d'],
+) -> Float[Array, 'B T S']:
+  """Returns the index scores of all pairs, float32, and masks none."""
+  return weigh(products.dot('bthd,bsd->bths', q, k), w)
+
+
+def weigh(
+  dots: Float[Array, 'B T heads S'], w: Float[Array, 'B T heads']
+) -> Float[Array, 'B T S']:
+  """Returns the sum over heads of w * relu(dots)."""
+  # Not an einsum, whose products a TPU would round to bfloat16.
+  return jnp.sum(jax.nn.relu(dots) * w[..., None], axis=2)
+
+
+def select(
+  index: Index,
+  topk: int,
+  segments: tuple | None = None,
+  part: Part = Part(),
+) -> Int[Array, 'B T K']:
+  """Returns each query's set, K = min(topk, S) indices of keys, best first.
+
+  An index of -1 is an empty slot: the query sees fewer than K keys. Equal
+  scores are in the order of their keys. Memory is O(T * K).
+
+  Args:
+    index: queries of a `part` of the sequence, and keys of the whole.
+    topk: the most keys of a set.
+    segments: numbers of documents of the queries [B, T] and of the keys [B, S].
+    part: the part of the sequence that the queries are, by default all of it.
+  """
+  index = jax.lax.stop_gradient(index)
+  (b, t), s = index.w.shape[:2], index.k.shape[1]
+  size = min(topk, s)
+  width = min(s, max(_KEYS, size))
+  keys = pad(index.k, -(-s // width) * width)
+  if segments is not None:
+    of_keys = pad(segments[1], keys.shape[1])
+
+  def block(args):
+    q, w, positions, of_queries = args
+
+    def tile(j, best):
+      ids = j * width + jnp.arange(width, dtype=jnp.int32)
+      start = j * width
+      take = lambda x: jax.lax.dynamic_slice_in_dim(x, start, width, 1)
+      seen = ids <= positions[..., None]
+      if segments is not None:
+        seen = seen & (of_queries[..., None] == take(of_keys)[:, None])
+      found = jnp.where(seen, scores(q, w, take(keys)), -jnp.inf)
+      ids = jnp.where(seen, ids, -1)
+      ids = jnp.broadcast_to(ids, found.shape)
+      # The best so far have lower indices than the tile, and `top_k` prefers
+      # the first of equal values.
+      found = jnp.concatenate([best[0], found], -1)
+      values, order = jax.lax.top_k(found, size)
+      ids = jnp.concatenate([best[1], ids], -1)
+      return values, jnp.take_along_axis(ids, order, -1)
+
+    shape = (b, q.shape[1], size)
+    none = jnp.full(shape, -jnp.inf), jnp.full(shape, -1, jnp.int32)
+    tiles = (
+      positions.max() // width + 1
+    )  # those above the diagonal cost nothing
+    return jax.lax.fori_loop(0, tiles, tile, sharding.pvary(none))[1]
+
+  of_queries = None if segments is None else segments[0]
+  positions = jnp.asarray(part.positions(t), jnp.int32)[None]
+  rows = index.q, index.w, positions, of_queries
+  selected = join(jax.lax.map(block, cut(rows, _QUERIES)), t)
+  return checkpoint_name(selected, SET)
+
+
+def pad(x: Array, length: int, axis: int = 1) -> Array:
+  """Returns `x`, zeros appended to this length of the axis."""
+  ends = [(0, length - n if i == axis else 0) for i, n in enumerate(x.shape)]
+  return jnp.pad(x, ends)
+
+
+def cut(rows: PyTree, size: int) -> PyTree:
+  """Returns [B, T, ...] arrays as [blocks, B, size, ...], zeros appended."""
+
+  def one(x):
+    count = -(-x.shape[1] // size)
+    x = pad(x, count * size)
+    return x.reshape(x.shape[0], count, size, *x.shape[2:]).swapaxes(0, 1)
+
+  return jax.tree.map(one, rows)
+
+
+def join(blocks: PyTree, length: int) -> PyTree:
+  """Returns the rows of `cut`, without those appended to this length."""
+
+  def one(x):
+    x = x.swapaxes(0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+
+  return jax.tree.map(one, blocks)
+
+
+# ---------------------------------------------------------- shared layers
+
+
+def no_sets(tokens: Int[Array, 'B T'], dsa: DSAConfig) -> Sets | None:
+  """Returns the Sets before the first layer, None where no layer is shared.
+
+  A set of all keys is not carried: its K is 0.
+  """
+  if not (dsa.heads and dsa.shares):
+    return None
+  b, t = tokens.shape
+  size = dsa.topk if dsa.topk < t and dsa.attention == 'sparse' else 0
+  return Sets(jnp.zeros((b, t, size), jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def enter(sets: Sets | None, first: int, dsa: DSAConfig) -> Sets | None:
+  """Returns the Sets for the last stack, of layers from the `first` on."""
+  if sets is None:
+    return None
+  is_mixed = 'full' in dsa.types[first:]
+  return Sets(sets.selected, jnp.int32(first) if is_mixed else None)
+
+
+def is_full(sets: Sets | None, dsa: DSAConfig) -> Array | None:
+  """Returns whether the next layer is full; None where a stack has one kind."""
+  if sets is None or sets.layer is None:
+    return None
+  return jnp.asarray([kind == 'full' for kind in dsa.types])[sets.layer]
+
+
+def expanded(stack: type[nn.Module], types: tuple) -> type[nn.Module]:
+  """Returns the stack with indexer's parameters for its full layers alone.
+
+  Its scan needs an entry for each layer. So a shared layer gets a copy of the
+  last full one's, which it does not read: its gradient is 0.
+  """
+  if 'full' not in types or 'shared' not in types:
+    return stack
+  full = [i for i, kind in enumerate(types) if kind == 'full']
+  count = np.cumsum([kind == 'full' for kind in types])
+
+  def take(rows):
+    def one(path, leaf):
+      of_indexer = any(getattr(p, 'key', '') == 'indexer' for p in path)
+      return leaf[np.asarray(rows)] if of_indexer else leaf
+
+    return lambda tree: jax.tree_util.tree_map_with_path(one, tree)
+
+  copies = take(np.maximum(count - 1, 0))
+  return nn.map_variables(stack, 'params', copies, take(full), init=True)

@@ -137,8 +137,8 @@ def check(config: Config):
   the mesh.
 
   Raises:
-    ConfigError: a length that its mesh axes do not divide, or an attention
-      kernel that cannot work on a part of a sequence.
+    ConfigError: a length that its mesh axes do not divide, an attention kernel
+      that cannot work on a part of a sequence, or sparse attention in stages.
   """
   mesh, model, data = config.mesh, config.model, config.data
   divided = [
@@ -166,6 +166,11 @@ def check(config: Config):
       raise ConfigError(
         f'config.mesh.{axes}={size}{twice}: must divide {name}={length}'
       )
+  if model.dsa.heads and mesh.stage > 1:
+    raise ConfigError(
+      f'config.mesh.stage={mesh.stage}: stages pass no loss of an indexer on '
+      f'(model.dsa.heads={model.dsa.heads}); use fsdp, context or tensor'
+    )
   core = model.compute.attention
   if mesh.context > 1 and core not in ('auto', 'xla', 'reference'):
     raise ConfigError(

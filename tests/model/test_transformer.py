@@ -174,11 +174,11 @@ def test_a_single_layer_is_made_again_too():
     angles = rope.angles(
       jnp.arange(64)[None], config.mla.rope_dim, config.mla.rope
     )
-    init = lambda x: run.init(jax.random.key(0), x, angles, *none)
+    init = lambda x: run.init(jax.random.key(0), (x, None), angles, *none)
     variables = jax.eval_shape(init, x)
 
     def loss(variables, x):
-      return run.apply(variables, x, angles, *none)[0].sum()
+      return run.apply(variables, (x, None), angles, *none)[0][0].sum()
 
     step = jax.jit(jax.value_and_grad(loss))
     compiled = step.lower(variables, x).compile()

@@ -211,13 +211,13 @@ def select(
       seen = ids <= positions[..., None]
       if segments is not None:
         seen = seen & (of_queries[..., None] == take(of_keys)[:, None])
-      found = jnp.where(seen, scores(q, w, take(keys)), -jnp.inf)
+      of_tile = jnp.where(seen, scores(q, w, take(keys)), -jnp.inf)
       ids = jnp.where(seen, ids, -1)
-      ids = jnp.broadcast_to(ids, found.shape)
+      ids = jnp.broadcast_to(ids, of_tile.shape)
       # The best so far have lower indices than the tile, and `top_k` prefers
       # the first of equal values.
-      found = jnp.concatenate([best[0], found], -1)
-      values, order = jax.lax.top_k(found, size)
+      of_tile = jnp.concatenate([best[0], of_tile], -1)
+      values, order = jax.lax.top_k(of_tile, size)
       ids = jnp.concatenate([best[1], ids], -1)
       return values, jnp.take_along_axis(ids, order, -1)
 

@@ -101,7 +101,7 @@ def seals(folder: pathlib.Path, rounds: int) -> dict:
   seconds, processor = [], []
   for _ in range(rounds):
     began, of_process = time.perf_counter(), time.process_time()
-    saving.write_seal(folder / 'large/1', seal.records(folder / 'large/1'), {})
+    seal.write(folder / 'large/1', seal.records(folder / 'large/1'), {})
     seconds.append(time.perf_counter() - began)
     processor.append(time.process_time() - of_process)
   whole, busy = statistics.median(seconds), statistics.median(processor)

@@ -10,7 +10,7 @@ import os
 
 from . import storage
 
-COMMIT = 'commit_success.txt'  # Orbax's name for it
+COMMIT = storage.COMMIT
 
 
 def steps(folder: os.PathLike | str) -> list[int]:

@@ -20,14 +20,12 @@ import importlib.metadata
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from mla_moe import files
 from mla_moe.types import PyTree
 
 from .. import faults
@@ -76,9 +74,9 @@ class Writer:
     best: str = 'bits_per_byte',
     before_seal: Callable[[], Any] = lambda: None,
   ):
-    self.folder = storage.path(folder)
-    options = retention.private(folder)
-    self.folder.mkdir(parents=True, exist_ok=True, **options)
+    self._place = storage.of(folder)
+    self.folder = self._place.path
+    self._place.make()
     if jax.process_index() == 0:
       with contextlib.suppress(Exception):  # a bucket's are of many types
         retention.clean(self.folder)
@@ -125,7 +123,7 @@ class Writer:
     )
     try:
       faults.reach('before_write', step)
-      if not self._exists():  # Orbax would make it again, without a lock
+      if not self._place.exists():  # Orbax would make it again, without a lock
         raise FileNotFoundError(errno.ENOENT, 'the folder is gone')
       if path.exists() and jax.process_index() == 0:
         retention.set_aside(self.folder, step)
@@ -181,29 +179,15 @@ class Writer:
     self._last = None if step == self._last else self._last
     with contextlib.suppress(Exception):  # it may still be writing
       self._orbax.wait_until_finished()
-    if jax.process_index() == 0 and self._exists():
+    if jax.process_index() == 0 and self._place.exists():
       with contextlib.suppress(Exception):
         retention.clean(self.folder)
+    text = f'{type(error).__name__}: {store.first_line(error)}'
     return NotSaved(
       step,
       f'{self.folder / str(step)}: could not be saved '
-      f'({type(error).__name__}: {store.first_line(error)}{self._free()})',
+      f'({text}{self._place.free()})',
     )
-
-  def _free(self) -> str:
-    """Returns the space of a disk in words; a bucket has no end."""
-    if storage.is_bucket(self.folder):
-      return ''
-    try:
-      return (
-        f'; {shutil.disk_usage(self.folder).free / 2**20:,.0f} MiB are free'
-      )
-    except OSError:
-      return '; the folder is gone'
-
-  def _exists(self) -> bool:
-    """Whether the folder is there; in a bucket each name is one."""
-    return storage.is_bucket(self.folder) or self.folder.is_dir()
 
   def _write(self, step):
     """Waits until Orbax has written the step (in a thread)."""
@@ -234,7 +218,7 @@ class Writer:
         sealed = {'step': step, 'facts': facts, 'fingerprints': fingerprints}
         sealed |= {'versions': versions(), 'processes': len(texts)}
         self._before_seal()
-        write_seal(path, records, sealed)
+        seal.write(path, records, sealed)
       except Exception as error:
         errors.append(error)
         return f'process 0: {type(error).__name__}: {store.first_line(error)}'
@@ -253,24 +237,6 @@ class Writer:
         text = f'{type(error).__name__}: {store.first_line(error)}'
         lines = [f'{self.folder}: old steps could not be deleted ({text})']
       self._notices += lines
-
-
-def write_seal(folder: os.PathLike, records: dict, facts: dict) -> None:
-  """Seals the folder with its files' records, on the disk when this ends."""
-  body = {'format': seal.FORMAT, 'files': records, **facts}
-  body['sha256'] = seal.digest(body)
-  if storage.is_bucket(folder):
-    text = json.dumps(body, indent=1)
-    (folder / seal.NAME).write_text(text, encoding='utf-8')
-    return
-  scratch = folder / f'{seal.NAME}.new'
-  with open(scratch, 'w', encoding='utf-8') as file:
-    json.dump(body, file, indent=1)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(scratch, folder / seal.NAME)
-  for path in (folder, folder.parent):
-    files.sync(path)
 
 
 def deadline(state: PyTree) -> int:
@@ -295,7 +261,7 @@ def checkpointer(
     async_options=ocp.options.AsyncOptions(timeout_secs=seconds),
     atomicity_options=ocp.options.AtomicityOptions(mode=mode),
     file_options=ocp.options.FileOptions(
-      path_permission_mode=None if storage.is_bucket(folder) else 0o700
+      path_permission_mode=storage.of(folder).mode
     ),
   )
 

@@ -160,7 +160,7 @@ def _judge(folder, step, allow_unsealed) -> _Verdict:
     try:
       verdict = _verdict(path, allow_unsealed)
     except OSError as error:
-      if storage.is_bucket(path):  # a service that fails damages nothing
+      if storage.of(path).is_service:  # a service that fails damages nothing
         raise
       text = f'{path}: cannot be read ({error.strerror})'
       verdict = verdict._replace(reason=text)
@@ -191,7 +191,7 @@ def _damage(path, sealed) -> str:
     try:
       text = seal.damage(path, sealed, jax.process_index(), jax.process_count())
     except (OSError, Damaged) as error:
-      if storage.is_bucket(path) and not isinstance(error, Damaged):
+      if storage.of(path).is_service and not isinstance(error, Damaged):
         raise
       text = str(error)
     except ConfigError:  # a copy from a bucket
@@ -221,7 +221,7 @@ def _read(path, step, like, sealed, renamed) -> Restored:
   except Damaged as error:
     failure = str(error)
   if failure := _first(failure):  # one that reads would wait for the others
-    is_whole = sealed and storage.is_bucket(path)  # if its listing says so
+    is_whole = sealed and storage.of(path).is_service  # if its listing says so
     raise (ConfigError if is_whole else Damaged)(failure)
   if sealed is not None:
     fingerprints, _ = fingerprint.read(fingerprint.of(items['state']))

@@ -175,7 +175,7 @@ def test_row34_the_format_without_seals_is_read_when_asked_to():
 
 def test_row34_a_later_format_says_who_wrote_it(damaged, monkeypatch):
   monkeypatch.setattr(seal, 'FORMAT', 7)
-  saving.write_seal(damaged / '2', {}, {'versions': {'mla_moe': '9.9'}})
+  seal.write(damaged / '2', {}, {'versions': {'mla_moe': '9.9'}})
   monkeypatch.undo()
   step, said = restored(damaged)
   assert step == 1 and 'format 7, written by mla_moe 9.9' in said
@@ -211,7 +211,7 @@ def test_what_is_restored_is_what_was_on_the_device(damaged):
   sealed = seal.read(damaged / '2')
   sealed['fingerprints']['params.w'] ^= 1
   facts = {k: v for k, v in sealed.items() if k not in ('format', 'files')}
-  saving.write_seal(damaged / '2', seal.records(damaged / '2'), facts)
+  seal.write(damaged / '2', seal.records(damaged / '2'), facts)
   step, said = restored(damaged)
   assert step == 1 and 'params.w is not, once read, what was saved' in said
 

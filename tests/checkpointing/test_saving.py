@@ -20,7 +20,14 @@ import pytest
 from states import make, restored, save
 
 from experiments import faults
-from experiments.checkpointing import folders, retention, saving, seal, store
+from experiments.checkpointing import (
+  folders,
+  retention,
+  saving,
+  seal,
+  storage,
+  store,
+)
 
 # Warnings of third-party code that is called here are not ours to mend.
 pytestmark = pytest.mark.filterwarnings('default')
@@ -83,7 +90,7 @@ def test_row01_killed_while_deleting_nothing_stays(tmp_path, monkeypatch):
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-    patched.setattr(retention.shutil, 'rmtree', killed)
+    patched.setattr(storage.shutil, 'rmtree', killed)
     retention.remove(tmp_path, 1)
   assert folders.steps(tmp_path) == [2]
   with saving.Writer(tmp_path, 3):
@@ -237,7 +244,7 @@ def test_a_step_that_cannot_be_deleted_fails_no_save(tmp_path, monkeypatch):
       raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     real(source, target)
 
-  monkeypatch.setattr(retention.os, 'rename', rename)
+  monkeypatch.setattr(storage.os, 'rename', rename)
   steps = lambda: folders.steps(tmp_path)
   with saving.Writer(tmp_path, 1) as writer:
     for step in (1, 2, 3):

@@ -4,25 +4,27 @@
   python -m experiments.checkpoint verify DIR [STEP ...]
   python -m experiments.checkpoint rm DIR STEP ... [--refused] [--force]
 
-DIR is a run's folder, or its folder of checkpoints. `verify` reads every byte
-and exits with 1 if a step differs from its seal. `rm` refuses to delete a run's
-last intact step without --force; with --refused it deletes the damaged steps
-that restarts have moved out of the way.
+DIR is a run's folder, or its folder of checkpoints, on a disk or in a bucket
+(gs://). `verify` reads every byte, or has the service's checksums of a bucket,
+and exits with 1 if a step differs from its seal. `rm` refuses a run that is
+being written to, and to delete a run's last intact step without --force; with
+--refused it deletes the damaged steps that restarts have moved out of the way.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import pathlib
-import shutil
 import sys
 import time
+from typing import Any
 
 from mla_moe.config import ConfigError
 
 from . import cli, commands, workdir
-from .checkpointing import bucket, retention, storage
+from .checkpointing import bucket, lease, retention, storage
 
 
 def main() -> None:
@@ -38,14 +40,11 @@ def main() -> None:
   parser.add_argument('--force', action='store_true', help='rm: the last one')
   args = parser.parse_args()
   with cli.edge(), contextlib.ExitStack() as stack:
-    enter = stack.enter_context
     try:
-      is_bucket = storage.is_bucket(args.folder) and args.command == 'verify'
-      read = cli.run_folder if is_bucket else cli.path
-      folder = read('DIR', args.folder)
-      if is_bucket:
-        bucket.client()
-        enter(bucket.one_line(folder))
+      folder = cli.run_folder('DIR', args.folder)
+      if storage.is_bucket(folder):
+        bucket.reach(folder)
+        stack.enter_context(bucket.one_line(folder))
       folder = find(folder)
       chosen = _chosen(folder, args.steps)
       if args.command == 'ls':
@@ -58,7 +57,7 @@ def main() -> None:
       raise ConfigError(str(error)) from None
 
 
-def find(folder: pathlib.Path) -> pathlib.Path:
+def find(folder: os.PathLike | str) -> Any:
   """Returns the folder of checkpoints of a run's folder, or `folder` itself.
 
   Raises:
@@ -78,8 +77,8 @@ def ls(folder: pathlib.Path, steps: list[int]) -> None:
     print(f'{folder}: no checkpoints')
   for step in steps:
     path = folder / str(step)
-    size = sum(f.stat().st_size for f in path.rglob('*') if f.is_file())
-    line = f'{step:>10}  {size / 2**20:>10,.1f} MiB'
+    place = storage.of(path)
+    line = f'{step:>10}  {place.size() / 2**20:>10,.1f} MiB'
     try:
       sealed = seal.read(path)
     except store.Damaged as error:
@@ -88,7 +87,7 @@ def ls(folder: pathlib.Path, steps: list[int]) -> None:
     if sealed is None:
       print(f'{line}  not sealed')
       continue
-    when = time.localtime((path / seal.NAME).stat().st_mtime)
+    when = time.localtime(place.moment(seal.NAME))
     score = sealed['facts'].get('bits_per_byte')
     versions = sealed['versions']
     print(
@@ -96,7 +95,7 @@ def ls(folder: pathlib.Path, steps: list[int]) -> None:
       f'  bits_per_byte {"-" if score is None else f"{score:.4f}"}'
       f'  mla_moe {versions["mla_moe"]}, jax {versions["jax"]}'
     )
-  refused = folder / 'refused'
+  refused = folder / retention.REFUSED
   if refused.is_dir() and any(refused.iterdir()):
     names = ', '.join(sorted(path.name for path in refused.iterdir()))
     print(f'set aside: {names} in {refused}')
@@ -137,11 +136,7 @@ def rm(
 
   if not steps and not refused:
     raise ConfigError('rm: name the steps to delete, or --refused')
-  run = folder.resolve().parent  # of '.', too
-  lock = (
-    workdir.lock(run) if (run / 'lock').exists() else contextlib.nullcontext()
-  )
-  with lock:
+  with _lock(folder):
     left = [step for step in folders.steps(folder) if step not in steps]
     if steps and not force and not any(_intact(folder, step) for step in left):
       raise ConfigError(
@@ -150,10 +145,23 @@ def rm(
     for step in steps:
       retention.remove(folder, step)
       print(f'{step}: deleted')
-    path = folder / 'refused'
+    path = folder / retention.REFUSED
     if refused and path.is_dir():
-      shutil.rmtree(path)
+      storage.of(path).delete()
       print(f'{path}: deleted')
+
+
+def _lock(folder: Any) -> contextlib.AbstractContextManager:
+  """Returns the lock of the run that the checkpoints belong to, if it has one.
+
+  A run in a bucket gets one.
+  """
+  run = storage.path(folder).parent  # of '.', too
+  if storage.is_bucket(run):
+    return lease.Lock(os.fspath(run))
+  return (
+    workdir.lock(run) if (run / 'lock').exists() else contextlib.nullcontext()
+  )
 
 
 def _chosen(folder, steps) -> list[int]:

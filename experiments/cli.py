@@ -83,7 +83,7 @@ def run_folder(name: str, value: os.PathLike | str) -> Any:
     return text
   if text.startswith(('gs://', 's3://')):
     raise ConfigError(
-      f'{name}={text!r}: {text[:2]} is not supported; a run lies in a folder, '
+      f'{name}={text!r}: {text[:5]} is not supported; a run lies in a folder, '
       'or in gs://BUCKET/FOLDER'
     )
   return path(name, text)

@@ -39,6 +39,7 @@ from . import (
   tokenizer,
   workdir,
 )
+from .checkpointing import bucket
 
 FLAGS = flags.FLAGS
 TOLERANCE = 2e-4  # of the logits, with --check
@@ -72,7 +73,8 @@ def define() -> None:
   """Defines this program's flags, and those of a config."""
   cli.define()
   cli.define_unsealed()
-  cli.define_path('source', '', 'A Hugging Face folder, or a run.')
+  text = 'A Hugging Face folder, or a run.'
+  cli.define_path('source', '', text, read=cli.run_folder)
   cli.define_path('target', '', 'The folder to make, of the other kind.')
   flags.DEFINE_bool('fp8', False, 'Write FP8 with a scale per tile.')
   flags.DEFINE_bool('power_of_two', False, 'New FP8 scales are powers of two.')
@@ -84,11 +86,6 @@ def define() -> None:
   )
   flags.DEFINE_bool('force', False, 'Replace a checkpoint that exists.')
   flags.DEFINE_bool('check', False, 'Compare with transformers.')
-
-
-def is_run(folder: pathlib.Path) -> bool:
-  """Returns whether the folder is a run's."""
-  return (folder / 'checkpoints').is_dir()
 
 
 def combined(released: ModelConfig, recipe: ModelConfig) -> ModelConfig:
@@ -125,7 +122,7 @@ def to_run(
   data = dataclasses.replace(recipe.data, tokenizer=name)
   mesh = sharding.make_mesh(recipe.mesh) if recipe.mesh.devices > 1 else None
   free = contextlib.nullcontext()
-  with workdir.lock(target) if is_run(target) else free:
+  with workdir.lock(target) if workdir.is_run(target) else free:
     model, variables = load_huggingface(source, jnp.float32, mesh)
     model = combined(model, recipe.model)
     config = dataclasses.replace(recipe, model=model, data=data)
@@ -179,7 +176,7 @@ def _check_target(
     return
   if not force:
     raise ConfigError(f'--target={str(target)!r}: exists; --force replaces it')
-  if not is_run(target):
+  if not workdir.is_run(target):
     raise ConfigError(
       f'--target={str(target)!r}: is no run, so it is not replaced'
     )
@@ -288,14 +285,14 @@ def _convert() -> None:
   """Converts in the direction that the kind of the source implies."""
   if not FLAGS.source:
     raise ConfigError('--source: name a Hugging Face folder or a run')
-  source = pathlib.Path(FLAGS.source)
+  source = bucket.here('--source', FLAGS.source)
   if not source.is_dir():
     raise ConfigError(f'--source={FLAGS.source!r}: is no folder')
   target = pathlib.Path(FLAGS.target) if FLAGS.target else None
-  if target is None and not (FLAGS.check and not is_run(source)):
+  if target is None and not (FLAGS.check and not workdir.is_run(source)):
     raise ConfigError('--target: name the folder to make')
   release = source
-  if target is not None and is_run(source):
+  if target is not None and workdir.is_run(source):
     to_huggingface(
       source,
       target,

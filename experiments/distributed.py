@@ -225,6 +225,13 @@ def fingerprints(config: Config) -> dict[str, bytes]:
   }
 
 
+def records(folder: os.PathLike | str, process: int) -> pathlib.Path:
+  """Returns a run's folder, or a process's copy of the records in a bucket."""
+  if storage.is_bucket(folder):
+    return bucket.fetched(folder, process)
+  return pathlib.Path(folder)
+
+
 @contextlib.contextmanager
 def claim(folder: os.PathLike | str, config: Config):
   """Yields a run's folder, claimed by process 0, the folder for its rows, and
@@ -252,9 +259,7 @@ def claim(folder: os.PathLike | str, config: Config):
     alone(enter)
     import jax
 
-    path = pathlib.Path(folder)
-    if storage.is_bucket(folder):
-      path = bucket.fetched(folder, jax.process_index())
+    path = records(folder, jax.process_index())
     scratch = stack.enter_context(tempfile.TemporaryDirectory())
     null = stack.enter_context(open(os.devnull, 'w', encoding='utf-8'))
     stack.enter_context(contextlib.redirect_stdout(null))

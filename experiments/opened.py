@@ -20,7 +20,8 @@ from mla_moe import vocabulary
 from mla_moe.config import CacheConfig, ConfigError, ModelConfig
 from mla_moe.types import PyTree
 
-from . import cli, ends, run_tokenizer
+from . import cli, ends, run_tokenizer, workdir
+from .checkpointing import bucket
 from .data.tokenizer import ByteTokenizer, Tokenizer, load
 
 FLAGS = flags.FLAGS
@@ -46,7 +47,8 @@ class TextModel(NamedTuple):
 def define() -> None:
   """Defines the flags of every program that opens a model."""
   cli.define_unsealed()
-  cli.define_path('checkpoint', '', 'A Hugging Face folder, or a run.')
+  text = 'A Hugging Face folder, or a run.'
+  cli.define_path('checkpoint', '', text, read=cli.run_folder)
   text = "'byte' or a tokenizer's file; the folder's if empty."
   cli.define_path('tokenizer', '', text)
   flags.DEFINE_enum(
@@ -88,7 +90,7 @@ def from_flags() -> TextModel:
   if not FLAGS.checkpoint:
     raise ConfigError('--checkpoint: name a Hugging Face folder or a run')
   model = open_model(
-    pathlib.Path(FLAGS.checkpoint),
+    bucket.here('--checkpoint', FLAGS.checkpoint),
     tokenizer=FLAGS.tokenizer,
     dtype=FLAGS.dtype,
     allow_unsealed=FLAGS.allow_unsealed,
@@ -140,7 +142,7 @@ def load_variables(
 
   from .checkpointing.load import load_run
 
-  if (folder / 'checkpoints').is_dir():
+  if workdir.is_run(folder):
     run, variables = load_run(folder, allow_unsealed=allow_unsealed)
     return (
       run.model,

@@ -27,6 +27,7 @@ from mla_moe.config import Config, ConfigError
 from mla_moe.data import batches, mixture
 
 from . import cli, run_tokenizer
+from .checkpointing import bucket
 from .data import blend, corpus, corpus_folder, tokenizer
 from .training import signals
 
@@ -118,7 +119,7 @@ def main() -> None:
       with stop.at_once():
         run(
           config,
-          cli.path('--workdir', FLAGS.workdir),
+          bucket.home(cli.run_folder('--workdir', FLAGS.workdir)),
           FLAGS.processes,
           FLAGS.shard,
           FLAGS.verify,

@@ -19,6 +19,7 @@ import sys
 import numpy as np
 
 from . import cli, commands, comparison, history, page, workdir
+from .checkpointing import bucket
 from .rl import charts, viewer
 from .training import samples, warm_start
 
@@ -328,7 +329,7 @@ def main() -> None:
     print(usage, file=sys.stderr)
     sys.exit(2)
   with cli.edge():
-    folders = [cli.path('DIR', name) for name in names]
+    folders = bucket.runs('DIR', names)
     inside = comparison.runs_in(folders[0]) if not folders[1:] else []
     if folders[1:] or inside:
       path = comparison.write(inside or folders)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import pathlib
+import os
 import shlex
 import subprocess
 import sys
@@ -30,7 +30,7 @@ from rich.table import Table
 
 from mla_moe.config import ConfigError
 
-from . import cli, commands, workdir
+from . import cli, commands, distributed, workdir
 from .launch import __main__ as launcher
 from .launch import preflight
 from .launch.job import as_typed
@@ -69,11 +69,11 @@ def overrides(values: dict[str, str]) -> list[str]:
 
 
 def run_here(
-  path: pathlib.Path, runs: list[dict], train: list[str], dry_run: bool
+  path: str, runs: list[dict], train: list[str], dry_run: bool
 ) -> None:
   """Trains every run, one after the other; `train` are its other flags."""
   for i, values in enumerate(runs, start=1):
-    folder = path / name_of(values)
+    folder = os.path.join(path, name_of(values))
     command = [*commands.program('train'), *train]
     command += [*overrides(values), f'--workdir={folder}']
     line = shlex.join(['python', *command[1:]])
@@ -108,11 +108,12 @@ def launch(
       launcher.execute(lines)
 
 
-def results(path: pathlib.Path, runs: list[dict]) -> list[dict]:
+def results(path: str, runs: list[dict]) -> list[dict]:
   """Returns each run's values, and its last step, loss, bits and speed."""
   rows = []
   for values in runs:
-    logged = workdir.rows(path / name_of(values) / 'metrics.jsonl')
+    folder = distributed.records(os.path.join(path, name_of(values)), 0)
+    logged = workdir.rows(folder / 'metrics.jsonl')
     row = dict(values)
     for key in ('step', 'main_loss', 'bits_per_byte', 'tokens_per_s'):
       column = [r[key] for r in logged if key in r]
@@ -164,7 +165,7 @@ def main() -> None:
   args = parser.parse_args(words)
   with cli.edge():
     runs = combinations(args.vary)
-    folder = cli.path('--workdir', args.workdir)
+    folder = str(cli.run_folder('--workdir', args.workdir))
     if launch_words and not args.table:
       launch(runs, launch_words, train, args.dry_run)
       return

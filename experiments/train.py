@@ -28,7 +28,7 @@ from mla_moe import vocabulary
 from mla_moe.config import Config, RunConfig
 
 from . import cli, distributed, profile, run_tokenizer, workdir
-from .checkpointing import bucket, retention, storage
+from .checkpointing import retention
 from .training import signals, skips, tracking
 from .training.clock import Clock
 from .training.progress import Progress, resume
@@ -91,7 +91,8 @@ def run(
   folder = cli.run_folder('workdir', folder)
   cli.check_paths(config)
   if options.init:
-    options = options._replace(init=str(cli.path('init', options.init)))
+    init = str(cli.run_folder('init', options.init))
+    options = options._replace(init=init)
   with (
     distributed.claim(folder, config) as (path, records, send),
     signals.Stop() as stop,
@@ -459,7 +460,7 @@ def define(
   text = 'Seconds to wait for them.'
   flags.DEFINE_integer('distributed_timeout', 300, text, 1, **own)
   text = 'Begin from the weights of this run or Hugging Face folder.'
-  cli.define_path('init', '', text, values)
+  cli.define_path('init', '', text, values, cli.run_folder)
   flags.DEFINE_string('profile', '', 'Trace these steps: FIRST:LAST.', **own)
   text = 'Tracker to tell as well.'
   flags.DEFINE_enum('track', '', tracking.TRACKERS, text, **own)
@@ -491,8 +492,7 @@ def begin(config: Config, open_source: Any = None) -> None:
 
 def _here(folder: str) -> pathlib.Path:
   """Returns a run's folder, or the copy of its records in a bucket."""
-  is_bucket = storage.is_bucket(folder)
-  return bucket.fetched(folder) if is_bucket else pathlib.Path(folder)
+  return distributed.records(folder, 0)
 
 
 def configured() -> Config:

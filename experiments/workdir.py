@@ -314,6 +314,11 @@ def _bind(path: pathlib.Path, config: Config, text: str):
     raise ConfigError(trouble(path, error)) from None
 
 
+def is_run(path: pathlib.Path) -> bool:
+  """Whether a folder is a run's with checkpoints, or one that was."""
+  return (path / ORIGIN).exists() or (path / 'checkpoints').is_dir()
+
+
 def checkpoints(path: pathlib.Path) -> Any:
   """Returns the folder of a run's checkpoints: here, or in its bucket."""
   origin = path / ORIGIN

@@ -1,4 +1,4 @@
-"""A run in a bucket: gs://BUCKET/RUN, claimed by one process, with its records.
+"""A run in a bucket: gs://BUCKET/RUN, its records, and its copy on a machine.
 
 Checkpoints go to the bucket by themselves (`saving`). The small files of a run,
 its records, are appended to, which an object cannot be: they are in a folder of
@@ -6,11 +6,9 @@ this machine and are copied to the bucket before each seal, and at the end. So
 the rows of a sealed step are there before the step counts. A start copies them
 back first, maybe on another machine.
 
-The lock is an object with the holder's name, written with its generation as a
-condition: of two writers the service lets one win. The holder rewrites it twice
-a minute and before each seal. One that stays unchanged for two minutes, by the
-service's clock, was left by a kill; on the same machine a dead process gives it
-up at once. A holder that has lost the lock ends the process: it saves nothing.
+A program that only reads a run copies its records, too, into a folder that
+knows its bucket (`workdir.checkpoints`): the checkpoints stay there and are
+read there. So `here` is all that such a program needs.
 """
 
 from __future__ import annotations
@@ -19,51 +17,58 @@ import contextlib
 import json
 import os
 import pathlib
-import secrets
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 from mla_moe.config import Config, ConfigError
 
 from .. import cli, workdir
-from . import storage
+from . import lease, storage
 
-LOCK = 'lock'
-_PROBE = 'lock.probe'
 _ORIGIN = workdir.ORIGIN
-_BEAT = 30.0  # seconds
-_STALE = 120.0
-_OWN = {LOCK, _PROBE, _ORIGIN, 'checkpoints', 'profile'}  # not copied
+_OWN = {lease.NAME, lease.PROBE, _ORIGIN, 'checkpoints', 'profile'}  # no copy
+_WEIGHTS = '.safetensors', '.bin', '.gguf', '.pt'
+# A service that does not answer is given up after their sum: 20 seconds.
+_PATIENCE, _TIMEOUT = 10.0, (4.0, 6.0)
 
 
-def local(url: str) -> pathlib.Path:
+def local(url: str, purpose: str = 'gs') -> pathlib.Path:
   """Returns this machine's folder for the records of the run `url`."""
   name = url.removeprefix(storage.SCHEME).strip('/')
   if not name or '..' in name.split('/'):
     raise ConfigError(f'workdir={url!r}: must be gs://BUCKET/FOLDER')
-  return pathlib.Path.home() / '.cache' / 'mla_moe' / 'gs' / name
+  return pathlib.Path.home() / '.cache' / 'mla_moe' / purpose / name
 
 
-def client() -> Any:
-  """Returns the client of Google's library.
+def home(folder: os.PathLike | str) -> pathlib.Path:
+  """Returns the folder beside which a run's text has its tokens: here."""
+  if storage.is_bucket(folder):
+    return local(os.fspath(folder))
+  return pathlib.Path(folder)
+
+
+def reach(url: str) -> None:
+  """Asks the service for one object: its refusal, or silence, is known early.
+
+  Later requests are repeated for minutes, as a run outlives a short pause.
 
   Raises:
-    ConfigError: the extra is not installed, or nothing says who asks.
+    ConfigError: no library, credentials, access, bucket, or answer.
   """
-  try:
-    import gcsfs  # noqa: F401, of Orbax
-    from google.auth.exceptions import DefaultCredentialsError
+  client = storage.client()
+  from google.api_core import exceptions
+  from google.cloud.storage.retry import DEFAULT_RETRY
 
-    return storage.client()
-  except ImportError:
-    raise ConfigError(
-      'gs://: needs Google\'s libraries; pip install "mla_moe[gcs]"'
-    ) from None
-  except (DefaultCredentialsError, OSError) as error:
-    text = ' '.join(str(error).split())[:200]
-    raise ConfigError(f'gs://: no credentials ({text})') from None
+  name, _, prefix = url.removeprefix(storage.SCHEME).partition('/')
+  options = dict(timeout=_TIMEOUT, retry=DEFAULT_RETRY.with_timeout(_PATIENCE))
+  with one_line(url):
+    try:
+      list(client.list_blobs(name, prefix=prefix, max_results=1, **options))
+    except exceptions.RetryError as error:
+      text = ' '.join(str(error.cause or error).split())[:120]
+      raise ConfigError(
+        f'{url}: the service gave no answer for {_PATIENCE:.0f} s ({text})'
+      ) from None
 
 
 class Records:
@@ -71,25 +76,37 @@ class Records:
 
   def __init__(self, url: str, folder: pathlib.Path):
     name, _, prefix = url.removeprefix(storage.SCHEME).partition('/')
-    self._bucket = client().bucket(name)
+    self._bucket = storage.client().bucket(name)
     self._prefix, self._folder = f'{prefix.strip("/")}/', folder
+    self._url = url.rstrip('/')
     self._sent: dict[str, tuple] = {}
 
   def fetch(self) -> None:
     """Copies the bucket's files here; the bucket's are the right ones.
 
     Those that only this machine has are of a run that the bucket has lost, or
-    of one that ended before its first copy: they go.
+    of one that ended before its first copy: they go. A program that reads a
+    copy meanwhile sees whole files.
+
+    Raises:
+      ConfigError: the folder has a release's weights.
     """
-    url = f'{storage.SCHEME}{self._bucket.name}/{self._prefix}'
-    names = _records(storage.objects(url), '/checkpoints/')
+    names = _records(storage.objects(self._url), '/checkpoints/')
+    for name in names:
+      if '/' not in name and name.endswith(_WEIGHTS):
+        raise ConfigError(
+          f'{self._url}: holds {name}, and so no run; a release is read from '
+          f'a disk: gcloud storage cp -r {self._url} .'
+        )
     for name in self._here():
       if name not in names:
-        (self._folder / name).unlink()
+        (self._folder / name).unlink(missing_ok=True)
     for name in names:
       path = self._folder / name
       path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-      self._bucket.blob(self._prefix + name).download_to_filename(path)
+      scratch = path.with_name(f'{path.name}.{os.getpid()}.new')
+      self._bucket.blob(self._prefix + name).download_to_filename(scratch)
+      os.replace(scratch, path)
       self._sent[name] = _stamp(path)
 
   def send(self) -> None:
@@ -129,147 +146,62 @@ def _stamp(path: pathlib.Path) -> tuple[int, int]:
   return status.st_size, status.st_mtime_ns
 
 
-class Lost(Exception):
-  """Another process has the lock."""
+def here(name: str, value: os.PathLike | str) -> pathlib.Path:
+  """Returns a folder of this machine by which a run can be read.
+
+  It is the folder that the flag `name` gives, or the copy of a run in a bucket.
+
+  Raises:
+    ConfigError: as `cli.run_folder` and `reach`; or no run is there.
+  """
+  place = cli.run_folder(name, value)
+  if not storage.is_bucket(place):
+    return place
+  folder = _fetched(place, local(place, 'read'))
+  if not (folder / 'config.json').exists():
+    raise ConfigError(
+      f'{name}={place!r}: holds no run, which has a config.json'
+    )
+  print(
+    f'{place}: its records are copied to {folder}, its checkpoints are read '
+    'there.',
+    file=sys.stderr,
+  )
+  return folder
 
 
-class Lock:
-  """The object `lock` of a run in a bucket; use it in a `with` block."""
+def runs(name: str, values: Iterable[str]) -> list[pathlib.Path]:
+  """Returns `here` of each value; of a bucket's folder of runs, of each run.
 
-  def __init__(self, url: str, beat: float = _BEAT, stale: float = _STALE):
-    name, _, prefix = url.removeprefix(storage.SCHEME).partition('/')
-    self._bucket = client().bucket(name)
-    self._prefix, self._url = f'{prefix.strip("/")}/', url
-    self._beat, self._stale = beat, stale
-    self._one = threading.Lock()
-    self._ended = threading.Event()
-    self._generation = 0
-    self._text = json.dumps(_me() | {'nonce': secrets.token_hex(8)}).encode()
-
-  def __enter__(self) -> Lock:
-    before = self._bucket.get_blob(self._prefix + LOCK)
-    if before is not None:
-      text = before.download_as_bytes().decode(errors='replace')
-      age = self._age(before)
-      if age < self._stale and not _is_dead(text):
-        raise ConfigError(
-          f'workdir={self._url!r}: {_holder(text)} is writing to it, or was '
-          f'{age:.0f} s ago; its lock ends {self._stale:.0f} s after its '
-          'last sign of life: wait, or name another folder'
-        )
-      self._generation = before.generation
-    try:
-      self.renew()
-    except Lost:
-      raise ConfigError(
-        f'workdir={self._url!r}: another process has just begun to write to '
-        'it; name another folder'
-      ) from None
-    self._thread = threading.Thread(target=self._keep, daemon=True)
-    self._thread.start()
-    return self
-
-  def __exit__(self, *_) -> None:
-    self._ended.set()
-    self._thread.join()
-    blob = self._bucket.blob(self._prefix + LOCK)
-    with contextlib.suppress(Exception):  # a lock that stays grows stale
-      blob.delete(if_generation_match=self._generation)
-
-  def renew(self) -> None:
-    """Writes the lock again.
-
-    Google's library repeats a write whose answer was lost, and the service then
-    refuses the second: the lock's content says whose it is.
-
-    Raises:
-      Lost: it is no longer ours.
-    """
-    from google.api_core import exceptions
-
-    with self._one:
-      blob = self._bucket.blob(self._prefix + LOCK)
-      try:
-        blob.upload_from_string(
-          self._text, if_generation_match=self._generation
-        )
-      except exceptions.PreconditionFailed:
-        blob = self._bucket.get_blob(self._prefix + LOCK)
-        if blob is None or blob.download_as_bytes() != self._text:
-          raise Lost from None
-      self._generation = blob.generation
-
-  def hold(self) -> None:
-    """Writes the lock again; ends the process if it is another's."""
-    try:
-      self.renew()
-    except Lost:
-      print(
-        f'error: {self._url}: another process has taken this run over; '
-        'nothing more is saved here',
-        file=sys.stderr,
-        flush=True,
-      )
-      os._exit(1)
-
-  def _keep(self):
-    """Renews the lock; a service that does not answer is asked again."""
-    while not self._ended.wait(self._beat):
-      with contextlib.suppress(Exception):  # of the service or of credentials
-        self.hold()
-
-  def _age(self, blob) -> float:
-    """Returns the seconds since a write, by the service's clock alone."""
-    probe = self._bucket.blob(self._prefix + _PROBE)
-    probe.upload_from_string(b'')
-    probe.reload()
-    return (probe.updated - blob.updated).total_seconds()
-
-
-def _me() -> dict[str, Any]:
-  """Returns this process's name: its machine since its start, and its id."""
-  boot = pathlib.Path('/proc/sys/kernel/random/boot_id')
-  space = pathlib.Path('/proc/self/ns/pid')
-  return {
-    'pid': os.getpid(),
-    'host': os.uname().nodename,
-    'boot': boot.read_text(encoding='utf-8').strip() if boot.exists() else '',
-    'space': space.stat().st_ino if space.exists() else 0,
-  }
-
-
-def _is_dead(text: str) -> bool:
-  """Whether a lock's holder was a process of this machine that has ended."""
-  me, pid = _me(), None
-  with contextlib.suppress(ValueError, AttributeError, TypeError):
-    holder = json.loads(text)
-    same = all(holder.get(name) == me[name] for name in ('boot', 'space'))
-    pid = int(holder['pid']) if same and me['boot'] else None
-  if not pid or pid < 0:
-    return False
-  try:
-    os.kill(pid, 0)
-  except ProcessLookupError:
-    return True
-  except OSError:
-    pass
-  return False
-
-
-def _holder(text: str) -> str:
-  try:
-    holder = json.loads(text)
-    return f'process {int(holder["pid"])} on {str(holder["host"])!r}'
-  except (ValueError, KeyError, TypeError):
-    return 'another process'
+  Raises:
+    ConfigError: as `here`.
+  """
+  folders = []
+  for value in values:
+    place = cli.run_folder(name, value)
+    if not storage.is_bucket(place):
+      folders.append(place)
+      continue
+    reach(place)
+    with one_line(place):
+      names = [x.rpartition('/') for x in storage.objects(place)]
+    inside = [x for x, _, file in names if x and file == 'config.json']
+    if any(not x and file == 'config.json' for x, _, file in names):
+      inside = ['']
+    places = [f'{place.rstrip("/")}/{x}' for x in inside] or [place]
+    folders += [here(name, each) for each in places]
+  return folders
 
 
 def fetched(url: str, process: int = 0) -> pathlib.Path:
-  """Returns a folder here with the records of a run, to be read alone."""
-  client()
+  """Returns a folder here with a run's records, for one process of the run."""
   folder = local(url)
-  # A run of this machine may be writing to the folder itself.
-  folder = folder.with_name(f'{folder.name}@{process}')
+  # Process 0 may be of this machine, and write to the folder itself.
+  return _fetched(url, folder.with_name(f'{folder.name}@{process}'))
+
+
+def _fetched(url: str, folder: pathlib.Path) -> pathlib.Path:
+  reach(url)
   with one_line(url):
     _opened(url, folder)
   return folder
@@ -292,7 +224,7 @@ def one_line(url: str) -> Iterator[None]:
     yield
   except refusals() as error:
     text = ' '.join(str(error).split())[:200]
-    raise ConfigError(f'workdir={url!r}: {text}') from None
+    raise ConfigError(f'{url}: {text}') from None
 
 
 def refusals() -> tuple[type[Exception], ...]:
@@ -314,11 +246,11 @@ def claim(url: str, config: Config) -> Iterator[tuple[pathlib.Path, Callable]]:
     ConfigError: the bucket denies, or another process has the run.
     cli.Stopped: the bucket failed later.
   """
-  client()
+  reach(url)
   folder = local(url)
   with contextlib.ExitStack() as stack:
     with one_line(url):
-      lock = stack.enter_context(Lock(url))
+      lock = stack.enter_context(lease.Lock(url))
       records = _opened(url, folder)
     stack.enter_context(workdir.claim(folder, config))
 

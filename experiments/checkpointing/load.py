@@ -8,7 +8,6 @@ optimizer's state is read with it and dropped.
 from __future__ import annotations
 
 import os
-import pathlib
 
 import jax
 from flax import linen as nn
@@ -28,7 +27,7 @@ def load_run(
   """Returns (config, {'params', 'router'}) of a run's last trusted checkpoint.
 
   Args:
-    folder: the `--workdir` of a training.
+    folder: the `--workdir` of a training, gs://BUCKET/FOLDER, too.
     mesh: of `sharding.make_mesh`, for the leaves; None is one device.
     allow_unsealed: trust a checkpoint that was never sealed.
 
@@ -36,12 +35,13 @@ def load_run(
     ConfigError: no run, no checkpoint, or one of another config.
     store.Damaged: no checkpoint can be trusted.
   """
-  from . import store  # orbax is slow to import
+  from .. import workdir
+  from . import bucket, store  # orbax is slow to import
 
-  folder = pathlib.Path(folder)
+  folder = bucket.here('folder', folder)
   config = freeze(files.read_json(folder / 'config.json'))
   restored = store.restore(
-    folder / 'checkpoints',
+    workdir.checkpoints(folder),
     shapes(config, mesh),
     allow_unsealed=allow_unsealed,
     renamed=RENAMED,

@@ -68,6 +68,10 @@ class Disk:
     """Returns the bytes of all files."""
     return sum(p.stat().st_size for p in self.path.rglob('*') if p.is_file())
 
+  def moment(self, name: str) -> float:
+    """Returns the time of a file's last change, in seconds since 1970."""
+    return (self.path / name).stat().st_mtime
+
   def read(self, name: str) -> bytes:
     """Returns a file's content.
 
@@ -160,6 +164,10 @@ class Bucket:
     """Returns the bytes of all objects."""
     return sum(size for size, _ in objects(self.path).values())
 
+  def moment(self, name: str) -> float:
+    """Returns the time of an object's last change, in seconds since 1970."""
+    return (self.path / name).stat().mtime
+
   def read(self, name: str) -> bytes:
     """Returns an object's content."""
     return (self.path / name).read_bytes()
@@ -230,10 +238,24 @@ def path(folder: os.PathLike | str) -> Any:
 
 @functools.cache
 def client() -> Any:
-  """Returns the client of Google's library, of the extra [gcs]."""
-  from google.cloud import storage
+  """Returns the client of Google's library, of the extra [gcs].
 
-  return storage.Client()
+  Raises:
+    ConfigError: the extra is not installed, or nothing says who asks.
+  """
+  try:
+    import gcsfs  # noqa: F401, of Orbax
+    from google.auth.exceptions import DefaultCredentialsError
+    from google.cloud import storage
+  except ImportError:
+    raise ConfigError(
+      'gs://: needs Google\'s libraries; pip install "mla_moe[gcs]"'
+    ) from None
+  try:
+    return storage.Client()
+  except (DefaultCredentialsError, OSError) as error:
+    text = ' '.join(str(error).split())[:200]
+    raise ConfigError(f'gs://: no credentials ({text})') from None
 
 
 def objects(folder: os.PathLike | str) -> dict[str, list]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from mla_moe import files
 from mla_moe.config import Config, ConfigError, ModelConfig
 
 from .. import distributed, workdir
+from ..checkpointing import bucket, storage
 
 _FILE = 'init.json'
 # Fields that say only with which numbers a model is computed or begins.
@@ -65,7 +67,7 @@ def chosen(path: pathlib.Path, init: str, begun: bool) -> Origin | None:
   origin = recorded(path)
   if not init:
     return origin
-  source = str(pathlib.Path(init).resolve())
+  source = os.fspath(storage.path(init))
   if origin and _is_same(origin, source):
     return origin
   if begun:
@@ -78,15 +80,15 @@ def chosen(path: pathlib.Path, init: str, begun: bool) -> Origin | None:
 
 def _is_same(origin: Origin, source: str) -> bool:
   """Whether the origin is the folder `source`, or was before it moved."""
-  if origin.source == source or not pathlib.Path(origin.source).exists():
+  if origin.source == source or not storage.path(origin.source).exists():
     return True
   if origin.step is None:
     return False
   name = f'checkpoints/{origin.step}/seal.json'
-  seals = [pathlib.Path(x) / name for x in (origin.source, source)]
+  folders = [storage.of(x) for x in (origin.source, source)]
   return (
-    all(x.is_file() for x in seals)
-    and len({files.read_bytes(x) for x in seals}) == 1
+    all((folder.path / name).is_file() for folder in folders)
+    and len({folder.read(name) for folder in folders}) == 1
   )
 
 
@@ -96,8 +98,8 @@ def begin(setup, origin: Origin, *, allow_unsealed: bool = False) -> Any:
   Raises:
     ConfigError: no checkpoint there, or a model of another shape.
   """
-  folder = pathlib.Path(origin.source)
-  if (folder / 'checkpoints').is_dir():
+  folder = bucket.here('--init', origin.source)
+  if workdir.is_run(folder):
     state, origin = _of_run(setup, folder, origin.step, allow_unsealed)
   elif list(folder.glob('*.safetensors*')):
     state, origin = _of_release(setup, folder), Origin(origin.source)
@@ -123,7 +125,7 @@ def _of_run(setup, folder, step, allow_unsealed) -> tuple[Any, Origin]:
   check(config.model, theirs.model, str(folder))
   like = dataclasses.replace(config, optim=theirs.optim, rl=theirs.rl)
   restored = store.restore(
-    folder / 'checkpoints',
+    workdir.checkpoints(folder),
     program.state_shapes(like, setup.mesh),
     before=None if step is None else step + 1,
     allow_unsealed=allow_unsealed,

@@ -12,7 +12,7 @@ import pytest
 from bucket_server import NAME, server  # noqa: F401
 
 from experiments import cli, soak
-from experiments.checkpointing import bucket, folders, seal, storage
+from experiments.checkpointing import bucket, folders, lease, seal, storage
 from mla_moe.config import Config, ConfigError
 
 pytestmark = [
@@ -28,21 +28,21 @@ def blob(url):
 
 def test_row32_of_two_writers_the_service_lets_one_win():
   url = f'gs://{NAME}/two'
-  with bucket.Lock(url) as lock:
+  with lease.Lock(url) as lock:
     with (
       pytest.raises(ConfigError, match=f'process {os.getpid()} on .* wait'),
-      bucket.Lock(url),
+      lease.Lock(url),
     ):
       pass
     # Both have read that there is no lock: the second one's write is refused.
-    with pytest.raises(bucket.Lost):
-      bucket.Lock(url).renew()
+    with pytest.raises(lease.Lost):
+      lease.Lock(url).renew()
     lock._generation, right = 0, lock._generation
     lock.renew()  # as where an answer was lost: the lock is its own
     assert lock._generation == right
     lock.renew()
     assert lock._generation > right
-  with bucket.Lock(url):  # was given back
+  with lease.Lock(url):  # was given back
     pass
   assert not blob(f'{url}/lock').exists()
 
@@ -55,10 +55,10 @@ def test_row32_a_stale_lock_is_taken_over_and_its_holder_ends(monkeypatch):
     ended.set()
     raise SystemExit(code)
 
-  monkeypatch.setattr(bucket.os, '_exit', end)
-  slow = bucket.Lock(url, beat=3600)
+  monkeypatch.setattr(lease.os, '_exit', end)
+  slow = lease.Lock(url, beat=3600)
   with slow:
-    with bucket.Lock(url, stale=-1.0) as second:  # any age is too old
+    with lease.Lock(url, stale=-1.0) as second:  # any age is too old
       with pytest.raises(SystemExit):
         slow.hold()
       assert ended.is_set()
@@ -69,17 +69,17 @@ def test_row32_a_stale_lock_is_taken_over_and_its_holder_ends(monkeypatch):
 
 def test_row32_a_dead_process_of_this_machine_holds_no_lock():
   url = f'gs://{NAME}/dead'
-  holder = bucket._me() | {'pid': 2**22 + 1}  # above the kernel's largest
+  holder = lease.me() | {'pid': 2**22 + 1}  # above the kernel's largest
   blob(f'{url}/lock').upload_from_string(json.dumps(holder))
-  with bucket.Lock(url):
+  with lease.Lock(url):
     pass
   for other in ('boot', 'space'):
-    holder = bucket._me() | {'pid': 2**22 + 1, other: 'elsewhere'}
+    holder = lease.me() | {'pid': 2**22 + 1, other: 'elsewhere'}
     blob(f'{url}/lock').upload_from_string(json.dumps(holder))
-    with pytest.raises(ConfigError, match='is writing to it'), bucket.Lock(url):
+    with pytest.raises(ConfigError, match='is writing to it'), lease.Lock(url):
       pass
   blob(f'{url}/lock').upload_from_string('\x00[')
-  with pytest.raises(ConfigError, match='another process'), bucket.Lock(url):
+  with pytest.raises(ConfigError, match='another process'), lease.Lock(url):
     pass
 
 
@@ -176,7 +176,7 @@ def test_who_lost_the_lock_sends_no_records(tmp_path, monkeypatch):
     assert other != folder and not (other / 'metrics.jsonl').exists()
     assert (folder / 'metrics.jsonl').read_text()
     blob(f'{url}/lock').upload_from_string('{}')
-    monkeypatch.setattr(bucket.os, '_exit', end)
+    monkeypatch.setattr(lease.os, '_exit', end)
     send()
   assert 'metrics.jsonl' not in storage.objects(url)
 

@@ -55,7 +55,7 @@ def test_a_path_of_a_flag_begins_at_home(flag, monkeypatch):
   train.define(values, words)
   values(words)
   assert values[flag].value == '/home/somebody/runs/x'
-  for url in URLS[flag == 'workdir' :]:  # a run lies in gs://
+  for url in URLS[1:]:  # a run lies in gs://
     with pytest.raises(ConfigError, match='://.* is not supported') as error:
       cli.config_of([f'--{flag}={url}'], train.define)
     assert f'--{flag}={url!r}' in str(error.value)
@@ -66,10 +66,12 @@ def test_a_path_anywhere_else_is_checked_the_same_way(call, tmp_path):
   with pytest.raises(ConfigError, match='no such user'):
     cli.path('--out', '~nobody-of-this-name/x')
   for program, *words in (
-    ('report', 'gs://b/x'),
+    ('report', 's3://b/x'),
+    ('generate', '--checkpoint=s3://b/x'),
+    ('convert', '--source=tiny', '--target=gs://b/x'),
     ('profile', 'gs://b/x'),
     ('checkpoint', 'ls', 's3://b/x'),
-    ('sweep', '--vary=data.seed=1', '--workdir=gs://b/x'),
+    ('sweep', '--vary=data.seed=1', '--workdir=s3://b/x'),
     ('tokenizer', 'https://b/x', f'--out={tmp_path}/x'),
   ):
     code, _, error = call(program, *words)
@@ -99,8 +101,8 @@ def test_a_path_of_a_config_is_none_of_another_machine(url, tmp_path):
   if not url.startswith('gs:'):
     with pytest.raises(ConfigError, match='workdir=.* not supported'):
       train.run(freeze({}), url)
-  with pytest.raises(ConfigError, match='init=.* not supported'):
-    train.run(freeze({}), tmp_path / 'run', train.Options(init=url))
+    with pytest.raises(ConfigError, match='init=.* not supported'):
+      train.run(freeze({}), tmp_path / 'run', train.Options(init=url))
   assert not (tmp_path / 'run').exists()
 
 
@@ -109,7 +111,10 @@ def test_a_run_in_a_bucket_needs_the_extra(call, monkeypatch):
   for program, *words in (
     ('train', '--config=tiny', '--workdir=gs://b/x'),
     ('train', '--config=tiny', '--workdir=gs://b/x', '--replay=1'),
-    ('checkpoint', 'verify', 'gs://b/x'),
+    *(('checkpoint', word, 'gs://b/x') for word in ('ls', 'verify', 'rm')),
+    ('report', 'gs://b/x'),
+    ('generate', '--checkpoint=gs://b/x', '--prompt=a'),
+    ('convert', '--source=gs://b/x', '--target=x'),
   ):
     code, _, error = call(program, *words)
     assert code == 2 and error.count('\n') == 1, error

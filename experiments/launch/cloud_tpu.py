@@ -2,14 +2,14 @@
 
 A request waits in Google's queue until it becomes ACTIVE. A spot slice that is
 taken away becomes SUSPENDED (cloud.google.com/tpu/docs/queued-resources);
-`resume` then asks for a new one, and training goes on from the bucket. Ironwood
-has no queued resources: it is GKE's (`gke`).
+`resume` then asks for a new one, and training goes on from the bucket: the run
+lies there, and nothing of it but a log on the slice. Ironwood has no queued
+resources: it is GKE's (`gke`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import shlex
 
 from mla_moe.config import ConfigError
 
@@ -19,6 +19,7 @@ from .job import (
   Job,
   background,
   command,
+  log,
   pack,
   tpu_type,
   unpack,
@@ -29,7 +30,6 @@ _RUNTIME = {
   'v5p': 'v2-alpha-tpuv5',
   'v6e': 'v2-alpha-tpuv6e',
 }
-_LOG = 'log."$(hostname)".txt'  # one a machine
 _DEAD = ('FAILED', 'SUSPEND')
 AFTER = {'install': 'create', 'start': 'create and install', 'logs': 'start'}
 
@@ -45,7 +45,7 @@ def check(job: Job) -> None:
     )
   if kind not in _RUNTIME:
     raise ConfigError(f'--topology={job.topology}: is no TPU')
-  if not job.storage.startswith('gs://'):
+  if not job.in_bucket:
     raise ConfigError(
       f'--storage={job.storage}: a slice vanishes with its disks; give a '
       'bucket, gs://BUCKET[/FOLDER]'
@@ -58,8 +58,8 @@ def devices(job: Job) -> chips.Slice:
 
 
 def folders(job: Job, action: str) -> dict[str, str]:
-  """Returns the folders beside the commit, and the place that each shows."""
-  return {'../storage': job.storage}
+  """Returns none: the machines have the commit, and read buckets."""
+  return {}
 
 
 def create(job: Job) -> list[Command]:
@@ -87,8 +87,8 @@ def create(job: Job) -> list[Command]:
 
 
 def install(job: Job) -> list[Command]:
-  """Copies this commit to every machine, mounts the bucket, makes .venv."""
-  line = unpack(job, 'tpu', 'storage', _mount(job))
+  """Copies this commit to every machine, and makes .venv."""
+  line = unpack(job, 'tpu')
   copy = (*_vm('scp', job), '--worker=all', job.archive)
   return [
     pack(job),
@@ -101,14 +101,14 @@ def install(job: Job) -> list[Command]:
 
 
 def start(job: Job) -> list[Command]:
-  """Starts every process in the background; the run's folder has its log."""
-  line = background(job, 'tpu', 'storage', _LOG, _mount(job))
+  """Starts every process in the background; each machine has its log."""
+  line = background(job, 'tpu', job.folder)
   return [_ssh(job, node, line, beside='start') for node in nodes(job)]
 
 
 def logs(job: Job) -> list[Command]:
   """Follows the log of the first machine."""
-  line = f'tail -n 100 -F storage/{job.name}/{_LOG}'
+  line = f'tail -n 100 -F {log(job)}'
   return [_ssh(job, nodes(job)[0], line, worker='0')]
 
 
@@ -127,20 +127,6 @@ def nodes(job: Job) -> list[str]:
   if job.slices == 1:
     return [job.name]
   return [f'{job.name}-{i}' for i in range(job.slices)]
-
-
-def _mount(job: Job) -> str:
-  """Returns a shell command that mounts the bucket unless it is mounted.
-
-  Other machines write to it, too, so no metadata is cached. gcsfuse's own limit
-  of renames stays: on TPUs 200,000 objects, and a large step has thousands.
-  """
-  bucket, _, folder = job.storage.removeprefix('gs://').partition('/')
-  only = f'--only-dir={shlex.quote(folder.rstrip("/"))} ' if folder else ''
-  return (
-    '{ mountpoint -q storage || gcsfuse --implicit-dirs '
-    f'--metadata-cache-ttl-secs=0 {only}{shlex.quote(bucket)} storage; }}'
-  )
 
 
 def _queue(verb: str, job: Job) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 xpk (github.com/AI-Hypercomputer/xpk) makes the cluster and turns a command into
 a JobSet. Kubernetes starts that again when a node is lost, and every start
-resumes from the storage that the pods mount.
+resumes from the storage: a bucket, or a folder that the pods mount.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .job import (
 )
 
 RESTARTS = 1000
-_READY = 'create, install, and xpk storage attach for the storage'
+_READY = 'create, install, and the right of the pods to write to the storage'
 AFTER = {'start': _READY, 'resume': _READY, 'logs': 'start'}
 
 
@@ -33,11 +33,6 @@ def check(job: Job) -> None:
   job.need('project', 'zone', 'cluster', 'topology', 'image', 'storage')
   if job.slice.chip.dimensions == 1:
     raise ConfigError(f'--topology={job.topology}: is no TPU')
-  if not job.storage.startswith('/'):
-    raise ConfigError(
-      f'--storage={job.storage}: name the folder where the pods mount it '
-      '(xpk storage attach), such as /storage'
-    )
 
 
 def devices(job: Job) -> chips.Slice:
@@ -46,8 +41,8 @@ def devices(job: Job) -> chips.Slice:
 
 
 def folders(job: Job, action: str) -> dict[str, str]:
-  """Returns the folder beside the commit, and the place that it shows."""
-  return {job.storage.rstrip('/'): 'the storage'}
+  """Returns the folder beside the commit, if the pods mount one."""
+  return {} if job.in_bucket else {job.storage.rstrip('/'): 'the storage'}
 
 
 def device(job: Job) -> str:
@@ -79,7 +74,7 @@ def install(job: Job) -> list[Command]:
       'docker',
       'build',
       '--file=experiments/launch/Dockerfile',
-      f'--build-arg=EXTRAS={extras("tpu")}',
+      f'--build-arg=EXTRAS={extras(job, "tpu")}',
       f'--tag={job.image}',
       '-',
       source=job.archive,

@@ -16,6 +16,7 @@ import shlex
 from mla_moe.config import ConfigError
 
 from .. import chips
+from ..data import remote
 from . import presets
 
 _NAME = r'[a-z]([a-z0-9-]{0,38}[a-z0-9])?'
@@ -28,7 +29,7 @@ _PATTERNS = {
     'a letter, as cloud resources do',
   ),
   'storage': (
-    r'gs://[a-z0-9][a-z0-9._-]*(/[^/]+)*/?|/.*',
+    r'gs://[a-z0-9][a-z0-9._-]*(/(?!\.\.?(/|$))[^/]+)*/?|/.*',
     'must be gs://BUCKET[/FOLDER] or a folder that begins with /',
   ),
 }
@@ -46,7 +47,8 @@ class Job:
   """One training run somewhere else; each backend reads some of the fields.
 
   `arguments` go to experiments.train as they are. `storage` holds the run's
-  folder beyond the machine's life: a bucket (gs://...) or a shared folder.
+  folder beyond the machine's life: a bucket (gs://...), which training writes
+  to by itself and nothing mounts, or a shared folder.
   """
 
   name: str
@@ -108,8 +110,13 @@ class Job:
 
   @property
   def folder(self) -> str:
-    """The run's folder, where storage is a folder."""
+    """The run's folder, in the storage."""
     return f'{self.storage.rstrip("/")}/{self.name}'
+
+  @property
+  def in_bucket(self) -> bool:
+    """Whether the run's folder is in a bucket."""
+    return self.storage.startswith('gs://')
 
   @property
   def where(self) -> tuple[str, str]:
@@ -192,9 +199,14 @@ def command(*words: str, **more) -> Command:
   return Command(tuple(word for word in words if word), **more)
 
 
-def extras(platform: str) -> str:
+def extras(job: Job, platform: str) -> str:
   """Returns the package's extras that a training machine needs."""
-  return f'{"cuda" if platform == "gpu" else platform},hf,data,viz'
+  names = ['cuda' if platform == 'gpu' else platform, 'hf', 'data', 'viz']
+  for scheme, extra in remote.SCHEMES.items():
+    words = (job.storage, *job.arguments)
+    if extra not in names and any(f'{scheme}://' in word for word in words):
+      names.append(extra)
+  return ','.join(names)
 
 
 def pack(job: Job) -> Command:
@@ -202,7 +214,7 @@ def pack(job: Job) -> Command:
   return command('git', 'archive', f'--output={job.archive}', 'HEAD')
 
 
-def environment(platform: str) -> list[list[str]]:
+def environment(job: Job, platform: str) -> list[list[str]]:
   """Returns the argument lists that make .venv, with a Python new enough.
 
   The system's own is often older (3.10 on Ubuntu 22.04): uv gets another. It
@@ -215,42 +227,40 @@ def environment(platform: str) -> list[list[str]]:
     [uv, 'venv', '--quiet', '--allow-existing', '--python=>=3.11,<3.14']
     + ['.venv'],
     [uv, 'pip', 'install', '--quiet', f'--python={python}']
-    + [f'--editable=.[{extras(platform)}]'],
+    + [f'--editable=.[{extras(job, platform)}]'],
   ]
 
 
-def unpack(job: Job, platform: str, storage: str, *mount: str) -> str:
+def unpack(job: Job, platform: str) -> str:
   """Returns a shell line that makes mla_moe/.venv of the archive beside it."""
   lines = [
-    f'mkdir -p mla_moe {storage}',
+    'mkdir -p mla_moe',
     f'tar -xzf {job.archive} -C mla_moe',
-    *mount,
     'cd mla_moe',
-    *map(shlex.join, environment(platform)),
+    *map(shlex.join, environment(job, platform)),
   ]
   return ' && '.join(lines)
 
 
-def background(
-  job: Job, platform: str, storage: str, log: str, *mount: str
-) -> str:
+def log(job: Job) -> str:
+  """Returns the file, in a machine's home, that its training prints into."""
+  return f'logs/{job.name}.txt'
+
+
+def background(job: Job, platform: str, workdir: str) -> str:
   """Returns a shell line that starts training and ends at once.
 
-  It fails where there is no environment, and mounts the storage again, which a
-  machine that was restarted has lost: training would fill the machine's disk.
-  Only the training is in the background, not the list before it: a list there
-  would be a shell that waits for the end of training and keeps ssh's pipes.
+  It fails where there is no environment. Only the training is in the
+  background, not the list before it: a list there would be a shell that waits
+  for the end of training and keeps ssh's pipes.
   """
-  workdir = f'../{storage}/{job.name}'
   line = train_line(job, workdir, platform, '.venv/bin/python')
   lines = [
-    f'mkdir -p {storage}',
-    *mount,
+    'mkdir -p logs',
     "{ test -x mla_moe/.venv/bin/python || { echo 'no mla_moe/.venv here: "
     "install comes first' >&2; false; }; }",
     'cd mla_moe',
-    f'mkdir -p {workdir}',
-    f'{{ nohup {line} >> {workdir}/{log} 2>&1 < /dev/null & }}',
+    f'{{ nohup {line} >> ../{log(job)} 2>&1 < /dev/null & }}',
   ]
   return ' && '.join(lines)
 

@@ -200,10 +200,12 @@ def _absent_there(name: str, path: str, folders: dict[str, str]) -> str:
     return ''
   if not os.path.isabs(place) and _git('ls-files', '--', place):
     return ''
+  # A tokenizer is a file; a text, and a run to begin from, may be in a bucket.
+  reads = '' if name == 'config.data.tokenizer' else ', read gs://'
   ways = [
     f'{there}, which is {folder} there' for folder, there in folders.items()
   ]
   return (
     f'{name}={path}: is not on those machines; they have the commit'
-    + ''.join(f' and {way}' for way in ways)
+    f'{reads}' + ''.join(f' and {way}' for way in ways)
   )

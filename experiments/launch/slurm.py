@@ -105,7 +105,7 @@ def create(job: Job) -> list[Command]:
 
 def install(job: Job) -> list[Command]:
   """Makes an environment in this clone."""
-  return [command(*words) for words in environment('gpu')]
+  return [command(*words) for words in environment(job, 'gpu')]
 
 
 def start(job: Job) -> list[Command]:

@@ -17,6 +17,7 @@ from .job import (
   Job,
   background,
   command,
+  log,
   pack,
   unpack,
 )
@@ -87,18 +88,18 @@ def install(job: Job) -> list[Command]:
   return [
     pack(job),
     command(*scp, job.archive, f'{job.name}:{job.archive}'),
-    _ssh(job, unpack(job, 'gpu', 'runs')),
+    _ssh(job, unpack(job, 'gpu')),
   ]
 
 
 def start(job: Job) -> list[Command]:
   """Starts training in the background."""
-  return [_ssh(job, background(job, 'gpu', 'runs', 'log.txt'))]
+  return [_ssh(job, background(job, 'gpu', f'../runs/{job.name}'))]
 
 
 def logs(job: Job) -> list[Command]:
   """Follows the log."""
-  return [_ssh(job, f'tail -n 100 -F runs/{job.name}/log.txt')]
+  return [_ssh(job, f'tail -n 100 -F {log(job)}')]
 
 
 def resume(job: Job) -> list[Command]:

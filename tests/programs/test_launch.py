@@ -66,6 +66,15 @@ CASES = {
     '--preset=ironwood',
     *WHERE,
   ),
+  'gke-bucket': (
+    'gke',
+    '--name=v3',
+    '--topology=tpu7x:4x4x8',
+    '--cluster=pod',
+    '--image=reg.example/lab/mla_moe:1',
+    '--storage=gs://runs/mine',
+    *WHERE,
+  ),
   'slurm': (
     'slurm',
     '--name=v3',
@@ -203,7 +212,7 @@ def train_stub(case, folder, body=''):
   return (folder / place).parent
 
 
-STUBS = {'srun': 'shift; exec "$@"', 'mountpoint': ''}
+STUBS = {'srun': 'shift; exec "$@"'}
 
 
 @pytest.mark.parametrize('case', ['tpu', 'tpu-slices', 'vm'])
@@ -218,7 +227,7 @@ def test_start_returns_while_training_goes_on(case, tmp_path):
     body = f'cd {tmp_path}; echo > began; read -r < gate; touch {done}'
     train_stub(case, tmp_path, f'{body}; echo > ended')
     for line in remote(case, 'start'):
-      process = bash(line, tmp_path, mountpoint='')
+      process = bash(line, tmp_path)
       assert process.returncode == 0 and not process.stderr
       assert os.read(pipes['began'], 9) == b'\n' and not done.exists()
       os.write(pipes['gate'], b'\n')
@@ -253,24 +262,19 @@ def test_row43_odd_arguments_arrive_whole(case, texts, tmp_path):
 @pytest.mark.parametrize('case', ['tpu', 'vm'])
 def test_a_failed_part_of_an_install_ends_it(case, tmp_path):
   (line,) = remote(case, 'install')
-  parts = ['tar', 'gcsfuse', 'python3'] if case == 'tpu' else ['tar', 'python3']
-  good = {name: '' for name in parts} | {'mountpoint': 'exit 1'}
+  parts = ['tar', 'python3']
+  good = {name: '' for name in parts}
   stub(tmp_path / 'mla_moe/.uv/bin/uv')
   assert bash(line, tmp_path, **good).returncode == 0
-  ran = [words[0] for words in calls(tmp_path)]
-  assert [name for name in ran if name != 'mountpoint'] == parts
+  assert [words[0] for words in calls(tmp_path)] == parts
   made, filled = calls(tmp_path / 'mla_moe/.uv')
   assert made[1] == 'venv' and made[-1] == '.venv'
   assert filled[1:3] == ['pip', 'install']
   for i, name in enumerate(parts):
     assert bash(line, tmp_path, **good | {name: 'exit 9'}).returncode == 9
-    ran = [words[0] for words in calls(tmp_path) if words[0] != 'mountpoint']
-    assert ran == parts[: i + 1]
+    assert [words[0] for words in calls(tmp_path)] == parts[: i + 1]
     assert not calls(tmp_path / 'mla_moe/.uv')
     stub(tmp_path / 'bin' / name)
-  if case == 'tpu':  # what is mounted is not mounted again
-    assert bash(line, tmp_path, mountpoint='exit 0').returncode == 0
-    assert 'gcsfuse' not in [words[0] for words in calls(tmp_path)]
 
 
 @pytest.mark.parametrize('case', ['tpu', 'gke', 'slurm'])
@@ -290,23 +294,10 @@ def test_a_storage_of_any_name_arrives_whole_or_is_refused(
   except ConfigError as error:
     assert str(error).isprintable()
     return
-  if case == 'tpu':
-    name = folder.removeprefix('gs://b/').rstrip('/')
-    (line,) = [w for w in find('install')[-1].words if w.startswith('--comm')]
-    stubs = dict.fromkeys(('tar', 'gcsfuse', 'python3'), '')
-    stub(tmp_path / 'mla_moe/.uv/bin/uv')
-    line = line.removeprefix('--command=')
-    assert not bash(line, tmp_path, **stubs, mountpoint='exit 1').returncode
-    (mounted,) = [words for words in calls(tmp_path) if words[0] == 'gcsfuse']
-    only = [w for w in mounted if w.startswith('--only-dir=')]
-    assert only == ([f'--only-dir={name}'] if name else [])
-    assert mounted[-2:] == ['b', 'storage']
-    return
   run = f'{folder.rstrip("/")}/{job.name}'
-  train_stub(case, tmp_path)
+  place = train_stub(case, tmp_path)
   line = start.stdin or start.words[-1].removeprefix('--command=')
   assert not bash(f'{line}\nwait', tmp_path, **STUBS).returncode
-  place = tmp_path / '.venv' if case == 'slurm' else tmp_path
   assert [w[-1] for w in calls(place) if w[0] == 'python'] == [
     f'--workdir={run}'
   ]
@@ -606,17 +597,20 @@ def test_a_path_of_this_machine_is_a_fault_on_others(clone, monkeypatch):
   words = {'model': {'vocab': {'a': 2}}, 'added_tokens': ends}
   (clone / 'words.json').write_text(json.dumps(words))
   source = lambda path: f'--config.data.source={path}'
-  for case, folder in (('tpu', '../storage'), ('gke', '/storage')):
+  for case, folder in (('tpu', ''), ('gke', '/storage')):
     flags = [f'--topology={SIZES[case]}']
     for path in ('here.txt', f'{clone}/here.txt', '/data', f'{folder}/../x'):
       (line,) = faults(case, source(path), flags=flags)
       assert line.startswith(f'config.data.source={path}: is not on those')
-      assert folder in line
-    assert faults(case, source(f'{folder}/text/*.txt'), flags=flags) == []
+      assert folder in line and 'read gs://' in line
+    for there in ['gs://b/text', *[f'{folder}/text/*.txt'] * bool(folder)]:
+      assert faults(case, source(there), flags=flags) == []
     (line,) = faults(case, '--config.data.tokenizer=words.json', flags=flags)
     assert line.startswith('config.data.tokenizer=words.json: is not on those')
+    assert 'gs://' not in line
     (line,) = faults(case, '--profile=here.txt', flags=flags)
     assert line.startswith('profile=here.txt: is not on those')
+    assert faults(case, '--init=gs://b/run', flags=flags) == []
   assert faults('vm', source('../x'))[0].endswith('they have the commit')
   assert faults('vm', source('../x'), action='start') == []
   flags = ['--topology=h100:8']
@@ -682,22 +676,36 @@ def test_the_examples_of_a_docstring_can_train(program, monkeypatch, capsys):
 def test_a_start_without_an_environment_says_what_comes_first(case, tmp_path):
   """It ends with an error; in the background nobody would see one."""
   (line,) = remote(case, 'start')
-  process = bash(line, tmp_path, mountpoint='', srun='')
+  process = bash(line, tmp_path, srun='')
   assert process.returncode and 'install comes first' in process.stderr
   assert 'srun' not in [words[0] for words in calls(tmp_path)]
 
 
-def test_a_machine_that_was_restarted_mounts_its_bucket_again(tmp_path):
-  """The folder is there without it, and training would fill the disk."""
-  train_stub('tpu', tmp_path)
-  (line,) = remote('tpu', 'start')
-  stubs = {'mountpoint': 'exit 1', 'gcsfuse': 'exit 7'}
-  assert bash(line, tmp_path, **stubs).returncode == 7
-  assert [w[0] for w in calls(tmp_path)] == ['mountpoint', 'gcsfuse']
-  assert not calls(tmp_path / 'mla_moe/.venv')
-  assert not bash(f'{line}\nwait', tmp_path, **STUBS).returncode
-  assert [w[0] for w in calls(tmp_path)] == ['mountpoint']
-  assert calls(tmp_path / 'mla_moe/.venv')
+@pytest.mark.parametrize('case', ['tpu', 'tpu-slices', 'gke-bucket'])
+def test_training_writes_to_the_bucket_and_nothing_mounts_it(case):
+  """A mount loses the rows of a machine that is taken away."""
+  run = f'{launch.parse(["tpu", "up", *CASES[case][1:]])[2].folder}'
+  words = [
+    w for action in ACTIONS for c in commands(case, action) for w in c.words
+  ]
+  assert run.startswith('gs://runs') and not re.search(
+    'fuse|mount', ' '.join(words)
+  )
+  lines = [w for w in words if 'experiments.train' in w]
+  assert lines and all(f' --workdir={run}' in line for line in lines)
+  (extras,) = {
+    x for w in words for x in re.findall(r'tpu,hf,data[a-z,0-9]*', w)
+  }
+  assert 'gcs' in extras.split(',')
+
+
+@pytest.mark.parametrize('case', ['slurm', 'vm', 'gke'])
+def test_a_text_in_a_bucket_has_its_library(case):
+  """On machines whose runs are on disks, too."""
+  text = lambda *train: as_typed(commands(case, 'install', (*TRAIN, *train)))
+  assert 'hf,data,viz' in text() and 'gcs' not in text() + text('--x=gs:/b')
+  assert 'viz,gcs' in text('--config.data.source=gs://b/text')
+  assert 'viz,s3' in text("--config.data.sources=(('s3://b/t',1.0,'t'),)")
 
 
 def test_slurm_gets_a_folder_for_its_log_and_processors(tmp_path, monkeypatch):

@@ -1,11 +1,14 @@
 """Trains a tiny model through disaster after disaster, then checks every bit.
 
-  python -m experiments.soak --minutes=3 [--out=DIR] [--seed=0]
+  python -m experiments.soak --minutes=3 [--store=gs] [--out=DIR] [--seed=0]
 
 One run is undisturbed. Then, until the minutes are over, the same run starts
 again and again, and every start has a disaster: SIGKILL at a random moment or
 at a named point of a save, SIGTERM, a full disk, or damage to a file of its
-checkpoint (a flipped bit, a missing end). After six disasters it may finish.
+checkpoint (a flipped bit, a missing end, no seal). With --store=gs the
+disturbed runs lie in a bucket, which a server on this machine has (extra [ci]),
+and more may befall a start: a lock that another machine left, or holds, and
+this machine's copies gone. After six disasters a run may finish.
 Then its parameters, optimizer, losses and loads must be those of the
 undisturbed run, bit for bit, and the next run begins. The exit code is 1 at the
 first difference, and the folder stays.
@@ -15,6 +18,8 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
+import json
 import os
 import pathlib
 import random
@@ -24,12 +29,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mla_moe.config import ConfigError
 
 from . import cli, commands, faults, workdir
+from .checkpointing import bucket as buckets
+from .checkpointing import emulator, folders, lease, seal, storage
 
+_BUCKET = 'soak'
 _DISASTERS = 6  # of one run, before it may finish
 _TIMED = ('tokens_per_s', 'mfu', 'memory_mib')
 _POINTS = ('before_write', 'during_write', 'before_seal', 'after_seal')
@@ -45,6 +53,7 @@ def main() -> None:
   parser.add_argument('--minutes', type=float, default=60.0)
   parser.add_argument('--steps', type=int, default=60)
   parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--store', choices=('disk', 'gs'), default='disk')
   parser.add_argument('--out', default='', help='else a temporary folder')
   args = parser.parse_args()
   with cli.edge():
@@ -52,7 +61,12 @@ def main() -> None:
       raise ConfigError('--minutes must be above 0, --steps at least 10')
     folder = cli.path('--out', args.out or tempfile.mkdtemp(prefix='soak-'))
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    good = soak(folder.resolve(), args.minutes * 60, args.steps, args.seed)
+    folder = folder.resolve()
+    place, bucket = str(folder), contextlib.nullcontext()
+    if args.store == 'gs':
+      place, bucket = f'gs://{_BUCKET}/runs', emulator.served(_BUCKET)
+    with bucket:
+      good = soak(folder, args.minutes * 60, args.steps, args.seed, place)
     if good and not args.out:
       shutil.rmtree(folder)
     sys.exit(0 if good else 1)
@@ -80,12 +94,22 @@ class Disaster(NamedTuple):
   delay: float = 0.0
 
 
-def soak(folder: pathlib.Path, seconds: float, steps: int, seed: int) -> bool:
-  """Returns whether every disturbed run ended like the undisturbed one."""
-  dice = random.Random(seed)
+def soak(
+  folder: pathlib.Path, seconds: float, steps: int, seed: int, place: str = ''
+) -> bool:
+  """Returns whether every disturbed run ended like the undisturbed one.
+
+  Args:
+    folder: of the undisturbed run, of texts, and of this machine's copies.
+    seconds: until no further run begins.
+    steps: of a run.
+    seed: of the disasters.
+    place: of the disturbed runs, maybe in a bucket; '' is `folder`.
+  """
+  dice, place = random.Random(seed), place or str(folder)
   texts(folder / 'texts')
   began = time.monotonic()
-  if _wait(_start(folder, 'whole', steps)) != 0:
+  if _wait(_start(folder, str(folder / 'whole'), steps)) != 0:
     print(f'The undisturbed run failed:\n{_stderr(folder)}')
     return False
   expected = outcome(folder / 'whole')
@@ -94,26 +118,29 @@ def soak(folder: pathlib.Path, seconds: float, steps: int, seed: int) -> bool:
   disasters, runs, starts = collections.Counter(), 0, 0  # starts: of this run
   began = time.monotonic()
   while starts or not runs or time.monotonic() - began < seconds:
-    path = folder / f'run{runs}'
+    path = f'{place}/run{runs}'
     late = starts == _DISASTERS or time.monotonic() - began >= seconds
     disaster = _disaster(dice, steps, path, late, alone)
-    code = _wait(
-      _start(folder, path.name, steps, disaster.rule), disaster.delay
-    )
+    if disaster.name == 'another machine':
+      shutil.rmtree(folder / 'home', ignore_errors=True)
+    child = _start(folder, path, steps, disaster.rule)
+    code = _wait(child, disaster.delay)
     disasters[disaster.name] += 1
     starts += 1
     if code not in _allowed(disaster.name):
       name, rule = disaster.name, disaster.rule
       print(f'{path}: {name} ({rule}) ended with {code}:\n{_stderr(folder)}')
       return False
+    if disaster.name == 'live lock':
+      (storage.path(path) / lease.NAME).unlink()
     if _at_end(path, steps):
-      reached = outcome(path)
+      reached = outcome(_records(folder, path))
       wrong = [part for part in expected if reached[part] != expected[part]]
       if wrong:
         print(f'{path}: differs from {folder}/whole in {wrong}')
         return False
       runs, starts = runs + 1, 0
-      shutil.rmtree(path)
+      storage.of(path).delete()
   counts = ', '.join(f'{n} x {name}' for name, n in sorted(disasters.items()))
   print(
     f'{disasters.total()} starts ({counts}); {runs} runs reached step {steps}, '
@@ -123,13 +150,23 @@ def soak(folder: pathlib.Path, seconds: float, steps: int, seed: int) -> bool:
   return True
 
 
+def _records(folder: pathlib.Path, path: str) -> pathlib.Path:
+  """Returns a run's folder, or a fresh copy of the records in the bucket."""
+  if not storage.is_bucket(path):
+    return pathlib.Path(path)
+  copy = folder / 'copy'
+  shutil.rmtree(copy, ignore_errors=True)
+  buckets.opened(path, copy)
+  return copy
+
+
 def outcome(folder: pathlib.Path) -> dict:
   """Returns all that must be equal: the last seal's fingerprints, and the rows.
 
   Raises:
     ConfigError: the last checkpoint is not whole.
   """
-  from .checkpointing import folders, store
+  from .checkpointing import store  # orbax is slow to import
 
   checkpoints = workdir.checkpoints(folder)
   last = folders.steps(checkpoints)[-1]
@@ -147,29 +184,30 @@ def outcome(folder: pathlib.Path) -> dict:
 
 
 def _disaster(
-  dice: random.Random, steps: int, path: pathlib.Path, late: bool, alone: float
+  dice: random.Random, steps: int, path: Any, late: bool, alone: float
 ) -> Disaster:
   """Returns a random disaster for the next start of the run in `path`.
 
   Args:
     dice: draws it.
     steps: of the run.
-    path: folder of the run. Damage to its files needs a sealed step to fall
-      back to, and is done here.
+    path: place of the run. Damage to its files needs a sealed step to fall
+      back to; damage and locks are made here.
     late: no disaster any more.
     alone: seconds of the undisturbed run.
   """
-  from .checkpointing import folders, seal
-
-  saved_steps = folders.steps(path / 'checkpoints')
+  checkpoints = storage.path(f'{path}/checkpoints')
+  saved_steps = folders.steps(checkpoints)
   sealed = [
     step
     for step in saved_steps
-    if (path / 'checkpoints' / str(step) / seal.NAME).exists()
+    if (checkpoints / str(step) / seal.NAME).exists()
   ]
   names = ['kill', 'kill at a point', 'term', 'full disk']
   if len(sealed) > 1:
-    names += ['flip', 'cut']
+    names += ['flip', 'cut', 'lost seal']
+  if storage.is_bucket(path):
+    names += ['stale lock', 'live lock', 'another machine']
   name = 'none' if late else dice.choice(names)
   # A disaster of a step comes soon: a run should have several.
   first = (saved_steps or [0])[-1]
@@ -177,53 +215,68 @@ def _disaster(
   save = min(first // 5 * 5 + dice.choice((5, 10)), steps)
   if name == 'kill':
     return Disaster(name, delay=dice.uniform(1, min(alone, 20.0)))
-  if name in ('flip', 'cut'):
-    _damage(dice, name, path / 'checkpoints' / str(sealed[-1]))
+  if name in ('stale lock', 'live lock'):
+    _lock(path, name)
+  if name in ('flip', 'cut', 'lost seal'):
+    _damage(dice, name, checkpoints / str(sealed[-1]))
     # Stopped soon after, so that an earlier step's run is repeated, too.
     return Disaster(name, f'term@step:{step}')
   rules = {
     'kill at a point': f'kill@{dice.choice(_POINTS)}:{save}',
     'term': f'term@step:{step}',
+    'stale lock': f'term@step:{step}',
+    'another machine': f'term@step:{step}',
     'full disk': f'full@{dice.choice(_POINTS[:3])}:{save},term@step:{step}',
   }
   return Disaster(name, rules.get(name, ''))
 
 
-def _damage(dice: random.Random, name: str, folder: pathlib.Path) -> None:
-  """Flips a bit of one file of the step, or cuts its end off."""
-  files = [p for p in folder.rglob('*') if p.is_file() and p.stat().st_size]
-  path = dice.choice(sorted(files))
+def _damage(dice: random.Random, name: str, folder: Any) -> None:
+  """Flips a bit of a file of the step, cuts its end off, or takes its seal."""
+  if name == 'lost seal':
+    (folder / seal.NAME).unlink()
+    return
+  sizes = storage.of(folder).listed()
+  path = folder / dice.choice(sorted(x for x in sizes if sizes[x][0]))
   content = bytearray(path.read_bytes())
   if name == 'flip':
     content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
   else:
     content = content[: dice.randrange(len(content))]
-  path.write_bytes(content)
+  path.write_bytes(bytes(content))
+
+
+def _lock(path: str, name: str) -> None:
+  """Writes the lock of a process of another machine."""
+  stale = 0 if name == 'stale lock' else 3600
+  holder = {'pid': 1, 'host': 'another', 'boot': 'another', 'stale': stale}
+  (storage.path(path) / lease.NAME).write_text(json.dumps(holder))
 
 
 def _allowed(name: str) -> tuple[int, ...]:
   """Returns the exit codes; a full disk is fatal at the last save only."""
+  if name == 'live lock':
+    return (2,)
   if name.startswith('kill'):
     return (0, -signal.SIGKILL)
   return (0, 1) if name == 'full disk' else (0,)
 
 
-def _at_end(folder: pathlib.Path, steps: int) -> bool:
+def _at_end(folder: str, steps: int) -> bool:
   """Returns whether the last step is sealed and the run ended after it."""
-  from .checkpointing import folders, seal
-
-  path = folder / 'checkpoints'
-  if folders.steps(path)[-1:] != [steps]:
+  path = storage.path(folder)
+  if folders.steps(path / 'checkpoints')[-1:] != [steps]:
     return False
-  ended = (folder / 'report.html').exists()
-  return ended and (path / str(steps) / seal.NAME).exists()
+  ended = (path / 'report.html').exists()
+  return ended and (path / f'checkpoints/{steps}/{seal.NAME}').exists()
 
 
-def _start(folder, name, steps, rule='') -> subprocess.Popen:
-  environment = dict(os.environ) | {faults.VARIABLE: rule}
+def _start(folder, path, steps, rule='') -> subprocess.Popen:
+  home = folder / 'home'  # of the copies of a run in a bucket
+  environment = os.environ | {faults.VARIABLE: rule, 'HOME': str(home)}
   command = [
     *commands.program('train'),
-    *('--config=tiny:micro', f'--workdir={folder / name}'),
+    *('--config=tiny:micro', f'--workdir={path}'),
     f'--config.data.source={folder}/texts',
     f'--config.run.steps={steps}',
   ]

@@ -203,11 +203,11 @@ def fetched(url: str, process: int = 0) -> pathlib.Path:
 def _fetched(url: str, folder: pathlib.Path) -> pathlib.Path:
   reach(url)
   with one_line(url):
-    _opened(url, folder)
+    opened(url, folder)
   return folder
 
 
-def _opened(url: str, folder: pathlib.Path) -> Records:
+def opened(url: str, folder: pathlib.Path) -> Records:
   """Returns the records, fetched into a folder that knows its bucket."""
   folder.mkdir(parents=True, exist_ok=True, mode=0o700)
   records = Records(url, folder)
@@ -251,7 +251,7 @@ def claim(url: str, config: Config) -> Iterator[tuple[pathlib.Path, Callable]]:
   with contextlib.ExitStack() as stack:
     with one_line(url):
       lock = stack.enter_context(lease.Lock(url))
-      records = _opened(url, folder)
+      records = opened(url, folder)
     stack.enter_context(workdir.claim(folder, config))
 
     def send() -> None:

@@ -3,7 +3,8 @@
 Training waits during the pause: for the copy of the arrays, and with us for
 their fingerprints. Both kinds of save take turns on the same arrays with the
 same options. A thread makes the seal, from files that have just been written:
-training can lose only processor time by it.
+training can lose only processor time by it. With two processes, each of one
+core, each hashes its half, and the next save begins beside a slow seal.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import tempfile
 import time
 
 from .. import runtime
+from . import sealing as halves
 
-_PAUSE_MIB, _SEAL_MIB, _PERIOD = 128, 1024, 100.0
+_PAUSE_MIB, _SEAL_MIB, _MIB, _PERIOD = 128, 1024, 512, 100.0
 
 
 def flags(parser) -> None:
@@ -34,10 +36,15 @@ def run(out: pathlib.Path, args) -> None:
   with tempfile.TemporaryDirectory(dir=out) as scratch:
     pause = pauses(pathlib.Path(scratch), args.rounds)
     sealing = seals(pathlib.Path(scratch), max(args.rounds // 2, 1))
+    shared = {
+      count: halves.measured(pathlib.Path(scratch) / f'{count}', count, _MIB)
+      for count in (1, 2)
+    }
   results = {
     'machine': f'{os.cpu_count()} cores, {jax.devices()[0].device_kind}',
     'pause': pause,
     'seal': sealing,
+    'processes': shared,
   }
   (out / 'checkpoint.json').write_text(
     json.dumps(results, indent=1), encoding='utf-8'
@@ -52,6 +59,8 @@ def run(out: pathlib.Path, args) -> None:
     f'{sealing["processor"]:.2f} s: {100 * sealing["fraction"]:.2f} % of '
     f'{_PERIOD:.0f} s between saves'
   )
+  for lines in shared.values():
+    print(halves.described(lines, _MIB))
 
 
 def pauses(folder: pathlib.Path, rounds: int) -> dict:

@@ -1,9 +1,12 @@
 """Runs in a bucket: one writer, records, kills, and another machine."""
 
+import contextlib
+import http.server
 import json
 import os
 import shutil
 import signal
+import socket
 import threading
 
 import children
@@ -78,6 +81,15 @@ def test_row32_a_dead_process_of_this_machine_holds_no_lock():
     blob(f'{url}/lock').upload_from_string(json.dumps(holder))
     with pytest.raises(ConfigError, match='is writing to it'), lease.Lock(url):
       pass
+  for seconds, is_free in ((0, True), (60, False), (1e9, False)):
+    holder = {'pid': 1, 'host': 'another', 'stale': seconds}
+    blob(f'{url}/lock').upload_from_string(json.dumps(holder))
+    expected = contextlib.nullcontext()
+    if not is_free:
+      line = f'its lock ends {min(seconds, 120):.0f} s'
+      expected = pytest.raises(ConfigError, match=line)
+    with expected, lease.Lock(url):
+      pass
   blob(f'{url}/lock').upload_from_string('\x00[')
   with pytest.raises(ConfigError, match='another process'), lease.Lock(url):
     pass
@@ -90,11 +102,13 @@ def train(folder, home, texts, fault=''):
   return children.run('-m', 'experiments.train', *words, env=environment)
 
 
-def test_row01_and_14_killed_and_resumed_on_another_machine(tmp_path):
-  """The bucket's run ends as a local one, in every bit and every row."""
-  texts = soak.texts(tmp_path / 'texts')
-  home, url = tmp_path / 'home', f'gs://{NAME}/run'
-  whole = train(tmp_path / 'whole', home, texts)
+@pytest.fixture(scope='module')
+def pair(tmp_path_factory):
+  """A run in the bucket that was killed twice, and an undisturbed one here."""
+  folder = tmp_path_factory.mktemp('pair')
+  texts = soak.texts(folder / 'texts')
+  home, url = folder / 'home', f'gs://{NAME}/runs/killed'
+  whole = train(folder / 'whole', home, texts)
   assert whole.returncode == 0, whole.stderr
   for fault in ('kill@before_seal:10', 'kill@during_write:15'):
     ran = train(url, home, texts, fault)
@@ -104,15 +118,139 @@ def test_row01_and_14_killed_and_resumed_on_another_machine(tmp_path):
   assert ran.returncode == 0, ran.stderr
   assert 'Resuming' in ran.stdout
   shutil.rmtree(home)
-  os.environ['HOME'], before = str(home), os.environ['HOME']
-  try:
-    here = bucket.fetched(url)
-    assert soak.outcome(here) == soak.outcome(tmp_path / 'whole')
-  finally:
-    os.environ['HOME'] = before
+  return url, folder / 'whole'
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+  return tmp_path / 'home'
+
+
+def test_row01_and_14_killed_and_resumed_on_another_machine(pair, home):
+  """The bucket's run ends as a local one, in every bit and every row."""
+  url, whole = pair
+  assert soak.outcome(bucket.fetched(url)) == soak.outcome(whole)
   names = {name.split('/')[0] for name in storage.objects(url)}
   assert names >= {'config.json', 'metrics.jsonl', 'report.html', 'checkpoints'}
   assert 'lock' not in names
+
+
+def test_each_program_reads_a_run_in_a_bucket(
+  pair, home, call, no_pictures, tmp_path
+):
+  """Two runs of the same bits, here and there, give the same answers."""
+  url, whole = pair
+
+  def ran(*words):
+    code, out, error = call(*words)
+    assert code == 0, error
+    return out, error
+
+  words = '--prompt=a', '--max_new_tokens=8'
+  here, _ = ran('generate', f'--checkpoint={whole}', *words)
+  there, said = ran('generate', f'--checkpoint={url}', *words)
+  assert here == there and f'{url}: its records are copied' in said
+  for number, source in enumerate((whole, url)):
+    ran('convert', f'--source={source}', f'--target={tmp_path / str(number)}')
+  files = lambda path: {p.name: p.read_bytes() for p in path.iterdir()}
+  assert files(tmp_path / '0') == files(tmp_path / '1')
+  path = ran('report', url)[0].strip()
+  assert path.endswith('killed/report.html') and str(home) in path
+  assert ran('report', url.rpartition('/')[0])[0].strip() == path
+  last = ran('checkpoint', 'ls', url)[0].splitlines()[-1].split()
+  assert last[0] == '20' and float(last[1]) > 0 and 'sealed' in last
+  words = '--config=tiny:micro', f'--workdir={tmp_path / "warm"}'
+  source = f'--config.data.source={whole.parent / "texts"}'
+  words += source, '--config.run.steps=1'
+  assert f'Begins from {url} at' in ran('train', *words, f'--init={url}')[0]
+  code, _, error = call('train', *words, f'--init={url}-other')
+  assert code == 2 and 'has begun' in error
+  sweep = '--vary=run.seed=0,1', f'--workdir={url.rpartition("/")[0]}'
+  assert ran('sweep', '--table', *sweep)[0].count('-') >= 2  # neither is there
+
+
+def test_steps_are_deleted_under_the_run_s_lock(pair, home, call):
+  url, _ = pair
+  steps = folders.steps(f'{url}/checkpoints')
+  with lease.Lock(url):
+    code, _, error = call('checkpoint', 'rm', url, str(steps[0]))
+    assert code == 2 and 'is writing to it' in error
+  code, _, error = call('checkpoint', 'rm', url, *map(str, steps))
+  assert code == 2 and 'no whole step would be left' in error
+  code, out, _ = call('checkpoint', 'rm', url, str(steps[0]))
+  assert code == 0 and out == f'{steps[0]}: deleted\n'
+  assert folders.steps(f'{url}/checkpoints') == steps[1:]
+  names = storage.objects(f'{url}/checkpoints')
+  assert {name.split('/')[0] for name in names} == set(map(str, steps[1:]))
+
+
+@pytest.fixture
+def refuse(monkeypatch, call, home):
+  """Ends programs that ask a service at this port, each with one line."""
+
+  def run(port, words):
+    monkeypatch.setenv('STORAGE_EMULATOR_HOST', f'http://127.0.0.1:{port}')
+    storage.client.cache_clear()
+    for program in (
+      ('train', '--config=tiny', '--workdir=gs://b/x'),
+      ('train', '--config=tiny', '--workdir=gs://b/x', '--replay=1'),
+      ('checkpoint', 'verify', 'gs://b/x'),
+      ('report', 'gs://b/x'),
+      ('generate', '--checkpoint=gs://b/x', '--prompt=a'),
+    ):
+      code, _, error = call(*program)
+      assert code == 2 and error.count('\n') == 1, error
+      assert error.startswith('error: gs://b/x: ') and words in error
+
+  yield run
+  storage.client.cache_clear()
+
+
+def test_a_service_that_is_silent_is_a_line_in_20_seconds(monkeypatch, refuse):
+  assert bucket._PATIENCE + sum(bucket._TIMEOUT) <= 20
+  monkeypatch.setattr(bucket, '_PATIENCE', 0.2)
+  monkeypatch.setattr(bucket, '_TIMEOUT', (0.2, 0.2))
+  with socket.socket() as silent:
+    silent.bind(('127.0.0.1', 0))
+    silent.listen()  # and never answers
+    refuse(silent.getsockname()[1], 'the service gave no answer for')
+    port = silent.getsockname()[1]
+  refuse(port, 'the service gave no answer for')  # nobody listens
+
+
+def test_a_bucket_that_denies_is_one_line(refuse):
+  class Denies(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+      body = b'{"error": {"message": "you may not"}}'
+      self.send_response(403)
+      self.send_header('Content-Length', str(len(body)))
+      self.end_headers()
+      self.wfile.write(body)
+
+    def log_message(self, *_):
+      pass
+
+  with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Denies) as service:
+    threading.Thread(target=service.serve_forever, daemon=True).start()
+    refuse(service.server_port, '403')
+    service.shutdown()
+
+
+def test_a_release_in_a_bucket_is_refused(call, home):
+  url = f'gs://{NAME}/release'
+  blob(f'{url}/model-00001.safetensors').upload_from_string(b'')
+  blob(f'{url}/config.json').upload_from_string('{}')
+  code, _, error = call('generate', f'--checkpoint={url}', '--prompt=a')
+  assert code == 2 and 'holds model-00001.safetensors, and so no run' in error
+  code, _, error = call('report', f'{url}/nowhere')
+  assert code == 2 and 'holds no run' in error
+
+
+def test_a_short_soak_ends_bit_equal(tmp_path, capsys):
+  place = f'gs://{NAME}/soak'
+  assert soak.soak(tmp_path, 12, 20, 3, place), capsys.readouterr().out
+  assert 'each equal to the undisturbed one' in capsys.readouterr().out
 
 
 def test_row12_two_processes_seal_in_a_bucket_and_refuse_a_flip(tmp_path):

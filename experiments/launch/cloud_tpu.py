@@ -74,6 +74,7 @@ def create(job: Job) -> list[Command]:
       f'--accelerator-type={tpu_type(job.slice)}',
       f'--runtime-version={_RUNTIME[job.slice.kind]}',
       *nodes,
+      '--scopes=cloud-platform',  # its account's roles say the rest
       '--spot' if job.spot else '',
       f'--reservation={job.reservation}' if job.reservation else '',
     ),

@@ -250,7 +250,7 @@ def _lock(path: str, name: str) -> None:
   """Writes the lock of a process of another machine."""
   stale = 0 if name == 'stale lock' else 3600
   holder = {'pid': 1, 'host': 'another', 'boot': 'another', 'stale': stale}
-  (storage.path(path) / lease.NAME).write_text(json.dumps(holder))
+  storage.of(path).write(lease.NAME, json.dumps(holder))
 
 
 def _allowed(name: str) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import threading
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
@@ -21,6 +22,7 @@ _CHECKSUMS = ('md5Hash', 'crc32c', 'ETag', 'blob_id')
 _TIMES = ('generation', 'mtime', 'LastModified', 'updated', 'created')
 _SCHEME = re.compile(rf'({"|".join(SCHEMES)})://')
 _BUFFER_BYTES = 1 << 20
+_PATIENCE = 20.0  # seconds until a service that does not answer is given up
 
 
 class Object(NamedTuple):
@@ -45,10 +47,11 @@ def listed(url: str) -> tuple[str, list[Object]]:
   """Returns a root and all objects below a URL, which may be a glob or a file.
 
   Raises:
-    ConfigError: no library for the scheme, or no access.
+    ConfigError: no library for the scheme, no access, or no answer.
   """
   with errors(url):
     system, path = _system(url)
+    _await(system, path)
     if '*' in path:
       objects = system.glob(path, detail=True)
       root = path[: path.index('*')].rpartition('/')[0]
@@ -130,6 +133,27 @@ def _system(url: str) -> tuple[Any, str]:
   import fsspec
 
   return fsspec.core.url_to_fs(url)
+
+
+def _await(system: Any, path: str) -> None:
+  """Asks for one name: the libraries repeat a question for minutes.
+
+  Raises:
+    ConfigError: no answer, not even a refusal.
+  """
+  answered = threading.Event()
+
+  def ask():
+    with contextlib.suppress(Exception):
+      system.info(path.partition('*')[0].rstrip('/'))
+    answered.set()
+
+  threading.Thread(target=ask, daemon=True).start()
+  if not answered.wait(_PATIENCE):
+    raise ConfigError(
+      f'{system.unstrip_protocol(path)}: the service gave no answer for '
+      f'{_PATIENCE:.0f} s'
+    )
 
 
 def _stamp(facts: dict) -> str:

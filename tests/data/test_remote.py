@@ -3,6 +3,7 @@
 import gzip
 import json
 import pathlib
+import threading
 
 import fsspec
 import numpy as np
@@ -123,3 +124,17 @@ def test_the_hub_s_cache_of_a_data_set_is_its_revision(tmp_path):
   (file,) = sources.listed(str(folder)).files
   assert {document.text for document in documents.read(file)} == {'new'}
   assert file.name == 'rows.jsonl'
+
+
+def test_a_bucket_that_is_silent_is_one_line(bucket, monkeypatch):
+  """Its library asks again and again, for minutes."""
+  assert remote._PATIENCE <= 20
+  released = threading.Event()
+  system = type(fsspec.filesystem('memory'))
+  with monkeypatch.context() as patch:
+    patch.setattr(system, 'info', lambda *_, **__: released.wait())
+    patch.setattr(remote, '_PATIENCE', 0.05)
+    with pytest.raises(ConfigError, match='bucket/text: the service gave no'):
+      remote.listed(bucket[1])
+    released.set()
+  assert remote.listed(bucket[1])[1]

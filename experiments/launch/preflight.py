@@ -201,7 +201,7 @@ def _absent_there(name: str, path: str, folders: dict[str, str]) -> str:
   if not os.path.isabs(place) and _git('ls-files', '--', place):
     return ''
   # A tokenizer is a file; a text, and a run to begin from, may be in a bucket.
-  reads = '' if name == 'config.data.tokenizer' else ', read gs://'
+  reads = '' if name == 'config.data.tokenizer' else ' and gs://'
   ways = [
     f'{there}, which is {folder} there' for folder, there in folders.items()
   ]

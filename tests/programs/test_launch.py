@@ -602,7 +602,7 @@ def test_a_path_of_this_machine_is_a_fault_on_others(clone, monkeypatch):
     for path in ('here.txt', f'{clone}/here.txt', '/data', f'{folder}/../x'):
       (line,) = faults(case, source(path), flags=flags)
       assert line.startswith(f'config.data.source={path}: is not on those')
-      assert folder in line and 'read gs://' in line
+      assert folder in line and 'and gs://' in line
     for there in ['gs://b/text', *[f'{folder}/text/*.txt'] * bool(folder)]:
       assert faults(case, source(there), flags=flags) == []
     (line,) = faults(case, '--config.data.tokenizer=words.json', flags=flags)
@@ -611,7 +611,7 @@ def test_a_path_of_this_machine_is_a_fault_on_others(clone, monkeypatch):
     (line,) = faults(case, '--profile=here.txt', flags=flags)
     assert line.startswith('profile=here.txt: is not on those')
     assert faults(case, '--init=gs://b/run', flags=flags) == []
-  assert faults('vm', source('../x'))[0].endswith('they have the commit')
+  assert faults('vm', source('../x'))[0].endswith('the commit and gs://')
   assert faults('vm', source('../x'), action='start') == []
   flags = ['--topology=h100:8']
   assert faults('slurm', source(f'{clone}/here.txt'), flags=flags) == []

@@ -689,7 +689,7 @@ def test_training_writes_to_the_bucket_and_nothing_mounts_it(case):
     w for action in ACTIONS for c in commands(case, action) for w in c.words
   ]
   assert run.startswith('gs://runs') and not re.search(
-    'fuse|mount', ' '.join(words)
+    'gcsfuse|mountpoint', ' '.join(words)
   )
   lines = [w for w in words if 'experiments.train' in w]
   assert lines and all(f' --workdir={run}' in line for line in lines)

@@ -5,6 +5,9 @@ active matrix parameter and token (2 forward, 4 backward), plus the quadratic
 part of causal attention, 3 * 2 * N * (H + R + U) * T/2 for each layer and token
 (DeepSeek's "Insights into DeepSeek-V3", Table 2). Published counts leave the
 MTP modules out, and so do `total` and `active`; `mtp` counts them.
+
+Sparse attention reads min(t, K) keys at position t. Its indexer scores all t,
+forward alone: backward its loss touches the selected keys.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ class Parameters:
   """Numbers of parameters.
 
   `total` is the sum of embedding, head, attention, dense, routed, shared,
-  router and norms. `active` leaves out the experts that a token is not sent to.
+  router, norms and indexer. `active` leaves out the experts that a token is not
+  sent to.
   `mtp` and `mtp_active` are those of the MTP modules, in addition.
   """
 
@@ -35,6 +39,7 @@ class Parameters:
   shared: int
   router: int
   norms: int
+  indexer: int
   mtp: int
   mtp_active: int
 
@@ -53,6 +58,22 @@ def _attention(model: ModelConfig) -> tuple[int, int]:
   matrices += a.kv_rank * a.heads * (a.nope_dim + a.value_dim)
   matrices += a.heads * a.value_dim * d
   return matrices, query + a.kv_rank
+
+
+def _indexer(model: ModelConfig) -> tuple[int, int]:
+  """Returns the matrix and the norm parameters of one indexer."""
+  dsa = model.dsa
+  if not dsa.heads:
+    return 0, 0
+  source = model.mla.query_rank if dsa.q_from == 'latent' else model.dim
+  matrices = source * dsa.heads * dsa.dim + model.dim * (dsa.dim + dsa.heads)
+  return matrices, 2 * dsa.dim
+
+
+def _indexers(model: ModelConfig) -> int:
+  """Returns the number of layers with an indexer of their own."""
+  shared = sum(kind == 'shared' for kind in model.dsa.types)
+  return model.layers - shared if model.dsa.heads else 0
 
 
 def parameters(config) -> Parameters:
@@ -74,6 +95,7 @@ def parameters(config) -> Parameters:
     shared=layers * moe.shared * expert,
     router=layers * gate,
     norms=norms,
+    indexer=_indexers(model) * sum(_indexer(model)),
   )
   total = sum(parts.values())
   idle = (moe.experts - moe.top_k) * expert
@@ -82,6 +104,7 @@ def parameters(config) -> Parameters:
   else:
     ffn, idle = 3 * d * model.dense_width, 0
   module = 2 * d * d + 3 * d + matrices + latent_norms + 2 * d + ffn
+  module += sum(_indexer(model))
   depth = model.mtp.depth
   return Parameters(
     total=total,
@@ -102,24 +125,55 @@ def train_flops_per_token(config, seq_len: int, mtp: bool = False) -> float:
   head = model.vocab * model.dim
   bias = model.moe.experts * (model.moe.method == 'noaux_tc')
   matrices = counts.active - counts.embedding - counts.head - counts.norms
+  matrices -= counts.indexer
   matrices += head - model.moe_layers * bias
-  blocks = model.layers
+  blocks, indexers = model.layers, _indexers(model)
   if mtp and model.mtp.depth:
     blocks += model.mtp.depth
-    norms = 5 * model.dim + _attention(model)[1]
+    indexers += model.mtp.depth * (model.dsa.heads > 0)
+    norms = 5 * model.dim + _attention(model)[1] + sum(_indexer(model))
     module = counts.mtp_active // model.mtp.depth - norms
     module -= bias if model.moe_layers else 0
     matrices += model.mtp.depth * (module + head)
   width = a.nope_dim + a.rope_dim + a.value_dim
-  attention = 3 * 2 * a.heads * width * (seq_len / 2) * blocks
-  return 6.0 * matrices + attention
+  attention = 3 * 2 * a.heads * width * (seq_len / 2)
+  if model.dsa.heads:
+    attention = min(attention, 3 * gathered_flops(model, seq_len))
+  index = indexers * index_flops(model, seq_len)
+  return 6.0 * matrices + attention * blocks + index
+
+
+def read_keys(model: ModelConfig, seq_len: float) -> float:
+  """Returns the keys that attention reads, on average over the positions."""
+  read = min(model.dsa.topk, seq_len) if model.dsa.heads else seq_len
+  return read - read**2 / (2 * seq_len) if seq_len else 0.0
+
+
+def gathered_flops(model: ModelConfig, seq_len: float) -> float:
+  """Returns FLOPs of one token and layer with absorbed, gathered latents."""
+  a = model.mla
+  pair = 2 * a.heads * (2 * a.kv_rank + a.rope_dim)
+  return pair * read_keys(model, seq_len)
+
+
+def index_flops(model: ModelConfig, seq_len: float) -> float:
+  """Returns the FLOPs to train one indexer on one token.
+
+  Its input has no gradient: a matrix costs 4, not 6. A score is of every key
+  forward, and twice that of the selected ones backward.
+  """
+  dsa = model.dsa
+  pair = 2 * dsa.heads * (dsa.dim + 1)
+  pairs = seq_len / 2 + 2 * read_keys(model, seq_len)
+  return 4.0 * _indexer(model)[0] + pair * pairs
 
 
 def cache_bytes_per_token(config, dtype: str = 'bfloat16') -> int:
-  """Returns the cache's bytes for one token: the latent and the shared key."""
+  """Returns the cache's bytes for one token: latents, shared and index keys."""
   model = _model(config)
-  per_layer = model.mla.kv_rank + model.mla.rope_dim
-  return per_layer * model.layers * _BYTES[str(dtype)]
+  numbers = (model.mla.kv_rank + model.mla.rope_dim) * model.layers
+  numbers += model.dsa.dim * _indexers(model)
+  return numbers * _BYTES[str(dtype)]
 
 
 def hours_and_money(

@@ -7,8 +7,9 @@ The first command makes a run at step 0 with the released weights and a fresh
 optimizer. The recipe of --config (with its overrides) gives data, optimizer,
 mesh and length, and the parts of a model that a release does not fix: dtype,
 precision and kernels. A dense release gets the indexer of the recipe's
-`model.dsa`, with random weights, to begin sparse attention's warm-up. The release's tokenizer, chat template and settings of
-generation are copied into the run's folder `huggingface`. To train on:
+`model.dsa`, with random weights, for sparse attention's warm-up. The release's
+tokenizer, chat template and settings of generation are copied into the run's
+folder `huggingface`. To train on:
 
   python -m experiments.train --config=runs/mine/config.py --workdir=runs/mine
 

@@ -44,7 +44,9 @@ def completed(
   """
   from mla_moe.model import transformer
 
-  if not config.dsa.heads or any('indexer' in k for k, _ in names.flat(variables)):
+  if not config.dsa.heads or any(
+    'indexer' in k for k, _ in names.flat(variables)
+  ):
     return variables
   tokens = jnp.zeros((1, config.mtp.depth + 2), jnp.int32)
   init = transformer.Transformer(config).init

@@ -4,10 +4,8 @@ Arithmetic on the config, without JAX. A training step costs 6 FLOPs for each
 active matrix parameter and token (2 forward, 4 backward), plus the quadratic
 part of causal attention, 3 * 2 * N * (H + R + U) * T/2 for each layer and token
 (DeepSeek's "Insights into DeepSeek-V3", Table 2). Published counts leave the
-MTP modules out, and so do `total` and `active`; `mtp` counts them.
-
-Sparse attention reads min(t, K) keys at position t. Its indexer scores all t,
-forward alone: backward its loss touches the selected keys.
+MTP modules out, and so do `total` and `active`; `mtp` counts them. An indexer
+scores all keys forward; backward its loss touches those of its sets.
 """
 
 from __future__ import annotations
@@ -24,8 +22,7 @@ class Parameters:
   """Numbers of parameters.
 
   `total` is the sum of embedding, head, attention, dense, routed, shared,
-  router, norms and indexer. `active` leaves out the experts that a token is not
-  sent to.
+  router, norms, indexer. `active` leaves out the experts that a token skips.
   `mtp` and `mtp_active` are those of the MTP modules, in addition.
   """
 
@@ -60,20 +57,14 @@ def _attention(model: ModelConfig) -> tuple[int, int]:
   return matrices, query + a.kv_rank
 
 
-def _indexer(model: ModelConfig) -> tuple[int, int]:
-  """Returns the matrix and the norm parameters of one indexer."""
+def _indexer(model: ModelConfig) -> tuple[int, int, int]:
+  """Returns an indexer's matrices and norm, and the layers that have one."""
   dsa = model.dsa
   if not dsa.heads:
-    return 0, 0
+    return 0, 0, 0
   source = model.mla.query_rank if dsa.q_from == 'latent' else model.dim
   matrices = source * dsa.heads * dsa.dim + model.dim * (dsa.dim + dsa.heads)
-  return matrices, 2 * dsa.dim
-
-
-def _indexers(model: ModelConfig) -> int:
-  """Returns the number of layers with an indexer of their own."""
-  shared = sum(kind == 'shared' for kind in model.dsa.types)
-  return model.layers - shared if model.dsa.heads else 0
+  return matrices, 2 * dsa.dim, model.layers - dsa.types.count('shared')
 
 
 def parameters(config) -> Parameters:
@@ -81,6 +72,7 @@ def parameters(config) -> Parameters:
   model = _model(config)
   moe, d, layers = model.moe, model.dim, model.moe_layers
   matrices, latent_norms = _attention(model)
+  index, index_norm, indexers = _indexer(model)
   expert = 3 * d * moe.width
   gate = moe.experts * (d + (moe.method == 'noaux_tc'))
   embedding = model.vocab * d
@@ -95,7 +87,7 @@ def parameters(config) -> Parameters:
     shared=layers * moe.shared * expert,
     router=layers * gate,
     norms=norms,
-    indexer=_indexers(model) * sum(_indexer(model)),
+    indexer=indexers * (index + index_norm),
   )
   total = sum(parts.values())
   idle = (moe.experts - moe.top_k) * expert
@@ -104,7 +96,7 @@ def parameters(config) -> Parameters:
   else:
     ffn, idle = 3 * d * model.dense_width, 0
   module = 2 * d * d + 3 * d + matrices + latent_norms + 2 * d + ffn
-  module += sum(_indexer(model))
+  module += index + index_norm
   depth = model.mtp.depth
   return Parameters(
     total=total,
@@ -127,20 +119,24 @@ def train_flops_per_token(config, seq_len: int, mtp: bool = False) -> float:
   matrices = counts.active - counts.embedding - counts.head - counts.norms
   matrices -= counts.indexer
   matrices += head - model.moe_layers * bias
-  blocks, indexers = model.layers, _indexers(model)
+  index, index_norm, indexers = _indexer(model)
+  blocks = model.layers
   if mtp and model.mtp.depth:
     blocks += model.mtp.depth
-    indexers += model.mtp.depth * (model.dsa.heads > 0)
-    norms = 5 * model.dim + _attention(model)[1] + sum(_indexer(model))
+    indexers += model.mtp.depth * (index > 0)
+    norms = 5 * model.dim + _attention(model)[1] + index + index_norm
     module = counts.mtp_active // model.mtp.depth - norms
     module -= bias if model.moe_layers else 0
     matrices += model.mtp.depth * (module + head)
   width = a.nope_dim + a.rope_dim + a.value_dim
   attention = 3 * 2 * a.heads * width * (seq_len / 2)
-  if model.dsa.heads:
-    attention = min(attention, 3 * gathered_flops(model, seq_len))
-  index = indexers * index_flops(model, seq_len)
-  return 6.0 * matrices + attention * blocks + index
+  if index:
+    keys = read_keys(model, seq_len)
+    absorbed = 2 * a.kv_rank + a.rope_dim
+    attention = min(attention, 3 * 2 * a.heads * absorbed * keys)
+    # Its input has no gradient: a matrix costs 4 FLOPs, not 6.
+    index = 4.0 * index + index_flops(model, seq_len / 2 + 2 * keys)
+  return 6.0 * matrices + attention * blocks + index * indexers
 
 
 def read_keys(model: ModelConfig, seq_len: float) -> float:
@@ -149,30 +145,16 @@ def read_keys(model: ModelConfig, seq_len: float) -> float:
   return read - read**2 / (2 * seq_len) if seq_len else 0.0
 
 
-def gathered_flops(model: ModelConfig, seq_len: float) -> float:
-  """Returns FLOPs of one token and layer with absorbed, gathered latents."""
-  a = model.mla
-  pair = 2 * a.heads * (2 * a.kv_rank + a.rope_dim)
-  return pair * read_keys(model, seq_len)
-
-
-def index_flops(model: ModelConfig, seq_len: float) -> float:
-  """Returns the FLOPs to train one indexer on one token.
-
-  Its input has no gradient: a matrix costs 4, not 6. A score is of every key
-  forward, and twice that of the selected ones backward.
-  """
-  dsa = model.dsa
-  pair = 2 * dsa.heads * (dsa.dim + 1)
-  pairs = seq_len / 2 + 2 * read_keys(model, seq_len)
-  return 4.0 * _indexer(model)[0] + pair * pairs
+def index_flops(model: ModelConfig, keys: float) -> float:
+  """Returns the FLOPs of one layer's index scores of so many keys."""
+  return 2 * model.dsa.heads * (model.dsa.dim + 1) * keys
 
 
 def cache_bytes_per_token(config, dtype: str = 'bfloat16') -> int:
   """Returns the cache's bytes for one token: latents, shared and index keys."""
   model = _model(config)
   numbers = (model.mla.kv_rank + model.mla.rope_dim) * model.layers
-  numbers += model.dsa.dim * _indexers(model)
+  numbers += model.dsa.dim * _indexer(model)[2]
   return numbers * _BYTES[str(dtype)]
 
 

@@ -134,6 +134,12 @@ def _check_computed(values: dict[str, Any], family: str, routed: bool) -> None:
       f'partial_rotary_factor={part!r}: a head rotates qk_rope_head_dim='
       f'{rotary} of its numbers here; set it to 1, or head_dim to fit'
     )
+  if dialects.dialect(family).own:
+    rule = 'transformers rotates pairs in this attention, whatever this says'
+    only('rope_interleave', (True,), rule)
+    kinds = ('indexed_attention', 'deepseek_sparse_attention')
+    same = [[kind] * values['num_hidden_layers'] for kind in kinds]
+    only('layer_types', same, f'each layer must be an {kinds[0]}')
   if 'rope_interleave' in values and values['rope_interleave'] is None:
     raise ConfigError(
       'rope_interleave=None: means halves in transformers and pairs in '
@@ -148,63 +154,41 @@ def _read_dsa(values: dict[str, Any], own: Dialect) -> DSAConfig:
   """Returns the indexer; of a family without, none."""
   if not own.own:
     return DSAConfig()
-  kinds = values.get('layer_types') or ['indexed_attention']
-  if {*map(str, kinds)} - {'indexed_attention', 'deepseek_sparse_attention'}:
-    raise ConfigError(
-      f'layer_types={str(kinds)[:60]}…: must be "indexed_attention" in each '
-      'layer: an architecture without an indexer has another name'
-    )
-  if values.get('rope_interleave') is False:
-    raise ConfigError(
-      'rope_interleave=False: transformers rotates neighbours in the attention '
-      f'of {own.architectures[0]}, whatever this says; take it out'
-    )
-  dsa = _fields('dsa', values, own)
-  if not all(isinstance(n, int) and n > 0 for n in dsa.values()):
-    raise ConfigError(
-      f'index_n_heads, index_head_dim, index_topk={[*dsa.values()]}: must be '
-      'above 0; DeepseekV3ForCausalLM is the name without an indexer'
-    )
   types = _index_types(values, values['num_hidden_layers'])
   return DSAConfig(
-    **dsa,
-    interleaved=bool(values['indexer_rope_interleave']),
+    **_fields('dsa', values, own),
+    interleaved=values['indexer_rope_interleave'],
     q_from='latent' if values.get('q_lora_rank') else 'x',
     types=types if 'shared' in types else (),
   )
 
 
 def _index_types(values: dict[str, Any], layers: int) -> tuple[str, ...]:
-  """Returns each layer's type, by whichever keys are there; all must agree.
+  """Returns each layer's type by the keys that are there, which must agree.
 
-  `index_topk_freq` F with `index_skip_topk_offset` O: layer i is full where F
-  divides max(i - O + 1, 0).
+  With `index_topk_freq` F and `index_skip_topk_offset` O, layer i is full where
+  F divides max(i - O + 1, 0).
   """
-  null = dialects.tables()['null']
-  spelled = {}
+  words, named = {'F': 'full', 'S': 'shared'}, {}
   for key in ('indexer_types', 'index_topk_pattern'):
     if values.get(key):
-      words = {'F': 'full', 'S': 'shared'}
-      spelled[key] = tuple(words.get(str(x), str(x)) for x in values[key])
-  if values.get('index_topk_freq'):
-    period = values['index_topk_freq']
-    offset = values.get('index_skip_topk_offset')
-    offset = null['index_skip_topk_offset'] if offset is None else offset
-    steps = (max(layer - offset + 1, 0) for layer in range(layers))
-    kinds = ('full', 'shared')
-    spelled['index_topk_freq'] = tuple(kinds[n % period > 0] for n in steps)
-  for key, types in spelled.items():
-    valid = len(types) == layers and {*types} <= {'full', 'shared'}
-    if not valid or types[0] != 'full':
-      raise ConfigError(
-        f'{key}={str(values[key])[:60]}: must say "full" or "shared" of each of '
-        f'num_hidden_layers={layers}, and "full" of the first'
-      )
-  if len({*spelled.values()}) > 1:
-    raise ConfigError(
-      f'{" and ".join(spelled)}: name other layers as shared; leave one out'
+      named[key] = tuple(words.get(str(x), str(x)) for x in values[key])
+  if period := values.get('index_topk_freq'):
+    first = values.get('index_skip_topk_offset')
+    after = (
+      max(i - (2 if first is None else first), -1) for i in range(layers)
     )
-  return next(iter(spelled.values()), ())
+    words = 'full', 'shared'
+    named['index_topk_freq'] = tuple(words[(n + 1) % period > 0] for n in after)
+  for key, types in named.items():
+    valid = len(types) == layers and {*types} <= {'full', 'shared'}
+    if not valid or types[0] != 'full' or types != next(iter(named.values())):
+      raise ConfigError(
+        f'{key}={str(values[key])[:60]}: must name "full" or "shared" for each '
+        f'of num_hidden_layers={layers}, "full" for the first, and the same as '
+        f'{" and ".join(named)}'
+      )
+  return next(iter(named.values()), ())
 
 
 def _dense_layers(values: dict[str, Any], model: dict, routed: bool) -> Any:
@@ -343,6 +327,7 @@ def write(
     'num_key_value_heads': mla.heads,
   } | tables['written']
   parts = {'model': config, 'mla': mla, 'moe': config.moe, 'mtp': config.mtp}
+  parts |= {'dsa': config.dsa} if config.dsa.heads else {}
   for name, part in parts.items():
     for field, key in tables['fields'][name].items():
       values[key] = getattr(part, field)
@@ -351,9 +336,6 @@ def write(
   values['q_lora_rank'] = values['q_lora_rank'] or None
   if config.release.rotary == 'halves':
     values['rope_interleave'] = False
-  if config.dsa.heads:
-    fields = tables['fields']['dsa'].items()
-    values |= {key: getattr(config.dsa, field) for field, key in fields}
   if family == 'glm_moe_dsa':
     types = config.dsa.types or ('full',) * config.layers
     values |= {'indexer_types': [*types], 'indexer_rope_interleave': True}
@@ -450,13 +432,11 @@ def _unlike_indexer(config: ModelConfig, family: str) -> str:
   if not dsa.heads or not own.own:
     has = 'an' if own.own else 'no'
     return f'{has} indexer' if dsa.heads or own.own else ''
-  if dsa.interleaved is not own.defaults['indexer_rope_interleave']:
-    return f'dsa.interleaved={not dsa.interleaved}'
   if dsa.types and family == 'deepseek_v32':
     return 'an indexer in each layer'
-  usual = dict(rope_first=True, k_norm_eps=1e-6)
+  usual = {'interleaved': own.defaults['indexer_rope_interleave']}
   usual |= {'q_from': 'latent' if config.mla.query_rank else 'x'}
-  for field, value in usual.items():
+  for field, value in (usual | dict(rope_first=True, k_norm_eps=1e-6)).items():
     if getattr(dsa, field) != value:
       return f'dsa.{field}={value!r}'
   return '' if config.release.rotary == 'pairs' else "release.rotary='pairs'"

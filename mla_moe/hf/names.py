@@ -9,9 +9,8 @@ Here the released tensor is a matrix [N (H+R), Q]: for each head n the features
 h, then the features r. Our leaf has the axes [Q, N, H+R]. `h|u -> h` takes a
 part of an axis. An axis in braces in the tensor's name has a tensor of its own
 for each index: {l} layers, {e} experts, {g} gate and up. Features r are
-rotated, and so are a of the indexer: a release may pair neighbours
-(2i, 2i + 1), our leaves pair the halves (`rope`), so they are permuted on the
-way. V3.2's surprise is that its r are neighbours and its a are halves.
+rotated: a release pairs neighbours (2i, 2i + 1), our leaves pair the halves
+(`rope`), so they are permuted on the way. V3.2's indexer has halves, too (a).
 
 Every row becomes one array of indices for each axis. Loading takes with these
 arrays and saving puts with them, so the two directions cannot disagree.
@@ -43,10 +42,8 @@ class Row:
   path: keys of the leaf in the variables. name: a template of the tensors'
   names; {l} takes the numbers in `layers`. released: the tensors' axes, one
   group for each dimension of the file. ours: the leaf's axes. sizes: (letter,
-  size) of every letter. family: that
-  spells the name. neighbours: the rotated letters whose pairs are neighbours in
-  the file; ours are halves. is_float32: in every release and here, whatever the
-  dtype of the others.
+  size) of every letter. family: that spells the name. neighbours: the rotated
+  letters that are so in the file. is_float32: whatever the others' dtype.
 
   A leaf is read and written matrix by matrix. An `index` names one matrix: its
   position along each of the `loop_axes`, such as {'l': 3, 'e': 17, 'g': 0}.
@@ -215,8 +212,7 @@ def quantized(name: str) -> bool:
   """Returns whether FP8 releases store this tensor in FP8.
 
   They do so for all matrices of the blocks, but not for the router, the norms,
-  the embedding, the head, the MTP module's projection, or the indexer's weights
-  of its heads.
+  the embedding, the head, the MTP module's projection, or index heads' weights.
   """
   linear = re.search(r'(_proj|_with_mqa|indexer\.w(q_b|k))(\.weight)?$', name)
   return linear is not None and not re.search('eh_proj|weights_proj', name)
@@ -304,7 +300,11 @@ class _Table:
     query = 'query_latent' if self._config.mla.query_rank else 'query'
     for part in (query, 'attention'):
       add(part, f'{ours}attention.', f'{released}self_attn.')
-    self._add_indexer(f'{ours}attention.', f'{released}self_attn.', layers)
+    dsa = self._config.dsa  # l counts the layers that have an indexer
+    full = tuple(l for l in layers if dsa.types[l : l + 1] != ('shared',))
+    if dsa.heads and (full or not layers):
+      for part in ('indexer', f'indexer_{dsa.q_from}'):
+        self.add(part, f'{ours}attention.', f'{released}self_attn.', full)
     ours, released = f'{ours}ffn.', f'{released}mlp.'
     if not routed:
       add('dense', ours, released)
@@ -315,16 +315,6 @@ class _Table:
     add(f'experts_{self._config.release.experts}', ours, released)
     if moe.shared:
       add('shared', ours, released)
-
-
-  def _add_indexer(self, ours: str, released: str, layers=()):
-    """Adds the indexers of one block, or of those `layers` that have one."""
-    dsa = self._config.dsa
-    full = tuple(l for l in layers if not dsa.types or dsa.types[l] == 'full')
-    if not dsa.heads or (layers and not full):
-      return
-    for part in ('indexer', f'indexer_{dsa.q_from}'):
-      self.add(part, ours, released, full)
 
 
 def copies(config: ModelConfig) -> dict[str, str]:

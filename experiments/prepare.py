@@ -27,12 +27,8 @@ from mla_moe.config import Config, ConfigError
 from mla_moe.data import batches
 
 from . import cli, run_tokenizer
-<<<<<<< HEAD
 from .checkpointing import bucket
-from .data import blend, corpus, corpus_folder, tokenizer
-=======
 from .data import blend, corpus, corpus_folder, mixture, tokenizer
->>>>>>> 0953e6c (Mixtures of texts move to experiments/data: programs alone read them; sparse families in fewer lines)
 from .training import signals
 
 FLAGS = flags.FLAGS

@@ -129,6 +129,14 @@ def run(*words, timeout=None, **options):
   return subprocess.CompletedProcess(child.args, child.returncode, out, err)
 
 
+def on_devices(number):
+  """The tests' environment, with another number of fake devices."""
+  count = '--xla_force_host_platform_device_count='
+  flags = os.environ['XLA_FLAGS'].replace(f'{count}8', f'{count}{number}')
+  assert f'{count}{number}' in flags
+  return os.environ | {'XLA_FLAGS': flags}
+
+
 def _imports(environment):
   """The variables that jax reads as it is imported."""
   return {

@@ -57,18 +57,39 @@ _CHECKED = [
 jaxtyping.install_import_hook(_CHECKED, 'checking.check')
 
 
-# Files of many minutes, where the slow tests run: two workers take files in
-# order, and the one that takes such a file last works on alone.
+# Files of many minutes, where the slow tests run. They come first, and a worker
+# takes one of their tests at a time: none works on alone at the end.
 _LONG = ('test_docs.py', 'test_notebooks.py', 'test_bench.py')
+
+_NUMBERS = {'model', 'fp8', 'train', 'decode', 'test_sharding.py'}
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, where it is in use
+def pytest_xdist_make_scheduler(config, log):
+  """Of --dist=loadfile: a worker takes a file, or a test of a long file."""
+  from xdist.scheduler import LoadFileScheduling
+
+  class Pieces(LoadFileScheduling):
+    def _split_scope(self, nodeid):
+      file = super()._split_scope(nodeid)
+      return nodeid if file.endswith(_LONG) else file
+
+  if config.getvalue('dist') == 'loadfile':
+    return Pieces(config, log)
 
 
 def pytest_collection_modifyitems(items):
   """Puts the long files first; the order is else that of the names.
 
   Tests that are run by hand are slow ones, too: -m 'not slow' leaves them out.
+  The folder's name is a marker, where CI compiles its tests as for use.
   """
   items.sort(key=lambda item: item.path.name not in _LONG)
   for item in items:
+    if item.path.parent.name == 'kernels':
+      item.add_marker('kernels')
+    elif _NUMBERS & {item.path.parent.name, item.path.name}:
+      item.add_marker('numbers')
     if item.get_closest_marker('by_hand'):
       item.add_marker('slow')
 

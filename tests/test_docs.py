@@ -55,6 +55,13 @@ def commands():
   return pages
 
 
+def _variant(config, words):
+  """`micro`, of quick steps, but for the run whose MTP module drafts."""
+  is_tiny = config.endswith('tiny.py')
+  drafts = any(word.endswith('/tiny') for word in words)
+  return 'micro' if is_tiny and not drafts else 'smoke'
+
+
 def smoke(line, folder):
   """Returns the command's words in a smoke variant, folders below `folder`."""
   words = shlex.split(line)
@@ -70,7 +77,7 @@ def smoke(line, folder):
   )
   if trains:
     words = [w for w in words if not w.startswith(DROPPED)]
-    join = lambda w: w + (',smoke' if ':' in w else ':smoke')
+    join = lambda w: w + (',' if ':' in w else ':') + _variant(w, words)
     words = [join(w) if w.startswith('--config=c') else w for w in words]
   if words[2] == 'experiments.launch':
     assert '--dry-run' in words, line
@@ -78,13 +85,41 @@ def smoke(line, folder):
   return words[1:]
 
 
+def chains():
+  """Returns {name: commands}: those of shared folders in one, in their order.
+
+  A command without a folder is with the others of its program.
+  """
+  chains = []
+  for line in commands():
+    words = smoke(line, 'runs')
+    names = set(re.findall(r'runs/([\w-]+)', ' '.join(words)))
+    names = names or {words[1].removeprefix('experiments.')}
+    chain = [line]
+    for others in [pair for pair in chains if pair[0] & names]:
+      chains.remove(others)
+      names, chain = others[0] | names, others[1] + chain
+    chains.append((names, chain))
+  return {min(names): chain for names, chain in chains}
+
+
+def test_commands_of_a_folder_are_one_chain():
+  both, order = chains(), [*commands()]
+  assert sorted(sum(both.values(), [])) == sorted(order)
+  assert len(order) >= 30 and len(both) >= 10
+  for chain in both.values():
+    assert chain == sorted(chain, key=order.index)
+  (release,) = [chain for chain in both.values() if 'runs/v3 ' in chain[1]]
+  assert ' --fp8' in release[1] and 'config.py' in release[-1]
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(2700)
-def test_every_documented_command_runs(tmp_path):
-  assert len(commands()) >= 15
-  for line, page in commands().items():
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize('name', chains())
+def test_every_documented_command_runs(name, tmp_path):
+  for line in chains()[name]:
     done = children.run(*smoke(line, tmp_path), timeout=600)
-    assert done.returncode == 0, f'{page}: {line}\n{done.stderr[-2000:]}'
+    assert done.returncode == 0, f'{line}\n{done.stderr[-2000:]}'
     if '.launch' in line:
       faults = done.stderr.splitlines()
       assert all('commit' in fault for fault in faults), done.stderr

@@ -28,6 +28,8 @@ from mla_moe.decode import (
 from mla_moe.model import trace, transformer
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
+distribution = jax.jit(sampling.distribution)
+propose, verify = jax.jit(speculative.propose), jax.jit(speculative.verify)
 
 
 @functools.cache
@@ -304,7 +306,7 @@ def probabilities(logits, seen=(), **knobs):
   """`distribution` of one row, as probabilities."""
   logits = jnp.asarray([logits], jnp.float32)
   marks = np.isin(np.arange(logits.shape[-1]), seen)[None]
-  out = sampling.distribution(logits, marks, sampling.make_knobs(1, **knobs))
+  out = distribution(logits, marks, sampling.make_knobs(1, **knobs))
   return np.exp(np.asarray(out[0]))
 
 
@@ -379,7 +381,7 @@ def test_an_accepted_draft_is_penalised_in_the_token_after_it():
   knobs = sampling.make_knobs(1, repetition_penalty=2.0)
   zero, seen = jnp.zeros(1, jnp.int32), jnp.zeros((1, 3), bool)
   log_q = jnp.array([[0.0, -jnp.inf, -jnp.inf]])
-  out = speculative.verify(logits, zero, log_q, seen, knobs, zero + 3)
+  out = verify(logits, zero, log_q, seen, knobs, zero + 3)
   assert out.accepted.tolist() == [True]
   assert out.tokens.tolist() == [[0, 1]]
 
@@ -455,9 +457,9 @@ def test_drafts_keep_the_distribution():
   knobs = sampling.make_knobs(n, temperature=0.8, top_k=5, seed=0)
   rows = lambda x: jnp.asarray(np.tile(x, (n, 1)), jnp.float32)
   seen, at = jnp.zeros((n, size), bool), np.full(n, 3, np.int32)
-  drafts, log_q = speculative.propose(rows(q), seen, knobs, at)
+  drafts, log_q = propose(rows(q), seen, knobs, at)
   both = jnp.stack([rows(p), rows(after)], axis=1)
-  out = speculative.verify(both, drafts, log_q, seen, knobs, at)
+  out = verify(both, drafts, log_q, seen, knobs, at)
   first, second = np.asarray(out.tokens).T
   accepted = np.asarray(out.accepted)
   wanted = probabilities(p, temperature=0.8, top_k=5)

@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from configs import tiny
 from mla_moe import CacheConfig, rollout, sharding
-from mla_moe.config import MeshConfig, freeze
+from mla_moe.config import MeshConfig, MTPConfig, freeze
 from mla_moe.decode import forward, latent_cache
 from mla_moe.model import transformer
 
@@ -20,12 +20,13 @@ PAGE = 16
 
 
 @functools.cache
-def made():
+def shaped(**changes):
+  """Returns a config, its function of a key, and the variables' shapes."""
   config = freeze(tiny.get_config()).model
-  config = dataclasses.replace(config, layers=2, init_std=0.2)
-  init = transformer.Transformer(config).init
-  boxed = jax.jit(init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
-  return config, boxed
+  config = dataclasses.replace(config, layers=2, init_std=0.2, **changes)
+  tokens = jnp.zeros((1, 8), jnp.int32)
+  init = lambda key: transformer.Transformer(config).init(key, tokens)
+  return config, init, jax.eval_shape(init, jax.random.key(0))
 
 
 def prompt(config, batch=8):
@@ -40,7 +41,8 @@ def laid_out(boxed, mesh):
 @pytest.mark.slow
 @pytest.mark.parametrize('speculative', [False, True])
 def test_a_mesh_continues_as_one_device_does(speculative):
-  config, boxed = made()
+  config, init, _ = shaped()
+  boxed = jax.jit(init)(jax.random.key(0))
   options = dict(
     speculative=speculative, cache=CacheConfig(page=PAGE), temperature=0.0
   )
@@ -64,7 +66,8 @@ def test_a_mesh_continues_as_one_device_does(speculative):
 
 def step_on(mesh, rows=8, length=8192):
   """A compiled step of `rows`, and the shapes that its devices send."""
-  config, boxed = made()
+  config, _, boxed = shaped(mtp=MTPConfig(0))
+  boxed = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), boxed)
   mesh = sharding.make_mesh(mesh)
   with jax.set_mesh(mesh):
     variables = laid_out(boxed, mesh)
@@ -91,7 +94,7 @@ def step_on(mesh, rows=8, length=8192):
 
 @pytest.mark.slow
 def test_data_sharding_moves_no_cache():
-  config, _ = made()
+  config, *_ = shaped(mtp=MTPConfig(0))
   compiled, moved, cache = step_on(MeshConfig(data=8))
   width = latent_cache.width(cache.layers[0], 0)
   rank = config.mla.kv_rank
@@ -105,7 +108,7 @@ def test_data_sharding_moves_no_cache():
 
 
 def test_rows_travel_to_the_experts_and_not_the_experts_to_them():
-  config, _ = made()
+  config, *_ = shaped(mtp=MTPConfig(0))
   mesh = MeshConfig(data=2, expert=2, tensor=2)
   _, moved, _ = step_on(mesh, length=64)
   rows = 8 * config.dim

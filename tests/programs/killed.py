@@ -38,7 +38,9 @@ def main(folder, count, part, call, delay):
     cli.define,
   )
   rl = dataclasses.replace(config.rl, rewards=(('variety', 1.0),))
-  config = dataclasses.replace(config, rl=rl)
+  sizes = dict(layers=2, dim=32, dense_width=32)
+  model = dataclasses.replace(config.model, **sizes)
+  config = dataclasses.replace(config, model=model, rl=rl)
   rewards = {'variety': lambda _, text: len({*text}) % 3}
   train.run(config, folder, open_source=policy.opened(rewards=rewards))
 

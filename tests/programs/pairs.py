@@ -1,6 +1,5 @@
 """Both processes of `one_of_two`."""
 
-import os
 import pathlib
 import signal
 
@@ -11,10 +10,8 @@ _PROGRAM = pathlib.Path(__file__).parent / 'one_of_two.py'
 
 def stopped(folder, *place):
   """The last lines of both processes, of which the second got SIGTERM."""
-  flags = '--xla_force_host_platform_device_count=2'
-  environment = os.environ | {'XLA_FLAGS': flags}
   both = [
-    children.Child(_PROGRAM, rank, folder, *place, env=environment)
+    children.Child(_PROGRAM, rank, folder, *place, env=children.on_devices(2))
     for rank in range(2)
   ]
   try:

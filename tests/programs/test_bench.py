@@ -339,9 +339,9 @@ def test_all_parts_of_a_card_run_at_toy_size(tmp_path):
 
 
 def bench(*words):
-  """The command with jax's devices as they are outside the tests."""
-  environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
-  return children.run('-m', 'experiments.bench', *words, env=environment)
+  """The command with one device, as it has outside the tests."""
+  command = '-m', 'experiments.bench', *words
+  return children.run(*command, env=children.on_devices(1))
 
 
 def test_the_command_lists_its_benchmarks_and_each_has_flags(

@@ -102,6 +102,8 @@ def received(*text_and_mesh):
 )
 def test_the_plan_compiles_the_program_of_a_run(states):
   config = freeze(tiny.get_config('micro'))
+  model = dataclasses.replace(config.model, layers=1, dense_layers=0)
+  config = dataclasses.replace(config, model=model)
   data = dataclasses.replace(config.data, batch_size=16, micro_batch=8)
   host = dict(source='mine', fim_rate=0.0, heldout=0.5, seed=3)  # no program's
   data = dataclasses.replace(data, batch_start=8, ramp_tokens=1e3, **host)

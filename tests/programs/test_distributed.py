@@ -1,7 +1,6 @@
 """Several processes: how they are detected, their rows, one run of two."""
 
 import json
-import os
 import pathlib
 
 import children
@@ -113,9 +112,7 @@ _STARTED = []
 def start(folder, index=None, port=0, more=()):
   """A training run, alone on 8 devices or as one of two on 4 each."""
   alone = index is None
-  devices = 8 if alone else 4
-  flag = f'--xla_force_host_platform_device_count={devices}'
-  environ = {**os.environ, 'XLA_FLAGS': flag, 'JAX_PLATFORMS': 'cpu'}
+  environ = children.on_devices(8 if alone else 4)
   if not alone:
     environ |= {
       'JAX_COORDINATOR_ADDRESS': f'localhost:{port}',

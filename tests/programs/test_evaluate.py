@@ -24,7 +24,8 @@ from mla_moe.config import CacheConfig, ConfigError, freeze
 @pytest.fixture(scope='module')
 def model():
   config = freeze(tiny.get_config('micro')).model
-  config = dataclasses.replace(config, max_positions=128)
+  layer = dict(layers=1, dense_layers=0)
+  config = dataclasses.replace(config, max_positions=128, **layer)
   tokens = jnp.zeros((1, 8), jnp.int32)
   variables = jax.jit(Transformer(config).init)(jax.random.key(0), tokens)
   from flax import linen as nn

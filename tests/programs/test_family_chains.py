@@ -223,14 +223,8 @@ def generated(run, folder, words, logits):
   return text
 
 
-FAST = 'youtu'
-CASES = [
-  pytest.param(name, marks=[pytest.mark.slow] * (name != FAST))
-  for name in FAMILIES
-]
-
-
-@pytest.mark.parametrize('family', CASES)
+@pytest.mark.slow
+@pytest.mark.parametrize('family', FAMILIES)
 def test_a_release_is_read_speaks_learns_and_goes_out(family, tmp_path, run):
   release = released(tmp_path / 'release', family)
   folder, config = converted(run, release, family)
@@ -265,8 +259,10 @@ def test_a_release_is_read_speaks_and_goes_out(family, tmp_path, run):
   assert generated(run, folder, words, forward(release)) != ''
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('family', OTHERS)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in OTHERS][:-1]
+
+
+@pytest.mark.parametrize('family', [*SLOW, 'mistral3'])
 def test_a_family_s_words_stand_for_the_same_network(family, tmp_path, run):
   """So it speaks and learns as that of the golden folder does."""
   release = released(tmp_path / 'release', family)

@@ -39,7 +39,7 @@ from mla_moe import ConfigError, load_huggingface
 from mla_moe.config import Config, MeshConfig, freeze
 from mla_moe.data import batches
 from mla_moe.train import optim, step
-from mla_moe.train.state import empty_window, init_state
+from mla_moe.train.state import init_state
 
 ROOT = pathlib.Path(__file__).parents[2]
 MICRO = freeze(tiny.get_config('micro'))
@@ -54,12 +54,14 @@ pytestmark = pytest.mark.filterwarnings('default')
 def micro(steps=20, **changes):
   """Returns MICRO with other fields, each in the group that has its name."""
   changes['steps'] = steps
-  groups = {}
+  groups, changed = {}, set()
   for group in ('model', 'optim', 'data', 'mesh', 'run'):
     fields = getattr(MICRO, group)
     names = {f.name for f in dataclasses.fields(fields)} & changes.keys()
     values = {name: changes[name] for name in names}
     groups[group] = dataclasses.replace(fields, **values)
+    changed |= names
+  assert changed == changes.keys()
   return Config(**groups)
 
 
@@ -136,7 +138,14 @@ def incidents(folder):
 # ------------------------------------------------------------- the step itself
 
 
-GUARDED = micro(spike_sigma=4.0, spike_window=4)
+def spiky(steps, **changes):
+  """As small a model as there is, with a guard against spikes."""
+  model = dict(layers=1, dense_layers=1)
+  watch = dict(spike_sigma=4.0, spike_window=4, spike_patience=2, spike_jump=5)
+  return micro(steps, **model, **watch, **changes)
+
+
+GUARDED = spiky(20)
 
 
 def stepped(config, *inputs):
@@ -148,10 +157,9 @@ def stepped(config, *inputs):
   return take(state, *jax.device_put((batch, rates)))
 
 
+@functools.cache
 def fresh(config):
-  """MICRO's state, which is compiled once, with the window of `config`."""
-  state = init_state(jax.random.key(0), program_of.of_devices(MICRO))
-  return state.replace(loss_window=empty_window(config.optim))
+  return init_state(jax.random.key(0), program_of.of_devices(config))
 
 
 def batch(number=0):
@@ -225,10 +233,10 @@ def test_row27_all_tokens_to_one_expert_is_finite_and_shows(both):
 
 def test_unset_nothing_of_the_faults_is_in_the_compiled_step(monkeypatch):
   """Nor set: faults are given to a step, or done between two of them."""
-  state = jax.eval_shape(lambda: init_state(jax.random.key(0), MICRO))
+  state = jax.eval_shape(lambda: init_state(jax.random.key(0), GUARDED))
 
   def text():
-    run = functools.partial(step.train_step, config=MICRO)
+    run = functools.partial(step.train_step, config=GUARDED)
     return jax.jit(run).lower(state, batch(), RATES).as_text()
 
   monkeypatch.delenv(faults.VARIABLE, raising=False)
@@ -393,13 +401,6 @@ def test_row24_bad_steps_in_a_row_stop_the_run_with_its_last_good_state(
   assert (root / 'bad/report.html').exists()
 
 
-def spiky(steps, **changes):
-  """As small a model as there is, with a guard against spikes."""
-  model = dict(layers=1, dense_layers=1)
-  watch = dict(spike_sigma=4.0, spike_window=4, spike_patience=2, spike_jump=5)
-  return micro(steps, **model, **watch, **changes)
-
-
 def test_row25_after_spikes_the_run_goes_back_and_jumps_the_text(root, fault):
   fault('spike@step:9-10')
   config = spiky(16, keep=9)
@@ -490,16 +491,18 @@ def test_row28_replay_finds_a_bit_that_flipped_between_two_steps(
   assert older == {'loss_window.seen': 1, 'step': 2, 'opt.0.mu.guard': 3}
 
 
-@pytest.mark.parametrize('chore', ['evaluate', 'sample'])
+@pytest.mark.parametrize(
+  'chore, field', [('evaluate', 'eval_every'), ('sample', 'sample_every')]
+)
 def test_row45_a_chore_that_fails_is_an_incident_and_the_save_follows(
-  root, monkeypatch, chore
+  root, monkeypatch, chore, field
 ):
   def broken(self, number, state):
     raise ConfigError('this model\nis broken')
 
   broken.__name__ = chore
   monkeypatch.setattr(recorder.Recorder, chore, broken)
-  config = micro(2, eval_every=2, sample_every=2, save_every=2)
+  config = micro(2, save_every=2, **{field: 2})
   assert train.run(config, root / chore)['step'] == 2
   assert folders.steps(root / chore / 'checkpoints') == [2]
   text = f'{chore} failed: ConfigError: this model is broken'
@@ -598,7 +601,7 @@ def test_a_warm_start_has_the_tokenizer_of_its_origin(tmp_path, monkeypatch):
 
 
 def test_a_warm_start_says_what_does_not_come_along(root, tmp_path, capsys):
-  changed = micro(optimizer='muon', top_k=3)
+  changed = micro(optimizer='muon')
   moe = dataclasses.replace(MICRO.model.moe, top_k=3)
   model = dataclasses.replace(changed.model, moe=moe, dtype='bfloat16')
   changed = dataclasses.replace(changed, model=model)

@@ -110,8 +110,8 @@ def kept_for_the_backward_pass(config, rows, length):
 @pytest.mark.parametrize(
   'remat, within',
   [
-    ('full', 0),
     ('products', 0),
+    pytest.param('full', 0, marks=pytest.mark.slow),
     pytest.param('latents', 0, marks=pytest.mark.slow),
     pytest.param('none', 0.3, marks=pytest.mark.slow),
   ],

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import shallow
 from asgi import call
 from tokenizers import Tokenizer, decoders, models
 
@@ -25,9 +26,8 @@ from experiments.serving import (
   validation,
 )
 from experiments.serving.engine import Engine
-from mla_moe import CacheConfig, Transformer, load_huggingface
+from mla_moe import CacheConfig, Transformer
 
-GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 DOCS = pathlib.Path(__file__).parents[2] / 'docs' / 'serving.md'
 CHAT = [{'role': 'user', 'content': 'hi'}]
 
@@ -36,17 +36,17 @@ class Server:
   """A model behind an application without a port, with rows of 64 tokens."""
 
   def __init__(self, case='v2_lite', **options):
-    config, self.variables = load_huggingface(GOLDEN / case)
+    config, self.variables = shallow.load(case)
     words = tokenizer.ByteTokenizer()
     self.model = opened.TextModel(
-      config, self.variables, words, GOLDEN, (config.eos_id,)
+      config, self.variables, words, shallow.GOLDEN, (config.eos_id,)
     )
     self.work = scheduler.Scheduler(
       config,
       self.variables,
       rows=3,
       length=64,
-      pages=24,
+      pages=20,
       chunk=16,
       cache=CacheConfig(page=8),
       **options,
@@ -179,7 +179,7 @@ def test_a_suffix_fills_in_the_middle(server):
 def golden_scores(server, length):
   """A golden text's first ids, and [T, V] log-probabilities after each of them
   by the training forward."""
-  tokens = np.load(GOLDEN / 'v2_lite' / 'expected.npz')['tokens']
+  tokens = np.load(shallow.GOLDEN / 'v2_lite' / 'expected.npz')['tokens']
   apply = jax.jit(Transformer(server.model.config).apply)
   logits = apply(server.variables, tokens).logits[0, :length]
   return tokens[0, :length].tolist(), np.array(jax.nn.log_softmax(logits))

@@ -95,7 +95,11 @@ def test_bad_rows_are_left_out_and_counted_in_a_line(tmp_path, capsys):
   ]
 
 
-def test_texts_and_their_held_out_numbers_are_in_the_report(tmp_path):
+def test_texts_and_their_held_out_numbers_are_in_the_report(
+  tmp_path, monkeypatch
+):
+  from matplotlib import pyplot
+
   rows = [*GOOD[:20], evaluation(10, 3.0) | {'bits_per_byte/web': 2.5}]
   folder = write(tmp_path / 'run', [*rows, evaluation(20, 2.9)])
   assert '<h2>Texts</h2>' not in report.write(folder).read_text()
@@ -111,6 +115,7 @@ def test_texts_and_their_held_out_numbers_are_in_the_report(tmp_path):
   text = report.write(folder).read_text()
   for cell in ('&lt;web&gt;', '1,234', '0.5', '-', '77'):
     assert f'<td>{cell}</td>' in text
+  monkeypatch.setattr(page, 'svg', lambda figure: pyplot.close(figure) or '')
   for bad in (3, [{}], [{'source': 1, 'epochs': 'x', 'table': 4}]):
     (folder / 'starts.jsonl').write_text(json.dumps(start | {'texts': bad}))
     assert '<h2>Texts</h2>' not in report.write(folder).read_text()

@@ -48,7 +48,7 @@ def small(run=None, data=None, optim=None, model=None, mesh=None, **rl):
   config = freeze(r1_tiny.get_config('v32,smoke'))
   change = dataclasses.replace
   fields = dict(temperature=0.7, kl_form='k3', refresh=2, beta=0.1)
-  sizes = dict(dim=32, dense_width=32) | (model or {})
+  sizes = dict(dim=32, dense_width=32, layers=2) | (model or {})
   run = dict(steps=STEPS, save_every=2, eval_every=6, sample_every=4) | (
     run or {}
   )
@@ -151,9 +151,7 @@ def test_biases_do_not_move(whole):
 
 
 def store_state(folder, step):
-  from experiments.checkpointing.load import shapes
-
-  like = shapes(workdir.read_config(folder))
+  like = program.state_shapes(workdir.read_config(folder), None)
   return store.restore(folder / 'checkpoints', like, before=step + 1).state
 
 
@@ -691,7 +689,7 @@ def test_short_answers_do_not_read_pages_of_128(monkeypatch):
     (dict(speculative=True), 'rl.speculative=True: the model has no MTP'),
     (dict(engine='scheduler', mesh={'data': 2}), "rl.engine='scheduler'"),
     (
-      dict(replay='train', model={'dense_layers': 3}),
+      dict(replay='train', model={'dense_layers': 2}),
       "rl.replay='train': a model without experts",
     ),
   ],

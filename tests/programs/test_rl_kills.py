@@ -4,14 +4,12 @@ import os
 import pathlib
 import random
 import signal
-import subprocess
-import sys
 
+import children
 import pytest
 
 from experiments import faults, soak, workdir
 
-ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 24  # two updates a rollout
 CLOCKS = ('seconds', 'tokens_per_s', 'mfu', 'memory_mib')
 
@@ -27,27 +25,15 @@ KILLS = [
 def start(tmp_path_factory):
   """Runs a child with a kill; returns its exit code and its last lines."""
   folder = tmp_path_factory.mktemp('killed')
-  environment = os.environ | {
-    'PYTHONPATH': str(ROOT),
-    'JAX_COMPILATION_CACHE_DIR': str(folder / '.jax_cache'),
-    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-    'XLA_FLAGS': '',
-  }
 
   def run(name, kill=('', 0), delay=0.0):
     rule = ''
     if isinstance(kill, str):
       rule, kill = f'kill@{kill}', ('', 0)
-    script = str(pathlib.Path(__file__).parent / 'killed.py')
+    script = pathlib.Path(__file__).parent / 'killed.py'
     words = [folder / name, STEPS, *kill, delay]
-    child = subprocess.run(
-      [sys.executable, script, *map(str, words)],
-      env=environment | {faults.VARIABLE: rule},
-      cwd=ROOT,
-      capture_output=True,
-      text=True,
-      timeout=300,
-    )
+    environment = os.environ | {faults.VARIABLE: rule}
+    child = children.run(script, *words, env=environment, timeout=300)
     return child.returncode, child.stderr[-2000:]
 
   run.folder = folder

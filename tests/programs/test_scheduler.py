@@ -2,26 +2,25 @@
 
 import functools
 import itertools
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import shallow
 
 from experiments.serving import page_pool, programs, scheduler
-from mla_moe import CacheConfig, ConfigError, load_huggingface, rollout
+from mla_moe import CacheConfig, ConfigError, rollout
 from mla_moe.decode import forward
 
-GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 ROWS, PAGES = 3, 20
 
 
 @functools.cache
 def golden(case='v2_lite'):
-  config, variables = load_huggingface(GOLDEN / case)
+  config, variables = shallow.load(case)
   weights = jax.jit(functools.partial(forward.unstack, config))(variables)
-  tokens = np.load(GOLDEN / case / 'expected.npz')['tokens']
+  tokens = np.load(shallow.GOLDEN / case / 'expected.npz')['tokens']
   if config.mtp.depth:
     # It can say few things, so that what it drafts is often right.
     weights['head'] = weights['head'].at[4:].set(0.0)

@@ -6,7 +6,6 @@ The protocol's fields are in test_protocol.
 import asyncio
 import http.client
 import json
-import pathlib
 import resource
 import socket
 import threading
@@ -17,6 +16,7 @@ import hypothesis
 import numpy as np
 import openai
 import pytest
+import shallow
 import uvicorn
 from asgi import call
 from hypothesis import strategies as st
@@ -32,10 +32,9 @@ from experiments.serving import (
   validation,
 )
 from experiments.serving.engine import Engine
-from mla_moe import CacheConfig, load_huggingface, rollout
+from mla_moe import CacheConfig, rollout
 
-GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
-PAGES, WAITING = 24, 6
+PAGES, WAITING = 20, 6
 JSON = {'content-type': 'application/json'}
 
 
@@ -43,10 +42,12 @@ class Server:
   """A model behind an endpoint on a port of its own."""
 
   def __init__(self):
-    config, variables = load_huggingface(GOLDEN / 'v2_lite')
+    config, variables = shallow.load()
     words = tokenizer.ByteTokenizer()
     ends = (config.eos_id,)
-    self.model = opened.TextModel(config, variables, words, GOLDEN, ends)
+    self.model = opened.TextModel(
+      config, variables, words, shallow.GOLDEN, ends
+    )
     self.work = scheduler.Scheduler(
       config,
       variables,

@@ -149,8 +149,8 @@ def test_row32_the_workdir_is_one_writers(tmp_path):
 
 
 def program(*args):
-  environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
-  return children.Child('-m', 'experiments.train', *args, env=environment)
+  words = '-m', 'experiments.train', *args
+  return children.Child(*words, env=children.on_devices(1))
 
 
 @pytest.mark.parametrize(

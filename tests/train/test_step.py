@@ -40,10 +40,14 @@ def with_data(**changes):
   )
 
 
-# Most tests share its program, which makes nothing again for the backward pass.
-PARTS = with_data(micro_batch=2)
-PLAIN = dataclasses.replace(PARTS.model, compute=ComputeConfig(remat='none'))
-PARTS = dataclasses.replace(PARTS, model=PLAIN)
+# The fast tests share its program: two MoE layers and an MTP module, of which
+# nothing is made again for the backward pass.
+PLAIN = dataclasses.replace(
+  SMOKE.model, layers=2, dense_layers=0, compute=ComputeConfig(remat='none')
+)
+WHOLE = dataclasses.replace(with_data(seq_len=32), model=PLAIN)
+PARTS = dataclasses.replace(WHOLE.data, micro_batch=2)
+PARTS = dataclasses.replace(WHOLE, data=PARTS)
 
 
 @functools.cache
@@ -53,8 +57,8 @@ def compiled(config):
 
 
 @functools.cache
-def start():
-  return init_state(jax.random.key(0), SMOKE)
+def start(config=SMOKE):
+  return init_state(jax.random.key(0), config)
 
 
 @pytest.mark.slow
@@ -204,7 +208,7 @@ def test_a_step_is_judged_by_its_loss_its_gradient_and_its_main_loss():
 
 def test_the_bias_follows_the_load_of_the_whole_step():
   batch = make(PARTS)
-  state, metrics = compiled(PARTS)(start(), batch, RATES)
+  state, metrics = compiled(PARTS)(start(PARTS), batch, RATES)
   load = np.asarray(metrics['load'])
   # Two MoE layers and an MTP module, whose last position is left out.
   rows = batch.tokens.size * 4
@@ -218,26 +222,26 @@ def test_the_bias_follows_the_load_of_the_whole_step():
 
 def test_the_head_has_one_gradient():
   """Not one for each prediction and their sum: it is a step's largest array."""
-  text = str(jax.make_jaxpr(compiled(PARTS))(start(), make(PARTS), RATES))
-  model = SMOKE.model
+  text = str(jax.make_jaxpr(compiled(PARTS))(start(PARTS), make(PARTS), RATES))
+  model = PARTS.model
   assert model.mtp.depth and not model.tie_embeddings
   assert f'f32[{model.dim},{model.vocab}]' in text
   assert f'f32[{model.dim},{model.vocab}] = add_any' not in text
 
 
 def test_evaluation_counts_nats_and_moves_nothing():
-  batch = make(SMOKE)
-  run = jax.jit(functools.partial(step.eval_step, config=SMOKE))
-  out = run(start(), batch)
+  batch = make(WHOLE)
+  run = jax.jit(functools.partial(step.eval_step, config=WHOLE))
+  out = run(start(PARTS), batch)
   assert out['tokens'] == (batch.targets >= 0).sum()
-  _, metrics = compiled(PARTS)(start(), make(PARTS), RATES)
+  _, metrics = compiled(PARTS)(start(PARTS), make(PARTS), RATES)
   got = float(out['nll']) / int(out['tokens'])
   assert got == pytest.approx(float(metrics['main_loss']), rel=1e-5)
   assert set(out) == {'nll', 'tokens'}
 
 
 def test_the_loss_falls_on_one_batch():
-  state, batch = start(), make(PARTS)
+  state, batch = start(PARTS), make(PARTS)
   losses = []
   for _ in range(12):
     state, metrics = compiled(PARTS)(state, batch, RATES)

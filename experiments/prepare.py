@@ -26,7 +26,7 @@ from absl import flags
 from mla_moe.config import Config, ConfigError
 from mla_moe.data import batches, mixture
 
-from . import cli, run_tokenizer
+from . import cli, run_tokenizer, workdir
 from .checkpointing import bucket
 from .data import blend, corpus, corpus_folder, tokenizer
 from .training import signals
@@ -124,6 +124,11 @@ def main() -> None:
           FLAGS.shard,
           FLAGS.verify,
         )
+    except OSError as error:
+      if error.errno not in workdir.DISK:
+        raise
+      cache = cli.path('--workdir', FLAGS.workdir).parent / '.corpus'
+      raise cli.Stopped(workdir.trouble(cache, error)) from error
     except signals.Stopped as signal:
       print(
         f'Stopped by {signal}: units that are done stay, and the same command '

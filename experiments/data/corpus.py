@@ -59,6 +59,7 @@ def prepare(
   """
   cache = pathlib.Path(cache)
   if files := token_files.files(data.source):
+    making.make_cache(cache)
     return _of_ids(files, data, tokenizer, cache, say, known)
   _check_ends(data, tokenizer)
   if _has_shards(data.source):

@@ -21,6 +21,7 @@ from .shards import Tokens
 from .tokenizer import Tokenizer
 
 _OLDER_BLOCK = 1 << 20
+_SHARD_FACTS = {'documents', 'rows', 'lengths', 'largest', 'checksums'}
 FACTS = ('documents', 'text_bytes', 'replaced', 'duplicates')
 
 
@@ -137,7 +138,10 @@ def facts_of(folder: pathlib.Path, number: int, remedy: str = '') -> dict:
   """
   path = shards.file_of(folder, number, 'json')
   try:
-    return json.loads(path.read_text(encoding='utf-8'))
+    facts = json.loads(path.read_text(encoding='utf-8'))
+    if not isinstance(facts, dict) or not facts.keys() >= _SHARD_FACTS:
+      raise ValueError('facts are missing')
+    return facts
   except (OSError, ValueError) as error:
     raise damaged(path, error, remedy) from None
 

@@ -200,7 +200,11 @@ def _jsonl(
       text = row.get('text', 0) if isinstance(row, dict) else 0
       if not isinstance(text, str | None):
         where = f'{path}:{number + (_lines(path, first) if start else 0)}'
-        raise ConfigError(f'{where}: must be an object with a string "text"')
+        names = ', '.join(row)[:80] if isinstance(row, dict) else ''
+        has = f', and has {names}' if names else ''
+        raise ConfigError(
+          f'{where}: must be an object with a string "text"{has}'
+        )
       # JSON may spell half a surrogate pair, which UTF-8 cannot write.
       yield (text or '').encode('utf-8', 'surrogatepass'), raw.replaced
 

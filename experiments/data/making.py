@@ -46,6 +46,21 @@ def make(folder, files, data, tokenizer, say, processes) -> None:
       path.unlink()
 
 
+def make_cache(cache: pathlib.Path) -> None:
+  """Makes the folder of all tokens, beside those of runs.
+
+  Raises:
+    ConfigError: it cannot be.
+  """
+  try:
+    cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+  except OSError as error:
+    raise ConfigError(
+      f'{cache}: cannot be a folder of tokens ({error.strerror}); name another '
+      '--workdir, beside which it lies'
+    ) from None
+
+
 @contextlib.contextmanager
 def working(
   cache, files, data, tokenizer, say, is_shared: bool = False
@@ -55,7 +70,7 @@ def working(
   Processes with shares of one text lock it together. It stays after a kill, and
   goes if no unit was done.
   """
-  cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+  make_cache(cache)
   stamp = identity.stamp(files, data, tokenizer, of_content=True)
   work = cache / f'{_PART}{stamp}'
   handle = _locked(work, is_shared, say)

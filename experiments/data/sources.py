@@ -11,6 +11,7 @@ held out: of a book and a note, one document each, either might be held out.
 
 from __future__ import annotations
 
+import functools
 import glob
 import json
 import os
@@ -36,7 +37,10 @@ _SKIPPED = frozenset(
 _DOCUMENT_BYTES = 1 << 20  # a text file above this is cut into pieces
 _LEAST_BYTES = 16 << 10  # and one below this never
 _LINE_BYTES = 1 << 24
+_RUNS = 'folders of runs'
 _NAMED = 3  # files of each kind that are named
+# Of a source that is no text.
+_IDS = '; or of ids, by name or glob: .bin, .npy, .parquet, .arrow'
 _MAGIC = re.compile(r'[*?\[]')
 
 
@@ -98,7 +102,9 @@ def listed(source: str, heldout: float = 1.0) -> Listing:
   kinds = ', '.join(TEXT + ROWS)
   if os.path.isfile(path):
     if not kind(path):
-      raise ConfigError(f'data.source={source!r}: must end in one of {kinds}')
+      raise ConfigError(
+        f'data.source={source!r}: must end in one of {kinds}{_IDS}'
+      )
     if not os.path.getsize(path):
       raise ConfigError(f'data.source={source!r}: the file is empty')
     if _is_other_json(path):
@@ -115,6 +121,9 @@ def listed(source: str, heldout: float = 1.0) -> Listing:
     entries = [(p, _irregular(p)) for p in glob.glob(path, recursive=True)]
     if '**' in path:  # it goes into folders, and yields them, too
       entries = [(p, why) for p, why in entries if why != 'folders']
+      is_run = functools.cache(_is_run)
+      below = functools.partial(_below_run, root, is_run)
+      entries = [(p, why or (_RUNS if below(p) else '')) for p, why in entries]
   else:
     raise Absent(f'data.source={source!r}: no such file or folder')
   return _listing(source, root, entries, heldout, _stat)
@@ -163,6 +172,7 @@ def _listing(
   left_out = _left_out(root, others)
   if not paths:
     only = f'; {left_out}' if left_out else ''
+    only += _IDS
     raise Absent(f'data.source={source!r}: holds no file of {kinds}{only}')
   paths = [path for _, path in paths]
   facts = {path: facts_of(path) for path in paths}
@@ -209,12 +219,32 @@ def _walk(root: str, skipped: frozenset[str]) -> Iterator[tuple[str, str]]:
         yield path, 'hidden'
       elif os.path.islink(path):  # it may lead back here
         yield path, 'links to folders'
+      elif _is_run(path):
+        yield path, _RUNS
       elif name not in skipped:
         below.append(name)
     folders[:] = below
     for name in names:
       path = os.path.join(folder, name)
       yield path, 'hidden' if name[0] == '.' else _irregular(path)
+
+
+def _is_run(folder: str) -> bool:
+  """Whether a folder is one of runs: their records are no text of the source.
+
+  A run below its own source would change the text of its next start.
+  """
+  names = ('config.json', 'lock')
+  return all(os.path.isfile(os.path.join(folder, name)) for name in names)
+
+
+def _below_run(root: str, is_run: Callable, path: str) -> bool:
+  folder = os.path.dirname(path)
+  while len(folder) > len(root):
+    if is_run(folder):
+      return True
+    folder = os.path.dirname(folder)
+  return False
 
 
 def _irregular(path: str) -> str:
@@ -262,7 +292,9 @@ def _left_out(root: str, others: Iterable[tuple[str, str]]) -> str:
 
 
 def _relative(root: str, path: str) -> str:
-  return os.path.relpath(path, root or '.').replace(os.sep, '/')
+  """Returns a name that can be printed; bytes that are not UTF-8 as escapes."""
+  name = os.path.relpath(path, root or '.').replace(os.sep, '/')
+  return os.fsencode(name).decode('utf-8', 'backslashreplace')
 
 
 def _file(

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 
 from mla_moe.config import ConfigError
 
+from .. import cli, workdir
 from . import encoders, units
 from .units import Job, Unit
 
@@ -50,11 +51,12 @@ class Progress:
     done = self._done + size
     speed = done / (clock - self._began)
     left = self._total - self._before - done
-    part = (self._before + done) / self._total
-    minutes = max(left, 0) / max(speed, 1) / 60
-    self._say(
-      f'  {min(part, 1):.1%}: {speed / 1e6:.1f} MB/s, {minutes:.0f} min left'
-    )
+    part = min((self._before + done) / self._total, 1)
+    if not done:
+      self._say(f'  {part:.1%}: no more is done since the start')
+      return
+    minutes = max(left, 0) / speed / 60
+    self._say(f'  {part:.1%}: {speed / 1e6:.1f} MB/s, {minutes:.0f} min left')
 
 
 def write(job: Job, whole: Sequence[Unit], count: int, say: Say) -> None:
@@ -118,6 +120,8 @@ def _follow(pipes, processes, rest, progress, say) -> None:
         continue
       if kind == 'error':
         raise ConfigError(value)
+      if kind == 'disk':
+        raise cli.Stopped(value)
       if kind == 'line' and value and value not in lines:
         lines.add(value)
         say(f'{value}.')
@@ -159,3 +163,5 @@ def _work(pipe, place, cores: int) -> None:
     pipe.send(('line', encode.line))
   except ConfigError as error:
     pipe.send(('error', str(error)))
+  except OSError as error:
+    pipe.send(('disk', workdir.trouble(job.folder, error)))

@@ -122,6 +122,7 @@ def test_missing_empty_and_unknown_sources_are_named(tmp_path):
     ('nowhere/*.txt', 'holds no file'),
     ('empty.txt', 'is empty'),
     ('odd.dat', 'must end in'),
+    ('odd.dat', 'or of ids, by name or glob: .bin'),
     ('none', 'holds no file'),
     ('blank', 'holds no text'),
   ):
@@ -141,7 +142,9 @@ def test_a_bad_row_is_named_with_its_line(tmp_path):
     '[' * 9999,
   ):
     path.write_text(good + '\n' + bad + '\n')
-    assert 'rows.jsonl:3:' in fails(small(source=str(path)), tmp_path)
+    line = fails(small(source=str(path)), tmp_path)
+    assert 'rows.jsonl:3:' in line
+    assert ('a string "text", and has txt' in line) == ('txt' in bad)
 
 
 def test_a_bad_parquet_is_named(tmp_path):
@@ -277,6 +280,39 @@ def test_files_that_are_left_out_are_counted_and_named(folder, tmp_path):
   assert 'left out are 1 of .csv (a.csv)' in fails(
     small(source=str(only)), tmp_path
   )
+
+
+def test_a_name_that_is_no_utf8_is_a_name(tmp_path):
+  """Two such names are two keys, and can be printed."""
+  folder, lines = os.fsencode(tmp_path / 'text'), []
+  os.mkdir(folder)
+  for name in (b'a\xff.txt', b'a\xfe.txt', b'x\xff.pdf', 'ä.txt'.encode()):
+    try:
+      with open(os.path.join(folder, name), 'wb') as file:
+        file.write(b'broken \xff text\n' * 400)
+    except OSError:
+      pytest.skip('a file system of UTF-8 names')
+  source = str(tmp_path / 'text')
+  text = corpus.prepare(small(source=source), BYTE, tmp_path, lines.append)
+  assert text.facts['documents'] == 3
+  names = [file.name for file in sources.listed(source).files]
+  assert sorted(names) == ['a\\xfe.txt', 'a\\xff.txt', 'ä.txt']
+  assert '1 of .pdf (x\\xff.pdf)' in ''.join(lines).encode().decode()
+
+
+@pytest.mark.parametrize('glob', ['', '/**/*.txt', '/**'])
+def test_a_run_below_its_source_is_no_text_of_it(glob, folder, tmp_path):
+  """Its records would make another text at each start."""
+  source = f'{folder}{glob}'
+  before = sources.listed(source)
+  run = tmp_path / 'text' / 'deep' / 'run'
+  (run / 'log').mkdir(parents=True)
+  for name in ('config.json', 'lock', 'samples.txt', 'log/0.txt'):
+    (run / name).write_text('a record of the run')
+  after = sources.listed(source)
+  assert after.files == before.files and 'folders of runs' in after.left_out
+  (run / 'lock').unlink()
+  assert len(sources.listed(source).files) == len(before.files) + 2
 
 
 @pytest.mark.parametrize('kind', ['jsonl', 'parquet'])

@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import multiprocessing
 import os
 import pathlib
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from texts import BYTE, documents_of, prepared, rows_of, small, write_folder
 
+from experiments import cli
 from experiments.data import (
   corpus,
   corpus_folder,
@@ -154,6 +156,40 @@ def test_progress_is_speed_and_the_time_that_is_left(monkeypatch):
     '  50.0%: 33.3 MB/s, 1 min left',
     '  62.5%: 37.5 MB/s, 1 min left',
   ]
+
+
+def test_before_a_unit_is_done_there_is_no_speed(monkeypatch):
+  lines, seconds = [], iter([100.0, 130.0])
+  monkeypatch.setattr(workers.time, 'monotonic', lambda: next(seconds))
+  whole = [units.Unit(i, (), 10**9) for i in range(4)]
+  workers.Progress(whole, whole[1:], lines.append).tell(0)
+  assert lines == ['  25.0%: no more is done since the start']
+
+
+@pytest.mark.parametrize(
+  ('message', 'error'),
+  [
+    (('error', 'a line'), ConfigError),
+    (('disk', 'a line'), cli.Stopped),
+  ],
+)
+def test_an_error_of_a_process_is_a_line_of_its_parent(message, error):
+  ours, theirs = multiprocessing.Pipe()
+  theirs.send(message)
+  with pytest.raises(error, match='a line'):
+    workers._follow([ours], [], [], None, None)
+
+
+def test_a_unit_whose_facts_are_damaged_is_named(tmp_path, few_bytes):
+  config = small(source=write(tmp_path / 'text', 'jsonl'))
+  cache = tmp_path / 'cache'
+  corpus.prepare_share(config, BYTE, cache, (0, 1), lambda line: None)
+  (folder,) = cache.iterdir()
+  for content in ('{}', '[]', '{"documents": 3}', 'text'):
+    (folder / '00003.json').write_text(content)
+    with pytest.raises(ConfigError, match='00003.json: is damaged') as error:
+      prepared(config, cache)
+    assert str(error.value).endswith(f'delete {folder} and start again')
 
 
 def test_a_kill_costs_one_unit(tmp_path, few_bytes, monkeypatch):

@@ -1,8 +1,12 @@
 """The program that tokenises: what a run finds, and mistakes in a line."""
 
+import errno
+import os
+
 import pytest
 
 from experiments import prepare
+from experiments.data import units
 from mla_moe.config import ConfigError
 
 
@@ -56,6 +60,28 @@ def test_sources_of_a_mixture_are_prepared_one_by_one(call, tmp_path):
   code, output, error = call('prepare', *words, '--verify')
   assert code == 2 and output.count('tokens have their checksums') == 2
   assert '00000.train: MiB 0 is damaged' in error
+
+
+def test_a_disk_that_takes_no_tokens_is_one_line(call, tmp_path, monkeypatch):
+  """Full, or with a file in the place of the folder of tokens."""
+  (tmp_path / 'text.txt').write_text('a line\n' * 999)
+  words = ('--config=tiny:smoke', f'--workdir={tmp_path}/run')
+  words += (f'--config.data.source={tmp_path}/text.txt', '--processes=1')
+
+  def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  with monkeypatch.context() as patch:
+    patch.setattr(units, 'write', full)
+    code, _, error = call('prepare', *words)
+  assert code == 1 and error.count('\n') == 1
+  assert f'{tmp_path}/.corpus: No space left on device (ENOSPC; ' in error
+  assert not [*(tmp_path / '.corpus').iterdir()]
+  (tmp_path / '.corpus').rmdir()
+  (tmp_path / '.corpus').write_text('')
+  code, _, error = call('prepare', *words)
+  assert code == 2 and error.count('\n') == 1
+  assert '.corpus: cannot be a folder of tokens (File exists); name' in error
 
 
 @pytest.mark.parametrize('text', ['8/8', '-1/8', '1', '1/2/3', 'a/b', '0/0'])

@@ -114,12 +114,13 @@ def run(
 def main() -> None:
   """Prepares the text of the flags; a signal ends it, and loses no unit."""
   config = cli.config()
+  folder = bucket.home(cli.run_folder('--workdir', FLAGS.workdir))
   with signals.Stop() as stop:
     try:
       with stop.at_once():
         run(
           config,
-          bucket.home(cli.run_folder('--workdir', FLAGS.workdir)),
+          folder,
           FLAGS.processes,
           FLAGS.shard,
           FLAGS.verify,
@@ -127,7 +128,7 @@ def main() -> None:
     except OSError as error:
       if error.errno not in workdir.DISK:
         raise
-      cache = cli.path('--workdir', FLAGS.workdir).parent / '.corpus'
+      cache = folder.parent / '.corpus'
       raise cli.Stopped(workdir.trouble(cache, error)) from error
     except signals.Stopped as signal:
       print(

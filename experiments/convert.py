@@ -6,8 +6,10 @@
 The first command makes a run at step 0 with the released weights and a fresh
 optimizer. The recipe of --config (with its overrides) gives data, optimizer,
 mesh and length, and the parts of a model that a release does not fix: dtype,
-precision and kernels. The release's tokenizer, chat template and settings of
-generation are copied into the run's folder `huggingface`. To train on:
+precision and kernels. A dense release gets the indexer of the recipe's
+`model.dsa`, with random weights, for sparse attention's warm-up. The release's
+tokenizer, chat template and settings of generation are copied into the run's
+folder `huggingface`. To train on:
 
   python -m experiments.train --config=runs/mine/config.py --workdir=runs/mine
 
@@ -35,6 +37,7 @@ from . import (
   against_transformers,
   cli,
   commands,
+  indexers,
   run_tokenizer,
   tokenizer,
   workdir,
@@ -90,6 +93,7 @@ def define() -> None:
 
 def combined(released: ModelConfig, recipe: ModelConfig) -> ModelConfig:
   """Returns the released model, computed and rounded as the recipe says."""
+  released = indexers.added(released, recipe.dsa)
   return dataclasses.replace(
     released,
     dtype=recipe.dtype,
@@ -127,6 +131,7 @@ def to_run(
     model = combined(model, recipe.model)
     config = dataclasses.replace(recipe, model=model, data=data)
     sharding.check(config)
+    variables = indexers.completed(variables, model, config.run.seed, mesh)
     state = _fresh_state(variables, config.optim)
     with (
       save.replacing(target) as scratch,

@@ -4,7 +4,8 @@ Arithmetic on the config, without JAX. A training step costs 6 FLOPs for each
 active matrix parameter and token (2 forward, 4 backward), plus the quadratic
 part of causal attention, 3 * 2 * N * (H + R + U) * T/2 for each layer and token
 (DeepSeek's "Insights into DeepSeek-V3", Table 2). Published counts leave the
-MTP modules out, and so do `total` and `active`; `mtp` counts them.
+MTP modules out, and so do `total` and `active`; `mtp` counts them. An indexer
+scores all keys forward; backward its loss touches those of its sets.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class Parameters:
   """Numbers of parameters.
 
   `total` is the sum of embedding, head, attention, dense, routed, shared,
-  router and norms. `active` leaves out the experts that a token is not sent to.
+  router, norms, indexer. `active` leaves out the experts that a token skips.
   `mtp` and `mtp_active` are those of the MTP modules, in addition.
   """
 
@@ -35,6 +36,7 @@ class Parameters:
   shared: int
   router: int
   norms: int
+  indexer: int
   mtp: int
   mtp_active: int
 
@@ -55,11 +57,22 @@ def _attention(model: ModelConfig) -> tuple[int, int]:
   return matrices, query + a.kv_rank
 
 
+def _indexer(model: ModelConfig) -> tuple[int, int, int]:
+  """Returns an indexer's matrices and norm, and the layers that have one."""
+  dsa = model.dsa
+  if not dsa.heads:
+    return 0, 0, 0
+  source = model.mla.query_rank if dsa.q_from == 'latent' else model.dim
+  matrices = source * dsa.heads * dsa.dim + model.dim * (dsa.dim + dsa.heads)
+  return matrices, 2 * dsa.dim, model.layers - dsa.types.count('shared')
+
+
 def parameters(config) -> Parameters:
   """Returns the counts of a ModelConfig (or of a Config's model)."""
   model = _model(config)
   moe, d, layers = model.moe, model.dim, model.moe_layers
   matrices, latent_norms = _attention(model)
+  index, index_norm, indexers = _indexer(model)
   expert = 3 * d * moe.width
   gate = moe.experts * (d + (moe.method == 'noaux_tc'))
   embedding = model.vocab * d
@@ -74,6 +87,7 @@ def parameters(config) -> Parameters:
     shared=layers * moe.shared * expert,
     router=layers * gate,
     norms=norms,
+    indexer=indexers * (index + index_norm),
   )
   total = sum(parts.values())
   idle = (moe.experts - moe.top_k) * expert
@@ -82,6 +96,7 @@ def parameters(config) -> Parameters:
   else:
     ffn, idle = 3 * d * model.dense_width, 0
   module = 2 * d * d + 3 * d + matrices + latent_norms + 2 * d + ffn
+  module += index + index_norm
   depth = model.mtp.depth
   return Parameters(
     total=total,
@@ -102,24 +117,45 @@ def train_flops_per_token(config, seq_len: int, mtp: bool = False) -> float:
   head = model.vocab * model.dim
   bias = model.moe.experts * (model.moe.method == 'noaux_tc')
   matrices = counts.active - counts.embedding - counts.head - counts.norms
+  matrices -= counts.indexer
   matrices += head - model.moe_layers * bias
+  index, index_norm, indexers = _indexer(model)
   blocks = model.layers
   if mtp and model.mtp.depth:
     blocks += model.mtp.depth
-    norms = 5 * model.dim + _attention(model)[1]
+    indexers += model.mtp.depth * (index > 0)
+    norms = 5 * model.dim + _attention(model)[1] + index + index_norm
     module = counts.mtp_active // model.mtp.depth - norms
     module -= bias if model.moe_layers else 0
     matrices += model.mtp.depth * (module + head)
   width = a.nope_dim + a.rope_dim + a.value_dim
-  attention = 3 * 2 * a.heads * width * (seq_len / 2) * blocks
-  return 6.0 * matrices + attention
+  attention = 3 * 2 * a.heads * width * (seq_len / 2)
+  if index:
+    keys = read_keys(model, seq_len)
+    absorbed = 2 * a.kv_rank + a.rope_dim
+    attention = min(attention, 3 * 2 * a.heads * absorbed * keys)
+    # Its input has no gradient: a matrix costs 4 FLOPs, not 6.
+    index = 4.0 * index + index_flops(model, seq_len / 2 + 2 * keys)
+  return 6.0 * matrices + attention * blocks + index * indexers
+
+
+def read_keys(model: ModelConfig, seq_len: float) -> float:
+  """Returns the keys that attention reads, on average over the positions."""
+  read = min(model.dsa.topk, seq_len) if model.dsa.heads else seq_len
+  return read - read**2 / (2 * seq_len) if seq_len else 0.0
+
+
+def index_flops(model: ModelConfig, keys: float) -> float:
+  """Returns the FLOPs of one layer's index scores of so many keys."""
+  return 2 * model.dsa.heads * (model.dsa.dim + 1) * keys
 
 
 def cache_bytes_per_token(config, dtype: str = 'bfloat16') -> int:
-  """Returns the cache's bytes for one token: the latent and the shared key."""
+  """Returns the cache's bytes for one token: latents, shared and index keys."""
   model = _model(config)
-  per_layer = model.mla.kv_rank + model.mla.rope_dim
-  return per_layer * model.layers * _BYTES[str(dtype)]
+  numbers = (model.mla.kv_rank + model.mla.rope_dim) * model.layers
+  numbers += model.dsa.dim * _indexer(model)[2]
+  return numbers * _BYTES[str(dtype)]
 
 
 def hours_and_money(

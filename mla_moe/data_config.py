@@ -25,11 +25,11 @@ class DataConfig(Checked):
   fraction of text for evaluation.
 
   `sources` are (path, weight, name) in the place of `source`: rows come from
-  them by weight (`data.mixture`). `phases` are (tokens, weights): from so many
-  tokens of the run on, the sources have these weights. No source is read more
-  than `max_epochs` times (0: any). `validation` are (path, name) of texts that
-  are evaluated, too. `dtype` is that of the ids in a raw .bin. Of ids in a
-  bucket `block_rows` neighbours are read together (0: rows of any places).
+  them by weight. `phases` are (tokens, weights): from so many tokens of the run
+  on, the sources have these weights. No source is read more than `max_epochs`
+  times (0: any). `validation` are (path, name) of texts that are evaluated,
+  too. `dtype` is that of the ids in a raw .bin. Of ids in a bucket `block_rows`
+  neighbours are read together (0: rows of any places).
   """
 
   source: str = 'stdlib'

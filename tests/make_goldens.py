@@ -11,11 +11,15 @@ passes. `name=value` pairs override the configuration.
 The other kinds are families that differ little from V3. sarvam has the keys
 that its release has, and large3 is Mistral Large 3 in its own layout:
 params.json, other names of tensors, YaRN without a temperature. --tiny makes
-the sizes of tests/golden/families.
+the sizes of tests/golden/families. Those with sparse attention, deepseek_v32
+and glm_moe_dsa, have logits_dense (every key is read), and selected [layers, 2,
+96, 96], the keys of each query, too. The keys of V3.2's indexer are as small as
+the epsilon of their norm, and some layers of GLM's share a selection.
 
 --release writes V3 in DeepSeek's layout: FP8 tiles, shards with an index, the
 older keys of config.json, and an MTP layer, which is made of transformers' own
-parts and whose mtp_logits [2, 95] are added to expected.npz. --mtp adds such a
+parts and whose mtp_logits [2, 95] are added to expected.npz. V3.2's scales are
+powers of two. --mtp adds such a
 layer to glm4_moe_lite, as GLM-4.7-Flash has it.
 
 Needs torch and transformers; the cases in tests/golden are from transformers
@@ -27,6 +31,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import functools
 import json
 import pathlib
 
@@ -110,6 +115,26 @@ KINDS |= {
     rope_parameters=_LONG,
   ),
   'sarvam_mla': dict(**_EXPERTS, q_lora_rank=None),
+  'deepseek_v32': dict(
+    **_EXPERTS | dict(n_group=4, topk_group=2),
+    q_lora_rank=24,
+    index_n_heads=8,
+    index_head_dim=24,
+    index_topk=12,
+    rope_parameters=SMALL['rope_parameters'] | dict(factor=40.0),
+  ),
+  'glm_moe_dsa': dict(
+    **_EXPERTS,
+    q_lora_rank=24,
+    rms_norm_eps=1e-5,
+    index_n_heads=8,
+    index_head_dim=24,
+    index_topk=12,
+    num_hidden_layers=4,
+    first_k_dense_replace=2,
+    indexer_types=['full', 'shared', 'full', 'shared'],
+    rope_parameters=_PLAIN,
+  ),
   'large3': dict(
     **_EXPERTS,
     q_lora_rank=24,
@@ -125,7 +150,7 @@ TINY |= dict(num_attention_heads=2, num_key_value_heads=2)
 TILE = 128
 
 
-def quantised(weight):
+def quantised(weight, power_of_two=False):
   """Returns (float8_e4m3fn, scales of 128x128 tiles, dequantised float32)."""
   import torch
 
@@ -136,6 +161,8 @@ def quantised(weight):
   tiles = padded.reshape(r, TILE, c, TILE)
   scale = tiles.abs().amax((1, 3)) / 448
   scale = torch.where(scale == 0, 1.0, scale)
+  if power_of_two:
+    scale = torch.exp2(torch.ceil(torch.log2(scale)))
   q = (tiles / scale[:, None, :, None]).clamp(-448, 448)
   q = q.to(torch.float8_e4m3fn)
   unpadded = lambda x: x.reshape(padded.shape)[:rows, :columns].contiguous()
@@ -163,17 +190,19 @@ def views(prefix, module):
         yield f'{prefix}{parent}.{e}.{part}.weight', view
 
 
-def release(named):
+def release(named, sparse=False):
   """Returns {name: released tensor}; rounds the model's views to the same."""
   import torch
 
   out = {}
   for name, view in named:
     linear = name.endswith(('_proj.weight', '_with_mqa.weight'))
-    if name.endswith('e_score_correction_bias'):
+    linear |= name.endswith(('indexer.wk.weight', 'indexer.wq_b.weight'))
+    linear &= 'eh_proj' not in name and 'weights_proj' not in name
+    if 'e_score_correction_bias' in name or 'k_norm' in name:
       out[name] = view.clone()
-    elif linear and 'eh_proj' not in name:
-      q, scale, wide = quantised(view)
+    elif linear:
+      q, scale, wide = quantised(view, power_of_two=sparse)
       out[name], out[f'{name}_scale_inv'] = q, scale
       view.copy_(wide)
     else:
@@ -205,7 +234,43 @@ def mtp_module(model):
     else:
       parameter.data.uniform_(0.8, 1.2)
   layer.mlp.gate.e_score_correction_bias.normal_(0, 0.05)
+  small_index_keys(layer)
   return layer.eval()
+
+
+def small_index_keys(model):
+  """Makes an indexer's keys as small as the epsilon of their norm."""
+  for name, parameter in model.named_parameters():
+    if name.endswith('indexer.wk.weight'):
+      parameter.data *= 2e-3
+    if name.endswith('indexer.k_norm.bias'):
+      parameter.data -= 1
+
+
+def selected(run):
+  """Returns the keys of each query, [2, T, T], of each layer that run() runs.
+
+  No row's last key may be nearly as good as the next one: 1e-5 of a score.
+  """
+  import torch
+
+  sets, topk = [], torch.Tensor.topk
+
+  def note(scores, k, **kwargs):
+    out = topk(scores, k, **kwargs)
+    if scores.shape[-1] == scores.shape[-2]:  # of tokens: an indexer's
+      rows = torch.zeros_like(scores, dtype=torch.bool)
+      rows.scatter_(-1, out.indices, True)
+      sets.append((rows & scores.isfinite()).numpy())
+      best = scores[:, k:].sort(-1, descending=True).values
+      margin = (best[..., k - 1] - best[..., k]).min() / best[..., k - 1].std()
+      assert margin > 1e-5, f'ties ({margin:g}): take another --seed'
+    return out
+
+  torch.Tensor.topk = note
+  run()
+  torch.Tensor.topk = topk
+  return sets
 
 
 def mtp_logits(model, layer, tokens):
@@ -265,13 +330,12 @@ def write_release(folder, config, tensors, shards=3):
   values['rope_theta'] = rope.pop('rope_theta')
   rope['type'] = rope.pop('rope_type')
   values |= {
-    'architectures': ['DeepseekV3ForCausalLM'],
+    'architectures': config.architectures,
     'rope_scaling': rope,
     'scoring_func': 'sigmoid',
     'topk_method': 'noaux_tc',
     'moe_layer_freq': 1,
     'num_nextn_predict_layers': 1,
-    'auto_map': {'AutoConfig': 'configuration_deepseek.DeepseekV3Config'},
     'quantization_config': {
       'activation_scheme': 'dynamic',
       'fmt': 'e4m3',
@@ -279,6 +343,13 @@ def write_release(folder, config, tensors, shards=3):
       'weight_block_size': [TILE, TILE],
     },
   }
+  if config.model_type == 'deepseek_v32':
+    for key in ('layer_types', 'mlp_layer_types', 'head_dim', 'qk_head_dim'):
+      del values[key]
+    values['quantization_config']['scale_fmt'] = 'ue8m0'
+  else:
+    name = 'configuration_deepseek.DeepseekV3Config'
+    values['auto_map'] = {'AutoConfig': name}
   (folder / 'config.json').write_text(json.dumps(values, indent=1))
 
 
@@ -403,9 +474,9 @@ def main() -> None:
   flags = parser.parse_args()
   pairs = [pair.split('=', 1) for pair in flags.overrides]
   overrides = {key: ast.literal_eval(value) for key, value in pairs}
-  v3 = flags.kind == 'v3'
-  if flags.release and not v3:
-    parser.error('--release is for --kind=v3')
+  sparse = 'index_topk' in KINDS[flags.kind]
+  if flags.release and flags.kind not in ('v3', 'deepseek_v32'):
+    parser.error('--release is for --kind=v3 and deepseek_v32')
   if flags.mtp and flags.kind != 'glm4_moe_lite':
     parser.error('--mtp is for --kind=glm4_moe_lite')
   names = {'v3': 'deepseek_v3', 'v2': 'deepseek_v2', 'large3': 'mistral4'}
@@ -423,6 +494,8 @@ def main() -> None:
     for parameter in model.parameters():
       if parameter.ndim < 2:
         parameter.data.uniform_(0.8, 1.2)
+  if flags.kind == 'deepseek_v32':
+    small_index_keys(model)
   for name, buffer in model.named_buffers():
     if name.endswith('e_score_correction_bias'):
       buffer.normal_(0, 0.05)
@@ -435,7 +508,9 @@ def main() -> None:
     if flags.release or flags.mtp:
       layer = mtp_module(model)
       prefix = f'model.layers.{config.num_hidden_layers}.'
-      read = release if flags.release else dict
+      config.architectures = [type(model).__name__]
+      read = functools.partial(release, sparse=sparse)
+      read = read if flags.release else dict
       tensors = read(views('', model)) | read(views(prefix, layer))
       for name, original in (
         ('embed_tokens.weight', 'model.embed_tokens.weight'),
@@ -444,14 +519,26 @@ def main() -> None:
         tensors[prefix + name] = tensors[original].clone()
       write = write_release if flags.release else write_family
       write(flags.folder, config, tensors)
-      expected['mtp_logits'] = mtp_logits(model, layer, ids).numpy()
+      run = lambda: mtp_logits(model, layer, ids).numpy()
+      expected['mtp_logits'] = run()
+      if sparse:
+        expected['mtp_selected'] = selected(run)[-1]
     else:
       model.save_pretrained(flags.folder)
     if flags.kind == 'sarvam_mla':
       as_sarvam(flags.folder)
     if flags.kind == 'large3':
       as_large3(flags.folder, model, config)
-    expected['logits'] = model(ids).logits.numpy()
+    run = lambda: model(ids).logits.numpy()
+    expected['logits'] = run()
+    if sparse:
+      expected['selected'] = np.stack(selected(run))
+      indexers = [m for n, m in model.named_modules() if n.endswith('indexer')]
+      for indexer in indexers:
+        indexer.index_topk = len(tokens[0])
+      expected['logits_dense'] = run()
+      for indexer in indexers:
+        indexer.index_topk = config.index_topk
     greedy = ids[:, :24]
     for _ in range(24):
       last = model(greedy).logits[:, -1:].argmax(-1)

@@ -49,7 +49,6 @@ SOURCES = (
   *('train/losses.py', 'train/optim.py', 'train/step.py', 'train/state.py'),
   *(
     'data/batches.py',
-    'data/mixture.py',
     'hf/names.py',
     'hf/fp8_blocks.py',
     'rl/*.py',
@@ -170,7 +169,9 @@ def _stored_sample(args) -> list[mutations.Mutation]:
   """
   groups = []
   sources = [p for s in SOURCES for p in (ROOT / 'mla_moe').glob(s)]
-  sources += [ROOT / PROGRAMS / n for n in ('documents.py', 'holdout.py')]
+  sources += [
+    ROOT / PROGRAMS / n for n in ('documents.py', 'holdout.py', 'mixture.py')
+  ]
   for path in sorted(sources):
     name = str(path.relative_to(ROOT))
     by_key = {m.key: m for m in mutations.mutations(name, path.read_text())}

@@ -1,6 +1,6 @@
 """The texts of a config: its source or sources, and its validation sets.
 
-Each is a corpus by itself (`corpus`); `mla_moe.data.mixture` mixes their rows.
+Each is a corpus by itself (`corpus`); `mixture` mixes their rows.
 Both parts of a validation set are evaluated, so it is as good as all held out.
 """
 
@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mla_moe.config import Config, ConfigError, DataConfig
-from mla_moe.data import batches, mixture
+from mla_moe.data import batches
 
-from . import corpus_folder, shards
+from . import corpus_folder, mixture, shards
 
 
 def singles(data: DataConfig) -> dict[str, DataConfig]:

@@ -19,12 +19,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mla_moe.config import Config, ConfigError, DataConfig
-from mla_moe.data import batches, mixture
+from mla_moe.data import batches
 from mla_moe.decode import generation
 
 from .. import distributed, workdir
 from ..checkpointing import folders, seal
-from ..data import blend, corpus, corpus_folder, shards, tokenizer
+from ..data import (
+  blend,
+  corpus,
+  corpus_folder,
+  mixture,
+  shards,
+  tokenizer,
+)
 from . import steps
 
 _TEMPERATURE = 0.7  # of the samples

@@ -3,6 +3,7 @@
 It begins at step 0 with a text, schedules and a length of its own; only the
 shapes of the model must be the same. The optimizer's moments come along if the
 other run had the same optimizer, and both learn from text or both from rewards.
+A dense model may begin a run with an indexer, whose weights are random then.
 The run saves step 0 before it takes a step, and depends on its origin no more;
 a run that is killed before that begins again from the very checkpoint that its
 folder names.
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 from mla_moe import files
 from mla_moe.config import Config, ConfigError, ModelConfig
 
-from .. import distributed, workdir
+from .. import distributed, indexers, workdir
 from ..checkpointing import bucket, storage
 
 _FILE = 'init.json'
@@ -122,8 +123,10 @@ def _of_run(setup, folder, step, allow_unsealed) -> tuple[Any, Origin]:
 
   config, theirs = setup.config, workdir.read_config(folder)
   check_tokenizer(setup, theirs, folder)
-  check(config.model, theirs.model, str(folder))
-  like = dataclasses.replace(config, optim=theirs.optim, rl=theirs.rl)
+  model = _like(config.model, theirs.model, str(folder))
+  like = dataclasses.replace(
+    config, model=model, optim=theirs.optim, rl=theirs.rl
+  )
   restored = store.restore(
     workdir.checkpoints(folder),
     program.state_shapes(like, setup.mesh),
@@ -139,17 +142,37 @@ def _of_run(setup, folder, step, allow_unsealed) -> tuple[Any, Origin]:
   # The gradients of rewards are not of the size that those of a text were.
   moments = config.optim.optimizer == theirs.optim.optimizer
   moments = moments and bool(config.rl.task) == bool(theirs.rl.task)
+  moments = moments and config.model.dsa == model.dsa
   opt = state.opt if moments else None
   origin = Origin(str(folder), restored.step, moments)
-  return _at_step_0(setup, state.params, state.router, opt), origin
+  variables = _whole(setup, {'params': state.params, 'router': state.router})
+  return _at_step_0(setup, *variables, opt), origin
 
 
 def _of_release(setup, folder: pathlib.Path) -> Any:
   from mla_moe import load_huggingface
 
   model, variables = load_huggingface(folder, mesh=setup.mesh)
-  check(setup.config.model, model, str(folder))
-  return _at_step_0(setup, variables['params'], variables['router'], None)
+  _like(setup.config.model, model, str(folder))
+  return _at_step_0(setup, *_whole(setup, variables), None)
+
+
+def _like(ours: ModelConfig, theirs: ModelConfig, source: str) -> ModelConfig:
+  """Returns our model with their indexer, or none; refuses other shapes."""
+  own = ours.dsa.heads and theirs.dsa.heads
+  attention = theirs.dsa.attention if own else ours.dsa.attention
+  dsa = dataclasses.replace(ours.dsa, attention=attention)
+  like = dataclasses.replace(ours, dsa=dsa if own else theirs.dsa)
+  check(ours if own or not ours.dsa.heads else like, theirs, source)
+  return like
+
+
+def _whole(setup, variables: Any) -> tuple[Any, Any]:
+  """Returns params and router, the indexer's included."""
+  config = setup.config
+  args = config.model, config.run.seed, setup.mesh
+  variables = indexers.completed(variables, *args)
+  return variables['params'], variables['router']
 
 
 def _at_step_0(setup, params: Any, router: Any, opt: Any) -> Any:

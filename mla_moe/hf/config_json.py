@@ -16,6 +16,7 @@ import numpy as np
 
 from mla_moe.config import (
   ConfigError,
+  DSAConfig,
   MLAConfig,
   ModelConfig,
   MoEConfig,
@@ -29,6 +30,7 @@ from mla_moe.hf.dialects import Dialect
 BF16 = np.dtype(ml_dtypes.bfloat16)
 F32 = np.dtype(np.float32)
 
+_DEDUCED = ('deepseek_v2', 'deepseek_v3', 'deepseek_v32')  # by `family_of`
 _NO_YARN = ('default', 'none', None)
 _ROPE = ('rope_theta', 'rope_type', 'type', 'max_position_embeddings')
 _LENGTH = 'original_max_position_embeddings'
@@ -80,8 +82,9 @@ def read(values: dict[str, Any], dtype: str) -> ModelConfig:
       mla=mla,
       moe=_read_moe(values, family, own) if routed else MoEConfig(),
       mtp=MTPConfig(**_fields('mtp', values, own)),
+      dsa=_read_dsa(values, own),
       release=ReleaseConfig(
-        family='' if family in ('deepseek_v2', 'deepseek_v3') else family,
+        family='' if family in _DEDUCED else family,
         rotary='halves' if values.get('rope_interleave') is False else 'pairs',
       ),
     )
@@ -120,7 +123,7 @@ def _check_computed(values: dict[str, Any], family: str, routed: bool) -> None:
   for key in ('qk_head_dim', 'q_head_dim'):
     rule = f'qk_nope_head_dim + qk_rope_head_dim is {nope + rotary}'
     only(key, (nope + rotary,), rule)
-  sizes = rotary, nope + rotary, values['kv_lora_rank'] + rotary
+  sizes = rotary, nope, nope + rotary, values['kv_lora_rank'] + rotary
   part = values.get('partial_rotary_factor')
   if part in (None, 1):
     if family != 'mistral_large_3':  # its head_dim is another size
@@ -131,6 +134,12 @@ def _check_computed(values: dict[str, Any], family: str, routed: bool) -> None:
       f'partial_rotary_factor={part!r}: a head rotates qk_rope_head_dim='
       f'{rotary} of its numbers here; set it to 1, or head_dim to fit'
     )
+  if dialects.dialect(family).own:
+    rule = 'transformers rotates pairs in this attention, whatever this says'
+    only('rope_interleave', (True,), rule)
+    kinds = ('indexed_attention', 'deepseek_sparse_attention')
+    same = [[kind] * values['num_hidden_layers'] for kind in kinds]
+    only('layer_types', same, f'each layer must be an {kinds[0]}')
   if 'rope_interleave' in values and values['rope_interleave'] is None:
     raise ConfigError(
       'rope_interleave=None: means halves in transformers and pairs in '
@@ -139,6 +148,47 @@ def _check_computed(values: dict[str, Any], family: str, routed: bool) -> None:
   if routed and family == 'deepseek_v2':
     rule = "transformers ignores it for deepseek_v2, DeepSeek's code does not"
     only('norm_topk_prob', (False,), rule)
+
+
+def _read_dsa(values: dict[str, Any], own: Dialect) -> DSAConfig:
+  """Returns the indexer; of a family without, none."""
+  if not own.own:
+    return DSAConfig()
+  types = _index_types(values, values['num_hidden_layers'])
+  return DSAConfig(
+    **_fields('dsa', values, own),
+    interleaved=values['indexer_rope_interleave'],
+    q_from='latent' if values.get('q_lora_rank') else 'x',
+    types=types if 'shared' in types else (),
+  )
+
+
+def _index_types(values: dict[str, Any], layers: int) -> tuple[str, ...]:
+  """Returns each layer's type by the keys that are there, which must agree.
+
+  With `index_topk_freq` F and `index_skip_topk_offset` O, layer i is full where
+  F divides max(i - O + 1, 0).
+  """
+  words, named = {'F': 'full', 'S': 'shared'}, {}
+  for key in ('indexer_types', 'index_topk_pattern'):
+    if values.get(key):
+      named[key] = tuple(words.get(str(x), str(x)) for x in values[key])
+  if period := values.get('index_topk_freq'):
+    first = values.get('index_skip_topk_offset')
+    after = (
+      max(i - (2 if first is None else first), -1) for i in range(layers)
+    )
+    words = 'full', 'shared'
+    named['index_topk_freq'] = tuple(words[(n + 1) % period > 0] for n in after)
+  for key, types in named.items():
+    valid = len(types) == layers and {*types} <= {'full', 'shared'}
+    if not valid or types[0] != 'full' or types != next(iter(named.values())):
+      raise ConfigError(
+        f'{key}={str(values[key])[:60]}: must name "full" or "shared" for each '
+        f'of num_hidden_layers={layers}, "full" for the first, and the same as '
+        f'{" and ".join(named)}'
+      )
+  return next(iter(named.values()), ())
 
 
 def _dense_layers(values: dict[str, Any], model: dict, routed: bool) -> Any:
@@ -277,6 +327,7 @@ def write(
     'num_key_value_heads': mla.heads,
   } | tables['written']
   parts = {'model': config, 'mla': mla, 'moe': config.moe, 'mtp': config.mtp}
+  parts |= {'dsa': config.dsa} if config.dsa.heads else {}
   for name, part in parts.items():
     for field, key in tables['fields'][name].items():
       values[key] = getattr(part, field)
@@ -285,6 +336,10 @@ def write(
   values['q_lora_rank'] = values['q_lora_rank'] or None
   if config.release.rotary == 'halves':
     values['rope_interleave'] = False
+  if family == 'glm_moe_dsa':
+    types = config.dsa.types or ('full',) * config.layers
+    values |= {'indexer_types': [*types], 'indexer_rope_interleave': True}
+    values['index_topk_pattern'] = ''.join(kind[0].upper() for kind in types)
   if family == 'glm4_moe_lite':  # transformers reads no other key
     values['mlp_layer_types'] = ['dense'] * config.dense_layers
     values['mlp_layer_types'] += ['sparse'] * config.moe_layers
@@ -326,15 +381,15 @@ def family_of(config: ModelConfig) -> str:
   if (eps := config.mla.norm_eps) != 1e-6:
     raise ConfigError(f'mla.norm_eps={eps!r}: config.json can only mean 1e-06')
   reasons = {f: _unlike(config, f) for f in [name] if f} or {
-    f: _unlike(config, f) for f in ('deepseek_v2', 'deepseek_v3', 'mistral4')
+    f: _unlike(config, f) for f in (*_DEDUCED, 'glm_moe_dsa', 'mistral4')
   }
   fitting = [family for family, reason in reasons.items() if not reason]
   if not fitting:
     moe, rope = config.moe, config.mla.rope
     raise ConfigError(
       f'moe.scoring={moe.scoring!r}, moe.method={moe.method!r}, moe.normalize='
-      f'{moe.normalize}, rope.query_beta={rope.query_beta:g}: no released '
-      'architecture computes this; '
+      f'{moe.normalize}, rope.query_beta={rope.query_beta:g}, dsa.heads='
+      f'{config.dsa.heads}: no released architecture computes this; '
       + ', '.join(f'{f} has {reason}' for f, reason in reasons.items())
     )
   any_fits = not config.moe_layers and 'deepseek_v3' in fitting
@@ -351,6 +406,8 @@ def _unlike(config: ModelConfig, family: str) -> str:
       return f'{dialect.scoring} with {" or ".join(dialect.methods)}'
     if moe.normalize and family == 'deepseek_v2':
       return 'gates that are not normalised'
+  if reason := _unlike_indexer(config, family):
+    return reason
   mistral = 'mistral' in family
   if rope.query_beta and not mistral:
     return 'no query_beta'
@@ -367,6 +424,22 @@ def _unlike(config: ModelConfig, family: str) -> str:
     return 'query_positions equal to original_positions'
   single = family == 'mistral4' and config.release.experts == 'single'
   return "release.experts='fused'" if single else ''
+
+
+def _unlike_indexer(config: ModelConfig, family: str) -> str:
+  """Returns the thing in which a family's indexer is not the model's."""
+  dsa, own = config.dsa, dialects.dialect(family)
+  if not dsa.heads or not own.own:
+    has = 'an' if own.own else 'no'
+    return f'{has} indexer' if dsa.heads or own.own else ''
+  if dsa.types and family == 'deepseek_v32':
+    return 'an indexer in each layer'
+  usual = {'interleaved': own.defaults['indexer_rope_interleave']}
+  usual |= {'q_from': 'latent' if config.mla.query_rank else 'x'}
+  for field, value in (usual | dict(rope_first=True, k_norm_eps=1e-6)).items():
+    if getattr(dsa, field) != value:
+      return f'dsa.{field}={value!r}'
+  return '' if config.release.rotary == 'pairs' else "release.rotary='pairs'"
 
 
 def _write_rope(rope: RopeConfig) -> dict[str, Any] | None:

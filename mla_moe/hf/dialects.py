@@ -30,6 +30,7 @@ class Dialect(NamedTuple):
   defaults: Mapping[str, Any] = {}
   keys: Mapping[str, str] = {}
   absent: str = ''
+  own: str = ''
   tensors: Iterable[tuple[str, str]] = ()
   inner: tuple[str, ...] = ()
   prefix: str = ''
@@ -164,7 +165,8 @@ def _check(family: str, key: str, value: Any) -> None:
   if value is not None and types and type(value).__name__ not in types:
     words = f'{repr(value)[:60]}: must be of type {" or ".join(types)}'
     raise ConfigError(f'{dialect(family).keys.get(key, key)}={words}')
-  if key in data['read'].split() or key in dialect(family).keys:
+  own = dialect(family)
+  if key in (*data['read'].split(), *own.own.split(), *own.keys):
     return
   neutral = data['neutral'].get(key, ())
   if value is None or value is False or value in ('', [], {}, *neutral):

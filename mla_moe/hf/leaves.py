@@ -105,11 +105,11 @@ def empty(
   Raises:
     ConfigError: a leaf whose shape the mesh does not divide.
   """
-  shapes = {row.path: row.shape for row in rows}
   placements = _placements(config, mesh) if mesh is not None else None
   leaves = {}
-  for path, shape in shapes.items():
-    leaf_dtype = config_json.F32 if path[0] == 'router' else dtype
+  for row in rows:
+    path, shape = row.path, row.shape
+    leaf_dtype = config_json.F32 if row.is_float32 else dtype
     placement = placements
     if placement is not None:
       for key in path:

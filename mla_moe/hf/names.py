@@ -10,7 +10,7 @@ h, then the features r. Our leaf has the axes [Q, N, H+R]. `h|u -> h` takes a
 part of an axis. An axis in braces in the tensor's name has a tensor of its own
 for each index: {l} layers, {e} experts, {g} gate and up. Features r are
 rotated: a release pairs neighbours (2i, 2i + 1), our leaves pair the halves
-(`rope`), so they are permuted on the way.
+(`rope`), so they are permuted on the way. V3.2's indexer has halves, too (a).
 
 Every row becomes one array of indices for each axis. Loading takes with these
 arrays and saving puts with them, so the two directions cannot disagree.
@@ -42,8 +42,8 @@ class Row:
   path: keys of the leaf in the variables. name: a template of the tensors'
   names; {l} takes the numbers in `layers`. released: the tensors' axes, one
   group for each dimension of the file. ours: the leaf's axes. sizes: (letter,
-  size) of every letter. family: that
-  spells the name. rotary: the layout of rotated features; ours has halves.
+  size) of every letter. family: that spells the name. neighbours: the rotated
+  letters that are so in the file. is_float32: whatever the others' dtype.
 
   A leaf is read and written matrix by matrix. An `index` names one matrix: its
   position along each of the `loop_axes`, such as {'l': 3, 'e': 17, 'g': 0}.
@@ -56,7 +56,8 @@ class Row:
   ours: tuple[str, ...]
   sizes: tuple[tuple[str, int], ...]
   family: str = ''
-  rotary: str = 'pairs'
+  neighbours: tuple[str, ...] = ('r',)
+  is_float32: bool = False
 
   def size(self, axis: str) -> int:
     """Returns the length of an axis, the sum of its parts."""
@@ -145,13 +146,13 @@ class Row:
 
   def _selected(self, axis: str, ours: str) -> np.ndarray | None:
     """Returns our axis's positions along a released one; None if equal."""
-    if axis == ours and ('r' not in axis.split('|') or self.rotary != 'pairs'):
+    if axis == ours and not {*axis.split('|')} & {*self.neighbours}:
       return None
     selected, offset = [], 0
     for letter in axis.split('|'):
       size = self.size(letter)
       positions = np.arange(size)
-      if letter == 'r' and self.rotary == 'pairs':
+      if letter in self.neighbours:
         positions = np.concatenate([positions[0::2], positions[1::2]])
       if letter in ours.split('|'):
         selected.append(offset + positions)
@@ -211,10 +212,10 @@ def quantized(name: str) -> bool:
   """Returns whether FP8 releases store this tensor in FP8.
 
   They do so for all matrices of the blocks, but not for the router, the norms,
-  the embedding, the head, or the MTP module's projection.
+  the embedding, the head, the MTP module's projection, or index heads' weights.
   """
-  linear = re.search(r'_proj(_with_mqa)?(\.weight)?$', name)
-  return linear is not None and 'eh_proj' not in name
+  linear = re.search(r'(_proj|_with_mqa|indexer\.w(q_b|k))(\.weight)?$', name)
+  return linear is not None and not re.search('eh_proj|weights_proj', name)
 
 
 def ignored(name: str) -> bool:
@@ -254,8 +255,12 @@ class _Table:
     self.rows: list[Row] = []
     self._config, self._lines = config, dialects.tables()['tensors']
     moe, letters = config.moe, dialects.tables()['letters'].items()
-    parts = {'model': config, 'mla': config.mla, 'moe': moe}
+    parts = {'model': config, 'mla': config.mla, 'moe': moe, 'dsa': config.dsa}
     self._sizes = dict(s=moe.shared * moe.width, g=2, k=2 * config.dim)
+    self._sizes['a'] = config.mla.rope_dim
+    self._sizes['b'] = config.dsa.dim - config.mla.rope_dim
+    pairs = {'r': config.release.rotary == 'pairs', 'a': config.dsa.interleaved}
+    self._neighbours = tuple(letter for letter in pairs if pairs[letter])
     for part, table in letters:
       for letter, field in table.items():
         self._sizes[letter] = getattr(parts[part], field)
@@ -283,7 +288,8 @@ class _Table:
           ours=tuple(right.split()),
           sizes=tuple({**self._sizes, 'l': len(layers)}.items()),
           family=self._config.release.family,
-          rotary=self._config.release.rotary,
+          neighbours=self._neighbours,
+          is_float32=collection == 'router' or 'key_norm' in path,
         )
       )
 
@@ -294,6 +300,11 @@ class _Table:
     query = 'query_latent' if self._config.mla.query_rank else 'query'
     for part in (query, 'attention'):
       add(part, f'{ours}attention.', f'{released}self_attn.')
+    dsa = self._config.dsa  # l counts the layers that have an indexer
+    full = tuple(l for l in layers if dsa.types[l : l + 1] != ('shared',))
+    if dsa.heads and (full or not layers):
+      for part in ('indexer', f'indexer_{dsa.q_from}'):
+        self.add(part, f'{ours}attention.', f'{released}self_attn.', full)
     ours, released = f'{ours}ffn.', f'{released}mlp.'
     if not routed:
       add('dense', ours, released)

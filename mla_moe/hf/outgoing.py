@@ -70,7 +70,7 @@ class Tensors:
       self.plan[f'{name}_scale_inv'] = (config_json.F32, shape)
 
   def _dtype(self, name: str, row: names.Row) -> np.dtype:
-    if row.path[0] == 'router':
+    if row.is_float32:
       return config_json.F32
     if self.fp8 and names.quantized(name):
       return fp8_blocks.E4M3
@@ -149,7 +149,7 @@ class Tensors:
           continue
         place = place[1:]
       source.put(_block(self.leaves[source.path], source, index), out[place])
-    if self.dtype is not None and row.path[0] != 'router':
+    if self.dtype is not None and not row.is_float32:
       with np.errstate(over='ignore'):  # 3.4e38 is infinity in bfloat16
         out = out.astype(self.dtype, copy=False)
     fp8_blocks.check_finite(name, out)

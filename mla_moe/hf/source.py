@@ -188,12 +188,12 @@ class Source:
   ) -> np.ndarray:
     """Returns rows of a released matrix (or vector) as floats; refuses NaN.
 
-    They are of the source's dtype, but float32 for the router's bias.
+    They are of the source's dtype, but float32 where a row is.
     """
     name, part = row.tensor(index), row.within(index)
     part = part if piece == slice(None) else (piece, *part[1:])
     with _errors_in(str(self.files[self.stored[name].codes].path)):
-      dtype = config_json.F32 if row.path[0] == 'router' else self.dtype
+      dtype = config_json.F32 if row.is_float32 else self.dtype
       return self._floats(name, part, dtype)
 
   def _floats(

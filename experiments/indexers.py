@@ -1,0 +1,77 @@
+"""A fresh indexer for a model that was trained with dense attention (V3.2).
+
+V3.2 began as V3.1 with an indexer of random weights, which learned beside the
+frozen model (the warm-up) before it chose any key. So a dense model may begin a
+run whose config has an indexer: everything else is the dense model's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mla_moe import sharding
+from mla_moe.config import DSAConfig, ModelConfig, ReleaseConfig
+from mla_moe.hf import names
+from mla_moe.types import PyTree
+
+
+def added(dense: ModelConfig, dsa: DSAConfig) -> ModelConfig:
+  """Returns a dense model with an indexer, or one that has its own unchanged.
+
+  Of its own it takes from `dsa` only the attention's stage. With an indexer it
+  is V3.2's architecture, whatever the dense one was.
+  """
+  if dense.dsa.heads or not dsa.heads:
+    stage = dsa.attention if dsa.heads else dense.dsa.attention
+    own = dataclasses.replace(dense.dsa, attention=stage)
+    return dataclasses.replace(dense, dsa=own)
+  release = ReleaseConfig(experts=dense.release.experts)
+  return dataclasses.replace(dense, dsa=dsa, release=release)
+
+
+def completed(
+  variables: PyTree, config: ModelConfig, seed: int, mesh: Any = None
+) -> PyTree:
+  """Returns the variables with random indexers where the config's are absent.
+
+  The indexers alone are computed: XLA leaves out the rest of the random model.
+  """
+  from mla_moe.model import transformer
+
+  if not config.dsa.heads or any(
+    'indexer' in k for k, _ in names.flat(variables)
+  ):
+    return variables
+  tokens = jnp.zeros((1, config.mtp.depth + 2), jnp.int32)
+  init = transformer.Transformer(config).init
+
+  def fresh(key):
+    tree = nn.unbox(init(key, tokens)['params'])
+    return {k: x for k, x in names.flat(tree) if 'indexer' in k}
+
+  places = None
+  if mesh is not None:
+    boxed = jax.eval_shape(init, jax.random.key(0), tokens)['params']
+    places = dict(names.flat(sharding.shardings(boxed, mesh)))
+    places = {k: x for k, x in places.items() if 'indexer' in k}
+  leaves = jax.jit(fresh, out_shardings=places)(jax.random.key(seed))
+  count = sum(x.size for x in leaves.values())
+  print(
+    f'The model is dense: {count:,} parameters of its indexers are random. Its '
+    "warm-up trains them alone: --config.model.dsa.attention='dense'"
+  )
+  params = functools.reduce(_with, leaves.items(), variables['params'])
+  return {**variables, 'params': params}
+
+
+def _with(tree: PyTree, item: tuple[tuple[str, ...], Any]) -> PyTree:
+  """Returns a copy of nested mappings with one more leaf."""
+  (first, *rest), leaf = item
+  own = _with(tree.get(first, {}), (tuple(rest), leaf)) if rest else leaf
+  return {**tree, first: own}

@@ -207,7 +207,8 @@ class Bucket:
     for child in self.path.iterdir():
       if child.name != BEGUN:
         child.rmtree() if child.is_dir() else child.unlink(missing_ok=True)
-    self.path.rmtree()
+    if self.path.exists():
+      self.path.rmtree()
 
   def half_deleted(self) -> list:
     """Returns nothing: without its commit a step is uncommitted."""

@@ -181,6 +181,9 @@ def test_steps_are_deleted_under_the_run_s_lock(pair, home, call):
   code, out, _ = call('checkpoint', 'rm', url, str(steps[0]))
   assert code == 0 and out == f'{steps[0]}: deleted\n'
   assert folders.steps(f'{url}/checkpoints') == steps[1:]
+  blob(f'{url}/checkpoints/refused/7-0/a/b').upload_from_string(b'')
+  code, out, _ = call('checkpoint', 'rm', url, '--refused')
+  assert code == 0 and out == f'{url}/checkpoints/refused: deleted\n'
   names = storage.objects(f'{url}/checkpoints')
   assert {name.split('/')[0] for name in names} == set(map(str, steps[1:]))
 

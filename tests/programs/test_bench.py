@@ -28,6 +28,7 @@ from experiments.bench import (
   precision,
   products,
   rl,
+  sealing,
   show,
   thought,
   train,
@@ -110,6 +111,10 @@ def test_the_price_of_a_seal_is_measured(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(checkpoint, '_PAUSE_MIB', 4)
   monkeypatch.setattr(checkpoint, '_SEAL_MIB', 8)
   monkeypatch.setattr(checkpoint.runtime, 'keep_memory', lambda: None)
+  line = {'bytes': 2**20, 'seconds': 0.5, 'processor': 0.25}
+  lines = [{'seal': line, 'alone': 0.125, 'beside': 0.375}]
+  measured = lambda _, count, mib: lines * count  # below, by processes
+  monkeypatch.setattr(checkpoint.halves, 'measured', measured)
   monkeypatch.chdir(tmp_path)
   words = ['bench', 'checkpoint', '--rounds=1', '--out=found']
   monkeypatch.setattr(sys, 'argv', words)
@@ -119,8 +124,22 @@ def test_the_price_of_a_seal_is_measured(tmp_path, monkeypatch, capsys):
   assert 0 < seal['fraction'] == pytest.approx(seal['processor'] / 100)
   for one in pause.values():
     assert 0 < one['pause'] < one['safe']
-  assert 'Orbax alone' in capsys.readouterr().out
+  output = capsys.readouterr().out
+  assert 'Orbax alone' in output
+  assert '2 process(es) of a core: each hashes 1 MiB, 0.50 s' in output
+  assert '125 ms, beside a seal that takes 4 s longer 375 ms' in output
   assert [p.name for p in (tmp_path / 'found').iterdir()] == ['checkpoint.json']
+
+
+@pytest.mark.slow
+def test_two_processes_hash_their_halves_and_no_save_waits(tmp_path):
+  (one,) = sealing.measured(tmp_path / '1', 1, 16)
+  two = sealing.measured(tmp_path / '2', 2, 16)
+  parts = [line['seal']['bytes'] for line in two]
+  whole = one['seal']['bytes']
+  assert sum(parts) == pytest.approx(whole, rel=0.02)
+  assert max(parts) < 0.52 * whole
+  assert all(line['beside'] < sealing.SLEEP / 2 for line in (one, *two))
 
 
 @pytest.mark.slow

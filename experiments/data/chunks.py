@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import cli
 from . import remote
 
 CHUNK = 8 << 20
@@ -70,7 +71,8 @@ class Chunks:
     """Returns the ids of a slice without a step, its chunks checked.
 
     Raises:
-      ConfigError: the object cannot be read, or has other ids.
+      ConfigError: the object has other ids, or ends before.
+      cli.Stopped: it cannot be read.
     """
     start, stop, _ = place.indices(self._length)
     size = CHUNK // self._dtype.itemsize
@@ -91,8 +93,7 @@ class Chunks:
     path = self._folder / f'{number:07}'
     content = self._stored(path, number, size)
     if content is None:
-      start = self._offset + first
-      content = remote.part(self._path, start, start + size)
+      content = self._fetched(first, size)
       _store(path, content)
     ids = np.frombuffer(content, self._dtype, size // self._dtype.itemsize)
     if number not in self._checked:
@@ -102,6 +103,13 @@ class Chunks:
     if len(self._chunks) > _OPEN:
       self._chunks.popitem(last=False)
     return ids
+
+  def _fetched(self, first: int, size: int) -> bytes:
+    start = self._offset + first
+    try:
+      return remote.part(self._path, start, start + size)
+    except remote.Unread as error:  # a run that trains may go on later
+      raise cli.Stopped(str(error)) from None
 
   def _stored(self, path: pathlib.Path, number: int, size: int) -> Any:
     """Returns a chunk on the disk, or None if it is not there, or damaged."""

@@ -25,6 +25,10 @@ _BUFFER_BYTES = 1 << 20
 _PATIENCE = 20.0  # seconds until a service that does not answer is given up
 
 
+class Unread(ConfigError):
+  """A part of an object could not be read, and may be later."""
+
+
 class Object(NamedTuple):
   """A file of a bucket. stamp: changes with its content; '' if unknown."""
 
@@ -88,6 +92,7 @@ def lookup(path: str) -> Object | None:
   """
   with errors(path):
     system, place = _system(path)
+    _await(system, place)
     try:
       facts = system.info(place)
     except FileNotFoundError:
@@ -100,9 +105,10 @@ def part(path: str, start: int, stop: int) -> bytes:
   """Returns these bytes of an object.
 
   Raises:
-    ConfigError: as `listed`, or the object is shorter.
+    ConfigError: the object is shorter.
+    Unread: no access, after the library's own attempts.
   """
-  with errors(path):
+  with errors(path, Unread):
     system, place = _system(path)
     content = system.cat_file(place, start=start, end=stop)
     if len(content) != stop - start:
@@ -111,7 +117,7 @@ def part(path: str, start: int, stop: int) -> bytes:
 
 
 @contextlib.contextmanager
-def errors(path: str) -> Iterator[None]:
+def errors(path: str, kind: type[ConfigError] = ConfigError) -> Iterator[None]:
   """Makes lines of the errors of a bucket: each library has its own."""
   try:
     yield
@@ -125,7 +131,7 @@ def errors(path: str) -> Iterator[None]:
     ) from None
   except Exception as error:
     why = ' '.join(str(error).split())[:120] or type(error).__name__
-    raise ConfigError(f'{path}: cannot be read ({why})') from None
+    raise kind(f'{path}: cannot be read ({why})') from None
 
 
 def _system(url: str) -> tuple[Any, str]:

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+import threading
 
 import fsspec
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from id_files import DOCUMENTS, IDS, KINDS, megatron, write
 from texts import BOS, BYTE, prepared, small, write_folder
 
+from experiments import cli
 from experiments.data import (
   blend,
   bucket_shards,
@@ -244,6 +246,41 @@ def test_mistakes_in_a_bucket_are_one_line(bucket, tmp_path):
   system.pipe('/tokens/large.bin', b'ab')
   with pytest.raises(ConfigError, match='large.bin: ends before byte'):
     text.train[:9]
+
+
+def test_a_bucket_that_fails_while_a_run_trains_stops_it(
+  bucket, tmp_path, monkeypatch
+):
+  """As a run that may go on, with exit code 1, and not as a user's mistake."""
+  system, reads = bucket
+  system.pipe('/tokens/a.bin', IDS.astype('<u2').tobytes())
+  text = prepared(small(source=f'{URL}/a.bin'), tmp_path / 'cache')
+  text.train[:9]
+
+  def gone(*_, **__):
+    raise RuntimeError('503\nof the service')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(type(system), 'cat_file', gone)
+    text.train[:9]  # it is here
+    line = 'a.bin: cannot be read .503 of the service'
+    with pytest.raises(cli.Stopped, match=line):
+      text.train[300:309]
+  np.testing.assert_array_equal(text.train[300:309], IDS[300:309])
+
+
+def test_a_service_without_an_answer_is_no_hour(bucket, monkeypatch):
+  """Each first question of a start waits for seconds alone."""
+  system, _ = bucket
+  system.pipe('/tokens/a.bin', IDS.astype('<u2').tobytes())
+  asked = threading.Event()
+  with monkeypatch.context() as patch:
+    patch.setattr(remote, '_PATIENCE', 0.05)
+    patch.setattr(type(system), 'info', lambda *_, **__: asked.wait(60))
+    for ask in (remote.lookup, remote.listed, corpus.has_ids):
+      with pytest.raises(ConfigError, match='gave no answer for'):
+        ask(f'{URL}/a.bin' if ask is not corpus.has_ids else URL)
+    asked.set()
 
 
 OWN = [[i * 7 % 250 + n % 5 for n in range(9 + i)] for i in range(40)]

@@ -14,6 +14,7 @@ file whose name ends in .json.
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 from collections.abc import Iterable, Iterator
@@ -74,14 +75,14 @@ def train(texts: Iterable[str], vocab: int) -> Any:
   return core
 
 
-def texts_of(names: Iterable[str]) -> Iterator[str]:
-  """Yields the text of every document of these sources.
+def texts_of(names: Iterable[str], field: str = 'text') -> Iterator[str]:
+  """Yields the text of every document of these sources; `field` is of rows.
 
   Raises:
     ConfigError: as `sources.listed` and `documents.read`.
   """
   for name in names:
-    for file in sources.listed(name).files:
+    for file in sources.listed(name, field=field).files:
       for document in documents.read(file):
         yield document.text
 
@@ -134,6 +135,7 @@ def byte_tokenizer() -> bytes:
 def define() -> None:
   """Defines this program's flags."""
   flags.DEFINE_integer('vocab', 8192, 'Tokens, special ones included.')
+  flags.DEFINE_string('field', 'text', 'Of rows, with their text: data.field.')
   cli.define_path('out', '', 'The folder, or the .json file, to make.')
 
 
@@ -145,11 +147,12 @@ def main(*names: str) -> None:
     raise ConfigError('--out: name the folder, or the .json file, to make')
   path = pathlib.Path(FLAGS.out)
   for name in names:
-    if left_out := sources.listed(name).left_out:
+    if left_out := sources.listed(name, field=FLAGS.field).left_out:
       print(left_out)
-  write(path, texts_of(names), FLAGS.vocab)
+  texts = functools.partial(texts_of, names, FLAGS.field)
+  write(path, texts(), FLAGS.vocab)
   words, tokens, size = tokenizer.load(str(path)), 0, 0
-  for text in texts_of(names):
+  for text in texts():
     tokens += len(words.encode(text))
     size += len(text.encode('utf-8', 'replace'))
   print(

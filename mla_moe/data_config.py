@@ -16,9 +16,10 @@ class DataConfig(Checked):
 
   `source` is 'stdlib' (the source files of Python's standard library: real
   text that is always there), or a folder, glob or file of .txt, .jsonl or
-  .parquet. `tokenizer` is 'byte' or the path of a tokenizer.json. A step has
-  `batch_size` sequences, computed `micro_batch` at a time (0: all at once). The
-  batch grows from `batch_start` (0: no ramp) over `ramp_tokens`. `packing` is
+  .parquet; `field` is that of a row with its text. `tokenizer` is 'byte' or the
+  path of a tokenizer.json. A step has `batch_size` sequences, computed
+  `micro_batch` at a time (0: all at once). The batch grows from `batch_start`
+  (0: no ramp) over `ramp_tokens`. `packing` is
   'joined' (documents follow each other and see each other, as V3 pre-trained)
   or 'separate' (attention and positions end with the document). `fim_rate` is
   the fraction of documents turned into fill-in-the-middle, `heldout` the
@@ -33,6 +34,7 @@ class DataConfig(Checked):
   """
 
   source: str = 'stdlib'
+  field: str = 'text'
   sources: tuple = ()
   phases: tuple = ()
   max_epochs: float = 0.0

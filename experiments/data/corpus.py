@@ -20,7 +20,7 @@ from collections.abc import Callable
 from mla_moe.config import ConfigError, DataConfig
 from mla_moe.files import read_json
 
-from .. import commands
+from .. import cli, commands
 from . import (
   bucket_shards,
   corpus_folder,
@@ -58,7 +58,7 @@ def prepare(
       'separate' cannot tell apart.
   """
   cache = pathlib.Path(cache)
-  if files := token_files.files(data.source):
+  if files := token_files.files(data.source, data.field):
     making.make_cache(cache)
     return _of_ids(files, data, tokenizer, cache, say, known)
   _check_ends(data, tokenizer)
@@ -66,7 +66,7 @@ def prepare(
     return _of_shards(data, tokenizer, cache, known)
   is_here = bool(known) and (cache / known / 'corpus.json').exists()
   try:
-    files, left_out = sources.listed(data.source, data.heldout)
+    files, left_out = sources.listed(data.source, data.heldout, data.field)
   except sources.Absent as error:
     if known and not is_here:
       raise ConfigError(
@@ -123,9 +123,9 @@ def _of_ids(
   return Corpus(train, heldout, bos_id=tokenizer.bos_id, facts={}, **rest)
 
 
-def has_ids(source: str) -> bool:
+def has_ids(source: str, field: str = 'text') -> bool:
   """Whether a source is ids already: files of them, or a folder of shards."""
-  return bool(token_files.files(source)) or _has_shards(source)
+  return bool(token_files.files(source, field)) or _has_shards(source)
 
 
 def _has_shards(source: str) -> bool:
@@ -133,7 +133,7 @@ def _has_shards(source: str) -> bool:
   if remote.is_remote(source):
     path = f'{source.rstrip("/")}/corpus.json'
     return '*' not in path and bool(remote.lookup(path))
-  return os.path.exists(os.path.join(os.path.expanduser(source), 'corpus.json'))
+  return (cli.path('data.source', source) / 'corpus.json').exists()
 
 
 def _of_shards(
@@ -148,7 +148,7 @@ def _of_shards(
   if remote.is_remote(data.source):
     text, values = bucket_shards.opened(data.source, tokenizer, cache)
   else:
-    folder = pathlib.Path(os.path.expanduser(data.source))
+    folder = cli.path('data.source', data.source)
     text = corpus_folder.opened(folder, tokenizer, _REMEDY)
     values = read_json(folder / 'corpus.json')
   ours = tokenizer.fingerprint
@@ -184,11 +184,11 @@ def prepare_share(
   Raises:
     ConfigError: as `prepare`.
   """
-  if has_ids(data.source):
+  if has_ids(data.source, data.field):
     say(f'{data.source!r} has ids: there is nothing to tokenise.')
     return
   _check_ends(data, tokenizer)
-  files, left_out = sources.listed(data.source, data.heldout)
+  files, left_out = sources.listed(data.source, data.heldout, data.field)
   _announce(files, left_out, data, say, processes)
   place = pathlib.Path(cache), files, data, tokenizer, say
   with making.working(*place, is_shared=True) as work:

@@ -67,9 +67,9 @@ def read(
   counts = collections.Counter() if counts is None else counts
   kind = sources.kind(file.path)
   if kind == 'parquet':
-    contents = _parquet(file.path, start, stop)
+    contents = _parquet(file.path, file.field, start, stop)
   elif kind == 'jsonl':
-    contents = _jsonl(file.path, start, stop)
+    contents = _jsonl(file.path, file.field, start, stop)
   else:
     yield from _text(file)
     return
@@ -175,7 +175,7 @@ def _pieces(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _jsonl(
-  path: str, start: int, stop: int | None
+  path: str, field: str, start: int, stop: int | None
 ) -> Iterator[tuple[bytes | None, int]]:
   """Yields (text, U+FFFD outside it that stand for broken UTF-8) of rows."""
   with encodings.opened(path) as file:
@@ -197,13 +197,13 @@ def _jsonl(
         why = getattr(error, 'msg', str(error))
         where = f'{path}:{number + (_lines(path, first) if start else 0)}'
         raise ConfigError(f'{where}: not JSON ({why})') from None
-      text = row.get('text', 0) if isinstance(row, dict) else 0
+      text = row.get(field, 0) if isinstance(row, dict) else 0
       if not isinstance(text, str | None):
         where = f'{path}:{number + (_lines(path, first) if start else 0)}'
         names = ', '.join(row)[:80] if isinstance(row, dict) else ''
-        has = f', and has {names}' if names else ''
+        has = f', and has {names}; data.field names it' if names else ''
         raise ConfigError(
-          f'{where}: must be an object with a string "text"{has}'
+          f'{where}: must be an object with a string "{field}"{has}'
         )
       # JSON may spell half a surrogate pair, which UTF-8 cannot write.
       yield (text or '').encode('utf-8', 'surrogatepass'), raw.replaced
@@ -220,17 +220,19 @@ def _lines(path: str, place: int) -> int:
 
 
 def _parquet(
-  path: str, start: int, stop: int | None
+  path: str, field: str, start: int, stop: int | None
 ) -> Iterator[tuple[bytes | None, int]]:
   """Yields (text, 0) of rows of these row groups."""
   with _opened_parquet(path) as file:
     import pyarrow
 
-    if 'text' not in file.schema_arrow.names:
+    if field not in file.schema_arrow.names:
       names = ', '.join(file.schema_arrow.names)
-      raise ConfigError(f'{path}: has no column "text", only {names}')
+      raise ConfigError(
+        f'{path}: has no column "{field}", only {names}; data.field names it'
+      )
     groups = range(file.metadata.num_row_groups)[start:stop]
-    for batch in file.iter_batches(1024, list(groups), columns=['text']):
+    for batch in file.iter_batches(1024, list(groups), columns=[field]):
       # As bytes: a column of strings may contain invalid UTF-8.
       for content in batch.column(0).cast(pyarrow.binary()).to_pylist():
         yield content, 0

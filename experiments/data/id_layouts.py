@@ -191,7 +191,7 @@ def _arrow() -> Any:
   return pyarrow
 
 
-def has_ids(path: str) -> bool:
+def has_ids(path: str, field: str) -> bool:
   """Whether a .parquet has ids and no text; a damaged one counts as text."""
   try:
     from pyarrow import ArrowException, parquet
@@ -202,7 +202,8 @@ def has_ids(path: str) -> bool:
       names = parquet.read_schema(file).names
   except (ArrowException, OSError):
     return False
-  return 'text' not in names and any(name in names for name in _COLUMNS)
+  is_text = field in names or field != 'text'  # a column of that name was meant
+  return not is_text and any(name in names for name in _COLUMNS)
 
 
 def _columns(path: str) -> Iterator[Any]:

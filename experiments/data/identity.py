@@ -106,10 +106,13 @@ def older_fingerprint(files, data, tokenizer) -> str:
 
 def _options(data: DataConfig, tokenizer: Tokenizer) -> dict:
   """Returns all that the tokens depend on beside the files."""
+  # Tokens of versions without the field are those of its default.
+  field = {} if data.field == 'text' else dict(field=data.field)
   return dict(
     tokenizer=tokenizer.fingerprint,
     ids=(tokenizer.bos_id, tokenizer.eos_id, tokenizer.fim_ids),
     options=(data.fim_rate, data.heldout, data.seed),
+    **field,
   )
 
 

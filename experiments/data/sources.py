@@ -18,7 +18,7 @@ import os
 import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mla_moe.config import ConfigError
 
@@ -53,7 +53,7 @@ class File(NamedTuple):
 
   name: relative to the source, parts joined by '/'. path: to open it.
   is_document: all of it is one document. size: its bytes. stamp: changes with
-  its content; the same content may have many.
+  its content; the same content may have many. field: of rows, with their text.
   """
 
   name: str
@@ -61,6 +61,7 @@ class File(NamedTuple):
   is_document: bool
   size: int = 0
   stamp: str = ''
+  field: str = 'text'
 
 
 class Listing(NamedTuple):
@@ -73,13 +74,14 @@ class Listing(NamedTuple):
   left_out: str
 
 
-def listed(source: str, heldout: float = 1.0) -> Listing:
+def listed(source: str, heldout: float = 1.0, field: str = 'text') -> Listing:
   """Returns the files of a source.
 
   Args:
     source: 'stdlib' (the .py files of Python's own library), a folder, a glob
       or one file.
     heldout: the fraction of the text that will be held out.
+    field: of rows and tables, that has their text.
 
   Raises:
     Absent: nothing there, or no file of a known kind.
@@ -97,7 +99,7 @@ def listed(source: str, heldout: float = 1.0) -> Listing:
     files = [_file(root, path, True, *_stat(path)) for path in paths]
     return Listing(sorted(files), '')
   if remote.is_remote(source):
-    return _of_bucket(source, heldout)
+    return _of_bucket(source, heldout, field)
   path = str(cli.path('data.source', source))
   kinds = ', '.join(TEXT + ROWS)
   if os.path.isfile(path):
@@ -107,11 +109,12 @@ def listed(source: str, heldout: float = 1.0) -> Listing:
       )
     if not os.path.getsize(path):
       raise ConfigError(f'data.source={source!r}: the file is empty')
-    if _is_other_json(path):
+    if _is_other_json(path, field):
       raise ConfigError(
-        f'data.source={source!r}: its lines are no {{"text": ..}}'
+        f'data.source={source!r}: its lines are no {{"{field}": ..}}; '
+        'data.field names the field of their text'
       )
-    file = _file(os.path.dirname(path), path, False, *_stat(path))
+    file = _file(os.path.dirname(path), path, False, *_stat(path), field)
     return Listing([file], '')
   if os.path.isdir(path):
     root = _snapshot(path)
@@ -126,10 +129,10 @@ def listed(source: str, heldout: float = 1.0) -> Listing:
       entries = [(p, why or (_RUNS if below(p) else '')) for p, why in entries]
   else:
     raise Absent(f'data.source={source!r}: no such file or folder')
-  return _listing(source, root, entries, heldout, _stat)
+  return _listing(source, root, entries, heldout, field, _stat)
 
 
-def _of_bucket(source: str, heldout: float) -> Listing:
+def _of_bucket(source: str, heldout: float, field: str) -> Listing:
   """Returns the files of a bucket, whose stamps are its own checksums."""
   root, objects = remote.listed(source)
   if not objects:
@@ -140,7 +143,7 @@ def _of_bucket(source: str, heldout: float) -> Listing:
     return 'hidden' if '/.' in path.removeprefix(root) else ''
 
   entries = [(path, why(path)) for path in facts]
-  return _listing(source, root, entries, heldout, facts.__getitem__)
+  return _listing(source, root, entries, heldout, field, facts.__getitem__)
 
 
 def _snapshot(root: str) -> str:
@@ -161,13 +164,14 @@ def _listing(
   root: str,
   entries: Iterable[tuple[str, str]],
   heldout: float,
+  field: str,
   facts_of: Callable[[str], tuple[int, str]],
 ) -> Listing:
   """Returns the files of known kinds among (path, why it is left out or '')."""
   kinds = ', '.join(TEXT + ROWS)
   paths, others = [], []
   for path, why in entries:
-    why = why or _unknown(path)
+    why = why or _unknown(path, field)
     (others if why else paths).append((why, path))
   left_out = _left_out(root, others)
   if not paths:
@@ -185,7 +189,7 @@ def _listing(
     and not encodings.suffixes(path)[1]
   )
   line = f'{source!r}: {left_out}.' if left_out else ''
-  files = [_file(root, p, is_document(p), *facts[p]) for p in paths]
+  files = [_file(root, p, is_document(p), *facts[p], field) for p in paths]
   return Listing(sorted(files), line)
 
 
@@ -255,15 +259,16 @@ def _irregular(path: str) -> str:
   return 'links to nothing' if os.path.islink(path) else 'no regular files'
 
 
-def _unknown(path: str) -> str:
+def _unknown(path: str, field: str) -> str:
   """Returns the kind of a file that is not read, or ''."""
   if not kind(path):
     suffix = ''.join(encodings.suffixes(path))
     return f'of {suffix}' if suffix else 'without a suffix'
-  return 'of .json without lines {"text": ...}' if _is_other_json(path) else ''
+  other = f'of .json without lines {{"{field}": ...}}'
+  return other if _is_other_json(path, field) else ''
 
 
-def _is_other_json(path: str) -> bool:
+def _is_other_json(path: str, field: str) -> bool:
   """Whether a .json file's first line is no row with a text.
 
   The suffix stands for rows in some data sets, for settings elsewhere.
@@ -275,7 +280,7 @@ def _is_other_json(path: str) -> bool:
       row = json.loads(file.readline(_LINE_BYTES))
   except (ConfigError, ValueError, RecursionError):
     return True
-  return not isinstance(row, dict) or 'text' not in row
+  return not isinstance(row, dict) or field not in row
 
 
 def _left_out(root: str, others: Iterable[tuple[str, str]]) -> str:
@@ -297,10 +302,8 @@ def _relative(root: str, path: str) -> str:
   return os.fsencode(name).decode('utf-8', 'backslashreplace')
 
 
-def _file(
-  root: str, path: str, is_document: bool, size: int, stamp: str
-) -> File:
-  return File(_relative(root, path), path, is_document, size, stamp)
+def _file(root: str, path: str, *facts: Any) -> File:
+  return File(_relative(root, path), path, *facts)
 
 
 def _stat(path: str) -> tuple[int, str]:

@@ -79,10 +79,10 @@ class Part:
       yield self[start : start + size]
 
 
-def files(source: str) -> list[remote.Object]:
+def files(source: str, field: str = 'text') -> list[remote.Object]:
   """Returns the files of ids that a source names, or none: it is text.
 
-  A .parquet is text if it has the column of one.
+  A .parquet is text if it has the column `field`.
 
   Raises:
     ConfigError: a bucket that cannot be read.
@@ -97,7 +97,7 @@ def files(source: str) -> list[remote.Object]:
     paths = sorted(glob.glob(path, recursive=True)) or [path]
     objects = [x for x in map(id_layouts.lookup, paths) if x]
   if suffix == '.parquet':
-    is_text = not any(id_layouts.has_ids(x.path) for x in objects)
+    is_text = not any(id_layouts.has_ids(x.path, field) for x in objects)
     return [] if is_text else objects
   return objects
 

@@ -166,12 +166,13 @@ def _files(
     flag, _, value = word.lstrip('-').partition('=')
     if not flag.startswith('config') and os.path.exists(value):
       paths[flag] = value
-  check: Callable = _absent_here if folders is None else _absent_there
+  here = functools.partial(_absent_here, data.field)
+  check: Callable = here if folders is None else _absent_there
   lines = [check(name, path, folders) for name, path in paths.items() if path]
   return [line for line in lines if line]
 
 
-def _absent_here(name: str, path: str, _) -> str:
+def _absent_here(field: str, name: str, path: str, _) -> str:
   """Returns the fault of a path on files that all machines share, or ''."""
   from ..data import corpus, remote, sources
 
@@ -179,8 +180,8 @@ def _absent_here(name: str, path: str, _) -> str:
     return ''  # each machine reads it by itself
   if name.startswith(('config.data.source', 'config.data.validation')):
     try:
-      if not corpus.has_ids(path):
-        sources.listed(path)
+      if not corpus.has_ids(path, field):
+        sources.listed(path, field=field)
       return ''
     except ConfigError as error:
       return str(error)

@@ -34,7 +34,7 @@ from ..checkpointing.load import shapes
 HOST = {
   'data': (
     *('source', 'tokenizer', 'fim_rate', 'heldout', 'seed'),
-    *('batch_start', 'ramp_tokens'),
+    *('batch_start', 'ramp_tokens', 'field', 'block_rows'),
   ),
   'rl': (
     *('template', 'rewards', 'truncated', 'dynamic', 'heldout'),

@@ -147,6 +147,35 @@ def test_a_bad_row_is_named_with_its_line(tmp_path):
     assert ('a string "text", and has txt' in line) == ('txt' in bad)
 
 
+@pytest.mark.parametrize('kind', ['jsonl', 'json', 'parquet'])
+def test_rows_have_their_text_in_a_field_of_another_name(kind, tmp_path):
+  """The ids are those of the same rows with the usual name."""
+  rows = [f'row {i}' for i in range(300)]
+  other, usual = tmp_path / f'other.{kind}', tmp_path / 'usual.jsonl'
+  rows_of('jsonl', usual, rows)
+  if kind == 'parquet':
+    pyarrow = pytest.importorskip('pyarrow', reason='extra [data] is missing')
+    parquet = pytest.importorskip('pyarrow.parquet')
+    columns = {'content': rows, 'text': ['-'] * 300, 'tokens': [[1]] * 300}
+    parquet.write_table(pyarrow.table(columns), other)
+  else:
+    lines = [json.dumps({'content': row, 'text': 3}) for row in rows]
+    other.write_text('\n'.join(lines))
+  config = small(source=str(other), field='content')
+  ours = prepared(config, tmp_path / 'cache')
+  right = prepared(small(source=str(usual)), tmp_path / 'cache')
+  assert [*ours.train[:]] == [*right.train[:]]
+  assert prepared(config, tmp_path / 'cache').fingerprint == ours.fingerprint
+  wrong = small(source=str(other), field='body')
+  assert 'data.field names' in fails(wrong, tmp_path)
+  plain = small(source=str(other))
+  if kind == 'parquet':  # the same file, and another text
+    text = prepared(plain, tmp_path / 'cache')
+    assert text.fingerprint != ours.fingerprint
+  else:
+    assert 'must be an object with a string "text"' in fails(plain, tmp_path)
+
+
 def test_a_bad_parquet_is_named(tmp_path):
   pytest.importorskip('pyarrow', reason='the extra [data] is not installed')
   path = tmp_path / 'rows.parquet'

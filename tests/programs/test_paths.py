@@ -20,7 +20,16 @@ pytestmark = pytest.mark.filterwarnings('ignore:the load_module')
 FOLDER = pathlib.Path(cli.__file__).parent
 # Flags of text that are no paths, of all programs.
 WORDS = {'topology', 'mesh', 'system', 'task', 'prompt', 'host', 'name'}
-WORDS |= {'shard', 'profile', 'vary', 'only', 'config', 'suffix', 'prefix'}
+WORDS |= {
+  'field',
+  'shard',
+  'profile',
+  'vary',
+  'only',
+  'config',
+  'suffix',
+  'prefix',
+}
 PATHS = {'workdir', 'init', 'data', 'out', 'checkpoint', 'tokenizer', 'include'}
 PATHS |= {'chat_template', 'source', 'target'}
 URLS = ('gs://b/x', 's3://b/x', 'hf://datasets/x', 'https://x.org/y')
@@ -130,7 +139,7 @@ def test_each_path_of_a_config_is_known():
     for field in dataclasses.fields(getattr(config, group))
     if str(field.type) in ('str', 'tuple')
   }
-  no_paths = {'rl.rewards', 'data.phases'}
+  no_paths = {'rl.rewards', 'data.phases', 'data.field'}
   paths = {'data.source', 'data.tokenizer', 'rl.task', 'rl.teachers'}
   paths |= {'data.sources', 'data.validation'}
   assert fields == paths | no_paths

@@ -49,6 +49,10 @@ def test_mistakes_are_one_line(tmp_path):
   with pytest.raises(ConfigError, match='exists'):
     program.write(tmp_path, ['text'], 300)
   (tmp_path / 'rows.jsonl').write_text('{"text": "a"}\n{"text": 5}\n')
+  row = '{"content": "words of another field"}\n'
+  (tmp_path / 'other.jsonl').write_text(row)
+  other = program.texts_of([str(tmp_path / 'other.jsonl')], 'content')
+  assert [*other] == ['words of another field']
   texts = program.texts_of([str(tmp_path / 'rows.jsonl')])
   with pytest.raises(ConfigError, match='rows.jsonl:2'):
     program.write(tmp_path / 'b', texts, 300)

@@ -16,6 +16,7 @@ import shlex
 import sys
 
 import pytest
+import syntax
 
 from experiments import __main__ as entry
 from experiments import cli
@@ -76,7 +77,7 @@ def documented():
       if '`' not in line and (found := COMMAND.search(line)):
         places.setdefault(found[0], page.name)
   for path in SOURCES:
-    tree = ast.parse(path.read_text())
+    tree = syntax.tree(path)
     for line in joined(ast.get_docstring(tree, clean=True) or ''):
       if found := COMMAND.match(line.strip()):
         places.setdefault(found[0], str(path.relative_to(ROOT)))

@@ -7,6 +7,7 @@ import json
 import pathlib
 
 import pytest
+import syntax
 
 from configs import tiny
 from experiments import cli, convert, workdir
@@ -152,7 +153,7 @@ def test_no_field_is_dead():
   for folder in ('mla_moe', 'experiments'):
     for path in (ROOT / folder).glob('**/*.py'):
       if path.name != 'config.py':
-        tree = ast.parse(path.read_text())
+        tree = syntax.tree(path)
         read |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
         read |= {  # getattr(model, name) with the name in a table
           n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)

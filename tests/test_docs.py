@@ -12,6 +12,7 @@ import urllib.parse
 import children
 import jax
 import pytest
+import syntax
 
 import mla_moe
 from configs import tiny
@@ -109,8 +110,8 @@ def test_commands_of_a_folder_are_one_chain():
   assert len(order) >= 30 and len(both) >= 10
   for chain in both.values():
     assert chain == sorted(chain, key=order.index)
-  (release,) = [chain for chain in both.values() if 'runs/v3 ' in chain[1]]
-  assert ' --fp8' in release[1] and 'config.py' in release[-1]
+  (release,) = [x for x in both.values() if x[0].endswith('=runs/v3')]
+  assert ' --fp8' in release[1] and 'moon/config.py' in release[-1]
 
 
 @pytest.mark.slow
@@ -214,7 +215,7 @@ def templates():
   pairs = []
   for folder in ('mla_moe', 'experiments'):
     for path in (ROOT / folder).glob('**/*.py'):
-      for node in ast.walk(ast.parse(path.read_text())):
+      for node in ast.walk(syntax.tree(path)):
         if not isinstance(node, ast.JoinedStr | ast.Constant):
           continue
         parts = getattr(node, 'values', [node])

@@ -7,6 +7,7 @@ import pathlib
 import re
 
 import pytest
+import syntax
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Each name of a line may import the lines before it, never its neighbours.
@@ -32,7 +33,7 @@ FILES = [
 @functools.cache
 def parsed(path):
   """The file's docstring, and all nodes of its syntax."""
-  tree = ast.parse(path.read_text())
+  tree = syntax.tree(path)
   return ast.get_docstring(tree), list(ast.walk(tree))
 
 

@@ -11,6 +11,7 @@ import pathlib
 import re
 
 import pytest
+import syntax
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / 'mla_moe'
@@ -77,7 +78,7 @@ def lines(name):
 
 def imports(name):
   """Modules of mla_moe that a module imports, at any depth, as paths."""
-  for node in ast.walk(ast.parse((PACKAGE / f'{name}.py').read_text())):
+  for node in ast.walk(syntax.tree(PACKAGE / f'{name}.py')):
     if isinstance(node, ast.ImportFrom):
       module = (node.module or '').split('.')
       if module[0] == 'mla_moe':
@@ -110,7 +111,7 @@ def nodes():
     (str(path.relative_to(ROOT)), node)
     for folder in ('mla_moe', 'experiments')
     for path in (ROOT / folder).rglob('*.py')
-    for node in ast.walk(ast.parse(path.read_text()))
+    for node in ast.walk(syntax.tree(path))
   ]
 
 

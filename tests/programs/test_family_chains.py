@@ -259,10 +259,8 @@ def test_a_release_is_read_speaks_and_goes_out(family, tmp_path, run):
   assert generated(run, folder, words, forward(release)) != ''
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in OTHERS][:-1]
-
-
-@pytest.mark.parametrize('family', [*SLOW, 'mistral3'])
+@pytest.mark.slow
+@pytest.mark.parametrize('family', OTHERS)
 def test_a_family_s_words_stand_for_the_same_network(family, tmp_path, run):
   """So it speaks and learns as that of the golden folder does."""
   release = released(tmp_path / 'release', family)

@@ -13,6 +13,7 @@ import zipfile
 
 import pytest
 import skips
+import syntax
 
 from experiments import __main__ as programs
 from experiments import cli, commands
@@ -35,7 +36,7 @@ def test_programs_start_each_other_by_the_name_of_their_own_package():
   """A name of the clone's would not be there where the package is installed."""
   fixed = set()
   for path in sorted((ROOT / 'experiments').rglob('*.py')):
-    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+    for node in ast.walk(syntax.tree(path)):
       value = node.value if isinstance(node, ast.Constant) else ''
       if isinstance(value, str) and value.startswith('experiments.'):
         fixed.add(path.relative_to(ROOT / 'experiments').as_posix())

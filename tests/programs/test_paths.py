@@ -2,11 +2,13 @@
 
 import ast
 import dataclasses
+import functools
 import pathlib
 import shutil
 import sys
 
 import pytest
+import syntax
 from absl import flags
 
 from experiments import cli, run_tokenizer, tokenizer, train, workdir
@@ -35,10 +37,15 @@ PATHS |= {'chat_template', 'source', 'target'}
 URLS = ('gs://b/x', 's3://b/x', 'hf://datasets/x', 'https://x.org/y')
 
 
+@functools.cache
 def calls():
-  """Yields (function, first argument, call) of the programs' calls."""
+  """Returns (function, first argument, call) of the programs' calls."""
+  return [*_calls()]
+
+
+def _calls():
   for path in FOLDER.rglob('*.py'):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(syntax.tree(path)):
       if isinstance(node, ast.Call) and node.args:
         name = getattr(node.func, 'attr', getattr(node.func, 'id', ''))
         yield name, getattr(node.args[0], 'value', None), node

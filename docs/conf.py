@@ -27,7 +27,7 @@ autodoc_default_options = {
   'exclude-members': 'setup, parent, name, replace',
 }
 # Folders of mla_moe in the order of reading, '' for the modules at its top.
-FOLDERS = ('', 'model', 'train', 'fp8', 'kernels', 'decode', 'data')
+FOLDERS = ('', 'model', 'train', 'fp8', 'kernels', 'decode')
 FOLDERS += ('hf', 'rl')
 
 

@@ -24,11 +24,10 @@ import time
 from absl import flags
 
 from mla_moe.config import Config, ConfigError
-from mla_moe.data import batches
 
 from . import cli, run_tokenizer, workdir
 from .checkpointing import bucket
-from .data import blend, corpus, corpus_folder, mixture, tokenizer
+from .data import batches, blend, corpus, corpus_folder, mixture, tokenizer
 from .training import signals
 
 FLAGS = flags.FLAGS

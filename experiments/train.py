@@ -360,7 +360,7 @@ def _go_back(parts: Parts, end: End) -> Progress:
 
   The text from there to `spike_jump` batches after the last step is left out.
   """
-  from mla_moe.data import batches
+  from .data import batches
 
   setup, recorder, writer, *_ = parts
   config, (number, _, counts) = setup.config, end.progress

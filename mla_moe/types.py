@@ -1,4 +1,4 @@
-"""The shape letters and array types that every signature of the package uses.
+"""The shape letters and types that every signature of the package uses.
 
 One letter means one thing everywhere: in einsum strings (lower case), in
 signatures (`Float[Array, 'B T D']`) and in the comments.
@@ -17,15 +17,33 @@ So jaxtyping is a dependency of the tests alone.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 if TYPE_CHECKING or 'jaxtyping' in sys.modules:
   import jax
-  import numpy as np
   from jaxtyping import Bool, Float, Int, PyTree
 
   Array = jax.Array | np.ndarray
 else:
   Array = Bool = Float = Int = PyTree = object
 
-__all__ = ['Array', 'Bool', 'Float', 'Int', 'PyTree']
+__all__ = ['Array', 'Batch', 'Bool', 'Float', 'Int', 'PyTree']
+
+
+class Batch(NamedTuple):
+  """The rows of one step as numpy arrays, in n micro-batches.
+
+  tokens: [n, B, T] int32. targets: [n, B, T] int32, the next tokens; -1 where
+  none is predicted. segments: [n, B, T] int32, the number of a token's document
+  in its row. positions: [n, B, T] int32, within the segment. With packing
+  'joined' a row is one segment. count: int32, the number of real micro-batches;
+  they come first, the others are padding.
+  """
+
+  tokens: np.ndarray
+  targets: np.ndarray
+  segments: np.ndarray
+  positions: np.ndarray
+  count: np.ndarray

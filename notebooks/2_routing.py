@@ -22,11 +22,10 @@ import numpy as np
 from matplotlib import pyplot
 
 from experiments.bench import models
-from experiments.data import corpus, tokenizer
+from experiments.data import batches, corpus, tokenizer
 from experiments.page import COLOURS, draw_plainly
 from mla_moe import config as c
 from mla_moe import trace
-from mla_moe.data import batches
 from mla_moe.model import router
 from mla_moe.train import optim, step
 from mla_moe.train.state import init_state

@@ -48,7 +48,6 @@ SOURCES = (
   *('model/*.py', 'fp8/*.py', 'decode/*.py', 'cost.py'),
   *('train/losses.py', 'train/optim.py', 'train/step.py', 'train/state.py'),
   *(
-    'data/batches.py',
     'hf/names.py',
     'hf/fp8_blocks.py',
     'rl/*.py',

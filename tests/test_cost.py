@@ -5,6 +5,7 @@ import importlib
 
 import pytest
 
+from experiments.data import batches
 from experiments.plan import memory
 from mla_moe import Config, cost
 from mla_moe.config import (
@@ -15,7 +16,6 @@ from mla_moe.config import (
   MTPConfig,
   freeze,
 )
-from mla_moe.data import batches
 
 
 def load(name):

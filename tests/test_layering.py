@@ -16,7 +16,7 @@ LAYERS = (
   'variants files data_config dsa_config rl_config run_config use_config',
   'vocabulary',
   'config',
-  'cost sharding kernels data',
+  'cost sharding kernels',
   'fp8',
   'model',
   'train decode hf',

@@ -44,7 +44,6 @@ LEFT_OUT = {
   'sparse attention, which V3 does not have': {
     *('dsa_config', 'model/indexer', 'model/sparse'),
   },
-  'the type of a batch': {'data/batches'},
 }
 MOE = ('model/router', 'model/moe', 'model/experts', 'model/dispatch')
 MLA = ('model/mla', 'model/rope', 'model/attention', 'model/products')

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from experiments.data import batches
 from mla_moe import sharding
 from mla_moe.config import (
   ComputeConfig,
@@ -24,7 +25,6 @@ from mla_moe.config import (
   MoEConfig,
   MTPConfig,
 )
-from mla_moe.data import batches
 from mla_moe.model import (
   collectives,
   moe,

@@ -31,10 +31,9 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from mla_moe.config import DataConfig
-from mla_moe.data import batches
 
 from .. import tokenizer as program
-from ..data import corpus, mixture, tokenizer
+from ..data import batches, corpus, mixture, tokenizer
 from . import show
 
 _GROUP = 256  # documents

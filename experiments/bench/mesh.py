@@ -19,10 +19,10 @@ import numpy as np
 
 from mla_moe import config as c
 from mla_moe import sharding
-from mla_moe.data import batches
 from mla_moe.train import optim
 from mla_moe.train.state import init_state
 
+from ..data import batches
 from ..plan import search
 from ..training import program
 from . import models

@@ -16,7 +16,7 @@ def batch(config, seed: int = 0):
   """Returns a batch of random tokens on the device, one micro-batch."""
   import jax
 
-  from mla_moe.data import batches
+  from ..data import batches
 
   random = np.random.default_rng(seed)
   size = (1, config.data.batch_size, config.data.seq_len + 1)

@@ -22,11 +22,10 @@ import jax
 import numpy as np
 
 from mla_moe import config as c
-from mla_moe.data import batches
 from mla_moe.train import optim, step
 from mla_moe.train.state import init_state
 
-from ..data import corpus, tokenizer
+from ..data import batches, corpus, tokenizer
 
 DATA = c.DataConfig(seq_len=128, batch_size=8)
 HELDOUT = 48  # batches

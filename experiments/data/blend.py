@@ -13,9 +13,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mla_moe.config import Config, ConfigError, DataConfig
-from mla_moe.data import batches
 
-from . import corpus_folder, mixture, shards
+from . import batches, corpus_folder, mixture, shards
 
 
 def singles(data: DataConfig) -> dict[str, DataConfig]:

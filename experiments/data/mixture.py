@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from mla_moe.config import DataConfig
-from mla_moe.data import batches
+
+from . import batches
 
 BLOCK = 1024
 # Of S sources the heaviest gives BLOCK / S - S + 1 rows of a block or more: of

@@ -6,8 +6,8 @@ import dataclasses
 
 from mla_moe import cost
 from mla_moe.config import Config, MeshConfig
-from mla_moe.data import batches
 
+from ..data import batches
 from . import memory, rollout, search, traffic
 
 # DeepSeek-V3's pre-training reached this fraction of the H800's bf16 peak,

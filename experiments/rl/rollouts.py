@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mla_moe.config import CacheConfig, ModelConfig, RLConfig
-from mla_moe.data import batches
 from mla_moe.decode import generation
+
+from ..data import batches
 
 _SHORT = 64  # tokens: answers so short are rounded up to 16 and not to 64
 _PAGE = 16  # of the cache, where a prompt and its answer are so short together

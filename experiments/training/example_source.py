@@ -20,10 +20,10 @@ import numpy as np
 
 from mla_moe import vocabulary
 from mla_moe.config import Config, ConfigError
-from mla_moe.data import batches, packing
 from mla_moe.decode import generation
 
 from .. import ends
+from ..data import batches, packing
 from ..data.tokenizer import Tokenizer
 from . import examples, source
 

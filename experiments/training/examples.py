@@ -25,10 +25,9 @@ from typing import NamedTuple
 import numpy as np
 
 from mla_moe.config import ConfigError
-from mla_moe.data import packing
 from mla_moe.types import Int
 
-from ..data import encodings, sources
+from ..data import encodings, packing, sources
 from ..data.tokenizer import Tokenizer
 from ..serving import template
 

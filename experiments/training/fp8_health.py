@@ -25,10 +25,11 @@ import jax.numpy as jnp
 
 from mla_moe import fp8
 from mla_moe.config import Config, ModelConfig
-from mla_moe.data import batches
 from mla_moe.model import block, layers, products, rope, sequence
 from mla_moe.train import losses
 from mla_moe.types import Array, Float, PyTree
+
+from ..data import batches
 
 _TOKENS = 256
 

@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mla_moe.config import Config, ConfigError, DataConfig
-from mla_moe.data import batches
 from mla_moe.decode import generation
 
 from .. import distributed, workdir
 from ..checkpointing import folders, seal
 from ..data import (
+  batches,
   blend,
   corpus,
   corpus_folder,

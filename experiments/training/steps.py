@@ -10,8 +10,9 @@ import bisect
 from typing import Any
 
 from mla_moe.config import Config, RunConfig
-from mla_moe.data import batches
 from mla_moe.train import optim
+
+from ..data import batches
 
 
 def tokens(config: Config, number: int) -> tuple[int, int]:

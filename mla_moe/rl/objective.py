@@ -17,16 +17,42 @@ divergence; V3.2 multiplies it by the ratio, which gives the reverse one.
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mla_moe.config import Config, MTPConfig
 from mla_moe.model import replay, sequence
-from mla_moe.rl.episodes import Episodes
 from mla_moe.rl_config import RLConfig
 from mla_moe.train import step
 from mla_moe.types import Array, Float, Int, PyTree
+
+
+class Episodes(NamedTuple):
+  """The rows of one update in n micro-batches, as `types.Batch`.
+
+  tokens, targets (-1: none), segments (-1: padding) and positions are [n, B, T]
+  int32; rollout, old, reference, advantage and weight [n, B, T] float32, 0
+  where there is no target. count: the number of real micro-batches. fresh: 1
+  where no update has followed the rollout yet, so that the old policy is the
+  policy, and `old` is not read. routes [n, B, T, L, K] int16: the rollout's
+  experts, or the trainer's (`RLConfig.replay`), -1 in padding; None: no record.
+  """
+
+  tokens: np.ndarray
+  targets: np.ndarray
+  segments: np.ndarray
+  positions: np.ndarray
+  rollout: np.ndarray
+  old: np.ndarray
+  reference: np.ndarray
+  advantage: np.ndarray
+  weight: np.ndarray
+  count: np.ndarray
+  fresh: np.ndarray
+  routes: np.ndarray | None = None
 
 
 def grpo(

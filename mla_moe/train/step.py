@@ -31,11 +31,10 @@ import jax
 import jax.numpy as jnp
 
 from mla_moe.config import Config, ModelConfig, MTPConfig
-from mla_moe.data import batches
 from mla_moe.model import block, moe, replay, router, sequence, transformer
 from mla_moe.train import losses, optim
 from mla_moe.train.state import State
-from mla_moe.types import Array, Int, PyTree
+from mla_moe.types import Array, Batch, Int, PyTree
 
 
 class Predictions(NamedTuple):
@@ -91,7 +90,7 @@ def train_step(
   A rejected update changes nothing but the count of steps.
 
   Args:
-    batch: `batches.Batch`, or a NamedTuple with more fields: [n, ...], scalars.
+    batch: `types.Batch`, or a NamedTuple with more fields: [n, ...], scalars.
     objective: the loss, called as `pretraining` is.
     functions: of the layers.
 
@@ -140,7 +139,7 @@ def train_step(
 
 
 def eval_step(
-  state: State, batch: batches.Batch, *, config: Config
+  state: State, batch: Batch, *, config: Config
 ) -> dict[str, Array]:
   """Returns sums over a batch: 'nll' in nats, and 'tokens' predicted."""
   # All hidden states go through the head at once: without the MTP modules'.
@@ -226,7 +225,7 @@ def predictions(
 ) -> Predictions:
   """Returns the log-likelihoods of one micro-batch's targets, and statistics.
 
-  `micro` has the fields of a `batches.Batch` without the axis of micro-batches,
+  `micro` has the fields of a `types.Batch` without the axis of micro-batches,
   and may have `routes` to replay (`replay`).
   """
   network = transformer.Transformer(config.model, functions)

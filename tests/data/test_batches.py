@@ -10,8 +10,8 @@ import pytest
 from hypothesis import strategies as st
 from texts import BOS, BYTE, EOS, small
 
+from experiments.data import batches
 from mla_moe.config import DataConfig
-from mla_moe.data import batches
 
 
 def slow_span(config, steps):

@@ -13,6 +13,7 @@ from texts import BOS, BYTE, prepared, small, write_folder
 
 from experiments import cli
 from experiments.data import (
+  batches,
   blend,
   bucket_shards,
   chunks,
@@ -23,7 +24,6 @@ from experiments.data import (
   token_files,
 )
 from mla_moe.config import ConfigError
-from mla_moe.data import batches
 
 URL = 'memory://tokens'
 

@@ -28,6 +28,7 @@ from texts import (
 )
 
 from experiments.data import (
+  batches,
   corpus,
   corpus_folder,
   documents,
@@ -37,7 +38,6 @@ from experiments.data import (
   tokenizer,
 )
 from mla_moe.config import ConfigError
-from mla_moe.data import batches
 
 
 def test_a_second_call_reuses_the_files_in_silence(folder, tmp_path, text):

@@ -11,10 +11,9 @@ import pytest
 from hypothesis import strategies as st
 from texts import BOS, BYTE, prepared, small, write_folder
 
-from experiments.data import blend, corpus_folder, mixture, sources
+from experiments.data import batches, blend, corpus_folder, mixture, sources
 from experiments.training import source
 from mla_moe.config import Config, ConfigError, RunConfig, freeze
-from mla_moe.data import batches
 
 AB = (('a', 3.0, 'a'), ('b', 1.0, 'b'))
 

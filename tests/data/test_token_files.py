@@ -8,9 +8,8 @@ import pytest
 from id_files import DOCUMENTS, IDS, KINDS, megatron, write
 from texts import BOS, BYTE, prepared, small, write_folder
 
-from experiments.data import corpus, corpus_folder
+from experiments.data import batches, corpus, corpus_folder
 from mla_moe.config import ConfigError
-from mla_moe.data import batches
 
 
 @pytest.mark.parametrize('kind', KINDS)

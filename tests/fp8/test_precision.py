@@ -12,6 +12,7 @@ import pytest
 from flax import linen as nn
 
 from configs import tiny
+from experiments.data import batches
 from experiments.training import fp8_health
 from mla_moe import fp8, sharding
 from mla_moe.config import (
@@ -21,7 +22,6 @@ from mla_moe.config import (
   MTPConfig,
   freeze,
 )
-from mla_moe.data import batches
 from mla_moe.model import block, layers, products, rope, transformer, weights
 from mla_moe.train import optim, step
 from mla_moe.train.state import init_state

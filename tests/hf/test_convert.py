@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from releases import GOLDEN, same_bytes, tensors
 
-from experiments.data import corpus, tokenizer
+from experiments.data import batches, corpus, tokenizer
 from mla_moe import Transformer, load_huggingface
 from mla_moe.config import freeze
-from mla_moe.data import batches
 
 # Warnings of third-party code in the programs are not ours to mend.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('default')]

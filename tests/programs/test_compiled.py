@@ -12,6 +12,7 @@ import pytest
 from flax import linen as nn
 
 from configs import small, tiny
+from experiments.data import batches
 from experiments.plan import compiled, hlo, traffic
 from experiments.training import preparation, steps
 from experiments.training import program as training
@@ -23,7 +24,6 @@ from mla_moe.config import (
   MTPConfig,
   freeze,
 )
-from mla_moe.data import batches
 from mla_moe.decode import forward, latent_cache
 from mla_moe.model import transformer
 

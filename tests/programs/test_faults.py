@@ -24,7 +24,7 @@ import pytest
 from configs import tiny
 from experiments import cli, faults, runtime, soak, train, workdir
 from experiments.checkpointing import folders, store
-from experiments.data import corpus, tokenizer
+from experiments.data import batches, corpus, tokenizer
 from experiments.training import (
   metrics,
   preparation,
@@ -37,7 +37,6 @@ from experiments.training import (
 from experiments.training import program as program_of
 from mla_moe import ConfigError, load_huggingface
 from mla_moe.config import Config, MeshConfig, freeze
-from mla_moe.data import batches
 from mla_moe.train import optim, step
 from mla_moe.train.state import init_state
 

@@ -14,11 +14,10 @@ from configs import tiny as base
 from experiments import tokenizer as trained
 from experiments import train, workdir
 from experiments.checkpointing import store
-from experiments.data import tokenizer
+from experiments.data import batches, packing, tokenizer
 from experiments.serving import template
 from experiments.training import example_source, examples, replay
 from mla_moe.config import ConfigError, MeshConfig, MTPConfig, freeze
-from mla_moe.data import batches, packing
 from mla_moe.decode import generation
 from mla_moe.model import transformer
 from mla_moe.train import optim, step

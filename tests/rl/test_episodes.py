@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from experiments.rl import episodes
 from mla_moe.config import ConfigError
-from mla_moe.rl import episodes
 
 
 def _answer(p, c, start=10):

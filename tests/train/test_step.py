@@ -11,9 +11,9 @@ import pytest
 from flax import linen as nn
 
 from configs import tiny
+from experiments.data import batches
 from mla_moe import sharding
 from mla_moe.config import ComputeConfig, MeshConfig, MTPConfig, freeze
-from mla_moe.data import batches
 from mla_moe.model import moe, transformer
 from mla_moe.train import optim, step
 from mla_moe.train.state import abstract_state, init_state

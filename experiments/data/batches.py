@@ -12,30 +12,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from mla_moe.config import DataConfig
+from mla_moe.types import Batch
 
 _OPEN_BLOCKS = 16  # whose rows are mixed, so that as many are read at a time
-
-
-class Batch(NamedTuple):
-  """The rows of one step as numpy arrays, in n micro-batches.
-
-  tokens: [n, B, T] int32. targets: [n, B, T] int32, the next tokens; -1 where
-  none is predicted. segments: [n, B, T] int32, the number of a token's document
-  in its row. positions: [n, B, T] int32, within the segment. With packing
-  'joined' a row is one segment. count: int32, the number of real micro-batches;
-  they come first, the others are padding.
-  """
-
-  tokens: np.ndarray
-  targets: np.ndarray
-  segments: np.ndarray
-  positions: np.ndarray
-  count: np.ndarray
 
 
 def span(data: DataConfig, step: int) -> tuple[int, int]:

@@ -13,8 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from mla_moe.config import ConfigError
-from mla_moe.data import packing
+from mla_moe.rl.objective import Episodes
 from mla_moe.types import Float, Int
+
+from ..data import packing
 
 
 class Answer(NamedTuple):
@@ -31,31 +33,6 @@ class Answer(NamedTuple):
   advantage: float
   weight: float
   routes: Int[np.ndarray, 'S L K'] | None = None
-
-
-class Episodes(NamedTuple):
-  """The rows of one update in n micro-batches, as `data.batches.Batch`.
-
-  tokens, targets (-1: none), segments (-1: padding) and positions are [n, B, T]
-  int32; rollout, old, reference, advantage and weight [n, B, T] float32, 0
-  where there is no target. count: the number of real micro-batches. fresh: 1
-  where no update has followed the rollout yet, so that the old policy is the
-  policy, and `old` is not read. routes [n, B, T, L, K] int16: the rollout's
-  experts, or the trainer's (`RLConfig.replay`), -1 in padding; None: no record.
-  """
-
-  tokens: np.ndarray
-  targets: np.ndarray
-  segments: np.ndarray
-  positions: np.ndarray
-  rollout: np.ndarray
-  old: np.ndarray
-  reference: np.ndarray
-  advantage: np.ndarray
-  weight: np.ndarray
-  count: np.ndarray
-  fresh: np.ndarray
-  routes: np.ndarray | None = None
 
 
 def pack(

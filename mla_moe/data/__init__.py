@@ -1,1 +1,0 @@
-"""Tokens from text: tokenizers, batches of a stream, packed rows."""

@@ -212,7 +212,7 @@ def mesh_axes(
   return tuple(split)
 
 
-def array_spec(axes: tuple, x: Array | None) -> PartitionSpec:
+def array_spec(axes: tuple, x: PyTree | None) -> PartitionSpec:
   """Returns the spec of one array here, by the `mesh_axes` that divide it.
 
   For None, an absent optional argument, it is the spec that splits nothing.

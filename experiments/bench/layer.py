@@ -107,7 +107,11 @@ def _both(w, x, rounds: int) -> tuple[dict, int]:
     ),
   }
   absorbed = functools.partial(
-    latent_attention.attend, valid=None, mla=_MLA, form='absorbed', cache=cache
+    latent_attention.attend,
+    valid=None,
+    config=config,
+    form='absorbed',
+    cache=cache,
   )
   layer = {
     'latent': jax.jit(absorbed, donate_argnums=3),
@@ -119,7 +123,7 @@ def _both(w, x, rounds: int) -> tuple[dict, int]:
   }
 
   def step(name):
-    y, state[name] = layer[name](weights[name], x, turn, state[name])
+    y, state[name], *_ = layer[name](weights[name], x, turn, state[name])
     y.block_until_ready()
 
   calls = {name: functools.partial(step, name) for name in layer}

@@ -46,9 +46,14 @@ def unstack(config: ModelConfig, variables: PyTree) -> PyTree:
   weights['head'] = head.astype(config.dtype)
   counts = {'dense': config.dense_layers, 'moe': config.moe_layers}
   for name, count in counts.items():
+    indexed = 0  # a stack has the indexers of its full layers alone
     for i in range(count):
-      layer = jax.tree.map(lambda x, i=i: x[i], params[name])
+      layer = jax.tree.map(lambda x, i=i: x[i], _without_index(params[name]))
       bias = jax.tree.map(lambda x, i=i: x[i], biases.get(name, {}))
+      if latent_cache.has_index(config, len(weights['layers'])):
+        stacked = params[name]['attention']['indexer']
+        own = jax.tree.map(lambda x, i=indexed: x[i], stacked)
+        layer['attention']['indexer'], indexed = own, indexed + 1
       weights['layers'].append(_layer(layer, bias, config.dtype))
   if config.mtp.depth:
     module = params['mtp_0']
@@ -60,6 +65,12 @@ def unstack(config: ModelConfig, variables: PyTree) -> PyTree:
       **{name: module[name]['scale'] for name in norms},
     }
   return weights
+
+
+def _without_index(params):
+  attention = params['attention'].items()
+  attention = {name: x for name, x in attention if name != 'indexer'}
+  return {**params, 'attention': attention}
 
 
 def _layer(params, bias, dtype):
@@ -118,9 +129,10 @@ def hidden(
   x = weights['embedding'][tokens]
   x = sharding.constrain(x, 'batch', None, 'stream')
   angles = _angles(cache, tokens, config)
-  pools = list(cache.layers)
+  pools, selected = list(cache.layers), None
+  context = cache, valid, config, form
   for i, w in enumerate(weights['layers']):
-    x, pools[i] = _block(w, x, angles, pools[i], cache, valid, config, form)
+    x, pools[i], selected = _block(w, x, angles, pools[i], *context, selected)
   x = layers.normalize(x, weights['final_norm'], config.norm_eps)
   return x, _extended(cache, pools, tokens, valid)
 
@@ -175,14 +187,16 @@ def prefill(
   A prompt goes through the model in chunks. The first attends to itself; each
   later one also to the cache, whose keys and values are computed again.
   """
-  states = []
+  states, table, size = [], cache.table, cache.layers[0].page_size
   for start in range(0, tokens.shape[1], chunk):
     part = tokens[:, start : start + chunk]
     real = jnp.clip(valid - start, 0, part.shape[1])
     form = 'decompressed' if start else 'fresh'
+    # Scores of keys that cannot be there yet would take memory.
+    cache = cache.replace(table=table[:, : -(-(start + chunk) // size)])
     x, cache = hidden(weights, cache, part, config, valid=real, form=form)
     states.append(x)
-  return jnp.concatenate(states, axis=1), cache
+  return jnp.concatenate(states, axis=1), cache.replace(table=table)
 
 
 def last(
@@ -225,7 +239,7 @@ def draft(
   x = products.matmul_transposed(jnp.concatenate(joined, axis=-1), w['w_join'])
   angles = _angles(cache, tokens, config)
   (pool,) = cache.layers
-  x, pool = _block(w['block'], x, angles, pool, cache, valid, config, form)
+  x, pool, _ = _block(w['block'], x, angles, pool, cache, valid, config, form)
   x = layers.normalize(x, w['final_norm'], eps)
   return x, _extended(cache, [pool], tokens, valid)
 
@@ -249,19 +263,21 @@ def _extended(cache, pools, tokens, valid):
   return dataclasses.replace(cache, layers=tuple(pools), lengths=lengths)
 
 
-def _block(w, x, angles, pages, cache, valid, config, form):
+def _block(w, x, angles, pages, cache, valid, config, form, selected=None):
+  """Returns the stream, the layer's pool, and its sets for shared layers."""
   h = layers.normalize(x, w['attention_norm'], config.norm_eps)
   with jax.named_scope('attention'):
-    y, pages = latent_attention.attend(
-      w['attention'], h, angles, pages, cache, valid, config.mla, form
+    y, pages, selected = latent_attention.attend(
+      w['attention'], h, angles, pages, cache, valid, config, form, selected
     )
   x = x + y
   h = layers.normalize(x, w['ffn_norm'], config.norm_eps)
   with jax.named_scope('ffn'):
     if 'w_router' not in w:
-      return x + _dense(w['ffn'], h), pages
+      return x + _dense(w['ffn'], h), pages, selected
     y, chosen = _experts(w, h, config)
-  return x + y, latent_cache.note_routes(pages, cache, chosen, valid)
+  pages = latent_cache.note_routes(pages, cache, chosen, valid)
+  return x + y, pages, selected
 
 
 def _dense(w, x):

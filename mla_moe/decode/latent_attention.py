@@ -21,7 +21,8 @@ For each query and cached token, a head multiplies 2C + R numbers in absorbed
 form and H + R + U in decompressed form, which also pays C (H + U) a cached
 token for all queries together. So the second is cheaper beyond
 C (H + U) / (2C - H - U) new tokens a row, 171 for V3; the length of the prefix
-does not matter. The oracle of all three is `model.mla.Attention`.
+does not matter. The oracle of all three is `model.mla.Attention`. Where a query
+attends to a set of keys, `sparse_attention` has two more.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from mla_moe import kernels, sharding
-from mla_moe.config import MLAConfig
-from mla_moe.decode import latent_cache
-from mla_moe.model import attention, layers, products, rope
+from mla_moe.config import ModelConfig
+from mla_moe.decode import latent_cache, sparse_attention
+from mla_moe.model import attention, indexer, layers, products, rope
 from mla_moe.types import Array, Float, Int, PyTree
 
 ABSORBED = 128  # most new tokens a row for which the absorbed form is used
@@ -70,6 +71,10 @@ def weights(params: PyTree, dtype: str) -> PyTree:
     down.insert(0, transposed(cast('w_q_down')))
     w['q_norm'] = params['q_norm']['scale']
     w['w_q'] = transposed(cast('w_q_up'))
+  if 'indexer' in params:
+    index = params['indexer']
+    wide = {name: index[name].astype(dtype) for name in ('w_query', 'w_key')}
+    w['indexer'] = index | wide
   return w | {'w_down': jnp.concatenate(down)}
 
 
@@ -80,10 +85,11 @@ def attend(
   pages: latent_cache.Pages,
   cache: latent_cache.Cache,
   valid: Int[Array, ' B'] | None,
-  mla: MLAConfig,
+  config: ModelConfig,
   form: str,
-) -> tuple[Float[Array, 'B T D'], latent_cache.Pages]:
-  """Returns the attention of new tokens, and the pool with their latents.
+  selected: Array | None = None,
+) -> tuple[Float[Array, 'B T D'], latent_cache.Pages, Array | None]:
+  """Returns attention of new tokens, the pool with their latents, their sets.
 
   Args:
     w: the layer's `weights`.
@@ -92,10 +98,12 @@ def attend(
     pages: the layer's pool.
     cache: table and lengths of the rows, without the new tokens.
     valid: new tokens of each row; the others are padding. None: all T.
-    mla: the sizes.
+    config: of the model.
     form: 'absorbed', 'decompressed' or 'fresh' (rows without a token only).
+    selected: sets of the last layer with an indexer (`sparse_attention`), for a
+      layer without one; None where attention is dense.
   """
-  b, t, _ = x.shape
+  (b, t, _), mla = x.shape, config.mla
   down = products.matmul_transposed(x, w['w_down'])
   ends = [mla.query_rank, mla.query_rank + mla.kv_rank]
   q, latent, k_rope = jnp.split(down, ends, axis=-1)
@@ -103,30 +111,31 @@ def attend(
     q = layers.normalize(q, w['q_norm'], mla.norm_eps)
   else:
     q = x
+  index = None
+  if 'indexer' in w and latent_cache.is_sparse(config):
+    index = indexer.project(w['indexer'], x, q, angles, config)
   q = products.matmul_transposed(q, w['w_q']).reshape(b, t, mla.heads, -1)
   q = sharding.constrain(q, 'batch', None, 'heads', None)
   q_nope, q_rope = rope.queries(q, mla.nope_dim, angles)
   latent = layers.normalize(latent, w['kv_norm'], mla.norm_eps)
   k_rope = rope.rotate(k_rope, angles)
-  core = {
-    'absorbed': _absorbed,
-    'decompressed': _decompressed,
-    'fresh': _fresh,
-  }[form]
   valid = jnp.full((b,), t, jnp.int32) if valid is None else valid
-  run = _by_shard(functools.partial(_write_and_attend, core, mla), b)
-  out, pages = run(
+  run = _by_shard(functools.partial(_write_and_attend, form, config), b)
+  out, pages, selected = run(
     (q_nope, q_rope),
     (latent, k_rope),
     (w['w_k_up'], w['w_v_up']),
     cache.replace(layers=(pages,)),
     valid,
+    index,
+    selected,
   )
-  return products.matmul_transposed(out.reshape(b, t, -1), w['w_out']), pages
+  out = products.matmul_transposed(out.reshape(b, t, -1), w['w_out'])
+  return out, pages, selected
 
 
-def _write_and_attend(core, mla, q, kv, up, cache, valid):
-  """Returns attention [B, T, N, U] and the pool with the new latents.
+def _write_and_attend(form, config, q, kv, up, cache, valid, index, selected):
+  """Returns attention [B, T, N, U], the pool with the new latents, the sets.
 
   q: queries (without, with rotation); kv: latents and shared keys of the new
   tokens; up: up-projections of keys and values; cache: of this layer alone.
@@ -135,9 +144,39 @@ def _write_and_attend(core, mla, q, kv, up, cache, valid):
   # The pages of a device's rows are its own; modulo its pool, ids are local.
   cache = cache.replace(table=cache.table % pages.values.shape[0])
   slots = latent_cache.next_slots(cache, kv[0].shape[1], valid)
-  pages = latent_cache.write(pages, slots, *kv)
+  pages = latent_cache.write(pages, slots, *kv, index and index.k)
   cache = cache.replace(layers=(pages,))
-  return core(q, kv, up, cache, valid, rope.softmax_scale(mla)), pages
+  core = {
+    'absorbed': _absorbed,
+    'decompressed': _decompressed,
+    'fresh': _fresh,
+  }[form]
+  reach, t = cache.capacity, kv[0].shape[1]
+  if form == 'fresh':
+    reach, last = t, -(-t // pages.page_size)
+    cache = cache.replace(table=cache.table[:, :last])
+  args = q, kv, up, cache, valid, rope.softmax_scale(config.mla)
+  sparse_form = sparse_attention.form_of(form, reach, config)
+  if sparse_form == form:
+    return core(*args), pages, None
+  topk, longest = config.dsa.topk, jnp.max(cache.lengths + valid)
+  if index is not None:
+    select = lambda: sparse_attention.select(
+      index, cache, longest, topk, sparse_form
+    )
+    selected = _if(longest > topk, select, sparse_form == 'masked')
+  if sparse_form == 'masked':
+    return _decompressed(*args, selected), pages, selected
+  own = lambda: _gathered(*args, selected, config.mla)
+  out = jax.lax.cond(longest > topk, own, lambda: core(*args))
+  return out, pages, selected
+
+
+def _if(wanted, compute, otherwise):
+  """Returns `compute()` where it is wanted, else its shape of one value."""
+  shape = jax.eval_shape(compute)
+  other = lambda: jnp.full(shape.shape, otherwise, shape.dtype)
+  return jax.lax.cond(wanted, compute, other)
 
 
 def _by_shard(run, batch: int):
@@ -156,8 +195,8 @@ def _by_shard(run, batch: int):
   return jax.shard_map(
     run,
     mesh=mesh,
-    in_specs=(of_q, of_rows, spec(heads), of_rows, of_rows),
-    out_specs=(of_q, of_rows),
+    in_specs=(of_q, of_rows, spec(heads), *[of_rows] * 4),
+    out_specs=(of_q, of_rows, of_rows),
     check_vma=False,
   )
 
@@ -183,14 +222,9 @@ def _expand(latent, up):
 
 
 def _absorbed(q, kv, up, cache, valid, scale):
-  (q_nope, q_rope), (k_up, v_up), (pages,) = q, up, cache.layers
-  b, t, heads, rope_dim = q_rope.shape
-  rank, width = k_up.shape[-1], latent_cache.width(pages, rope_dim)
-  # Heads first: XLA's CPU backend wants the axis that both operands have there.
-  q = jnp.einsum('btnh,nhc->nbtc', q_nope, k_up)
-  q = jnp.concatenate([q, q_rope.transpose(2, 0, 1, 3)], axis=-1) * scale
-  q = jnp.pad(q, [(0, 0)] * 3 + [(0, width - q.shape[-1])])
-  q = q.transpose(1, 0, 2, 3)
+  (b, t, heads, rope_dim), (k_up, v_up), (pages,) = q[1].shape, up, cache.layers
+  rank, q = k_up.shape[-1], _fold(q, k_up, pages, scale)
+  width = q.shape[-1]
   if cache.impl != 'xla' and heads * t <= _KERNEL_ROWS:
     out = _by_kernel(q, cache, rank)
     return jnp.einsum('bntc,ncu->btnu', out, v_up)
@@ -210,7 +244,30 @@ def _absorbed(q, kv, up, cache, valid, scale):
 
   q = q.reshape(b, heads * t, width)
   out = _by_rows(rows, (q, cache.table, cache.lengths, valid))
-  out = out.reshape(b, heads, t, width)[..., :rank].astype(q_nope.dtype)
+  return _unfold(out.reshape(b, heads, t, width), v_up, q.dtype)
+
+
+def _gathered(q, kv, up, cache, valid, scale, selected, mla):
+  (pages,) = cache.layers
+  q = _fold(q, up[0], pages, scale)
+  out = sparse_attention.attend(q, selected, cache, mla)
+  return _unfold(out, up[1], q.dtype)
+
+
+def _fold(q, k_up, pages, scale):
+  """Returns the queries for cached tokens, [B, N, T, W]."""
+  q_nope, q_rope = q
+  # Heads first: XLA's CPU backend wants the axis that both operands have there.
+  q = jnp.einsum('btnh,nhc->nbtc', q_nope, k_up)
+  q = jnp.concatenate([q, q_rope.transpose(2, 0, 1, 3)], axis=-1) * scale
+  width = latent_cache.width(pages, q_rope.shape[-1])
+  q = jnp.pad(q, [(0, 0)] * 3 + [(0, width - q.shape[-1])])
+  return q.transpose(1, 0, 2, 3)
+
+
+def _unfold(out, v_up, dtype):
+  """Returns the output [B, T, N, U] of sums of tokens [B, N, T, W]."""
+  out = out[..., : v_up.shape[1]].astype(dtype)
   out = jnp.einsum('bntc,ncu->nbtu', out, v_up)
   return out.transpose(1, 2, 0, 3)
 
@@ -249,7 +306,7 @@ def _by_kernel(q, cache, rank):
   return out.reshape(b, t, heads, rank).swapaxes(1, 2).astype(q.dtype)
 
 
-def _decompressed(q, kv, up, cache, valid, scale):
+def _decompressed(q, kv, up, cache, valid, scale, selected=None):
   (pages,) = cache.layers
   rank, rope_dim = up[0].shape[-1], q[1].shape[-1]
   heads_first = lambda x: x.swapaxes(1, 2)
@@ -268,7 +325,8 @@ def _decompressed(q, kv, up, cache, valid, scale):
 
   positions = _positions(cache, q.shape[2])[:, None]
   positions = jnp.broadcast_to(positions, q.shape[:3])
-  out = _sweep(block, cache, valid, positions, up[1].shape[-1], axis=3)
+  width = up[1].shape[-1]
+  out = _sweep(block, cache, valid, positions, width, selected, axis=3)
   return heads_first(out).astype(q.dtype)
 
 
@@ -277,7 +335,7 @@ def _positions(cache, t):
   return cache.lengths[:, None] + jnp.arange(t)[None]
 
 
-def _sweep(block, cache, valid, positions, width, *, axis):
+def _sweep(block, cache, valid, positions, width, selected=None, *, axis):
   """Returns attention over the cached tokens, computed block by block.
 
   Softmax needs one pass: each block shrinks the sums of the earlier ones to the
@@ -291,11 +349,15 @@ def _sweep(block, cache, valid, positions, width, *, axis):
     valid: new tokens of each row.
     positions: of the queries, in the shape of the logits without `axis`.
     width: numbers of a value.
+    selected: [B, T, S], the keys that each query may see; None: all before it.
     axis: of the logits, along which the cached tokens lie.
   """
   table, size = cache.table, cache.layers[0].page_size
   longest = jnp.max(cache.lengths + valid)
   small, large = _blocks(size, width + positions[0].size)
+  if selected is not None:  # the last block may reach beyond the row
+    most = (table.shape[1] + large) * size
+    selected = indexer.pad(selected, max(most, selected.shape[2]), 2)
 
   def step(j, carry, count):
     total, peak, out = carry
@@ -305,6 +367,10 @@ def _sweep(block, cache, valid, positions, width, *, axis):
       [-1 if i == axis else 1 for i in range(logits.ndim)]
     )
     visible = key <= jnp.expand_dims(positions, axis)
+    if selected is not None:
+      start = j * count * size
+      chosen = jax.lax.dynamic_slice_in_dim(selected, start, count * size, 2)
+      visible = visible & chosen[:, None]
     logits = jnp.where(visible, logits, kernels.MASKED)
     higher = jnp.maximum(peak, logits.max(axis))
     probs = jnp.exp(logits - jnp.expand_dims(higher, axis))

@@ -15,6 +15,9 @@ C + R wide on CPU and GPU. On TPU the width is a multiple of 128: at any other
 width XLA chooses another layout for the argument and copies the whole cache at
 every step. A quantised pool has one scale for each 128 numbers of a latent and
 leaves the shared key in bfloat16, because rounding hurts positions first.
+
+Under sparse attention (`decode.sparse_attention`) the indexer's key of a token
+lies beside its latent, in the same slot. A quantised one has one scale.
 """
 
 from __future__ import annotations
@@ -39,13 +42,17 @@ class Pages:
   values: latent, shared key, and zeros up to the width. If they are quantised:
   the latent alone, with its scales [P, page_size, tiles] and the shared key in
   `rope` [P, page_size, R]. routes [P, K, page_size] int16: the experts of each
-  token in a MoE layer; None where the cache notes none.
+  token in a MoE layer; None where the cache notes none. index [P, page_size, I]
+  and, if quantised, index_scales [P, page_size, 1]: the indexer's keys; None in
+  a layer without one.
   """
 
   values: PyTree
   scales: PyTree = None
   rope: PyTree = None
   routes: PyTree = None
+  index: PyTree = None
+  index_scales: PyTree = None
 
   @property
   def page_size(self) -> int:
@@ -151,18 +158,33 @@ def pools(
     if cache_config.routes and model.dense_layers <= layer < model.layers:
       shape = pages, model.moe.top_k, cache_config.page
       routes = jnp.zeros(shape, jnp.int16)
+    keys = model.dsa.dim if has_index(model, layer) else 0
+    index = lambda kind: jnp.zeros((*lead, align(keys)), kind) if keys else None
     if dtype in ('float32', 'bfloat16'):
       values = jnp.zeros((*lead, align(rank + rope_dim)), dtype)
-      return Pages(values, routes=routes)
+      return Pages(values, routes=routes, index=index(dtype))
     kind = {'int8': jnp.int8, 'float8': jnp.float8_e4m3fn}[dtype]
     return Pages(
       values=jnp.zeros((*lead, rank), kind),
       scales=jnp.ones((*lead, rank // _tile(rank)), jnp.float32),
       rope=jnp.zeros((*lead, align(rope_dim)), jnp.bfloat16),
       routes=routes,
+      index=index(kind),
+      index_scales=jnp.ones((*lead, 1), jnp.float32) if keys else None,
     )
 
   return tuple(map(pool, range(model.layers + min(model.mtp.depth, 1))))
+
+
+def is_sparse(model: ModelConfig) -> bool:
+  """Returns whether queries of the model attend to sets of keys."""
+  return model.dsa.heads > 0 and model.dsa.attention == 'sparse'
+
+
+def has_index(model: ModelConfig, layer: int) -> bool:
+  """Returns whether a layer selects; the MTP module's follows the others."""
+  kinds = model.dsa.types[layer : layer + 1]
+  return is_sparse(model) and kinds in ((), ('full',))
 
 
 def next_slots(
@@ -190,11 +212,18 @@ def write(
   slots: Slots,
   latent: Float[Array, 'B T C'],
   k_rope: Float[Array, 'B T R'],
+  index: Float[Array, 'B T I'] | None = None,
 ) -> Pages:
   """Returns the pool with new tokens in their slots."""
   put = lambda pool, x: pool.at[slots.page, slots.offset].set(
     _widen(x, pool.shape[-1]).astype(pool.dtype), mode='drop'
   )
+  if index is not None:
+    if pages.scales is not None:
+      index, scales = quantise(index, pages.index.dtype, index.shape[-1])
+      scales = put(pages.index_scales, scales)
+      pages = pages.replace(index_scales=scales)
+    pages = pages.replace(index=put(pages.index, index))
   if pages.scales is None:
     both = jnp.concatenate([latent, k_rope], axis=-1)
     return pages.replace(values=put(pages.values, both))
@@ -240,16 +269,37 @@ def read(
   pages: Pages, table: Int[Array, 'B n'], dtype: str, rope_dim: int
 ) -> Float[Array, 'B S W']:
   """Returns the tokens in some pages of each row: latent, shared key, zeros."""
+  tokens = _pick(pages, table, dtype, rope_dim)
+  return tokens.reshape(len(tokens), -1, tokens.shape[-1])
+
+
+def gather(
+  pages: Pages, slots: Slots, dtype: str, rope_dim: int
+) -> Float[Array, '*b W']:
+  """Returns the tokens in some slots, as `read` does those of whole pages."""
+  return _pick(pages, tuple(slots), dtype, rope_dim)
+
+
+def _pick(pages, places, dtype, rope_dim):
   # A table holds ids of pages only, and reads without a check are faster.
-  pick = lambda x: x.at[table].get(mode='promise_in_bounds')
+  pick = lambda x: x.at[places].get(mode='promise_in_bounds')
   if pages.scales is None:
-    tokens = pick(pages.values).astype(dtype)
-  else:
-    latent = dequantise(pick(pages.values), pick(pages.scales))
-    rope = pick(pages.rope)[..., :rope_dim]
-    tokens = jnp.concatenate([latent.astype(dtype), rope.astype(dtype)], -1)
-  b, n, size, width = tokens.shape
-  return tokens.reshape(b, n * size, width)
+    return pick(pages.values).astype(dtype)
+  latent = dequantise(pick(pages.values), pick(pages.scales))
+  rope = pick(pages.rope)[..., :rope_dim]
+  return jnp.concatenate([latent.astype(dtype), rope.astype(dtype)], -1)
+
+
+def read_index(
+  pages: Pages, table: Int[Array, 'B n'], dtype: str, dim: int
+) -> Float[Array, 'B S I']:
+  """Returns the indexer's keys in some pages of each row."""
+  pick = lambda x: x.at[table].get(mode='promise_in_bounds')
+  keys = pick(pages.index)
+  if pages.index_scales is not None:
+    keys = dequantise(keys, pick(pages.index_scales))
+  keys = keys[..., :dim].astype(dtype)
+  return keys.reshape(len(keys), -1, dim)
 
 
 def width(pages: Pages, rope_dim: int) -> int:
@@ -264,9 +314,14 @@ def shardings(cache: Cache, mesh: jax.sharding.Mesh) -> PyTree:
   return jax.tree.map(lambda _: rows, cache)
 
 
-def quantise(x: Float[Array, '*b C'], kind) -> tuple[Array, Array]:
-  """Returns `x` as `kind` [*b, C], and the scale of each tile [*b, tiles]."""
-  tile = _tile(x.shape[-1])
+def quantise(
+  x: Float[Array, '*b C'], kind, tile: int = 0
+) -> tuple[Array, Array]:
+  """Returns `x` as `kind` [*b, C], and the scale of each tile [*b, tiles].
+
+  A tile has 128 numbers, or all where 128 does not divide them, or `tile`.
+  """
+  tile = tile or _tile(x.shape[-1])
   tiles = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, tile)
   whole = jnp.issubdtype(kind, jnp.integer)
   top = 127.0 if whole else float(jnp.finfo(kind).max)

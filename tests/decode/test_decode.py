@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mla_moe import CacheConfig, load_huggingface
-from mla_moe.config import MLAConfig
+from mla_moe.config import ModelConfig
 from mla_moe.decode import forward, latent_attention, latent_cache
 from mla_moe.model import experts, router, transformer
 
@@ -259,21 +259,24 @@ def test_few_tokens_read_the_chosen_experts_alone(tokens, few, monkeypatch):
   assert rows == [(2 * tokens, config.dim)] * config.moe_layers * few
 
 
-def test_a_shards_page_ids_are_those_of_its_own_pool():
+def test_a_shards_page_ids_are_those_of_its_own_pool(monkeypatch):
   """The second of two devices has pages 4 to 7 of 8, as 0 to 3."""
   pages = latent_cache.Pages(jnp.zeros((4, 2, 3)))
   table, lengths = jnp.array([[5, 4], [6, 7]]), jnp.array([2, 1])
   cache = latent_cache.Cache((pages,), table, lengths)
   new = jnp.full((2, 1, 2), 7.0), jnp.full((2, 1, 1), 9.0)
   core = lambda q, kv, up, cache, valid, scale: cache.table
-  table, pages = latent_attention._write_and_attend(
-    core,
-    MLAConfig(),
+  monkeypatch.setattr(latent_attention, '_absorbed', core)
+  table, pages, _ = latent_attention._write_and_attend(
+    'absorbed',
+    ModelConfig(),
     None,
     new,
     None,
     cache.replace(layers=(pages,)),
     jnp.array([1, 1]),
+    None,
+    None,
   )
   np.testing.assert_array_equal(table, [[1, 0], [2, 3]])
   right = np.zeros((4, 2, 3))

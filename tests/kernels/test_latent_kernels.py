@@ -92,12 +92,12 @@ def test_a_layer_is_the_same_by_kernel():
         latent_attention.attend,
         cache=cache,
         valid=None,
-        mla=mla,
+        config=model,
         form='absorbed',
       )
     )
     with pltpu.force_tpu_interpret_mode():
-      outputs[impl], _ = run(w, x, angles, pages)
+      outputs[impl], *_ = run(w, x, angles, pages)
   assert np.abs(outputs['xla']).max() > 1e-3
   chex.assert_trees_all_close(outputs['tpu'], outputs['xla'], atol=1e-5)
 

@@ -129,6 +129,8 @@ def errors(path: str, kind: type[ConfigError] = ConfigError) -> Iterator[None]:
       f'{path}: {scheme}:// needs its library: '
       f'pip install "mla_moe[{SCHEMES[scheme]}]"'
     ) from None
+  except FileNotFoundError:
+    raise kind(f'{path}: no such bucket or object') from None
   except Exception as error:
     why = ' '.join(str(error).split())[:120] or type(error).__name__
     raise kind(f'{path}: cannot be read ({why})') from None

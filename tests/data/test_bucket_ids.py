@@ -9,9 +9,8 @@ from bucket_server import NAME, server  # noqa: F401
 from id_files import DOCUMENTS, megatron
 from texts import BOS, prepared, small
 
-from experiments.data import remote
+from experiments.data import batches, remote
 from mla_moe.config import ConfigError
-from mla_moe.data import batches
 
 pytestmark = [
   pytest.mark.slow,

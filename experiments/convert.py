@@ -197,15 +197,16 @@ def _fresh_state(variables: PyTree, config: OptimConfig):
   import jax
   import jax.numpy as jnp
 
-  from mla_moe.train import optim
+  from mla_moe.train import optim, stage
   from mla_moe.train.state import State, empty_window
 
   params = variables['params']
+  part = stage.trained(params, config)
   return State(
     jnp.zeros((), jnp.int32),
     params,
     variables['router'],
-    jax.jit(optim.optimizer(config).init)(params),
+    jax.jit(optim.optimizer(config).init)(part),
     empty_window(config),
   )
 

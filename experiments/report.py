@@ -44,6 +44,7 @@ def write(folder: pathlib.Path) -> pathlib.Path | None:
     *_texts(run.starts),
     *_incidents(folder / 'incidents.jsonl'),
     *_experts(run.steps, history.loads(folder), run.config['model']),
+    *_indexers(run.steps),
     *_fp8(run.fp8),
     *(answers or _sample(folder / samples.FILE)),
     '<h2>Config</h2>',
@@ -134,6 +135,29 @@ def _experts(steps, loads, model: dict) -> list[str]:
     'the run, one map a layer (MTP modules last).</p>',
     _balance(steps, main_layers),
     _load_maps(loads, main_layers),
+  ]
+
+
+def _indexers(steps) -> list[str]:
+  if not steps or 'index_kl' not in steps[-1]:
+    return []
+  titles = {
+    'index_kl': 'KL of the index, nats a token',
+    'index_mass': 'Attention in the sets, of the most possible',
+    'index_overlap': "A set's share in the set before",
+  }
+  figure, axes = page.figure(len(titles))
+  for plot, (name, title) in zip(axes[0], titles.items(), strict=True):
+    values = np.array([row[name] for row in steps])
+    for layer in range(values.shape[1]):
+      colour = page.COLOURS[layer % len(page.COLOURS)]
+      plot.plot([row['step'] for row in steps], values[:, layer], color=colour)
+    plot.set(title=title, xlabel='step')
+  return [
+    '<h2>Sparse attention</h2>',
+    '<p>A line a layer, MTP modules last. Attention and overlap are of a '
+    'sample of queries; the first layer overlaps with itself.</p>',
+    _over_steps(figure, axes),
   ]
 
 

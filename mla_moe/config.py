@@ -276,10 +276,12 @@ class OptimConfig(Checked):
 
   A step is skipped if its loss or gradient is not finite, or if its main loss
   exceeds the mean of the last `spike_window` accepted ones by more than
-  `spike_sigma` standard deviations (0: no spike is skipped).
+  `spike_sigma` standard deviations (0: no spike is skipped). `trains` 'indexer'
+  freezes all but the indexers, whose loss has the weight `index_loss`.
   """
 
   optimizer: Literal['adamw', 'muon'] = 'adamw'
+  trains: Literal['all', 'indexer'] = 'all'
   learning_rate: float = 2.2e-4
   warmup_steps: int = 2000
   phases: tuple = (
@@ -294,6 +296,7 @@ class OptimConfig(Checked):
   weight_decay: float = 0.1
   clip: float = 1.0
   z_loss: float = 0.0
+  index_loss: float = 1.0
   balance_loss: float = 1e-4
   bias_rate: float = 1e-3
   bias_rate_final: float = 0.0
@@ -385,6 +388,8 @@ class Config(Checked):
     check_divides(
       'mesh.stage', mesh.stage, 'the number of MoE layers', model.moe_layers
     )
+    if self.optim.trains == 'indexer' and not model.dsa.heads:
+      raise ConfigError("optim.trains='indexer': needs model.dsa.heads above 0")
     if data.seq_len > model.max_positions:
       raise ConfigError(
         f'data.seq_len={data.seq_len}: the model has '

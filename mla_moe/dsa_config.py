@@ -14,12 +14,11 @@ class DSAConfig(Checked):
 
   A query attends to the `topk` keys with the highest index scores. The indexer
   has `heads` of `dim` features, of which the first (`rope_first`) or the last
-  `mla.rope_dim` are rotated. Its queries come from the normed latent of MLA's
-  queries or from the stream, `q_from`. A layer of type 'shared' has no indexer
-  and takes the set of the last 'full' layer; `types` () are full layers alone.
-  `interleaved` is the order of rotated features in a release: neighbours, which
-  are permuted to halves when they are loaded, or halves. With 'dense'
-  `attention` a query attends to all keys, for the indexer's warm-up.
+  `mla.rope_dim` are rotated. Its queries come `q_from` the normed latent of
+  MLA's queries or the stream. A 'shared' layer has no indexer and takes the set
+  of the last 'full' one; `types` () are full alone. If `interleaved`, rotated
+  features are neighbours in a release, and loading makes them halves. With
+  'dense' `attention` a query attends to all keys, for the indexer's warm-up.
   """
 
   heads: int = 0
@@ -35,44 +34,21 @@ class DSAConfig(Checked):
   def _rules(self):
     self._positive('dim', 'topk')
     self._require('k_norm_eps', self.k_norm_eps > 0, 'must be above 0')
-    self._require(
-      'types',
-      all(kind in ('full', 'shared') for kind in self.types),
-      'each is full or shared, one a layer; () are full layers alone',
-    )
-    self._require(
-      'types',
-      not self.types or self.types[0] == 'full',
-      "the first layer must be 'full': no layer before it has a set",
-    )
-    self._require(
-      'types',
-      self.heads > 0 or not self.types,
-      'layers share the sets of an indexer; set heads or leave types empty',
-    )
+    known = {*self.types} <= {'full', 'shared'}
+    self._require('types', known, 'each is full or shared, one a layer')
+    first = self.types[:1] in ((), ('full',))
+    self._require('types', first, "the first layer must be 'full'")
+    rule = 'layers share the sets of an indexer; set heads, or types=()'
+    self._require('types', self.heads > 0 or not self.types, rule)
 
   def check(self, model: Checked):
     """Raises a ConfigError where a ModelConfig does not fit."""
-    rotary, rank = model.mla.rope_dim, model.mla.query_rank
-    wrong = ''
-    if self.heads and self.dim < rotary:
-      wrong = (
-        f'dim={self.dim}: must not be below mla.rope_dim={rotary}, the '
-        'features that are rotated'
-      )
-    if self.heads and self.q_from == 'latent' and not rank:
-      wrong = (
-        "q_from='latent': mla.query_rank=0 is a query without a latent; set "
-        "dsa.q_from='x'"
-      )
-    if self.types and len(self.types) != model.layers:
-      wrong = (
-        f'types={self.types!r}: must be one for each of layers='
-        f'{model.layers}, not {len(self.types)}'
-      )
-    if wrong:
+    wrong, rotary = '', model.mla.rope_dim
+    if self.dim < rotary:
+      wrong = f'dim={self.dim}: must not be below mla.rope_dim={rotary}'
+    elif self.q_from == 'latent' and not model.mla.query_rank:
+      wrong = "q_from='latent': mla.query_rank=0; set dsa.q_from='x'"
+    elif len(self.types) not in (0, model.layers):
+      wrong = f'types={self.types!r}: must be one for each of {model.layers=}'
+    if self.heads and wrong:
       raise ConfigError(f'dsa.{wrong}')
-
-  @property
-  def shares(self) -> bool:
-    return 'shared' in self.types

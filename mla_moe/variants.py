@@ -63,12 +63,17 @@ def smoke(config: Checked) -> Checked:
   sizes = dict(heads=4, kv_rank=32, nope_dim=16, rope_dim=8, value_dim=16)
   sizes['query_rank'] = min(model.mla.query_rank, 48)
   small_mla = dataclasses.replace(model.mla, **sizes)
+  dense, dsa = min(model.dense_layers, 1), model.dsa
+  types, heads = dsa.types[: dense + 2], min(dsa.heads, 4)
+  if heads:
+    dsa = dataclasses.replace(dsa, heads=heads, dim=16, topk=32, types=types)
   small_model = dataclasses.replace(
     model,
+    dsa=dsa,
     vocab=0,
     dim=64,
-    dense_layers=min(model.dense_layers, 1),
-    layers=min(model.dense_layers, 1) + 2,
+    dense_layers=dense,
+    layers=dense + 2,
     dense_width=128,
     bos_id=-1,
     eos_id=-1,

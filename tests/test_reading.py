@@ -42,7 +42,7 @@ LEFT_OUT = {
     *('run_config', 'rl_config', 'use_config', 'data_config'),
   },
   'sparse attention, which V3 does not have': {
-    *('dsa_config', 'model/indexer', 'model/sparse'),
+    *('dsa_config', 'model/indexer', 'model/sparse', 'train/stage'),
   },
 }
 MOE = ('model/router', 'model/moe', 'model/experts', 'model/dispatch')

@@ -149,6 +149,9 @@ class Recorder:
           row[name] = np.round(metrics[name].astype(float), 5).tolist()
       if config.mesh.expert > 1:
         row['overflow'] = int(metrics['overflow'].sum())
+    for name in sorted(metrics):
+      if name.startswith('index_') and metrics[name].ndim:
+        row[name] = np.round(metrics[name].astype(float), 5).tolist()
     row |= setup.source.row(number)
     self._write(row)
     self._tell(number, setup.source.headline(row) + speed)

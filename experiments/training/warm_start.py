@@ -143,6 +143,7 @@ def _of_run(setup, folder, step, allow_unsealed) -> tuple[Any, Origin]:
   moments = config.optim.optimizer == theirs.optim.optimizer
   moments = moments and bool(config.rl.task) == bool(theirs.rl.task)
   moments = moments and config.model.dsa == model.dsa
+  moments = moments and config.optim.trains == theirs.optim.trains
   opt = state.opt if moments else None
   origin = Origin(str(folder), restored.step, moments)
   variables = _whole(setup, {'params': state.params, 'router': state.router})
@@ -180,7 +181,7 @@ def _at_step_0(setup, params: Any, router: Any, opt: Any) -> Any:
   import jax
   import jax.numpy as jnp
 
-  from mla_moe.train import optim
+  from mla_moe.train import optim, stage
   from mla_moe.train.state import State, empty_window, reference_of
 
   from . import program
@@ -190,7 +191,8 @@ def _at_step_0(setup, params: Any, router: Any, opt: Any) -> Any:
   places = jax.tree.map(lambda x: x.sharding, layout)
   if opt is None:
     init = optim.optimizer(config.optim).init
-    opt = jax.jit(init, out_shardings=places.opt)(params)
+    part = stage.trained(params, config.optim)
+    opt = jax.jit(init, out_shardings=places.opt)(part)
   zero, window = jnp.zeros((), jnp.int32), empty_window(config.optim)
   reference = reference_of(params, router, config)
   state = State(zero, params, router, opt, window, reference)

@@ -5,13 +5,11 @@ A query attends to the K keys with the highest index scores,
   I[t, s] = sum_j w[t, j] * relu(q[t, j] . k[s])   over the heads j.
 
 All heads of the index share one key a token, which has a LayerNorm with a
-bias, and all heads of MLA share the set. Nothing of I enters the attention. The
-surprise is its rotation: the rotated features come first here, and last in MLA.
-
-`select` makes scores in tiles and keeps a running top-k, so that the scores of
-all pairs never exist. Equal scores, such as the zeros of the relu, go to the
-lowest index on every device. A full layer selects; a shared one takes the set
-of the last full layer (`Sets`), and has no parameters.
+bias, and all heads of MLA share the set. The surprise is the rotation: rotated
+features come first here, and last in MLA. `select` makes scores in tiles and
+keeps a running top-k, so that those of all pairs never exist. Equal scores,
+such as the zeros of the relu, go to the lowest index on every device. A full
+layer selects; a shared one takes the last full layer's set (`Sets`).
 """
 
 from __future__ import annotations
@@ -36,13 +34,10 @@ _KEYS = 2048  # the fewest keys in one
 
 
 class Index(NamedTuple):
-  """The index's queries and keys of some tokens.
-
-  `w` has the factors of the score, H_I^-1/2 * d_I^-1/2, in it.
-  """
+  """The index's queries and keys of some tokens."""
 
   q: Array  # [B, T, H_I, d_I]
-  w: Array  # [B, T, H_I] float32
+  w: Array  # [B, T, H_I] float32, times H_I^-1/2 * d_I^-1/2
   k: Array  # [B, T, d_I]
 
 
@@ -61,40 +56,29 @@ class Indexer(nn.Module):
   @nn.compact
   def __call__(self) -> dict[str, PyTree]:
     c, dsa, std = self.config, self.config.dsa, self.config.init_std
-    param = lambda name, shape, *axes: weights.param(
-      self, name, shape, axes, std
-    )
+    w = lambda name, shape, *axes: weights.param(self, name, shape, axes, std)
     wide, source = c.dim, 'embed'
     if dsa.q_from == 'latent':
       wide, source = c.mla.query_rank, 'rank'
     query = (wide, dsa.heads, dsa.dim)
     return {
-      'w_query': param('w_query', query, source, 'index_heads', 'head_dim'),
-      'w_key': param('w_key', (c.dim, dsa.dim), 'embed', 'head_dim'),
-      'w_heads': param('w_heads', (c.dim, dsa.heads), 'embed', 'index_heads'),
-      'key_norm': _KeyNorm(dsa.dim, name='key_norm')(),
+      'w_query': w('w_query', query, source, 'index_heads', 'head_dim'),
+      'w_key': w('w_key', (c.dim, dsa.dim), 'embed', 'head_dim'),
+      'w_heads': w('w_heads', (c.dim, dsa.heads), 'embed', 'index_heads'),
+      'key_norm': _KeyNorm(name='key_norm')(dsa.dim),
     }
 
 
 class _KeyNorm(nn.Module):
-  dim: int
-
   @nn.compact
-  def __call__(self):
+  def __call__(self, dim):
     zeros = nn.with_logical_partitioning(nn.initializers.zeros, ('norm',))
-    return {
-      'scale': weights.param(self, 'scale', (self.dim,), ('norm',), 0.0),
-      'bias': self.param('bias', zeros, (self.dim,), jnp.float32),
-    }
+    bias = self.param('bias', zeros, (dim,), jnp.float32)
+    scale = weights.param(self, 'scale', (dim,), ('norm',), 0.0)
+    return {'scale': scale, 'bias': bias}
 
 
-def of_layer(
-  config: ModelConfig,
-  x: Float[Array, 'B T D'],
-  q_latent: Float[Array, ...],
-  angles: rope.Angles,
-  sets: Sets | None,
-) -> Index | None:
+def of_layer(config: ModelConfig, x, q_latent, angles, sets) -> Index | None:
   """In MLA: returns the layer's Index, None without one."""
   if not config.dsa.heads or (sets is not None and sets.layer is None):
     return None
@@ -103,39 +87,25 @@ def of_layer(
 
 
 @jax.named_scope('index')
-def project(
-  params: dict[str, PyTree],
-  x: Float[Array, 'B T D'],
-  q_latent: Float[Array, ...],
-  angles: rope.Angles,
-  config: ModelConfig,
-) -> Index:
+def project(params: dict, x, q_latent, angles, config: ModelConfig) -> Index:
   """Returns the Index of tokens; x and the latent get no gradient from it.
 
-  Args:
-    params: `Indexer`'s: w_query [Q or D, H_I, d_I], w_key [D, d_I], w_heads
-      [D, H_I], key_norm {scale, bias} [d_I].
-    x: the input of MLA, after its norm.
-    q_latent: the normed latent of MLA's queries; unused with `q_from` 'x'.
-    angles: MLA's.
-    config: the model's.
+  `params` are `Indexer`'s, `x` [B, T, D] is MLA's input after its norm, and
+  `q_latent` [B, T, Q] the normed latent of its queries (any with `q_from` 'x').
   """
   dsa, rotary = config.dsa, config.mla.rope_dim
   x, q_latent = jax.lax.stop_gradient((x, q_latent))
   source = q_latent if dsa.q_from == 'latent' else x
   q = products.einsum('btq,qhd->bthd', source, params['w_query'])
   k = products.einsum('btd,di->bti', x, params['w_key'])
-  k = layer_norm(k, **params['key_norm'], eps=dsa.k_norm_eps)
+  k = _layer_norm(k, **params['key_norm'], eps=dsa.k_norm_eps)
   # float32 also where the model is not: a small error reorders the keys.
   w = products.dot('btd,dh->bth', x.astype(jnp.float32), params['w_heads'])
   w = w * (dsa.heads * dsa.dim) ** -0.5
-  first = rotary if dsa.rope_first else dsa.dim - rotary
 
   def rotate(x):
-    parts = [x[..., :first], x[..., first:]]
-    turned = 0 if dsa.rope_first else 1
-    parts[turned] = rope.rotate(parts[turned], angles)
-    return jnp.concatenate(parts, axis=-1)
+    first = slice(rotary) if dsa.rope_first else slice(dsa.dim - rotary, None)
+    return x.at[..., first].set(rope.rotate(x[..., first], angles))
 
   constrain = lambda x, *axes: sharding.constrain(x, 'batch', 'part', *axes)
   return Index(
@@ -145,12 +115,7 @@ def project(
   )
 
 
-def layer_norm(
-  x: Float[Array, '*b d'],
-  scale: Float[Array, ' d'],
-  bias: Float[Array, ' d'],
-  eps: float,
-) -> Float[Array, '*b d']:
+def _layer_norm(x, scale, bias, eps):
   """Returns (x - mean) / sqrt(var + eps) * scale + bias; float32 inside."""
   wide = x.astype(jnp.float32)
   wide = wide - wide.mean(-1, keepdims=True)
@@ -168,10 +133,8 @@ def scores(
   return weigh(products.dot('bthd,bsd->bths', q, k), w)
 
 
-def weigh(
-  dots: Float[Array, 'B T heads S'], w: Float[Array, 'B T heads']
-) -> Float[Array, 'B T S']:
-  """Returns the sum over heads of w * relu(dots)."""
+def weigh(dots: Float[Array, 'B T heads S'], w: Float[Array, 'B T heads']):
+  """Returns the sum over heads of w * relu(dots), [B, T, S]."""
   # Not an einsum, whose products a TPU would round to bfloat16.
   return jnp.sum(jax.nn.relu(dots) * w[..., None], axis=2)
 
@@ -185,13 +148,9 @@ def select(
   """Returns each query's set, K = min(topk, S) indices of keys, best first.
 
   An index of -1 is an empty slot: the query sees fewer than K keys. Equal
-  scores are in the order of their keys. Memory is O(T * K).
-
-  Args:
-    index: queries of a `part` of the sequence, and keys of the whole.
-    topk: the most keys of a set.
-    segments: numbers of documents of the queries [B, T] and of the keys [B, S].
-    part: the part of the sequence that the queries are, by default all of it.
+  scores are in the order of their keys. The queries are a `part` of the
+  sequence, the keys the whole; `segments` are the numbers of documents of the
+  queries [B, T] and of the keys [B, S].
   """
   index = jax.lax.stop_gradient(index)
   (b, t), s = index.w.shape[:2], index.k.shape[1]
@@ -205,15 +164,13 @@ def select(
     q, w, positions, of_queries = args
 
     def tile(j, best):
-      ids = j * width + jnp.arange(width, dtype=jnp.int32)
-      start = j * width
-      take = lambda x: jax.lax.dynamic_slice_in_dim(x, start, width, 1)
+      ids = j * width + jnp.arange(width, dtype=jnp.int32)[None, None]
+      take = lambda x: jax.lax.dynamic_slice_in_dim(x, j * width, width, 1)
       seen = ids <= positions[..., None]
       if segments is not None:
         seen = seen & (of_queries[..., None] == take(of_keys)[:, None])
       of_tile = jnp.where(seen, scores(q, w, take(keys)), -jnp.inf)
-      ids = jnp.where(seen, ids, -1)
-      ids = jnp.broadcast_to(ids, of_tile.shape)
+      ids = jnp.broadcast_to(jnp.where(seen, ids, -1), of_tile.shape)
       # The best so far have lower indices than the tile, and `top_k` prefers
       # the first of equal values.
       of_tile = jnp.concatenate([best[0], of_tile], -1)
@@ -223,9 +180,7 @@ def select(
 
     shape = (b, q.shape[1], size)
     none = jnp.full(shape, -jnp.inf), jnp.full(shape, -1, jnp.int32)
-    tiles = (
-      positions.max() // width + 1
-    )  # those above the diagonal cost nothing
+    tiles = positions.max() // width + 1  # none above the diagonal
     return jax.lax.fori_loop(0, tiles, tile, sharding.pvary(none))[1]
 
   of_queries = None if segments is None else segments[0]
@@ -262,15 +217,9 @@ def join(blocks: PyTree, length: int) -> PyTree:
   return jax.tree.map(one, blocks)
 
 
-# ---------------------------------------------------------- shared layers
-
-
 def no_sets(tokens: Int[Array, 'B T'], dsa: DSAConfig) -> Sets | None:
-  """Returns the Sets before the first layer, None where no layer is shared.
-
-  A set of all keys is not carried: its K is 0.
-  """
-  if not (dsa.heads and dsa.shares):
+  """Returns the Sets before the first layer, None where no layer is shared."""
+  if 'shared' not in dsa.types:
     return None
   b, t = tokens.shape
   size = dsa.topk if dsa.topk < t and dsa.attention == 'sparse' else 0

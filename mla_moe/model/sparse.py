@@ -5,11 +5,9 @@ heads and masks the logits: few FLOPs a pair, but of all pairs. 'gathered' folds
 the up-projections into queries and outputs and takes the set's latents alone:
 memory and time are linear in T * K. `choose_form` compares their FLOPs.
 
-The indexer learns from its own loss, sum over queries of KL(p || softmax(I)),
-over the set. p is the mean over heads of the attention's probabilities, and
-is a constant. Each head's softmax is over the set, not over all keys and then
-cut to the set: the paper allows both, and only the first exists here.
-
+The indexer's own loss is the sum over queries of KL(p || softmax(I)), over the
+set. p, a constant, is the mean of the heads' probabilities. Each head's softmax
+is over the set, not over all keys and then cut to it: the paper allows both.
 Queries go in blocks (`over_queries`). The backward pass, written by hand,
 computes a block again and adds the gradients of its keys where they came from.
 """
@@ -17,11 +15,11 @@ computes a block again and adds the gradients of its keys where they came from.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from mla_moe import fp8, kernels, sharding
@@ -40,12 +38,15 @@ from mla_moe.types import Array, Float, Int, PyTree
 _UP = ('rank', 'heads', 'head_dim')
 _HEADS = ('batch', 'part', 'heads', 'head_dim')
 _NUMBERS = 1 << 25  # of the temporary arrays of a block of queries
+_SAMPLE = 16  # queries of a part of a sequence whose sets are measured
 
 
 class Report(NamedTuple):
-  """Measurements of one layer's indexer."""
+  """Measurements of one layer's indexer; `mass` and `sets` are of a sample."""
 
   kl: Array  # [] float32: the sum of KL(p || softmax(I)) of all tokens, nats
+  mass: Array  # [] float32: attention in the sets over the most in K keys
+  sets: Array  # [B, rows, K] int32, see `indexer.select`
 
 
 def choose_form(keys: int, config: ModelConfig) -> str:
@@ -71,16 +72,13 @@ def attend_latents(
 ) -> tuple[Float[Array, 'B T N U'], Report, indexer.Sets | None]:
   """Returns attention over sets, the Report, and the Sets for the next layer.
 
-  The arguments up to `recipe` are those of `mla.attend_latents`. `index` is the
-  layer's own, None where all layers of its stack are shared; `sets` are those
-  of the layer before, None where all layers are full. Each device of a mesh
-  scores the keys of the whole sequence for its queries: those along `tensor`,
-  which split the heads, find the same set.
+  The arguments up to `recipe` are those of `mla.attend_latents`. A stack of
+  shared layers has no `index`; `sets` None are full layers alone. Devices along
+  `tensor`, which split the heads, score the same keys.
   """
-  parts = sequence.parts(q.shape[1])
-  size = min(config.dsa.topk, q.shape[1])
-  form = choose_form(q.shape[1], config)
-  selects = config.dsa.attention == 'sparse' and size < q.shape[1]
+  parts, t = sequence.parts(q.shape[1]), q.shape[1]
+  size, form = min(config.dsa.topk, t), choose_form(t, config)
+  selects = config.dsa.attention == 'sparse' and size < t
   axes = sharding.mesh_axes(_HEADS, q.shape)
   if form == 'gathered':  # its products are in bf16
     ws = tuple(getattr(w, 'master', w) for w in ws)
@@ -89,11 +87,10 @@ def attend_latents(
   own_axes = equal + axes[2]  # along which a set and the loss are equal
 
   def region(q, latent, k_rope, ws, segments, index, selected, full):
-    pairs = zip(ws, splits, strict=True)
-    ws = tuple(weights.gather(w, split, q.dtype) for w, split in pairs)
+    ws = tuple(map(weights.gather, ws, splits, (q.dtype, q.dtype)))
     args = q, latent, k_rope, ws, segments, index, selected
     q, latent, k_rope, ws, segments, index, selected = sharding.pvary(args)
-    keys = (sequence.gather(x, parts) for x in (latent, k_rope))
+    keys = *(sequence.gather(x, parts) for x in (latent, k_rope)), ws
     if segments is not None:
       segments = segments, sequence.gather(segments, parts)
     if index is not None:
@@ -103,91 +100,67 @@ def attend_latents(
       own = lambda: indexer.select(index, size, segments, part)
       prior = lambda: selected
       selected = own() if full is None else jax.lax.cond(full, own, prior)
-    of_set = selected if selects else None
-    run = functools.partial(attend, form, config, recipe, axes[2])
-    y, kl = run(q, (*keys, ws), index, of_set, segments, part)
+    run = functools.partial(attend, config, recipe, axes[2], segments, part)
+    args = q, keys, index, selected if selects else None
+    y, kl = run(form, *args)
+    mass, sample = _measure(config, axes[2], segments, part, *args, size)
     if full is not None:
-      kl = jnp.where(full, kl, 0.0)
-    if sets is None:
-      selected = None
-    elif own_axes:
-      selected = jax.lax.pmax(selected, own_axes)
-    return sharding.pmean(y, equal), sharding.pmean(kl, own_axes), selected
+      kl, mass = jnp.where(full, kl, 0.0), jnp.where(full, mass, 0.0)
+    selected = None if sets is None else selected
+    if own_axes:
+      most = lambda x: jax.lax.pmax(x, own_axes)
+      selected, sample = jax.tree.map(most, (selected, sample))
+    kl, mass = sharding.pmean((kl, mass), own_axes)
+    return sharding.pmean(y, equal), kl, mass, sample, selected
 
-  spec = sharding.array_spec
   splits = tuple(weights.fsdp_split(w, _UP) for w in ws)
-  row = lambda x: spec(('batch', 'part', *[None] * (len(x.shape) - 2)), x)
+  of_tokens = sharding.mesh_axes(('batch', 'part'), q.shape[:2])
+  split = jax.sharding.PartitionSpec(*(a or None for a in of_tokens))
+  row = lambda tree: jax.tree.map(lambda _: split, tree)
   selected = None if sets is None else sets.selected
   in_specs = (
-    spec(_HEADS, q),
-    spec(('batch', 'part', 'latent'), latent),
-    spec(('batch', 'part', 'head_dim'), k_rope),
+    sharding.array_spec(_HEADS, q),
+    *(split, split),
     tuple(weights.specs(w, _UP) for w in ws),
-    spec(('batch', 'part'), segments),
-    jax.tree.map(row, index),
-    jax.tree.map(row, selected),
-    jax.tree.map(lambda x: spec((), x), full),
+    *(row(segments), row(index), row(selected)),
+    None if full is None else jax.sharding.PartitionSpec(),
   )
-  tokens = jax.ShapeDtypeStruct(q.shape[:2], jnp.int32)
-  out_specs = in_specs[0], row(tokens), in_specs[6]
+  out_specs = in_specs[0], *[split] * 3, row(selected)
   run = sharding.shard_map(region, in_specs, out_specs)
   args = q, latent, k_rope, ws, segments, index, selected, full
-  y, kl, selected = run(*args)
+  y, kl, mass, sample, selected = run(*args)
   if segments is not None:
     kl = jnp.where(segments >= 0, kl, 0.0)
   if sets is not None:
     sets = indexer.Sets(selected, None if full is None else sets.layer + 1)
-  return y, Report(kl.sum()), sets
+  return y, Report(kl.sum(), mass.mean(), sample), sets
 
 
 def attend(
-  form: str,
-  config: ModelConfig,
-  recipe: fp8.Recipe,
-  axes: tuple[str, ...],
-  q: Float[Array, 'B T N qk'],
-  keys: tuple,
-  index: indexer.Index | None,
-  selected: Int[Array, 'B T K'] | None,
-  segments: tuple | None = None,
-  part: sequence.Part = sequence.Part(),
+  config, recipe, axes, segments, part, form, q, keys, index, selected
 ) -> tuple[Float[Array, 'B T N U'], Float[Array, 'B T']]:
   """Returns attention over sets and each query's KL(p || softmax(I)), in nats.
 
-  Args:
-    form: 'masked' or 'gathered'.
-    config: the model's.
-    recipe: of the products that expand latents.
-    axes: mesh axes that split the heads.
-    q: queries of a `part` of the sequence, their last R numbers rotated.
-    keys: latent [B, S, C], rotated key [B, S, R], and w_k_up and w_v_up.
-    index: its queries and its keys of the whole sequence; None has no KL.
-    selected: `indexer.select`'s; None is all keys that a query sees.
-    segments: numbers of documents of the queries [B, T] and of the keys [B, S].
-    part: the part of the sequence that the queries are.
+  Mesh axes `axes` split the heads. `keys` are latent [B, S, C], rotated key
+  [B, S, R] and (w_k_up, w_v_up). No `index` has no KL; `selected` None is all
+  keys that a query sees. The rest is as in `indexer.select`.
   """
   latent, k_rope, ws = keys
   (b, t, heads), s = q.shape[:3], latent.shape[1]
-  scale = rope.softmax_scale(config.mla)
   iq, w, ik = (None,) * 3 if index is None else index
-  of_queries, of_keys = (None, None) if segments is None else segments
+  of_queries, of_keys = segments or (None, None)
   positions = jnp.broadcast_to(part.positions(t)[None], (b, t))
   rows, places = (q, iq, w), (selected, positions, of_queries)
+  scale = rope.softmax_scale(config.mla)
   if form == 'gathered':
-    wide = heads * selected.shape[2] + selected.shape[2] * latent.shape[2]
-    gathered, whole, fixed = (latent, k_rope, ik), ws, None
+    wide = selected.shape[2] * (heads + latent.shape[2])
+    f, gathered, whole = _gathered, (latent, k_rope, ik), ws
   else:
-    wide = heads * s
-    gathered, whole, fixed = (
-      (),
-      (*attention.expand(latent, k_rope, ws, recipe), ik),
-      of_keys,
-    )
+    f, wide, gathered = _masked, heads * s, ()
+    whole = (*attention.expand(latent, k_rope, ws, recipe), ik)
   block = max(1, min(128, _NUMBERS // (b * wide), t))
-  f = functools.partial(
-    {'gathered': _gathered, 'masked': _masked}[form], scale, axes
-  )
-  y, kl = over_queries(f, block, rows, gathered, whole, places, fixed)
+  f = functools.partial(f, scale, axes)
+  y, kl = over_queries(f, block, rows, gathered, whole, places, of_keys)
   return checkpoint_name(y, flash.OUT), kl
 
 
@@ -197,9 +170,7 @@ def _masked(scale, axes, rows, gathered, whole, places, of_keys):
   selected, positions, of_queries = places
   b, t, s = *q.shape[:2], k.shape[1]
   if selected is None:
-    mask = jnp.arange(s) <= positions[..., None]
-    if of_keys is not None:
-      mask = mask & (of_queries[..., None] == of_keys[:, None])
+    mask = _visible(positions, of_queries, s, of_keys)
   else:
     row, query = jnp.arange(b)[:, None, None], jnp.arange(t)[None, :, None]
     mask = jnp.zeros((b, t, s + 1), bool)  # the last one for empty slots
@@ -216,16 +187,12 @@ def _gathered(scale, axes, rows, gathered, whole, places, _):
   (q, iq, w), (w_k_up, w_v_up) = rows, whole
   latent, k_rope, ik = gathered
   mask = places[0] >= 0
-  nope = w_k_up.shape[2]
-  absorbed = jnp.einsum('btnh,cnh->btnc', q[..., :nope], w_k_up)
-  dots = products.dot('btnc,btkc->btnk', absorbed, latent)
-  dots = dots + products.dot('btnr,btkr->btnk', q[..., nope:], k_rope)
+  dots = _absorbed(q, latent, k_rope, w_k_up)
   probs = _softmax(dots * scale, mask)
   y = products.dot('btnk,btkc->btnc', probs.astype(latent.dtype), latent)
   y = jnp.einsum('btnc,cnu->btnu', y.astype(latent.dtype), w_v_up)
-  own = None
-  if ik is not None:
-    own = indexer.weigh(products.dot('bthd,btkd->bthk', iq, ik), w)
+  dots = None if ik is None else products.dot('bthd,btkd->bthk', iq, ik)
+  own = None if ik is None else indexer.weigh(dots, w)
   return y, _divergence(probs, own, mask, axes)
 
 
@@ -238,39 +205,67 @@ def _divergence(probs, scores, mask, axes):
   """Returns KL(p || softmax(scores)) of each query, p the mean over heads."""
   if scores is None:
     return jnp.zeros(mask.shape[:2], jnp.float32)
-  p = sharding.psum(jax.lax.stop_gradient(probs).sum(2), axes)
-  p = p / p.sum(-1, keepdims=True)
+  p = _mean(jax.lax.stop_gradient(probs), axes)
   log_q = jax.nn.log_softmax(jnp.where(mask, scores, kernels.MASKED), -1)
   gap = jnp.log(jnp.where(p > 0, p, 1.0)) - log_q
   return jnp.sum(jnp.where(mask & (p > 0), p * gap, 0.0), -1)
 
 
-# ------------------------------------------------------------------ blocks
+def _mean(probs, axes):  # over all heads: [B, T, keys]
+  p = sharding.psum(probs.sum(2), axes)
+  return p / p.sum(-1, keepdims=True)
+
+
+def _visible(positions, of_queries, length, of_keys):
+  """Returns the mask [B, T, S] of the keys that each query may see."""
+  mask = jnp.arange(length)[None, None] <= positions[..., None]
+  same = of_keys is None or of_queries[..., None] == of_keys[:, None]
+  return mask & same
+
+
+def _measure(config, axes, segments, part, q, keys, index, selected, size):
+  """Returns the sample's mass [B, rows] and sets [B, rows, K]; see `Report`."""
+  args = jax.lax.stop_gradient((q, keys, index))
+  q, (latent, k_rope, (w_k_up, _)), index = args
+  w_k_up = getattr(w_k_up, 'master', w_k_up)
+  b, t = q.shape[:2]
+  rows = np.linspace(0, t, min(t, _SAMPLE) + 1)[1:].astype(int) - 1
+  of_queries, of_keys = segments or (None, None)
+  of_queries = None if segments is None else of_queries[:, rows]
+  positions = jnp.broadcast_to(part.positions(t)[rows][None], (b, len(rows)))
+  mask = _visible(positions, of_queries, latent.shape[1], of_keys)
+  dots = _absorbed(q[:, rows], latent, k_rope, w_k_up, 'bk')
+  probs = _softmax(dots * rope.softmax_scale(config.mla), mask)
+  p = jnp.where(mask, _mean(probs, axes), 0.0)
+  if selected is not None:
+    ids = selected[:, rows]
+  else:  # all keys: those that the index would select
+    own = p
+    if index is not None:
+      own = indexer.scores(index.q[:, rows], index.w[:, rows], index.k)
+    values, ids = jax.lax.top_k(jnp.where(mask, own, -jnp.inf), size)
+    ids = jnp.where(values > -jnp.inf, ids, -1)
+  mass = jnp.take_along_axis(p, jnp.maximum(ids, 0), -1)
+  mass = jnp.sum(mass, -1, where=ids >= 0)
+  return mass / jax.lax.top_k(p, size)[0].sum(-1), ids
+
+
+def _absorbed(q, latent, k_rope, w_k_up, of_keys='btk'):
+  """Returns the queries' dots [B, T, N, K] with latents [*of_keys, C]."""
+  nope = w_k_up.shape[2]
+  folded = jnp.einsum('btnh,cnh->btnc', q[..., :nope], w_k_up)
+  dots = products.dot(f'btnc,{of_keys}c->btnk', folded, latent)
+  return dots + products.dot(f'btnr,{of_keys}r->btnk', q[..., nope:], k_rope)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def over_queries(
-  f: Callable,
-  block: int,
-  rows: PyTree,
-  gathered: PyTree,
-  whole: PyTree,
-  places: PyTree,
-  fixed: PyTree,
-) -> PyTree:
+def over_queries(f, block, rows, gathered, whole, places, fixed) -> PyTree:
   """Returns [B, T, ...] outputs of `f`, computed a block of queries at a time.
 
-  Only a block's keys exist at a time, in either direction, and the backward
-  pass writes no gradient but those of the keys of a set.
-
-  Args:
-    f: f(rows, gathered, whole, places, fixed) returns a block's outputs.
-    block: queries of a block.
-    rows: float arrays [B, T, ...], of queries.
-    gathered: float arrays [B, S, ...]; `f` sees the set's, [B, T, K, ...].
-    whole: float arrays, which each block sees.
-    places: int arrays [B, T, ...], the first of which are the sets.
-    fixed: int arrays that each block sees.
+  f(rows, gathered, whole, places, fixed) sees a block of the float arrays
+  `rows` [B, T, ...] and of the ints `places` [B, T, ...], the first of which
+  are the sets; of `gathered` [B, S, ...] the set's keys [B, T, K, ...]; and
+  `whole` (float) and `fixed` (int) as they are.
   """
   length = jax.tree.leaves(rows)[0].shape[1]
 
@@ -290,19 +285,21 @@ def _backward(f, block, residuals, grads):
   rows, gathered, whole, places, fixed = residuals
   length = jax.tree.leaves(rows)[0].shape[1]
 
+  wide = lambda x: x.astype(jnp.float32)
+
   def one(sums, args):
     rows, places, grads = args
     run = lambda *inputs: f(*inputs, places, fixed)
     inputs = rows, _take(gathered, places[0]), whole
     drows, dtaken, dwhole = jax.vjp(run, *inputs)[1](grads)
-    dgathered = jax.tree.map(
-      lambda total, d: _add(total, d, places[0]), sums[0], dtaken
-    )
-    add = lambda total, d: total + d.astype(jnp.float32)
+    # An empty slot's key, the first one, gets zeros.
+    scatter = lambda x, d: x.at[_places(x, places[0])].add(wide(d))
+    dgathered = jax.tree.map(scatter, sums[0], dtaken)
+    add = lambda total, d: total + wide(d)
     return (dgathered, jax.tree.map(add, sums[1], dwhole)), drows
 
-  wide = lambda x: jnp.zeros(x.shape, jnp.float32)
-  start = sharding.pvary(jax.tree.map(wide, (gathered, whole)))
+  zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
+  start = sharding.pvary(jax.tree.map(zeros, (gathered, whole)))
   sums, drows = jax.lax.scan(
     one, start, indexer.cut((rows, places, grads), block)
   )
@@ -316,13 +313,8 @@ over_queries.defvjp(_forward, _backward)
 
 def _take(keys: PyTree, selected: Array | None) -> PyTree:
   """Returns the keys [B, S, ...] of the sets, [B, T, K, ...]; any for -1."""
-  row = lambda x: jnp.arange(x.shape[0])[:, None, None]
-  return jax.tree.map(lambda x: x[row(x), jnp.maximum(selected, 0)], keys)
+  return jax.tree.map(lambda x: x[_places(x, selected)], keys)
 
 
-def _add(total: Array, grads: Array, selected: Array) -> Array:
-  """Returns `total` [B, S, ...] plus the gradients of the sets' keys."""
-  row = jnp.arange(total.shape[0])[:, None, None]
-  # An empty slot's key has a gradient of 0.
-  ids = jnp.maximum(selected, 0)
-  return total.at[row, ids].add(grads.astype(jnp.float32))
+def _places(x, selected):
+  return jnp.arange(len(x))[:, None, None], jnp.maximum(selected, 0)

@@ -39,10 +39,10 @@ def trace(
   """Returns the Trace of whole sequences, without MTP; see `features`.
 
   Raises:
-    ConfigError: there is a mesh.
+    ConfigError: there is a mesh, or the model has an indexer.
   """
-  if sharding.auto_axes():
-    raise ConfigError('trace: works on one device; call it without a mesh')
+  if sharding.auto_axes() or config.dsa.heads:
+    raise ConfigError('trace: takes one device, and attention to all keys')
   params, biases = variables['params'], variables.get('router', {})
   if positions is None:
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
@@ -55,7 +55,8 @@ def trace(
     def layer(x, variables, routed=name == 'moe'):
       notes, noting = _noting(functions)
       network = block.Block(config, routed, noting)
-      x, _ = network.apply(variables, x, angles, segments, None)
+      args = (x, None), angles, segments, None
+      (x, _), _ = network.apply(variables, *args)
       return x, notes
 
     stacked = {'params': params[name], 'router': biases.get(name, {})}

@@ -160,9 +160,8 @@ class Transformer(nn.Module):
       x = x[0]
       index.append(of_moe)
     hidden = self.final_norm(x)
-    ahead, mtp_stats, of_mtp = self._predict_ahead(
-      tokens, segments, hidden, context
-    )
+    args = tokens, segments, hidden, context
+    ahead, mtp_stats, of_mtp = self._predict_ahead(*args)
     index = jax.tree.map(lambda *x: jnp.concatenate(x), *index, *of_mtp)
     if not arranged:
       hidden, ahead = jax.tree.map(sequence.restore, (hidden, ahead))

@@ -126,17 +126,6 @@ def decayed(params: PyTree) -> PyTree:
   )
 
 
-def clipped(grads: PyTree, clip: float) -> tuple[PyTree, Array]:
-  """Returns float32 gradients of at most this global norm, and their norm.
-
-  The norm is that before clipping; it is summed in float32.
-  """
-  grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-  norm = optax.tree.norm(grads)
-  factor = jnp.minimum(1.0, clip / (norm + 1e-12))
-  return jax.tree.map(lambda g: g * factor, grads), norm
-
-
 def apply(
   tx: optax.GradientTransformationExtraArgs,
   grads: PyTree,

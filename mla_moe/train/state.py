@@ -19,7 +19,7 @@ from flax import struct
 from mla_moe import sharding
 from mla_moe.config import Config, OptimConfig
 from mla_moe.model import transformer
-from mla_moe.train import optim
+from mla_moe.train import optim, stage
 from mla_moe.types import Array, PyTree
 
 # Fields of State that older checkpoints have under another name: for
@@ -106,12 +106,13 @@ def _boxed(key: Array, config: Config) -> State:
   boxed = transformer.Transformer(config.model).init(key, tokens)
   # Muon's state and AdamW's each leave out the other's parameters.
   masked = lambda leaf: isinstance(leaf, optax.MaskedNode)
-  opt = tx.init(nn.unbox(boxed['params']))
+  part = stage.trained(boxed['params'], config.optim)
+  opt = tx.init(nn.unbox(part))
   opt = optax.tree_map_params(
     tx,
     lambda leaf, like: leaf if masked(leaf) else like.replace_boxed(leaf),
     opt,
-    boxed['params'],
+    part,
     is_leaf=masked,
   )
   zero = jnp.zeros((), jnp.int32)

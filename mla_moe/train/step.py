@@ -32,7 +32,7 @@ import jax.numpy as jnp
 
 from mla_moe.config import Config, ModelConfig, MTPConfig
 from mla_moe.model import block, moe, replay, router, sequence, transformer
-from mla_moe.train import losses, optim
+from mla_moe.train import losses, optim, stage
 from mla_moe.train.state import State
 from mla_moe.types import Array, Batch, Int, PyTree
 
@@ -49,6 +49,7 @@ class Predictions(NamedTuple):
   lse: Array  # [1 + depth, B, T] float32: the logits' logsumexp
   targets: Array  # [1 + depth, B, T] int32; -1 is none
   stats: moe.Stats  # with an axis of MoE layers, MTP modules last
+  index: PyTree = None  # `sparse.Report` with an axis of all layers, likewise
   routes: Array | None = None  # [B, T, L, K]: the routers' own, if recorded
 
 
@@ -98,14 +99,15 @@ def train_step(
   per token) and float32 scalars loss, balance_loss (mean over MoE layers; 1 is
   balanced), grad_norm, skipped (0: accepted; 1: not finite; 2: a spike); per
   MoE layer, MTP modules last: load [L, E] int32, entropy [L], bias_norm [L] and
-  overflow [L] int32 (`moe.Stats`).
+  overflow [L] int32 (`moe.Stats`); those of indexers (`stage`).
   """
   whole = _whole(batch, rates)
   copies = None
   if config.model.precision != 'bf16':
     copies = transformer.fp8_copies(state.params, config.model)
 
-  def part_of_loss(params, micro):
+  def part_of_loss(part, micro):
+    params = stage.merged(part, state.params)
     if copies is not None:
       params = transformer.with_copies(params, copies)
     out = predictions(params, state.router, micro, config, functions)
@@ -115,14 +117,20 @@ def train_step(
     )
     out = out._replace(stats=stats)
     loss, metrics = objective(out, micro, whole, config)
-    return loss, {'loss': loss, **metrics, **stats._asdict()}
+    index = stage.index_metrics(out.index, whole.tokens, whole.part)
+    if index:
+      loss = loss + config.optim.index_loss * index['index_kl'].sum()
+    return loss, {'loss': loss, **metrics, **stats._asdict(), **index}
 
-  grads, metrics = _accumulate(part_of_loss, state.params, batch)
-  grads, norm = optim.clipped(grads, config.optim.clip)
+  part = stage.trained(state.params, config.optim)
+  grads, metrics = _accumulate(part_of_loss, part, batch)
+  grads, norms = stage.clipped(grads, config.optim.clip)
+  norm = sum(norms.values())  # finite where all are
   skipped, window = _judge(state.loss_window, metrics, norm, config.optim)
   accept = skipped == 0
   tx, rate = optim.optimizer(config.optim), rates.learning_rate
-  params, opt = optim.apply(tx, grads, state.opt, state.params, rate, accept)
+  part, opt = optim.apply(tx, grads, state.opt, part, rate, accept)
+  params = stage.merged(part, state.params)
   rows = _bias_rows(state.router, config.model)
   biases = _rebalance(state.router, rows, metrics['load'], rates.bias_rate)
   biases, window = jax.tree.map(
@@ -131,7 +139,7 @@ def train_step(
     (state.router, state.loss_window),
   )
   metrics['balance_loss'] = jnp.mean(metrics.pop('balance'))
-  metrics |= {'grad_norm': norm, 'skipped': skipped, **_norms(biases, rows)}
+  metrics |= {**norms, 'skipped': skipped, **_norms(biases, rows)}
   number = state.step + 1
   latest = {'params': params, 'router': biases}
   reference = _refreshed(state.reference, latest, number, config.rl.refresh)
@@ -250,7 +258,7 @@ def predictions(
   targets = jnp.stack([*map(ahead, range(len(hidden)))])
   nll, lse = losses.sharded_token_nll(hidden, head, targets)
   own = None if routes is None else replay.record(out.routes)
-  return Predictions(nll, lse, targets, _joined_stats(out), own)
+  return Predictions(nll, lse, targets, _joined_stats(out), out.index, own)
 
 
 def _ahead(

@@ -26,7 +26,7 @@ from mla_moe.config import (
   thaw,
 )
 from mla_moe.model import transformer
-from mla_moe.train import optim
+from mla_moe.train import optim, stage
 from mla_moe.train.state import init_state
 
 V3 = OptimConfig()
@@ -34,8 +34,8 @@ V3 = OptimConfig()
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
 def apply(tx, grads, opt, params, learning_rate, clip):
-  grads, norm = optim.clipped(grads, clip)
-  return *optim.apply(tx, grads, opt, params, learning_rate), norm
+  grads, norms = stage.clipped(grads, clip)
+  return *optim.apply(tx, grads, opt, params, learning_rate), *norms.values()
 
 
 def rate(config, tokens):
@@ -128,9 +128,9 @@ def test_adamw_equals_numpy():
 
 @pytest.mark.parametrize('clip, expected', [(10.0, [3, 4]), (1.0, [0.6, 0.8])])
 def test_only_gradients_above_the_clip_are_scaled(clip, expected):
-  grads, norm = optim.clipped({'w': jnp.array([3.0, 4.0])}, clip)
+  grads, norms = stage.clipped({'w': jnp.array([3.0, 4.0])}, clip)
   np.testing.assert_allclose(grads['w'], expected, rtol=1e-6)
-  assert float(norm) == 5.0
+  assert norms == {'grad_norm': 5.0}
 
 
 def test_muon_orthogonalises_each_matrix_of_a_stack():

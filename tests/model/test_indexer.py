@@ -11,8 +11,7 @@ import pytest
 from flax import linen as nn
 
 from mla_moe import config as c
-from mla_moe import sharding
-from mla_moe.data import batches
+from mla_moe import sharding, types
 from mla_moe.model import (
   attention,
   indexer,
@@ -346,7 +345,7 @@ def a_batch():
   ones = np.zeros((1, B, T), np.int32)
   places = np.broadcast_to(np.arange(T, dtype=np.int32), (1, B, T))
   text = tokens()[None]
-  return batches.Batch(text, np.roll(text, -1, -1), ones, places, np.int32(1))
+  return types.Batch(text, np.roll(text, -1, -1), ones, places, np.int32(1))
 
 
 def test_the_warm_up_trains_the_indexer_alone():
@@ -397,7 +396,7 @@ def test_a_mesh_changes_nothing(sizes, topk):
   places = np.broadcast_to(np.arange(T, dtype=np.int32), (1, 4, T))
   ids = np.repeat([0, 1], [9, 15])[None, None]
   ids = np.broadcast_to(ids, (1, 4, T)).astype(np.int32)
-  batch = batches.Batch(text, np.roll(text, -1, -1), ids, places, np.int32(1))
+  batch = types.Batch(text, np.roll(text, -1, -1), ids, places, np.int32(1))
   assert sparse.choose_form(T, model) == {K: 'masked', 2: 'gathered'}[topk]
 
   def run(config, mesh):

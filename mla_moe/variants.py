@@ -56,17 +56,16 @@ def smoke(config: Checked) -> Checked:
   The code paths stay the same: groups, biases, MTP, precision, optimizer.
   """
   model, moe = config.model, config.model.moe
-  experts = 4 * moe.groups
   small_moe = dataclasses.replace(
-    moe, experts=max(experts, 8), top_k=min(moe.top_k, 4), width=32
+    moe, experts=max(4 * moe.groups, 8), top_k=min(moe.top_k, 4), width=32
   )
   sizes = dict(heads=4, kv_rank=32, nope_dim=16, rope_dim=8, value_dim=16)
   sizes['query_rank'] = min(model.mla.query_rank, 48)
   small_mla = dataclasses.replace(model.mla, **sizes)
   dense, dsa = min(model.dense_layers, 1), model.dsa
-  types, heads = dsa.types[: dense + 2], min(dsa.heads, 4)
-  if heads:
-    dsa = dataclasses.replace(dsa, heads=heads, dim=16, topk=32, types=types)
+  if dsa.heads:
+    sizes = dict(heads=min(dsa.heads, 4), dim=16, topk=32)
+    dsa = dataclasses.replace(dsa, types=dsa.types[: dense + 2], **sizes)
   small_model = dataclasses.replace(
     model,
     dsa=dsa,

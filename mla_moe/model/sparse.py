@@ -76,46 +76,14 @@ def attend_latents(
   shared layers has no `index`; `sets` None are full layers alone. Devices along
   `tensor`, which split the heads, score the same keys.
   """
-  parts, t = sequence.parts(q.shape[1]), q.shape[1]
-  size, form = min(config.dsa.topk, t), choose_form(t, config)
-  selects = config.dsa.attention == 'sparse' and size < t
+  form = choose_form(q.shape[1], config)
   axes = sharding.mesh_axes(_HEADS, q.shape)
+  equal = tuple(a for a in sharding.auto_axes() if a not in sum(axes, ()))
   if form == 'gathered':  # its products are in bf16
     ws = tuple(getattr(w, 'master', w) for w in ws)
   full = indexer.is_full(sets, config.dsa)
-  equal = tuple(a for a in sharding.auto_axes() if a not in sum(axes, ()))
-  own_axes = equal + axes[2]  # along which a set and the loss are equal
-
-  def region(q, latent, k_rope, ws, segments, index, selected, full):
-    ws = tuple(map(weights.gather, ws, splits, (q.dtype, q.dtype)))
-    args = q, latent, k_rope, ws, segments, index, selected
-    q, latent, k_rope, ws, segments, index, selected = sharding.pvary(args)
-    keys = *(sequence.gather(x, parts) for x in (latent, k_rope)), ws
-    if segments is not None:
-      segments = segments, sequence.gather(segments, parts)
-    if index is not None:
-      index = index._replace(k=sequence.gather(index.k, parts))
-    part = sequence.this_part(parts)
-    if selects and index is not None:
-      own = lambda: indexer.select(index, size, segments, part)
-      prior = lambda: selected
-      selected = own() if full is None else jax.lax.cond(full, own, prior)
-    run = functools.partial(attend, config, recipe, axes[2], segments, part)
-    args = q, keys, index, selected if selects else None
-    y, kl = run(form, *args)
-    mass, sample = _measure(config, axes[2], segments, part, *args, size)
-    if full is not None:
-      kl, mass = jnp.where(full, kl, 0.0), jnp.where(full, mass, 0.0)
-    selected = None if sets is None else selected
-    if own_axes:
-      most = lambda x: jax.lax.pmax(x, own_axes)
-      selected, sample = jax.tree.map(most, (selected, sample))
-    kl, mass = sharding.pmean((kl, mass), own_axes)
-    return sharding.pmean(y, equal), kl, mass, sample, selected
-
   splits = tuple(weights.fsdp_split(w, _UP) for w in ws)
-  of_tokens = sharding.mesh_axes(('batch', 'part'), q.shape[:2])
-  split = jax.sharding.PartitionSpec(*(a or None for a in of_tokens))
+  split = jax.sharding.PartitionSpec(*(a or None for a in axes[:2]))
   row = lambda tree: jax.tree.map(lambda _: split, tree)
   selected = None if sets is None else sets.selected
   in_specs = (
@@ -126,6 +94,9 @@ def attend_latents(
     None if full is None else jax.sharding.PartitionSpec(),
   )
   out_specs = in_specs[0], *[split] * 3, row(selected)
+  parts = sequence.parts(q.shape[1])
+  args = config, recipe, form, axes, equal, parts, splits
+  region = functools.partial(_region, *args)
   run = sharding.shard_map(region, in_specs, out_specs)
   args = q, latent, k_rope, ws, segments, index, selected, full
   y, kl, mass, sample, selected = run(*args)
@@ -134,6 +105,37 @@ def attend_latents(
   if sets is not None:
     sets = indexer.Sets(selected, None if full is None else sets.layer + 1)
   return y, Report(kl.sum(), mass.mean(), sample), sets
+
+
+def _region(config, recipe, form, axes, equal, parts, splits, *args):
+  """Returns a device's outputs, KL, mass, sample, and sets to be shared."""
+  q, latent, k_rope, ws, segments, index, prior, full = args
+  ws = tuple(map(weights.gather, ws, splits, (q.dtype, q.dtype)))
+  args = q, latent, k_rope, ws, segments, index, prior
+  q, latent, k_rope, ws, segments, index, prior = sharding.pvary(args)
+  keys = *(sequence.gather(x, parts) for x in (latent, k_rope)), ws
+  if segments is not None:
+    segments = segments, sequence.gather(segments, parts)
+  if index is not None:
+    index = index._replace(k=sequence.gather(index.k, parts))
+  part, length = sequence.this_part(parts), keys[0].shape[1]
+  size, selected = min(config.dsa.topk, length), prior
+  selects = config.dsa.attention == 'sparse' and size < length
+  if selects and index is not None:
+    own = lambda: indexer.select(index, size, segments, part)
+    selected = own() if full is None else jax.lax.cond(full, own, lambda: prior)
+  args = q, keys, index, selected if selects else None
+  y, kl = attend(config, recipe, axes[2], segments, part, form, *args)
+  mass, sample = _measure(config, axes[2], segments, part, *args, size)
+  if full is not None:
+    kl, mass = jnp.where(full, kl, 0.0), jnp.where(full, mass, 0.0)
+  selected = None if prior is None else selected
+  own_axes = equal + axes[2]  # along which a set and the loss are equal
+  if own_axes:
+    most = lambda x: jax.lax.pmax(x, own_axes)
+    selected, sample = jax.tree.map(most, (selected, sample))
+  kl, mass = sharding.pmean((kl, mass), own_axes)
+  return sharding.pmean(y, equal), kl, mass, sample, selected
 
 
 def attend(

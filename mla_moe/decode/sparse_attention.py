@@ -27,6 +27,10 @@ from mla_moe.types import Array, Float, Int
 
 _TILE = 2048  # keys that are scored at once
 _NUMBERS = 1 << 24  # of the scores, or latents, of a block of queries
+_KERNEL_NUMBERS = 1 << 27  # of the latents that a kernel attends to
+# On-chip memory of a TPU has room for so many queries of the index, and scores.
+_KERNEL_ROWS = 256
+_KERNEL_SCORES = 1 << 19
 
 
 def form_of(form: str, capacity: int, config: ModelConfig) -> str:
@@ -61,6 +65,8 @@ def select(
       'masked': whether the set has a key, [B, T, S] bool.
   """
   t, rows = index.w.shape[1], len(index.w)
+  if cache.impl == 'tpu' and form == 'gathered' and _fits(index.w, cache):
+    return _select_by_kernel(index, cache, topk)
   positions = cache.lengths[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
 
   def block(args):
@@ -84,6 +90,30 @@ def select(
   if t <= few:
     return block(queries)
   return indexer.join(jax.lax.map(block, indexer.cut(queries, few)), t)
+
+
+def _fits(w, cache):
+  """Returns whether a TPU's on-chip memory holds the queries and the scores."""
+  _, t, heads = w.shape
+  return t * heads <= _KERNEL_ROWS and t * cache.capacity <= _KERNEL_SCORES
+
+
+def _select_by_kernel(index, cache, topk):
+  from mla_moe.kernels import sparse_tpu as kernel
+
+  (pages,), (b, t, heads, _) = cache.layers, index.q.shape
+  width = pages.index.shape[-1]
+  q = indexer.pad(index.q, width, 3).reshape(b, t * heads, width)
+  mask = kernel.select(
+    q.astype(pages.index.dtype),
+    index.w.reshape(b, t * heads),
+    pages.index,
+    cache.table,
+    cache.lengths,
+    heads=heads,
+    topk=topk,
+  )
+  return kernel.positions(mask, topk)
 
 
 def _scores(q, w, positions, cache, longest):
@@ -128,13 +158,9 @@ def attend(
   """
   (pages,) = cache.layers
   b, heads, t, width = q.shape
-  size, count = pages.page_size, selected.shape[-1]
-  keys = jnp.maximum(selected, 0).reshape(b, -1)
-  page = jnp.take_along_axis(cache.table, keys // size, axis=1)
-  flat = lambda x: x.reshape(b * t, count)
-  slots = latent_cache.Slots(flat(page), flat(keys % size))
+  count, selected = selected.shape[-1], selected.reshape(b * t, -1)
+  slots = _slots(selected, cache)
   queries = q.swapaxes(1, 2).reshape(b * t, heads, width)
-  apart = lambda x: x.reshape(b, t, heads, -1).swapaxes(1, 2)
 
   def one(args):
     q, slots, selected = args
@@ -144,10 +170,44 @@ def attend(
     probs = jax.nn.softmax(logits, axis=0).astype(q.dtype)
     return products.dot('kn,kw->nw', probs, tokens)
 
-  queries = queries, slots, flat(selected)
+  queries = queries, slots, selected
   few = max(_NUMBERS // (count * (width + heads)), 1)
   if b * t <= few:
     out = jax.vmap(one)(queries)
   else:
     out = jax.lax.map(one, queries, batch_size=few)
-  return apart(out)
+  return out.reshape(b, t, heads, width).swapaxes(1, 2)
+
+
+def _slots(selected, cache):
+  """Returns where keys lie, [B * T, K]; an empty slot's is the row's first."""
+  rows, size = len(cache.table), cache.layers[0].page_size
+  keys = jnp.maximum(selected, 0).reshape(rows, -1)
+  page = jnp.take_along_axis(cache.table, keys // size, axis=1)
+  flat = lambda x: x.reshape(selected.shape)
+  return latent_cache.Slots(flat(page), flat(keys % size))
+
+
+def gathered(
+  selected: Int[Array, 'B T K'], cache: latent_cache.Cache
+) -> latent_cache.Cache | None:
+  """Returns a cache whose row b * T + t has the set of query t, for a kernel.
+
+  None where the latents of all sets are too much memory, or no kernel reads
+  them. The kernel's query is the last of a row: its length does not count it.
+  """
+  (pages,), size = cache.layers, cache.layers[0].page_size
+  rows, count = selected.shape[0] * selected.shape[1], selected.shape[2]
+  few = rows * count * pages.values.shape[-1] <= _KERNEL_NUMBERS
+  if cache.impl == 'xla' or not few:
+    return None
+  columns = -(-count // size)
+  flat = indexer.pad(selected.reshape(rows, count) + 1, columns * size) - 1
+  slots = _slots(flat, cache)
+  values = pages.values.at[tuple(slots)].get(mode='promise_in_bounds')
+  values = values.reshape(-1, size, values.shape[-1])
+  return cache.replace(
+    layers=(latent_cache.Pages(values),),
+    table=jnp.arange(rows * columns, dtype=jnp.int32).reshape(rows, columns),
+    lengths=(flat >= 0).sum(-1, dtype=jnp.int32) - 1,
+  )

@@ -1,0 +1,164 @@
+"""The sets of sparse attention on TPU: the K best scores, without sorting.
+
+Each page of the indexer's keys is read once, and the scores stay in on-chip
+memory, as integers in the order of the floats. A TPU sorts slowly. So the K-th
+largest is built bit by bit, in 32 counts of the scores that are as large, and
+among equal ones the last key that has a place, bit by bit of its position. The
+result is a mask. `positions` makes it a list, without a scatter, which a TPU
+would make one key at a time. The oracle is beside the tests.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from mla_moe.types import Array, Bool, Float, Int
+
+_LANES = 128
+_PAGES = 8  # that a turn reads: a page of index keys is small
+_LOWEST = np.iinfo(np.int32).min  # below every float: a key that is not seen
+
+
+def select(
+  q: Float[Array, 'B G I'],
+  w: Float[Array, 'B G'],
+  pages: Float[Array, 'P page I'],
+  table: Int[Array, 'B n'],
+  start: Int[Array, ' B'],
+  *,
+  heads: int,
+  topk: int,
+) -> Bool[Array, 'B T S']:
+  """Returns whether a key is one of the `topk` best of a new token.
+
+  Row g of the queries is head g % heads of new token g // heads, which sees the
+  keys up to start + g // heads. `w` are their weights, float32, and `pages` the
+  pool of the indexer's keys; the page and I are multiples of 128.
+  """
+  (b, rows, dim), size, count = q.shape, pages.shape[1], table.shape[1]
+  tokens, group = rows // heads, min(_PAGES, count)
+  turns = -(-count // group)
+
+  def page(i, j, start, table, *, which):
+    last = jnp.minimum(jax.lax.div(start[i] + tokens - 1, size), count - 1)
+    return table[i, jnp.minimum(j * group + which, last)], 0, 0
+
+  row = lambda i, j, *_: (i, 0, 0)
+  lines = turns * group * size // _LANES
+  out = pl.pallas_call(
+    functools.partial(_select, size=size, heads=heads, topk=topk),
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=2,
+      grid=(b, turns),
+      in_specs=[
+        pl.BlockSpec((1, rows, dim), row),
+        pl.BlockSpec((1, rows, 1), row),
+        *(
+          pl.BlockSpec((1, size, dim), functools.partial(page, which=which))
+          for which in range(group)
+        ),
+      ],
+      out_specs=pl.BlockSpec(
+        (1, tokens, lines, _LANES), lambda i, j, *_: (i, 0, 0, 0)
+      ),
+    ),
+    out_shape=jax.ShapeDtypeStruct((b, tokens, lines, _LANES), jnp.int32),
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=('parallel', 'arbitrary')
+    ),
+    name='index_select',
+  )(start, table, q, w[..., None], *[pages] * group)
+  return out.reshape(b, tokens, -1)[..., : count * size] > 0
+
+
+def _select(start, table, q, w, *refs, size, heads, topk):
+  *pages, out = refs
+  row, turn = pl.program_id(0), pl.program_id(1)
+  tokens = out.shape[1]
+
+  @pl.when(turn == 0)
+  def _():
+    out[...] = jnp.full_like(out, _LOWEST)
+
+  for which, page in enumerate(pages):
+    first = (turn * len(pages) + which) * size
+
+    @pl.when(first <= start[row] + tokens - 1)
+    def _(page=page, first=first):
+      dots = jax.lax.dot_general(
+        q[0],
+        page[0],
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=jnp.float32,
+      )
+      scores = jnp.maximum(dots, 0.0) * w[0]
+      scores = scores.reshape(tokens, heads, size).sum(1)
+      key = first + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+      last = start[row] + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+      # Both zeros are one; and integers in the order of floats.
+      scores = jnp.where(scores == 0, 0.0, scores)
+      bits = jax.lax.bitcast_convert_type(scores, jnp.int32)
+      ordered = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+      ordered = jnp.where(key <= last, ordered, _LOWEST)
+      for line, token in np.ndindex(size // _LANES, tokens):
+        lanes = slice(line * _LANES, (line + 1) * _LANES)
+        place = first // _LANES + line
+        out[0, token, pl.ds(place, 1), :] = ordered[token : token + 1, lanes]
+
+  @pl.when(turn == pl.num_programs(1) - 1)
+  def _():
+    for token in range(tokens):
+      out[0, token] = _best(out[0, token], topk).astype(jnp.int32)
+
+
+def _best(x, topk):
+  """Returns a mask of the `topk` largest of x [lines, 128], the first of ties.
+
+  Numbers that are _LOWEST are never among them.
+  """
+  count = lambda mask: jnp.sum(jnp.where(mask, 1.0, 0.0))  # exact below 2^24
+
+  def by_value(i, worst):  # the highest that `topk` numbers reach
+    # Bits of x + 2^31, which has the order of x without a sign.
+    more = worst ^ (jnp.int32(1) << (31 - i))
+    return jnp.where(count(x >= more) >= topk, more, worst)
+
+  worst = jax.lax.fori_loop(0, 32, by_value, jnp.int32(_LOWEST))
+  tied = x == worst
+  places = topk - count(x > worst)
+  line = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
+  key = line * _LANES + jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+
+  def by_key(i, last):  # the highest that has fewer ties before it
+    more = last | (jnp.int32(1) << (30 - i))
+    return jnp.where(count(tied & (key < more)) < places, more, last)
+
+  last = jax.lax.fori_loop(0, 31, by_key, jnp.int32(0))
+  return ((x > worst) | (tied & (key <= last))) & (x > _LOWEST)
+
+
+def positions(mask: Bool[Array, 'B T S'], topk: int) -> Int[Array, 'B T K']:
+  """Returns the places of a mask's at most `topk` marks in order, then -1.
+
+  S is a multiple of 128. For slot j: the line of 128 keys is the number of
+  lines that end before mark j, and the key likewise within its line.
+  """
+  lines = mask.reshape(*mask.shape[:2], -1, _LANES)
+  ends = jnp.cumsum(lines.sum(-1), -1)  # marks up to each line's end
+  slot = jnp.arange(topk)
+  before = ends[..., None, :] <= slot[:, None]
+  line = before.sum(-1)
+  ahead = jnp.where(before, lines.sum(-1)[..., None, :], 0).sum(-1)
+  real = slot < ends[..., -1:]
+  line = jnp.minimum(line, lines.shape[2] - 1)
+  own = jnp.take_along_axis(lines, line[..., None], axis=2)
+  upper = jnp.triu(jnp.ones((_LANES, _LANES), jnp.float32))
+  marks = own.astype(jnp.float32) @ upper  # exact: at most 128
+  key = (marks <= (slot - ahead)[..., None]).sum(-1)
+  return jnp.where(real, line * _LANES + key, -1)

@@ -28,7 +28,7 @@ autodoc_default_options = {
 }
 # Folders of mla_moe in the order of reading, '' for the modules at its top.
 FOLDERS = ('', 'model', 'train', 'fp8', 'kernels', 'decode')
-FOLDERS += ('hf', 'rl')
+FOLDERS += ('hf',)
 
 
 def setup(app):

@@ -23,8 +23,8 @@ from matplotlib import pyplot
 from configs import r1_tiny
 from experiments import r1
 from experiments.page import COLOURS, draw_plainly
+from experiments.rl import advantages, objective
 from mla_moe import config as c
-from mla_moe.rl import advantages, objective
 
 draw_plainly()
 

@@ -47,14 +47,14 @@ ROOT = pathlib.Path(__file__).parent.parent
 SOURCES = (
   *('model/*.py', 'fp8/*.py', 'decode/*.py', 'cost.py'),
   *('train/losses.py', 'train/optim.py', 'train/step.py', 'train/state.py'),
-  *(
-    'hf/names.py',
-    'hf/fp8_blocks.py',
-    'rl/*.py',
-  ),
+  *('hf/names.py', 'hf/fp8_blocks.py'),
 )
-# Reading of texts, the arithmetic among the programs' files.
-PROGRAMS = 'experiments/data'
+# The arithmetic among the programs' files: of texts, and reinforcement.
+PROGRAMS = 'experiments'
+ARITHMETIC = (
+  *('data/documents.py', 'data/holdout.py', 'data/mixture.py'),
+  *('rl/advantages.py', 'rl/episodes.py', 'rl/objective.py'),
+)
 # Tests of numbers; those of programs start processes, which no line shows.
 TESTS = (
   *('tests/model', 'tests/fp8', 'tests/train', 'tests/decode', 'tests/data'),
@@ -168,9 +168,7 @@ def _stored_sample(args) -> list[mutations.Mutation]:
   """
   groups = []
   sources = [p for s in SOURCES for p in (ROOT / 'mla_moe').glob(s)]
-  sources += [
-    ROOT / PROGRAMS / n for n in ('documents.py', 'holdout.py', 'mixture.py')
-  ]
+  sources += [ROOT / PROGRAMS / name for name in ARITHMETIC]
   for path in sorted(sources):
     name = str(path.relative_to(ROOT))
     by_key = {m.key: m for m in mutations.mutations(name, path.read_text())}

@@ -20,7 +20,6 @@ LAYERS = (
   'fp8',
   'model',
   'train decode hf',
-  'rl',
 )
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names.split()}
 FILES = [

@@ -27,12 +27,11 @@ import numpy as np
 from configs import r1_tiny
 from mla_moe.config import CacheConfig, Config, freeze
 from mla_moe.model import replay
-from mla_moe.rl import objective
 
 from .. import cli, run_tokenizer
 from ..checkpointing.load import load_run
 from ..data import tokenizer
-from ..rl import episodes, prompts, questions, rollouts
+from ..rl import episodes, objective, prompts, questions, rollouts
 
 
 class Setting(NamedTuple):

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from mla_moe.config import ConfigError
-from mla_moe.rl.objective import Episodes
 from mla_moe.types import Float, Int
 
 from ..data import packing
+from .objective import Episodes
 
 
 class Answer(NamedTuple):

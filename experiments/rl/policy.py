@@ -28,17 +28,18 @@ from mla_moe import vocabulary
 from mla_moe.checked import is_number
 from mla_moe.config import Config, ConfigError
 from mla_moe.model import replay
-from mla_moe.rl import advantages, objective
 
 from .. import ends, workdir
 from ..data import batches, packing
 from ..data.tokenizer import Tokenizer
 from ..training import program, source
 from . import (
+  advantages,
   alarms,
   engine,
   episodes,
   grading,
+  objective,
   prompts,
   questions,
   record,

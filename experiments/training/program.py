@@ -22,13 +22,13 @@ from jax.sharding import (
 
 from mla_moe import sharding
 from mla_moe.config import Config, RunConfig
-from mla_moe.rl import objective
 from mla_moe.train import optim, step
 from mla_moe.train.state import State, placement
 
 from .. import runtime
 from ..checkpointing.load import shapes
 from ..data import batches
+from ..rl import objective
 
 # Fields that the host reads alone, by group; it alone reads all of `run`, too.
 HOST = {

@@ -151,14 +151,14 @@ def positions(mask: Bool[Array, 'B T S'], topk: int) -> Int[Array, 'B T K']:
   """
   lines = mask.reshape(*mask.shape[:2], -1, _LANES)
   ends = jnp.cumsum(lines.sum(-1), -1)  # marks up to each line's end
-  slot = jnp.arange(topk)
-  before = ends[..., None, :] <= slot[:, None]
+  slot = jnp.arange(topk)[None, None]
+  before = ends[..., None, :] <= slot[..., None]
   line = before.sum(-1)
   ahead = jnp.where(before, lines.sum(-1)[..., None, :], 0).sum(-1)
   real = slot < ends[..., -1:]
   line = jnp.minimum(line, lines.shape[2] - 1)
   own = jnp.take_along_axis(lines, line[..., None], axis=2)
-  upper = jnp.triu(jnp.ones((_LANES, _LANES), jnp.float32))
-  marks = own.astype(jnp.float32) @ upper  # exact: at most 128
+  upper = jnp.triu(jnp.ones((_LANES, _LANES), jnp.float32))  # exact sums
+  marks = jnp.einsum('btkl,lm->btkm', own.astype(jnp.float32), upper)
   key = (marks <= (slot - ahead)[..., None]).sum(-1)
   return jnp.where(real, line * _LANES + key, -1)

@@ -270,3 +270,23 @@ def test_shared_layers_have_no_keys_and_dense_ones_neither():
   config = dataclasses.replace(CONFIG, dsa=dense)
   cache = latent_cache.empty(config, 1, LENGTH, SMALL)
   assert not any(pages.index is not None for pages in cache.layers)
+
+
+@pytest.mark.slow
+def test_a_pass_is_the_same_by_kernel():
+  from jax.experimental.pallas import tpu as pltpu
+
+  tokens, _, weights, _, _ = model()
+  dsa = dataclasses.replace(CONFIG.dsa, topk=20)
+  config, out = dataclasses.replace(CONFIG, dsa=dsa), {}
+  cache_config = CacheConfig(dtype='float32', page=128, impl='tpu')
+  cache = latent_cache.empty(config, 2, 256, cache_config)
+  cache, _ = forward.split(cache.replace(impl='xla'), config)
+  run = jax.jit(functools.partial(forward.hidden, config=config))
+  _, cache = run(weights, cache, tokens)
+  step = functools.partial(forward.decode_step, config=config)
+  for impl in ('xla', 'tpu'):
+    with pltpu.force_tpu_interpret_mode():
+      args = weights, cache.replace(impl=impl), tokens[:, 0]
+      out[impl], _ = jax.jit(step)(*args)
+  chex.assert_trees_all_close(out['tpu'], out['xla'], atol=1e-4)

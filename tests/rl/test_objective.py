@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mla_moe.rl import advantages as adv
-from mla_moe.rl import objective
+from experiments.rl import advantages as adv
+from experiments.rl import objective
 from mla_moe.rl_config import RLConfig
 
 PLAIN = RLConfig(clip_low=0.2, clip_high=0.2, beta=0.0, minibatches=1)

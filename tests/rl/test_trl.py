@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mla_moe.rl import advantages, objective
+from experiments.rl import advantages, objective
 from mla_moe.rl_config import RLConfig
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / 'goldens' / 'trl.npz')

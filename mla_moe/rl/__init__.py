@@ -1,1 +1,0 @@
-"""Reinforcement learning: advantages, packed answers, GRPO's objective."""

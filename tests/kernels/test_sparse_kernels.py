@@ -1,0 +1,101 @@
+"""The kernel of sparse attention's sets beside its oracle, and compiled."""
+
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from mla_moe.kernels import sparse_tpu
+
+
+def reference(q, w, pages, table, start, *, heads, topk):
+  """Whether a key is in a new token's set, [B, T, S], by jax's own `top_k`."""
+  keys = pages[table].reshape(len(q), -1, pages.shape[-1]).astype(jnp.float32)
+  highest = jax.lax.Precision.HIGHEST
+  wide = q.astype(jnp.float32)
+  dots = jnp.einsum('bgi,bsi->bgs', wide, keys, precision=highest)
+  scores = jax.nn.relu(dots) * w[..., None]
+  scores = scores.reshape(len(q), -1, heads, keys.shape[1]).sum(2)
+  token = jnp.arange(scores.shape[1])
+  last = start[:, None, None] + token[None, :, None]
+  seen = jnp.arange(keys.shape[1])[None, None] <= last
+  scores = jnp.where(seen, jnp.where(scores == 0, 0.0, scores), -jnp.inf)
+  _, best = jax.lax.top_k(scores, topk)
+  chosen = jax.nn.one_hot(best, keys.shape[1], dtype=jnp.int32).sum(2) > 0
+  return chosen & seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('tokens, count', [(1, 3), (2, 10)])
+def test_sets_equal_the_oracle(tokens, count):
+  """Whole numbers: scores are exact, many are equal, and most of them 0."""
+  random, heads, size = np.random.default_rng(0), 4, 128
+  draw = lambda *size: random.integers(-2, 3, size).astype(np.float32)
+  pages = draw(2 * count + 1, size, 128) * (random.random((size, 1)) < 0.3)
+  table = random.permutation(2 * count + 1)[: 2 * count].reshape(2, count)
+  start = np.array([count * size - tokens, 130], np.int32)
+  args = draw(2, tokens * heads, 128), draw(2, tokens * heads)
+  args += pages.astype(np.float32), table.astype(np.int32), start
+  sizes = dict(heads=heads, topk=200)
+  expected = np.asarray(jax.jit(functools.partial(reference, **sizes))(*args))
+  with pltpu.force_tpu_interpret_mode():
+    mask = jax.jit(functools.partial(sparse_tpu.select, **sizes))(*args)
+  np.testing.assert_array_equal(mask, expected)
+  assert expected[0].sum(-1).max() == 200 > expected[1].sum(-1).max()
+  keys = jax.jit(sparse_tpu.positions, static_argnums=1)(mask, 200)
+  for row, token in np.ndindex(2, tokens):
+    marks = np.flatnonzero(expected[row, token])
+    np.testing.assert_array_equal(keys[row, token, : len(marks)], marks)
+    assert (np.asarray(keys[row, token, len(marks) :]) == -1).all()
+
+
+AHEAD = """
+import functools
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from mla_moe.kernels import sparse_tpu
+
+def sets(*args):
+  mask = sparse_tpu.select(*args, heads=64, topk=2048)
+  return sparse_tpu.positions(mask, 2048)
+
+for chip in ('v5e:2x2', 'v6e:2x2', 'tpu7x:2x2x1'):
+  chips = topologies.get_topology_desc(chip, platform='tpu')
+  where = jax.sharding.SingleDeviceSharding(chips.devices[0])
+  shape = lambda s, d: jax.ShapeDtypeStruct(s, d, sharding=where)
+  for tokens in (1, 2):
+    program = jax.jit(sets).lower(
+      shape((8, 64 * tokens, 128), jnp.bfloat16),
+      shape((8, 64 * tokens), jnp.float32),
+      shape((8192, 128, 128), jnp.bfloat16),
+      shape((8, 1024), jnp.int32),
+      shape((8,), jnp.int32),
+    ).compile()
+    assert 'tpu_custom_call' in program.as_text()
+    # The pool has 256 MiB, scores of 131,072 keys 4 MiB a new token.
+    assert program.memory_analysis().temp_size_in_bytes < 48 << 20, chip
+    print(chip, tokens, program.memory_analysis().temp_size_in_bytes)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  importlib.util.find_spec('libtpu') is None,
+  reason='compiling for a TPU needs the extra [tpu]',
+)
+def test_it_compiles_for_three_chips_and_copies_no_pool():
+  env = {
+    **os.environ,
+    'TPU_SKIP_MDS_QUERY': '1',
+    'TPU_WORKER_HOSTNAMES': 'localhost',
+    'JAX_PLATFORMS': 'cpu',
+  }
+  subprocess.run([sys.executable, '-c', AHEAD], check=True, env=env)

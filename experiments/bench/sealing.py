@@ -20,7 +20,7 @@ import time
 
 from .. import commands
 
-SLEEP = 4.0  # seconds, of the second seal
+SLEEP = 12.0  # seconds, of the second seal
 
 
 def measured(folder: pathlib.Path, processes: int, mib: int) -> list[dict]:

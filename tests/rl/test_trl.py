@@ -48,9 +48,8 @@ def test_loss_and_gradient(name):
       )
       return jnp.sum(loss * weight[:, None]), arrays
 
-    (loss, arrays), grad = jax.value_and_grad(total, has_aux=True)(
-      jnp.asarray(GOLDEN['log_probs'])
-    )
+    run = jax.jit(jax.value_and_grad(total, has_aux=True))
+    (loss, arrays), grad = run(jnp.asarray(GOLDEN['log_probs']))
   np.testing.assert_allclose(loss, GOLDEN[f'{name}_loss'], rtol=1e-10)
   np.testing.assert_allclose(
     grad, GOLDEN[f'{name}_grad'], rtol=1e-9, atol=1e-14

@@ -80,6 +80,8 @@ class Source(abc.ABC):
   def headline(self, row: dict) -> str:
     """Returns the main numbers of a step's row, for the person who waits."""
     vio = f'  MaxVio {row["max_vio"]:.2f}' if 'max_vio' in row else ''
+    if 'index_kl' in row:  # of sparse attention: a value a layer
+      vio += f'  index KL {sum(row["index_kl"]) / len(row["index_kl"]):.3f}'
     return f'loss {row["main_loss"]:.3f}{vio}'
 
   def notices(self, row: dict) -> list[str]:

@@ -42,8 +42,9 @@ MODEL = c.ModelConfig(
   mla=MLA,
   dsa=DSA,
   moe=c.MoEConfig(
-    experts=4, top_k=2, width=16, shared=1, groups=1, top_groups=1
+    experts=4, top_k=2, width=16, shared=0, groups=1, top_groups=1
   ),
+  compute=c.ComputeConfig(remat='none', experts='dense'),
 )
 SEGMENTS = jnp.asarray(np.repeat([[0, 1], [2, 3]], [10, 14], axis=1), jnp.int32)
 

@@ -121,6 +121,23 @@ def test_texts_and_their_held_out_numbers_are_in_the_report(
     assert '<h2>Texts</h2>' not in report.write(folder).read_text()
 
 
+def test_indexers_have_a_curve_a_layer(monkeypatch):
+  """And a run without one has no section."""
+  lines = []
+  monkeypatch.setattr(
+    report, '_over_steps', lambda _, axes: lines.extend(map(curves, axes[0]))
+  )
+  curves = lambda plot: [line.get_ydata().tolist() for line in plot.lines]
+  index = {'index_kl': [0.2, 0.1], 'index_mass': [0.8, 0.9]}
+  index['index_overlap'] = [1.0, 0.4]
+  rows = [step(n, **index) for n in (1, 2, 3)]
+  good = history.drawable([*rows, step(4, index_kl=[0.1])], 'loss')
+  assert len(good) == 3
+  assert '<h2>Sparse attention</h2>' in report._indexers(good)
+  assert lines == [[[x] * 3 for x in values] for values in index.values()]
+  assert report._indexers(GOOD[:3]) == []
+
+
 def test_numbers_that_are_not_finite_are_gaps(tmp_path):
   rows = [step(1), step(2, main_loss=None, grad_norm=math.inf), step(3)]
   run = history.read(write(tmp_path / 'run', rows))

@@ -114,8 +114,18 @@ def test_a_broken_release_is_one_line(fault, command, tmp_path, call):
   assert [path.name for path in tmp_path.iterdir()] == ['release']
 
 
-@pytest.mark.parametrize('fault', FAULTS)
-@pytest.mark.parametrize('command', ['train', 'sft'])
+@pytest.mark.parametrize(
+  ('command', 'fault'),
+  [
+    *(('train', fault) for fault in FAULTS),
+    ('sft', 'a weight is turned'),
+    *(
+      pytest.param('sft', fault, marks=pytest.mark.slow)
+      for fault in FAULTS
+      if fault != 'a weight is turned'
+    ),
+  ],
+)
 def test_a_broken_release_begins_no_run(fault, command, tmp_path, call):
   """The folder stays free: the same words begin a run once it is whole."""
   folder, run = tmp_path / 'release', tmp_path / 'run'

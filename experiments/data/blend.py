@@ -83,7 +83,7 @@ def check(config: Config, streams: Sequence[Any]) -> None:
       of = f'source {name!r}' if name else f'data.source={data.source!r}'
       raise ConfigError(
         f'data.max_epochs={data.max_epochs:g}: the {steps:,} steps read {of} '
-        f'{times:.3g} times; give more of its text'
-        + (', lower its weight' if name else '')
-        + ' or run.steps'
+        f'{times:.3g} times; give more of its text, or lower '
+        + ('its weight or ' if name else '')
+        + 'run.steps'
       )

@@ -73,7 +73,7 @@ def working(
   make_cache(cache)
   stamp = identity.stamp(files, data, tokenizer, of_content=True)
   work = cache / f'{_PART}{stamp}'
-  handle = _locked(work, is_shared, say)
+  handle = locked(work, is_shared, say)
   try:
     yield work
   finally:
@@ -85,7 +85,7 @@ def working(
     os.close(handle)
 
 
-def _locked(folder: pathlib.Path, is_shared: bool, say) -> int:
+def locked(folder: pathlib.Path, is_shared: bool, say) -> int:
   """Makes a folder, and returns its handle, whose lock ends with its process.
 
   A file system without locks has none to give: two processes would do the same

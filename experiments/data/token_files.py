@@ -27,7 +27,7 @@ import numpy as np
 from mla_moe.config import ConfigError, DataConfig
 
 from .. import cli, workdir
-from . import chunks, id_layouts, remote, shards
+from . import chunks, id_layouts, making, remote, shards
 from .id_layouts import Layout
 from .tokenizer import Tokenizer
 
@@ -124,9 +124,13 @@ def opened(
   stamp = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
   folder = cache / f'ids-{stamp}'
   if not (folder / 'ids.json').exists():
-    _announce(objects, data, say)
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _adopt(pairs, folder, data, tokenizer)
+    handle = making.locked(folder, False, say)
+    try:
+      if not (folder / 'ids.json').exists():  # another process was first
+        _announce(objects, data, say)
+        _adopt(pairs, folder, data, tokenizer)
+    finally:
+      os.close(handle)
   try:
     values = json.loads((folder / 'ids.json').read_text(encoding='utf-8'))
   except (OSError, ValueError):

@@ -140,6 +140,7 @@ def test_epochs_above_the_limit_and_phases_after_the_run_are_refused(streams):
   most = max(mixture.epochs(config().data, streams, 360).values())
   blend.check(config(max_epochs=most), streams)
   line = rf"data.max_epochs=4: the 60 steps read source 'c' {most:.3g} times;"
+  line += ' give more of its text, or lower its weight or run.steps$'
   with pytest.raises(ConfigError, match=line):
     blend.check(config(max_epochs=4), streams)
   last = lambda tokens: config(phases=[(tokens, (1, 1, 1))])

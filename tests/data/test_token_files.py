@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -100,6 +101,34 @@ def test_an_index_that_comes_later_is_read(tmp_path):
   path.with_suffix('.idx').write_bytes(b'nonsense')
   with pytest.raises(ConfigError, match='is no index of Megatron'):
     prepared(data, tmp_path / 'cache')
+
+
+def test_ids_are_read_by_one_process_at_a_time(tmp_path):
+  """The second waits, and takes what the first has written."""
+  path = megatron(tmp_path / 'a.bin', DOCUMENTS)
+  data, cache = small(source=str(path), packing='separate'), tmp_path / 'cache'
+  lines, waits = [[], []], threading.Event()
+
+  def load(number, said):
+    text = corpus.prepare(data, BYTE, cache, said)
+    np.testing.assert_array_equal(text.train[:9], IDS[:9])
+    assert text.train.begins(slice(9)).tolist() == [True] + 8 * [False]
+    return number
+
+  def first(line):
+    lines[0].append(line)
+    thread.start()
+    assert waits.wait(60)
+
+  def second(line):
+    lines[1].append(line)
+    waits.set()
+
+  thread = threading.Thread(target=load, args=(1, second))
+  load(0, first)
+  thread.join(60)
+  assert 'Reading the ids' in lines[0][0]
+  assert len(lines[1]) == 1 and 'Another process' in lines[1][0]
 
 
 def test_a_damaged_record_of_ids_is_one_line(tmp_path):

@@ -138,7 +138,7 @@ def _check_computed(values: dict[str, Any], family: str, routed: bool) -> None:
     rule = 'transformers rotates pairs in this attention, whatever this says'
     only('rope_interleave', (True,), rule)
     kinds = ('indexed_attention', 'deepseek_sparse_attention')
-    same = [[kind] * values['num_hidden_layers'] for kind in kinds]
+    same = (*([kind] * values['num_hidden_layers'] for kind in kinds),)
     only('layer_types', same, f'each layer must be an {kinds[0]}')
   if 'rope_interleave' in values and values['rope_interleave'] is None:
     raise ConfigError(
@@ -179,7 +179,8 @@ def _index_types(values: dict[str, Any], layers: int) -> tuple[str, ...]:
       max(i - (2 if first is None else first), -1) for i in range(layers)
     )
     words = 'full', 'shared'
-    named['index_topk_freq'] = tuple(words[(n + 1) % period > 0] for n in after)
+    ends = ((n + 1) % max(period, 1) > 0 for n in after)
+    named['index_topk_freq'] = tuple(words[n] for n in ends)
   for key, types in named.items():
     valid = len(types) == layers and {*types} <= {'full', 'shared'}
     if not valid or types[0] != 'full' or types != next(iter(named.values())):

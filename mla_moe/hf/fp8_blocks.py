@@ -13,8 +13,10 @@ of two leaves the largest q below 448. But the weights still contain their
 scale: with it, each q * scale rounded to float32 *is* the weight. So `quantize`
 searches for such a scale first. The candidates are a power of two and the
 largest value over each E4M3 number above 224, with its two float32 neighbours
-(the numbers up to 224 need no try: all q could be doubled and the scale
-halved). If none fits, the weights are new, and the scale is the largest value
+(below 224 all q could be doubled and the scale halved). A power of two that was
+rounded up leaves 224, too, which might be 448 of its half: the larger scale is
+tried first, for a tile of the smaller one has odd multiples of its least
+number. If none fits, the weights are new, and the scale is the largest value
 over 448 or the next power of two.
 
 The search finds the original scale if any q of the tile is a power of two,
@@ -106,6 +108,7 @@ def _scales(
 
 def _candidates(largest, powers):
   """Yields scales [n] to try, the most frequent first."""
+  yield np.where(largest == np.float32(LARGEST) * powers, 2 * powers, powers)
   yield powers
   for top in _TOPS:
     scale = largest / np.float32(top)

@@ -105,11 +105,26 @@ def facts(model: ModelConfig, weights: list[str]) -> list[tuple[str, str]]:
       f'{mla.heads} heads of {mla.nope_dim} + {mla.rope_dim}, values of '
       f'{mla.value_dim}; latents {mla.kv_rank}, query {mla.query_rank or "-"}',
     ),
+    *_indexer(model),
     ('experts', experts),
     ('positions', f'{model.max_positions:,}; {rope}'),
     ('vocabulary', f'{model.vocab:,}{", tied" * model.tie_embeddings}'),
     ('weights', '; '.join(weights) or '-'),
   ]
+
+
+def _indexer(model: ModelConfig) -> list[tuple[str, str]]:
+  """Returns a row of sparse attention, none of dense attention."""
+  dsa, counts = model.dsa, cost.parameters(model)
+  if not dsa.heads:
+    return []
+  text = f'{dsa.heads} heads of {dsa.dim}, {dsa.topk:,} keys a query'
+  shared = dsa.types.count('shared')
+  if shared:
+    text += f'; {shared} layers take the keys of the layer before'
+  layout = 'neighbours' if dsa.interleaved else 'halves'
+  text += f'; rotates {layout}, {_short(counts.indexer)} parameters'
+  return [('indexer', text)]
 
 
 def formats_of(opened: source.Source) -> list[str]:

@@ -6,17 +6,18 @@ has the weights in the layout of decoding and the latents of its rows. The
 surprising part is the attention: a token reads all tokens before it, which
 costs 2 N (2 C + R) FLOPs for each of them and layer in the absorbed form (N
 heads, C latents, R rotated), and with answers of 32,768 tokens that is most of
-the work.
+the work. Sparse attention reads its set, and the index keys of all.
 
 All answers count as `rl.max_new` tokens long, and a row as data.seq_len.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from mla_moe import cost, sharding
-from mla_moe.config import Config, MeshConfig
+from mla_moe.config import Config, DSAConfig, MeshConfig
 
 from .. import chips
 
@@ -76,7 +77,7 @@ def seconds(
   rows = rows_here(config)
   flops = rows * answer_flops_per_token(config, length)
   flops *= shards(config.mesh) / config.mesh.devices  # tensor, context
-  latents = rows * length * cost.cache_bytes_per_token(config)
+  latents = rows * read_bytes_per_token(config, length)
   size = weights_bytes(config, parameters) + latents
   step = max(flops / (chip.bf16 * utilisation), size / chip.bandwidth)
   times = math.ceil(rl.prompts * rl.samples / _rows(config))
@@ -88,10 +89,29 @@ def seconds(
 
 def answer_flops_per_token(config: Config, length: float) -> float:
   """Returns the FLOPs of one more token after `length` ones."""
-  a, model = config.model.mla, config.model
+  model = config.model
+  a, dsa = model.mla, model.dsa
+  counts = cost.parameters(model)
+  indexers = model.layers - dsa.types.count('shared') if dsa.heads else 0
   matrices = cost.train_flops_per_token(config, 0) / 3
+  # Backward an index costs no gradient of its input.
+  matrices += (2 - 4 / 3) * (counts.indexer - indexers * 2 * dsa.dim)
   attention = 2 * a.heads * (2 * a.kv_rank + a.rope_dim) * model.layers
-  return matrices + attention * length
+  read = min(length, dsa.topk) if dsa.heads else length
+  return (
+    attention * read + indexers * cost.index_flops(model, length) + matrices
+  )
+
+
+def read_bytes_per_token(config: Config, length: float) -> float:
+  """Returns the bytes of cache that one more token reads after `length`."""
+  model = config.model
+  whole = cost.cache_bytes_per_token(config)
+  index = whole - cost.cache_bytes_per_token(
+    dataclasses.replace(model, dsa=DSAConfig())
+  )
+  read = min(length, model.dsa.topk) if model.dsa.heads else length
+  return index * length + (whole - index) * read
 
 
 def scoring(config: Config) -> float:

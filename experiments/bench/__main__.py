@@ -32,6 +32,7 @@ _BENCHMARKS = {
   'checkpoint': 'the pause of a save beside Orbax alone, the seal (1)',
   'precision': "FP8's loss beside bf16's: whole runs, or --pairs=96 (25; 90)",
   'balance': 'balancing by a bias or by a loss: perplexity, MaxVio (45)',
+  'sparse_quality': "sparse attention's loss beside dense: both stages (15)",
   'mesh': 'a step on 8 fake CPU devices beside one (2)',
   'huggingface_streaming': 'speed and memory of loading a checkpoint (15)',
   'mismatch': 'rollout beside trainer by precision, with routing replay (3)',

@@ -23,10 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mla_moe import config as c
-from mla_moe.data import batches
 from mla_moe.train import optim, stage
 
 from .. import page
+from ..data import batches
 from . import models, paired, show
 
 BOUND = 0.01
@@ -39,7 +39,7 @@ _STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365)
 MODEL = models.build(
   **models.BYTES | dict(max_positions=4096, query_rank=48),
   dim=96,
-  layers=3,
+  layers=2,
   dense_width=192,
   init_std=0.05,
   heads=4,
@@ -57,12 +57,12 @@ def flags(parser) -> None:
   """Adds this benchmark's flags."""
   add = parser.add_argument
   add('--seeds', type=int, default=2)
-  add('--dense', type=int, default=300, help='steps before the ways part')
-  add('--warmup', type=int, default=60, help='steps of the indexer alone')
-  add('--sparse', type=int, default=160, help='steps over sets')
+  add('--dense', type=int, default=150, help='steps before the ways part')
+  add('--warmup', type=int, default=20, help='steps of the indexer alone')
+  add('--sparse', type=int, default=40, help='steps over sets')
   add('--length', type=int, default=2048, help='bytes of the row of a step')
   add('--topk', type=int, default=256, help='keys that a query reads')
-  add('--heldout', type=int, default=32, help='rows that are judged')
+  add('--heldout', type=int, default=12, help='rows that are judged')
 
 
 def run(out: pathlib.Path, args) -> None:

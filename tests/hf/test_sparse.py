@@ -181,7 +181,7 @@ REFUSED = [
   ({'rope_interleave': False}, 'whatever this says'),
   ({'layer_types': ['full_attention'] * 4}, 'must be an indexed_attention'),
   ({'index_topk': 0}, 'index_topk=0'),
-  ({'index_head_dim': 4}, 'the features that are rotated'),
+  ({'index_head_dim': 4}, 'mla.rope_dim=8'),
 ]
 
 
@@ -263,6 +263,7 @@ def test_flops_of_sparse_attention_by_hand():
   assert flops(v32, 131072) < flops(model, 131072) / 3
 
 
+@pytest.mark.slow
 def test_a_dense_release_gets_a_fresh_indexer(capsys):
   """Its other numbers stay, and it goes out as V3.2."""
   config, variables = loaded('v3_release')

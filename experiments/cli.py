@@ -419,7 +419,7 @@ def _no_key(words: Sequence[str]) -> str:
   """Returns a line on the first unknown --config.KEY, with the likeliest key.
 
   The same name in another group comes before a similar name: people forget the
-  group first.
+  group first. In their own group it comes before all.
   """
   keys = list(config_keys())
   groups = {key.rpartition('.')[0] for key in keys}
@@ -427,9 +427,11 @@ def _no_key(words: Sequence[str]) -> str:
     flag = re.match(r'--?(config\.[\w.]+)', word)
     if not flag or flag[1] in keys or flag[1] in groups:
       continue
-    word = flag[1].rpartition('.')[2]
+    group, word = flag[1].rsplit('.', 1)
     same = [key for key in keys if _alike(word, key.rpartition('.')[2])]
-    near = same or difflib.get_close_matches(flag[1], keys, 1, 0.8)
+    near = [key for key in same if key.startswith(f'{group}.')]
+    near += [key for key in same if key.endswith(f'.{word}')] + same
+    near = near or difflib.get_close_matches(flag[1], keys, 1, 0.8)
     hint = f'did you mean {near[0]}?' if near else '--help lists them'
     return f'{flag[1]}: there is no such key; {hint}'
   return ''

@@ -37,6 +37,7 @@ _BENCHMARKS = {
   'huggingface_streaming': 'speed and memory of loading a checkpoint (15)',
   'mismatch': 'rollout beside trainer by precision, with routing replay (3)',
   'formats': 'speed and memory of loading each format of weights (5)',
+  'sparse': 'sparse attention beside dense: length, decoding, a peer (20)',
   'card': 'all measurements of one NVIDIA GPU, which it needs (8 there)',
 }
 

@@ -108,7 +108,7 @@ def _select(start, table, q, w, *refs, size, heads, topk):
       ordered = jnp.where(key <= last, ordered, _LOWEST)
       for line, token in np.ndindex(size // _LANES, tokens):
         lanes = slice(line * _LANES, (line + 1) * _LANES)
-        place = first // _LANES + line
+        place = jax.lax.div(first, _LANES) + line
         out[0, token, pl.ds(place, 1), :] = ordered[token : token + 1, lanes]
 
   @pl.when(turn == pl.num_programs(1) - 1)

@@ -30,6 +30,7 @@ from experiments.bench import (
   rl,
   sealing,
   show,
+  sparse,
   thought,
   train,
 )
@@ -500,3 +501,41 @@ def test_the_numbers_of_a_mismatch():
   np.testing.assert_allclose(got['k3'], (2 - np.log(3)) / 2, rtol=1e-12)
   np.testing.assert_allclose(got['max'], np.log(3), rtol=1e-12)
   assert (got['extreme'], got['flips'], got['tokens']) == (0.5, 0.5, 2)
+
+
+def test_sparse_attention_has_its_rows():
+  step = {'length': 4096, 'sparse': 2.0, 'dense': 3.0, 'dense_mib': 50.0}
+  token = {'context': 32768, 'sparse': 0.010, 'dense': 0.03, 'set': 0.004}
+  racer = {'name': 'mla_moe', 'seconds': 1.0, 'mib': 10.0, 'versions': 'jax'}
+  figures = {
+    'training': [
+      {**step, 'sparse_mib': 10.0},
+      {**step, 'length': 8192, 'sparse_mib': 24.0},
+    ],
+    'decoding': [
+      token,
+      {**token, 'context': 131072, 'sparse': 0.020, 'set': 0.011},
+    ],
+    'peer': [racer, {**racer, 'name': 'eager', 'seconds': 3.0, 'mib': 70.0}],
+  }
+  results = {name: {'figures': part} for name, part in figures.items()}
+  text = '\n'.join(' '.join(row) for row in sparse.rows(results))
+  for words in (
+    'dense 1.50 x the time, 50 MiB; 1.20 x of linear memory',
+    '10.0 ms, the set 40% dense 3.00 x; the rest 1.00 x the first',
+    'the rest 1.50 x the first; V3.2 reads 2.19 GB, not 9.21',
+    '3.0 x the time, 7.0 x the memory of ours',
+  ):
+    assert words in text, text
+  assert len(sparse.draw(results).axes) == 2
+
+
+@pytest.mark.slow
+def test_sparse_attention_is_measured_at_toy_size():
+  sizes = sparse.Sizes(dim=16, query_rank=8, kv_rank=8, topk=8)
+  (one,) = sparse.training(sizes, [32], 1)
+  assert all(one[kind] > 0 for kind in ('sparse', 'dense', 'sparse_mib'))
+  two = sparse.decoding(sizes, [64, 128], 1)
+  assert all(x[kind] > 0 for x in two for kind in ('sparse', 'dense', 'set'))
+  (ours,) = sparse.peer(sizes, 128, 'false')  # without the peer
+  assert ours['seconds'] > 0 and ours['mib'] >= 0

@@ -35,7 +35,8 @@ def main() -> None:
   tokens = tokens.astype(np.int32)
   jax.block_until_ready(jax.jit(logits)(variables, tokens[:, :64]))
   run = jax.jit(logits).lower(variables, tokens).compile()
-  pathlib.Path('/proc/self/clear_refs').write_text('5')  # the peak is now
+  clear = pathlib.Path('/proc/self/clear_refs')  # the peak is now
+  clear.write_text('5', encoding='utf-8')
   before, seconds = _kib('VmRSS'), []
   for _ in range(3):
     began = time.perf_counter()
@@ -47,7 +48,8 @@ def main() -> None:
 
 def _kib(field: str) -> int:
   """Returns a size of this process: VmRSS, or VmHWM, its peak."""
-  lines = pathlib.Path('/proc/self/status').read_text().splitlines()
+  status = pathlib.Path('/proc/self/status').read_text(encoding='utf-8')
+  lines = status.splitlines()
   return int(next(x for x in lines if x.startswith(field)).split()[1])
 
 

@@ -48,7 +48,8 @@ def main() -> None:
     return time.perf_counter() - began
 
   once(tokens[:, :64])
-  pathlib.Path('/proc/self/clear_refs').write_text('5')  # the peak is now
+  clear = pathlib.Path('/proc/self/clear_refs')  # the peak is now
+  clear.write_text('5', encoding='utf-8')
   before = _kib('VmRSS')
   seconds = min(once(tokens) for _ in range(3))
   versions = f'torch {torch.__version__}, transformers '
@@ -63,7 +64,8 @@ def main() -> None:
 
 def _kib(field: str) -> int:
   """Returns a size of this process: VmRSS, or VmHWM, its peak."""
-  lines = pathlib.Path('/proc/self/status').read_text().splitlines()
+  status = pathlib.Path('/proc/self/status').read_text(encoding='utf-8')
+  lines = status.splitlines()
   return int(next(x for x in lines if x.startswith(field)).split()[1])
 
 

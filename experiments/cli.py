@@ -429,7 +429,7 @@ def _no_key(words: Sequence[str]) -> str:
       continue
     group, word = flag[1].rsplit('.', 1)
     same = [key for key in keys if _alike(word, key.rpartition('.')[2])]
-    near = [key for key in same if key.startswith(f'{group}.')]
+    near = [key for key in same if key.rpartition('.')[0] == group]
     near += [key for key in same if key.endswith(f'.{word}')] + same
     near = near or difflib.get_close_matches(flag[1], keys, 1, 0.8)
     hint = f'did you mean {near[0]}?' if near else '--help lists them'

@@ -110,7 +110,8 @@ def parameters(config) -> Parameters:
 def train_flops_per_token(config, seq_len: int, mtp: bool = False) -> float:
   """Returns the FLOPs to train on one token of a sequence of `seq_len`.
 
-  `mtp` adds the MTP modules, each of which multiplies by the head once more.
+  `mtp` adds the MTP modules, each of which multiplies by the head once more. Of
+  a run that trains its indexers alone, all else goes forward only.
   """
   model = _model(config)
   counts, a = parameters(model), model.mla
@@ -136,12 +137,16 @@ def train_flops_per_token(config, seq_len: int, mtp: bool = False) -> float:
     attention = min(attention, 3 * 2 * a.heads * absorbed * keys)
     # Its input has no gradient: a matrix costs 4 FLOPs, not 6.
     index = 4.0 * index + index_flops(model, seq_len / 2 + 2 * keys)
-  return 6.0 * matrices + attention * blocks + index * indexers
+  trunk = 6.0 * matrices + attention * blocks
+  if getattr(getattr(config, 'optim', None), 'trains', 'all') == 'indexer':
+    trunk /= 3
+  return trunk + index * indexers
 
 
 def read_keys(model: ModelConfig, seq_len: float) -> float:
   """Returns the keys that attention reads, on average over the positions."""
-  read = min(model.dsa.topk, seq_len) if model.dsa.heads else seq_len
+  is_sparse = model.dsa.heads and model.dsa.attention == 'sparse'
+  read = min(model.dsa.topk, seq_len) if is_sparse else seq_len
   return read - read**2 / (2 * seq_len) if seq_len else 0.0
 
 

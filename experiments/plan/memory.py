@@ -21,7 +21,7 @@ from flax import linen as nn
 
 from mla_moe import cost, sharding
 from mla_moe.config import Config, DataConfig, MeshConfig, ModelConfig
-from mla_moe.train import losses
+from mla_moe.train import losses, stage
 from mla_moe.train.state import abstract_state
 from mla_moe.types import PyTree
 
@@ -94,7 +94,8 @@ class Footprint:
 def training_bytes_per_device(config: Config) -> dict[str, int]:
   """Returns the bytes of a device's parameters, gradients and AdamW moments.
 
-  All of them are float32. Parameters are split over fsdp and tensor, experts
+  All of them are float32; gradients and moments are of the trained parameters.
+  Parameters are split over fsdp and tensor, experts
   over expert, too, and all of the MoE layers over stage; zero1 splits the
   moments over data. Activations are not counted.
   """
@@ -110,10 +111,14 @@ def training_bytes_per_device(config: Config) -> dict[str, int]:
   here = experts_here + staged // mesh.stage + rest
   here //= mesh.fsdp * mesh.tensor
   replicas = mesh.data if mesh.states == 'zero1' else 1
+  trained = here
+  if config.optim.trains == 'indexer':
+    full = model.layers - model.dsa.types.count('shared')
+    trained = counts.indexer * (full + model.mtp.depth) // full // mesh.fsdp
   return {
     'parameters': 4 * here,
-    'gradients': 4 * here,
-    'optimizer': 8 * here // replicas,
+    'gradients': 4 * trained,
+    'optimizer': 8 * trained // replicas,
   }
 
 
@@ -132,10 +137,12 @@ def footprint(config: Config, layout: PyTree | None = None) -> Footprint:
   if layout is None:
     even = training_bytes_per_device(config)
     parameters, optimizer = even['parameters'], even['optimizer']
-    staged = parameters
+    staged = gradients = even['gradients']
   else:
     parameters = state_bytes((layout.params, layout.router), config.mesh)
-    staged = state_bytes(layout.params.get('moe', {}), config.mesh)
+    own = stage.trained(layout.params, config.optim)
+    gradients = state_bytes(own, config.mesh)
+    staged = state_bytes(own.get('moe', {}), config.mesh)
     zero1 = config.mesh.states == 'zero1'
     table = sharding.ZERO1 if zero1 else sharding.RULES
     optimizer = state_bytes(layout.opt, config.mesh, table)
@@ -153,7 +160,7 @@ def footprint(config: Config, layout: PyTree | None = None) -> Footprint:
     }
   return Footprint(
     parameters=parameters,
-    gradients=sums * parameters + (staged if config.mesh.stage > 1 else 0),
+    gradients=sums * gradients + (staged if config.mesh.stage > 1 else 0),
     optimizer=optimizer,
     copies=copies_bytes(config, parameters),
     residuals=residual_bytes(config),
@@ -255,7 +262,7 @@ def residuals_per_token(config: Config) -> dict[str, float]:
   width = WIDTH[model.dtype]
   log_sum = heads * 4 / width  # the softmax's, float32
   latents = mla.query_rank + mla.kv_rank + mla.rope_dim
-  latents += heads * mla.value_dim + log_sum
+  latents += heads * mla.value_dim + log_sum + set_numbers(config)
   order = 3 * moe.top_k * 4 / width  # experts, slots, places: int32
   attention = mla.query_rank + mla.kv_rank + model.dim
   attention += heads * (
@@ -279,13 +286,23 @@ def residuals_per_token(config: Config) -> dict[str, float]:
   return {'dense': stream + dense, 'moe': stream + routed}
 
 
+def set_numbers(config: Config) -> float:
+  """Returns the numbers of a token's set of keys, of the activations' width."""
+  dsa, length = config.model.dsa, config.data.seq_len
+  if not dsa.heads or dsa.attention == 'dense' or dsa.topk >= length:
+    return 0.0
+  return dsa.topk * 4 / WIDTH[config.model.dtype]  # int32
+
+
 def _all_activations(config: Config) -> tuple[float, float]:
   """Returns the numbers a token that a dense and a MoE layer make forward."""
   model, tensor = config.model, config.mesh.tensor
   mla, moe = model.mla, model.moe
   query = mla.nope_dim + mla.rope_dim
   attention = 2 * model.dim + 2 * (mla.query_rank + mla.kv_rank)
-  attention += mla.rope_dim
+  attention += mla.rope_dim + set_numbers(config)
+  if model.dsa.heads:  # on every device along tensor
+    attention += (model.dsa.heads + 1) * model.dsa.dim + model.dsa.heads
   heads = mla.heads / tensor
   attention += heads * (2 * query + mla.nope_dim + 2 * mla.value_dim)
   dense = 3 * model.dense_width / tensor + model.dim

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 from releases import GOLDEN, loaded, refused, same_bytes, set_config, tensors
 
+from configs import deepseek_v32
 from experiments import indexers
+from experiments.plan import memory
 from mla_moe import Transformer, cost, load_huggingface, save_huggingface
 from mla_moe.checked import ConfigError
-from mla_moe.config import Config, DSAConfig, ReleaseConfig
+from mla_moe.config import Config, DSAConfig, ReleaseConfig, freeze
 from mla_moe.hf import config_json, names
+from mla_moe.train.state import abstract_state
 
 CASES = ('deepseek_v32', 'glm_moe_dsa', 'v32_release')
 FOLDER = GOLDEN / 'families'
@@ -261,6 +264,31 @@ def test_flops_of_sparse_attention_by_hand():
     expected = flops(model, 0) + attention + index + scores
     assert flops(v32, n) == pytest.approx(expected, rel=1e-12)
   assert flops(v32, 131072) < flops(model, 131072) / 3
+
+
+def test_a_warm_up_trains_the_indexers_alone():
+  config = freeze(deepseek_v32.get_config('warmup,smoke'))
+  layout = abstract_state(config)
+  whole = memory.footprint(config, layout)
+  even = memory.training_bytes_per_device(config)
+  counts = cost.parameters(config)
+  own = counts.indexer // config.model.layers
+  own = counts.indexer + own * config.model.mtp.depth
+  assert whole.optimizer == even['optimizer'] + 4 == 8 * own + 4  # its count
+  micro = config.data.micro_batch or config.data.batch_size
+  sums = 2 if micro < config.data.batch_size else 1
+  assert whole.gradients == sums * even['gradients'] == sums * 4 * own
+  assert whole.parameters == 4 * (counts.total + counts.mtp)
+  # The trunk goes forward alone; the index learns from all keys.
+  model, n = config.model, 128
+  dense = dataclasses.replace(model, dsa=DSAConfig())
+  trunk = cost.train_flops_per_token(dense, n) / 3
+  dsa, x = model.dsa, model.mla.query_rank
+  matrices = (x * dsa.heads + model.dim) * dsa.dim + model.dim * dsa.heads
+  pairs = 3 * n / 2 * 2 * dsa.heads * (dsa.dim + 1)
+  index = model.layers * (4 * matrices + pairs)
+  got = cost.train_flops_per_token(config, n)
+  assert got == pytest.approx(trunk + index, rel=1e-12)
 
 
 @pytest.mark.slow

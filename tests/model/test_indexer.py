@@ -238,6 +238,43 @@ def test_a_set_of_all_keys_is_dense_attention():
   assert error[:K].max() < 1e-5 < 0.1 < error[K:10].max()
 
 
+def shapes(jaxpr):
+  """The shapes of all arrays of a program, those of its loops included."""
+  for equation in jaxpr.eqns:
+    yield from (v.aval.shape for v in equation.outvars)
+    for value in jax.tree.leaves(list(equation.params.values())):
+      inner = getattr(value, 'jaxpr', value)
+      if hasattr(inner, 'eqns'):
+        yield from shapes(inner)
+
+
+def test_no_array_has_all_pairs(monkeypatch):
+  """Neither of the scores nor of attention, in either direction."""
+  monkeypatch.setattr(indexer, '_QUERIES', 8)
+  monkeypatch.setattr(indexer, '_KEYS', 8)
+  monkeypatch.setattr(sparse, '_NUMBERS', 256)
+  length = 100
+  q, latent, k_rope, ws, index = attention_inputs()
+  long = lambda x: np.tile(x, (1, 5, *[1] * (x.ndim - 2)))[:, :length]
+  q, latent, k_rope = map(long, (q, latent, k_rope))
+  index = indexer.Index(*map(long, index))
+
+  def largest_pair(form):
+    def loss(q, latent, k_rope, ws, index):
+      selected = indexer.select(index, 6)
+      args = form, q, (latent, k_rope, ws), index, selected
+      run = functools.partial(sparse.attend, MODEL, products.NO_FP8, ())
+      y, kl = run(None, sparse.sequence.Part(), *args)
+      return y.sum() + kl.sum()
+
+    args = q, latent, k_rope, ws, index
+    grad = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2, 3, 4)))(*args)
+    return max(sum(n >= length for n in shape) for shape in shapes(grad.jaxpr))
+
+  assert largest_pair('gathered') == 1
+  assert largest_pair('masked') == 1  # a block of queries at a time
+
+
 def test_the_gradient_of_the_scores_is_softmax_minus_p():
   probs = jax.nn.softmax(normal(0, 1, 3, 2, 7), -1)
   mask, scores = np.ones((1, 3, 7), bool), normal(1, 1, 3, 7)

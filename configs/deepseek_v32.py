@@ -37,7 +37,7 @@ def get_config(arg=''):
   data = c.DataConfig(seq_len=length, batch_size=batch, micro_batch=16)
   run = c.RunConfig(steps=steps)
   sparse = c.Config(model=model, optim=optim, data=data, run=run)
-  stages = {'sparse': sparse, 'warmup': warmup(sparse)}
+  stages = {'warmup': warmup(sparse), 'sparse': sparse}
   return c.thaw(c.variant(sparse, arg, **stages))
 
 

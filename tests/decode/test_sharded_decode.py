@@ -12,11 +12,13 @@ from flax import linen as nn
 
 from configs import tiny
 from mla_moe import CacheConfig, rollout, sharding
-from mla_moe.config import MeshConfig, MTPConfig, freeze
+from mla_moe.config import DSAConfig, MeshConfig, MTPConfig, freeze
 from mla_moe.decode import forward, latent_cache
 from mla_moe.model import transformer
 
 PAGE = 16
+DENSE = DSAConfig()
+SPARSE = DSAConfig(heads=4, dim=32, topk=8)
 
 
 @functools.cache
@@ -39,9 +41,11 @@ def laid_out(boxed, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('speculative', [False, True])
-def test_a_mesh_continues_as_one_device_does(speculative):
-  config, init, _ = shaped()
+@pytest.mark.parametrize(
+  'speculative, dsa', [(False, DENSE), (True, DENSE), (True, SPARSE)]
+)
+def test_a_mesh_continues_as_one_device_does(speculative, dsa):
+  config, init, _ = shaped(dsa=dsa)
   boxed = jax.jit(init)(jax.random.key(0))
   options = dict(
     speculative=speculative, cache=CacheConfig(page=PAGE), temperature=0.0

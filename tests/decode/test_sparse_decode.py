@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from experiments.serving import scheduler
 from mla_moe import CacheConfig
 from mla_moe.config import (
   DSAConfig,
@@ -50,8 +51,7 @@ def model():
   """Tokens [2, LENGTH], parameters, and the whole pass over the tokens."""
   net, random = transformer.Transformer(CONFIG), np.random.default_rng(0)
   init = lambda key: nn.unbox(net.init(key, jnp.zeros((1, 8), jnp.int32)))
-  with jax.numpy_rank_promotion('allow'):
-    shapes = jax.eval_shape(init, jax.random.key(0))
+  shapes = jax.eval_shape(init, jax.random.key(0))
   normal = lambda x: random.normal(size=x.shape).astype(np.float32)
 
   def leaf(path, x):
@@ -68,8 +68,7 @@ def model():
     states = jnp.stack([out.hidden, out.mtp_hidden[0]])
     return weights, out.hidden, forward.logits(weights, states)
 
-  with jax.numpy_rank_promotion('allow'):
-    return tokens, variables, *whole(variables)
+  return tokens, variables, *whole(variables)
 
 
 @functools.cache
@@ -132,9 +131,8 @@ def test_sets_over_pages_equal_those_of_the_whole(topk, monkeypatch):
   monkeypatch.setattr(sparse_attention, '_TILE', 8)
   monkeypatch.setattr(sparse_attention, '_NUMBERS', 200)
   index = index_of(LENGTH)
-  with jax.numpy_rank_promotion('allow'):
-    expected = jax.jit(indexer.select, static_argnums=1)(index, topk)
-  expected = np.asarray(expected)
+  whole = jax.jit(indexer.select, static_argnums=1)
+  expected = np.asarray(whole(index, topk))
   cache, _ = rows()
   start, more = np.array([7, 12], np.int32), np.array([20, 20], np.int32)
   (pages, *_) = cache.layers
@@ -226,8 +224,7 @@ def test_narrow_caches_keep_the_best_keys(dtype):
   sets = jax.jit(sparse_attention.select, static_argnums=(3, 4))(
     index, cache, LENGTH, 12, 'gathered'
   )
-  with jax.numpy_rank_promotion('allow'):
-    whole = jax.jit(indexer.select, static_argnums=1)(index, 12)
+  whole = jax.jit(indexer.select, static_argnums=1)(index, 12)
   common = [
     np.isin(mine, best).mean()
     for mine, best in zip(
@@ -290,3 +287,29 @@ def test_a_pass_is_the_same_by_kernel():
       args = weights, cache.replace(impl=impl), tokens[:, 0]
       out[impl], _ = jax.jit(step)(*args)
   chex.assert_trees_all_close(out['tpu'], out['xla'], atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('speculative', [False, True])
+def test_a_server_continues_as_a_row_alone_does(speculative):
+  """Chunks, pages that samples share, drafts, and rows beside each other."""
+  tokens, _, weights, _, _ = model()
+  server = scheduler.Scheduler(
+    CONFIG,
+    weights,
+    rows=2,
+    length=LENGTH,
+    chunk=8,
+    cache=SMALL,
+    speculative=speculative,
+  )
+  options = dict(cache=SMALL, multiple=1)
+  expected, texts = {}, {}
+  for ids, samples in ((tokens[0, :14], 2), (tokens[1, :21], 1)):
+    alone = generation.rollout(CONFIG, weights, ids[None], 9, **options)
+    for ticket in server.submit(ids, 9, samples=samples):
+      expected[ticket], texts[ticket] = alone.tokens[0].tolist(), []
+  while server.busy:
+    for event in server.step():
+      texts[event.ticket].append(event.token)
+  assert texts == expected

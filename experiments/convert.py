@@ -87,6 +87,7 @@ def define() -> None:
     ['float32', 'bfloat16'],
     'Of the written release (a run is float32).',
   )
+  flags.DEFINE_bool('merge', False, "Write a run's adapters into their base.")
   flags.DEFINE_bool('force', False, 'Replace a checkpoint that exists.')
   flags.DEFINE_bool('check', False, 'Compare with transformers.')
 
@@ -220,8 +221,11 @@ def to_huggingface(
   dtype: str = 'float32',
   force: bool = False,
   allow_unsealed: bool = False,
+  merge: bool = False,
 ) -> None:
   """Writes a run's last checkpoint in the layout of the releases.
+
+  Adapters are written in PEFT's format, or with `merge` in their base.
 
   Raises:
     ConfigError: no checkpoint, a target that exists, a model that no release
@@ -231,7 +235,17 @@ def to_huggingface(
 
   from .checkpointing.load import load_run
 
+  has_adapters = workdir.read_config(source).model.lora.rank > 0
+  if merge and not has_adapters:
+    raise ConfigError('--merge: is for a run with adapters (model.lora.rank)')
+  if has_adapters and not merge:
+    _write_adapters(source, target, allow_unsealed, force)
+    return
   config, variables = load_run(source, allow_unsealed=allow_unsealed)
+  if merge:
+    from .adapters import lora
+
+    variables |= {'params': lora.merged(variables['params'], config.model)}
   extras = _extras(source, config)
   save_huggingface(
     target,
@@ -243,6 +257,20 @@ def to_huggingface(
     extras=extras,
     force=force,
   )
+
+
+def _write_adapters(
+  source: pathlib.Path, target: pathlib.Path, allow_unsealed: bool, force: bool
+) -> None:
+  """Writes a run's adapters alone, in PEFT's format."""
+  from .adapters import peft_files
+  from .checkpointing.load import load_state
+
+  if target.exists() and not force:
+    raise ConfigError(f'--target={str(target)!r}: exists; --force replaces it')
+  config, restored = load_state(source, allow_unsealed=allow_unsealed)
+  params = restored.state.params
+  peft_files.export(target, config.model, params, config.run.base)
 
 
 def _extras(
@@ -307,6 +335,7 @@ def _convert() -> None:
       dtype=FLAGS.dtype,
       force=FLAGS.force,
       allow_unsealed=FLAGS.allow_unsealed,
+      merge=FLAGS.merge,
     )
     release = target
   elif target is not None:

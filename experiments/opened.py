@@ -54,6 +54,9 @@ def define() -> None:
   flags.DEFINE_enum(
     'dtype', 'float32', ['float32', 'bfloat16'], 'Of the parameters.'
   )
+  text = "Of a release's matrices: floats, or codes that are read in place."
+  kinds = ['trained', 'fp8', 'int8', 'int4']
+  flags.DEFINE_enum('base', 'trained', kinds, text)
   flags.DEFINE_enum(
     'cache',
     'auto',
@@ -94,6 +97,7 @@ def from_flags() -> TextModel:
     tokenizer=FLAGS.tokenizer,
     dtype=FLAGS.dtype,
     allow_unsealed=FLAGS.allow_unsealed,
+    base=FLAGS.base,
   )
   return model._replace(cache=CacheConfig(dtype=FLAGS.cache))
 
@@ -104,6 +108,7 @@ def open_model(
   tokenizer: str = '',
   dtype: str = 'float32',
   allow_unsealed: bool = False,
+  base: str = 'trained',
 ) -> TextModel:
   """Returns the model of a folder with its tokenizer.
 
@@ -112,11 +117,12 @@ def open_model(
     tokenizer: 'byte' or a tokenizer's file; '' is the folder's own.
     dtype: of a release's parameters; a run's are float32.
     allow_unsealed: trust a checkpoint that was never sealed.
+    base: 'trained', or the codes that a release's matrices stay in.
 
   Raises:
     ConfigError: no model, or one that cannot be loaded.
   """
-  config, variables, own = load_variables(folder, dtype, allow_unsealed)
+  config, variables, own = load_variables(folder, dtype, allow_unsealed, base)
   release = folder / 'huggingface'
   release = release if release.is_dir() else folder
   return TextModel(
@@ -129,7 +135,10 @@ def open_model(
 
 
 def load_variables(
-  folder: pathlib.Path, dtype: str = 'float32', allow_unsealed: bool = False
+  folder: pathlib.Path,
+  dtype: str = 'float32',
+  allow_unsealed: bool = False,
+  base: str = 'trained',
 ) -> tuple[ModelConfig, PyTree, str]:
   """Returns config, variables and the tokenizer's name of either folder.
 
@@ -138,11 +147,15 @@ def load_variables(
   """
   if not folder.is_dir():
     raise ConfigError(f'--checkpoint={str(folder)!r}: is no folder')
-  from mla_moe import load_huggingface
-
+  from .adapters.load import load_base
   from .checkpointing.load import load_run
 
   if workdir.is_run(folder):
+    if base != 'trained':
+      raise ConfigError(
+        f'--base={base}: is for a Hugging Face folder; the config of the run '
+        f'--checkpoint={folder} names its base'
+      )
     run, variables = load_run(folder, allow_unsealed=allow_unsealed)
     return (
       run.model,
@@ -154,7 +167,7 @@ def load_variables(
       f'--checkpoint={str(folder)!r}: holds neither a run with a checkpoint '
       'nor a model in .safetensors'
     )
-  config, variables = load_huggingface(folder, dtype)
+  config, variables = load_base(folder, base, dtype)
   return config, variables, str(vocabulary.file_of(str(folder)))
 
 

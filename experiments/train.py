@@ -350,6 +350,7 @@ def _facts(parts: Parts, progress: Progress) -> dict:
   return {
     'corpus': parts.setup.source.fingerprint,
     'config': workdir.digest(parts.setup.config),
+    'base': parts.setup.base.fingerprint,
     'bits_per_byte': parts.recorder.bits_per_byte.get(progress.number),
     'counts': dataclasses.asdict(progress.counts),
   }

@@ -25,6 +25,7 @@ from mla_moe.dsa_config import DSAConfig as DSAConfig
 from mla_moe.rl_config import RLConfig as RLConfig
 from mla_moe.run_config import RunConfig as RunConfig
 from mla_moe.use_config import CacheConfig as CacheConfig
+from mla_moe.use_config import LoRAConfig as LoRAConfig
 from mla_moe.use_config import ReleaseConfig as ReleaseConfig
 from mla_moe.variants import follow_run as follow_run
 from mla_moe.variants import smoke as smoke
@@ -205,7 +206,7 @@ class ModelConfig(Checked):
   `vocab` 0 is the tokenizer's size, a multiple of 8; `bos_id` and `eos_id` -1
   are its tokens. `dtype` is that of activations; parameters are float32.
   `precision` is that of the linear layers' products (`fp8`): output and both
-  gradients. 'bf16' means products in `dtype`.
+  gradients. 'bf16' means products in `dtype`. `base`, `lora`: docs/lora.md.
   """
 
   vocab: int = 129280
@@ -221,6 +222,8 @@ class ModelConfig(Checked):
   eos_id: int = dataclasses.field(default=-1, metadata={'least': -1})
   dtype: Literal['float32', 'bfloat16'] = 'bfloat16'
   precision: Literal['bf16', 'fp8_tensor', 'fp8_channel', 'fp8_block'] = 'bf16'
+  base: Literal['trained', 'fp8', 'int8', 'int4'] = 'trained'
+  lora: LoRAConfig = LoRAConfig()
   compute: ComputeConfig = ComputeConfig()
   mla: MLAConfig = MLAConfig()
   dsa: DSAConfig = DSAConfig()

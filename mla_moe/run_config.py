@@ -21,7 +21,8 @@ class RunConfig(Checked):
   After `max_skips` skipped steps in a row the run stops. After `spike_patience`
   spikes in a row it rolls back to the checkpoint before the first and continues
   with the text `spike_jump` batches later (PaLM, section 5.1), at most
-  `max_rollbacks` times.
+  `max_rollbacks` times. `base` is the folder of the release that the model's
+  adapters (`model.lora`) are trained over.
   """
 
   steps: int = 243425
@@ -41,6 +42,7 @@ class RunConfig(Checked):
   spike_patience: int = 3
   spike_jump: int = 200
   max_rollbacks: int = 3
+  base: str = ''
 
   def _rules(self):
     self._positive('steps', 'log_every', 'eval_batches', 'keep')

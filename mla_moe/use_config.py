@@ -1,4 +1,4 @@
-"""The numbers of a model's use: its latent cache, the layout of its release."""
+"""The numbers of a model's use: cache, adapters, layout of its release."""
 
 from __future__ import annotations
 
@@ -37,6 +37,33 @@ class CacheConfig(Checked):
       self.impl != 'tpu' or self.page % 128 == 0,
       "impl='tpu' reads pages of multiples of 128",
     )
+
+
+LORA_GROUPS = ('attention', 'mlp', 'experts')
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig(Checked):
+  """Adapters of rank `rank` over a frozen base (docs/lora.md); 0: none.
+
+  B is multiplied by alpha / rank, or by alpha / sqrt(rank) under `scale='root'`
+  (rsLoRA). B moves at `plus` times the rate of A (LoRA+). `targets` are groups
+  of matrices (LORA_GROUPS: dense and shared MLPs are 'mlp'), or names of a
+  release, such as 'q_b_proj' or 'o_proj'. `experts` have adapters of their own
+  ('each') or one for all ('shared').
+  """
+
+  rank: int = 0
+  alpha: float = 32.0
+  scale: Literal['rank', 'root'] = 'rank'
+  plus: float = 1.0
+  targets: tuple = LORA_GROUPS
+  experts: Literal['each', 'shared'] = 'each'
+
+  def _rules(self):
+    for name in ('alpha', 'plus'):
+      self._require(name, getattr(self, name) > 0, 'must be above 0')
+    self._require('targets', len(self.targets) > 0, 'names no matrix')
 
 
 @dataclasses.dataclass(frozen=True)

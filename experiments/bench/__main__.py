@@ -38,6 +38,7 @@ _BENCHMARKS = {
   'mismatch': 'rollout beside trainer by precision, with routing replay (3)',
   'formats': 'speed and memory of loading each format of weights (5)',
   'sparse': 'sparse attention beside dense: length, decoding, a peer (20)',
+  'real_size': 'V2-Lite whole from a frozen base (60, 32 GB of disk)',
   'card': 'all measurements of one NVIDIA GPU, which it needs (8 there)',
 }
 

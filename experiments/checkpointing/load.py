@@ -8,13 +8,14 @@ optimizer's state is read with it and dropped.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import jax
 from flax import linen as nn
 
 from mla_moe import files
 from mla_moe.config import Config, ConfigError, freeze
-from mla_moe.train.state import RENAMED, State, abstract_state, placement
+from mla_moe.train.state import RENAMED, State
 from mla_moe.types import PyTree
 
 
@@ -35,6 +36,27 @@ def load_run(
     ConfigError: no run, no checkpoint, or one of another config.
     store.Damaged: no checkpoint can be trusted.
   """
+  from ..adapters import base as frozen_base
+  from ..adapters import lora
+
+  config, restored = load_state(folder, mesh, allow_unsealed)
+  state, params = restored.state, restored.state.params
+  if config.model.lora.rank:
+    base = frozen_base.load(config, mesh)
+    frozen_base.compare(base, restored.facts, config, restored.step)
+    params = lora.join(base.params, params, config.model)
+  return config, {'params': params, 'router': state.router}
+
+
+def load_state(
+  folder: os.PathLike | str,
+  mesh: jax.sharding.Mesh | None = None,
+  allow_unsealed: bool = False,
+) -> tuple[Config, Any]:
+  """Returns (config, `store.Restored`) of the last trusted checkpoint.
+
+  Of a run of adapters the state has these alone. The errors are `load_run`'s.
+  """
   from .. import workdir
   from . import bucket, store  # orbax is slow to import
 
@@ -48,8 +70,7 @@ def load_run(
   )
   if restored is None:
     raise ConfigError(f'{folder}: has no checkpoint yet')
-  state = restored.state
-  return config, {'params': state.params, 'router': state.router}
+  return config, restored
 
 
 def shapes(config: Config, mesh: jax.sharding.Mesh | None = None) -> State:
@@ -57,6 +78,8 @@ def shapes(config: Config, mesh: jax.sharding.Mesh | None = None) -> State:
 
   A shape without a device would be restored onto those that it was saved on.
   """
+  from ..adapters.state import abstract_state, placement
+
   state = nn.unbox(abstract_state(config))
   one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   places = (

@@ -113,10 +113,10 @@ def _layout(config: Config) -> PyTree:
   """Returns the shapes of a config's state, which a sweep often shares."""
   import jax
 
-  from mla_moe.train.state import abstract_state
+  from ..plan import memory
 
   jax.config.update('jax_platforms', 'cpu')  # shapes need no accelerator
-  return abstract_state(config)
+  return memory.layout_of(config)
 
 
 def _check_fit(config: Config, slice_: chips.Slice) -> None:

@@ -48,9 +48,8 @@ def _main() -> None:
   # one that compiles.
   jax.config.update('jax_platforms', 'cpu')
   from mla_moe import fp8
-  from mla_moe.train.state import abstract_state
 
-  from . import bill, report, search
+  from . import bill, memory, report, search
 
   if values.mesh:
     mesh = search.mesh_of(values.mesh, config.mesh)
@@ -61,7 +60,7 @@ def _main() -> None:
   tokens = values.tokens or bill.tokens_of(config)
   utilisation = values.utilisation or bill.UTILISATION
   price = lambda plan: bill.bill(plan, tokens, utilisation, values.dollars)
-  layout = abstract_state(config)
+  layout = memory.layout_of(config)
   if slice_ is None:
     kinds = [kind for kind in chips.CHIPS if kind != 'h800']
     plans = [search.smallest(config, kind, layout) for kind in kinds]

@@ -22,9 +22,12 @@ from flax import linen as nn
 from mla_moe import cost, sharding
 from mla_moe.config import Config, DataConfig, MeshConfig, ModelConfig
 from mla_moe.train import losses, stage
-from mla_moe.train.state import abstract_state
+from mla_moe.train.state import State
 from mla_moe.types import PyTree
 
+from ..adapters import lora
+from ..adapters.frozen import GROUPS
+from ..adapters.state import abstract_state
 from ..rl import teachers
 from . import rollout
 
@@ -39,7 +42,8 @@ class Footprint:
   cache in the place of all from gradients to logits.
 
   Attributes:
-    parameters: float32, as gradients and optimizer are.
+    parameters: float32, as gradients and optimizer are; adapters alone, if
+      there are any.
     gradients: summed over micro-batches, and over a pipeline's turns.
     optimizer: its moments.
     copies: of the parameters, as narrow as the products read them. XLA makes
@@ -54,6 +58,7 @@ class Footprint:
     routes: the rollout's experts of an update's tokens, as `rl.replay` asks.
     decoding: the weights in the layout of decoding.
     cache: the latents of the answers that are drawn at a time.
+    base: the frozen weights that adapters are trained over.
   """
 
   parameters: int
@@ -69,11 +74,13 @@ class Footprint:
   routes: int = 0
   decoding: int = 0
   cache: int = 0
+  base: int = 0
 
   @property
   def state(self) -> int:
     """Bytes that stay from step to step."""
-    return self.parameters + self.optimizer + self.reference + self.teachers
+    own = self.parameters + self.optimizer + self.base
+    return own + self.reference + self.teachers
 
   @property
   def rollout(self) -> int:
@@ -122,6 +129,11 @@ def training_bytes_per_device(config: Config) -> dict[str, int]:
   }
 
 
+def layout_of(config: Config) -> State:
+  """Returns the boxed shapes of a run's state, its adapters' if it has any."""
+  return abstract_state(config)
+
+
 def footprint(config: Config, layout: PyTree | None = None) -> Footprint:
   """Returns the footprint of a config on its mesh.
 
@@ -134,6 +146,8 @@ def footprint(config: Config, layout: PyTree | None = None) -> Footprint:
   once more for the micro-batch that is added. A pipeline's layers have them
   once more for the turn that is added.
   """
+  if layout is None and config.model.lora.rank:
+    layout = layout_of(config)
   if layout is None:
     even = training_bytes_per_device(config)
     parameters, optimizer = even['parameters'], even['optimizer']
@@ -167,8 +181,17 @@ def footprint(config: Config, layout: PyTree | None = None) -> Footprint:
     working=working_bytes(config),
     gathered=gathered_bytes(config),
     logits=logits_bytes(config),
+    base=base_bytes(config),
     **reinforced,
   )
+
+
+def base_bytes(config: Config) -> int:
+  """Returns bytes on one device of the frozen weights under adapters."""
+  model = config.model
+  if not model.lora.rank:
+    return 0
+  return state_bytes(lora.boxed_base(model, model.dtype), config.mesh)
 
 
 def teachers_bytes(config: Config, parameters: int) -> int:
@@ -189,7 +212,7 @@ def teachers_bytes(config: Config, parameters: int) -> int:
 @functools.lru_cache(maxsize=16)
 def _weights(model: ModelConfig, data: DataConfig) -> PyTree:
   """Returns the shapes of a model's parameters, and of its routers."""
-  layout = abstract_state(Config(model=model, data=data))
+  layout = layout_of(Config(model=model, data=data))
   return layout.params, layout.router
 
 
@@ -369,6 +392,11 @@ def gathered_bytes(config: Config) -> int:
   if mesh.fsdp == 1:
     return 0
   width = 1 if model.precision != 'bf16' else WIDTH[model.dtype]
+  if model.lora.rank:  # codes and scales, which have no gradient
+    group, scale = GROUPS.get(model.base, 1), {'int4': 2, 'trained': 0}
+    codes = {'int4': 0.5, 'trained': width}.get(model.base, 1)
+    width = codes + scale.get(model.base, 4) / group
+    return int(2 * layer_parameters(config) * width)
   return int(layer_parameters(config) * (2 * width + 4))
 
 

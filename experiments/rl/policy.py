@@ -161,12 +161,13 @@ class Policy(source.Source):
       self._begin(number)
     if not index:
       self._rollout, self._row_before = rollout, self._row
-      variables = {'params': state.params, 'router': state.router}
+      variables = setup.variables(state.params, state.router)
       groups, seconds = self._draw(number, rollout, variables)
       self._groups = groups
       self._updates = self._packed(rollout, groups)
       score = time.perf_counter()
-      self._score(setup, variables, state.reference)
+      reference = state.reference and setup.variables(**state.reference)
+      self._score(setup, variables, reference)
       now = time.perf_counter()
       seconds['score'] = now - score
       self._row['seconds'] = {k: round(v, 4) for k, v in seconds.items()}
@@ -381,7 +382,7 @@ class Policy(source.Source):
     rl = self._config.rl
     count = min(rl.heldout, self._questions.held_out_size or rl.heldout)
     items, ids = self._fitting(self._questions.held_out, range(count))
-    variables = {'params': state.params, 'router': state.router}
+    variables = setup.variables(state.params, state.router)
     drawn = rollouts.draw(
       self._config.model, rl, variables, ids, None, stop_ids=self._ends
     )

@@ -92,7 +92,7 @@ class Examples(source.Source):
     longest = 2 * max(len(x.completion) for x in few)
     rollout = generation.rollout(
       model,
-      {'params': state.params, 'router': state.router},
+      setup.variables(state.params, state.router),
       prompts,
       min(longest, self._data.seq_len, model.max_positions - max(lengths)),
       lengths=lengths,

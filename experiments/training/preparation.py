@@ -21,18 +21,22 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mla_moe import cost, fp8, sharding
 from mla_moe.config import Config
 from mla_moe.train import step
-from mla_moe.train.state import State, init_state
+from mla_moe.train.state import State
 
 from .. import distributed, runtime
+from ..adapters import base as frozen_base
+from ..adapters import lora
+from ..adapters.base import Base
+from ..adapters.state import init_state
 from ..data import tokenizer
-from . import fp8_health, program, source
+from . import fp8_health, program, source, warm_start
 
 
 class Setup(NamedTuple):
   """A checked config with its source, its mesh and its jitted programs.
 
   byte_lengths: [V], the bytes of each token. rows: numbers of the rows of a
-  micro-batch that this process reads.
+  micro-batch that this process reads. base: that of adapters.
   """
 
   config: Config
@@ -45,6 +49,12 @@ class Setup(NamedTuple):
   train: Callable
   evaluate: Callable
   fp8_health: Callable
+  base: Base = Base()
+
+  def variables(self, params: Any, router: Any) -> dict[str, Any]:
+    """Returns the model of a state's fields, with its frozen base if any."""
+    joined = lora.join(self.base.params, params, self.config.model)
+    return {'params': joined, 'router': router}
 
   def place(self, tree: Any) -> Any:
     """Puts a batch, or rates, on the device or on the mesh.
@@ -98,7 +108,11 @@ def prepare(
   micro = config.data.micro_batch or config.data.batch_size
   rows = distributed.rows(mesh, micro, jax.local_devices())
   lengths = words.byte_lengths()
-  return Setup(config, path, words, lengths, data, mesh, rows, *programs)
+  base = frozen_base.load(config, mesh)
+  if base.model:
+    folder = config.run.base
+    warm_start.check(config.model, base.model, folder, 'config.run.base')
+  return Setup(config, path, words, lengths, data, mesh, rows, *programs, base)
 
 
 @functools.lru_cache(maxsize=4)
@@ -111,13 +125,19 @@ def _jitted(config: Config) -> tuple[Callable, ...]:
   if config.mesh.devices > 1:
     mesh = sharding.make_mesh(config.mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
-  evaluate = functools.partial(step.eval_step, config=config)
+  evaluate = functools.partial(_evaluate, config=config)
   examine = functools.partial(fp8_health.measure, config=config)
   return (
     program.jitted_step(config, mesh),
     jax.jit(evaluate, out_shardings=replicated),
     jax.jit(examine, out_shardings=replicated),
   )
+
+
+def _evaluate(state: State, batch: Any, base: Any, *, config: Config) -> dict:
+  """Returns `step.eval_step` of the model that the state is of."""
+  params = lora.join(base, state.params, config.model)
+  return step.eval_step(state.replace(params=params), batch, config=config)
 
 
 def fresh(setup: Setup) -> State:
@@ -127,7 +147,11 @@ def fresh(setup: Setup) -> State:
   for committed arrays and for others separately.
   """
   key = jax.random.key(setup.config.run.seed)
-  state = init_state(key, program.of_devices(setup.config), setup.mesh)
+  config = program.of_devices(setup.config)
+  state = init_state(key, config, setup.mesh)
+  if setup.base.router:
+    # A step gives its state's buffers away: the base keeps its own.
+    state = state.replace(router=jax.tree.map(jnp.copy, setup.base.router))
   return state if setup.mesh else jax.device_put(state, jax.devices()[0])
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jax.sharding import (
   Mesh,
   NamedSharding,
@@ -23,9 +24,11 @@ from jax.sharding import (
 from mla_moe import sharding
 from mla_moe.config import Config, RunConfig
 from mla_moe.train import optim, step
-from mla_moe.train.state import State, placement
+from mla_moe.train.state import State
 
 from .. import runtime
+from ..adapters import lora
+from ..adapters.state import placement
 from ..checkpointing.load import shapes
 from ..data import batches
 from ..rl import objective
@@ -57,7 +60,7 @@ def of_devices(config: Config) -> Config:
 
 
 def jitted_step(config: Config, mesh: Mesh | None) -> Callable:
-  """Returns the jitted (state, batch, rates) -> (state, metrics).
+  """Returns the jitted (state, batch, rates, base) -> (state, metrics).
 
   Args:
     config: of the run; with `rl.task` the loss is GRPO's and the batch
@@ -69,12 +72,19 @@ def jitted_step(config: Config, mesh: Mesh | None) -> Callable:
     outputs = placement(config, mesh), NamedSharding(mesh, PartitionSpec())
   is_here = mesh is None or mesh.devices.flat[0] in jax.devices()
   own = {'objective': objective.grpo} if config.rl.task else {}
+  own |= assembled(config)
   return jax.jit(
     functools.partial(step.train_step, config=config, **own),
     donate_argnums=0,
     out_shardings=outputs,
     compiler_options=runtime.step_options() if is_here else {},
   )
+
+
+def assembled(config: Config) -> dict[str, Callable]:
+  """Returns the keyword with which a step makes parameters from adapters."""
+  model = config.model
+  return {'assemble': lora.assemble(model)} if model.lora.rank else {}
 
 
 def state_shapes(config: Config, mesh: Mesh | None) -> State:
@@ -93,7 +103,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def abstract_inputs(
   config: Config, mesh: Mesh
 ) -> tuple[State, batches.Batch, optim.Rates]:
-  """Returns the arguments of a step on a mesh, without arrays."""
+  """Returns the arguments of a step on a mesh, without arrays.
+
+  With adapters, their base is the last.
+  """
   data = config.data
   rows = data.micro_batch or data.batch_size
   shape = (data.batch_size // rows, rows, data.seq_len)
@@ -102,4 +115,11 @@ def abstract_inputs(
   number = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=everywhere)
   batch = batches.Batch(array, array, array, array, number(jnp.int32))
   rates = optim.Rates(*(number(jnp.float32),) * len(optim.Rates._fields))
-  return shapes(config, mesh), batch, rates
+  inputs = shapes(config, mesh), batch, rates
+  model = config.model
+  if not model.lora.rank:
+    return inputs
+  boxed = lora.boxed_base(model, model.dtype)
+  places = sharding.shardings(boxed, mesh)
+  place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+  return *inputs, jax.tree.map(place, nn.unbox(boxed), places)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from mla_moe.config import ConfigError
 
 from .. import workdir
+from ..adapters import base as frozen_base
 from . import skips
 
 
@@ -60,6 +61,7 @@ def resume(
       f'step {number}; restore it, or start anew from its weights in another '
       f'--workdir: --init={setup.path}'
     )
+  frozen_base.compare(setup.base, facts, setup.config, number)
   config = workdir.with_paths(setup.path)
   if workdir.of_another(config, facts.get('config', '')):
     raise ConfigError(

@@ -112,7 +112,7 @@ class Source(abc.ABC):
     prompt = prompt[length - window :]
     rollout = generation.rollout(
       setup.config.model,
-      {'params': state.params, 'router': state.router},
+      setup.variables(state.params, state.router),
       np.array([prompt], np.int32),
       length,
       temperature=_TEMPERATURE,
@@ -129,7 +129,9 @@ def _bits(setup, state: Any, heldout: Sequence[batches.Batch]) -> float:
   """Returns bits per byte of held-out micro-batches."""
   nll, size = 0.0, 0
   for batch in heldout:
-    nll += float(setup.evaluate(state, setup.place(batch))['nll'])
+    batch_here = setup.place(batch)
+    sums = setup.evaluate(state, batch_here, setup.base.params)
+    nll += float(sums['nll'])
     targets = batch.targets[batch.targets >= 0]
     size += int(setup.byte_lengths[targets].sum())
   return batches.bits_per_byte(nll, size)

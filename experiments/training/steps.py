@@ -45,7 +45,8 @@ def take(
   setup: Any, state: Any, batch: batches.Batch, rates: optim.Rates
 ) -> tuple[Any, dict]:
   """Returns the state after a step, and its metrics; `state` is donated."""
-  return setup.train(state, setup.place(batch), setup.place(rates))
+  batch, rates = setup.place(batch), setup.place(rates)
+  return setup.train(state, batch, rates, setup.base.params)
 
 
 def is_due(run: RunConfig, number: int, period: int) -> bool:

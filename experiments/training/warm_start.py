@@ -153,6 +153,11 @@ def _of_run(setup, folder, step, allow_unsealed) -> tuple[Any, Origin]:
 def _of_release(setup, folder: pathlib.Path) -> Any:
   from mla_moe import load_huggingface
 
+  if setup.config.model.lora.rank:
+    raise ConfigError(
+      f'--init={folder}: adapters are trained over a release that run.base '
+      'names; leave --init out, or begin from the adapters of a run'
+    )
   model, variables = load_huggingface(folder, mesh=setup.mesh)
   _like(setup.config.model, model, str(folder))
   return _at_step_0(setup, *_whole(setup, variables), None)
@@ -224,7 +229,9 @@ def check_tokenizer(setup, theirs: Config, folder: pathlib.Path) -> None:
     )
 
 
-def check(ours: ModelConfig, theirs: ModelConfig, source: str) -> None:
+def check(
+  ours: ModelConfig, theirs: ModelConfig, source: str, flag: str = '--init'
+) -> None:
   """Refuses a model of other shapes, and prints what else differs.
 
   Raises:
@@ -239,7 +246,7 @@ def check(ours: ModelConfig, theirs: ModelConfig, source: str) -> None:
   text = '; '.join(lines)
   if _shapes(ours) != _shapes(theirs):
     raise ConfigError(
-      f'--init={source}: its model has other shapes ({text}); set these fields '
+      f'{flag}={source}: its model has other shapes ({text}); set these fields '
       'as they are there'
     )
   if distributed.first():

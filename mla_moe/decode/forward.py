@@ -15,13 +15,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mla_moe import sharding
+from mla_moe import fp8, sharding
 from mla_moe.config import ModelConfig
 from mla_moe.decode import latent_attention, latent_cache
 from mla_moe.model import layers, moe, products, rope, router
 from mla_moe.types import Array, Float, Int, PyTree
 
 _FFN = ('w_gate_up', 'w_down')
+_is_own = lambda w: isinstance(w, fp8.OwnWeight)
 _FEW = 8  # most rows for which `few_rows` is faster (measured on x86)
 
 
@@ -30,7 +31,7 @@ def unstack(config: ModelConfig, variables: PyTree) -> PyTree:
 
   Matrices have the activations' dtype and, except for the routed experts', the
   layout of `products.matmul_transposed`; norms and router are float32. The
-  stacked parameters are not needed any more.
+  stacked parameters are not needed any more, but for experts' `fp8.OwnWeight`.
 
   Args:
     config: of the model.
@@ -48,7 +49,8 @@ def unstack(config: ModelConfig, variables: PyTree) -> PyTree:
   for name, count in counts.items():
     indexed = 0  # a stack has the indexers of its full layers alone
     for i in range(count):
-      layer = jax.tree.map(lambda x, i=i: x[i], _without_index(params[name]))
+      stacked = _without_index(params[name])
+      layer = jax.tree.map(lambda x, i=i: x[i], stacked, is_leaf=_is_own)
       bias = jax.tree.map(lambda x, i=i: x[i], biases.get(name, {}))
       if latent_cache.has_index(config, len(weights['layers'])):
         stacked = params[name]['attention']['indexer']
@@ -76,7 +78,7 @@ def _without_index(params):
 def _layer(params, bias, dtype):
   def transposed(ffn):
     transpose = lambda w: jnp.moveaxis(w, 0, -1)
-    return {name: transpose(ffn[name]).astype(dtype) for name in _FFN}
+    return {name: transpose(ffn[name].astype(dtype)) for name in _FFN}
 
   layer = {
     'attention_norm': params['attention_norm']['scale'],
@@ -86,8 +88,10 @@ def _layer(params, bias, dtype):
   if 'w_router' not in params['ffn']:
     layer['ffn'] = transposed(params['ffn'])
   else:
-    gate_up, down = (params['ffn'][name].astype(dtype) for name in _FFN)
-    layer['ffn'] = {'w_gate_up': packed(gate_up), 'w_down': down}
+    gate_up, down = (params['ffn'][name] for name in _FFN)
+    if not _is_own(down):
+      gate_up, down = packed(gate_up.astype(dtype)), down.astype(dtype)
+    layer['ffn'] = {'w_gate_up': gate_up, 'w_down': down}
     layer['w_router'] = params['ffn']['w_router']
     layer['bias'] = bias.get('ffn', {}).get('bias')
     if 'shared' in params['ffn']:
@@ -310,8 +314,8 @@ def _experts(w, x, config):
 def few_rows(
   x: Float[Array, 'M D'],
   routing: router.Routing,
-  w_gate_up: Float[Array, 'E D GF'],
-  w_down: Float[Array, 'E F D'],
+  w_gate_up: Float[Array, 'E D GF'] | fp8.OwnWeight,
+  w_down: Float[Array, 'E F D'] | fp8.OwnWeight,
 ) -> Float[Array, 'M D']:
   """Returns the routed experts' output for a few rows (`experts.feed_forward`).
 
@@ -334,7 +338,9 @@ def few_rows(
 
   def add_expert(i, out):
     e = distinct[i]
-    gate_up = w_gate_up[e].reshape(x.shape[1], 2, -1)
+    gate_up = w_gate_up[e]
+    if not _is_own(gate_up):
+      gate_up = gate_up.reshape(x.shape[1], 2, -1)
     return out + gates[:, e, None] * layers.swiglu(x, gate_up, w_down[e])
 
   start = jnp.zeros(x.shape, jnp.float32)

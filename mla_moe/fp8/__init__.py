@@ -16,6 +16,7 @@ from mla_moe.fp8.gemm import choose as choose
 from mla_moe.fp8.gemm import collect_fallbacks as collect_fallbacks
 from mla_moe.fp8.linear import SAVED as SAVED
 from mla_moe.fp8.linear import DotGeneral as DotGeneral
+from mla_moe.fp8.linear import OwnWeight as OwnWeight
 from mla_moe.fp8.linear import Weight as Weight
 from mla_moe.fp8.linear import dot as dot
 from mla_moe.fp8.linear import dots as dots

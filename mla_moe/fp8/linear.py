@@ -60,6 +60,14 @@ class Weight:
     return self.master.ndim
 
 
+class OwnWeight:
+  """A weight that multiplies itself, in the place of a parameter's array.
+
+  A subclass is a pytree, and has the methods of the one in
+  `experiments/adapters/frozen.py`: codes of eight or four bits, with adapters.
+  """
+
+
 def prepare(
   w: Float[Array, '*axes'], precision: str = 'fp8_block', *, lead: int = 0
 ) -> Weight:

@@ -218,7 +218,7 @@ def read(
   else:
     rows, columns = stored.shape[-2:]
     first, end, _ = part[-2].indices(rows)
-    scale = _scales(stored, part, first, end, tensor)
+    scale = scales(stored, part, first, end, tensor)
     raw = raw if raw.ndim == 2 else raw[0]
     first %= stored.tile[0]
     out = decode(stored.kind, raw, scale, stored.tile, columns, first, dtype)
@@ -226,7 +226,7 @@ def read(
   return out
 
 
-def _scales(
+def scales(
   stored: Stored, part: tuple, first: int, end: int, tensor: Callable
 ) -> Float[np.ndarray, 'r c']:
   """Returns the scales of rows [first, end) as float32, second ones in them.

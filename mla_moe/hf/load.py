@@ -63,7 +63,7 @@ def load_huggingface(
       for row, index in opened.matrices()
       if filling[row.path].is_local(row, index)
     ]
-    _in_threads(move, local, opened)
+    in_threads(move, local, opened)
     arrays = {path: leaf.finish() for path, leaf in filling.items()}
     jax.block_until_ready(list(arrays.values()))
   variables: dict[str, PyTree] = {'params': {}, 'router': {}}
@@ -75,7 +75,7 @@ def load_huggingface(
   return opened.config, variables
 
 
-def _in_threads(move: Callable, matrices: list, opened: source.Source) -> None:
+def in_threads(move: Callable, matrices: list, opened: source.Source) -> None:
   """Calls `move` for every matrix in threads, while the disk reads ahead.
 
   numpy and jax copy without Python's lock, so threads help. The first error

@@ -199,6 +199,8 @@ def _checked_leaves(rows: dict, variables: Any) -> dict[tuple[str, ...], Any]:
 
 def _block(leaf: Any, row: names.Row, index: dict[str, int]) -> np.ndarray:
   """Returns a matrix's block of our leaf, on the host."""
+  if hasattr(leaf, 'block'):  # of a leaf that is no array
+    return leaf.block(row, index)
   start = row.start(index)
   sizes = tuple(
     1 if axis in row.loop_axes else size

@@ -263,13 +263,13 @@ def _all_rounds_forward(run_round, rounds, x, gates, chosen, ws, order):
 
 def _all_rounds_backward(run_round, residuals, g):
   rounds, x, gates, chosen, ws, order = residuals
-  primals = x, gates, tuple(w.master if _is_fp8(w) else w for w in ws)
+  primals = x, gates, tuple(map(_trained, ws))
   g = g.astype(jnp.float32)
 
   def grads_of(i):
     def f(x, gates, masters):
       pairs = zip(ws, masters, strict=True)
-      ws_of_f = tuple(_with_master(w, master) for w, master in pairs)
+      ws_of_f = tuple(_with(w, master) for w, master in pairs)
       return run_round(i, x, gates, chosen, ws_of_f, order)
 
     return jax.vjp(f, *primals)[1](g)
@@ -283,16 +283,24 @@ def _all_rounds_backward(run_round, residuals, g):
   narrow = lambda grad, primal: grad.astype(primal.dtype)
   dx, d_gates, d_masters = jax.tree.map(narrow, grads, primals)
   pairs = zip(ws, d_masters, strict=True)
-  d_ws = tuple(fp8.Weight(d, None) if _is_fp8(w) else d for w, d in pairs)
+  d_ws = tuple(_with(w, d, frozen=False) for w, d in pairs)
   return None, dx, d_gates, None, d_ws, None
 
 
 _all_rounds.defvjp(_all_rounds_forward, _all_rounds_backward)
 
 
-def _is_fp8(w) -> bool:
-  return isinstance(w, fp8.Weight)
+def _trained(w) -> PyTree:
+  """Returns the part of a weight that has a gradient."""
+  if isinstance(w, fp8.OwnWeight):
+    return w.trained
+  return w.master if isinstance(w, fp8.Weight) else w
 
 
-def _with_master(w, master):
-  return fp8.Weight(master, w.copies) if _is_fp8(w) else master
+def _with(w, trained: PyTree, frozen: bool = True) -> PyTree:
+  """Returns `w` with another trained part, and the frozen one or None."""
+  if isinstance(w, fp8.OwnWeight):
+    return w.with_trained(trained, frozen)
+  if isinstance(w, fp8.Weight):
+    return fp8.Weight(trained, w.copies if frozen else None)
+  return trained

@@ -25,8 +25,8 @@ def feed_forward(
   x: Float[Array, 'M D'],
   gates: Float[Array, 'M K'],
   chosen: Int[Array, 'M K'],
-  w_gate_up: Float[Array, 'E D *two_F'] | fp8.Weight,
-  w_down: Float[Array, 'E F D'] | fp8.Weight,
+  w_gate_up: Float[Array, 'E D *two_F'] | fp8.Weight | fp8.OwnWeight,
+  w_down: Float[Array, 'E F D'] | fp8.Weight | fp8.OwnWeight,
   *,
   impl: str = 'auto',
   recipe: fp8.Recipe = products.NO_FP8,
@@ -45,6 +45,8 @@ def feed_forward(
     expected: about how many of the M * K ids are below E; 0 stands for all.
   """
   expected = expected or chosen.size
+  if isinstance(w_down, fp8.OwnWeight):
+    return w_down.feed_forward(x, gates, chosen, w_gate_up, impl, expected)
   if impl == 'auto':
     platform = sharding.target_platform()
     impl = {'tpu': 'ragged', 'gpu': 'padded'}.get(platform, 'loop')

@@ -50,8 +50,8 @@ def glu(gate_up: Float[Array, '*b two F']) -> Float[Array, '*b F']:
 
 def swiglu(
   x: Float[Array, '*b D'],
-  w_gate_up: Float[Array, 'D two F'] | fp8.Weight,
-  w_down: Float[Array, 'F D'] | fp8.Weight,
+  w_gate_up: Float[Array, 'D two F'] | fp8.Weight | fp8.OwnWeight,
+  w_down: Float[Array, 'F D'] | fp8.Weight | fp8.OwnWeight,
   recipe: fp8.Recipe = products.NO_FP8,
 ) -> Float[Array, '*b D']:
   """Returns down(silu(gate(x)) * up(x)); gate and up are one product."""

@@ -1,10 +1,8 @@
 """Products of activations and weights, in the activations' dtype or in FP8.
 
 `einsum` multiplies in the dtype of the activations, or with FP8 operands where
-the recipe says so. The other functions here exist because one form of a
-product is fast, or correct, on one backend only: `dot` accumulates in float32
-also on CPUs, whose bfloat16 products cannot, and `matmul_transposed` reads
-weights line by line. All of them return the numbers of the plain einsum.
+the recipe says so. `dot` accumulates in float32 also on CPUs, and
+`matmul_transposed` reads weights line by line; the numbers are the same.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ def recipe(config: ModelConfig) -> fp8.Recipe:
 def einsum(
   equation: str,
   x: Array,
-  w: Array | fp8.Weight,
+  w: Array | fp8.Weight | fp8.OwnWeight,
   recipe: fp8.Recipe = NO_FP8,
   name: str = fp8.SAVED,
 ) -> Array:
@@ -56,6 +54,8 @@ def einsums(
   """
   left, right = equations[0].split('->')
   summed = len([c for c in left.split(',')[0] if c not in right])
+  if isinstance(ws[0], fp8.OwnWeight):
+    return tuple(w.product(x, summed) for w in ws)
   if recipe.precision == 'bf16':
     ws = tuple(w.astype(x.dtype) for w in ws)
     if sharding.target_platform() == 'cpu' and not sharding.auto_axes():
@@ -81,10 +81,8 @@ def einsums(
 def _one_matmul(x: Array, ws: tuple, summed: int) -> tuple[Array, ...]:
   """Returns the products with all `ws`, as one product of two matrices.
 
-  For a CPU without a mesh. Matrices, because XLA's CPU backend transposes
-  gradients with two leading axes before it multiplies them. One, because wide
-  products are faster there, where an accelerator would pay more for copying
-  the weights. Axes that a mesh splits could not be joined.
+  For a CPU without a mesh, whose backend would transpose gradients with two
+  leading axes. An accelerator would pay more for copying the weights.
   """
   lead, rows = x.shape[: x.ndim - summed], math.prod(x.shape[-summed:])
   flat = [w.reshape(rows, -1) for w in ws]

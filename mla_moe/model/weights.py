@@ -1,12 +1,11 @@
 """Parameters with logical axes, their FP8 copies, and their FSDP gather.
 
 Parameters are float32 and named by their role, contraction dimension first
-(`w_down [F, D]`). The parameters of FP8_WEIGHTS may be multiplied in FP8;
-embedding, head, router, norms and the MTP projection never are (V3 section
-3.3.1). FSDP splits one axis of each matrix over devices. In a region that axis
-is gathered by hand before the product (`gather`), in the activations' dtype.
-The surprise: with FP8 copies only these are gathered, a byte a number. The
-float32 master stays where it is, and its gradient is scattered back to it.
+(`w_down [F, D]`). Those of FP8_WEIGHTS may be multiplied in FP8, the others
+never are (V3 section 3.3.1). FSDP splits one axis of each matrix over devices.
+In a region that axis is gathered by hand before the product (`gather`), in the
+activations' dtype. The surprise: with FP8 copies only these are gathered, a
+byte a number. The float32 master stays, and its gradient is scattered to it.
 """
 
 from __future__ import annotations
@@ -18,10 +17,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import PartitionSpec
 
 from mla_moe import fp8, sharding
-from mla_moe.types import Array
+from mla_moe.types import Array, PyTree
 
 FP8_WEIGHTS = (
   'w_q',
@@ -58,19 +56,23 @@ def weight(
   axes: tuple,
   std: float,
   recipe: fp8.Recipe,
-) -> Array | fp8.Weight:
+) -> Array | fp8.Weight | fp8.OwnWeight:
   """Returns a parameter of FP8_WEIGHTS, with FP8 copies if the recipe is FP8.
 
   Copies that came with the parameter, made once for many micro-batches, are
   used as they are. They leave their shards here: FSDP gathers FP8.
   """
   assert name in FP8_WEIGHTS, name
+  own = module.has_variable('params', name)
+  own = own and module.get_variable('params', name)
+  if isinstance(own, fp8.OwnWeight):
+    return own.gathered(_unsharded(flat(axes, axes)))
   w = param(module, name, shape, axes, std)
   if recipe.precision == 'bf16':
     return w
   if not isinstance(w, fp8.Weight):
     w = quantize(w, axes, recipe)
-  names = _flat(axes, axes)
+  names = flat(axes, axes)
   whole = _unsharded(names)
 
   def unshard(q):
@@ -92,9 +94,9 @@ def quantize(w: Array, axes: tuple, recipe: fp8.Recipe) -> fp8.Weight:
   copy, as they are in released checkpoints; layers and experts stay in front.
   """
   lead = sum(a in ('layers', 'routed_layers', 'experts') for a in axes)
-  flat = w.reshape(_flat(axes, w.shape))
-  copies = fp8.prepare(flat, recipe.precision, lead=lead).copies
-  names = _flat(axes, axes)
+  one = w.reshape(flat(axes, w.shape))
+  copies = fp8.prepare(one, recipe.precision, lead=lead).copies
+  names = flat(axes, axes)
 
   def shard(q):
     bits = jax.lax.bitcast_convert_type(q.values, jnp.uint8)
@@ -103,15 +105,17 @@ def quantize(w: Array, axes: tuple, recipe: fp8.Recipe) -> fp8.Weight:
   return fp8.Weight(w, tuple(map(shard, copies)))
 
 
-def specs(w: Array | fp8.Weight, axes: tuple) -> PartitionSpec | fp8.Weight:
+def specs(w: Array | fp8.Weight | fp8.OwnWeight, axes: tuple) -> PyTree:
   """Returns a region's in_specs for a weight with these logical axes.
 
   The master is still split by FSDP, its copies are whole (see `weight`).
   """
+  if isinstance(w, fp8.OwnWeight):
+    return w.specs(_unsharded(flat(axes, axes)))
   if not isinstance(w, fp8.Weight):
     return sharding.array_spec(axes, w)
-  flat = _unsharded(_flat(axes, axes))
-  copy_spec = lambda leaf: sharding.array_spec(flat, leaf)
+  whole = _unsharded(flat(axes, axes))
+  copy_spec = lambda leaf: sharding.array_spec(whole, leaf)
   master = sharding.array_spec(axes, w.master)
   return fp8.Weight(master, jax.tree.map(copy_spec, w.copies))
 
@@ -123,21 +127,25 @@ class FSDPSplit(NamedTuple):
   mesh_axes: tuple[str, ...]
 
 
-def fsdp_split(w: Array | fp8.Weight, axes: tuple) -> FSDPSplit:
+def fsdp_split(w: Array | fp8.Weight | fp8.OwnWeight, axes: tuple) -> FSDPSplit:
   """Returns where FSDP splits a weight; to be called outside the region."""
+  if isinstance(w, fp8.OwnWeight):  # `weight` has gathered it
+    return FSDPSplit(0, ())
   (axis,) = (i for i, a in enumerate(axes) if a in sharding.FSDP)
   return FSDPSplit(axis, sharding.mesh_axes(axes, w.shape)[axis])
 
 
 def gather(
-  w: Array | fp8.Weight, split: FSDPSplit, dtype: jnp.dtype
-) -> Array | fp8.Weight:
+  w: Array | fp8.Weight | fp8.OwnWeight, split: FSDPSplit, dtype: jnp.dtype
+) -> Array | fp8.Weight | fp8.OwnWeight:
   """In a region: returns the whole weight in the activations' `dtype`.
 
   Its gradient is a reduce-scatter in float32, so that no device ever holds the
   whole gradient. A weight with FP8 copies moves only that gradient: products
   do not read the values of its master, and XLA drops their gather.
   """
+  if isinstance(w, fp8.OwnWeight):
+    return w
   if isinstance(w, fp8.Weight):
     return fp8.Weight(gather(w.master, split, w.master.dtype), w.copies)
   w = sharding.pvary(w)  # before the cast: the psum is then in float32
@@ -170,13 +178,13 @@ def _unsharded(axes: tuple) -> tuple:
   return tuple(None if a in sharding.FSDP else a for a in axes)
 
 
-def _flat(axes: tuple, values: tuple) -> tuple:
+def flat(axes: tuple, values: tuple) -> tuple:
   """Returns names or lengths of axes, `head_dim` merged into `heads`."""
-  flat = []
+  merged = []
   for i, (axis, value) in enumerate(zip(axes, values, strict=True)):
     if axis == 'head_dim' and axes[i - 1] == 'heads':
       if not isinstance(value, str):
-        flat[-1] *= value
+        merged[-1] *= value
     else:
-      flat.append(value)
-  return tuple(flat)
+      merged.append(value)
+  return tuple(merged)

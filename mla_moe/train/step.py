@@ -81,10 +81,12 @@ def train_step(
   state: State,
   batch: PyTree,
   rates: optim.Rates,
+  base: PyTree = None,
   *,
   config: Config,
   objective: Callable = pretraining,
   functions: block.Functions = block.Functions(),
+  assemble: Callable | None = None,
 ) -> tuple[State, dict[str, Array]]:
   """Returns the state after one update from a whole global batch, and metrics.
 
@@ -94,6 +96,7 @@ def train_step(
     batch: `types.Batch`, or a NamedTuple with more fields: [n, ...], scalars.
     objective: the loss, called as `pretraining` is.
     functions: of the layers.
+    assemble: makes parameters of `base` and the state's (LoRA); None: as is.
 
   Metrics: those of the objective (`pretraining`: main_loss and mtp_loss in nats
   per token) and float32 scalars loss, balance_loss (mean over MoE layers; 1 is
@@ -110,6 +113,7 @@ def train_step(
     params = stage.merged(part, state.params)
     if copies is not None:
       params = transformer.with_copies(params, copies)
+    params = assemble(base, params) if assemble else params
     out = predictions(params, state.router, micro, config, functions)
     stats = out.stats._replace(
       balance=out.stats.balance * whole.part,

@@ -321,7 +321,7 @@ def test_memory_beyond_the_leaves_is_below_a_matrix(
   mla = dataclasses.replace(config.mla, heads=2, query_rank=32, kv_rank=32)
   config = dataclasses.replace(config, dim=512, vocab=64, mla=mla)
   formats.write(tmp_path, config, kind)
-  read, peaks = load._in_threads, []
+  read, peaks = load.in_threads, []
 
   def traced(*args):  # the leaves are there already, and are not counted
     tracemalloc.start()
@@ -331,7 +331,7 @@ def test_memory_beyond_the_leaves_is_below_a_matrix(
     finally:
       tracemalloc.stop()
 
-  monkeypatch.setattr(load, '_in_threads', traced)
+  monkeypatch.setattr(load, 'in_threads', traced)
   _, variables = load_huggingface(tmp_path)
   experts = variables['params']['moe']['ffn']['w_down']
   chex.assert_shape(experts, (1, 8, 512, 512))

@@ -1,0 +1,1 @@
+"""Frozen weights of eight or four bits, and the adapters trained over them."""

@@ -1,0 +1,280 @@
+"""Frozen bases and adapters against the dense model of the same numbers."""
+
+import dataclasses
+import functools
+import pathlib
+import types
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from configs import tiny
+from experiments import convert, train
+from experiments.adapters import base as frozen_base
+from experiments.adapters import codes, lora, peft_files
+from experiments.adapters.frozen import Frozen
+from experiments.adapters.load import load_base
+from experiments.checkpointing import load
+from mla_moe import Transformer, load_huggingface, rollout, save_huggingface
+from mla_moe.config import Config, ConfigError, LoRAConfig, freeze, thaw
+from mla_moe.hf import fp8_blocks
+
+GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
+TOKENS = jnp.array([[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]])
+is_frozen = lambda w: isinstance(w, Frozen)
+
+
+@functools.cache
+def released(name, base='trained'):
+  return load_base(GOLDEN / name, base)
+
+
+@jax.jit
+def dense(params, like):
+  """Floats in the place of all frozen weights."""
+  one = lambda w, x: w.astype(jnp.float32).reshape(x.shape)
+  pick = lambda w, x: one(w, x) if is_frozen(w) else w
+  return jax.tree.map(pick, params, like, is_leaf=is_frozen)
+
+
+def random_adapters(model, key=0):
+  fresh = nn.unbox(lora.boxed(jax.random.key(key), model))
+  noise = lambda x: 0.05 * jax.random.normal(jax.random.key(x.size), x.shape)
+  return jax.tree.map(lambda x: x + noise(x), fresh)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(model, variables):
+  return Transformer(model).apply(variables, TOKENS).logits
+
+
+def test_released_blocks_are_kept():
+  """FP8 blocks are read without a change, bytes and numbers."""
+  model, whole = released('v3_release')
+  _, frozen = released('v3_release', 'fp8')
+  assert len(list(filter(is_frozen, leaves(frozen)))) > 20
+  chex.assert_trees_all_equal(
+    dense(frozen['params'], whole['params']), whole['params']
+  )
+
+
+def leaves(tree):
+  return jax.tree.leaves(tree, is_leaf=is_frozen)
+
+
+@pytest.mark.parametrize(
+  'kind, bound', [('fp8', 1 / 16), ('int8', 1 / 254), ('int4', 1 / 14)]
+)
+def test_quantised_numbers(kind, bound):
+  """Errors of a rounding: half of a step of the group's largest number."""
+  w = np.random.default_rng(0).normal(size=(5, 200)).astype(np.float32)
+  w[2, :40] = 0
+  values, scales = codes.quantize(w, kind)
+  group = codes.GROUPS[kind]
+  w_frozen = Frozen(
+    jnp.array(values.T), jnp.array(scales.T), None, None, kind, (5,)
+  )
+  got = np.asarray(w_frozen.astype(jnp.float32)).T
+  tops = (
+    np.abs(np.pad(w, [(0, 0), (0, -200 % group)])).reshape(5, -1, group).max(2)
+  )
+  tops = np.repeat(tops, group, 1)[:, :200]
+  # int4's scales are bfloat16, whose rounding adds 1/256 of 7 steps.
+  assert (np.abs(got - w) <= tops * bound * 1.07).all()
+
+
+def test_all_fp8_numbers():
+  """Each of E4M3's numbers, subnormal ones and both signs."""
+  bits = np.arange(256, dtype=np.uint8)
+  bits = bits[(bits & 127) != 127][:, None]
+  w = Frozen(jnp.array(bits), jnp.ones((2, 1)), None, None, 'fp8', (1,))
+  np.testing.assert_array_equal(w.astype(jnp.float32), fp8_blocks.VALUES[bits])
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def gradients(own, model, floats, frozen, like):
+  """Logits, and the gradients of adapters, over codes or over floats."""
+
+  def loss(own):
+    params = lora.join(frozen['params'], own, model)
+    params = dense(params, like) if floats else params
+    out = Transformer(model).apply(frozen | {'params': params}, TOKENS)
+    return jnp.square(out.logits).mean(), out.logits
+
+  (_, logits), grads = jax.value_and_grad(loss, has_aux=True)(own)
+  return logits, grads
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'folder, base, experts, form',
+  [
+    ('v2_lite', 'int4', 'each', 'loop'),
+    ('v3_yarn', 'int8', 'shared', 'loop'),
+    ('v2_lite', 'fp8', 'each', 'ragged'),
+  ],
+)
+def test_equals_the_dense_model(folder, base, experts, form):
+  """Logits and the adapters' gradients; zero adapters are the base."""
+  like = released(folder)[1]['params']
+  model, frozen = released(folder, base)
+  compute = dataclasses.replace(model.compute, experts=form)
+  own = LoRAConfig(rank=2, experts=experts)
+  model = dataclasses.replace(model, lora=own, compute=compute)
+  adapters = random_adapters(model)
+  got, got_grads = gradients(adapters, model, False, frozen, like)
+  want, want_grads = gradients(adapters, model, True, frozen, like)
+  np.testing.assert_allclose(got, want, atol=2e-4)
+  assert min(jnp.abs(x).max() for x in leaves(want_grads)) > 0
+
+  def close(a, b):
+    np.testing.assert_allclose(a, b, atol=2e-4 * float(jnp.abs(b).max()))
+
+  jax.tree.map(close, got_grads, want_grads)
+  zero = jax.tree.map(jnp.zeros_like, adapters)
+  alone, _ = gradients(zero, model, False, frozen, like)
+  zero = jax.tree_util.tree_map_with_path(
+    lambda path, x: x if path[-1].key == 'a' else 0 * x, adapters
+  )
+  fresh, _ = gradients(zero, model, False, frozen, like)
+  np.testing.assert_array_equal(fresh, alone)
+  base_alone = logits(dataclasses.replace(model, lora=LoRAConfig()), frozen)
+  np.testing.assert_allclose(fresh, base_alone, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('rows', [1, 12])  # by expert, and by the loop
+def test_decoding(rows):
+  """Codes of experts are read in place, adapters beside them."""
+  plain, whole = released('v2_lite')
+  model, frozen = released('v2_lite', 'int4')
+  model = dataclasses.replace(model, lora=LoRAConfig(rank=2))
+  params = lora.join(frozen['params'], random_adapters(model), model)
+  floats = frozen | {'params': dense(params, whole['params'])}
+  prompt = np.tile(np.asarray(TOKENS[:1]), (rows, 1))
+  ours = rollout(model, frozen | {'params': params}, prompt, 4)
+  theirs = rollout(plain, floats, prompt, 4)
+  np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+  np.testing.assert_allclose(ours.log_probs, theirs.log_probs, atol=2e-4)
+
+
+def test_peft(tmp_path):
+  """PEFT's own file: its logits, and the same tensors when written again."""
+  plain, whole = released('v3_yarn')
+  model, own, name = peft_files.load(GOLDEN / 'peft', plain)
+  assert name == 'v3_yarn' and model.lora.rank == 2
+  case = np.load(GOLDEN / 'peft' / 'expected.npz')
+  params = lora.join(whole['params'], jax.tree.map(jnp.asarray, own), model)
+  out = jax.jit(Transformer(model).apply)(
+    whole | {'params': params}, case['tokens']
+  )
+  np.testing.assert_allclose(out.logits, case['logits'], atol=2e-4)
+  peft_files.export(tmp_path / 'again', model, own, name)
+  from mla_moe.hf import safetensors
+
+  files = [
+    folder / peft_files.WEIGHTS
+    for folder in (GOLDEN / 'peft', tmp_path / 'again')
+  ]
+  with safetensors.File(files[0]) as a, safetensors.File(files[1]) as b:
+    assert a.entries.keys() == b.entries.keys()
+    for key in a.entries:
+      np.testing.assert_array_equal(a.read(key), b.read(key))
+
+
+@pytest.mark.parametrize(
+  'change, text',
+  [
+    (dict(lora=LoRAConfig(rank=4096)), 'lora.rank=4096'),
+    (dict(lora=LoRAConfig(rank=2, targets=('w_q',))), "'w_q' is no product"),
+    (dict(lora=LoRAConfig(rank=2, targets=('q_a_proj',))), 'is no product'),
+  ],
+)
+def test_refused_adapters(change, text):
+  model = dataclasses.replace(released('v2_lite')[0], **change)
+  with pytest.raises(ConfigError, match=text):
+    jax.eval_shape(
+      functools.partial(lora.boxed, model=model), jax.random.key(0)
+    )
+
+
+@pytest.mark.parametrize(
+  'keys, text',
+  [
+    ({'model.base': 'int4'}, 'set model.lora.rank'),
+    ({'model.lora.rank': 2}, 'set run.base'),
+    ({'model.lora.rank': 2, 'run.base': '/nowhere'}, 'is no folder'),
+    ({'model.lora.rank': 2, 'optim.optimizer': 'muon'}, "use 'adamw'"),
+    ({'model.lora.rank': 2, 'model.precision': 'fp8_block'}, "set 'bf16'"),
+    ({'model.lora.targets': ()}, 'names no matrix'),
+  ],
+)
+def test_refused_configs(keys, text):
+  values = thaw(Config())
+  values.model.bos_id = values.model.eos_id = 0
+  for key, value in keys.items():
+    *groups, name = key.split('.')
+    functools.reduce(getattr, groups, values)[name] = value
+  with pytest.raises(ConfigError, match=text):
+    frozen_base.check(freeze(values))
+
+
+def test_another_base_is_refused():
+  config = types.SimpleNamespace(run=types.SimpleNamespace(base='there'))
+  base = frozen_base.Base(fingerprint='a')
+  frozen_base.compare(base, {'base': 'a'}, config, 3)
+  with pytest.raises(ConfigError, match='step 3'):
+    frozen_base.compare(base, {'base': 'b'}, config, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings('default')
+def test_a_run_resumes_refuses_and_merges(tmp_path):
+  """Resumed runs are bit for bit those that were not interrupted."""
+  plain = freeze(tiny.get_config('smoke')).model
+  plain = dataclasses.replace(plain, precision='bf16')
+  for seed, name in enumerate(('base', 'other')):
+    init = Transformer(plain).init(jax.random.key(seed), TOKENS)
+    save_huggingface(tmp_path / name, plain, nn.unbox(init))
+
+  def config(steps, base='base'):
+    config = freeze(tiny.get_config('smoke'))
+    model = dataclasses.replace(
+      plain,
+      base='int8',
+      lora=LoRAConfig(rank=2, targets=('attention', 'experts'), scale='root'),
+    )
+    run = dataclasses.replace(
+      config.run, steps=steps, save_every=2, base=str(tmp_path / base)
+    )
+    optim = dataclasses.replace(config.optim, optimizer='adamw', warmup_steps=0)
+    return dataclasses.replace(config, model=model, run=run, optim=optim)
+
+  train.run(config(4), tmp_path / 'whole')
+  train.run(config(2), tmp_path / 'halves')
+  train.run(config(4), tmp_path / 'halves')
+  states = [load.load_state(tmp_path / x)[1].state for x in ('whole', 'halves')]
+  chex.assert_trees_all_equal(*states)
+  sizes = [x.size for x in jax.tree.leaves(states[0].params)]
+  assert sum(sizes) < 0.2 * sum(x.size for x in jax.tree.leaves(init))
+  with pytest.raises(ConfigError, match='are not those that the adapters'):
+    train.run(config(6, 'other'), tmp_path / 'whole')
+  _, adapted = load.load_run(tmp_path / 'whole')
+  convert.to_huggingface(tmp_path / 'whole', tmp_path / 'merged', merge=True)
+  model, merged = load_huggingface(tmp_path / 'merged')
+  own = config(4).model
+  np.testing.assert_allclose(
+    logits(model, merged),
+    logits(dataclasses.replace(own, dtype=model.dtype), adapted),
+    atol=2e-3,
+  )
+  plain_logits = logits(*load_huggingface(tmp_path / 'base'))
+  assert jnp.abs(logits(model, merged) - plain_logits).max() > 0.01
+  convert.to_huggingface(tmp_path / 'whole', tmp_path / 'peft')
+  again, params, _ = peft_files.load(tmp_path / 'peft', plain)
+  assert again.lora == own.lora
+  chex.assert_trees_all_equal(params, jax.device_get(states[0].params))

@@ -101,8 +101,8 @@ def begin(setup, origin: Origin, *, allow_unsealed: bool = False) -> Any:
   """
   folder = bucket.here('--init', origin.source)
   if workdir.is_run(folder):
-    state, found = _of_run(setup, folder, origin.step, allow_unsealed)
-    origin = found._replace(source=origin.source)  # `folder` may be a copy
+    state, copy = _of_run(setup, folder, origin.step, allow_unsealed)
+    origin = copy._replace(source=origin.source)  # `folder` may be a copy
   elif list(folder.glob('*.safetensors*')):
     state, origin = _of_release(setup, folder), Origin(origin.source)
   else:

@@ -43,8 +43,9 @@ class Frozen(OwnWeight):
   codes: [*lead, K, *N], of int4 [*lead, K / 2, *N]. scales: [*lead, K / g, *N].
   a: [*lead, K, r] and b: [*lead, r, *N], or None. Heads and their dimensions
   are one axis; `ends` are the lengths N of a product's result, with heads
-  apart. `place` is an index of leading axes that is not taken yet: decoding
-  reads a layer's expert from the stack of all layers, and copies no layer.
+  apart, and `columns` counts the codes' axes N (gate and up: 2). `place` is an
+  index of leading axes that is not taken yet: decoding reads a layer's expert
+  from the stack of all layers, and copies no layer.
   """
 
   codes: Any
@@ -53,6 +54,7 @@ class Frozen(OwnWeight):
   b: Any
   kind: str = dataclasses.field(metadata={'static': True})
   ends: tuple[int, ...] = dataclasses.field(metadata={'static': True})
+  columns: int = dataclasses.field(default=1, metadata={'static': True})
   place: tuple[int, ...] = dataclasses.field(
     default=(), metadata={'static': True}
   )
@@ -65,11 +67,6 @@ class Frozen(OwnWeight):
   @property
   def ndim(self) -> int:
     return len(self.shape)
-
-  @property
-  def columns(self) -> int:
-    """The number of axes N of the codes: gate and up are two."""
-    return 2 if len(self.ends) == 2 and self.ends[0] == 2 else 1
 
   @property
   def axis(self) -> int:
@@ -86,7 +83,7 @@ class Frozen(OwnWeight):
       return dataclasses.replace(self, place=(*self.place, index))
     take = functools.partial(_take, place=self.place, index=index)
     leaves = map(take, (self.codes, self.scales, self.a, self.b))
-    return Frozen(*leaves, self.kind, self.ends)
+    return Frozen(*leaves, self.kind, self.ends, self.columns)
 
   @property
   def bare(self) -> Frozen:
@@ -104,7 +101,8 @@ class Frozen(OwnWeight):
     Without `frozen`, as a gradient, it has no codes.
     """
     rest = (self.codes, self.scales) if frozen else (None, None)
-    return Frozen(*rest, *pair, self.kind, self.ends, self.place)
+    rest = dict(zip(('codes', 'scales'), rest, strict=True))
+    return dataclasses.replace(self, **rest, a=pair[0], b=pair[1])
 
   def floats(self, dtype: DTypeLike) -> Float[Array, '*lead K *N']:
     """Returns the dequantised weight, without its adapters."""

@@ -79,6 +79,7 @@ def boxed_base(model: ModelConfig, dtype: str) -> PyTree:
 def _boxed_frozen(name, shape, axes, kind, dtype) -> Frozen:
   flat, names = weights.flat(axes, shape), weights.flat(axes, axes)
   k, ends = sum(a in _LEAD for a in axes), _ends(axes, shape)
+  columns = len(flat) - k - 1
   if kind == 'int4' and flat[k] % 2:
     raise ConfigError(
       f"model.base='int4': {name} sums over {flat[k]} numbers, and two of them "
@@ -98,10 +99,10 @@ def _boxed_frozen(name, shape, axes, kind, dtype) -> Frozen:
 
   codes = box(flat[k] // (1 + (kind == 'int4')), bits, names[k])
   if kind == 'float':
-    return Frozen(codes, None, None, None, kind, ends)
+    return Frozen(codes, None, None, None, kind, ends, columns)
   # Groups are whole on every device that has a part of their numbers.
   scales = box(-(-flat[k] // GROUPS[kind]), scale, None)
-  return Frozen(codes, scales, None, None, kind, ends)
+  return Frozen(codes, scales, None, None, kind, ends, columns)
 
 
 def _ends(axes: tuple, shape: tuple) -> tuple[int, ...]:
@@ -255,7 +256,8 @@ def _as_frozen(w: Array | Frozen, box) -> Frozen:
     return w
   shape = weights.flat(box.names, w.shape)
   ends = _ends(box.names, w.shape)
-  return Frozen(w.reshape(shape), None, None, None, 'float', ends)
+  columns = len(shape) - 1 - sum(a in _LEAD for a in box.names)
+  return Frozen(w.reshape(shape), None, None, None, 'float', ends, columns)
 
 
 def _side_by_side(a, b) -> tuple[Array, Array]:

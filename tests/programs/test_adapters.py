@@ -223,6 +223,17 @@ def test_refused_configs(keys, text):
     frozen_base.check(freeze(values))
 
 
+def test_two_heads_are_no_gate_and_up():
+  """Only gate and up are two axes of the codes, whatever the lengths are."""
+  model = released('v2_lite')[0]
+  mla = dataclasses.replace(model.mla, heads=2)
+  boxed = lora.boxed_base(dataclasses.replace(model, mla=mla), 'float32')
+  leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_frozen)
+  columns = {p[-1].key: w.columns for p, w in leaves if is_frozen(w)}
+  assert columns.pop('w_gate_up') == 2
+  assert set(columns.values()) == {1} and 'w_k_up' in columns
+
+
 def test_another_base_is_refused():
   config = types.SimpleNamespace(run=types.SimpleNamespace(base='there'))
   base = frozen_base.Base(fingerprint='a')

@@ -37,6 +37,7 @@ class Chip:
     dollars: an hour of the whole chip.
     dimensions: of the network that wires a slice; 1 for GPUs.
     cores: devices of a chip.
+    of_host: most chips of a TPU's machine, on which one process runs.
     margin: fraction of `usable` that a plan leaves free. Programs compiled for
       GPUs need up to 11 % more than the arithmetic (docs/plan.md), and NCCL and
       cuBLAS take memory of their own; no program for TPUs does either.
@@ -53,6 +54,7 @@ class Chip:
   dollars: float
   dimensions: int
   cores: int = 1
+  of_host: int = 4
   margin: float = 0.04
   capability: float = 0.0
 
@@ -77,8 +79,8 @@ def _gpu(bf16, fp8, memory, bandwidth, link, dollars, capability) -> Chip:
 # bfloat16 in float32 (openxla/xla issue 12429). AMD's FP8 has another zero
 # (E4M3FNUZ), for which nothing here has a product.
 CHIPS = {
-  'v5e': Chip(197e12, 197e12, 15.75 * GIB, 819e9, 200e9, 1.20, 2),
-  'v6e': Chip(918e12, 918e12, 31.24 * GIB, 1640e9, 400e9, 2.70, 2),
+  'v5e': Chip(197e12, 197e12, 15.75 * GIB, 819e9, 200e9, 1.20, 2, of_host=8),
+  'v6e': Chip(918e12, 918e12, 31.24 * GIB, 1640e9, 400e9, 2.70, 2, of_host=8),
   'v5p': Chip(459e12, 459e12, 95.73 * GIB, 2765e9, 600e9, 4.20, 3),
   'tpu7x': Chip(
     1153.5e12, 2307e12, 94.74 * GIB, 3690e9, 600e9, 12.0, 3, cores=2

@@ -70,17 +70,17 @@ def run(
   items = examples(task, seed, cold)
   # An answer may be longer than the right one, and has an end token.
   longest = max(len(item.answer) for item in items) + 2
-  sizes = [
-    f'--config.run.seed={seed}',
-    f'--config.data.seq_len={max(len(x.text) for x in items) + longest}',
-  ]
+  text = max(len(x.text) for x in items)
+  room = lambda answers: f'--config.data.seq_len={text + answers * longest}'
+  seed_word = f'--config.run.seed={seed}'
   begin = _config(
-    'cold', *sizes, f'--config.data.source={folder / "cold.jsonl"}',
+    'cold', seed_word, room(1), f'--config.data.source={folder / "cold.jsonl"}',
     f'--config.run.steps={cold}', f'--config.run.save_every={cold}',
   )  # fmt: skip
   reinforced = _config(
-    variant, *sizes, f'--config.rl.task={task}', f'--config.run.steps={steps}',
-    f'--config.rl.max_new={longest}',
+    variant, seed_word, room(4), f'--config.rl.task={task}',
+    f'--config.run.steps={steps}', f'--config.rl.max_new={longest}',
+    '--config.rl.prompt=shared', '--config.data.micro_batch=32',
   )  # fmt: skip
   policy.check(reinforced)
   if reinforced.rl.teachers:

@@ -21,12 +21,14 @@ from . import cli, train
 from .serving import template
 
 
-def define() -> None:
-  """Defines the flags of training, and those of the examples."""
-  train.define()
-  template.define()
+def define(
+  values: flags.FlagValues = flags.FLAGS, words: list[str] | None = None
+) -> None:
+  """Defines the flags of training, and those of the examples, in `values`."""
+  train.define(values, words)
+  template.define(values)
   text = 'The examples, *.jsonl: config.data.source.'
-  cli.define_path('data', '', text)
+  cli.define_path('data', '', text, values)
 
 
 def main() -> None:

@@ -393,7 +393,8 @@ class Config(Checked):
     )
     if self.optim.trains == 'indexer' and not model.dsa.heads:
       raise ConfigError("optim.trains='indexer': needs model.dsa.heads above 0")
-    if data.seq_len > model.max_positions:
+    copied = self.rl.prompt == 'copied'  # else all answers follow the prompt
+    if copied and data.seq_len > model.max_positions:
       raise ConfigError(
         f'data.seq_len={data.seq_len}: the model has '
         f'model.max_positions={model.max_positions}; shorten the sequences or '

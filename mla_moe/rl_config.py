@@ -51,6 +51,10 @@ class RLConfig(Checked):
   of a token in each layer); the rollout's ('rollout', R3); or the trainer's
   own, before the updates ('train', R2).
 
+  In an update each answer has a copy of its `prompt`, or the answers of a
+  question in one row share it: the row (`data.seq_len`) then has room for
+  several, and the prompt is computed once. Routers count it once, too.
+
   `dynamic` (0: off) draws up to so many rollouts until `prompts` questions have
   both right and wrong answers (DAPO). `truncated` answers, those without an
   end, can be dropped. `overlong` is the length of DAPO's ramp before `max_new`.
@@ -69,6 +73,7 @@ class RLConfig(Checked):
   max_new: int = 32768
   temperature: float = 1.0
   rows: int = 0
+  prompt: Literal['copied', 'shared'] = 'copied'
   engine: Literal['rollout', 'scheduler'] = 'rollout'
   speculative: bool = False
   aggregate: Literal['sequence', 'token', 'constant'] = 'sequence'

@@ -8,15 +8,15 @@ ratio little.
 
   short   prompts of 10 tokens, answers of 10
   long    64 and 64: no answer ends early
-  ragged  64 and at most 64: answers end by chance, after 22 tokens on average;
-          ours are drawn by the scheduler
+  ragged  64 and at most 64: answers end by chance, after 22 tokens on average
   kl      as `short`, with R1's divergence from a reference policy
   tuning  our steps on examples beside those on a text, at one shape
 
-Updates compute 16 rows at a time in `long` and `ragged`, in both programs: on a
-CPU that is faster. The weights are random, but all embeddings share a direction
-that the end token's row of the head reads: so its probability is the same after
-each token. --peer_python names a Python with torch, transformers and trl.
+Our answers share their prompt in a row. TRL's updates compute 16 answers at a
+time in `long` and `ragged`, ours a few rows: on a CPU that is faster. The
+weights are random, but all embeddings share a direction that the end token's
+row of the head reads: so its probability is the same after each token.
+--peer_python names a Python with torch, transformers and trl.
 """
 
 from __future__ import annotations
@@ -34,8 +34,6 @@ from .. import cli, soak
 from . import contender, show
 
 _CHORES = 'eval', 'sample', 'save', 'check'
-# Two short answers share a row; ended ones make room in the scheduler.
-_RAGGED = '--config.rl.engine=scheduler', '--config.data.seq_len=192'
 _QUESTIONS = 2048  # of a file; each rollout takes the next 32
 _COMMON = 1.0  # the length of the embeddings' common direction
 _PARTS = 'rollout', 'grade', 'pack', 'score', 'update', 'rest'
@@ -47,9 +45,9 @@ class Job:
   """A race: folders and numbers, which travel to the programs as JSON.
 
   model: the weights, in the layout of a release. questions: a .jsonl file.
-  prompt and new: most tokens of a prompt, and of its answer. micro: rows that
-  an update computes at a time, 0: all; ours and the peer's. words: our
-  config's, as on a command line.
+  prompt and new: most tokens of a prompt, and of its answer. micro: answers
+  that TRL's update computes at a time, 0: all. ours: the columns of our rows,
+  and the rows that our update computes at a time.
   """
 
   model: str
@@ -60,7 +58,7 @@ class Job:
   samples: int = 16
   beta: float = 0.0
   micro: int = 0
-  words: tuple = ()
+  ours: tuple = (49, 32)  # four answers of 10 tokens
 
 
 def flags(parser) -> None:
@@ -80,8 +78,8 @@ def run(out: pathlib.Path, args) -> None:
   parts = {
     'short': lambda: race(10, _NEVER),
     'kl': lambda: race(10, _NEVER, beta=0.001),
-    'long': lambda: race(64, _NEVER, micro=16),
-    'ragged': lambda: race(64, _SOMETIMES, micro=16, words=_RAGGED),
+    'long': lambda: race(64, _NEVER, micro=16, ours=(575, 4)),
+    'ragged': lambda: race(64, _SOMETIMES, micro=16, ours=(512, 4)),
     'tuning': lambda: _tuning(out, args.rounds),
   }
   results = show.measure(out / 'rl.json', parts, args.only)
@@ -150,13 +148,14 @@ def config(job: dict):
     'rl.samples': job['samples'],
     'rl.max_new': job['new'],
     'rl.beta': job['beta'],
-    'data.seq_len': job['prompt'] + job['new'],
+    'rl.prompt': 'shared',
+    'data.seq_len': job['ours'][0],
     'data.batch_size': job['prompts'] * job['samples'],
-    'data.micro_batch': job['micro'],
+    'data.micro_batch': job['ours'][1],
     'optim.learning_rate': 1e-6,  # TRL's default: the text stays random
   }
   words = [f'--config.{name}={value}' for name, value in values.items()]
-  whole = _config('zero', *words, *job['words'])
+  whole = _config('zero', *words)
   rl = dataclasses.replace(whole.rl, rewards=(('paid', 1.0),))
   return dataclasses.replace(whole, rl=rl)
 

@@ -13,6 +13,7 @@ least room. Padding has segment -1, and is counted nowhere.
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -29,12 +30,19 @@ class Rows(NamedTuple):
 
 
 class Place(NamedTuple):
-  """The columns [first, stop) of a row that predict a completion."""
+  """Pair `index` in a row, whose columns [first, stop) predict its completion.
+
+  The prompt without its last token begins at `start`. `outer` is its segment,
+  `segment` that of the rest.
+  """
 
   index: int
   row: int
+  start: int
   first: int
   stop: int
+  outer: int
+  segment: int
 
 
 def columns(prompt: int, completion: int) -> int:
@@ -67,6 +75,43 @@ def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
   return rows
 
 
+def shared(
+  pairs: Sequence[tuple[np.ndarray, np.ndarray]], room: int
+) -> list[list[Place]]:
+  """Returns rows in which neighbouring pairs with one prompt share it.
+
+  Each completion stands after a copy of the prompt's last token, which predicts
+  its first one. Of the completions that still fit, the longest comes first;
+  those that no longer fit get the prompt once more, in the next row.
+  """
+  rows, free, answers = [], 0, 0
+  of_prompt = itertools.groupby(range(len(pairs)), lambda i: list(pairs[i][0]))
+  for prompt, group in of_prompt:
+    outer, left = (
+      len(prompt) - 1,
+      sorted(group, key=lambda i: -len(pairs[i][1])),
+    )
+    while left:
+      shortest = len(pairs[left[-1]][1])
+      if outer + shortest > free:
+        rows.append([])
+        free, answers, prompts = room, 0, 0
+      start, column = room - free, room - free + outer
+      rest = []
+      for index in left:
+        stop = column + len(pairs[index][1])
+        if stop > room:
+          rest.append(index)
+          continue
+        answers += 1
+        segment = answers << 20 | prompts
+        place = index, len(rows) - 1, start, column, stop, prompts, segment
+        rows[-1].append(Place(*place))
+        column = stop
+      free, left, prompts = room - column, rest, prompts + 1
+  return rows
+
+
 def fill(
   pairs: Sequence[tuple[np.ndarray, np.ndarray]],
   rows: Sequence[Sequence[int]],
@@ -77,28 +122,35 @@ def fill(
   `pairs` are (prompt [P], completion [C]) of token ids. The places are in the
   order of the rows.
   """
-  shape = len(rows), length
-  out = Rows(*(np.zeros(shape, np.int32) for _ in Rows._fields))
-  out.targets[:], out.segments[:] = -1, -1
   places = list(_places(pairs, rows))
-  start = {}
-  for index, row, first, stop in places:
+  return placed(pairs, places, len(rows), length), places
+
+
+def placed(pairs, places: Sequence[Place], rows: int, length: int) -> Rows:
+  """Returns `rows` rows of `length` columns with the pairs in their places."""
+  out = Rows(*(np.zeros((rows, length), np.int32) for _ in Rows._fields))
+  out.targets[:], out.segments[:] = -1, -1
+  for index, row, start, first, stop, outer, segment in places:
     prompt, completion = pairs[index]
-    begin = first + 1 - len(prompt)
-    segment = start[row] = start.get(row, -1) + 1
-    ids = np.concatenate([prompt, completion])
-    out.tokens[row, begin:stop] = ids[:-1]
+    before, count = len(prompt) - 1, stop - first
+    end = start + before
+    out.tokens[row, start:end] = prompt[:-1]
+    out.segments[row, start:end] = outer
+    out.positions[row, start:end] = np.arange(before)
+    out.tokens[row, first] = prompt[-1]
+    out.tokens[row, first + 1 : stop] = completion[:-1]
     out.targets[row, first:stop] = completion
-    out.segments[row, begin:stop] = segment
-    out.positions[row, begin:stop] = np.arange(stop - begin)
-  return out, places
+    out.segments[row, first:stop] = segment
+    out.positions[row, first:stop] = np.arange(before, before + count)
+  return out
 
 
 def _places(pairs, rows) -> Iterator[Place]:
   for row, members in enumerate(rows):
     start = 0
-    for index in members:
+    for segment, index in enumerate(members):
       prompt, completion = map(len, pairs[index])
       stop = start + columns(prompt, completion)
-      yield Place(index, row, start + prompt - 1, stop)
+      first = start + prompt - 1
+      yield Place(index, row, start, first, stop, segment, segment)
       start = stop

@@ -9,9 +9,10 @@ Backends: tpu (queued resources: v5e, v5p, v6e), gke (xpk: Ironwood too), slurm
 (GPUs), vm (one machine). Actions, in this order: create the machines, install
 this commit on them, start training, follow its logs, resume on new machines
 after the old ones were taken away, delete everything but the run's folder; up
-is the first three. Words after -- go to experiments.train. --dry-run prints
-every command and runs none. A launch that cannot train is refused before it
-costs money (`preflight`); --force launches it all the same.
+is the first three. Words after -- go to experiments.train, or to sft or rl by
+--program. --dry-run prints every command and runs none. A launch that cannot
+train is refused before it costs money (`preflight`); --force launches it all
+the same.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ BACKENDS = {'tpu': cloud_tpu, 'gke': gke, 'slurm': slurm, 'vm': vm}
 ACTIONS = ('create', 'install', 'start', 'logs', 'resume', 'delete', 'up')
 _TRIES = 20
 _HELP = {
+  'program': 'of experiments: train, sft or rl',
   'name': 'of the run, and of the machines for it',
   'topology': 'slice: v5p:4x4x4, v5e-16, tpu7x:4x4x4, h100:64',
   'slices': 'slices, connected by the data centre network',

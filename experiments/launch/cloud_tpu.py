@@ -57,6 +57,11 @@ def devices(job: Job) -> chips.Slice:
   return dataclasses.replace(job.slice, count=job.slices)
 
 
+def chips_of_process(slice_: chips.Slice) -> int:
+  """Returns the chips of a host, each of which runs one process."""
+  return slice_.chip.of_host
+
+
 def folders(job: Job, action: str) -> dict[str, str]:
   """Returns none: the machines have the commit, and read buckets."""
   return {}

@@ -40,6 +40,11 @@ def devices(job: Job) -> chips.Slice:
   return dataclasses.replace(job.slice, count=job.slices)
 
 
+def chips_of_process(slice_: chips.Slice) -> int:
+  """Returns the chips of a host, each of which runs one process."""
+  return slice_.chip.of_host
+
+
 def folders(job: Job, action: str) -> dict[str, str]:
   """Returns the folder beside the commit, if the pods mount one."""
   return {} if job.in_bucket else {job.storage.rstrip('/'): 'the storage'}

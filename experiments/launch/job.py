@@ -33,6 +33,7 @@ _PATTERNS = {
     'must be gs://BUCKET[/FOLDER] or a folder that begins with /',
   ),
 }
+_PATTERNS['program'] = 'train|sft|rl', 'must be train, sft or rl'
 _PATTERNS |= {
   field: (_WORD, 'must be a word of letters, digits and . , : / @ + -')
   for field in (
@@ -46,13 +47,15 @@ _PATTERNS |= {
 class Job:
   """One training run somewhere else; each backend reads some of the fields.
 
-  `arguments` go to experiments.train as they are. `storage` holds the run's
-  folder beyond the machine's life: a bucket (gs://...), which training writes
-  to by itself and nothing mounts, or a shared folder.
+  `arguments` go to `program` of experiments (train, sft or rl) as they are.
+  `storage` holds the run's folder beyond the machine's life: a bucket
+  (gs://...), which training writes to by itself and nothing mounts, or a shared
+  folder.
   """
 
   name: str
   arguments: tuple[str, ...]
+  program: str = 'train'
   topology: str = ''
   slices: int = 1
   spot: bool = False
@@ -202,6 +205,7 @@ def command(*words: str, **more) -> Command:
 def extras(job: Job, platform: str) -> str:
   """Returns the package's extras that a training machine needs."""
   names = ['cuda' if platform == 'gpu' else platform, 'hf', 'data', 'viz']
+  names += ['rl'] if job.program == 'rl' else []
   for scheme, extra in remote.SCHEMES.items():
     words = (job.storage, *job.arguments)
     if extra not in names and any(f'{scheme}://' in word for word in words):
@@ -270,7 +274,7 @@ def train_words(job: Job, workdir: str, python: str) -> list[str]:
   return [
     python,
     '-m',
-    'experiments.train',
+    f'experiments.{job.program}',
     *job.arguments,
     f'--workdir={workdir}',
   ]

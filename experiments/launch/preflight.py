@@ -39,20 +39,72 @@ def findings(backend: ModuleType, action: str, job: Job) -> list[str]:
   """
   if action not in ACTIONS:
     return []
-  config = cli.config_of(job.arguments, train.define)
+  config = _config(job)
   folders = backend.folders(job, action)
   lines = [] if folders is None else _commit(job)
-  if config.rl.task:
-    lines.append(
-      f'config.rl.task={config.rl.task!r}: a launch starts experiments.train, '
-      'which learns from text; run python -m experiments.rl on a machine that '
-      'has the questions, the teachers and --init'
-    )
   try:
+    _check_program(config, backend, job)
     _check_fit(config, backend.devices(job))
   except ConfigError as error:
     lines.append(str(error))
   return lines + _files(config, job, folders)
+
+
+def _config(job: Job) -> Config:
+  """Returns the config that the job's program makes of its arguments.
+
+  Raises:
+    ConfigError: the arguments give none.
+  """
+  from .. import sft
+  from ..rl import __main__ as rl
+
+  defines = {'train': train.define, 'sft': sft.define, 'rl': rl.define}
+  config = cli.config_of(job.arguments, defines[job.program])
+  value = functools.partial(_value, job.arguments)
+  if job.program == 'sft' and value('data'):
+    data = dataclasses.replace(config.data, source=value('data'))
+    config = dataclasses.replace(config, data=data)
+  if job.program == 'rl':
+    names = value('teacher')
+    config = rl.taught(config, names.split(',') if names else [])
+  return config
+
+
+def _value(words: tuple[str, ...], flag: str) -> str:
+  """Returns the last value of a flag among the words, '' without one."""
+  value = ''
+  for word, after in zip(words, (*words[1:], ''), strict=True):
+    name, equals, text = word.lstrip('-').partition('=')
+    if word.startswith('-') and name == flag:
+      value = text if equals else after
+  return value
+
+
+def _check_program(config: Config, backend: ModuleType, job: Job) -> None:
+  """Refuses a config of another program, and answers of several processes.
+
+  Raises:
+    ConfigError: names the fault and the fix.
+  """
+  if bool(config.rl.task) != (job.program == 'rl'):
+    right = 'rl' if config.rl.task else 'train or sft'
+    raise ConfigError(
+      f'config.rl.task={config.rl.task!r}: is not for experiments.'
+      f'{job.program}; launch it with --program={right}'
+    )
+  if job.program != 'rl':
+    return
+  from ..rl import policy
+
+  policy.check(config)
+  slice_ = backend.devices(job)
+  count = -(-slice_.chips // backend.chips_of_process(slice_))
+  if count > 1:
+    raise ConfigError(
+      f'--program=rl: one process draws all answers, and {slice_} has {count} '
+      'processes here; name a slice of one machine'
+    )
 
 
 def _commit(job: Job) -> list[str]:
@@ -152,7 +204,9 @@ def _files(
 
   Those are the config's, and paths in other flags that exist here.
   """
-  data = config.data
+  data, rl = config.data, config.rl
+  if rl.task:
+    data = dataclasses.replace(data, source='stdlib', sources=(), validation=())
   paths = {
     'config.data.source': data.source,
     'config.data.tokenizer': '' if data.tokenizer == 'byte' else data.tokenizer,
@@ -160,6 +214,11 @@ def _files(
   for field in ('sources', 'validation'):
     for path, *_, name in getattr(data, field):
       paths[f'config.data.{field} {name}'] = path
+  paths |= {
+    f'config.rl.teachers {i}': path for i, (path, *_) in enumerate(rl.teachers)
+  }
+  if rl.task.endswith('.jsonl'):
+    paths['config.rl.task'] = rl.task
   texts = [name for name in paths if name != 'config.data.tokenizer']
   paths |= {name: '' for name in texts if paths[name] == 'stdlib'}
   for word in job.arguments:

@@ -46,6 +46,11 @@ def devices(job: Job) -> chips.Slice:
   return job.slice
 
 
+def chips_of_process(slice_: chips.Slice) -> int:
+  """Returns 1: each GPU has a process of its own."""
+  return 1
+
+
 def folders(job: Job, action: str) -> None:
   """Returns None: all nodes have this machine's files."""
 

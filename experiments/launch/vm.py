@@ -57,6 +57,11 @@ def devices(job: Job) -> chips.Slice:
   return chips.parse(f'{_GPUS[family]}:{size[:-1]}')
 
 
+def chips_of_process(slice_: chips.Slice) -> int:
+  """Returns all chips: one process has the whole machine."""
+  return slice_.chips
+
+
 def folders(job: Job, action: str) -> dict[str, str]:
   """Returns the home folder, where files may lie before training starts.
 

@@ -26,16 +26,17 @@ from .. import cli, train
 from ..serving import template
 
 
-def define() -> None:
-  """Defines the flags of training, and those of the rewards."""
-  train.define()
-  template.define()
-  flags.DEFINE_bool(
-    'allow_code', False, 'Run the programs that answers hold, for rl.rewards.'
-  )
-  flags.DEFINE_list(
-    'teacher', [], "Runs or releases that distil, in rl.teachers' place."
-  )
+def define(
+  values: flags.FlagValues = flags.FLAGS, words: list[str] | None = None
+) -> None:
+  """Defines the flags of training, and those of the rewards, in `values`."""
+  train.define(values, words)
+  template.define(values)
+  own = dict(flag_values=values)
+  text = 'Run the programs that answers hold, for rl.rewards.'
+  flags.DEFINE_bool('allow_code', False, text, **own)
+  text = "Runs or releases that distil, in rl.teachers' place."
+  flags.DEFINE_list('teacher', [], text, **own)
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 An update has as many rows as its answers alone would need, and `count` says how
 many micro-batches are real: the shapes of all updates of a run are the same,
-and only real micro-batches are computed. See `data.packing` for the columns.
+and only real micro-batches are computed. `data.packing` has the columns.
 """
 
 from __future__ import annotations
@@ -36,12 +36,17 @@ class Answer(NamedTuple):
 
 
 def pack(
-  answers: Sequence[Answer], length: int, micro: int, fresh: bool = True
+  answers: Sequence[Answer],
+  length: int,
+  micro: int,
+  fresh: bool = True,
+  prompt: str = 'copied',
 ) -> Episodes:
   """Returns the answers in rows of `length`, `micro` rows a micro-batch.
 
   A prompt and its answer take P + C - 1 columns: the last token is predicted,
-  and not read.
+  and not read. A 'shared' prompt takes P - 1 columns of a row for all answers
+  that follow it there, and each answer C (`packing.shared`).
 
   Raises:
     ConfigError: an answer that no row can hold.
@@ -53,14 +58,19 @@ def pack(
       f'a prompt and its answer need {max(lengths)} columns: more than the '
       f'data.seq_len={length} of a row'
     )
-  rows = packing.best_fit(lengths, length)
   most = -(-len(answers) // micro)
+  if prompt == 'shared':
+    rows = packing.shared(pairs, length)
+    places = [place for row in rows for place in row]
+    packed = packing.placed(pairs, places, most * micro, length)
+  else:
+    rows = packing.best_fit(lengths, length)
+    empty = [[]] * (most * micro - len(rows))
+    packed, places = packing.fill(pairs, rows + empty, length)
   real = -(-len(rows) // micro)
-  rows += [[]] * (most * micro - len(rows))
-  packed, places = packing.fill(pairs, rows, length)
   floats = np.zeros((5, most * micro, length), np.float32)
   rollout, _, _, advantage, weight = floats
-  for index, row, first, stop in places:
+  for index, row, _, first, stop, *_ in places:
     rollout[row, first:stop] = answers[index].rollout
     advantage[row, first:stop] = answers[index].advantage
     weight[row, first:stop] = answers[index].weight
@@ -69,7 +79,9 @@ def pack(
   if answers[0].routes is not None:
     each = answers[0].routes.shape[1:]
     routes = np.full((most * micro, length, *each), -1, np.int16)
-    for index, row, _, stop in places:
-      routes[row, stop - lengths[index] : stop] = answers[index].routes
+    for index, row, start, first, stop, *_ in places:
+      before = len(answers[index].prompt) - 1
+      routes[row, start : start + before] = answers[index].routes[:before]
+      routes[row, first:stop] = answers[index].routes[before:]
     routes = routes.reshape(most, micro, length, *each)
   return Episodes(*arrays, np.int32(real), np.int32(fresh), routes)

@@ -74,7 +74,10 @@ def grpo(
   rollout = place('rollout')
   current = jax.lax.stop_gradient(log_probs)
   old = jnp.where(micro.fresh > 0, current, place('old'))
-  answers = jnp.where(inside, place('segments'), -1)
+  answers = place('segments')
+  if config.rl.prompt == 'shared':
+    answers = answers >> 20  # see flash.visible
+  answers = jnp.where(inside, answers, -1)
   args = log_probs, old, rollout, place('reference'), place('advantage')
   loss, arrays = token_loss(*args, answers, config.rl)
   mean = lambda x: jnp.where(inside, x, 0.0).sum() / whole.tokens

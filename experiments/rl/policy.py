@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mla_moe import vocabulary
+from mla_moe import sharding, vocabulary
 from mla_moe.checked import is_number
 from mla_moe.config import Config, ConfigError
 from mla_moe.model import replay
@@ -278,10 +278,9 @@ class Policy(source.Source):
 
   def _packed(self, rollout, groups) -> list[episodes.Episodes]:
     """Returns the updates of a rollout, each of as many random groups."""
-    rl, data = self._config.rl, self._config.data
+    rl = self._config.rl
     key = (self._config.run.seed << 20) + rollout
     order = batches.permute(np.arange(len(groups)), len(groups), key)
-    micro = data.micro_batch or data.batch_size
     updates, self._shares = [], []
     for part in order.reshape(rl.minibatches, -1):
       chosen = [groups[i] for i in part]
@@ -295,15 +294,14 @@ class Policy(source.Source):
         answer._replace(weight=weight)
         for answer, weight in zip(answers, weights, strict=True)
       ]
-      fresh = not updates
-      updates.append(episodes.pack(answers, data.seq_len, micro, fresh))
+      updates.append(self._pack(answers, not updates))
       kinds = [group.question.kind for group in chosen for _ in group.answers]
       self._shares.append(self._shared(answers, kinds))
     return updates
 
   def _shared(self, answers, kinds) -> list[np.ndarray]:
     """Returns each teacher's part of the advantage of an update's tokens."""
-    data, parts = self._config.data, []
+    parts = []
     for teacher in self._teachers:
       # In the places of the advantages, and of full precision where it counts.
       of = [float(teacher.share(kind) > 0) for kind in kinds]
@@ -311,10 +309,15 @@ class Policy(source.Source):
         answer._replace(advantage=mark)
         for answer, mark in zip(answers, of, strict=True)
       ]
-      micro = data.micro_batch or data.batch_size
-      packed = episodes.pack(marked, data.seq_len, micro)
+      packed = self._pack(marked)
       parts.append(teacher.weight * packed.advantage.astype(np.float64))
     return parts
+
+  def _pack(self, answers, fresh: bool = True) -> episodes.Episodes:
+    data = self._config.data
+    micro = data.micro_batch or data.batch_size
+    sizes = data.seq_len, micro
+    return episodes.pack(answers, *sizes, fresh, self._config.rl.prompt)
 
   def _score(self, setup, variables, reference) -> None:
     """Gives the updates the log-probabilities that they are compared with.
@@ -521,6 +524,13 @@ def check(config: Config) -> None:
     ('run.keep_best', run.keep_best, 0, 'there are no bits per byte'),
     ('processes', jax.process_count(), 1, 'one process draws all answers'),
   ]
+  core = config.model.compute.attention
+  xla = core == 'auto' and sharding.target_platform() != 'tpu'
+  if rl.prompt == 'shared' and not (xla or core in ('xla', 'reference')):
+    raise ConfigError(
+      "rl.prompt='shared': the attention kernel does not know shared prompts; "
+      'set --config.model.compute.attention=xla'
+    )
   for name, value, right, reason in rules:
     if value != right:
       raise ConfigError(

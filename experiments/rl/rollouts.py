@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from mla_moe.config import CacheConfig, ModelConfig, RLConfig
@@ -21,6 +22,8 @@ from mla_moe.decode import generation
 from ..data import batches
 
 _SHORT = 64  # tokens: answers so short are rounded up to 16 and not to 64
+_LONG = 32  # tokens: of answers so long, the first end well before the last
+_FEWEST = 64  # rows: fewer, and a step is no faster
 _PAGE = 16  # of the cache, where a prompt and its answer are so short together
 
 
@@ -115,6 +118,8 @@ def parts(
     cache = options.get('cache', CacheConfig())
     if cache.impl in ('auto', 'xla'):
       options['cache'] = dataclasses.replace(cache, page=_PAGE)
+  if jax.sharding.get_abstract_mesh().empty and rl.max_new >= _LONG:
+    options.setdefault('fewest', _FEWEST)
   for start in range(first // count * count, len(prompts), count):
     part = prompts[start : start + count]
     real = len(part) * samples

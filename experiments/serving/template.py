@@ -39,10 +39,10 @@ _THINK = '<think>'  # R1's template opens a thought for the model
 _NAMES = ('bos', 'eos', 'unk', 'sep', 'pad', 'cls', 'mask')
 
 
-def define() -> None:
+def define(values: flags.FlagValues = FLAGS) -> None:
   """Defines the flag of every program that chats."""
   text = "A file with a template in Jinja; '' is the model's."
-  cli.define_path('chat_template', '', text)
+  cli.define_path('chat_template', '', text, values)
 
 
 def own() -> str:

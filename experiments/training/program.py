@@ -64,7 +64,7 @@ def jitted_step(config: Config, mesh: Mesh | None) -> Callable:
 
   Args:
     config: of the run; with `rl.task` the loss is GRPO's and the batch
-      `rl.episodes.Episodes`.
+      `rl.objective.Episodes`.
     mesh: of its devices, which need not be here; None is the default device.
   """
   outputs = None

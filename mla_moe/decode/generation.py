@@ -2,13 +2,15 @@
 
 `generate` and `rollout` run the whole loop (`loop.start`, then `loop.advance`
 until every row has stopped) as one compiled program, and nothing comes back to
-the host before its end. `stream` runs the same steps one by one and yields the
-tokens of each. Lengths are rounded up to a multiple, so that a prompt of
-another length seldom compiles again.
+the host before its end, or before half of many rows have ended. `stream` runs
+the same steps one by one and yields the tokens of each. Lengths are rounded up
+to a multiple, so that a prompt of another length seldom compiles again.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -90,6 +92,7 @@ def rollout(
   cache: CacheConfig = CacheConfig(),
   samples: int = 1,
   multiple: int = 64,
+  fewest: int = 0,
   **knobs,
 ) -> Rollout:
   """Continues every row until a stop id or `max_new_tokens`.
@@ -109,6 +112,8 @@ def rollout(
       once.
     multiple: lengths are rounded up to it; small ones compute less padding, and
       compile for more lengths.
+    fewest: when half of the rows have ended they leave the others, which a
+      program of half as many rows continues, down to so many; 0: all stay.
     **knobs: of `sampling.make_knobs`; one value, or one a row.
 
   Raises:
@@ -119,7 +124,7 @@ def rollout(
   prompts, job = _prepare(*args, speculative, stop_ids, cache, knobs, *sizes)
   if not job.output_length or not len(job.knobs.seed):
     return _nothing(len(job.knobs.seed), max_new_tokens)
-  out, broken = jax.device_get(_rollout(variables, *prompts, job))
+  out, broken = _run(variables, prompts, job, fewest)
   _check_finite(broken)
   real = np.arange(max_new_tokens)[None] < out.counts[:, None]
   tokens = np.where(real, out.tokens[:, :max_new_tokens], config.eos_id)
@@ -135,6 +140,31 @@ def rollout(
     passes=int(out.passes),
     accepted=int(out.accepted),
   )
+
+
+def _run(variables, prompts, job, fewest):
+  """Returns the result of `_rollout`; rows leave when half have ended."""
+  if not fewest:
+    return jax.device_get(_rollout(variables, *prompts, job))
+  laid_out = 'layers' in variables
+  weights = variables if laid_out else _unstack(job.config, variables)
+  state, whole = _start(weights, *prompts, job), None
+  rows = np.arange(len(job.knobs.seed))
+  while True:
+    half = len(rows) // 2 if len(rows) >= 2 * fewest else 0
+    state = _until(weights, state, job, np.int32(half))
+    out, broken = jax.device_get((_result(state), state.broken))
+    whole = whole or jax.tree.map(np.array, out)
+    for field, part in zip(whole, out, strict=True):
+      if np.ndim(field):
+        field[rows] = part
+    whole = whole._replace(passes=out.passes, accepted=out.accepted)
+    if broken >= 0 or out.ended.all():
+      return whole, broken
+    # Those that go on, and ended ones in the places that are left.
+    chosen = np.argsort(out.ended, kind='stable')[:half]
+    rows, (state, knobs) = rows[chosen], _take(state, job.knobs, chosen)
+    job = dataclasses.replace(job, knobs=knobs)
 
 
 def _nothing(rows: int, width: int) -> Rollout:
@@ -166,9 +196,8 @@ def stream(
   )
   if not job.output_length or not len(job.knobs.seed):
     return
-  weights = variables
-  if 'layers' not in weights:
-    weights = _unstack(config, variables)
+  laid_out = 'layers' in variables
+  weights = variables if laid_out else _unstack(config, variables)
   state = _start(weights, *prompts, job)
   before = np.zeros(len(job.knobs.seed), np.int32)
   while True:
@@ -278,12 +307,23 @@ def _rollout(variables, tokens, valid, job):
   weights = variables
   if 'layers' not in weights:
     weights = forward.unstack(job.config, variables)
-  state = jax.lax.while_loop(
-    lambda state: ~jnp.all(state.done) & (state.broken < 0),
+  state = _until(weights, loop.start(weights, tokens, valid, job), job, 0)
+  return _result(state), state.broken
+
+
+@functools.partial(jax.jit, donate_argnums=1)
+def _until(weights, state, job, most):
+  """Returns the state when at most so many rows go on, or logits are broken."""
+  return jax.lax.while_loop(
+    lambda state: (jnp.sum(~state.done) > most) & (state.broken < 0),
     lambda state: loop.advance(weights, state, job),
-    loop.start(weights, tokens, valid, job),
+    state,
   )
-  out = Rollout(
+
+
+def _result(state) -> Rollout:
+  """Returns the rows' arrays of a state, and its sums."""
+  return Rollout(
     tokens=state.tokens,
     counts=state.counts,
     log_probs=state.log_probs,
@@ -293,7 +333,20 @@ def _rollout(variables, tokens, valid, job):
     accepted=state.accepted,
     routes=latent_cache.routes(state.cache),
   )
-  return out, state.broken
+
+
+@jax.jit
+def _take(state, knobs, rows):
+  """Returns the state and the knobs of some rows."""
+  count = len(state.done)
+
+  def take(x):
+    if isinstance(x, latent_cache.Cache):
+      return latent_cache.taken(x, rows)
+    return x[rows] if jnp.ndim(x) and len(x) == count else x
+
+  is_cache = lambda x: isinstance(x, latent_cache.Cache)
+  return jax.tree.map(take, (state, knobs), is_leaf=is_cache)
 
 
 _unstack = jax.jit(forward.unstack, static_argnums=0)

@@ -131,6 +131,14 @@ def repeated(cache: Cache, samples: int, length: int) -> Cache:
   )
 
 
+def taken(cache: Cache, rows: Int[Array, ' n']) -> Cache:
+  """Returns a cache of some rows, whose pages lie as `empty` made them."""
+  table = cache.table[: len(rows)]
+  old = cache.table[rows].reshape(-1)
+  layers = jax.tree.map(lambda x: x[old], cache.layers)
+  return cache.replace(layers=layers, table=table, lengths=cache.lengths[rows])
+
+
 def implementation(cache_config: CacheConfig) -> str:
   """Returns the implementation of absorbed attention: 'xla', 'tpu' or 'gpu'."""
   if cache_config.impl != 'auto':

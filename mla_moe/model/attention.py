@@ -92,8 +92,8 @@ def _reference(q, k, v, segments, part, scale):
   at = part.positions(q.shape[1])
   seen = (at[:, None] >= jnp.arange(k.shape[1])[None, :])[None, None]
   if segments is not None:
-    of_queries, of_keys = segments
-    seen = seen & (of_queries[:, None, :, None] == of_keys[:, None, None, :])
+    rows, columns = segments[0][:, None, :, None], segments[1][:, None, None]
+    seen = seen & flash.visible(rows, columns)
   probs = jax.nn.softmax(jnp.where(seen, logits, kernels.MASKED), axis=-1)
   out = products.dot('bnts,bsnu->btnu', probs.astype(v.dtype), v)
   return checkpoint_name(out.astype(v.dtype), flash.OUT)

@@ -54,7 +54,8 @@ def _flash(q, k, v, segments, index, scale, count):
 
 def _forward(q, k, v, segments, index, scale, count):
   """Returns the output and the residuals; lists have one item a chunk."""
-  block, chunks = _block_size(q, count), _chunks(q)
+  block = _block_size(q, segments, count)
+  chunks = _chunks(q, block)
   cut = functools.partial(_cut, block=block, chunks=chunks)
   ids = _cut_segments(segments, q.shape[2], block, chunks)
   inputs = list(zip(cut(q), cut(k), cut(v), ids, strict=True))
@@ -77,8 +78,8 @@ def _forward(q, k, v, segments, index, scale, count):
     wide = (*queries.shape[:-1], values.shape[-1])
     return jnp.zeros(wide, jnp.float32), zero + kernels.MASKED, zero
 
-  tiles = _tiles(len(inputs[0][0]), index, count)
-  sums = _scan_tiles(tile, inputs, (start(*c) for c in inputs), tiles)
+  tiles = _tiles(len(inputs[0][0]), index, count, segments, block)
+  sums = _run_tiles(tile, inputs, (start(*c) for c in inputs), tiles)
   out = [out / total[..., None] for out, _, total in sums]
   out = _join(out, *q.shape[1:3])
   # Named here, inside the custom_vjp: the names are those of its residuals.
@@ -91,7 +92,7 @@ def _backward(scale, count, residuals, g):
   """Returns the gradients of q, k and v; none of segments and index."""
   inputs, lse, out, segments, index = residuals
   (queries, *_), *_ = inputs
-  block, dtype, chunks = queries.shape[-2], queries.dtype, _chunks(out)
+  block, dtype, chunks = queries.shape[-2], queries.dtype, len(lse)
   cut = functools.partial(_cut, block=block, chunks=chunks)
   # d logits = p * (dp - delta), delta = <g, out> (Dao et al. 2022, section 3)
   delta = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), -1)
@@ -117,8 +118,8 @@ def _backward(scale, count, residuals, g):
     like = (queries.swapaxes(-1, -2), keys, values)
     return tuple(jnp.zeros(x.shape, jnp.float32) for x in like)
 
-  tiles = _tiles(len(inputs[0][0]), index, count)
-  sums = _scan_tiles(tile, inputs, (start(*c) for c in inputs), tiles)
+  tiles = _tiles(len(inputs[0][0]), index, count, segments, block)
+  sums = _run_tiles(tile, inputs, (start(*c) for c in inputs), tiles)
   dq, dk, dv = zip(*sums, strict=True)
   dq = [x.swapaxes(-1, -2) * scale for x in dq]
   dk = [x * scale for x in dk]
@@ -131,29 +132,40 @@ def _backward(scale, count, residuals, g):
 _flash.defvjp(_forward, _backward)
 
 
+def visible(queries, keys):
+  """Returns where a query sees a key, by segments that broadcast.
+
+  A segment is a document, below 2**20, or answer << 20 | prompt, from answer 1
+  on: an answer sees itself and the prompt that it shares with others.
+  """
+  return (queries == keys) | (queries & (1 << 20) - 1 == keys)
+
+
 # ------------------------------------------------------------------- tiles
 
 
-def _block_size(q, count) -> int:
+def _block_size(q, segments, count) -> int:
   """Returns the side of a tile, whose logits should fit a core's cache.
 
-  Measured on x86: of a short row, small tiles leave more above the diagonal.
-  Each of the 2 * `count` pieces of a sequence that is split over devices is a
-  whole number of blocks.
+  Measured on x86: of a short row, small tiles leave more above the diagonal,
+  and between its segments. Each of the 2 * `count` pieces of a sequence that is
+  split over devices is a whole number of blocks.
   """
   b, t, heads = q.shape[:3]
   most = 256 if b * heads < 32 else 64 if t <= 192 else 128
+  most = 64 if segments is not None and t <= 1152 else most
   if count == 1:
     return min(most, t)
   piece = t // 2
   return next(n for n in range(min(most, piece), 0, -1) if piece % n == 0)
 
 
-def _tiles(blocks, index, count):
-  """Returns (query block, key block, is on the diagonal) of visible tiles.
+def _tiles(blocks, index, count, segments, block):
+  """Returns (query block, key block, is on the diagonal), and how many count.
 
   Query blocks are counted in this device's part of the sequence, key blocks in
-  all of it. All parts have equally many tiles, so that one program serves.
+  all of it. All parts have equally many tiles, so that one program serves. The
+  first ones count: those in which a query may see a key, in any row.
   """
   table = []
   for part in range(count):
@@ -162,23 +174,52 @@ def _tiles(blocks, index, count):
     places = [p * each + i for p in pieces for i in range(each)]
     tiles = [(i, j, p == j) for i, p in enumerate(places) for j in range(p + 1)]
     table.append(np.array(tiles, np.int32))
-  if count == 1:
-    return tuple(jnp.asarray(x) for x in table[0].T)
-  mine = jnp.asarray(np.stack(table))[index]
-  return tuple(mine[:, i] for i in range(3))
+  mine = jnp.asarray(np.stack(table))[index if count > 1 else 0].T
+  if segments is None:
+    return mine, mine.shape[1]
+  queries, keys, diagonal = mine
+  meet = _meeting(*segments, block).any(0)[queries, keys] | (diagonal > 0)
+  return mine[:, jnp.argsort(~meet, stable=True)], meet.sum()
 
 
-def _scan_tiles(tile, inputs, start, tiles):
-  """Scans `tiles`: `tile(chunk, carry, i, j, diagonal)` returns the carry.
+def _meeting(of_queries, of_keys, block):
+  """Returns whether a query of a block may see a key of another, [B, n, m].
+
+  It compares the spans of the blocks' documents or prompts, and those of their
+  answers (`visible`). Spans may meet where no two segments do.
+  """
+
+  def span(ids, real):
+    wide = jnp.pad(real, ((0, 0), (0, -ids.shape[1] % block)))
+    ids = jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % block)))
+    cut = lambda x: x.reshape(len(x), -1, block)
+    low = cut(jnp.where(wide, ids, 2**31 - 1)).min(-1)
+    return low, cut(jnp.where(wide, ids, -1)).max(-1)
+
+  def meet(queries, keys):
+    (low, high), (first, last) = queries, keys
+    over = low[:, :, None] <= last[:, None, :]
+    return over & (high[:, :, None] >= first[:, None, :])
+
+  answer = lambda ids: (ids >> 20, ids >> 20 > 0)
+  outer = span(of_queries & (1 << 20) - 1, of_queries >= 0)
+  prompts = span(of_keys, of_keys >> 20 == 0)
+  answers = (span(*answer(ids)) for ids in (of_queries, of_keys))
+  return meet(outer, prompts) | meet(*answers)
+
+
+def _run_tiles(tile, inputs, start, tiles):
+  """Folds tiles: `tile(chunk, carry, i, j, diagonal)` returns the carry.
 
   `inputs` and `start` have an item for each chunk, and so has the result.
   """
+  table, count = tiles
 
-  def step(carries, at):
-    moved = (tile(c, x, *at) for c, x in zip(inputs, carries, strict=True))
-    return tuple(moved), None
+  def step(n, carries):
+    pairs = zip(inputs, carries, strict=True)
+    return tuple(tile(chunk, carry, *table[:, n]) for chunk, carry in pairs)
 
-  return jax.lax.scan(step, sharding.pvary(tuple(start)), tiles)[0]
+  return jax.lax.fori_loop(0, count, step, sharding.pvary(tuple(start)))
 
 
 def _mask(logits, ids, i, j, diagonal, transposed=False):
@@ -197,19 +238,19 @@ def _mask(logits, ids, i, j, diagonal, transposed=False):
   )
   if ids is None:
     return logits
-  rows, columns = ids[0][i], ids[1][j]
-  rows, columns = (columns, rows) if transposed else (rows, columns)
-  same = rows[..., :, None] == columns[..., None, :]
-  return jnp.where(same, logits, kernels.MASKED)
+  queries, keys = ids[0][i][..., :, None], ids[1][j][..., None, :]
+  if transposed:
+    queries, keys = queries.swapaxes(-1, -2), keys.swapaxes(-1, -2)
+  return jnp.where(visible(queries, keys), logits, kernels.MASKED)
 
 
 # ------------------------------------------------------------------ chunks
 
 
-def _chunks(q) -> int:
+def _chunks(q, block) -> int:
   """Returns the number of chunks that rows and heads are cut into."""
   b, _, heads = q.shape[:3]
-  wide = b * heads % 4 == 0 and b * heads * _block_size(q, 1) ** 2 >= 1 << 18
+  wide = b * heads % 4 == 0 and b * heads * block**2 >= 1 << 18
   on_cpu = _without_mesh() and jax.default_backend() == 'cpu'
   return 4 if wide and on_cpu else 1
 

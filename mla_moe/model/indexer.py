@@ -24,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mla_moe import sharding
 from mla_moe.config import DSAConfig, ModelConfig
-from mla_moe.model import products, rope, weights
+from mla_moe.model import flash, products, rope, weights
 from mla_moe.model.sequence import Part
 from mla_moe.types import Array, Float, Int, PyTree
 
@@ -168,7 +168,7 @@ def select(
       take = lambda x: jax.lax.dynamic_slice_in_dim(x, j * width, width, 1)
       seen = ids <= positions[..., None]
       if segments is not None:
-        seen = seen & (of_queries[..., None] == take(of_keys)[:, None])
+        seen &= flash.visible(of_queries[..., None], take(of_keys)[:, None])
       of_tile = jnp.where(seen, scores(q, w, take(keys)), -jnp.inf)
       ids = jnp.broadcast_to(jnp.where(seen, ids, -1), of_tile.shape)
       # The best so far have lower indices than the tile, and `top_k` prefers

@@ -221,8 +221,9 @@ def _mean(probs, axes):  # over all heads: [B, T, keys]
 def _visible(positions, of_queries, length, of_keys):
   """Returns the mask [B, T, S] of the keys that each query may see."""
   mask = jnp.arange(length)[None, None] <= positions[..., None]
-  same = of_keys is None or of_queries[..., None] == of_keys[:, None]
-  return mask & same
+  if of_keys is None:
+    return mask
+  return mask & flash.visible(of_queries[..., None], of_keys[:, None])
 
 
 def _measure(config, axes, segments, part, q, keys, index, selected, size):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from mla_moe import sharding
 from mla_moe.config import ConfigError, ModelConfig
-from mla_moe.model import block, embedding, layers, products, rope
+from mla_moe.model import block, embedding, flash, layers, products, rope
 from mla_moe.types import Array, Float, Int, PyTree
 
 
@@ -97,7 +97,7 @@ def entropy(
   t = q.shape[1]
   seen = jnp.tril(jnp.ones((1, t, t), bool))
   if segments is not None:
-    seen = seen & (segments[0][:, :, None] == segments[1][:, None, :])
+    seen &= flash.visible(segments[0][:, :, None], segments[1][:, None])
 
   def one_head(pair):
     logits = products.dot('bth,bsh->bts', *pair) * scale

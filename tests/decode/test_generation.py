@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import pathlib
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -498,3 +499,33 @@ def test_sampling_with_drafts_keeps_the_model_s_distribution():
     # Two samples of 512: a token's counts differ by a few deviations at most.
     spread = np.sqrt(plain + drafted + 1)
     assert (np.abs(plain - drafted) < 4.5 * spread).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('drafts', [False, True])
+def test_rows_that_have_ended_leave_and_change_nothing(drafts, monkeypatch):
+  """Programs of 8, 4 and 2 rows draw what one of 8 rows does."""
+  case = 'v3_release' if drafts else 'v2_lite'
+  config, _, expected = golden(case)
+  counts = []
+  take = generation._take
+  monkeypatch.setattr(
+    generation, '_take', lambda *x: counts.append(len(x[2])) or take(*x)
+  )
+  options = dict(
+    samples=4,
+    multiple=16,
+    temperature=1.0,
+    seed=np.arange(8),
+    stop_ids=range(0, config.vocab, 7),
+    cache=CacheConfig(routes=True, page=16),
+    speculative=drafts,
+  )
+  args = config, weights(case), expected['greedy'][:2, :8], 16
+  one, two = (rollout(*args, fewest=n, **options) for n in (0, 2))
+  assert counts == [4, 2]
+  assert one.ended.sum() > 4
+  floats = lambda out: (out.log_probs, out.drawn)
+  plain = lambda out: out._replace(log_probs=0, drawn=0)
+  chex.assert_trees_all_equal(plain(one), plain(two))
+  chex.assert_trees_all_close(floats(one), floats(two), atol=1e-5)

@@ -12,6 +12,8 @@ from mla_moe import sharding
 from mla_moe.config import MLAConfig, RopeConfig
 from mla_moe.model import attention, flash, rope, sequence
 
+BOTH = ('reference', 'xla')
+
 
 @functools.partial(jax.jit, static_argnames='impls')
 def outputs_and_gradients(args, g, segments, impls):
@@ -39,17 +41,37 @@ def inputs(t, batch=2, heads=3, dtype=jnp.float32):
 @pytest.mark.parametrize(
   't, heads',
   [
-    *((1, 3), (256, 3), (515, 4), (130, 16)),
+    *((1, 3), (256, 3), (515, 4), (130, 32)),
     pytest.param(7, 3, marks=pytest.mark.slow),
   ],
 )
 def test_blocks_equal_the_oracle(t, heads, packed):
-  """The last two are padded; the third is wide enough to be cut into parts."""
+  """The last two are padded, and wide enough to be cut into parts."""
   args, g, segments = inputs(t, heads=heads)
-  assert flash._chunks(args[0]) == (4 if heads == 4 else 1)
   segments = (segments, segments) if packed else None
-  outs = outputs_and_gradients(args, g, segments, ('reference', 'xla'))
+  block = flash._block_size(args[0], segments, 1)
+  chunks = 4 if heads == 32 or block == 256 and heads == 4 else 1
+  assert flash._chunks(args[0], block) == chunks
+  outs = outputs_and_gradients(args, g, segments, BOTH)
   chex.assert_trees_all_close(*outs, atol=2e-5, rtol=2e-5)
+
+
+def test_answers_see_the_prompt_that_they_share_and_no_other():
+  """A tile in which no query sees a key is left out: a NaN is not read."""
+  (q, k, v), g, documents = inputs(256)
+  # A prompt, two answers, and another prompt; each row has its own lengths.
+  names = np.array([0, 1 << 20, 2 << 20, 1])
+  answers = jnp.asarray(names, jnp.int32)[documents]
+  both = outputs_and_gradients((q, k, v), g, (answers,) * 2, BOTH)
+  chex.assert_trees_all_close(*both, atol=2e-5, rtol=2e-5)
+  row = np.repeat([0, 1 << 20, 2 << 20, -1], 64)
+  row = jnp.asarray(np.stack([row, row]), jnp.int32)
+  run = functools.partial(outputs_and_gradients, g=g, segments=(row, row))
+  sound, (out, _) = run((q, k, v), impls=BOTH)
+  chex.assert_trees_all_close(sound[0], out, atol=2e-5, rtol=2e-5)
+  out, _ = run((q, k, v.at[:, 64:128].set(jnp.nan)), impls=BOTH)[1]
+  chex.assert_trees_all_close(sound[0][:, 128:], out[:, 128:], atol=2e-5)
+  assert np.isnan(out[:, 64:128]).all()
 
 
 def test_yarn_scales_logits_by_one_m_and_rotations_by_the_ratio():

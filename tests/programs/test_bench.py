@@ -482,7 +482,7 @@ def test_both_sides_of_a_race_have_the_same_numbers(tmp_path):
   rl.questions(tmp_path / 'q.jsonl', 10)
   first = json.loads((tmp_path / 'q.jsonl').read_text().split('\n')[0])
   assert len(first['prompt']) == 9  # and the begin token
-  job = rl.Job('m', str(tmp_path / 'q.jsonl'), 10, 10, beta=0.5, micro=64)
+  job = rl.Job('m', str(tmp_path / 'q.jsonl'), 10, 10, 32, 16, 0.5, 0, (49, 64))
   config = rl.config(dataclasses.asdict(job))
   policy.check(config)
   assert config.data.batch_size == job.prompts * job.samples == 512

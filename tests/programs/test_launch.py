@@ -559,12 +559,57 @@ def test_a_config_that_is_not_sent_is_a_fault(clone, monkeypatch):
 
 def test_a_config_of_another_program_is_a_fault(clone):
   """The program itself would refuse it, on machines that cost money."""
-  teachers = "--config.rl.teachers=(('runs/one', 1.0),)"
-  words = ['--config.rl.task=questions.jsonl', teachers]
   for case in ('tpu', 'slurm'):
-    line, *_ = faults(case, *words, flags=[f'--topology={SIZES[case]}'])
-    assert line.startswith("config.rl.task='questions.jsonl': a launch starts")
-    assert line.isprintable() and 'the teachers' in line
+    flags = [f'--topology={SIZES[case]}']
+    (line,) = faults(case, '--config.rl.task=sort8', flags=flags)
+    assert line == (
+      "config.rl.task='sort8': is not for experiments.train; launch it with "
+      '--program=rl'
+    )
+    (line,) = faults(case, flags=[*flags, '--program=rl'])
+    assert line.endswith(
+      'experiments.rl; launch it with --program=train or sft'
+    )
+  with pytest.raises(ConfigError, match='must be train, sft or rl'):
+    faults('tpu', flags=['--program=serve'])
+
+
+def test_reinforcement_and_fine_tuning_are_launched_with_their_flags(clone):
+  (clone / 'rl.py').write_text(
+    'from configs import r1_tiny\n\nget_config = r1_tiny.get_config\n'
+  )
+  git = ['git', '-c', 'user.name=a', '-c', 'user.email=a@b.example']
+  (clone / 'text' / 'x.jsonl').write_text('')
+  subprocess.run([*git, 'add', '.'], check=True)
+  subprocess.run([*git, 'commit', '-qm', 'two'], check=True)
+  rl = lambda case, *words, size='': faults(
+    case, *words, config='rl.py',
+    flags=['--program=rl', f'--topology={size or SIZES[case]}'],
+  )  # fmt: skip
+  assert rl('tpu', '--allow_code') == []
+  assert rl('vm', size='h100:8') == []
+  (line,) = rl('slurm')
+  assert 'one process draws all answers, and h100:8 has 8 processes' in line
+  (line,) = rl('tpu', size='v5e:2x4') + rl('tpu', size='v5p:2x2x2')
+  assert 'has 2 processes' in line
+  (line,) = rl('tpu', '--config.rl.minibatches=2')
+  assert line.startswith('data.batch_size=512: the answers of an update')
+  (line,) = rl('tpu', '--config.rl.task=gone.jsonl')
+  assert line.startswith('config.rl.task=gone.jsonl')
+  (line,) = rl('tpu', '--teacher=/elsewhere/run')
+  assert '/elsewhere/run' in line
+  tune = lambda file: faults(
+    'tpu', '--data', file, config='rl.py:cold',
+    flags=['--program=sft', '--topology=v5e:2x4'],
+  )  # fmt: skip
+  (line,) = tune('text/gone.jsonl')
+  assert line.startswith('config.data.source=text/gone.jsonl')
+  assert tune('text/x.jsonl') == []
+  words = CASES['tpu'][0], 'up', *CASES['tpu'][1:]
+  _, _, job, *_ = launch.parse([*words, '--program=rl', '--', '--allow_code'])
+  text = as_typed(launch.commands('tpu', 'up', job))
+  assert '-m experiments.rl --allow_code' in text
+  assert ',viz,rl' in text
 
 
 def test_a_mesh_of_another_size_is_a_fault_whose_cure_is_one(clone):

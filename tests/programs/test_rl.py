@@ -416,6 +416,25 @@ def test_the_split_into_micro_batches_changes_nothing(whole, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('replay', ['compare', 'train'])
+def test_a_prompt_that_answers_share_changes_nothing(replay, whole, tmp_path):
+  """Each column has the same history, so only the columns are fewer."""
+  data = {'seq_len': 40, 'micro_batch': 1}
+  config = small(prompt='shared', replay=replay, data=data, run={'steps': 2})
+  train.run(config, tmp_path / 'run', open_source=policy.opened())
+  # After an update, replayed routes are no longer the router's own.
+  same = steps(whole)[: 1 if replay == 'train' else 2]
+  for one, two in zip(same, steps(tmp_path / 'run'), strict=False):
+    assert one['reward'] == two['reward']
+    for name in ('loss', 'grad_norm', 'kl', 'kl_old', 'ratio_max'):
+      chex.assert_trees_all_close(one[name], two[name], rtol=1e-4, atol=1e-7)
+  first, second = steps(tmp_path / 'run')
+  assert (first['ratio_max'], first['kl_old']) == (1.0, 0.0)
+  assert second['ratio_max'] > 1.0
+  assert first['route_flips'] == 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('replay', ['none', 'rollout', 'train'])
 def test_routes_without_a_flip_change_nothing(replay, whole, tmp_path):
   """In float32 two programs choose alike, so that all modes are one."""

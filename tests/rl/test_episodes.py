@@ -5,6 +5,7 @@ import pytest
 
 from experiments.rl import episodes
 from mla_moe.config import ConfigError
+from mla_moe.model import flash
 
 
 def _answer(p, c, start=10):
@@ -66,6 +67,58 @@ def test_routes_stand_at_the_tokens_that_are_read():
     out.routes, np.broadcast_to(want, (2, 1, 7, 2, 2))
   )
   assert out.routes.dtype == np.int16
+
+
+def test_a_shared_prompt_by_hand():
+  """Its last token begins each answer; the next row has it once more."""
+  prompt = np.array([10, 11, 12])
+  pairs = [(prompt, ids) for ids in ([20], [30, 31], [40, 41, 42])]
+  answers = [
+    _answer(len(p), len(ids))._replace(prompt=p, tokens=np.array(ids))
+    for p, ids in [*pairs, (np.array([50]), [51, 52])]
+  ]
+  ids = lambda a: np.r_[a.prompt, a.tokens][:-1, None, None]
+  answers = [a._replace(routes=ids(a).astype(np.int16)) for a in answers]
+  out = episodes.pack(answers, 6, 1, True, 'shared')
+  assert out.count == 2
+  read = [[10, 11, 12, 40, 41, 12], [10, 11, 12, 30, 50, 51]]
+  assert out.tokens[:2, 0].tolist() == read
+  assert out.targets[0, 0].tolist() == [-1, -1, 40, 41, 42, 20]
+  assert out.positions[0, 0].tolist() == [0, 1, 2, 3, 4, 2]
+  assert out.positions[1, 0].tolist() == [0, 1, 2, 3, 0, 1]
+  one, two = 1 << 20, 2 << 20
+  assert out.segments[0, 0].tolist() == [0, 0, one, one, one, two]
+  assert out.segments[1, 0].tolist() == [0, 0, one, one, two + 1, two + 1]
+  assert out.rollout[0, 0].tolist() == [0, 0, -1, -2, -3, -1]
+  want = np.where(out.segments < 0, -1, out.tokens)
+  np.testing.assert_array_equal(out.routes[..., 0, 0], want)
+
+
+def test_each_answer_has_one_place_after_a_shared_prompt():
+  rng = np.random.default_rng(0)
+  answers = [
+    _answer(p, c, start=100 * i)._replace(
+      prompt=np.arange(100 * q, 100 * q + p)
+    )
+    for q, p in enumerate(rng.integers(1, 6, 8))
+    for i, c in enumerate(rng.integers(1, 9, 6), start=10 * q + 1)
+  ]
+  out = episodes.pack(answers, 20, 4, True, 'shared')
+  seen = []
+  for row in zip(*(x.reshape(-1, 20) for x in out[:4]), strict=True):
+    tokens, targets, segments, positions = row
+    for segment in {*segments[targets >= 0]}:
+      mine = segments == segment
+      see = flash.visible(segment, segments)
+      order = np.argsort(positions[see], kind='stable')
+      read = tokens[see][order].tolist()
+      assert positions[see][order].tolist() == [*range(len(read))]
+      seen.append((read, targets[mine].tolist()))
+  want = [
+    ([*a.prompt.tolist(), *a.tokens.tolist()][:-1], a.tokens.tolist())
+    for a in answers
+  ]
+  assert sorted(seen) == sorted(want)
 
 
 def test_an_answer_that_no_row_holds():

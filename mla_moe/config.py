@@ -393,8 +393,7 @@ class Config(Checked):
     )
     if self.optim.trains == 'indexer' and not model.dsa.heads:
       raise ConfigError("optim.trains='indexer': needs model.dsa.heads above 0")
-    copied = self.rl.prompt == 'copied'  # else all answers follow the prompt
-    if copied and data.seq_len > model.max_positions:
+    if data.seq_len > model.max_positions and self.rl.prompt == 'copied':
       raise ConfigError(
         f'data.seq_len={data.seq_len}: the model has '
         f'model.max_positions={model.max_positions}; shorten the sequences or '

@@ -124,7 +124,7 @@ def measure(seed: int, args) -> dict:
 
   def train(name: str, params, router, first: int):
     config = stages[name]
-    init, step, _ = paired.programs(config)
+    init, step, _ = _programs(config)
     state = init(jax.random.key(seed))
     if params is not None:
       copies = jax.tree.map(jnp.copy, (params, router))
@@ -157,9 +157,19 @@ def measure(seed: int, args) -> dict:
   }
 
 
+def _programs(config: c.Config):
+  """Returns `paired.programs` of a config; schedules are arguments of them."""
+  optim = dataclasses.replace(
+    config.optim, phases=c.OptimConfig().phases, warmup_steps=0
+  )
+  return paired.programs(
+    dataclasses.replace(config, optim=optim, run=c.RunConfig())
+  )
+
+
 def _judged(config: c.Config, variables: dict, *, args, seed: int) -> float:
   """Returns the held-out loss of a model's variables in nats a byte."""
-  init, _, evaluate = paired.programs(config)
+  init, _, evaluate = _programs(config)
   text = paired.text()
   state = init(jax.random.key(seed)).replace(**variables)
   heldout = batches.eval_batches(

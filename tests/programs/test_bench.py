@@ -1,5 +1,6 @@
 """The benchmarks' own arithmetic, and their contenders' turns."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -31,6 +32,7 @@ from experiments.bench import (
   sealing,
   show,
   sparse,
+  sparse_quality,
   thought,
   train,
 )
@@ -188,6 +190,40 @@ def test_the_gap_between_losses_is_relative_and_smoothed():
   chex.assert_trees_all_close(jump.tolist(), [0.0, 0.1, 0.19], rtol=1e-12)
   with pytest.raises(ConfigError, match='different steps'):
     precision.gap(reference, {'step': [1], 'loss': [1.0]})
+
+
+def test_sparse_quality_is_the_mean_of_its_pairs():
+  row = lambda seed, dense, sparse: {
+    'seed': seed, 'before': 2.0, 'dense': dense, 'sets': 1.5, 'nll': sparse,
+  }  # fmt: skip
+  rows = [row(0, 1.0, 1.002), row(1, 2.0, 2.008)]
+  (first, _) = sparse_quality.table(rows)
+  assert first[1:] == ('2.8854', '1.4427', '2.1640', '1.4456', '+0.20%')
+  text = sparse_quality.verdict(rows)
+  # 12.71 standard errors of 0.1 % on either side.
+  assert '+0.30%, 95 % from -0.97% to +1.57%; 2 pairs' in text
+  assert '95 %' not in sparse_quality.verdict(rows[:1])
+
+
+@pytest.mark.slow
+def test_sparse_quality_trains_both_ways(tmp_path):
+  out = tmp_path / 'out'
+  sizes = dict(dense=2, warmup=2, sparse=2, length=32, topk=8, heldout=1)
+  words = [f'--{name}={size}' for name, size in sizes.items()]
+  program.run('sparse_quality', [f'--out={out}', '--seeds=1', *words])
+  (row,) = paired.rows(out / 'sparse_quality.jsonl')
+  counts = {name: len(steps) for name, steps in row['steps'].items()}
+  assert counts == {'before': 2, 'dense': 4, 'warmup': 2, 'sparse': 2}
+  losses = [row[name] for name in ('before', 'dense', 'sets', 'nll')]
+  assert len({*losses}) == 4 and all(1 < loss < 7 for loss in losses)
+  masses = [step['index_mass'] for step in row['steps']['warmup']]
+  assert all(0 < mass <= 1.001 for mass in masses)
+  assert (out / 'sparse_quality.html').exists()
+  # The trunk is frozen in the warm-up, and the dense model reads all keys.
+  args = argparse.Namespace(**sizes)
+  stages = sparse_quality.configs(args)
+  assert stages['warmup'].optim.trains == 'indexer'
+  assert not stages['dense'].model.dsa.heads
 
 
 @pytest.mark.slow

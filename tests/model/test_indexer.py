@@ -421,13 +421,12 @@ def test_each_loss_is_clipped_by_its_own_norm():
 @pytest.mark.parametrize(
   'sizes', [{'tensor': 2, 'context': 2, 'fsdp': 2}, {'tensor': 2, 'data': 2}]
 )
-@pytest.mark.parametrize('topk', [K, 2])
-def test_a_mesh_changes_nothing(sizes, topk):
-  """Sets, losses and gradients; 2 of 24 keys are gathered, 5 are masked."""
+@pytest.mark.parametrize('rank', [8, 48])
+def test_a_mesh_changes_nothing(sizes, rank):
+  """Sets, losses and gradients; short latents are gathered, long ones not."""
   data = c.DataConfig(seq_len=T, batch_size=4)
-  model = dataclasses.replace(
-    MODEL, dsa=dataclasses.replace(DSA, topk=topk), mtp=c.MTPConfig(1)
-  )
+  mla = dataclasses.replace(MLA, kv_rank=rank)
+  model = dataclasses.replace(MODEL, mla=mla)
   optimizer = c.OptimConfig(clip=1e9)
   config = c.Config(model=model, data=data, optim=optimizer)
   text = np.random.default_rng(1).integers(2, 64, (1, 4, T)).astype(np.int32)
@@ -435,7 +434,7 @@ def test_a_mesh_changes_nothing(sizes, topk):
   ids = np.repeat([0, 1], [9, 15])[None, None]
   ids = np.broadcast_to(ids, (1, 4, T)).astype(np.int32)
   batch = types.Batch(text, np.roll(text, -1, -1), ids, places, np.int32(1))
-  assert sparse.choose_form(T, model) == {K: 'masked', 2: 'gathered'}[topk]
+  assert sparse.choose_form(T, model) == {48: 'masked', 8: 'gathered'}[rank]
 
   def run(config, mesh):
     state = init_state(jax.random.key(0), config, mesh)

@@ -67,6 +67,8 @@ _PATH_WORDS = {'PATH', 'DIR', 'FILE'}
 def claim(folder: os.PathLike | str, config: Config):
   """Yields the folder, made if need be, with its lock and its config.json.
 
+  After a ConfigError in the block the config.json of before is back.
+
   Raises:
     ConfigError: the folder is a file, cannot be written, is locked by another
       process or holds a run of another config (names the fields); or the
@@ -82,9 +84,16 @@ def claim(folder: os.PathLike | str, config: Config):
   path = pathlib.Path(folder)
   if not os.fspath(folder):
     raise ConfigError("workdir='': name the run's folder, such as runs/mine")
+  saved = path / 'config.json'
   with lock(path):
+    before = saved.read_text(encoding='utf-8') if saved.exists() else None
     _bind(path, config, text)
-    yield path
+    try:
+      yield path
+    except ConfigError:  # a refused start names no other text or base
+      if before is not None:
+        write(saved, before)
+      raise
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import json
@@ -109,6 +110,23 @@ def test_a_program_that_is_refused_leaves_nothing(tmp_path):
     raise ConfigError('a later step')
   names = {entry.name for entry in path.iterdir()}
   assert names == {'notes', 'lock', 'config.json', 'metrics.jsonl'}
+
+
+def test_a_refused_start_leaves_the_config_of_the_run(tmp_path):
+  """Whose harmless fields, paths among them, may be those of the new start."""
+  path = tmp_path / 'run'
+  with workdir.claim(path, CONFIG):
+    (path / 'checkpoints').mkdir()
+  before = (path / 'config.json').read_text()
+  run = dataclasses.replace(CONFIG.run, steps=CONFIG.run.steps + 7)
+  other = dataclasses.replace(CONFIG, run=run)
+  with pytest.raises(ConfigError, match='no'), workdir.claim(path, other):
+    assert workdir.read_config(path).run.steps == run.steps
+    raise ConfigError('no')
+  assert (path / 'config.json').read_text() == before
+  with workdir.claim(path, other):
+    pass
+  assert workdir.read_config(path).run.steps == run.steps
 
 
 def test_a_long_file_is_read_at_even_distances(tmp_path):

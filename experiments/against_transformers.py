@@ -81,26 +81,29 @@ def _outputs(
   import jax.numpy as jnp
 
   from mla_moe import Transformer
-  from mla_moe.model import block, rope
+  from mla_moe.model import block, indexer, rope
 
   params, router = variables['params'], variables['router']
   tokens = jnp.asarray(tokens, jnp.int32)
   positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
   angles = rope.angles(positions, config.mla.rope_dim, config.mla.rope)
-  x = params['embedding'][tokens]
-  outputs = [x]
+  carry = params['embedding'][tokens], indexer.no_sets(tokens, config.dsa)
+  outputs = [carry[0]]
   for name, count in (
     ('dense', config.dense_layers),
     ('moe', config.moe_layers),
   ):
     apply = jax.jit(block.Block(config, name == 'moe').apply)
+    if name == 'moe':
+      sets = indexer.enter(carry[1], config.dense_layers, config.dsa)
+      carry = carry[0], sets
     for i in range(count):
       take = lambda leaf, i=i: leaf[i]
       layer = {'params': jax.tree.map(take, params[name])}
       if name in router:
         layer['router'] = jax.tree.map(take, router[name])
-      x, _ = apply(layer, x, angles, None, None)
-      outputs.append(x)
+      carry, _ = apply(layer, carry, angles, None, None)
+      outputs.append(carry[0])
   apply = jax.jit(Transformer(config).apply, static_argnames='method')
   outputs[-1] = apply(variables, tokens, method='features').hidden
   outputs.append(apply(variables, tokens).logits)

@@ -237,7 +237,10 @@ def test_sources_and_validation_sets_are_evaluated_by_name(tmp_path):
   config = Config(data=data, run=RunConfig(steps=3, eval_batches=2))
   opened = source.open_text(config, BYTE, tmp_path / 'run')
   setup = types.SimpleNamespace(
-    evaluate=lambda _, b: {'nll': b.targets[b.targets >= 0].sum() * np.log(2)},
+    evaluate=lambda _, b, base: {
+      'nll': b.targets[b.targets >= 0].sum() * np.log(2)
+    },
+    base=types.SimpleNamespace(params=None),
     place=lambda batch: batch,
     byte_lengths=np.ones(BYTE.vocab, np.int64),
   )

@@ -202,9 +202,9 @@ def activation_bytes(precision, remat):
   one = block.remat_block(config)(config, False)
   x = jnp.zeros((2, 256, 256), jnp.bfloat16)
   angles = rope.angles(jnp.zeros((2, 256), jnp.int32), 8, config.mla.rope)
-  args = (x, angles, None, None)
+  args = ((x, None), angles, None, None)
   params = nn.unbox(jax.eval_shape(lambda: one.init(jax.random.key(0), *args)))
-  run = lambda params, x: one.apply(params, x, *args[1:])[0]
+  run = lambda params, x: one.apply(params, (x, None), *args[1:])[0][0]
   pull = jax.eval_shape(lambda p, x: jax.vjp(run, p, x)[1], params, x)
   # No weight has 512 rows, or it would count as so many tokens.
   of_tokens = lambda a: a.shape[:2] == (2, 256) or a.shape[0] == 512

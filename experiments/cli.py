@@ -104,6 +104,7 @@ def check_paths(config: Config) -> Config:
       path(name, place)
   path('data.tokenizer', config.data.tokenizer)
   path('rl.task', config.rl.task)
+  path('run.base', config.run.base)
   for name, *_ in config.rl.teachers:
     path('rl.teachers', name)
   return config

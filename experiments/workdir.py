@@ -84,15 +84,15 @@ def claim(folder: os.PathLike | str, config: Config):
   path = pathlib.Path(folder)
   if not os.fspath(folder):
     raise ConfigError("workdir='': name the run's folder, such as runs/mine")
-  saved = path / 'config.json'
+  own = path / 'config.json'
   with lock(path):
-    before = saved.read_text(encoding='utf-8') if saved.exists() else None
+    before = own.read_text(encoding='utf-8') if own.exists() else None
     _bind(path, config, text)
     try:
       yield path
     except ConfigError:  # a refused start names no other text or base
       if before is not None:
-        write(saved, before)
+        write(own, before)
       raise
 
 

@@ -391,8 +391,7 @@ class Config(Checked):
     check_divides(
       'mesh.stage', mesh.stage, 'the number of MoE layers', model.moe_layers
     )
-    if self.optim.trains == 'indexer' and not model.dsa.heads:
-      raise ConfigError("optim.trains='indexer': needs model.dsa.heads above 0")
+    model.dsa.check_training(self.optim)
     if data.seq_len > model.max_positions and self.rl.prompt == 'copied':
       raise ConfigError(
         f'data.seq_len={data.seq_len}: the model has '

@@ -52,3 +52,9 @@ class DSAConfig(Checked):
       wrong = f'types={self.types!r}: must be one for each of {model.layers=}'
     if self.heads and wrong:
       raise ConfigError(f'dsa.{wrong}')
+
+  def check_training(self, optim: Checked):
+    """Raises a ConfigError where an OptimConfig would train nothing."""
+    if optim.trains == 'indexer' and not (self.heads and optim.index_loss):
+      rule = 'needs model.dsa.heads and optim.index_loss above 0'
+      raise ConfigError(f"optim.trains='indexer': {rule}")

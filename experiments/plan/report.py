@@ -31,6 +31,7 @@ _MEANS = {
   'routes': "an update's tokens, with the experts that the rollout chose",
   'decoding': 'in a rollout: the weights in the layout of decoding',
   'cache': "in a rollout: its answers' latents",
+  'base': 'the frozen weights under adapters, as their codes',
 }
 
 

@@ -91,7 +91,8 @@ def read(values: dict[str, Any], dtype: str) -> ModelConfig:
   except ConfigError as error:
     # The person has config.json: name its key, not our field.
     field, rest = str(error).split('=', 1) if '=' in str(error) else ('', '')
-    for table in fields.values():
+    part, _, field = field.rpartition('.')
+    for table in [fields[part]] if part in fields else fields.values():
       if field in table:
         key = own.keys.get(table[field], table[field])
         raise ConfigError(f'{key}={rest}') from None
@@ -155,12 +156,15 @@ def _read_dsa(values: dict[str, Any], own: Dialect) -> DSAConfig:
   if not own.own:
     return DSAConfig()
   types = _index_types(values, values['num_hidden_layers'])
-  return DSAConfig(
-    **_fields('dsa', values, own),
-    interleaved=values['indexer_rope_interleave'],
-    q_from='latent' if values.get('q_lora_rank') else 'x',
-    types=types if 'shared' in types else (),
-  )
+  try:
+    return DSAConfig(
+      **_fields('dsa', values, own),
+      interleaved=values['indexer_rope_interleave'],
+      q_from='latent' if values.get('q_lora_rank') else 'x',
+      types=types if 'shared' in types else (),
+    )
+  except ConfigError as error:
+    raise ConfigError(f'dsa.{error}') from None
 
 
 def _index_types(values: dict[str, Any], layers: int) -> tuple[str, ...]:
@@ -173,14 +177,11 @@ def _index_types(values: dict[str, Any], layers: int) -> tuple[str, ...]:
   for key in ('indexer_types', 'index_topk_pattern'):
     if values.get(key):
       named[key] = tuple(words.get(str(x), str(x)) for x in values[key])
-  if period := values.get('index_topk_freq'):
-    first = values.get('index_skip_topk_offset')
-    after = (
-      max(i - (2 if first is None else first), -1) for i in range(layers)
-    )
-    words = 'full', 'shared'
-    ends = ((n + 1) % max(period, 1) > 0 for n in after)
-    named['index_topk_freq'] = tuple(words[n] for n in ends)
+  if (period := values.get('index_topk_freq')) is not None:
+    skip = 2 if (n := values.get('index_skip_topk_offset')) is None else n
+    ends = (max(i - skip + 1, 0) % max(period, 1) for i in range(layers))
+    kinds = ('shared' if end else 'full' for end in ends if period > 0)
+    named['index_topk_freq'] = tuple(kinds)
   for key, types in named.items():
     valid = len(types) == layers and {*types} <= {'full', 'shared'}
     if not valid or types[0] != 'full' or types != next(iter(named.values())):

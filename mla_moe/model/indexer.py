@@ -99,8 +99,9 @@ def project(params: dict, x, q_latent, angles, config: ModelConfig) -> Index:
   q = products.einsum('btq,qhd->bthd', source, params['w_query'])
   k = products.einsum('btd,di->bti', x, params['w_key'])
   k = _layer_norm(k, **params['key_norm'], eps=dsa.k_norm_eps)
-  # float32 also where the model is not: a small error reorders the keys.
-  w = products.dot('btd,dh->bth', x.astype(jnp.float32), params['w_heads'])
+  # A small error reorders the keys: float32, also on devices that round it.
+  wide = x.astype(jnp.float32)
+  w = jnp.einsum('btd,dh->bth', wide, params['w_heads'], precision='highest')
   w = w * (dsa.heads * dsa.dim) ** -0.5
 
   def rotate(x):

@@ -19,13 +19,13 @@ from mla_moe.types import Array, PyTree
 _INDEXER = 'indexer'  # the name of its parameters in a layer
 
 
-def trained(params: PyTree, optim: OptimConfig) -> PyTree:
+def trained(params: PyTree, config: OptimConfig) -> PyTree:
   """Returns the parameters that this run trains, without the others' keys."""
-  if optim.trains == 'all':
+  if config.trains == 'all':
     return params
   if not isinstance(params, dict):
     return None
-  part = lambda k, v: v if k == _INDEXER else trained(v, optim)
+  part = lambda k, v: v if k == _INDEXER else trained(v, config)
   inner = {k: part(k, v) for k, v in params.items()}
   return {k: v for k, v in inner.items() if v} or None
 
@@ -54,13 +54,13 @@ def clipped(grads: PyTree, clip: float) -> tuple[PyTree, dict[str, Array]]:
 
 
 def index_metrics(
-  report: sparse.Report | None, tokens: Array, part: Array
+  report: sparse.Report | None, read: Array, part: Array
 ) -> dict[str, Array]:
   """Returns a micro-batch's part of the metrics of the layers [L].
 
   `index_kl` is the loss in nats a token, `index_mass` the attention that the
   sets keep over the most that sets could, `index_overlap` the share of a set
-  that the layer before selects, too. `tokens` and `part` are `step.Whole`'s.
+  that the layer before selects, too. `read` and `part` are `step.Whole`'s.
   """
   if report is None:
     return {}
@@ -72,7 +72,7 @@ def index_metrics(
     return both.sum() / jnp.maximum((own >= 0).sum(), 1)
 
   return {
-    'index_kl': report.kl / tokens,
+    'index_kl': report.kl / read,
     'index_mass': report.mass * part,
     'index_overlap': jax.lax.map(one, (report.sets, before)) * part,
   }

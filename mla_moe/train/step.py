@@ -58,6 +58,7 @@ class Whole(NamedTuple):
 
   tokens: Array  # [] float32: targets in all real micro-batches
   part: Array  # [] float32: a micro-batch's part of their sequences
+  read: Array  # [] float32: their tokens, with and without a target
   rates: optim.Rates
 
 
@@ -121,7 +122,7 @@ def train_step(
     )
     out = out._replace(stats=stats)
     loss, metrics = objective(out, micro, whole, config)
-    index = stage.index_metrics(out.index, whole.tokens, whole.part)
+    index = stage.index_metrics(out.index, whole.read, whole.part)
     if index:
       loss = loss + config.optim.index_loss * index['index_kl'].sum()
     return loss, {'loss': loss, **metrics, **stats._asdict(), **index}
@@ -136,7 +137,8 @@ def train_step(
   part, opt = optim.apply(tx, grads, state.opt, part, rate, accept)
   params = stage.merged(part, state.params)
   rows = _bias_rows(state.router, config.model)
-  biases = _rebalance(state.router, rows, metrics['load'], rates.bias_rate)
+  gamma = rates.bias_rate if config.optim.trains == 'all' else 0.0
+  biases = _rebalance(state.router, rows, metrics['load'], gamma)
   biases, window = jax.tree.map(
     lambda new, old: jnp.where(accept, new, old),
     (biases, window),
@@ -177,10 +179,9 @@ def _refreshed(reference, latest, number, period) -> PyTree:
 
 def _whole(batch, rates) -> Whole:
   used = jnp.arange(batch.tokens.shape[0]) < batch.count
-  targets = batch.targets >= 0
-  tokens = jnp.sum(targets & used[:, None, None], dtype=jnp.float32)
-  sequences = batch.count * batch.tokens.shape[1]
-  return Whole(tokens, batch.tokens.shape[1] / sequences, rates)
+  count = lambda x: jnp.sum((x >= 0) & used[:, None, None], dtype=jnp.float32)
+  numbers = count(batch.targets), 1 / batch.count, count(batch.segments)
+  return Whole(*numbers, rates)
 
 
 def _judge(window, metrics, norm, optim) -> tuple[Array, PyTree]:

@@ -184,7 +184,10 @@ REFUSED = [
   ({'rope_interleave': False}, 'whatever this says'),
   ({'layer_types': ['full_attention'] * 4}, 'must be an indexed_attention'),
   ({'index_topk': 0}, 'index_topk=0'),
-  ({'index_head_dim': 4}, 'mla.rope_dim=8'),
+  ({'index_head_dim': 4}, 'index_head_dim=4: must not be below mla.rope_dim=8'),
+  ({'index_n_heads': '4'}, "index_n_heads='4': must be of type int"),
+  ({'index_topk_pattern': 5}, 'index_topk_pattern=5: must be of type str or'),
+  ({'index_topk_freq': -4}, 'index_topk_freq=-4'),
 ]
 
 

@@ -368,7 +368,7 @@ def a_run(**changes):
   """A run whose layers are full, and whose attention is dense at first."""
   dsa = dataclasses.replace(DSA, types=(), attention='dense')
   model = dataclasses.replace(
-    MODEL, dsa=dsa, mtp=c.MTPConfig(0), layers=2, dense_layers=2
+    MODEL, dsa=dsa, mtp=c.MTPConfig(0), layers=2, dense_layers=1
   )
   fields = {'trains': 'indexer', 'learning_rate': 1.0, 'weight_decay': 0.0}
   return c.Config(
@@ -391,7 +391,7 @@ def test_the_warm_up_trains_the_indexer_alone():
   config = a_run()
   state = init_state(jax.random.key(0), config)
   train = jax.jit(functools.partial(step.train_step, config=config))
-  rates = optim.Rates(5e-3, 0.0, 0.0)
+  rates = optim.Rates(5e-3, 1e-3, 0.0)
   before, rows = state, []
   for _ in range(60):
     state, metrics = train(state, a_batch(), rates)
@@ -406,7 +406,46 @@ def test_the_warm_up_trains_the_indexer_alone():
   assert names == {name for name in everything if "['indexer']" in name}
   moments = largest(state.opt[0].mu)
   assert moments.keys() == names
+  chex.assert_trees_all_equal(state.router, before.router)
   assert rows[0]['grad_norm'] == 0 < rows[0]['index_grad_norm']
+
+
+def test_the_loss_of_the_index_is_of_tokens_with_and_without_a_target():
+  """A prompt's tokens have none, and count as those of its answer do."""
+  config, batch = a_run(), a_batch()
+  state = init_state(jax.random.key(0), config)
+  train = jax.jit(functools.partial(step.train_step, config=config))
+  answers = batch.targets.copy()
+  answers[..., : T // 2] = -1
+  half = batch._replace(targets=answers)
+  rates = optim.Rates(5e-3, 1e-3, 0.0)
+  both = [train(state, x, rates)[1]['index_kl'] for x in (batch, half)]
+  np.testing.assert_array_equal(*both)
+  assert (both[0] > 0).all()
+
+
+def test_the_weights_of_heads_are_exact():
+  """Also on devices whose products of float32 are rounded to less."""
+  x, q = (
+    jnp.zeros((B, T, n), jnp.bfloat16) for n in (MODEL.dim, MLA.query_rank)
+  )
+  angles = rope.angles(jnp.zeros((B, T), jnp.int32), MLA.rope_dim, MLA.rope)
+  params = {
+    'w_query': jnp.zeros((MLA.query_rank, DSA.heads, DSA.dim)),
+    'w_key': jnp.zeros((MODEL.dim, DSA.dim)),
+    'w_heads': jnp.zeros((MODEL.dim, DSA.heads)),
+    'key_norm': {'scale': jnp.ones(DSA.dim), 'bias': jnp.zeros(DSA.dim)},
+  }
+  trace = jax.make_jaxpr(indexer.project, static_argnums=4)
+  dots = [
+    eqn
+    for eqn in trace(params, x, q, angles, MODEL).eqns
+    if eqn.primitive.name == 'dot_general'
+    and eqn.outvars[0].aval.shape == (B, T, DSA.heads)
+  ]
+  assert [eqn.params['precision'] for eqn in dots] == [
+    (jax.lax.Precision.HIGHEST,) * 2
+  ]
 
 
 def test_each_loss_is_clipped_by_its_own_norm():

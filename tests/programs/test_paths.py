@@ -148,7 +148,7 @@ def test_each_path_of_a_config_is_known():
   }
   no_paths = {'rl.rewards', 'data.phases', 'data.field'}
   paths = {'data.source', 'data.tokenizer', 'rl.task', 'rl.teachers'}
-  paths |= {'data.sources', 'data.validation'}
+  paths |= {'data.sources', 'data.validation', 'run.base'}
   assert fields == paths | no_paths
 
 

@@ -218,15 +218,15 @@ def draw_money(pairs):
 
 
 def _sizes(footprint) -> dict[str, int]:
-  """Returns the parts, without those of a reinforcement that is not there."""
+  """Returns the parts, without those of use that are not there."""
   sizes = dataclasses.asdict(footprint)
-  ours = 'reference', 'teachers', 'routes', 'decoding', 'cache'
+  ours = 'reference', 'teachers', 'routes', 'decoding', 'cache', 'base'
   return {name: n for name, n in sizes.items() if n or name not in ours}
 
 
 def _at_once(footprint) -> dict[str, int]:
   """Returns the parts that the fullest moment has; their sum is `total`."""
-  state = 'parameters', 'optimizer', 'reference', 'teachers'
+  state = 'parameters', 'optimizer', 'base', 'reference', 'teachers'
   ours = 'decoding', 'cache'
   is_rollout = footprint.rollout > footprint.update
   return {

@@ -260,9 +260,10 @@ def test_a_row_is_of_its_own_rollout(tmp_path, monkeypatch):
     monkeypatch.setattr(policy.Policy, name, function)
   source = opened(small(), tmp_path)  # two updates a rollout
   state = types.SimpleNamespace(params=None, router=None, reference=None)
+  setup = types.SimpleNamespace(variables=lambda *_: None)
   rows = []
   for number in range(1, 7):
-    source.batch(None, number, state, 0)
+    source.batch(setup, number, state, 0)
     rows += [source.row(n)['rollout'] for n in (number - 1, number) if n]
   source.close()
   assert rows == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2]

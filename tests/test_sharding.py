@@ -26,6 +26,7 @@ from mla_moe.config import (
   MTPConfig,
 )
 from mla_moe.model import (
+  block,
   collectives,
   moe,
   pipeline,
@@ -210,11 +211,11 @@ def test_a_pipeline_takes_the_rows_that_its_micro_batches_divide(
 class Affine:
   """A layer 10 x + w cos, in the place of a block of experts."""
 
-  def apply(self, w, x, angles, *_):
-    cos = angles.cos
+  def apply(self, w, carry, angles, *_):
+    (x, sets), cos = carry, angles.cos
     load = jnp.full(1, len(x), jnp.int32)
     stats = moe.Stats(load, cos.mean(), x.mean(), load[0])
-    return 10 * x + w * cos, (stats, None)
+    return (10 * x + w * cos, sets), block.Reports(stats, None, None)
 
 
 @pytest.mark.parametrize('micro_batches', [2, 4])

@@ -6,7 +6,7 @@ slowed down by a sleep; the third save, which begins meanwhile, must not wait
 for it. Each process prints the bytes and seconds of its hashes, and the pauses
 of the last two saves, as a line of JSON.
 
-  python -m experiments.bench.sealing RANK PROCESSES FOLDER MIB
+The arguments of such a process are RANK PROCESSES FOLDER MIB.
 """
 
 from __future__ import annotations

@@ -179,8 +179,8 @@ def _refreshed(reference, latest, number, period) -> PyTree:
 
 def _whole(batch, rates) -> Whole:
   used = jnp.arange(batch.tokens.shape[0]) < batch.count
-  count = lambda x: jnp.sum((x >= 0) & used[:, None, None], dtype=jnp.float32)
-  numbers = count(batch.targets), 1 / batch.count, count(batch.segments)
+  n = lambda x: jnp.sum((x >= 0) & used[:, None, None], dtype=jnp.float32)
+  numbers = n(batch.targets), jnp.divide(1, batch.count), n(batch.segments)
   return Whole(*numbers, rates)
 
 

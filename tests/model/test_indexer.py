@@ -340,6 +340,7 @@ def largest(tree):
   }
 
 
+@pytest.mark.slow  # some 20 s of processor
 def test_two_losses_have_disjoint_gradients():
   of_text = largest(gradients(jnp.array([1.0, 0.0]))[0])
   of_index = largest(gradients(jnp.array([0.0, 1.0]))[0])

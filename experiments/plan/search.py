@@ -2,13 +2,15 @@
 
 Every mesh that a slice allows is measured (`memory.footprint`). Of those that
 fit, the one with the least traffic wins: nothing here knows how much of it
-hides behind computing. A device takes one sequence at a time, which needs the
-least memory without `context`.
+hides behind computing. A device takes one sequence at a time, or a part of one:
+at length `context` divides it, else one sequence may be too much for a device,
+and 16 sequences occupy 16 devices alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 from mla_moe import sharding
@@ -19,6 +21,7 @@ from .. import chips
 from . import memory, traffic
 
 AXES = sharding.AXES
+PART = 4096  # tokens of a sequence: the search makes no shorter parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +80,13 @@ def plan(config: Config, slice_: chips.Slice, layout: PyTree) -> Plan:
 def best_on(config: Config, slice_: chips.Slice, layout: PyTree) -> Plan | None:
   """Returns the plan that fits a slice with the least traffic, or None."""
   fitting = []
-  # No mesh holds less than an even part of the state.
-  if memory.state_bytes(layout, MeshConfig()) > slice_.devices * (
-    slice_.chip.planned
-  ):
-    return None
+  state = memory.state_bytes(layout, MeshConfig())
   for mesh in _meshes(config, slice_.devices):
+    # No mesh holds less than an even part of the state.
+    shards = mesh.fsdp * mesh.expert * mesh.tensor
+    shards *= mesh.data if mesh.states == 'zero1' else 1
+    if state > shards * slice_.chip.planned:
+      continue
     on_mesh = _on_mesh(config, mesh, slice_.count)
     if on_mesh is None:
       continue
@@ -164,13 +168,18 @@ def gib(size: float) -> str:
 
 def _meshes(config: Config, devices: int) -> Iterator[MeshConfig]:
   experts = config.model.moe.experts if config.model.moe_layers else 1
-  for expert in _powers(min(devices, experts, 64)):
-    for tensor in _powers(min(devices // expert, 8)):
-      left = devices // (expert * tensor)
-      for fsdp in _powers(left):
-        sizes = dict(data=left // fsdp, fsdp=fsdp, expert=expert, tensor=tensor)
-        others = dict.fromkeys(set(AXES) - set(sizes), 1)
-        yield dataclasses.replace(config.mesh, **sizes, **others)
+  parts = max(config.data.seq_len // PART, 1)
+  for context, expert, tensor in itertools.product(
+    _powers(min(devices, parts)),
+    _powers(min(devices, experts, 64)),
+    _powers(min(devices, 8)),
+  ):
+    left = devices // (context * expert * tensor)
+    for fsdp in _powers(left):
+      sizes = dict(data=left // fsdp, fsdp=fsdp, expert=expert)
+      sizes |= dict(context=context, tensor=tensor)
+      others = dict.fromkeys(set(AXES) - set(sizes), 1)
+      yield dataclasses.replace(config.mesh, **sizes, **others)
 
 
 def _powers(most: int) -> list[int]:
@@ -183,6 +192,8 @@ def _on_mesh(config: Config, mesh: MeshConfig, slices: int) -> Config | None:
   None if the model or the mesh does not divide.
   """
   rows = mesh.data * mesh.fsdp * mesh.expert
+  if config.data.batch_size % rows:
+    return None
   try:
     data = dataclasses.replace(config.data, micro_batch=rows)
     on_mesh = dataclasses.replace(config, mesh=mesh, data=data)

@@ -2,6 +2,7 @@
 
   python -m experiments.train --config=configs/deepseek_v32.py:warmup \
     --init=RUN_OF_V3 --workdir=DIR
+  python -m experiments.plan --config=configs/deepseek_v32.py:warmup
 
 and then `:sparse`, begun from the warm-up's run; not run here. Variants: warmup
 (the indexers alone, from dense attention: 2.1B tokens), sparse (the default:

@@ -114,7 +114,8 @@ def draw(runs: list[history.History], names: list[str], colours: list):
       plot.plot(x, y, style, color=colour, lw=1.2, ms=3)
     plot.set(title=title, xlabel=abscissa, ylabel=unit)
     plot.xaxis.set_major_formatter(ticker.EngFormatter())  # 40 k, 5 T
-    if title == 'Gradient norm':
+    drawn = (line.get_ydata(orig=False) for line in plot.lines)
+    if title == 'Gradient norm' and any((y > 0).any() for y in drawn):
       plot.set_yscale('log')
   figure.legend(
     axes[0, 0].lines,

@@ -132,7 +132,8 @@ def to_run(
     model = combined(model, recipe.model)
     config = dataclasses.replace(recipe, model=model, data=data)
     sharding.check(config)
-    variables = indexers.completed(variables, model, config.run.seed, mesh)
+    args = model, config.run.seed, config.optim.trains, mesh
+    variables = indexers.completed(variables, *args)
     state = _fresh_state(variables, config.optim)
     with (
       save.replacing(target) as scratch,
@@ -257,6 +258,11 @@ def to_huggingface(
     extras=extras,
     force=force,
   )
+  if config.model.dsa.heads and config.model.dsa.attention == 'dense':
+    print(
+      f"The release's readers attend to {config.model.dsa.topk} keys; this "
+      "model was trained dense (model.dsa.attention='dense')."
+    )
 
 
 def _write_adapters(

@@ -29,6 +29,7 @@ _VIO = {'max_vio': 0, 'max_vio_running': 0}
 _VIO |= {'max_vio_layers': 1, 'max_vio_running_layers': 1}
 _OPTIONAL = {'tokens_per_s': 0, 'mfu': 0, 'entropy': 1, 'bias_norm': 1}
 _OPTIONAL |= {'index_kl': 1, 'index_mass': 1, 'index_overlap': 1}
+_OPTIONAL |= {'index_grad_norm': 0}
 _OPTIONAL |= {'load': 2, 'gzip_bits_per_byte': 0} | _VIO
 # The same of an update of reinforcement learning. The numbers of a rollout may
 # be in the row of its first update alone; `entropy` is the policy's.

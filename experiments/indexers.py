@@ -36,9 +36,15 @@ def added(dense: ModelConfig, dsa: DSAConfig) -> ModelConfig:
 
 
 def completed(
-  variables: PyTree, config: ModelConfig, seed: int, mesh: Any = None
+  variables: PyTree,
+  config: ModelConfig,
+  seed: int,
+  trains: str,
+  mesh: Any = None,
 ) -> PyTree:
   """Returns the variables with random indexers where the config's are absent.
+
+  A run that is to train more than them (`trains`), or sparse, is given a hint.
 
   The indexers alone are computed: XLA leaves out the rest of the random model.
   """
@@ -63,11 +69,24 @@ def completed(
   leaves = jax.jit(fresh, out_shardings=places)(jax.random.key(seed))
   count = sum(x.size for x in leaves.values())
   print(
-    f'The model is dense: {count:,} parameters of its indexers are random. Its '
-    "warm-up trains them alone: --config.model.dsa.attention='dense'"
+    f'The model is dense: {count:,} parameters of its indexers are random.'
+    + _hint(config.dsa.attention, trains)
   )
   params = functools.reduce(_with, leaves.items(), variables['params'])
   return {**variables, 'params': params}
+
+
+def _hint(attention: str, trains: str) -> str:
+  """Returns the flags that make a run the warm-up, or '' where it is one."""
+  flags = [
+    f' --config.{name}={warm}'
+    for name, value, warm in (
+      ('model.dsa.attention', attention, 'dense'),
+      ('optim.trains', trains, 'indexer'),
+    )
+    if value != warm
+  ]
+  return ' The warm-up trains them alone:' * bool(flags) + ''.join(flags)
 
 
 def _with(tree: PyTree, item: tuple[tuple[str, ...], Any]) -> PyTree:

@@ -236,14 +236,32 @@ def _learning(steps, evals) -> str:
     plot.set_ylim(0, None)
     page.legend(plot)
   plot.set(title='Held-out text', xlabel='step', ylabel='bits per byte')
-  for plot, name, unit in (
-    (axes[1, 0], 'lr', 'learning rate'),
-    (axes[1, 1], 'grad_norm', 'gradient norm'),
+  axes[1, 0].plot(x, [row['lr'] for row in steps])
+  _norms(axes[1, 1], steps)
+  for plot, unit in zip(
+    axes[1], ('learning rate', 'gradient norm'), strict=True
   ):
-    plot.plot(x, [row[name] for row in steps])
     plot.set(title=unit.capitalize(), xlabel='step', ylabel=unit)
-  axes[1, 1].set_yscale('log')
   return _over_steps(figure, axes)
+
+
+def _norms(plot, steps) -> None:
+  """Draws the norms of gradients; the log scale is for positive ones alone.
+
+  A warm-up trains the indexers alone: the norm of all else is 0.
+  """
+  names = {'grad_norm': 'the model', 'index_grad_norm': 'indexers'}
+  norms = {
+    label: [row.get(name, np.nan) for row in steps]
+    for name, label in names.items()
+    if any(name in row for row in steps)
+  }
+  for label, norm in norms.items():
+    plot.plot([row['step'] for row in steps], norm, label=label)
+  if any(x > 0 for norm in norms.values() for x in norm):
+    plot.set_yscale('log')
+  if len(norms) > 1:
+    page.legend(plot)
 
 
 def _sets(row: dict) -> list[str]:

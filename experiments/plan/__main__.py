@@ -66,7 +66,11 @@ def _main() -> None:
     plans = [search.smallest(config, kind, layout) for kind in kinds]
     pairs = [(plan, price(plan)) for plan in plans if plan]
     if not pairs:
-      raise ConfigError('no slice of any chip holds this config; shorten it')
+      raise ConfigError(
+        f'no slice of any chip holds this config: lower data.seq_len='
+        f'{config.data.seq_len}, or name a mesh: --topology=v5p:16x16x16 '
+        '--mesh=fsdp=8,expert=4,tensor=8,context=16'
+      )
     report.show_choice(config, pairs, utilisation)
   else:
     fp8.choose(config.model.precision, config.model.compute.fp8, slice_.device)

@@ -3,11 +3,12 @@
 fsdp brings weights forward and again backward, scatters gradients, and brings
 the embedding's rows. data sums gradients over replicas. expert sends each
 token's rows out and back, forward and backward. tensor sums the stream after
-embedding, attention and FFN. context brings the other parts' latents. stage
-hands the stream on from turn to turn. Every micro-batch pays all of it, and in
-a pipeline the MoE layers pay for their weights and gradients in every turn. A
-ring of n devices brings each of them (n-1)/n of a gathered or scattered array,
-and twice that of a sum.
+embedding, attention and FFN. context brings the other parts' latents and index
+keys. stage hands the stream on from turn to turn. Every micro-batch pays all of
+it, and in a pipeline the MoE layers pay for their weights and gradients in
+every turn. A ring of n devices brings each of them (n-1)/n of a gathered or
+scattered array, and twice that of a sum. Where the indexers alone are trained,
+nothing else has a gradient: the stream goes forward once.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class _Part(NamedTuple):
     expansion: likewise, of the latents' up-projections.
     table: of the head, and as many again of the embedding.
     rest: of everything else.
+    indexer: of indexers, which are whole on all devices along tensor.
+    indexers: the number of layers with one.
   """
 
   tokens: float
@@ -65,6 +68,8 @@ class _Part(NamedTuple):
   expansion: float
   table: float
   rest: float
+  indexer: float
+  indexers: int
 
 
 def _parts(config: Config) -> tuple[_Part, _Part]:
@@ -83,15 +88,21 @@ def _parts(config: Config) -> tuple[_Part, _Part]:
   tables = counts.embedding + counts.head
   total = counts.total + counts.mtp - tables - routed * expert - counts.routed
   total -= (model.layers + depth) * expansion
+  own = model.layers - model.dsa.types.count('shared')
+  own *= model.dsa.heads > 0
+  modules = depth * (own > 0)
+  indexer = counts.indexer * (own + modules) / max(own, 1)
+  total -= indexer
   staged = model.moe_layers * (layer - expansion) + counts.shared
   staged += counts.router
   tokens = memory.tokens_per_device(config)
 
-  def part(tokens, turns, layers, routed, replicas, table, rest):
+  def part(tokens, turns, layers, routed, replicas, table, rest, *index):
     size = routed * expert / (mesh.expert * mesh.tensor)
     others = (layers * expansion, table, rest)
     others = (n / mesh.tensor for n in others)
-    return _Part(tokens, turns, layers, routed, replicas, size, *others)
+    widths = (size, *others, *index)
+    return _Part(tokens, turns, layers, routed, replicas, *widths)
 
   here = model.moe_layers / mesh.stage
   replicas = ('data', 'context')
@@ -104,6 +115,8 @@ def _parts(config: Config) -> tuple[_Part, _Part]:
       replicas,
       0.0,
       staged / mesh.stage,
+      0.0,  # with an indexer there are no stages: the other part has them all
+      0,
     ),
     part(
       tokens,
@@ -113,6 +126,8 @@ def _parts(config: Config) -> tuple[_Part, _Part]:
       (*replicas, 'stage'),
       model.vocab * model.dim,
       total - staged,
+      indexer,
+      own + modules,
     ),
   )
 
@@ -121,7 +136,7 @@ def _of_part(config: Config, part: _Part) -> collections.Counter:
   """Returns bytes over each axis, each time that a part computes."""
   mesh, model = config.mesh, config.model
   stream = part.tokens * model.dim * memory.WIDTH[model.dtype]
-  sums = 2 * (1 + _passes(config)) * part.layers
+  sums = 2 * (1 + _learns(config) * _passes(config)) * part.layers
   out = collections.Counter(
     fsdp=_gathered(config, part) * _others(mesh.fsdp),
     tensor=2 * stream * _others(mesh.tensor) * sums,
@@ -130,9 +145,10 @@ def _of_part(config: Config, part: _Part) -> collections.Counter:
   for axis, size in _exchanged(config, part.routed * stream).items():
     out[axis] += size
   # Gradients are scattered over fsdp first.
-  dense = _dense_gradients(config, part) + 4 * part.table
+  own = _trained(config, part)
+  dense = _dense_gradients(config, own) + 4 * own.table
   for size, axes in (
-    (4 * part.experts, part.replicas),
+    (4 * own.experts, part.replicas),
     (dense, (*part.replicas, 'expert')),
   ):
     among = [a for a in sharding.AXES if a in axes and getattr(mesh, a) > 1]
@@ -152,6 +168,18 @@ def _passes(config: Config) -> int:
   return 1 if config.model.compute.remat == 'none' else 2
 
 
+def _learns(config: Config) -> bool:
+  """Returns whether the stream has gradients, and layers are remade whole."""
+  return config.optim.trains == 'all'
+
+
+def _trained(config: Config, part: _Part) -> _Part:
+  """Returns a part with those of its parameters that have gradients."""
+  if _learns(config):
+    return part
+  return part._replace(experts=0.0, expansion=0.0, table=0.0, rest=0.0)
+
+
 def _dense_gradients(config: Config, part: _Part) -> float:
   """Returns bytes of the gradients that are scattered, but for the experts'.
 
@@ -159,7 +187,8 @@ def _dense_gradients(config: Config, part: _Part) -> float:
   have float32 gradients, those left to GSPMD gradients as wide as activations.
   """
   width = memory.WIDTH[config.model.dtype]
-  return 4 * (part.expansion + part.table) + width * part.rest
+  wide = part.expansion + part.table
+  return 4 * wide + width * (part.rest + part.indexer)
 
 
 def _gathered(config: Config, part: _Part) -> float:
@@ -167,20 +196,25 @@ def _gathered(config: Config, part: _Part) -> float:
   model = config.model
   width = memory.WIDTH[model.dtype]
   copy = 1 if model.precision != 'bf16' else width
-  weights = part.experts + part.expansion + part.rest
-  size = _passes(config) * copy * weights + width * part.table
-  return size + 4 * part.experts + _dense_gradients(config, part)
+  passes, own = _passes(config), _trained(config, part)
+  weights = passes * (part.expansion + part.rest + part.indexer)
+  # Attention alone is remade for an indexer's loss.
+  weights += (passes if _learns(config) else 1) * part.experts
+  size = copy * weights + width * part.table
+  return size + 4 * own.experts + _dense_gradients(config, own)
 
 
 def _latents(config: Config, part: _Part) -> float:
-  """Returns bytes over context: latents and shared keys, and their gradients.
+  """Returns bytes over context: latents, shared and index keys, and gradients.
 
   They are gathered again backward: a gathered latent is never saved.
   """
-  model = config.model
+  model, passes = config.model, _passes(config)
   numbers = part.layers * (model.mla.kv_rank + model.mla.rope_dim)
+  numbers *= passes + _learns(config)
+  numbers += part.indexers * model.dsa.dim * (passes + 1)
   each = part.tokens * numbers * memory.WIDTH[model.dtype]
-  return each * (config.mesh.context - 1) * (_passes(config) + 1)
+  return each * (config.mesh.context - 1)
 
 
 def _exchanged(config: Config, stream: float) -> dict[str, float]:
@@ -193,7 +227,7 @@ def _exchanged(config: Config, stream: float) -> dict[str, float]:
   counts as expert's.
   """
   mesh, top_k = config.mesh, config.model.moe.top_k
-  sent = (3 + _passes(config)) * stream
+  sent = (2 + _learns(config) * (1 + _passes(config))) * stream
   if mesh.expert == 1:
     return {'tensor': sent * _others(mesh.tensor)}
   if mesh.expert <= top_k:
@@ -211,13 +245,13 @@ def _stream(config: Config) -> float:
 
 def _embedded(config: Config) -> float:
   """Returns bytes over fsdp of the embedding's rows, and of their gradient."""
-  times = 2 * (1 + config.model.mtp.depth)
+  times = (1 + _learns(config)) * (1 + config.model.mtp.depth)
   return times * _stream(config) * _others(config.mesh.fsdp)
 
 
 def _summed_around(config: Config) -> float:
   """Returns bytes over tensor of the stream's sums outside the layers."""
-  times = 2 * (1 + config.model.mtp.depth)
+  times = (1 + _learns(config)) * (1 + config.model.mtp.depth)
   return times * _stream(config) * _others(config.mesh.tensor)
 
 

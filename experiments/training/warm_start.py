@@ -177,7 +177,7 @@ def _like(ours: ModelConfig, theirs: ModelConfig, source: str) -> ModelConfig:
 def _whole(setup, variables: Any) -> tuple[Any, Any]:
   """Returns params and router, the indexer's included."""
   config = setup.config
-  args = config.model, config.run.seed, setup.mesh
+  args = config.model, config.run.seed, config.optim.trains, setup.mesh
   variables = indexers.completed(variables, *args)
   return variables['params'], variables['router']
 

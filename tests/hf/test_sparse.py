@@ -294,6 +294,22 @@ def test_a_warm_up_trains_the_indexers_alone():
   assert got == pytest.approx(trunk + index, rel=1e-12)
 
 
+@pytest.mark.parametrize(
+  'attention, trains, hint',
+  [
+    ('dense', 'indexer', ''),
+    ('dense', 'all', 'optim.trains=indexer'),
+    ('sparse', 'indexer', 'model.dsa.attention=dense'),
+    ('sparse', 'all', 'model.dsa.attention=dense optim.trains=indexer'),
+  ],
+)
+def test_the_hint_of_a_fresh_indexer_names_the_flags_not_set(
+  attention, trains, hint
+):
+  text = indexers._hint(attention, trains).replace('--config.', '')
+  assert text.partition(':')[2].strip() == hint and bool(text) == bool(hint)
+
+
 @pytest.mark.slow
 def test_a_dense_release_gets_a_fresh_indexer(capsys):
   """Its other numbers stay, and it goes out as V3.2."""
@@ -301,8 +317,9 @@ def test_a_dense_release_gets_a_fresh_indexer(capsys):
   dsa = DSAConfig(heads=2, dim=24, topk=8, attention='dense')
   model = indexers.added(config, dsa)
   assert model.dsa == dsa and config_json.family_of(model) == 'deepseek_v32'
-  whole = indexers.completed(variables, model, seed=3)
-  assert 'parameters of its indexers are random' in capsys.readouterr().out
+  whole = indexers.completed(variables, model, 3, 'indexer')
+  output = capsys.readouterr().out
+  assert output.endswith('parameters of its indexers are random.\n')
   fresh = dict(names.flat(whole))
   for path, leaf in names.flat(variables):
     assert fresh.pop(path) is leaf
@@ -316,7 +333,7 @@ def test_a_dense_release_gets_a_fresh_indexer(capsys):
     - cost.parameters(config).mtp
   )
   assert all(x.std() > 0 for k, x in fresh.items() if 'key_norm' not in k)
-  assert indexers.completed(whole, model, seed=4) is whole
+  assert indexers.completed(whole, model, 4, 'all') is whole
   own = dataclasses.replace(dsa, heads=9, attention='sparse')
   assert indexers.added(model, own).dsa == dataclasses.replace(
     dsa, attention='sparse'

@@ -14,7 +14,15 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from configs import deepseek_v2_lite, deepseek_v3, r1, r1_tiny, small
+from configs import (
+  deepseek_v2_lite,
+  deepseek_v3,
+  deepseek_v32,
+  glm5,
+  r1,
+  r1_tiny,
+  small,
+)
 from experiments import chips
 from experiments.plan import (
   bill,
@@ -192,6 +200,53 @@ def test_traffic_follows_the_mesh():
   regions = counts.routed + counts.embedding + counts.head + up
   wide = 4 * regions + 2 * (counts.total - regions)
   assert sent == pytest.approx(wide * steps)  # half out, half in
+
+
+def test_long_sequences_are_split_over_context():
+  """Eight rows, and eight devices along tensor, are 64 devices of 256."""
+  sizes = dict(seq_len=65536, batch_size=8, micro_batch=8)
+  data = dataclasses.replace(LITE.data, **sizes)
+  config = dataclasses.replace(LITE, data=data)
+  slice_, layout = chips.parse('v5e:16x16'), abstract_state(LITE)
+  best = search.best_on(config, slice_, layout)
+  assert best.fits and best.config.mesh.context >= 4
+  assert 8 % best.config.data.micro_batch == 0
+  core = dataclasses.replace(config.model.compute, attention='splash')
+  model = dataclasses.replace(config.model, compute=core)
+  whole = dataclasses.replace(config, model=model)
+  assert search.best_on(whole, slice_, layout) is None  # no parts of a row
+  meshes = list(search._meshes(LITE, 64))
+  assert {mesh.context for mesh in meshes} == {1}  # 4,096 tokens
+  assert len({*meshes}) == len(meshes)
+
+
+def test_traffic_has_index_keys_and_gradients_of_the_trained():
+  """GLM-5.2's 21 of 78 layers have keys; the warm-up trains no expert."""
+  config = on_mesh(freeze(glm5.get_config('shared')), context=2)
+  sent = traffic.by_axis(config)['context'] - grads_over_context(config)
+  model, mtp = config.model, config.model.mtp.depth
+  latents = (78 + mtp) * (model.mla.kv_rank + model.mla.rope_dim)
+  numbers = latents + (21 + mtp) * model.dsa.dim
+  tokens = config.data.batch_size * config.data.seq_len / 2
+  # Forward, again backward, and the gradients; two bytes each.
+  assert sent == pytest.approx(3 * 2 * numbers * tokens)
+  warm = on_mesh(freeze(deepseek_v32.get_config('warmup')), data=2)
+  own = memory.training_bytes_per_device(on_mesh(warm))['gradients'] / 4
+  micro_batches = warm.data.batch_size / 2
+  assert traffic.by_axis(warm)['data'] == pytest.approx(2 * own * micro_batches)
+  trained = dataclasses.replace(warm.optim, trains='all')
+  whole = dataclasses.replace(warm, optim=trained)
+  for axis in ('fsdp', 'expert', 'tensor', 'context'):
+    both = (traffic.by_axis(on_mesh(x, **{axis: 2})) for x in (warm, whole))
+    less, more = (sent[axis] for sent in both)
+    assert 0 < less < more, axis
+
+
+def grads_over_context(config):
+  """Bytes of the gradients' sums, which are those over data."""
+  mesh = dict(data=2)
+  steps = config.data.batch_size / 2, config.data.batch_size
+  return traffic.by_axis(on_mesh(config, **mesh))['data'] * steps[1] / steps[0]
 
 
 def test_the_smallest_slice_is_the_smallest():

@@ -138,6 +138,24 @@ def test_indexers_have_a_curve_a_layer(monkeypatch):
   assert report._indexers(GOOD[:3]) == []
 
 
+@pytest.mark.filterwarnings('error')
+def test_a_warm_up_has_the_norm_of_its_indexers(tmp_path, monkeypatch):
+  """All else has the norm 0, which no log scale shows."""
+  scales = []
+  seen = lambda figure: scales.append(
+    [(x.get_yscale(), len(x.lines)) for x in figure.axes]
+  )
+  monkeypatch.setattr(page, 'svg', lambda figure: seen(figure) or '')
+  warm = [step(n, grad_norm=0.0, index_grad_norm=1 / n) for n in (1, 2)]
+  no_norm = [step(n, grad_norm=0.0) for n in (1, 2)]
+  for rows in (warm, no_norm, GOOD[:3]):
+    report._learning(history.drawable(rows, 'loss'), [])
+  assert [s[3] for s in scales] == [('log', 2), ('linear', 1), ('log', 1)]
+  run = history.read(write(tmp_path / 'run', no_norm))
+  figure = comparison.draw([run], ['x'], ['k'])
+  assert {x.get_yscale() for x in figure.axes} == {'linear'}
+
+
 def test_numbers_that_are_not_finite_are_gaps(tmp_path):
   rows = [step(1), step(2, main_loss=None, grad_norm=math.inf), step(3)]
   run = history.read(write(tmp_path / 'run', rows))

@@ -260,8 +260,9 @@ def to_huggingface(
   )
   if config.model.dsa.heads and config.model.dsa.attention == 'dense':
     print(
-      f"The release's readers attend to {config.model.dsa.topk} keys; this "
-      "model was trained dense (model.dsa.attention='dense')."
+      f"The release's readers will select {config.model.dsa.topk} keys "
+      '(sparse); this model was trained dense '
+      "(config.model.dsa.attention='dense')."
     )
 
 

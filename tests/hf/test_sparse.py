@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from releases import GOLDEN, loaded, refused, same_bytes, set_config, tensors
 
+import mla_moe
 from configs import deepseek_v32
-from experiments import indexers
+from experiments import convert, indexers
+from experiments.checkpointing import load
 from experiments.plan import memory
 from mla_moe import Transformer, cost, load_huggingface, save_huggingface
 from mla_moe.checked import ConfigError
@@ -292,6 +294,23 @@ def test_a_warm_up_trains_the_indexers_alone():
   index = model.layers * (4 * matrices + pairs)
   got = cost.train_flops_per_token(config, n)
   assert got == pytest.approx(trunk + index, rel=1e-12)
+
+
+@pytest.mark.parametrize('attention', ['dense', 'sparse'])
+def test_a_warm_up_s_release_says_that_it_was_dense(
+  attention, tmp_path, monkeypatch, capsys
+):
+  config = freeze(deepseek_v32.get_config('warmup,smoke'))
+  dsa = dataclasses.replace(config.model.dsa, attention=attention)
+  model = dataclasses.replace(config.model, dsa=dsa)
+  config = dataclasses.replace(config, model=model)
+  monkeypatch.setattr(convert.workdir, 'read_config', lambda _: config)
+  monkeypatch.setattr(load, 'load_run', lambda *_, **__: (config, {}))
+  monkeypatch.setattr(mla_moe, 'save_huggingface', lambda *_, **__: None)
+  convert.to_huggingface(tmp_path, tmp_path / 'out')
+  output = capsys.readouterr().out
+  assert output.count('\n') == (attention == 'dense')
+  assert ('trained dense' in output) == (attention == 'dense')
 
 
 @pytest.mark.parametrize(

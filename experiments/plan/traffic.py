@@ -18,7 +18,7 @@ import math
 from typing import NamedTuple
 
 from mla_moe import cost, sharding
-from mla_moe.config import Config
+from mla_moe.config import Config, ModelConfig
 
 from . import memory
 
@@ -56,7 +56,7 @@ class _Part(NamedTuple):
     table: of the head, and as many again of the embedding.
     rest: of everything else.
     indexer: of indexers, which are whole on all devices along tensor.
-    indexers: the number of layers with one.
+    indexed: the number of layers that bring index keys.
   """
 
   tokens: float
@@ -69,7 +69,7 @@ class _Part(NamedTuple):
   table: float
   rest: float
   indexer: float
-  indexers: int
+  indexed: int
 
 
 def _parts(config: Config) -> tuple[_Part, _Part]:
@@ -127,9 +127,22 @@ def _parts(config: Config) -> tuple[_Part, _Part]:
       model.vocab * model.dim,
       total - staged,
       indexer,
-      own + modules,
+      _indexed(model) + modules,
     ),
   )
+
+
+def _indexed(model: ModelConfig) -> int:
+  """Returns the layers of the main model that bring index keys.
+
+  A scan has one body: in a stack with an indexer shared layers bring keys, too,
+  which they do not read.
+  """
+  if not model.dsa.heads:
+    return 0
+  types = model.dsa.types or ('full',) * model.layers
+  stacks = types[: model.dense_layers], types[model.dense_layers :]
+  return sum(len(stack) for stack in stacks if 'full' in stack)
 
 
 def _of_part(config: Config, part: _Part) -> collections.Counter:
@@ -212,7 +225,7 @@ def _latents(config: Config, part: _Part) -> float:
   model, passes = config.model, _passes(config)
   numbers = part.layers * (model.mla.kv_rank + model.mla.rope_dim)
   numbers *= passes + _learns(config)
-  numbers += part.indexers * model.dsa.dim * (passes + 1)
+  numbers += part.indexed * model.dsa.dim * (passes + 1)
   each = part.tokens * numbers * memory.WIDTH[model.dtype]
   return each * (config.mesh.context - 1)
 

@@ -221,15 +221,23 @@ def test_long_sequences_are_split_over_context():
 
 
 def test_traffic_has_index_keys_and_gradients_of_the_trained():
-  """GLM-5.2's 21 of 78 layers have keys; the warm-up trains no expert."""
+  """A scan brings keys for shared layers; the warm-up trains no expert."""
   config = on_mesh(freeze(glm5.get_config('shared')), context=2)
   sent = traffic.by_axis(config)['context'] - grads_over_context(config)
   model, mtp = config.model, config.model.mtp.depth
   latents = (78 + mtp) * (model.mla.kv_rank + model.mla.rope_dim)
-  numbers = latents + (21 + mtp) * model.dsa.dim
+  numbers = latents + (78 + mtp) * model.dsa.dim
   tokens = config.data.batch_size * config.data.seq_len / 2
   # Forward, again backward, and the gradients; two bytes each.
   assert sent == pytest.approx(3 * 2 * numbers * tokens)
+  for types, count in (
+    (('full', 'shared'), 1),  # its stack of MoE layers has no indexer
+    (('full', 'full'), 2),
+  ):
+    dsa = dataclasses.replace(model.dsa, types=types)
+    two = dataclasses.replace(model, layers=2, dense_layers=1, dsa=dsa)
+    assert traffic._indexed(two) == count
+  assert traffic._indexed(LITE.model) == 0
   warm = on_mesh(freeze(deepseek_v32.get_config('warmup')), data=2)
   own = memory.training_bytes_per_device(on_mesh(warm))['gradients'] / 4
   micro_batches = warm.data.batch_size / 2

@@ -56,7 +56,7 @@ class _Part(NamedTuple):
     table: of the head, and as many again of the embedding.
     rest: of everything else.
     indexer: of indexers, which are whole on all devices along tensor.
-    indexed: the number of layers that bring index keys.
+    indexed: the number of layers that bring index keys, and an indexer.
   """
 
   tokens: float
@@ -91,8 +91,9 @@ def _parts(config: Config) -> tuple[_Part, _Part]:
   own = model.layers - model.dsa.types.count('shared')
   own *= model.dsa.heads > 0
   modules = depth * (own > 0)
-  indexer = counts.indexer * (own + modules) / max(own, 1)
-  total -= indexer
+  indexer = counts.indexer / max(own, 1)
+  total -= (own + modules) * indexer
+  indexed = _indexed(model) + modules
   staged = model.moe_layers * (layer - expansion) + counts.shared
   staged += counts.router
   tokens = memory.tokens_per_device(config)
@@ -126,8 +127,8 @@ def _parts(config: Config) -> tuple[_Part, _Part]:
       (*replicas, 'stage'),
       model.vocab * model.dim,
       total - staged,
-      indexer,
-      _indexed(model) + modules,
+      indexed * indexer,
+      indexed,
     ),
   )
 
@@ -135,8 +136,8 @@ def _parts(config: Config) -> tuple[_Part, _Part]:
 def _indexed(model: ModelConfig) -> int:
   """Returns the layers of the main model that bring index keys.
 
-  A scan has one body: in a stack with an indexer shared layers bring keys, too,
-  which they do not read.
+  A scan has one body: in a stack with an indexer shared layers have a copy of
+  one, too, and bring keys, which they do not read.
   """
   if not model.dsa.heads:
     return 0

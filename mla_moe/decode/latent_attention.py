@@ -146,11 +146,8 @@ def _write_and_attend(form, config, q, kv, up, cache, valid, index, selected):
   slots = latent_cache.next_slots(cache, kv[0].shape[1], valid)
   pages = latent_cache.write(pages, slots, *kv, index and index.k)
   cache = cache.replace(layers=(pages,))
-  core = {
-    'absorbed': _absorbed,
-    'decompressed': _decompressed,
-    'fresh': _fresh,
-  }[form]
+  cores = dict(absorbed=_absorbed, decompressed=_decompressed, fresh=_fresh)
+  core = cores[form]
   reach, t = cache.capacity, kv[0].shape[1]
   if form == 'fresh':
     reach, last = t, -(-t // pages.page_size)

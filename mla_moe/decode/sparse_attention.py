@@ -71,9 +71,8 @@ def select(
 
   def block(args):
     of_keys = _scores(*args, cache, longest)
-    flat = of_keys.reshape(
-      -1, of_keys.shape[-1]
-    )  # a CPU's fast top_k wants that
+    # A CPU's fast top_k wants two axes.
+    flat = of_keys.reshape(-1, of_keys.shape[-1])
     values, keys = jax.lax.top_k(flat, topk)
     if form == 'gathered':
       keys = jnp.where(values > -jnp.inf, keys, -1)

@@ -105,8 +105,12 @@ def project(params: dict, x, q_latent, angles, config: ModelConfig) -> Index:
   w = w * (dsa.heads * dsa.dim) ** -0.5
 
   def rotate(x):
-    first = slice(rotary) if dsa.rope_first else slice(dsa.dim - rotary, None)
-    return x.at[..., first].set(rope.rotate(x[..., first], angles))
+    # Not x.at[].set(): XLA's CPU would overwrite what it has yet to read.
+    ends = [rotary] if dsa.rope_first else [dsa.dim - rotary]
+    both = jnp.split(x, ends, axis=-1)
+    i = 0 if dsa.rope_first else 1
+    both[i] = rope.rotate(both[i], angles)
+    return jnp.concatenate(both, axis=-1)
 
   constrain = lambda x, *axes: sharding.constrain(x, 'batch', 'part', *axes)
   return Index(

@@ -369,7 +369,7 @@ def a_run(**changes):
   """A run whose layers are full, and whose attention is dense at first."""
   dsa = dataclasses.replace(DSA, types=(), attention='dense')
   model = dataclasses.replace(
-    MODEL, dsa=dsa, mtp=c.MTPConfig(0), layers=2, dense_layers=1
+    MODEL, dsa=dsa, mtp=c.MTPConfig(0), layers=2, dense_layers=0
   )
   fields = {'trains': 'indexer', 'learning_rate': 1.0, 'weight_decay': 0.0}
   return c.Config(

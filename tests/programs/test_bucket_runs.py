@@ -158,7 +158,8 @@ def test_each_program_reads_a_run_in_a_bucket(
   path = ran('report', url)[0].strip()
   assert path.endswith('killed/report.html') and str(home) in path
   assert ran('report', url.rpartition('/')[0])[0].strip() == path
-  last = ran('checkpoint', 'ls', url)[0].splitlines()[-1].split()
+  rows = [x.split() for x in ran('checkpoint', 'ls', url)[0].splitlines()]
+  last = [row for row in rows if row and row[0].isdigit()][-1]
   assert last[0] == '20' and float(last[1]) > 0 and 'sealed' in last
   words = '--config=tiny:micro', f'--workdir={tmp_path / "warm"}'
   source = f'--config.data.source={whole.parent / "texts"}'

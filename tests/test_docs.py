@@ -57,10 +57,11 @@ def commands():
 
 
 def _variant(config, words):
-  """`micro`, of quick steps, but for the run whose MTP module drafts."""
+  """`micro`, of quick steps, but for runs with drafts or with an indexer."""
   is_tiny = config.endswith('tiny.py')
-  drafts = any(word.endswith('/tiny') for word in words)
-  return 'micro' if is_tiny and not drafts else 'smoke'
+  whole = '/tiny', '/dense', '/warm', '/sparse'
+  is_whole = any(word.endswith(whole) for word in words)
+  return 'micro' if is_tiny and not is_whole else 'smoke'
 
 
 def smoke(line, folder):

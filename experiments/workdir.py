@@ -67,7 +67,8 @@ _PATH_WORDS = {'PATH', 'DIR', 'FILE'}
 def claim(folder: os.PathLike | str, config: Config):
   """Yields the folder, made if need be, with its lock and its config.json.
 
-  After a ConfigError in the block the config.json of before is back.
+  After a ConfigError in the block the config.json of before is back, unless
+  there are new rows, which are of the new config.
 
   Raises:
     ConfigError: the folder is a file, cannot be written, is locked by another
@@ -84,14 +85,15 @@ def claim(folder: os.PathLike | str, config: Config):
   path = pathlib.Path(folder)
   if not os.fspath(folder):
     raise ConfigError("workdir='': name the run's folder, such as runs/mine")
-  own = path / 'config.json'
+  own, rows = path / 'config.json', path / 'metrics.jsonl'
   with lock(path):
     before = own.read_text(encoding='utf-8') if own.exists() else None
+    last = next(backwards(rows), None)
     _bind(path, config, text)
     try:
       yield path
     except ConfigError:  # a refused start names no other text or base
-      if before is not None:
+      if before is not None and next(backwards(rows), None) == last:
         write(own, before)
       raise
 

@@ -392,7 +392,8 @@ class Config(Checked):
       'mesh.stage', mesh.stage, 'the number of MoE layers', model.moe_layers
     )
     model.dsa.check_training(self.optim)
-    if data.seq_len > model.max_positions and self.rl.prompt == 'copied':
+    shared = self.rl.task and self.rl.prompt == 'shared'
+    if data.seq_len > model.max_positions and not shared:
       raise ConfigError(
         f'data.seq_len={data.seq_len}: the model has '
         f'model.max_positions={model.max_positions}; shorten the sequences or '

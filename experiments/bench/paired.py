@@ -107,3 +107,15 @@ def mean(values) -> tuple[float, float]:
   values = np.asarray(values, np.float64)
   error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0
   return float(values.mean()), float(error)
+
+
+def interval(values) -> tuple[float, float]:
+  """Returns the mean, and half the width of its 95 % interval; 0 of one.
+
+  The interval is Student's: of few runs, whose spread is estimated, too.
+  """
+  from scipy import stats  # which jax needs, too
+
+  average, error = mean(values)
+  few = len(values) < 2
+  return average, 0.0 if few else stats.t.ppf(0.975, len(values) - 1) * error

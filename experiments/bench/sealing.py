@@ -35,8 +35,9 @@ def measured(folder: pathlib.Path, processes: int, mib: int) -> list[dict]:
     for words in ((i, processes, folder, mib) for i in range(processes))
   ]
   lines = [child.communicate()[0].splitlines() for child in children]
-  if any(child.returncode for child in children):
-    raise RuntimeError(f'a process ended with {children[0].returncode}')
+  codes = [child.returncode for child in children]
+  if any(codes):
+    raise RuntimeError(f'the processes ended with {codes}')
   return [json.loads(line[-1]) for line in lines]
 
 

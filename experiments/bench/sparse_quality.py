@@ -33,8 +33,6 @@ BOUND = 0.01
 _HEAD = (
   'seed', 'dense before', 'dense', 'sets, after the warm-up', 'sparse', 'gap',
 )  # fmt: skip
-# Student's t of a two-sided 95 % by degrees of freedom.
-_STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365)
 
 MODEL = models.build(
   **models.BYTES | dict(max_positions=4096, query_rank=48),
@@ -196,10 +194,10 @@ def table(rows: list[dict]) -> list[tuple[str, ...]]:
 
 def verdict(rows: list[dict]) -> str:
   """Returns the mean gap with its interval, and the bound."""
-  mean, error = paired.mean([row['nll'] / row['dense'] - 1 for row in rows])
+  gaps = [row['nll'] / row['dense'] - 1 for row in rows]
+  mean, half = paired.interval(gaps)
   text = f'Sparse beside dense: {mean:+.2%}'
   if len(rows) > 1:
-    half = _STUDENT[min(len(rows) - 2, len(_STUDENT) - 1)] * error
     text += f', 95 % from {mean - half:+.2%} to {mean + half:+.2%}'
   return f'{text}; {len(rows)} pairs, the bound is {BOUND:.0%}.'
 

@@ -29,7 +29,6 @@ from . import paired, show
 
 TASK, SEEDS = 'add2', (0, 1, 2)
 ARMS = 'answer alone', 'steps, then answer'
-_STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 %, by seeds
 _HEAD = 'arm', 'cold start', 'after reinforcement', 'tokens, CPU seconds'
 
 
@@ -131,9 +130,9 @@ def table(rows: list[dict]) -> list[tuple[str, ...]]:
 
     def share(name, of_arm=of_arm):
       values = [row[name] for row in of_arm]
-      mean, error = paired.mean(values)
+      mean, half = paired.interval(values)
       each = ', '.join(f'{value:.1%}' for value in values)
-      return f'{mean:.1%} ± {_STUDENT.get(len(values), 0) * error:.1%} ({each})'
+      return f'{mean:.1%} ± {half:.1%} ({each})'
 
     mean = lambda name, of_arm=of_arm: paired.mean([r[name] for r in of_arm])[0]
     lines.append(

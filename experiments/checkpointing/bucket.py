@@ -252,17 +252,17 @@ def claim(url: str, config: Config) -> Iterator[tuple[pathlib.Path, Callable]]:
     with one_line(url):
       lock = stack.enter_context(lease.Lock(url))
       records = opened(url, folder)
-    stack.enter_context(workdir.claim(folder, config))
 
     def send() -> None:
       lock.hold()  # first: the records of another holder are newer
       records.send()
       lock.hold()
 
-    with one_line(url):
-      send()
     try:
-      yield folder, send
+      with workdir.claim(folder, config):
+        with one_line(url):
+          send()
+        yield folder, send
     except BaseException as error:  # says more than a copy that fails, too
       with contextlib.suppress(Exception):
         send()

@@ -91,9 +91,10 @@ def remove(folder: os.PathLike | str, step: int) -> None:
 
 
 def half_deleted(folder: os.PathLike) -> list:
-  """Returns the folders of steps whose deletion was begun and has not ended."""
+  """Returns the folders whose deletion was begun and has not ended."""
   paths = storage.of(folder).half_deleted()
-  return [path for path in paths if folders.is_step(path.stem)]
+  is_ours = lambda name: folders.is_step(name) or name == REFUSED
+  return [path for path in paths if is_ours(path.stem)]
 
 
 def clean(folder: os.PathLike) -> None:

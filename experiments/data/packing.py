@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+_ANSWERS = 2**11 - 1  # of a row: their numbers are above 20 bits of an int32
+
 
 class Rows(NamedTuple):
   """Packed rows, [R, T] int32; the fields are those of `batches.Batch`."""
@@ -93,14 +95,14 @@ def shared(
     )
     while left:
       shortest = len(pairs[left[-1]][1])
-      if outer + shortest > free:
+      if outer + shortest > free or answers == _ANSWERS:
         rows.append([])
         free, answers, prompts = room, 0, 0
       start, column = room - free, room - free + outer
       rest = []
       for index in left:
         stop = column + len(pairs[index][1])
-        if stop > room:
+        if stop > room or answers == _ANSWERS:
           rest.append(index)
           continue
         answers += 1

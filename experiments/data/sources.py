@@ -90,7 +90,9 @@ def listed(source: str, heldout: float = 1.0, field: str = 'text') -> Listing:
   if source == 'stdlib':
     root = sysconfig.get_path('stdlib')
     paths = [
-      p for p, why in _walk(root, _SKIPPED) if not why and p[-3:] == '.py'
+      path
+      for path, why in _walk(root, _SKIPPED, links=False)
+      if not why and path[-3:] == '.py'
     ]
     if not paths:
       raise Absent(
@@ -207,30 +209,46 @@ def changed(file: File) -> int:
   return max(times, default=0)
 
 
-def _walk(root: str, skipped: frozenset[str]) -> Iterator[tuple[str, str]]:
-  """Yields (path, why it is left out or '') of all that lies below `root`."""
+def _walk(
+  root: str, skipped: frozenset[str], links: bool = True
+) -> Iterator[tuple[str, str]]:
+  """Yields (path, why it is left out or '') of all that lies below `root`.
+
+  `links` to folders are followed, but for those that lead to a place that is
+  read already.
+  """
 
   def fail(error):
     raise ConfigError(
       f'data.source: {error.filename!r} cannot be read ({error.strerror})'
     )
 
-  for folder, folders, names in os.walk(root, onerror=fail):
+  own = os.path.realpath(root) + os.sep
+  linked: list[str] = []
+  for folder, folders, names in os.walk(root, onerror=fail, followlinks=links):
     below = []
-    for name in folders:
+    for name in sorted(folders):
       path = os.path.join(folder, name)
+      real = os.path.realpath(path) + os.sep
+      is_link = os.path.islink(path)
       if name[0] == '.':
         yield path, 'hidden'
-      elif os.path.islink(path):  # it may lead back here
-        yield path, 'links to folders'
+      elif is_link and (not links or _overlaps(real, [own, *linked])):
+        yield path, 'links to folders that are read'
       elif _is_run(path):
         yield path, _RUNS
       elif name not in skipped:
         below.append(name)
+        linked += [real] * is_link
     folders[:] = below
     for name in names:
       path = os.path.join(folder, name)
       yield path, 'hidden' if name[0] == '.' else _irregular(path)
+
+
+def _overlaps(folder: str, others: list[str]) -> bool:
+  """Whether a folder lies in one of the others, or one of them in it."""
+  return any(folder.startswith(x) or x.startswith(folder) for x in others)
 
 
 def _is_run(folder: str) -> bool:

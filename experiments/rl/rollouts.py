@@ -13,7 +13,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from mla_moe.config import CacheConfig, ModelConfig, RLConfig
@@ -118,7 +117,7 @@ def parts(
     cache = options.get('cache', CacheConfig())
     if cache.impl in ('auto', 'xla'):
       options['cache'] = dataclasses.replace(cache, page=_PAGE)
-  if jax.sharding.get_abstract_mesh().empty and rl.max_new >= _LONG:
+  if rl.max_new >= _LONG:
     options.setdefault('fewest', _FEWEST)
   for start in range(first // count * count, len(prompts), count):
     part = prompts[start : start + count]

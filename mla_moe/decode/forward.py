@@ -196,8 +196,8 @@ def prefill(
     part = tokens[:, start : start + chunk]
     real = jnp.clip(valid - start, 0, part.shape[1])
     form = 'decompressed' if start else 'fresh'
-    # Scores of keys that cannot be there yet would take memory.
-    cache = cache.replace(table=table[:, : -(-(start + chunk) // size)])
+    if latent_cache.is_sparse(config):  # scores of later keys take memory
+      cache = cache.replace(table=table[:, : -(-(start + chunk) // size)])
     x, cache = hidden(weights, cache, part, config, valid=real, form=form)
     states.append(x)
   return jnp.concatenate(states, axis=1), cache.replace(table=table)

@@ -106,9 +106,8 @@ def project(params: dict, x, q_latent, angles, config: ModelConfig) -> Index:
 
   def rotate(x):
     # Not x.at[].set(): XLA's CPU would overwrite what it has yet to read.
-    ends = [rotary] if dsa.rope_first else [dsa.dim - rotary]
-    both = jnp.split(x, ends, axis=-1)
-    i = 0 if dsa.rope_first else 1
+    i, end = (0, rotary) if dsa.rope_first else (1, dsa.dim - rotary)
+    both = jnp.split(x, [end], axis=-1)
     both[i] = rope.rotate(both[i], angles)
     return jnp.concatenate(both, axis=-1)
 

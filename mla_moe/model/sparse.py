@@ -287,7 +287,6 @@ def _forward(f, block, *args):
 def _backward(f, block, residuals, grads):
   rows, gathered, whole, places, fixed = residuals
   length = jax.tree.leaves(rows)[0].shape[1]
-
   wide = lambda x: x.astype(jnp.float32)
 
   def one(sums, args):

@@ -127,8 +127,8 @@ class Transformer(nn.Module):
     Args:
       tokens: ids; those beyond the vocabulary are clipped by the gather.
       positions: for the rotation; 0..T-1 when None.
-      segments: numbers of documents: tokens of a row attend within theirs, and
-        no expert counts those of a negative one. None is one document.
+      segments: numbers of documents, below 2**20 (`flash.visible`): tokens of a
+        row attend within theirs, and no expert counts those of a negative one.
       micro_batches: of a pipeline (0: one a stage), on a mesh with stages.
       arranged: leave rows in the order of their devices (`sequence.arrange`).
       routes: experts to replay in each MoE layer, in that order (`replay`).
@@ -156,8 +156,7 @@ class Transformer(nn.Module):
       x = sharding.constrain(x, 'batch', 'length', 'stream')
     elif c.moe_layers:
       sets = indexer.enter(sets, c.dense_layers, c.dsa)
-      x, (stats, own, of_moe) = self.moe((x, sets), *context, mask, routes)
-      x = x[0]
+      (x, _), (stats, own, of_moe) = self.moe((x, sets), *context, mask, routes)
       index.append(of_moe)
     hidden = self.final_norm(x)
     args = tokens, segments, hidden, context

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 
-from experiments.checkpointing import storage
+from experiments.checkpointing import retention, storage
 from mla_moe.config import ConfigError
 
 
@@ -46,6 +46,13 @@ def test_a_disk_s_folder(tmp_path):
   assert not place.exists() and not [*(tmp_path / 'run').iterdir()]
   assert 'MiB are free' in storage.of(tmp_path).free()
   assert place.free() == '; the folder is gone'
+
+
+def test_a_deletion_of_refused_steps_that_was_cut_off_is_finished(tmp_path):
+  (tmp_path / f'{retention.REFUSED}.removed').mkdir()
+  (tmp_path / 'mine.removed').mkdir()
+  retention.clean(tmp_path)
+  assert [path.name for path in tmp_path.iterdir()] == ['mine.removed']
 
 
 def test_a_deletion_that_was_cut_off_takes_no_later_step(tmp_path):

@@ -275,6 +275,21 @@ def test_compressed_shards_are_read(suffix, tmp_path):
     assert path.name in message and 'cut off' in message
 
 
+def test_linked_folders_are_read_once_and_never_in_a_circle(tmp_path):
+  root, away = tmp_path / 'root', tmp_path / 'away'
+  for place in (root, away / 'deep'):
+    place.mkdir(parents=True)
+    (place / 'a.txt').write_text('text')
+  (root / 'b').symlink_to(away)
+  (root / 'c').symlink_to(away / 'deep')  # which b has
+  (root / 'd').symlink_to(tmp_path)  # which has this folder
+  (away / 'e').symlink_to(away)
+  (away / 'f').symlink_to(root)
+  listing = sources.listed(str(root))
+  assert len(listing.files) == 2
+  assert '4 links to folders that are read (b/e, b/f, c, ' in listing.left_out
+
+
 def test_files_that_are_left_out_are_counted_and_named(folder, tmp_path):
   """A folder, a glob; and a folder that holds nothing else."""
   lines, root = [], pathlib.Path(folder)
@@ -294,7 +309,8 @@ def test_files_that_are_left_out_are_counted_and_named(folder, tmp_path):
   (line,) = [line for line in lines if 'left out' in line]
   assert line == (
     f'{folder!r}: left out are 2 hidden (.git, deep/.env), 1 links to folders '
-    '(linked), 1 links to nothing (gone.txt), 1 no regular files (pipe.txt), '
+    'that are read (linked), 1 links to nothing (gone.txt), 1 no regular '
+    'files (pipe.txt), '
     '4 of .csv (a.csv, b.csv, c.csv, ...), 1 of .json without lines {"text": '
     '...} (package.json), 1 of .tar.gz (x.tar.gz), 1 without a suffix '
     '(LICENSE).'

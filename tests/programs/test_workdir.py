@@ -124,8 +124,9 @@ def test_a_refused_start_leaves_the_config_of_the_run(tmp_path):
     assert workdir.read_config(path).run.steps == run.steps
     raise ConfigError('no')
   assert (path / 'config.json').read_text() == before
-  with workdir.claim(path, other):
-    pass
+  with pytest.raises(ConfigError, match='later'), workdir.claim(path, other):
+    (path / 'metrics.jsonl').write_text('{"step": 1}\n')
+    raise ConfigError('later')
   assert workdir.read_config(path).run.steps == run.steps
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from experiments.data import packing
 from experiments.rl import episodes
 from mla_moe.config import ConfigError
 from mla_moe.model import flash
@@ -92,6 +93,12 @@ def test_a_shared_prompt_by_hand():
   assert out.rollout[0, 0].tolist() == [0, 0, -1, -2, -3, -1]
   want = np.where(out.segments < 0, -1, out.tokens)
   np.testing.assert_array_equal(out.routes[..., 0, 0], want)
+
+
+def test_a_row_has_as_many_answers_as_an_int32_can_number():
+  rows = packing.shared([(np.array([1]), [2])] * 2048, 2**13)
+  assert [len(row) for row in rows] == [2047, 1]
+  assert 2**30 < max(place.segment for place in rows[0]) < 2**31
 
 
 def test_each_answer_has_one_place_after_a_shared_prompt():

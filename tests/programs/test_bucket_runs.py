@@ -1,6 +1,7 @@
 """Runs in a bucket: one writer, records, kills, and another machine."""
 
 import contextlib
+import dataclasses
 import http.server
 import json
 import os
@@ -16,7 +17,7 @@ from bucket_server import NAME, server  # noqa: F401
 
 from experiments import cli, soak
 from experiments.checkpointing import bucket, folders, lease, seal, storage
-from mla_moe.config import Config, ConfigError
+from mla_moe.config import Config, ConfigError, freeze
 
 pytestmark = [
   pytest.mark.slow,
@@ -270,6 +271,21 @@ def test_row12_two_processes_seal_in_a_bucket_and_refuse_a_flip(tmp_path):
   sealed = seal.read(storage.path(place) / str(step))
   assert sealed['processes'] == 2
   assert folders.steps(place)[0] == step
+
+
+def test_a_refused_start_leaves_the_config_in_the_bucket(home):
+  """The first copy has the new one; the last is of what was put back."""
+  url = f'gs://{NAME}/refused'
+  config = freeze({})
+  run = dataclasses.replace(config.run, steps=config.run.steps + 7)
+  other = dataclasses.replace(config, run=run)
+  with bucket.claim(url, config):
+    pass
+  before = blob(f'{url}/config.json').download_as_bytes()
+  with pytest.raises(ConfigError, match='no'), bucket.claim(url, other):
+    assert blob(f'{url}/config.json').download_as_bytes() != before
+    raise ConfigError('no')
+  assert blob(f'{url}/config.json').download_as_bytes() == before
 
 
 def test_records_are_the_bucket_s_and_not_of_runs_below(tmp_path):

@@ -7,10 +7,14 @@ where it was copied to.
 
 from __future__ import annotations
 
+import array
+import collections
 import functools
 import json
 import pathlib
 import zlib
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +40,10 @@ def opened(
   path = f'{root}/corpus.json'
   try:
     values = corpus_folder.parsed(_content(known[path]))
-    streams = [_tokens(root, known, p, values, cache) for p in shards.PARTS]
+    read = functools.cache(_sums)  # of all shards: the next row is of any
+    maps: chunks.Maps = collections.OrderedDict()
+    args = root, known, values, cache, read, maps
+    streams = [_tokens(*args, part) for part in shards.PARTS]
     name = root.rpartition('/')[2]
     return corpus_folder.of_values(values, streams, name, tokenizer), values
   except (ValueError, KeyError, TypeError) as error:
@@ -47,7 +54,15 @@ def _content(file: remote.Object) -> bytes:
   return remote.part(file.path, 0, file.size)
 
 
-def _tokens(root, known, part: str, values: dict, cache) -> shards.Tokens:
+def _tokens(
+  root: str,
+  known: dict[str, remote.Object],
+  values: dict[str, Any],
+  cache: pathlib.Path,
+  read: Callable,
+  maps: chunks.Maps,
+  part: str,
+) -> shards.Tokens:
   streams, dtype = [], values['dtype']
   for number, length in enumerate(values['lengths'][part]):
     path = f'{root}/{number:05}.{part}'
@@ -59,22 +74,29 @@ def _tokens(root, known, part: str, values: dict, cache) -> shards.Tokens:
       )
     if length:
       facts = known.get(f'{root}/{number:05}.json')
-      check = functools.partial(_check, path, facts, part, values['block'])
+      args = read, path, facts, part, values['block']
+      check = functools.partial(_check, *args)
       folder = cache / chunks.name_of(file)
-      streams.append(chunks.Chunks(path, dtype, length, folder, check))
+      streams.append(chunks.Chunks(path, dtype, length, folder, check, maps))
   return shards.Tokens(streams, dtype)
 
 
-def _check(path, facts, part: str, block: int, start: int, ids) -> None:
+def _check(read, path, facts, part, block: int, start: int, ids) -> None:
   """Compares the checksums of the blocks of a chunk."""
   try:
-    sums = _sums(facts)[part]
+    sums = read(facts)[part]
     place, step = start * ids.itemsize, block // ids.itemsize
     own = [zlib.crc32(ids[i : i + step]) for i in range(0, len(ids), step)]
     first = place // block
     pairs = zip(own, sums[first : first + len(own)], strict=True)
     wrong = [i for i, (one, other) in enumerate(pairs) if one != other]
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+  except (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+  ) as error:
     where = facts.path if facts else f'the facts of {path}'
     raise corpus_folder.damaged(where, error, REMEDY) from None
   if wrong:
@@ -84,6 +106,7 @@ def _check(path, facts, part: str, block: int, start: int, ids) -> None:
     )
 
 
-@functools.lru_cache(maxsize=64)
-def _sums(facts: remote.Object) -> dict[str, list[int]]:
-  return json.loads(_content(facts))['checksums']
+def _sums(facts: remote.Object) -> dict[str, array.array]:
+  """Returns the checksums of a shard's parts: 4 bytes for 64 KiB of ids."""
+  sums = json.loads(_content(facts))['checksums']
+  return {part: array.array('I', values) for part, values in sums.items()}

@@ -27,9 +27,13 @@ from .. import cli
 from . import remote
 
 CHUNK = 8 << 20
-_OPEN = 256  # chunks of an object that are mapped at a time
+_OPEN = 256  # chunks of a text: each has a file handle while it is mapped
 _FREE = 0.05  # of the disk
 _CHECKSUM_BYTES = 4
+
+# The open chunks of all objects of a text, by folder and number, in the order
+# of their last use.
+Maps = collections.OrderedDict[tuple[str, int], np.ndarray]
 
 
 def name_of(file: remote.Object) -> str:
@@ -46,6 +50,7 @@ class Chunks:
     dtype, length, offset: of its ids.
     folder: of its chunks on the disk.
     check: refuses the ids of a chunk from a place on; called once for each.
+    maps: of the text, which all its objects share.
   """
 
   def __init__(
@@ -55,13 +60,12 @@ class Chunks:
     length: int,
     folder: pathlib.Path,
     check: Callable[[int, np.ndarray], None],
+    maps: Maps,
     offset: int = 0,
   ):
     self._path, self._dtype, self._length = path, np.dtype(dtype), length
     self._folder, self._check, self._offset = folder, check, offset
-    self._chunks: collections.OrderedDict[int, np.ndarray] = (
-      collections.OrderedDict()
-    )
+    self._maps = maps
     self._checked: set[int] = set()
 
   def __len__(self) -> int:
@@ -85,9 +89,16 @@ class Chunks:
     return parts[1] if len(parts) == 2 else np.concatenate(parts)
 
   def _chunk(self, number: int) -> np.ndarray:
-    if number in self._chunks:
-      self._chunks.move_to_end(number)
-      return self._chunks[number]
+    key = self._folder.name, number
+    ids = self._maps.pop(key, None)  # at once: threads share a text
+    if ids is None:
+      ids = self._opened(number)
+    self._maps[key] = ids
+    while len(self._maps) > _OPEN:
+      self._maps.popitem(last=False)
+    return ids
+
+  def _opened(self, number: int) -> np.ndarray:
     first = number * CHUNK
     size = min(CHUNK, self._length * self._dtype.itemsize - first)
     path = self._folder / f'{number:07}'
@@ -95,13 +106,12 @@ class Chunks:
     if content is None:
       content = self._fetched(first, size)
       _store(path, content)
+      # A map costs no memory; the bytes stay where the disk is full.
+      content = self._stored(path, number, size) or content
     ids = np.frombuffer(content, self._dtype, size // self._dtype.itemsize)
     if number not in self._checked:
       self._check(first // self._dtype.itemsize, ids)
       self._checked.add(number)
-    self._chunks[number] = ids
-    if len(self._chunks) > _OPEN:
-      self._chunks.popitem(last=False)
     return ids
 
   def _fetched(self, first: int, size: int) -> bytes:
@@ -116,9 +126,10 @@ class Chunks:
     try:
       with open(path, 'rb') as file:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-      os.utime(path)
     except (OSError, ValueError):  # an empty file cannot be mapped
       return None
+    with contextlib.suppress(OSError):  # another's cache, or read-only
+      os.utime(path)
     if len(content) != size + _CHECKSUM_BYTES:
       return None
     if number not in self._checked:

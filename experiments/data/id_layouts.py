@@ -52,10 +52,20 @@ def lookup(path: str) -> remote.Object | None:
   return remote.Object(path, facts.st_size, f'mtime={facts.st_mtime_ns}')
 
 
-def index_of(path: str) -> remote.Object | None:
-  """Returns the .idx beside a .bin, or None."""
-  stem, suffix = os.path.splitext(path)
-  return lookup(f'{stem}.idx') if suffix.lower() == '.bin' else None
+def indices(source: str, paths: Sequence[str]) -> list[remote.Object | None]:
+  """Returns the .idx beside each .bin of a source, or None.
+
+  Those of a glob in a bucket are listed once: a question takes as long.
+
+  Raises:
+    ConfigError: a bucket that cannot be read.
+  """
+  name = lambda path: f'{os.path.splitext(path)[0]}.idx'
+  is_bin = lambda path: path.lower().endswith('.bin')
+  find = lookup
+  if remote.is_remote(source) and '*' in source and is_bin(source):
+    find = {x.path: x for x in remote.listed(name(source))[1]}.get
+  return [find(name(path)) if is_bin(path) else None for path in paths]
 
 
 def of(

@@ -89,7 +89,7 @@ def locked(folder: pathlib.Path, is_shared: bool, say) -> int:
   """Makes a folder, and returns its handle, whose lock ends with its process.
 
   A file system without locks has none to give: two processes would do the same
-  work, and write the same files.
+  work, and write the same files. A line says so.
   """
   import fcntl  # Windows has none: `cli` says so
 
@@ -103,7 +103,12 @@ def locked(folder: pathlib.Path, is_shared: bool, say) -> int:
       except BlockingIOError:
         say(f'Another process tokenises this text, in {folder}: waiting.')
         fcntl.flock(handle, kind)
-      except OSError:
+      except OSError as error:
+        say(
+          f'ATTENTION: the file system of {folder} has no locks '
+          f'({error.strerror}): two processes would write the same files; '
+          'start one alone, or one a share.'
+        )
         return handle
       if os.path.samestat(os.fstat(handle), os.stat(folder)):
         return handle

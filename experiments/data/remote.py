@@ -23,6 +23,7 @@ _TIMES = ('generation', 'mtime', 'LastModified', 'updated', 'created')
 _SCHEME = re.compile(rf'({"|".join(SCHEMES)})://')
 _BUFFER_BYTES = 1 << 20
 _PATIENCE = 20.0  # seconds until a service that does not answer is given up
+_answered: set[tuple[type, str]] = set()  # services and buckets, of the process
 
 
 class Unread(ConfigError):
@@ -146,14 +147,20 @@ def _system(url: str) -> tuple[Any, str]:
 def _await(system: Any, path: str) -> None:
   """Asks for one name: the libraries repeat a question for minutes.
 
+  A bucket that has answered is not asked again.
+
   Raises:
     ConfigError: no answer, not even a refusal.
   """
+  place = type(system), path.lstrip('/').partition('/')[0]
+  if place in _answered:
+    return
   answered = threading.Event()
 
   def ask():
     with contextlib.suppress(Exception):
       system.info(path.partition('*')[0].rstrip('/'))
+      _answered.add(place)
     answered.set()
 
   threading.Thread(target=ask, daemon=True).start()

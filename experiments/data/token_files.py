@@ -13,6 +13,7 @@ chunk are looked at when it is.
 
 from __future__ import annotations
 
+import collections
 import glob
 import hashlib
 import json
@@ -82,7 +83,7 @@ class Part:
 def files(source: str, field: str = 'text') -> list[remote.Object]:
   """Returns the files of ids that a source names, or none: it is text.
 
-  A .parquet is text if it has the column `field`.
+  A .parquet is text if it has the column `field`; of a glob the first decides.
 
   Raises:
     ConfigError: a bucket that cannot be read.
@@ -97,8 +98,8 @@ def files(source: str, field: str = 'text') -> list[remote.Object]:
     paths = sorted(glob.glob(path, recursive=True)) or [path]
     objects = [x for x in map(id_layouts.lookup, paths) if x]
   if suffix == '.parquet':
-    is_text = not any(id_layouts.has_ids(x.path, field) for x in objects)
-    return [] if is_text else objects
+    has_ids = bool(objects) and id_layouts.has_ids(objects[0].path, field)
+    return objects if has_ids else []
   return objects
 
 
@@ -115,7 +116,9 @@ def opened(
     ConfigError: a damaged file, ids that the tokenizer lacks, or no documents
       for packing 'separate'.
   """
-  pairs = [(file, id_layouts.index_of(file.path)) for file in objects]
+  paths = [file.path for file in objects]
+  indices = id_layouts.indices(data.source, paths)
+  pairs = list(zip(objects, indices, strict=True))
   facts = dict(
     format=_FORMAT,
     files=[_stamp(x) for pair in pairs for x in pair if x],
@@ -165,13 +168,14 @@ def _parts(
   folder: pathlib.Path, values: dict, data: DataConfig, tokenizer: Tokenizer
 ) -> tuple[Part, Part]:
   """Returns the ids, checked when they are touched, in two parts."""
+  maps: chunks.Maps = collections.OrderedDict()
 
   def shard(layout: Layout, checksums: list[int], chunk: str) -> Any:
     path, dtype, offset, length = layout
     if chunk:
       check = lambda _, ids: id_layouts.check_ids(path, ids, tokenizer)
       place = folder.parent / chunk
-      return chunks.Chunks(path, dtype, length, place, check, offset)
+      return chunks.Chunks(path, dtype, length, place, check, maps, offset)
     place = folder / path  # an absolute path is itself
     args = place, dtype, length, shards.BLOCK, lambda: checksums
     # Only the copy of a table can be made again.

@@ -1,6 +1,8 @@
 """Ids in a bucket are those on a disk, read once and in chunks."""
 
 import dataclasses
+import json
+import mmap
 import os
 import shutil
 import threading
@@ -19,6 +21,7 @@ from experiments.data import (
   chunks,
   corpus,
   corpus_folder,
+  id_layouts,
   remote,
   shards,
   token_files,
@@ -72,7 +75,9 @@ def test_each_kind_has_the_rows_that_it_has_on_a_disk(kind, bucket, tmp_path):
   assert len(one.train[5:5]) == 0
 
 
-def test_a_chunk_is_read_once_and_by_its_own_rows(bucket, tmp_path):
+def test_a_chunk_is_read_once_and_by_its_own_rows(
+  bucket, tmp_path, monkeypatch
+):
   """Later starts find it on the disk; one that is damaged is read again."""
   system, reads = bucket
   system.pipe('/tokens/a.bin', IDS.astype('<u2').tobytes())
@@ -95,6 +100,16 @@ def test_a_chunk_is_read_once_and_by_its_own_rows(bucket, tmp_path):
     np.testing.assert_array_equal(again.train[:200], IDS[:200])
     assert reads == [('a.bin', 128, 256)]
     assert path.read_bytes() == content
+
+  def refused(*_, **__):
+    raise PermissionError(13, 'Permission denied')
+
+  # The cache of another user is read; the time of the opening is not changed.
+  monkeypatch.setattr(os, 'utime', refused)
+  again = prepared(data, cache)
+  reads.clear()
+  np.testing.assert_array_equal(again.train[:200], IDS[:200])
+  assert not reads
 
 
 def test_a_start_reads_no_id_but_of_the_sample(bucket, tmp_path, monkeypatch):
@@ -156,15 +171,97 @@ def test_a_full_disk_loses_the_chunks_opened_the_longest_ago(
   assert len(reads) == len({*reads}) == 10 and not [*folder.iterdir()]
 
 
-def test_few_chunks_are_open_at_a_time(bucket, tmp_path, monkeypatch):
-  monkeypatch.setattr(chunks, '_OPEN', 2)
+def test_few_chunks_of_all_objects_are_open(bucket, tmp_path, monkeypatch):
+  """They are maps, not bytes, from the first touch on."""
+  monkeypatch.setattr(chunks, '_OPEN', 3)
   system, reads = bucket
-  system.pipe('/tokens/a.bin', IDS.astype('<u2').tobytes())
-  text = prepared(small(source=f'{URL}/a.bin'), tmp_path / 'cache')
+  for name in 'ab':
+    system.pipe(f'/tokens/{name}.bin', IDS.astype('<u2').tobytes())
+  text = prepared(small(source=f'{URL}/*.bin'), tmp_path / 'cache')
+  objects = text.train._tokens._shards
+  (maps,) = {id(x._maps): x._maps for x in objects}.values()
+  size = len(IDS)
   for _ in range(2):
-    np.testing.assert_array_equal(text.train[:600], IDS[:600])
-    assert len(text.train._tokens._shards[0]._chunks) == 2
+    for place in (slice(size), slice(size - 70, size + 70)):
+      right = np.concatenate([IDS, IDS])[place]
+      np.testing.assert_array_equal(text.train[place], right)
+      assert len(maps) == 3
+  assert {folder for folder, _ in maps} == {x._folder.name for x in objects}
+  assert all(isinstance(ids.base.obj, mmap.mmap) for ids in maps.values())
   assert len(reads) == len({*reads})
+
+
+def test_an_index_is_listed_once_for_a_glob(bucket, tmp_path, monkeypatch):
+  """The questions of a start are as many for two files as for six."""
+  system, _ = bucket
+  own, asked, counts = type(system), [], []
+  info = own.info
+
+  def counted(self, path, **words):
+    asked.append(path)
+    return info(self, path, **words)
+
+  monkeypatch.setattr(remote, '_answered', set())
+  monkeypatch.setattr(own, 'info', counted)
+  monkeypatch.setattr(remote, 'lookup', None)
+  for files in (2, 6):
+    for number in range(files):
+      path = megatron(tmp_path / f'{number}.bin', DOCUMENTS[number:][:3])
+      for part in (path, path.with_suffix('.idx')):
+        system.pipe(f'/tokens/{part.name}', part.read_bytes())
+    system.pipe('/tokens/raw.bin', IDS[:9].astype('<u2').tobytes())
+    objects = token_files.files(f'{URL}/*.bin')
+    indices = id_layouts.indices(f'{URL}/*.bin', [x.path for x in objects])
+    names = [x and x.path.rpartition('/')[2] for x in indices]
+    assert names == [*(f'{i}.idx' for i in range(files)), None]
+    counts.append(len(asked))
+    asked.clear()
+  assert counts[0] >= counts[1]
+
+
+def test_the_first_table_of_a_glob_decides(bucket, tmp_path, monkeypatch):
+  """A start opens one object, however many there are."""
+  system, _ = bucket
+  path, _ = write('parquet', tmp_path)
+  for name in 'abc':
+    system.pipe(f'/tokens/{name}.parquet', path.read_bytes())
+  tables, source = [], f'{URL}/*.parquet'
+  opened = remote.opened
+
+  def counted(name):
+    tables.append(name[-9:])
+    return opened(name)
+
+  monkeypatch.setattr(remote, 'opened', counted)
+  assert len(token_files.files(source)) == 3
+  assert not token_files.files(source, 'input_ids')
+  assert tables == ['a.parquet'] * 2
+
+
+def test_checksums_of_a_hundred_shards_are_read_once(bucket, tmp_path):
+  """Rows come from all of them in turn."""
+  system, reads = bucket
+  text = prepared(small(source=write_folder(tmp_path / 'text')), tmp_path / 'a')
+  folder = tmp_path / 'a' / text.fingerprint
+  values = json.loads((folder / 'corpus.json').read_text())
+  lengths = {name: 100 * x for name, x in values['lengths'].items()}
+  values['lengths'] = lengths
+  values['check'] = corpus_folder.checksum(values)
+  system.pipe('/tokens/corpus.json', json.dumps(values).encode())
+  for number in range(100):
+    for part in ('train', 'heldout', 'json'):
+      content = (folder / f'00000.{part}').read_bytes()
+      system.pipe(f'/tokens/{number:05}.{part}', content)
+  ours = prepared(small(source=URL), tmp_path / 'b').train
+  length, right = len(text.train), text.train[:]
+  for first in (0, 64):
+    for start in range(first, 100 * length, length):
+      row = ours[start : start + 64]
+      np.testing.assert_array_equal(row, right[first : first + 64])
+  names = [name for name, *_ in reads]
+  assert len(names) == len({*reads}) == 1 + 100 + 200
+  file = remote.lookup(f'{URL}/00000.json')
+  assert bucket_shards._sums(file)['train'].itemsize == 4
 
 
 def test_shards_in_a_bucket_are_a_source(bucket, tmp_path):
@@ -276,6 +373,7 @@ def test_a_service_without_an_answer_is_no_hour(bucket, monkeypatch):
   asked = threading.Event()
   with monkeypatch.context() as patch:
     patch.setattr(remote, '_PATIENCE', 0.05)
+    patch.setattr(remote, '_answered', set())
     patch.setattr(type(system), 'info', lambda *_, **__: asked.wait(60))
     for ask in (remote.lookup, remote.listed, corpus.has_ids):
       with pytest.raises(ConfigError, match='gave no answer for'):

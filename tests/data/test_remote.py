@@ -134,7 +134,29 @@ def test_a_bucket_that_is_silent_is_one_line(bucket, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(system, 'info', lambda *_, **__: released.wait())
     patch.setattr(remote, '_PATIENCE', 0.05)
-    with pytest.raises(ConfigError, match='bucket/text: the service gave no'):
-      remote.listed(bucket[1])
+    patch.setattr(remote, '_answered', set())
+    for _ in range(2):
+      with pytest.raises(ConfigError, match='bucket/text: the service gave no'):
+        remote.listed(bucket[1])
     released.set()
   assert remote.listed(bucket[1])[1]
+
+
+def test_a_bucket_that_has_answered_is_not_asked_again(bucket, monkeypatch):
+  """Another one is, and so is one without the name."""
+  system, asked = type(fsspec.filesystem('memory')), []
+  info = system.info
+
+  def counted(self, path, **words):
+    asked.append(path)
+    return info(self, path, **words)
+
+  monkeypatch.setattr(remote, '_answered', set())
+  monkeypatch.setattr(system, 'info', counted)
+  questions = []
+  for path in ('other/a', 'other/a', 'bucket/text/a.jsonl', 'bucket/text/b'):
+    found = remote.lookup(f'memory://{path}')
+    assert bool(found) == path.endswith('a.jsonl')
+    questions.append(len(asked))
+    asked.clear()
+  assert questions == [2, 2, 2, 1]

@@ -1,6 +1,8 @@
 """Units of work: whoever writes them, and however often, the stream is one."""
 
 import codecs
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -133,6 +135,23 @@ def test_hashes_are_compared_in_parts(tmp_path, monkeypatch):
     part.tofile(tmp_path / f'{number:05}.hashes')
   assert making._duplicates(tmp_path, 3) == {'duplicates': 106}
   assert making._duplicates(tmp_path, 4) == {}  # a unit of an earlier version
+
+
+def test_a_file_system_without_locks_is_one_line(tmp_path, monkeypatch):
+  """One with them is none."""
+  lines = []
+  os.close(making.locked(tmp_path / 'a', True, lines.append))
+  assert not lines
+
+  def refused(*_):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+  monkeypatch.setattr(fcntl, 'flock', refused)
+  handle = making.locked(tmp_path / 'a', False, lines.append)
+  assert os.path.samestat(os.fstat(handle), os.stat(tmp_path / 'a'))
+  os.close(handle)
+  (line,) = lines
+  assert f'{tmp_path}/a has no locks (No locks available)' in line
 
 
 def test_a_large_text_has_a_hint(tmp_path, few_bytes, monkeypatch):

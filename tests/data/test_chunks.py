@@ -186,8 +186,8 @@ def test_few_chunks_of_all_objects_are_open(bucket, tmp_path, monkeypatch):
       right = np.concatenate([IDS, IDS])[place]
       np.testing.assert_array_equal(text.train[place], right)
       assert len(maps) == 3
+      assert all(isinstance(x.base.obj, mmap.mmap) for x in maps.values())
   assert {folder for folder, _ in maps} == {x._folder.name for x in objects}
-  assert all(isinstance(ids.base.obj, mmap.mmap) for ids in maps.values())
   assert len(reads) == len({*reads})
 
 

@@ -13,7 +13,6 @@ import os
 import pathlib
 from typing import Any
 
-import jax
 import numpy as np
 
 from mla_moe import load_huggingface, sharding
@@ -55,31 +54,15 @@ def load_base(
     opened.config = dataclasses.replace(opened.config, base=base)
     filling = _empty(opened, dtype, mesh)
 
-    def move(row: names.Row, index: dict[str, int]) -> None:
+    def move(row: names.Row, index: dict[str, int], piece: slice) -> None:
       leaf = filling[row.path]
-      for piece in row.pieces:
-        if isinstance(leaf, codes.Leaf):
-          leaf.put(row, index, piece, _codes(opened, row, index, piece, base))
-        else:
-          block = row.take(opened.matrix(row, index, piece))
-          leaf.put(block, row.start(index, piece))
-        opened.forget(row.tensor(index))
+      if isinstance(leaf, codes.Leaf):
+        leaf.put(row, index, piece, _codes(opened, row, index, piece, base))
+      else:
+        block = row.take(opened.matrix(row, index, piece))
+        leaf.put(block, row.start(index, piece))
 
-    local = [
-      (row, index)
-      for row, index in opened.matrices()
-      if filling[row.path].is_local(row, index)
-    ]
-    load.in_threads(move, local, opened)
-    arrays = {path: leaf.finish() for path, leaf in filling.items()}
-    jax.block_until_ready(list(arrays.values()))
-  variables: dict[str, PyTree] = {'params': {}, 'router': {}}
-  for keys, array in arrays.items():
-    tree = variables
-    for key in keys[:-1]:
-      tree = tree.setdefault(key, {})
-    tree[keys[-1]] = array
-  return opened.config, variables
+    return opened.config, load.fill(opened, filling, move)
 
 
 def _empty(opened: source.Source, dtype: np.dtype, mesh: Any) -> dict:

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from mla_moe.config import ModelConfig
 from mla_moe.hf import config_json, leaves, names, source
@@ -47,32 +48,31 @@ def load_huggingface(
     ConfigWarning: tensors that are not read (`source.Source`).
   """
   dtype = config_json.parameter_dtype(dtype)
-  folder = pathlib.Path(path)
   with contextlib.ExitStack() as stack:
-    opened = source.Source(folder, dtype, stack)
+    opened = source.Source(pathlib.Path(path), dtype, stack)
     filling = leaves.empty(opened.config, opened.rows, dtype, mesh)
 
-    def move(row: names.Row, index: dict[str, int]) -> None:
-      for piece in row.pieces:
-        block = row.take(opened.matrix(row, index, piece))
-        filling[row.path].put(block, row.start(index, piece))
-        opened.forget(row.tensor(index))
+    def move(row: names.Row, index: dict[str, int], piece: slice) -> None:
+      block = row.take(opened.matrix(row, index, piece))
+      filling[row.path].put(block, row.start(index, piece))
 
-    local = [
-      (row, index)
-      for row, index in opened.matrices()
-      if filling[row.path].is_local(row, index)
-    ]
-    in_threads(move, local, opened)
-    arrays = {path: leaf.finish() for path, leaf in filling.items()}
-    jax.block_until_ready(list(arrays.values()))
-  variables: dict[str, PyTree] = {'params': {}, 'router': {}}
-  for keys, array in arrays.items():
-    tree = variables
-    for key in keys[:-1]:
-      tree = tree.setdefault(key, {})
-    tree[keys[-1]] = array
-  return opened.config, variables
+    return opened.config, fill(opened, filling, move)
+
+
+def fill(opened: source.Source, filling: dict, move: Callable) -> PyTree:
+  """Returns the variables, whose leaves `move` fills piece by piece."""
+
+  def whole(row, index):
+    for piece in row.pieces:
+      move(row, index, piece)
+      opened.forget(row.tensor(index))
+
+  is_local = lambda row, index: filling[row.path].is_local(row, index)
+  local = [pair for pair in opened.matrices() if is_local(*pair)]
+  in_threads(whole, local, opened)
+  arrays = {path: leaf.finish() for path, leaf in filling.items()}
+  tree = traverse_util.unflatten_dict(jax.block_until_ready(arrays))
+  return {'router': {}} | tree
 
 
 def in_threads(move: Callable, matrices: list, opened: source.Source) -> None:

@@ -8,7 +8,6 @@ run whose config has an indexer: everything else is the dense model's.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -16,8 +15,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mla_moe import sharding
-from mla_moe.config import DSAConfig, ModelConfig, ReleaseConfig
-from mla_moe.hf import names
+from mla_moe.config import DSAConfig, ModelConfig, OptimConfig, ReleaseConfig
+from mla_moe.train import stage
 from mla_moe.types import PyTree
 
 
@@ -50,30 +49,26 @@ def completed(
   """
   from mla_moe.model import transformer
 
-  if not config.dsa.heads or any(
-    'indexer' in k for k, _ in names.flat(variables)
-  ):
+  own = OptimConfig(trains='indexer')
+  if not config.dsa.heads or stage.trained(variables['params'], own):
     return variables
   tokens = jnp.zeros((1, config.mtp.depth + 2), jnp.int32)
   init = transformer.Transformer(config).init
 
   def fresh(key):
-    tree = nn.unbox(init(key, tokens)['params'])
-    return {k: x for k, x in names.flat(tree) if 'indexer' in k}
+    return stage.trained(nn.unbox(init(key, tokens)['params']), own)
 
   places = None
   if mesh is not None:
     boxed = jax.eval_shape(init, jax.random.key(0), tokens)['params']
-    places = dict(names.flat(sharding.shardings(boxed, mesh)))
-    places = {k: x for k, x in places.items() if 'indexer' in k}
-  leaves = jax.jit(fresh, out_shardings=places)(jax.random.key(seed))
-  count = sum(x.size for x in leaves.values())
+    places = stage.trained(sharding.shardings(boxed, mesh), own)
+  part = jax.jit(fresh, out_shardings=places)(jax.random.key(seed))
+  count = sum(x.size for x in jax.tree.leaves(part))
   print(
     f'The model is dense: {count:,} parameters of its indexers are random.'
     + _hint(config.dsa.attention, trains)
   )
-  params = functools.reduce(_with, leaves.items(), variables['params'])
-  return {**variables, 'params': params}
+  return {**variables, 'params': stage.merged(part, variables['params'])}
 
 
 def _hint(attention: str, trains: str) -> str:
@@ -87,10 +82,3 @@ def _hint(attention: str, trains: str) -> str:
     if value != warm
   ]
   return ' The warm-up trains them alone:' * bool(flags) + ''.join(flags)
-
-
-def _with(tree: PyTree, item: tuple[tuple[str, ...], Any]) -> PyTree:
-  """Returns a copy of nested mappings with one more leaf."""
-  (first, *rest), leaf = item
-  own = _with(tree.get(first, {}), (tuple(rest), leaf)) if rest else leaf
-  return {**tree, first: own}

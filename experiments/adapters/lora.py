@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,7 @@ MATRICES = {
 _LEAD = ('layers', 'routed_layers', 'experts')
 
 
+@functools.lru_cache(16)
 def boxed_parameters(model: ModelConfig) -> PyTree:
   """Returns the shapes of a model's parameters, boxed with logical axes."""
   tokens = jnp.zeros((1, model.mtp.depth + 2), jnp.int32)
@@ -108,12 +109,6 @@ def _boxed_frozen(name, shape, axes, kind, dtype) -> Frozen:
 def _ends(axes: tuple, shape: tuple) -> tuple[int, ...]:
   k = sum(a in _LEAD for a in axes)
   return tuple(shape[k + (2 if axes[k] == 'heads' else 1) :])
-
-
-@functools.lru_cache(16)
-def assemble(model: ModelConfig) -> Callable:
-  """Returns `join` of a model, for the training step."""
-  return functools.partial(join, model=model)
 
 
 def targets(model: ModelConfig) -> set[str]:

@@ -13,12 +13,15 @@ shared MLPs of a model with experts: it takes their names for the experts'.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from flax import linen as nn
 
 from mla_moe import files
 from mla_moe.config import ConfigError, LoRAConfig, ModelConfig
@@ -153,13 +156,9 @@ def load(
   with safetensors.File(folder / WEIGHTS) as file:
     read = {name: file.read(name) for name in file.entries}
     tensors = {name: np.array(x, np.float32) for name, x in read.items()}
-  import jax
-
-  shapes = jax.eval_shape(lambda key: lora.boxed(key, model), _key())
-  is_box = lambda leaf: hasattr(leaf, 'names')
-  params = jax.tree.map(
-    lambda box: np.zeros(box.value.shape, np.float32), shapes, is_leaf=is_box
-  )
+  fresh = functools.partial(lora.boxed, model=model)
+  shapes = nn.unbox(jax.eval_shape(fresh, jax.random.key(0)))
+  params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
   known = places(model)
   stems = {f'base_model.model.{place.stem}' for place in known}
   wanted = {f'{s}.lora_{part}.weight' for s in stems for part in 'AB'}
@@ -172,12 +171,6 @@ def load(
   for place in known:
     _fill(params, place, tensors, model.lora.rank, folder)
   return model, params, values.get('base_model_name_or_path') or ''
-
-
-def _key() -> Any:
-  import jax
-
-  return jax.eval_shape(lambda: jax.random.key(0))
 
 
 def _fill(params, place, tensors, rank, folder) -> None:

@@ -72,19 +72,13 @@ def jitted_step(config: Config, mesh: Mesh | None) -> Callable:
     outputs = placement(config, mesh), NamedSharding(mesh, PartitionSpec())
   is_here = mesh is None or mesh.devices.flat[0] in jax.devices()
   own = {'objective': objective.grpo} if config.rl.task else {}
-  own |= assembled(config)
+  own['assemble'] = functools.partial(lora.join, model=config.model)
   return jax.jit(
     functools.partial(step.train_step, config=config, **own),
     donate_argnums=0,
     out_shardings=outputs,
     compiler_options=runtime.step_options() if is_here else {},
   )
-
-
-def assembled(config: Config) -> dict[str, Callable]:
-  """Returns the keyword with which a step makes parameters from adapters."""
-  model = config.model
-  return {'assemble': lora.assemble(model)} if model.lora.rank else {}
 
 
 def state_shapes(config: Config, mesh: Mesh | None) -> State:

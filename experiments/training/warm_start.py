@@ -21,6 +21,7 @@ from mla_moe import files
 from mla_moe.config import Config, ConfigError, ModelConfig
 
 from .. import distributed, indexers, workdir
+from ..adapters import base as frozen_base
 from ..checkpointing import bucket, storage
 
 _FILE = 'init.json'
@@ -97,7 +98,8 @@ def begin(setup, origin: Origin, *, allow_unsealed: bool = False) -> Any:
   """Returns the state at step 0, and records the origin in the run's folder.
 
   Raises:
-    ConfigError: no checkpoint there, or a model of another shape.
+    ConfigError: no checkpoint there, a model of another shape, or adapters
+      over another base.
   """
   folder = bucket.here('--init', origin.source)
   if workdir.is_run(folder):
@@ -124,6 +126,7 @@ def _of_run(setup, folder, step, allow_unsealed) -> tuple[Any, Origin]:
 
   config, theirs = setup.config, workdir.read_config(folder)
   check_tokenizer(setup, theirs, folder)
+  check_adapters(config.model, theirs.model, str(folder))
   model = _like(config.model, theirs.model, str(folder))
   like = dataclasses.replace(
     config, model=model, optim=theirs.optim, rl=theirs.rl
@@ -139,6 +142,8 @@ def _of_run(setup, folder, step, allow_unsealed) -> tuple[Any, Origin]:
     raise ConfigError(
       f'--init={folder}: has no checkpoint {"yet" if step is None else step}'
     )
+  if config.model.lora.rank:
+    frozen_base.compare(setup.base, restored.facts, config, restored.step)
   state = restored.state
   # The gradients of rewards are not of the size that those of a text were.
   moments = config.optim.optimizer == theirs.optim.optimizer
@@ -227,6 +232,21 @@ def check_tokenizer(setup, theirs: Config, folder: pathlib.Path) -> None:
     raise ConfigError(
       f'--init={folder}: its ids are of data.tokenizer={name!r}, and not of '
       f'{setup.config.data.tokenizer!r}; set --config.data.tokenizer={name}'
+    )
+
+
+def check_adapters(ours: ModelConfig, theirs: ModelConfig, source: str) -> None:
+  """Refuses other adapters, or adapters where there are none.
+
+  Raises:
+    ConfigError: names the differing fields.
+  """
+  like = dataclasses.replace(ours, lora=theirs.lora, base=theirs.base)
+  lines = workdir.differences(ours, like, 'config.model')
+  if lines and (ours.lora.rank or theirs.lora.rank):
+    raise ConfigError(
+      f'--init={source}: its adapters are others ({"; ".join(lines)}); set '
+      'these fields as they are there'
     )
 
 

@@ -175,14 +175,21 @@ def _tokenizer(
   return recipe
 
 
+def _is_free(target: pathlib.Path, force: bool) -> bool:
+  """Whether nothing is at the target; without `force` nothing else may be."""
+  if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+    return True
+  if not force:
+    raise ConfigError(f'--target={str(target)!r}: exists; --force replaces it')
+  return False
+
+
 def _check_target(
   source: pathlib.Path, target: pathlib.Path, force: bool
 ) -> None:
   """Refuses a target that exists, but a run with `force`."""
-  if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+  if _is_free(target, force):
     return
-  if not force:
-    raise ConfigError(f'--target={str(target)!r}: exists; --force replaces it')
   if not workdir.is_run(target):
     raise ConfigError(
       f'--target={str(target)!r}: is no run, so it is not replaced'
@@ -240,6 +247,14 @@ def to_huggingface(
   if merge and not has_adapters:
     raise ConfigError('--merge: is for a run with adapters (model.lora.rank)')
   if has_adapters and not merge:
+    options = {'fp8': fp8, 'power_of_two': power_of_two}
+    options['dtype'] = dtype != 'float32'
+    if any(options.values()):
+      name = next(filter(options.get, options))
+      raise ConfigError(
+        f'--{name}: adapters are written in float32; leave it out, or write '
+        'them into their base (--merge)'
+      )
     _write_adapters(source, target, allow_unsealed, force)
     return
   config, variables = load_run(source, allow_unsealed=allow_unsealed)
@@ -269,15 +284,25 @@ def to_huggingface(
 def _write_adapters(
   source: pathlib.Path, target: pathlib.Path, allow_unsealed: bool, force: bool
 ) -> None:
-  """Writes a run's adapters alone, in PEFT's format."""
+  """Writes a run's adapters alone, in PEFT's format, complete or not at all."""
+  from mla_moe.hf import save
+
   from .adapters import peft_files
   from .checkpointing.load import load_state
 
-  if target.exists() and not force:
-    raise ConfigError(f'--target={str(target)!r}: exists; --force replaces it')
+  own = {peft_files.CONFIG, peft_files.WEIGHTS}
+  if not _is_free(target, force) and (
+    not target.is_dir() or {path.name for path in target.iterdir()} != own
+  ):
+    raise ConfigError(
+      f'--target={str(target)!r}: is no folder of adapters alone, so it is not '
+      'replaced'
+    )
   config, restored = load_state(source, allow_unsealed=allow_unsealed)
   params = restored.state.params
-  peft_files.export(target, config.model, params, config.run.base)
+  with save.replacing(target) as scratch:
+    peft_files.export(scratch, config.model, params, config.run.base)
+    scratch.chmod(0o755)
 
 
 def _extras(

@@ -76,10 +76,11 @@ class Frozen(OwnWeight):
   def __getitem__(self, index: int | Array) -> Frozen:
     """Returns the weight at a number of the first axis.
 
-    Nothing is read for an int. With a traced number, one slice is read; the
-    adapter of one expert is that of all.
+    Nothing is read for an int, but on a mesh: there a region would get all
+    layers, gathered. With a traced number, one slice is read; the adapter of
+    one expert is that of all.
     """
-    if isinstance(index, int):
+    if isinstance(index, int) and not sharding.auto_axes():
       return dataclasses.replace(self, place=(*self.place, index))
     take = functools.partial(_take, place=self.place, index=index)
     leaves = map(take, (self.codes, self.scales, self.a, self.b))
@@ -141,7 +142,7 @@ class Frozen(OwnWeight):
       a, b = (_take(x, self.place).astype(jnp.float32) for x in self.trained)
       delta = a @ b.reshape(*b.shape[: axis + 1], -1)
       wide += delta.reshape(*a.shape[:-1], *wide.shape[axis + 1 :])
-    return wide.astype(dtype).reshape(*wide.shape[: axis + 1], *self.ends)
+    return self._apart(wide.astype(dtype), wide.shape[: axis + 1])
 
   def product(self, x: Array, summed: int = 1) -> Float[Array, '*b *ends']:
     """Returns x W + (x A) B in the dtype of `x`, of one matrix.
@@ -153,7 +154,15 @@ class Frozen(OwnWeight):
     if self.a is not None:
       a, b = (_take(w, self.place).astype(x.dtype) for w in self.trained)
       y += jnp.tensordot(x @ a, b, 1)
-    return y.reshape(*x.shape[:-1], *self.ends)
+    return self._apart(y, x.shape[:-1])
+
+  def _apart(self, y: Array, lead: tuple) -> Array:
+    """Returns a result with heads and their dimensions as two axes.
+
+    In a region a device has some of the heads, and all of their dimensions.
+    """
+    heads = len(self.ends) > self.columns
+    return y.reshape(*lead, -1, *self.ends[1:]) if heads else y
 
   def feed_forward(
     self,

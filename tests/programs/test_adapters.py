@@ -8,20 +8,37 @@ import types
 import chex
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import linen as nn
 
 from configs import tiny
-from experiments import convert, train
+from experiments import convert, train, workdir
 from experiments.adapters import base as frozen_base
 from experiments.adapters import codes, lora, peft_files
 from experiments.adapters.frozen import Frozen
 from experiments.adapters.load import load_base
-from experiments.checkpointing import load
-from mla_moe import Transformer, load_huggingface, rollout, save_huggingface
-from mla_moe.config import Config, ConfigError, LoRAConfig, freeze, thaw
-from mla_moe.hf import fp8_blocks
+from experiments.checkpointing import load, store
+from experiments.training import program, warm_start
+from mla_moe import (
+  Transformer,
+  load_huggingface,
+  rollout,
+  save_huggingface,
+  sharding,
+)
+from mla_moe.config import (
+  Config,
+  ConfigError,
+  LoRAConfig,
+  MeshConfig,
+  MTPConfig,
+  freeze,
+  thaw,
+)
+from mla_moe.decode import forward
+from mla_moe.hf import formats, fp8_blocks, safetensors
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 TOKENS = jnp.array([[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]])
@@ -87,6 +104,42 @@ def test_quantised_numbers(kind, bound):
   assert (np.abs(got - w) <= tops * bound * 1.07).all()
 
 
+@pytest.mark.parametrize(
+  'base, bits, group, packed',
+  [
+    ('int8', 8, 256, False),
+    ('int8', 8, 128, True),
+    ('int4', 4, 32, True),
+    ('int4', 4, 128, True),
+  ],
+)
+def test_integers_are_those_of_the_file(base, bits, group, packed):
+  """Bytes of some rows, and scales, repeated for each group of the base."""
+  random, low = np.random.default_rng(0), -(2 ** (bits - 1))
+  q = random.integers(low, -low, (6, 256))
+  scale = random.uniform(0.01, 0.1, (6, 256 // group))
+  scale = scale.astype(ml_dtypes.bfloat16)
+  tensors = {'x.weight': q.astype(np.int8), 'x.weight_scale': scale}
+  if packed:  # compressed-tensors: low first, around the middle
+    words = (q - low).reshape(6, -1, 32 // bits).astype(np.uint32)
+    words <<= np.uint32(bits) * np.arange(32 // bits, dtype=np.uint32)
+    del tensors['x.weight']
+    tensors['x.weight_packed'] = words.sum(-1, dtype=np.uint32).view(np.int32)
+  entry = lambda n: safetensors.Entry(tensors[n].dtype, tensors[n].shape, 0, 0)
+  tiles = ((1, group),)
+  stored = formats.find('x.weight', (6, 256), tensors, entry, tiles)
+  part = slice(1, 5), slice(None)
+  got, scales = codes.read(stored, part, tensors.__getitem__, base)
+  raw = np.ascontiguousarray(tensors[stored.codes][1:5]).view(np.uint8)
+  raw = raw ^ 0x80 if packed and bits == 8 else raw  # without the sign
+  np.testing.assert_array_equal(got.view(np.uint8), raw)
+  wide = scale[1:5].astype(np.float32).repeat(group // codes.GROUPS[base], 1)
+  np.testing.assert_array_equal(scales.astype(np.float32), wide)
+  w = Frozen(jnp.array(got.T), jnp.array(scales.T), None, None, base, (4,))
+  want = q[1:5] * scale[1:5].astype(np.float32).repeat(group, 1)
+  np.testing.assert_array_equal(w.astype(jnp.float32), want.T)
+
+
 def test_all_fp8_numbers():
   """Each of E4M3's numbers, subnormal ones and both signs."""
   bits = np.arange(256, dtype=np.uint8)
@@ -96,13 +149,13 @@ def test_all_fp8_numbers():
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def gradients(own, model, floats, frozen, like):
+def gradients(own, model, floats, frozen, like, tokens=TOKENS):
   """Logits, and the gradients of adapters, over codes or over floats."""
 
   def loss(own):
     params = lora.join(frozen['params'], own, model)
     params = dense(params, like) if floats else params
-    out = Transformer(model).apply(frozen | {'params': params}, TOKENS)
+    out = Transformer(model).apply(frozen | {'params': params}, tokens)
     return jnp.square(out.logits).mean(), out.logits
 
   (_, logits), grads = jax.value_and_grad(loss, has_aux=True)(own)
@@ -162,6 +215,60 @@ def test_decoding(rows):
   np.testing.assert_allclose(ours.log_probs, theirs.log_probs, atol=2e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('base', ['int4', 'trained'])
+def test_a_mesh_gives_the_numbers_of_one_device(base, tmp_path):
+  """Logits, adapters' gradients and decoding; each device has an eighth."""
+  plain = freeze(tiny.get_config('smoke')).model
+  moe = dataclasses.replace(plain.moe, width=64)  # whole groups on a device
+  plain = dataclasses.replace(
+    plain, precision='bf16', moe=moe, layers=3, mtp=MTPConfig(0)
+  )
+  init = Transformer(plain).init(jax.random.key(0), TOKENS)
+  save_huggingface(tmp_path / 'base', plain, nn.unbox(init))
+  tokens = jnp.concatenate([TOKENS, TOKENS + 1])
+
+  def numbers(mesh):
+    model, frozen = load_base(tmp_path / 'base', base, mesh=mesh)
+    model = dataclasses.replace(model, lora=LoRAConfig(rank=2))
+    own = random_adapters(model)
+    if mesh is None:
+      return compute(model, own, frozen)
+    boxed = jax.eval_shape(
+      functools.partial(lora.boxed, model=model), jax.random.key(0)
+    )
+    own = jax.device_put(own, sharding.shardings(boxed, mesh))
+    w = frozen['params']['moe']['ffn']['w_down']
+    w = w.codes if is_frozen(w) else w
+    assert 8 * w.addressable_shards[0].data.size == w.size
+    with jax.set_mesh(mesh):
+      joined = {'params': lora.join(frozen['params'], own, model)}
+      unstack = functools.partial(forward.unstack, model)
+      weights = jax.eval_shape(unstack, frozen | joined)
+      # A layer's alone: a region would gather those of all.
+      assert weights['layers'][-1]['ffn']['w_down'].codes.ndim == 3
+      return compute(model, own, frozen)
+
+  def compute(model, own, frozen):
+    out = gradients(own, model, False, frozen, None, tokens)
+    joined = {'params': lora.join(frozen['params'], own, model)}
+    answer = rollout(
+      model, frozen | joined, np.asarray(tokens), 4, temperature=0.0
+    )
+    return jax.device_get((*out, answer.tokens, answer.log_probs))
+
+  mesh = sharding.make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
+  alone, together = numbers(None), numbers(mesh)
+  np.testing.assert_allclose(together[0], alone[0], atol=1e-4)
+  close = lambda a, b: np.testing.assert_allclose(
+    a, b, atol=1e-4 * np.abs(b).max()
+  )
+  jax.tree.map(close, together[1], alone[1])
+  assert min(np.abs(x).max() for x in leaves(alone[1])) > 0
+  np.testing.assert_array_equal(together[2], alone[2])
+  np.testing.assert_allclose(together[3], alone[3], atol=1e-4)
+
+
 def test_peft(tmp_path):
   """PEFT's own file: its logits, and the same tensors when written again."""
   plain, whole = released('v3_yarn')
@@ -174,8 +281,6 @@ def test_peft(tmp_path):
   )
   np.testing.assert_allclose(out.logits, case['logits'], atol=2e-4)
   peft_files.export(tmp_path / 'again', model, own, name)
-  from mla_moe.hf import safetensors
-
   files = [
     folder / peft_files.WEIGHTS
     for folder in (GOLDEN / 'peft', tmp_path / 'again')
@@ -242,6 +347,78 @@ def test_another_base_is_refused():
     frozen_base.compare(base, {'base': 'b'}, config, 3)
 
 
+@pytest.fixture
+def adapted(monkeypatch):
+  """A config with adapters that every folder is a run of."""
+  config = freeze(tiny.get_config('micro'))
+  model = dataclasses.replace(config.model, lora=LoRAConfig(rank=2))
+  run = dataclasses.replace(config.run, base='there')
+  config = dataclasses.replace(config, model=model, run=run)
+  monkeypatch.setattr(workdir, 'is_run', lambda _: True)
+  monkeypatch.setattr(workdir, 'read_config', lambda _: config)
+  return config
+
+
+def test_a_warm_start_has_the_base_of_its_origin(
+  adapted, monkeypatch, tmp_path
+):
+  monkeypatch.setattr(warm_start, 'check_tokenizer', lambda *_: None)
+  monkeypatch.setattr(program, 'state_shapes', lambda *_: None)
+  restored = types.SimpleNamespace(step=3, facts={'base': 'b'}, state=None)
+  monkeypatch.setattr(store, 'restore', lambda *_, **__: restored)
+  base = frozen_base.Base(fingerprint='a')
+  setup = types.SimpleNamespace(config=adapted, mesh=None, base=base)
+  begin = functools.partial(
+    warm_start.begin, setup, warm_start.Origin(str(tmp_path))
+  )
+  with pytest.raises(ConfigError, match="base='there': .*adapters of step 3"):
+    begin()
+  for change, text in (
+    (dict(lora=LoRAConfig(rank=2, alpha=1.0)), 'lora.alpha: 1.0 != 32.0'),
+    (dict(lora=LoRAConfig()), 'lora.rank: 0 != 2'),
+    (dict(base='int4'), "base: 'int4' != 'trained'"),
+  ):
+    model = dataclasses.replace(adapted.model, **change)
+    setup.config = dataclasses.replace(adapted, model=model)
+    with pytest.raises(ConfigError, match=f'adapters are others.*{text}'):
+      begin()
+
+
+def test_an_export_of_adapters_is_whole_or_not_there(
+  adapted, monkeypatch, tmp_path
+):
+  target = tmp_path / 'out'
+  write = functools.partial(convert.to_huggingface, tmp_path / 'run', target)
+  for flag, value in (('fp8', True), ('power_of_two', True)):
+    with pytest.raises(ConfigError, match=f'--{flag}: adapters are written'):
+      write(**{flag: value})
+  with pytest.raises(ConfigError, match='--dtype: adapters are written'):
+    write(dtype='bfloat16')
+  restored = types.SimpleNamespace(state=types.SimpleNamespace(params={}))
+  monkeypatch.setattr(load, 'load_state', lambda *_, **__: (adapted, restored))
+
+  def interrupted(folder, *_):
+    (folder / peft_files.CONFIG).write_text('new')
+    raise OSError('the disk is full')
+
+  monkeypatch.setattr(peft_files, 'export', interrupted)
+  with pytest.raises(OSError):
+    write()
+  assert not [*tmp_path.iterdir()]
+  target.mkdir()
+  for name in (peft_files.CONFIG, peft_files.WEIGHTS):
+    (target / name).write_text('old')
+  with pytest.raises(ConfigError, match='--force replaces it'):
+    write()
+  with pytest.raises(OSError):
+    write(force=True)
+  assert [*tmp_path.iterdir()] == [target]
+  assert {path.read_text() for path in target.iterdir()} == {'old'}
+  (target / 'notes').write_text('mine')
+  with pytest.raises(ConfigError, match='is no folder of adapters alone'):
+    write(force=True)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings('default')
 def test_a_run_resumes_refuses_and_merges(tmp_path):
@@ -274,6 +451,10 @@ def test_a_run_resumes_refuses_and_merges(tmp_path):
   assert sum(sizes) < 0.2 * sum(x.size for x in jax.tree.leaves(init))
   with pytest.raises(ConfigError, match='are not those that the adapters'):
     train.run(config(6, 'other'), tmp_path / 'whole')
+  warm = train.Options(init=str(tmp_path / 'whole'))
+  with pytest.raises(ConfigError, match='are not those that the adapters'):
+    train.run(config(1, 'other'), tmp_path / 'warm', warm)
+  train.run(config(1), tmp_path / 'begun', warm)
   _, adapted = load.load_run(tmp_path / 'whole')
   convert.to_huggingface(tmp_path / 'whole', tmp_path / 'merged', merge=True)
   model, merged = load_huggingface(tmp_path / 'merged')

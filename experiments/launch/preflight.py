@@ -165,10 +165,10 @@ def _layout(config: Config) -> PyTree:
   """Returns the shapes of a config's state, which a sweep often shares."""
   import jax
 
-  from ..plan import memory
+  from ..adapters.state import abstract_state
 
   jax.config.update('jax_platforms', 'cpu')  # shapes need no accelerator
-  return memory.layout_of(config)
+  return abstract_state(config)
 
 
 def _check_fit(config: Config, slice_: chips.Slice) -> None:

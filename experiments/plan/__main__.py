@@ -49,7 +49,8 @@ def _main() -> None:
   jax.config.update('jax_platforms', 'cpu')
   from mla_moe import fp8
 
-  from . import bill, memory, report, search
+  from ..adapters.state import abstract_state
+  from . import bill, report, search
 
   if values.mesh:
     mesh = search.mesh_of(values.mesh, config.mesh)
@@ -60,7 +61,7 @@ def _main() -> None:
   tokens = values.tokens or bill.tokens_of(config)
   utilisation = values.utilisation or bill.UTILISATION
   price = lambda plan: bill.bill(plan, tokens, utilisation, values.dollars)
-  layout = memory.layout_of(config)
+  layout = abstract_state(config)
   if slice_ is None:
     kinds = [kind for kind in chips.CHIPS if kind != 'h800']
     plans = [search.smallest(config, kind, layout) for kind in kinds]

@@ -22,7 +22,6 @@ from flax import linen as nn
 from mla_moe import cost, sharding
 from mla_moe.config import Config, DataConfig, MeshConfig, ModelConfig
 from mla_moe.train import losses, stage
-from mla_moe.train.state import State
 from mla_moe.types import PyTree
 
 from ..adapters import lora
@@ -129,11 +128,6 @@ def training_bytes_per_device(config: Config) -> dict[str, int]:
   }
 
 
-def layout_of(config: Config) -> State:
-  """Returns the boxed shapes of a run's state, its adapters' if it has any."""
-  return abstract_state(config)
-
-
 def footprint(config: Config, layout: PyTree | None = None) -> Footprint:
   """Returns the footprint of a config on its mesh.
 
@@ -147,7 +141,7 @@ def footprint(config: Config, layout: PyTree | None = None) -> Footprint:
   once more for the turn that is added.
   """
   if layout is None and config.model.lora.rank:
-    layout = layout_of(config)
+    layout = abstract_state(config)
   if layout is None:
     even = training_bytes_per_device(config)
     parameters, optimizer = even['parameters'], even['optimizer']
@@ -212,7 +206,7 @@ def teachers_bytes(config: Config, parameters: int) -> int:
 @functools.lru_cache(maxsize=16)
 def _weights(model: ModelConfig, data: DataConfig) -> PyTree:
   """Returns the shapes of a model's parameters, and of its routers."""
-  layout = layout_of(Config(model=model, data=data))
+  layout = abstract_state(Config(model=model, data=data))
   return layout.params, layout.router
 
 

@@ -56,6 +56,39 @@ def test_sets_equal_the_oracle(tokens, count):
     assert (np.asarray(keys[row, token, len(marks) :]) == -1).all()
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def best(x, topk):
+  return jax.vmap(functools.partial(sparse_tpu._best, topk=topk))(x)
+
+
+@pytest.mark.parametrize('topk', [1, 150])
+def test_the_best_are_the_first_of_equal_ones(topk):
+  """Of 256 numbers: most are equal, some the extremes, some are not seen."""
+  random, least = np.random.default_rng(0), np.iinfo(np.int32).min
+  x = random.integers(-2, 3, (4, 256)).astype(np.int32)
+  x[1] = np.where(random.random(256) < 0.5, least, x[1])
+  x[2, :3] = np.iinfo(np.int32).max, least + 1, -1
+  x[3] = 0
+  mask = np.asarray(best(x.reshape(4, 2, 128), topk)).reshape(4, 256)
+  for row, own in zip(x, mask, strict=True):
+    order = np.argsort(-row.astype(np.int64), kind='stable')[:topk]
+    expected = np.sort(order[row[order] > least])
+    np.testing.assert_array_equal(np.flatnonzero(own), expected)
+  assert mask[1].sum() <= topk == mask[0].sum()
+
+
+def test_positions_are_those_of_the_marks():
+  """Of three lines: none, one in 20, half, and more than there are slots."""
+  random = np.random.default_rng(0)
+  mask = random.random((1, 4, 384)) < np.array([0, 0.05, 0.5, 1])[:, None]
+  mask[0, 2, 128:256] = False  # a line without a mark
+  keys = jax.jit(sparse_tpu.positions, static_argnums=1)(mask, 200)
+  for marks, own in zip(mask[0], np.asarray(keys)[0], strict=True):
+    marks = np.flatnonzero(marks)[:200]
+    rest = np.full(200 - len(marks), -1)
+    np.testing.assert_array_equal(own, np.concatenate([marks, rest]))
+
+
 AHEAD = """
 import functools
 import jax

@@ -110,6 +110,38 @@ def test_a_positive_factor_of_the_weights_keeps_the_sets():
   chex.assert_trees_all_equal(select(index), select(scaled))
 
 
+def test_a_constant_added_to_the_scores_keeps_the_sets():
+  """By a head more, whose feature is 1 in its query and in all keys."""
+  index, wide = an_index(), ((0, 0), (0, 0), (0, 1), (0, 1))
+  q = np.pad(index.q, wide)
+  q[..., -1, -1] = 1.0
+  w = np.pad(index.w, wide[:3], constant_values=2.0)
+  more = indexer.Index(q, w, np.pad(index.k, wide[:3], constant_values=1.0))
+  gap = oracle_scores(more) - oracle_scores(index)
+  np.testing.assert_allclose(gap, 2.0, rtol=1e-6)
+  chex.assert_trees_all_equal(select(more), select(index))
+
+
+def hadamard(size):
+  """Rows of +-1 that are orthogonal, of a power of two (Sylvester)."""
+  if size == 1:
+    return np.ones((1, 1), np.float32)
+  half = hadamard(size // 2)
+  return np.block([[half, half], [half, -half]])
+
+
+def test_a_hadamard_rotation_changes_no_score():
+  """Releases rotate queries and keys alike, which float32 does not need."""
+  turn, index = hadamard(8) * np.float32(8**-0.5), an_index()
+  np.testing.assert_allclose(turn @ turn.T, np.eye(8), atol=1e-6)
+  turned = index._replace(q=index.q @ turn, k=index.k @ turn)
+  assert np.abs(turned.k - index.k).max() > 1
+  chex.assert_trees_all_close(
+    oracle_scores(turned), oracle_scores(index), atol=1e-5
+  )
+  chex.assert_trees_all_equal(select(turned), select(index))
+
+
 @pytest.mark.parametrize('source', ['latent', 'x'])
 @pytest.mark.parametrize('first', [True, False])
 def test_projections_have_layer_norm_halves_and_relu(source, first):
@@ -495,6 +527,46 @@ def test_a_mesh_changes_nothing(sizes, rank):
     jax.tree.leaves(moments), jax.tree.leaves(expected), strict=True
   ):
     assert np.abs(own - other).max() <= 2e-4 * np.abs(other).max() + 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('rank', [8, 48])
+def test_eight_devices_give_ties_to_the_lowest_index(rank):
+  """Sets of whole numbers, whose scores are exact, and of zeros alone."""
+  model = dataclasses.replace(MODEL, mla=dataclasses.replace(MLA, kv_rank=rank))
+  random = np.random.default_rng(1)
+  whole = [random.integers(-2, 3, x.shape) for x in an_index()]
+  index = indexer.Index(*(x.astype(np.float32) for x in whole))
+  q, latent, k_rope, ws, _ = attention_inputs()
+  latent = normal(0, B, T, rank)
+  ws = tuple(normal(1, rank, *w.shape[1:]) for w in ws)
+  sequences = q, latent, k_rope, SEGMENTS
+
+  @jax.jit
+  def run(sequences, ws, index):
+    arrange = sparse.sequence.arrange
+    q, latent, k_rope, ids = jax.tree.map(arrange, sequences)
+    index = jax.tree.map(arrange, index)
+    args = q, latent, k_rope, ws, ids, model, products.NO_FP8, index
+    none = indexer.no_sets(ids, DSA)
+    y, report, own = sparse.attend_latents(*args, none)
+    return jax.tree.map(sparse.sequence.restore, (y, own.selected)), report.kl
+
+  zeros = index._replace(k=np.zeros_like(index.k))
+  expected = [run(sequences, ws, x) for x in (index, zeros)]
+  sizes = c.MeshConfig(tensor=2, context=2, fsdp=2)
+  mesh = sharding.make_mesh(sizes, jax.devices()[:8])
+  with jax.set_mesh(mesh):
+    for x, one in zip((index, zeros), expected, strict=True):
+      (y, selected), kl = run(sequences, ws, x)
+      np.testing.assert_array_equal(selected, one[0][1])
+      chex.assert_trees_all_close(y, one[0][0], atol=1e-4)
+      chex.assert_trees_all_close(kl, one[1], rtol=1e-4)
+  seen = [
+    [[s for s in range(t + 1) if row[s] == row[t]][:K] for t in range(T)]
+    for row in np.asarray(SEGMENTS)
+  ]
+  assert sets(selected) == [[set(x) for x in row] for row in seen]
 
 
 def test_stages_and_misfits_are_refused_in_a_line():

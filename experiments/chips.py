@@ -153,6 +153,11 @@ class Slice:
     return self.chip.dimensions == 1
 
   @property
+  def ragged(self) -> bool:
+    """Whether its devices have a ragged exchange (`sharding.ragged_exchange`)."""
+    return self.kind != 'v5e' or self.chips <= 16
+
+  @property
   def device(self) -> types.SimpleNamespace:
     """The attributes of a jax.Device that `fp8.choose` reads."""
     return types.SimpleNamespace(

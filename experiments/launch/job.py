@@ -282,7 +282,8 @@ def train_words(job: Job, workdir: str, python: str) -> list[str]:
 
 def train_line(job: Job, workdir: str, platform: str, python: str) -> str:
   """Returns a shell line that trains: environment, then the process."""
-  flags = presets.environment(job.preset, platform)
+  kind = job.slice.kind if platform == 'tpu' else platform
+  flags = presets.environment(job.preset, kind)
   settings = [f'{name}={value}' for name, value in flags.items()]
   words = train_words(job, workdir, python)
   return shlex.join(['env', *settings, *words] if settings else words)

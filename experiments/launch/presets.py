@@ -1,7 +1,8 @@
 """Compiler flags by name, each with its source.
 
-XLA ends the process at a flag that it does not know. So a preset belongs to a
-platform and is never guessed: without --preset no flag is set.
+XLA ends the process at a flag that it does not know, and libtpu refuses some
+of one chip's flags on another. So a preset belongs to one kind of chip and is
+never guessed: without --preset no flag is set.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ from mla_moe.config import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-  """Environment of a training process, and the source of its flags."""
+  """Environment of a training process, and the source of its flags.
 
-  platform: str
+  `kind` is a TPU's in `chips.CHIPS`, or 'gpu' for all GPUs.
+  """
+
+  kind: str
   source: str
   environment: dict[str, str]
 
@@ -26,8 +30,8 @@ def _libtpu(*flags: str) -> dict[str, str]:
 
 _RECIPES = 'AI-Hypercomputer/tpu-recipes, training/'
 PRESETS = {
-  'tpu-overlap': Preset(
-    'tpu',
+  'v5e-overlap': Preset(
+    'v5e',
     'MaxText end_to_end/tpu scripts: collectives beside computing',
     _libtpu(
       '--xla_tpu_enable_async_collective_fusion=true',
@@ -38,7 +42,7 @@ PRESETS = {
     ),
   ),
   'v5p-sparsecore': Preset(
-    'tpu',
+    'v5p',
     _RECIPES + 'v5p/DeepSeek3-671B-MaxText: collectives on the sparse cores',
     _libtpu(
       '--xla_tpu_enable_async_collective_fusion_fuse_all_gather=false',
@@ -57,7 +61,7 @@ PRESETS = {
     ),
   ),
   'ironwood': Preset(
-    'tpu',
+    'tpu7x',
     _RECIPES + 'ironwood/deepseek3-671b/4k-fp8-tpu7x-4x8x8: the core of it',
     _libtpu(
       '--xla_tpu_scoped_vmem_limit_kib=65536',
@@ -91,17 +95,17 @@ PRESETS = {
 }
 
 
-def environment(name: str, platform: str) -> dict[str, str]:
-  """Returns the environment of a preset; of '' none.
+def environment(name: str, kind: str) -> dict[str, str]:
+  """Returns the environment of a preset on a `Preset.kind`; of '' none.
 
   Raises:
-    ConfigError: no preset has this name, or it is another platform's.
+    ConfigError: no preset has this name, or it is another kind's.
   """
   if not name:
     return {}
-  names = [n for n, preset in PRESETS.items() if preset.platform == platform]
+  names = [n for n, preset in PRESETS.items() if preset.kind == kind]
   if name not in names:
     raise ConfigError(
-      f'--preset={name!r}: for {platform} there are {", ".join(names)}'
+      f'--preset={name!r}: for {kind} there is {", ".join(names) or "none"}'
     )
   return PRESETS[name].environment

@@ -74,7 +74,28 @@ def plan(config: Config, slice_: chips.Slice, layout: PyTree) -> Plan:
   sharding.check(config)
   if slice_.count > 1:
     sharding.slice_axis(config.mesh, slice_.count)
+  config = exchanging(config, slice_)
   return Plan(config, slice_, memory.footprint(config, layout))
+
+
+def exchanging(config: Config, slice_: chips.Slice) -> Config:
+  """Returns the config with the exchange that `auto` is on a slice.
+
+  Raises:
+    ConfigError: the config's exchange is one that the slice does not have.
+  """
+  compute, expert = config.model.compute, config.mesh.expert
+  if slice_.ragged or expert == 1:
+    return config
+  if compute.exchange == 'ragged':
+    raise ConfigError(
+      f"config.model.compute.exchange='ragged': {slice_} has no ragged "
+      'all-to-all (libtpu has none for a v5e larger than 4x4); use auto'
+    )
+  if compute.exchange == 'auto' and expert > config.model.moe.top_k:
+    compute = dataclasses.replace(compute, exchange='padded')
+  model = dataclasses.replace(config.model, compute=compute)
+  return dataclasses.replace(config, model=model)
 
 
 def best_on(config: Config, slice_: chips.Slice, layout: PyTree) -> Plan | None:
@@ -87,7 +108,7 @@ def best_on(config: Config, slice_: chips.Slice, layout: PyTree) -> Plan | None:
     shards *= mesh.data if mesh.states == 'zero1' else 1
     if state > shards * slice_.chip.planned:
       continue
-    on_mesh = _on_mesh(config, mesh, slice_.count)
+    on_mesh = _on_mesh(config, mesh, slice_)
     if on_mesh is None:
       continue
     candidate = Plan(on_mesh, slice_, memory.footprint(on_mesh, layout))
@@ -186,7 +207,9 @@ def _powers(most: int) -> list[int]:
   return [2**i for i in range(most.bit_length()) if 2**i <= most]
 
 
-def _on_mesh(config: Config, mesh: MeshConfig, slices: int) -> Config | None:
+def _on_mesh(
+  config: Config, mesh: MeshConfig, slice_: chips.Slice
+) -> Config | None:
   """Returns the config on a mesh, a sequence a device at a time.
 
   None if the model or the mesh does not divide.
@@ -198,8 +221,8 @@ def _on_mesh(config: Config, mesh: MeshConfig, slices: int) -> Config | None:
     data = dataclasses.replace(config.data, micro_batch=rows)
     on_mesh = dataclasses.replace(config, mesh=mesh, data=data)
     sharding.check(on_mesh)
-    if slices > 1:
-      sharding.slice_axis(mesh, slices)
+    if slice_.count > 1:
+      sharding.slice_axis(mesh, slice_.count)
+    return exchanging(on_mesh, slice_)
   except ConfigError:
     return None
-  return on_mesh

@@ -235,18 +235,21 @@ def _exchanged(config: Config, stream: float) -> dict[str, float]:
   """Returns bytes of tokens on their way to experts, by axis.
 
   `stream` has all routed layers' bytes. A token's rows travel out and back,
-  forward and backward, and out once more under `remat`; by the cheaper of an
-  all-to-all of its K copies and an all-gather with a reduce-scatter. Tokens
-  that are split over tensor, too, are gathered over both axes at once, which
-  counts as expert's.
+  forward and backward, and out once more under `remat`. `auto` is an all-gather
+  with a reduce-scatter up to K devices, beyond them an all-to-all of K copies;
+  `padded` sends whole buffers of them. Tokens that are split over tensor, too,
+  are gathered over both axes at once, which counts as expert's.
   """
   mesh, top_k = config.mesh, config.model.moe.top_k
   sent = (2 + _learns(config) * (1 + _passes(config))) * stream
   if mesh.expert == 1:
     return {'tensor': sent * _others(mesh.tensor)}
-  if mesh.expert <= top_k:
+  kind = config.model.compute.exchange
+  if kind == 'gather' or (kind == 'auto' and mesh.expert <= top_k):
     return {'expert': sent * (mesh.expert - 1 / mesh.tensor)}
   to_experts = sent * top_k * _others(mesh.expert)
+  if kind == 'padded':
+    to_experts *= 1.5  # `dispatch.capacity`
   return {'expert': to_experts, 'tensor': sent * _others(mesh.tensor)}
 
 

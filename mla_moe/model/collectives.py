@@ -86,14 +86,14 @@ def move(x: Array, sizes: tuple | None, route: Route) -> Array:
 
 
 def ragged_all_to_all(x: Array, *args: Array, axis_name: str) -> Array:
-  """Returns `lax.ragged_all_to_all`, which XLA does not have for CPUs.
+  """Returns `lax.ragged_all_to_all`.
 
   Raises:
-    ConfigError: the platform is a CPU.
+    ConfigError: the devices have none.
   """
-  if sharding.target_platform() == 'cpu':
+  if not sharding.ragged_exchange():
     raise ConfigError(
-      "config.model.compute.exchange='ragged': a CPU has no ragged all-to-all; "
-      'use auto, gather or padded'
+      "config.model.compute.exchange='ragged': a CPU or a v5e larger than 4x4 "
+      'has no ragged all-to-all; use auto, gather or padded'
     )
   return jax.lax.ragged_all_to_all(x, *args, axis_name=axis_name)

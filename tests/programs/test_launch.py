@@ -44,7 +44,7 @@ CASES = {
     '--topology=v5e:4x4',
     '--storage=gs://runs/mine',
     '--spot',
-    '--preset=tpu-overlap',
+    '--preset=v5e-overlap',
     *WHERE,
   ),
   'tpu-slices': (
@@ -436,6 +436,11 @@ def test_slurm_requeues_after_a_signal_and_not_after_the_end(tmp_path):
       'nodes',
     ),
     (['vm', 'start', '--name=a', '--preset=ironwood', *WHERE], 'gpu-overlap'),
+    (
+      ['tpu', 'up', '--name=a', '--topology=v5p:4x4x8', '--storage=gs://b']
+      + ['--preset=v5e-overlap', *WHERE],
+      'for v5p there is v5p-sparsecore',
+    ),
     (
       ['tpu', 'up', '--name=a', '--topology=v5e:4x4*2', '--storage=gs://b']
       + list(WHERE),

@@ -44,7 +44,7 @@ from mla_moe.config import (
   freeze,
 )
 from mla_moe.decode import forward, latent_cache
-from mla_moe.model import transformer
+from mla_moe.model import dispatch, transformer
 from mla_moe.train import state
 
 abstract_state = functools.cache(state.abstract_state)
@@ -200,6 +200,37 @@ def test_traffic_follows_the_mesh():
   regions = counts.routed + counts.embedding + counts.head + up
   wide = 4 * regions + 2 * (counts.total - regions)
   assert sent == pytest.approx(wide * steps)  # half out, half in
+
+
+def test_a_plan_has_an_exchange_that_its_slice_has():
+  """A v5e beyond 4x4 has no ragged one: there whole buffers travel."""
+  layout = abstract_state(LITE)
+  on = lambda topology: search.plan(
+    on_mesh(LITE, data=chips.parse(topology).devices // 16, expert=16),
+    chips.parse(topology),
+    layout,
+  ).config
+  small, large = on('v5e:4x4'), on('v5e:8x8')
+  kinds = [c.model.compute.exchange for c in (small, large, on('v6e:8x8'))]
+  assert kinds == ['auto', 'padded', 'auto']
+  sent = [traffic.by_axis(c)['expert'] for c in (on('v6e:8x8'), large)]
+  assert sent[1] / sent[0] == dispatch.capacity(64, 8) / 64
+  proposed = search._on_mesh(LITE, large.mesh, chips.parse('v5e:8x8'))
+  assert proposed == large
+  for topology, kind in (
+    ('v5e:4x4', 'TPU v5 lite'),
+    ('v5e:4x8', 'TPU v5 lite'),
+    ('v5p:4x8x8', 'TPU v5'),
+    ('h100:64', 'NVIDIA H100'),
+  ):
+    slice_ = chips.parse(topology)
+    platform = 'cuda' if slice_.gpu else 'tpu'
+    device = jax.sharding.AbstractDevice(kind, 1, platform)
+    mesh = jax.sharding.AbstractMesh(
+      (slice_.devices,), ('expert',), abstract_device=device
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+      assert sharding.ragged_exchange() == slice_.ragged, topology
 
 
 def test_long_sequences_are_split_over_context():
@@ -401,6 +432,12 @@ def test_slices_that_there_are_not(text):
     (['--topology=v5e:4x4', '--mesh=fsdp=8'], r'is 8 devices, .* has 16'),
     (['--topology=v5e:9x9'], r'v5e slices are'),
     (['--mesh=rows=4'], r'is no axis=size'),
+    (
+      ['--config=configs/deepseek_v2_lite.py', '--topology=v5e:4x8']
+      + ['--mesh=fsdp=2,expert=16', '--config.data.micro_batch=32']
+      + ['--config.model.compute.exchange=ragged'],
+      r'v5e:4x8 has no ragged all-to-all',
+    ),
     (['--compile'], r'needs a --topology'),
     (
       ['--config=configs/deepseek_v3.py', '--topology=v5p:4x4x4'],

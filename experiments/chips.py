@@ -154,7 +154,7 @@ class Slice:
 
   @property
   def ragged(self) -> bool:
-    """Whether its devices have a ragged exchange (`sharding.ragged_exchange`)."""
+    """Whether devices have a ragged all-to-all: `sharding.ragged_exchange`."""
     return self.kind != 'v5e' or self.chips <= 16
 
   @property

@@ -205,11 +205,13 @@ def test_traffic_follows_the_mesh():
 def test_a_plan_has_an_exchange_that_its_slice_has():
   """A v5e beyond 4x4 has no ragged one: there whole buffers travel."""
   layout = abstract_state(LITE)
-  on = lambda topology: search.plan(
-    on_mesh(LITE, data=chips.parse(topology).devices // 16, expert=16),
-    chips.parse(topology),
-    layout,
-  ).config
+  on = lambda topology: (
+    search.plan(
+      on_mesh(LITE, data=chips.parse(topology).devices // 16, expert=16),
+      chips.parse(topology),
+      layout,
+    ).config
+  )
   small, large = on('v5e:4x4'), on('v5e:8x8')
   kinds = [c.model.compute.exchange for c in (small, large, on('v6e:8x8'))]
   assert kinds == ['auto', 'padded', 'auto']

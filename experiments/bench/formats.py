@@ -2,12 +2,16 @@
 
   python -m experiments.bench formats
   python -m experiments.bench formats --experts=384 --width=256 --only=int4
+  python -m experiments.bench formats --thinking --only=int4 --base=int4
 
 Writes one synthetic layer of experts with Kimi-K2-Thinking's other sizes (7168
 wide, int4 in groups of 32, names included) in each format, warms the page
 cache, and loads it as bfloat16 in a process of its own. Loading counts the
 parameters, so that formats of other sizes compare, and the seconds of its
-threads on a CPU, which other programs on the machine hardly change.
+threads on a CPU, which other programs on the machine hardly change. --base
+loads what adapters are trained over: codes, in the bytes of their file where
+they fit. --thinking has the release's own config.json, but for two layers of
+61: 13.4 GiB on the disk, and as much in memory.
 """
 
 from __future__ import annotations
@@ -80,6 +84,54 @@ FORMATS = {
   ),
 }
 
+# Kimi-K2-Thinking's config.json without the keys that say how it is served.
+THINKING = {
+  'architectures': ['DeepseekV3ForCausalLM'],
+  'model_type': 'kimi_k2',
+  'attention_bias': False,
+  'bos_token_id': 163584,
+  'eos_token_id': 163586,
+  'first_k_dense_replace': 1,
+  'hidden_act': 'silu',
+  'hidden_size': 7168,
+  'intermediate_size': 18432,
+  'kv_lora_rank': 512,
+  'max_position_embeddings': 262144,
+  'moe_intermediate_size': 2048,
+  'moe_layer_freq': 1,
+  'n_group': 1,
+  'n_routed_experts': 384,
+  'n_shared_experts': 1,
+  'norm_topk_prob': True,
+  'num_attention_heads': 64,
+  'num_experts_per_tok': 8,
+  'num_hidden_layers': 2,  # of 61
+  'num_key_value_heads': 64,
+  'num_nextn_predict_layers': 0,
+  'q_lora_rank': 1536,
+  'qk_nope_head_dim': 128,
+  'qk_rope_head_dim': 64,
+  'rms_norm_eps': 1e-5,
+  'rope_scaling': {
+    'beta_fast': 1.0,
+    'beta_slow': 1.0,
+    'factor': 64.0,
+    'mscale': 1.0,
+    'mscale_all_dim': 1.0,
+    'original_max_position_embeddings': 4096,
+    'type': 'yarn',
+  },
+  'rope_theta': 50000.0,
+  'routed_scaling_factor': 2.827,
+  'scoring_func': 'sigmoid',
+  'tie_word_embeddings': False,
+  'topk_group': 1,
+  'topk_method': 'noaux_tc',
+  'torch_dtype': 'bfloat16',
+  'v_head_dim': 128,
+  'vocab_size': 163840,
+}
+
 
 def flags(parser) -> None:
   """Adds this benchmark's flags."""
@@ -89,6 +141,8 @@ def flags(parser) -> None:
   add('--width', type=int, default=2048, help='of an expert')
   add('--repeats', type=int, default=3, help='of which the best counts')
   add('--only', default='', help='some formats, by commas')
+  add('--thinking', action='store_true', help="the release's config.json")
+  add('--base', default='trained', help='fp8, int8 or int4: kept as codes')
   add('--load', action='store_true', help='load the folder, once')
 
 
@@ -96,17 +150,19 @@ def run(out: pathlib.Path, args) -> None:
   """Prints the table, as Markdown."""
   folder = cli.path('--folder', args.folder or out / 'formats')
   if args.load:
-    print(json.dumps(load(folder)))
+    print(json.dumps(load(folder, args.base)))
     return
   rows, chosen = {}, show.chosen(args.only, FORMATS)
+  config = model(args.experts, args.width)
+  values = THINKING if args.thinking else config_json.write(config, 'bfloat16')
   print(
     f'| format | GiB of files | G parameters/s | CPU ns '
-    f'| of {chosen[0]} | beyond, MiB |'
+    f'| of {chosen[0]} | result, GiB | beyond, MiB |'
   )
-  print('|---|---|---|---|---|---|')
+  print('|---|---|---|---|---|---|---|')
   for name in chosen:
-    size = write(folder / name, model(args.experts, args.width), name)
-    words = (f'--folder={folder / name}', '--load')
+    size = write(folder / name, values, name)
+    words = (f'--folder={folder / name}', f'--base={args.base}', '--load')
     command = [*commands.program('bench'), 'formats', *words]
     runs = []
     for _ in range(args.repeats):
@@ -118,7 +174,8 @@ def run(out: pathlib.Path, args) -> None:
     beyond = max(x['beyond'] for x in runs) / 2**20
     print(
       f'| {name} | {size / 2**30:.2f} | {speed:.2f} | {rows[name]:.2f} | '
-      f'{rows[chosen[0]] / rows[name]:.2f} | {beyond:.0f} |',
+      f'{rows[chosen[0]] / rows[name]:.2f} | '
+      f'{runs[0]["bytes"] / 2**30:.2f} | {beyond:.0f} |',
       flush=True,
     )
 
@@ -145,9 +202,13 @@ def model(experts: int, width: int) -> c.ModelConfig:
   )
 
 
-def write(folder: pathlib.Path, config: c.ModelConfig, name: str) -> int:
-  """Writes the folder; returns its bytes. Only experts are quantised."""
+def write(folder: pathlib.Path, values: dict, name: str) -> int:
+  """Writes the folder; returns its bytes. Only experts are quantised.
+
+  `values` are config.json's.
+  """
   parts, quantization = FORMATS[name]
+  config = config_json.read(values, 'bfloat16')
   shutil.rmtree(folder, ignore_errors=True)
   folder.mkdir(parents=True)
   plan = {}
@@ -174,20 +235,22 @@ def write(folder: pathlib.Path, config: c.ModelConfig, name: str) -> int:
       else:
         array[...] = np.float32(0.02).astype(array.dtype)
       del array
-  values = config_json.write(config, 'bfloat16')
   if quantization:
     method = quantization.get('quant_method', 'compressed-tensors')
-    values['quantization_config'] = quantization | {'quant_method': method}
+    quantization = quantization | {'quant_method': method}
+    values = values | {'quantization_config': quantization}
   (folder / 'config.json').write_text(json.dumps(values), encoding='utf-8')
   return path.stat().st_size
 
 
-def load(folder: pathlib.Path) -> dict:
-  """Returns seconds, number of parameters, and bytes beyond the result."""
+def load(folder: pathlib.Path, base: str) -> dict:
+  """Returns seconds, parameters, bytes of the result and those beyond."""
   import jax
   import jax.numpy as jnp
 
-  from mla_moe import load_huggingface
+  from mla_moe import cost
+
+  from ..adapters.load import load_base
 
   jnp.zeros(8).block_until_ready()
   with open(folder / 'model.safetensors', 'rb', buffering=0) as file:
@@ -196,14 +259,14 @@ def load(folder: pathlib.Path) -> dict:
       pass
   before = runtime.peak_memory()
   began, worked = time.perf_counter(), time.process_time()
-  _, variables = load_huggingface(folder, 'bfloat16')
+  config, variables = load_base(folder, base, 'bfloat16')
   seconds = time.perf_counter() - began
   worked = time.process_time() - worked
-  leaves = jax.tree.leaves(variables)
-  size = sum(x.nbytes for x in leaves)
+  size = sum(x.nbytes for x in jax.tree.leaves(variables))
   return {
     'seconds': seconds,
     'cpu': worked,
-    'parameters': sum(x.size for x in leaves),
+    'parameters': cost.parameters(config).total,
+    'bytes': size,
     'beyond': runtime.peak_memory() - before - size,
   }

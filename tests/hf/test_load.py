@@ -25,7 +25,7 @@ from releases import (
 from experiments.bench import formats
 from mla_moe import load_huggingface, sharding
 from mla_moe.config import ConfigError, MeshConfig
-from mla_moe.hf import fp8_blocks, load, names
+from mla_moe.hf import config_json, fp8_blocks, load, names
 
 
 def test_experts_in_one_tensor_load_like_experts_one_by_one(copy):
@@ -320,7 +320,7 @@ def test_memory_beyond_the_leaves_is_below_a_matrix(
   config = formats.model(experts=8, width=512)
   mla = dataclasses.replace(config.mla, heads=2, query_rank=32, kv_rank=32)
   config = dataclasses.replace(config, dim=512, vocab=64, mla=mla)
-  formats.write(tmp_path, config, kind)
+  formats.write(tmp_path, config_json.write(config, 'bfloat16'), kind)
   read, peaks = load.in_threads, []
 
   def traced(*args):  # the leaves are there already, and are not counted

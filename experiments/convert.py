@@ -14,7 +14,11 @@ folder `huggingface`. To train on:
   python -m experiments.train --config=runs/mine/config.py --workdir=runs/mine
 
 The second command writes the run's last checkpoint in the layout of the
-releases.
+releases. A source that is PEFT's folder of an adapter becomes a run, too, whose
+base is --config.run.base, or the folder that the adapter names:
+
+  python -m experiments.convert --source=PEFT_DIR --target=runs/mine \\
+    --config=configs/lora.py:lite_l4 --config.run.base=HF_DIR
 
 --check also loads the Hugging Face side with transformers and prints how far
 each layer's output is from ours; with --source alone it does nothing else.
@@ -26,6 +30,9 @@ import contextlib
 import dataclasses
 import pathlib
 import shutil
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
 
 from absl import flags
 
@@ -119,40 +126,115 @@ def to_run(
   from mla_moe import load_huggingface, sharding
   from mla_moe.hf import save
 
-  from .checkpointing import saving
-
   _check_target(source, target, force)
   extras = save.extras_of(source)
   name = _tokenizer(source, target, [*extras], recipe.data.tokenizer)
   data = dataclasses.replace(recipe.data, tokenizer=name)
   mesh = sharding.make_mesh(recipe.mesh) if recipe.mesh.devices > 1 else None
-  free = contextlib.nullcontext()
-  with workdir.lock(target) if workdir.is_run(target) else free:
+  with _claimed(target):
     model, variables = load_huggingface(source, jnp.float32, mesh)
     model = combined(model, recipe.model)
     config = dataclasses.replace(recipe, model=model, data=data)
     sharding.check(config)
     args = model, config.run.seed, config.optim.trains, mesh
     variables = indexers.completed(variables, *args)
+    _write_run(target, config, _fresh_state(variables, config.optim), extras)
+
+
+def adapters_to_run(
+  source: pathlib.Path,
+  target: pathlib.Path,
+  recipe: Config,
+  force: bool = False,
+) -> None:
+  """Writes a run at step 0 from PEFT's folder, complete or not at all.
+
+  Raises:
+    ConfigError: as `to_run`; an adapter of another kind, or without its base.
+  """
+  import jax
+
+  from mla_moe import files, sharding
+  from mla_moe.hf import config_json, save
+  from mla_moe.hf import source as release
+
+  from .adapters import base as frozen_base
+  from .adapters import lora, peft_files
+
+  _check_target(source, target, force)
+  base = recipe.run.base or peft_files.base_of(source)
+  folder = pathlib.Path(base)
+  if not base or not folder.is_dir():
+    raise ConfigError(
+      f'{source}: its base {base!r} is no folder here; name the release by '
+      '--config.run.base'
+    )
+  words = files.read_json(release.config_path(folder))
+  model = config_json.read(words, recipe.model.dtype)
+  model, params, _ = peft_files.load(source, combined(model, recipe.model))
+  model = dataclasses.replace(model, base=recipe.model.base)
+  extras = save.extras_of(folder)
+  name = _tokenizer(folder, target, [*extras], recipe.data.tokenizer)
+  config = dataclasses.replace(
+    recipe,
+    model=model,
+    data=dataclasses.replace(recipe.data, tokenizer=name),
+    run=dataclasses.replace(recipe.run, base=str(folder)),
+  )
+  frozen_base.check(config)
+  sharding.check(config)
+  mesh = sharding.make_mesh(config.mesh) if config.mesh.devices > 1 else None
+  with _claimed(target):
+    base = frozen_base.load(config, mesh)
+    model = combined(base.model, recipe.model)  # without MTP that is not there
+    config = dataclasses.replace(config, model=model)
+    places = (
+      sharding.shardings(lora.boxed_shapes(model), mesh) if mesh else None
+    )
+    variables = {'params': jax.device_put(params, places)}
+    variables['router'] = base.router
     state = _fresh_state(variables, config.optim)
-    with (
-      save.replacing(target) as scratch,
-      workdir.claim(scratch, config) as path,
-    ):
-      own = path / run_tokenizer.FOLDER
-      if {*vocabulary.FILES} & extras.keys():  # not those of before
-        shutil.rmtree(own, ignore_errors=True)
-      own.mkdir(exist_ok=True)
-      for name, file in extras.items():
-        if isinstance(file, bytes):
-          (own / name).write_bytes(file)
-        else:
-          shutil.copyfile(file, own / name)
-      (path / 'config.py').write_text(commands.typed(_CONFIG), encoding='utf-8')
-      with saving.Writer(path / 'checkpoints', config.run.keep) as writer:
-        # The empty corpus: the run may train on any text.
-        facts = {'corpus': '', 'config': workdir.digest(config)}
-        writer.save(0, state, facts)
+    _write_run(target, config, state, extras, {'base': base.fingerprint})
+
+
+@contextlib.contextmanager
+def _claimed(target: pathlib.Path) -> Iterator[None]:
+  """Keeps other programs from a run that is there."""
+  free = contextlib.nullcontext()
+  with workdir.lock(target) if workdir.is_run(target) else free:
+    yield
+
+
+def _write_run(
+  target: pathlib.Path,
+  config: Config,
+  state: Any,
+  extras: dict[str, pathlib.Path | bytes],
+  facts: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+  """Writes a run at step 0, and a release's other files (`extras`)."""
+  from mla_moe.hf import save
+
+  from .checkpointing import saving
+
+  with (
+    save.replacing(target) as scratch,
+    workdir.claim(scratch, config) as path,
+  ):
+    own = path / run_tokenizer.FOLDER
+    if {*vocabulary.FILES} & extras.keys():  # not those of before
+      shutil.rmtree(own, ignore_errors=True)
+    own.mkdir(exist_ok=True)
+    for name, file in extras.items():
+      if isinstance(file, bytes):
+        (own / name).write_bytes(file)
+      else:
+        shutil.copyfile(file, own / name)
+    (path / 'config.py').write_text(commands.typed(_CONFIG), encoding='utf-8')
+    with saving.Writer(path / 'checkpoints', config.run.keep) as writer:
+      # The empty corpus: the run may train on any text.
+      own = {'corpus': '', 'config': workdir.digest(config)}
+      writer.save(0, state, own | dict(facts))
 
 
 def _tokenizer(
@@ -373,7 +455,9 @@ def _convert() -> None:
   elif target is not None:
     if FLAGS.fp8:
       raise ConfigError('--fp8: a run holds float32; it is for the way back')
-    to_run(source, target, cli.config(), FLAGS.force)
+    is_adapter = (source / 'adapter_config.json').is_file()
+    write = adapters_to_run if is_adapter else to_run
+    write(source, target, cli.config(), FLAGS.force)
     print(
       commands.typed('Train it: python -m experiments.train'),
       f'--config={target}/config.py --workdir={target}',

@@ -28,6 +28,7 @@ from mla_moe import vocabulary
 from mla_moe.config import Config, RunConfig
 
 from . import cli, distributed, profile, run_tokenizer, workdir
+from .adapters import base as frozen_base
 from .checkpointing import retention
 from .training import signals, skips, tracking
 from .training.clock import Clock
@@ -90,6 +91,8 @@ def run(
   """
   folder = cli.run_folder('workdir', folder)
   cli.check_paths(config)
+  frozen_base.check(config)
+  frozen_base.check_folder(config)
   if options.init:
     init = str(cli.run_folder('init', options.init))
     options = options._replace(init=init)
@@ -430,12 +433,15 @@ def _out_of_memory(config: Config, error: Exception) -> str:
   """Returns a line with the size of the state, and three ways to need less."""
   from .plan import memory
 
-  state = sum(memory.training_bytes_per_device(config).values()) / 2**30
+  sizes = memory.footprint(config)
+  state = (sizes.state + sizes.gradients) / 2**30
+  parts = 'parameters, gradients and optimizer'
+  if sizes.base:
+    parts = 'adapters, gradients, optimizer and frozen base'
   data, mesh = config.data, config.mesh
   return (
-    f'out of memory ({str(error).splitlines()[0][:200]}); parameters, '
-    f'gradients and optimizer take {state:,.2f} GiB of each device, '
-    'activations the rest: lower '
+    f'out of memory ({str(error).splitlines()[0][:200]}); {parts} '
+    f'take {state:,.2f} GiB of each device, activations the rest: lower '
     f'config.data.micro_batch={data.micro_batch} (0 is all '
     f"{data.batch_size}), keep less by config.model.compute.remat='full', "
     f'or split the state over more devices by config.mesh.fsdp={mesh.fsdp}'

@@ -41,6 +41,7 @@ def load(config: Config, mesh: jax.sharding.Mesh | None) -> Base:
 
   model, folder = config.model, config.run.base
   check(config)
+  check_folder(config)
   if not model.lora.rank:
     return Base()
   loaded, variables = load_base(folder, model.base, model.dtype, mesh)
@@ -66,10 +67,13 @@ def compare(base: Base, facts: dict, config: Config, step: int) -> None:
 
 
 def check(config: Config) -> None:
-  """Refuses a frozen base that a run cannot train over; reads no weight."""
-  from .frozen import GROUPS
+  """Refuses a frozen base, or adapters, that a run cannot train.
 
-  model, folder, mesh = config.model, config.run.base, config.mesh
+  Nothing is read: a base that is not here, or not named yet, may be planned.
+  """
+  from . import lora
+
+  model, folder = config.model, config.run.base
   if not model.lora.rank:
     if model.base != 'trained' or folder:
       raise ConfigError(
@@ -92,13 +96,18 @@ def check(config: Config) -> None:
       f'optim.optimizer={config.optim.optimizer!r}: adapters have no matrices '
       "to orthogonalise; use 'adamw'"
     )
-  if not folder:
-    raise ConfigError(
-      f'model.lora.rank={model.lora.rank}: adapters need a base; set run.base '
-      'to a Hugging Face folder'
-    )
-  if not pathlib.Path(folder).is_dir():
-    raise ConfigError(f'run.base={folder!r}: is no folder')
+  check_mesh(config)
+  lora.boxed_base(model, model.dtype)  # lengths that the codes do not divide
+  lora.boxed_shapes(model)  # a rank, or a target, that is no matrix's
+
+
+def check_mesh(config: Config) -> None:
+  """Refuses a mesh that cannot hold a frozen base."""
+  from .frozen import GROUPS
+
+  model, mesh = config.model, config.mesh
+  if not model.lora.rank:
+    return
   if mesh.stage > 1:
     raise ConfigError(
       f'mesh.stage={mesh.stage}: a pipeline has no frozen base; use mesh.fsdp'
@@ -112,3 +121,15 @@ def check(config: Config) -> None:
         f'model.moe.width={model.moe.width}, which groups of {group} '
         f'(model.base={model.base!r}) do not divide'
       )
+
+
+def check_folder(config: Config) -> None:
+  """Refuses a run of adapters whose `run.base` is no folder."""
+  rank, folder = config.model.lora.rank, config.run.base
+  if rank and not folder:
+    raise ConfigError(
+      f'model.lora.rank={rank}: adapters need a base; set run.base '
+      'to a Hugging Face folder'
+    )
+  if rank and not pathlib.Path(folder).is_dir():
+    raise ConfigError(f'run.base={folder!r}: is no folder')

@@ -55,6 +55,7 @@ def boxed_parameters(model: ModelConfig) -> PyTree:
   return jax.eval_shape(init, jax.random.key(0), tokens)['params']
 
 
+@functools.lru_cache(16)
 def boxed_base(model: ModelConfig, dtype: str) -> PyTree:
   """Returns the shapes of the frozen base, boxed with logical axes.
 
@@ -132,6 +133,12 @@ def targets(model: ModelConfig) -> set[str]:
       )
     out |= set(groups.get(name, (name,)))
   return out
+
+
+@functools.lru_cache(16)
+def boxed_shapes(model: ModelConfig) -> PyTree:
+  """Returns the shapes of `boxed`, whose errors it raises."""
+  return jax.eval_shape(lambda key: boxed(key, model), jax.random.key(0))
 
 
 def boxed(key: Array, model: ModelConfig) -> PyTree:

@@ -173,6 +173,17 @@ def load(
   return model, params, values.get('base_model_name_or_path') or ''
 
 
+def base_of(folder: pathlib.Path) -> str:
+  """Returns the base that adapter_config.json names; '' if it names none.
+
+  Raises:
+    ConfigError: another kind of adapter.
+  """
+  values = files.read_json(folder / CONFIG)
+  _lora(values, folder)
+  return str(values.get('base_model_name_or_path') or '')
+
+
 def _fill(params, place, tensors, rank, folder) -> None:
   """Puts A and B of one place into the tree."""
   own = _at(params, place.path)
@@ -253,6 +264,15 @@ _PLAIN = {
   'alpha_pattern': ({}, None),
   'layers_to_transform': (None, []),
   'exclude_modules': (None, []),
+  'layer_replication': (None, []),
+  'trainable_token_indices': (None, []),
+  'alora_invocation_tokens': (None, []),
+  'arrow_config': (None,),
+  'kasa_config': (None,),
+  'monteclora_config': (None,),
+  'velora_config': (None,),
+  'use_bdlora': (None, False),
+  'use_qalora': (None, False),
 }
 
 

@@ -49,6 +49,7 @@ def _main() -> None:
   jax.config.update('jax_platforms', 'cpu')
   from mla_moe import fp8
 
+  from ..adapters import base as frozen_base
   from ..adapters.state import abstract_state
   from . import bill, report, search
 
@@ -58,6 +59,7 @@ def _main() -> None:
       config = dataclasses.replace(config, mesh=mesh)
     except ConfigError as error:
       raise ConfigError(f'--mesh={values.mesh}: {error}') from None
+  frozen_base.check(config)
   tokens = values.tokens or bill.tokens_of(config)
   utilisation = values.utilisation or bill.UTILISATION
   price = lambda plan: bill.bill(plan, tokens, utilisation, values.dollars)

@@ -7,6 +7,7 @@ import dataclasses
 from mla_moe import cost
 from mla_moe.config import Config, MeshConfig
 
+from ..adapters import flops
 from ..data import batches
 from . import memory, rollout, search, traffic
 
@@ -57,13 +58,18 @@ def bill(
     utilisation=utilisation,
     dollars_per_hour=dollars or chip.dollars,
   )
+  share = flops.share(config, config.data.seq_len)
+  hours, money = share * hours, share * money
   longer = 1 + _pipelined(config) * (1 / (1 - bubble(config.mesh)) - 1)
   steps = tokens / (config.data.batch_size * config.data.seq_len)
   computing = longer * hours / chip_count * 3600 / steps
   scoring = answering = 0.0
   if config.rl.task:
     scoring = computing * rollout.scoring(config)
-    drawing = chip, utilisation, plan.footprint.parameters
+    size = plan.footprint.decoding
+    if config.mesh.devices == 1:  # else the codes are there once more
+      size += memory.expert_codes_bytes(config)
+    drawing = chip, utilisation, size
     answering = rollout.seconds(config, *drawing) / config.rl.minibatches
     longer *= 1 + (scoring + answering) / computing
   return Bill(

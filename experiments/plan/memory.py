@@ -25,7 +25,6 @@ from mla_moe.train import losses, stage
 from mla_moe.types import PyTree
 
 from ..adapters import lora
-from ..adapters.frozen import GROUPS
 from ..adapters.state import abstract_state
 from ..rl import teachers
 from . import rollout
@@ -163,7 +162,7 @@ def footprint(config: Config, layout: PyTree | None = None) -> Footprint:
       'teachers': teachers_bytes(config, parameters),
       'routes': rollout.record_bytes(config, config.data.batch_size)
       // rollout.shards(config.mesh),
-      'decoding': rollout.weights_bytes(config, parameters),
+      'decoding': decoding_bytes(config, parameters),
       'cache': rollout.cache_bytes(config),
     }
   return Footprint(
@@ -188,10 +187,35 @@ def base_bytes(config: Config) -> int:
   return state_bytes(lora.boxed_base(model, model.dtype), config.mesh)
 
 
+def decoding_bytes(config: Config, parameters: int) -> int:
+  """Returns a device's bytes of the weights in the layout of decoding.
+
+  Over a frozen base the routed experts stay codes, which one device reads
+  where they are, and a mesh copies. All other matrices are floats there.
+  """
+  model, mesh = config.model, config.mesh
+  if not model.lora.rank:
+    return rollout.weights_bytes(config, parameters)
+  counts = cost.parameters(config)
+  floats = (counts.total - counts.routed) * WIDTH[model.dtype]
+  copied = expert_codes_bytes(config) if mesh.devices > 1 else 0
+  return floats // (mesh.fsdp * mesh.tensor) + copied
+
+
+def expert_codes_bytes(config: Config) -> int:
+  """Returns a device's bytes of the routed experts of a frozen base."""
+  model = config.model
+  if not (model.lora.rank and model.moe_layers):
+    return 0
+  ffn = lora.boxed_base(model, model.dtype)['moe']['ffn']
+  return state_bytes([ffn['w_gate_up'], ffn['w_down']], config.mesh)
+
+
 def teachers_bytes(config: Config, parameters: int) -> int:
   """Returns a device's bytes of the weights of all teachers.
 
-  One whose folder is not here counts like the policy, as `parameters`.
+  One whose folder is not here counts like the policy: as `parameters`, or as
+  adapters and their base.
   """
   total = 0
   for name, *_ in config.rl.teachers:
@@ -199,7 +223,8 @@ def teachers_bytes(config: Config, parameters: int) -> int:
     size = parameters
     if model != config.model:
       size = state_bytes(_weights(model, config.data), config.mesh)
-    total += size * WIDTH[dtype] // 4
+    of_base = base_bytes(dataclasses.replace(config, model=model))
+    total += size * WIDTH[dtype] // 4 + of_base
   return total
 
 
@@ -387,11 +412,24 @@ def gathered_bytes(config: Config) -> int:
     return 0
   width = 1 if model.precision != 'bf16' else WIDTH[model.dtype]
   if model.lora.rank:  # codes and scales, which have no gradient
-    group, scale = GROUPS.get(model.base, 1), {'int4': 2, 'trained': 0}
-    codes = {'int4': 0.5, 'trained': width}.get(model.base, 1)
-    width = codes + scale.get(model.base, 4) / group
-    return int(2 * layer_parameters(config) * width)
+    stacks = frozen_stacks(model)
+    whole = dataclasses.replace(mesh, fsdp=1)
+    each = [
+      state_bytes(stack, whole) // count for stack, count in stacks.values()
+    ]
+    return 2 * max(each)
   return int(layer_parameters(config) * (2 * width + 4))
+
+
+def frozen_stacks(model: ModelConfig) -> dict[str, tuple[PyTree, int]]:
+  """Returns the boxed frozen weights of each stack of layers, and its layers.
+
+  An MTP module is a stack of one.
+  """
+  base = lora.boxed_base(model, model.dtype)
+  counts = {'dense': model.dense_layers, 'moe': model.moe_layers}
+  stacks = {k: v for k, v in base.items() if k in counts or 'mtp_' in k}
+  return {k: (v, counts.get(k, 1)) for k, v in stacks.items()}
 
 
 def layer_parameters(config: Config) -> float:

@@ -14,6 +14,7 @@ from mla_moe import cost, fp8
 from mla_moe.config import Config, MeshConfig
 
 from .. import chips, page
+from ..adapters import flops
 from . import rollout, search, traffic
 from .bill import bubble
 
@@ -276,12 +277,12 @@ def _step_rows(plan, bill) -> list[tuple[str, str]]:
 
 def _headline(config) -> str:
   counts = cost.parameters(config)
-  flops = cost.train_flops_per_token(config, config.data.seq_len)
+  work = flops.train_flops_per_token(config, config.data.seq_len)
   cache = cost.cache_bytes_per_token(config)
   extra = f' + {_count(counts.mtp)} of MTP' if counts.mtp else ''
   return (
     f'{_count(counts.total)} parameters{extra}, {_count(counts.active)} '
-    f'active; {_figure(flops / 1e9)} GFLOP to train on a token of '
+    f'active; {_figure(work / 1e9)} GFLOP to train on a token of '
     f'{config.data.seq_len:,}; {cache:,} bytes of cache a token'
   )
 

@@ -63,10 +63,11 @@ def record_bytes(config: Config, rows: int) -> int:
 
 
 def seconds(
-  config: Config, chip: chips.Chip, utilisation: float, parameters: int
+  config: Config, chip: chips.Chip, utilisation: float, weights: int
 ) -> float:
   """Returns the seconds in which a device answers all questions of a rollout.
 
+  `weights` are the bytes of a device's weights as decoding reads them.
   A pass over the rows takes as long as its FLOPs at `utilisation` of the peak,
   or as reading weights and latents once, if that is longer. Traffic between
   devices is not in it.
@@ -78,8 +79,8 @@ def seconds(
   flops = rows * answer_flops_per_token(config, length)
   flops *= shards(config.mesh) / config.mesh.devices  # tensor, context
   latents = rows * read_bytes_per_token(config, length)
-  size = weights_bytes(config, parameters) + latents
-  step = max(flops / (chip.bf16 * utilisation), size / chip.bandwidth)
+  reading = (weights + latents) / chip.bandwidth
+  step = max(flops / (chip.bf16 * utilisation), reading)
   times = math.ceil(rl.prompts * rl.samples / _rows(config))
   # A prompt is read once for all its answers: a third of a training step's.
   read = cost.train_flops_per_token(config, prompt) / 3 * prompt * rl.prompts

@@ -18,6 +18,7 @@ from mla_moe.config import Config, ConfigError, MeshConfig
 from mla_moe.types import PyTree
 
 from .. import chips
+from ..adapters import base as frozen_base
 from . import memory, traffic
 
 AXES = sharding.AXES
@@ -72,6 +73,7 @@ def plan(config: Config, slice_: chips.Slice, layout: PyTree) -> Plan:
       f'{slice_} has {slice_.devices}{hint}'
     )
   sharding.check(config)
+  frozen_base.check_mesh(config)
   if slice_.count > 1:
     sharding.slice_axis(config.mesh, slice_.count)
   config = exchanging(config, slice_)
@@ -221,6 +223,7 @@ def _on_mesh(
     data = dataclasses.replace(config.data, micro_batch=rows)
     on_mesh = dataclasses.replace(config, mesh=mesh, data=data)
     sharding.check(on_mesh)
+    frozen_base.check_mesh(on_mesh)
     if slice_.count > 1:
       sharding.slice_axis(mesh, slice_.count)
     return exchanging(on_mesh, slice_)

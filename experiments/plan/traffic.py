@@ -8,18 +8,21 @@ keys. stage hands the stream on from turn to turn. Every micro-batch pays all of
 it, and in a pipeline the MoE layers pay for their weights and gradients in
 every turn. A ring of n devices brings each of them (n-1)/n of a gathered or
 scattered array, and twice that of a sum. Where the indexers alone are trained,
-nothing else has a gradient: the stream goes forward once.
+nothing else has a gradient: the stream goes forward once. Frozen weights travel
+as their codes, and have no gradients: adapters have.
 """
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import math
 from typing import NamedTuple
 
 from mla_moe import cost, sharding
 from mla_moe.config import Config, ModelConfig
 
+from ..adapters import lora
 from . import memory
 
 
@@ -34,6 +37,7 @@ def by_axis(config: Config) -> dict[str, float]:
     for axis, size in _of_part(config, part).items():
       one[axis] += part.turns * size
   one['fsdp'] += _embedded(config)
+  one += _adapted(config)
   one['tensor'] += _summed_around(config)
   one['stage'] += _handed_on(config)
   data = config.data
@@ -182,6 +186,30 @@ def _passes(config: Config) -> int:
   return 1 if config.model.compute.remat == 'none' else 2
 
 
+def _adapted(config: Config) -> collections.Counter:
+  """Returns bytes of frozen weights and their adapters, those of the layers.
+
+  Adapters travel as the float32 that they are.
+  """
+  model, mesh, out = config.model, config.mesh, collections.Counter()
+  if not model.lora.rank:
+    return out
+  adapters = lora.boxed_shapes(model)
+  whole = dataclasses.replace(mesh, fsdp=1)
+  brought = lambda tree: (
+    memory.state_bytes(tree, whole) - memory.state_bytes(tree, mesh)
+  )
+  stacks = [stack for stack, _ in memory.frozen_stacks(model).values()]
+  out['fsdp'] = _passes(config) * brought(stacks)
+  out['fsdp'] += (_passes(config) + 1) * brought(adapters)
+  among = [a for a in ('data', 'expert', 'context') if getattr(mesh, a) > 1]
+  if among:  # experts' adapters have one replica along expert: an upper bound
+    devices = math.prod(getattr(mesh, a) for a in among)
+    size = memory.state_bytes(adapters, mesh)
+    out[among[0]] += 2 * size * _others(devices)
+  return out
+
+
 def _learns(config: Config) -> bool:
   """Returns whether the stream has gradients, and layers are remade whole."""
   return config.optim.trains == 'all'
@@ -189,7 +217,7 @@ def _learns(config: Config) -> bool:
 
 def _trained(config: Config, part: _Part) -> _Part:
   """Returns a part with those of its parameters that have gradients."""
-  if _learns(config):
+  if _learns(config) and not config.model.lora.rank:
     return part
   return part._replace(experts=0.0, expansion=0.0, table=0.0, rest=0.0)
 
@@ -211,6 +239,8 @@ def _gathered(config: Config, part: _Part) -> float:
   width = memory.WIDTH[model.dtype]
   copy = 1 if model.precision != 'bf16' else width
   passes, own = _passes(config), _trained(config, part)
+  if model.lora.rank:
+    return width * part.table  # the rest by `_adapted`
   weights = passes * (part.expansion + part.rest + part.indexer)
   # Attention alone is remade for an indexer's loss.
   weights += (passes if _learns(config) else 1) * part.experts

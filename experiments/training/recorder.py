@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mla_moe import cost
 from mla_moe.train import optim
 
 from .. import runtime, workdir
+from ..adapters import flops
 from ..checkpointing import fingerprint
 from . import logs, samples, starts, steps, tracking
 from .preparation import Setup, matmul_peak
@@ -63,7 +63,7 @@ class Recorder:
     config = setup.config
     self._setup, self._folder = setup, folder
     self._trackers, self._tell = trackers, tell
-    self._flops = cost.train_flops_per_token(
+    self._flops = flops.train_flops_per_token(
       config, config.data.seq_len, mtp=True
     )
     self._peak = matmul_peak(config)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import json
 import pathlib
+import shutil
 import types
 
 import chex
@@ -10,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 
+from configs import lora as lora_recipes
 from configs import tiny
 from experiments import convert, train, workdir
 from experiments.adapters import base as frozen_base
@@ -291,6 +295,92 @@ def test_peft(tmp_path):
       np.testing.assert_array_equal(a.read(key), b.read(key))
 
 
+def recipe(base=''):
+  config = freeze(lora_recipes.get_config('tiny'))
+  model = dataclasses.replace(config.model, base='trained', dtype='float32')
+  run = dataclasses.replace(config.run, base=base)
+  return dataclasses.replace(config, model=model, run=run)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings('default')
+def test_an_adapter_of_peft_becomes_a_run(tmp_path):
+  """The run has its numbers, over the base that is named."""
+  own = recipe(str(GOLDEN / 'v3_yarn'))
+  convert.adapters_to_run(GOLDEN / 'peft', tmp_path / 'run', own)
+  model, want, _ = peft_files.load(GOLDEN / 'peft', released('v3_yarn')[0])
+  config, restored = load.load_state(tmp_path / 'run')
+  assert config.model.lora == model.lora
+  chex.assert_trees_all_equal(jax.device_get(restored.state.params), want)
+  _, variables = load.load_run(tmp_path / 'run')
+  frozen = [w for w in leaves(variables['params']) if is_frozen(w)]
+  assert sum(w.a is not None for w in frozen) >= 7
+  like = released('v3_yarn')[1]['params']
+  bare = lambda w: w.bare if is_frozen(w) else w
+  base = jax.tree.map(bare, variables['params'], is_leaf=is_frozen)
+  chex.assert_trees_all_equal(dense(base, like), like)
+  convert.to_huggingface(tmp_path / 'run', tmp_path / 'again')
+  pair = [x / peft_files.WEIGHTS for x in (GOLDEN / 'peft', tmp_path / 'again')]
+  with safetensors.File(pair[0]) as a, safetensors.File(pair[1]) as b:
+    for key in a.entries:
+      np.testing.assert_array_equal(a.read(key), b.read(key))
+
+
+@pytest.mark.parametrize(
+  'change, base, text',
+  [
+    ({}, '', "its base 'v3_yarn' is no folder here"),
+    ({'peft_type': 'LOHA'}, '', 'is .LOHA., not LORA'),
+    ({'use_dora': True}, '', 'use_dora=True is not computed'),
+    ({'use_qalora': True}, '', 'use_qalora=True is not computed'),
+    ({'r': 3}, 'v3_yarn', 'are of another model'),
+    ({}, 'v2_lite', 'q_a_proj'),
+  ],
+)
+def test_other_adapters_are_refused_in_a_line(change, base, text, tmp_path):
+  folder = tmp_path / 'peft'
+  shutil.copytree(GOLDEN / 'peft', folder)
+  path = folder / peft_files.CONFIG
+  path.write_text(json.dumps(json.loads(path.read_text()) | change))
+  own = recipe(base and str(GOLDEN / base))
+  with pytest.raises(ConfigError, match=text) as error:
+    convert.adapters_to_run(folder, tmp_path / 'run', own)
+  assert '\n' not in str(error.value)
+  assert not (tmp_path / 'run').exists()
+
+
+def test_plus_is_the_rate_of_b():
+  """LoRA+: Adam's first step moves B `plus` times as far, and A as far."""
+  model = released('v2_lite')[0]
+  base = released('v2_lite')[1]['params']
+
+  def moved(plus):
+    own = LoRAConfig(rank=2, targets=('o_proj',), plus=plus)
+    with_plus = dataclasses.replace(model, lora=own)
+    adapters = random_adapters(with_plus)
+
+    def pairs(adapters):
+      params = lora.join(base, adapters, with_plus)
+      w = params['moe']['attention']['w_out']
+      return w.a, w.b
+
+    def loss(adapters):
+      return sum(jnp.sin(x).sum() for x in pairs(adapters))
+
+    @jax.jit
+    def step(adapters):
+      tx = optax.adam(1e-3, eps=1e-30)
+      updates, _ = tx.update(jax.grad(loss)(adapters), tx.init(adapters))
+      after = optax.apply_updates(adapters, updates)
+      return jax.tree.map(jnp.subtract, pairs(after), pairs(adapters))
+
+    return step(adapters)
+
+  (a, b), (a_plus, b_plus) = moved(1.0), moved(4.0)
+  np.testing.assert_allclose(jnp.abs(a_plus), jnp.abs(a), rtol=1e-3)
+  np.testing.assert_allclose(jnp.abs(b_plus), 4 * jnp.abs(b), rtol=1e-3)
+
+
 @pytest.mark.parametrize(
   'change, text',
   [
@@ -315,6 +405,12 @@ def test_refused_adapters(change, text):
     ({'model.lora.rank': 2, 'run.base': '/nowhere'}, 'is no folder'),
     ({'model.lora.rank': 2, 'optim.optimizer': 'muon'}, "use 'adamw'"),
     ({'model.lora.rank': 2, 'model.precision': 'fp8_block'}, "set 'bf16'"),
+    ({'model.lora.rank': 999999}, 'lora.rank=999999: '),
+    ({'model.lora.rank': 2, 'mesh.stage': 2}, 'use mesh.fsdp'),
+    (
+      {'model.lora.rank': 2, 'model.base': 'int4', 'model.moe.width': 99},
+      "sums over 99 numbers, and two of them are a byte; use 'int8'",
+    ),
     ({'model.lora.targets': ()}, 'names no matrix'),
   ],
 )
@@ -325,7 +421,9 @@ def test_refused_configs(keys, text):
     *groups, name = key.split('.')
     functools.reduce(getattr, groups, values)[name] = value
   with pytest.raises(ConfigError, match=text):
-    frozen_base.check(freeze(values))
+    config = freeze(values)
+    frozen_base.check(config)
+    frozen_base.check_folder(config)
 
 
 def test_two_heads_are_no_gate_and_up():

@@ -393,7 +393,7 @@ def test_the_seconds_of_r1_s_steps():
   one = dataclasses.replace(config.rl, prompts=16, samples=2, rows=2)
   lone = dataclasses.replace(config, rl=one)
   size = plan.footprint.decoding + 2 * mean * cost.cache_bytes_per_token(model)
-  got = rollout.seconds(lone, slice_.chip, 0.5, plan.footprint.parameters)
+  got = rollout.seconds(lone, slice_.chip, 0.5, plan.footprint.decoding)
   reading = 16 * 32768 * size / slice_.chip.bandwidth
   assert got == pytest.approx(reading, rel=0.01)
 

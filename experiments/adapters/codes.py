@@ -25,7 +25,7 @@ from .frozen import GROUPS, Frozen
 _LARGEST = {'fp8': fp8_blocks.LARGEST, 'int8': 127.0, 'int4': 7.0}
 # The codes of a file that a base takes over, byte by byte.
 _SAME = {'fp8': ('fp8',), 'int8': ('int8', 'uint8'), 'int4': ('int4',)}
-_PIECE = 2**20  # numbers that are floats at once
+_PIECE = 2**18  # numbers that are floats at once
 _BF16 = np.dtype(ml_dtypes.bfloat16)
 
 

@@ -456,4 +456,5 @@ def logits_bytes(config: Config) -> int:
   tokens = tokens_per_device(config) * (1 + model.mtp.depth)
   block = min(model.vocab, losses.BLOCK)
   head = model.vocab * model.dim * 4 // config.mesh.tensor
+  head *= model.lora.rank == 0  # a frozen one has no gradient
   return tokens * block * (4 + WIDTH[model.dtype]) + head

@@ -6,7 +6,7 @@ the repository are its subpackages there, so that no common name is taken.
 
 from setuptools import find_packages, setup
 
-PROGRAMS = find_packages(include=['experiments*', 'configs'])
+PROGRAMS = find_packages(include=['experiments*', 'configs*'])
 HF = ['tokenizers>=0.20', 'jinja2>=3.1.6', 'tiktoken>=0.9']
 DATA = ['pyarrow>=15']
 GCS = ['gcsfs>=2025.3', 'google-cloud-storage>=3']

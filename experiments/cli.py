@@ -191,7 +191,7 @@ def config_of(words: Sequence[str], define: Callable) -> Config:
   name, values = config_file(words), flags.FlagValues()
   try:
     words = with_files(['', *words])
-    _share_configs()
+    share_configs()
     define(values, words)
     rest = values(words)[1:]
     if rest:
@@ -278,7 +278,7 @@ def _parse(define: Callable[[], None]) -> list[str]:
     words = [word for word in sys.argv if word != '--help']
     if 'config' in FLAGS:
       name = config_file(words[1:])
-      _share_configs()
+      share_configs()
       words = with_files(words)
     rest = FLAGS(words)[1:]
     config = FLAGS.config if 'config' in FLAGS else FLAGS
@@ -300,7 +300,7 @@ def _parse(define: Callable[[], None]) -> list[str]:
   return rest
 
 
-def _share_configs() -> None:
+def share_configs() -> None:
   """Lets a config import ours as `configs`, installed as in a clone.
 
   ml_collections executes a config in the module of the one before it, whose

@@ -203,10 +203,10 @@ assert vio == sorted(vio)
 # The order of MaxVio is the paper's, by the same mechanism. The perplexity's
 # order cannot be told from three seeds, which move the difference between the
 # bias and the loss by more than a percent to either side; the paper has 0.6 %
-# after 100B tokens. `python -m experiments.bench balance` tunes
-# both and compares them on 96 seeds: the bias is 0.12 ± 0.16 % below the loss,
+# after 100B tokens. `python -m experiments.ablate --name=balance`
+# compares them; on 96 seeds the bias is 0.12 ± 0.16 % below the loss,
 # so that at this size neither costs anything that shows
-# (`experiments/bench/balance.md`). Nor can the bias at the paper's own rate be
+# (`docs/ablate.md`). Nor can the bias at the paper's own rate be
 # judged: in 150 steps it hardly balances anything.
 #
 # ## Which experts a token chooses

@@ -50,7 +50,7 @@ BYTES = dict(
   compute=c.ComputeConfig(remat='none'),
 )
 
-# Of `balance` and of notebook 2: two layers of 16 experts, 4 for each token.
+# Of notebook 2: two layers of 16 experts, 4 for each token.
 ROUTING = build(
   **BYTES,
   dim=64,
@@ -65,25 +65,6 @@ ROUTING = build(
   experts=16,
   top_k=4,
   width=32,
-)
-
-# Of `precision --pairs`: FP8's tiles have 128 numbers, and the inner dimension
-# of every product but the heads' and the latents' (one tile) is two tiles. It
-# has as few weights as that allows.
-TWO_TILES = build(
-  **BYTES,
-  dim=256,
-  layers=2,
-  dense_width=256,
-  init_std=0.03,
-  heads=4,
-  kv_rank=128,
-  nope_dim=32,
-  rope_dim=16,
-  value_dim=32,
-  experts=16,
-  top_k=2,
-  width=128,
 )
 
 # Of `mesh`: 32 experts, whose number eight devices divide.

@@ -1,4 +1,4 @@
-"""FP8's cost in loss: beside bf16, in whole runs or in many short pairs.
+"""FP8's cost in loss: whole runs beside bf16, with their reports.
 
 As DeepSeek-V3's report compares them (appendix B.1): each training loss is
 smoothed by an exponential average of 0.9, and the figure is its relative gap to
@@ -7,7 +7,8 @@ bf16's. The report's bound is 0.25 %, here after the first tenth.
 Two runs part by chance once any rounding differs, the sooner the higher the
 learning rate. So a control stands beside the recipes: bf16's products once
 more, with activations of the other width (bfloat16 for float32, or the
-reverse). A gap no larger than the control's says nothing against FP8.
+reverse). A gap no larger than the control's says nothing against FP8. The mean
+of many short pairs says more: python -m experiments.ablate --name=fp8.
 
   python -m experiments.bench precision --config=FILE --steps=N --seeds=2
 
@@ -15,29 +16,21 @@ trains a config whole. Each model is a run of its own in
 OUT/precision/NAME-SEED, as experiments.train makes it, with its report and
 FP8's health. A seed sets the weights and not the text. A benchmark that was
 stopped goes on where its runs stopped.
-
-  python -m experiments.bench precision --pairs=96
-
-trains a small model many times. Runs as short as a CPU can do part by about as
-much as the bound, whatever the precision: only the mean of many pairs (see
-paired) says something. Its results stand in precision.md.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.util
 import json
 import pathlib
 
 import numpy as np
 
-from mla_moe import config as c
 from mla_moe.config import Config, ConfigError, freeze
 
 from .. import cli, page, workdir
-from . import models, paired, show
+from . import show
 
 BOUND = 0.0025
 _REFERENCE, CONTROL = 'bf16', 'control'
@@ -53,45 +46,15 @@ def flags(parser) -> None:
   add = parser.add_argument
   add('--only', default='', help='recipes, joined by commas')
   add('--config', default='tiny', help='NAME or FILE, or with :variant')
-  add('--steps', type=int, default=0, help="0: the config's, or 200 of a pair")
+  add('--steps', type=int, default=0, help="0: the config's")
   add('--seeds', type=int, default=1, help='seeds of each whole run')
-  add('--pairs', type=int, default=0, help='seeds of short runs instead')
-  add('--table', action='store_true', help='with --pairs: train nothing')
 
 
 def run(out: pathlib.Path, args) -> None:
-  """Trains --config in bf16 and in each recipe, or --pairs of short runs."""
-  recipes = show.chosen(args.only, _RECIPES)
-  if args.pairs or args.table:
-    _pairs(out / 'pairs.jsonl', args.pairs, args.steps or 200, args.table)
-  else:
-    _whole_runs(out, args, recipes)
-
-
-def smooth(values: list[float], keep: float = 0.9) -> np.ndarray:
-  """Returns the exponential average of `values`, which begins at the first."""
-  out = np.array(values, np.float64)
-  for i in range(1, len(out)):
-    out[i] = keep * out[i - 1] + (1 - keep) * out[i]
-  return out
-
-
-def of(config: Config, name: str) -> Config:
-  """Returns `config` in precision `name`, which may be the control."""
-  changes = {'precision': name}
-  if name == CONTROL:
-    wide = config.model.dtype == 'float32'
-    changes = {'precision': 'bf16', 'dtype': 'bfloat16' if wide else 'float32'}
-  model = dataclasses.replace(config.model, **changes)
-  return dataclasses.replace(config, model=model)
-
-
-# ------------------------------------------------------------------ whole runs
-
-
-def _whole_runs(out: pathlib.Path, args, recipes: list[str]) -> None:
+  """Trains --config in bf16 and in each recipe."""
   from .. import train
 
+  recipes = show.chosen(args.only, _RECIPES)
   config = shortened(_config(args.config), args.steps)
   names = (_REFERENCE, CONTROL, *recipes)
   first = config.run.seed
@@ -132,6 +95,24 @@ def _whole_runs(out: pathlib.Path, args, recipes: list[str]) -> None:
     lambda: _draw(results),
     _HEAD,
   )
+
+
+def smooth(values: list[float], keep: float = 0.9) -> np.ndarray:
+  """Returns the exponential average of `values`, which begins at the first."""
+  out = np.array(values, np.float64)
+  for i in range(1, len(out)):
+    out[i] = keep * out[i - 1] + (1 - keep) * out[i]
+  return out
+
+
+def of(config: Config, name: str) -> Config:
+  """Returns `config` in precision `name`, which may be the control."""
+  changes = {'precision': name}
+  if name == CONTROL:
+    wide = config.model.dtype == 'float32'
+    changes = {'precision': 'bf16', 'dtype': 'bfloat16' if wide else 'float32'}
+  model = dataclasses.replace(config.model, **changes)
+  return dataclasses.replace(config, model=model)
 
 
 def _config(name: str) -> Config:
@@ -234,84 +215,3 @@ def _draw(results: dict):
   losses.legend(frameon=False)
   gaps.legend(frameon=False)
   return figure
-
-
-# ----------------------------------------------------------------------- pairs
-
-PAIRED = (_REFERENCE, CONTROL, 'fp8_block')
-_DATA = dataclasses.replace(paired.DATA, batch_size=4)
-
-
-def paired_config(name: str, steps: int) -> Config:
-  """Returns a short run's config: AdamW, its rate falling to a tenth.
-
-  So that the late losses are of models that have settled.
-  """
-  tokens = steps * _DATA.batch_size * _DATA.seq_len
-  recipe = c.OptimConfig(
-    learning_rate=2e-3,
-    warmup_steps=20,
-    phases=(('cosine', tokens, 0.1),),
-    bias_rate=3e-3,
-    bias_tokens=1e12,
-  )
-  run = c.RunConfig(steps=steps)
-  config = c.Config(model=models.TWO_TILES, optim=recipe, data=_DATA, run=run)
-  return of(config, name)
-
-
-def measure(name: str, seed: int, steps: int) -> dict:
-  """Trains one model; returns held-out loss and losses, nats a byte."""
-  nll, values = paired.trained(paired_config(name, steps), seed)
-  losses = [round(float(v['main_loss']), 6) for v in values]
-  return {'nll': nll, 'loss': losses}
-
-
-def _pairs(file: pathlib.Path, seeds: int, steps: int, table_only: bool):
-  """Trains the models that `file` lacks; prints the table."""
-  if not table_only:
-    train = functools.partial(measure, steps=steps)
-    paired.add(file, PAIRED, range(seeds), train)
-  print(table(paired.rows(file)))
-
-
-def table(rows: list[dict]) -> str:
-  """Returns Markdown: each precision's gaps to bf16, means over the seeds."""
-  by_run = {(row['name'], row['seed']): row for row in rows}
-  seeds = sorted({row['seed'] for row in rows})
-  lines = [
-    f'| | pairs | held-out loss | gap to bf16 | largest gap while training | '
-    f'steps over {BOUND:.2%} | of one pair |',
-    '| --- | --- | --- | --- | --- | --- | --- |',
-  ]
-  for name in PAIRED:
-    runs = [(name, s) for s in seeds], [(_REFERENCE, s) for s in seeds]
-    pairs = [
-      (by_run[ours], by_run[base])
-      for ours, base in zip(*runs, strict=True)
-      if ours in by_run and base in by_run
-    ]
-    if pairs:
-      lines.append(_row(name, pairs))
-  return '\n'.join(lines)
-
-
-def _row(name: str, pairs: list[tuple[dict, dict]]) -> str:
-  loss = f'{np.mean([ours["nll"] for ours, _ in pairs]):.4f}'
-  if name == _REFERENCE:
-    return f'| {name} | {len(pairs)} | {loss} | | | | |'
-  at_end = [ours['nll'] / base['nll'] - 1 for ours, base in pairs]
-  gaps = np.stack(
-    [smooth(ours['loss']) / smooth(base['loss']) - 1 for ours, base in pairs]
-  )
-  gaps = gaps[:, gaps.shape[1] // 10 :]  # [pairs, steps]
-  worst = np.abs(gaps.mean(0)).argmax()
-  end, largest = [
-    f'{100 * mean:+.2f} ± {100 * error:.2f} %'
-    for mean, error in map(paired.mean, (at_end, gaps[:, worst]))
-  ]
-  over = (np.abs(gaps.mean(0)) > BOUND).sum()
-  return (
-    f'| {name} | {len(pairs)} | {loss} | {end} | {largest} | '
-    f'{over} of {gaps.shape[1]} | {np.abs(gaps).max():.2%} |'
-  )

@@ -26,6 +26,7 @@ from mla_moe import config as c
 from mla_moe.train import optim, stage
 
 from .. import page
+from ..ablate import differences
 from ..data import batches
 from . import models, paired, show
 
@@ -195,7 +196,7 @@ def table(rows: list[dict]) -> list[tuple[str, ...]]:
 def verdict(rows: list[dict]) -> str:
   """Returns the mean gap with its interval, and the bound."""
   gaps = [row['nll'] / row['dense'] - 1 for row in rows]
-  mean, half = paired.interval(gaps)
+  mean, half, _ = differences.interval(gaps)
   text = f'Sparse beside dense: {mean:+.2%}'
   if len(rows) > 1:
     text += f', 95 % from {mean - half:+.2%} to {mean + half:+.2%}'

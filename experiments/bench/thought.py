@@ -23,6 +23,7 @@ import time
 from mla_moe.config import Config
 
 from .. import cli, r1, train, workdir
+from ..ablate import differences
 from ..rl import policy, tasks
 from ..training import example_source
 from . import paired, show
@@ -130,11 +131,13 @@ def table(rows: list[dict]) -> list[tuple[str, ...]]:
 
     def share(name, of_arm=of_arm):
       values = [row[name] for row in of_arm]
-      mean, half = paired.interval(values)
+      mean, half, _ = differences.interval(values)
       each = ', '.join(f'{value:.1%}' for value in values)
       return f'{mean:.1%} ± {half:.1%} ({each})'
 
-    mean = lambda name, of_arm=of_arm: paired.mean([r[name] for r in of_arm])[0]
+    mean = lambda name, of_arm=of_arm: differences.mean(
+      [r[name] for r in of_arm]
+    )[0]
     lines.append(
       (
         arm,

@@ -17,7 +17,6 @@ import pytest
 
 from experiments.bench import __main__ as program
 from experiments.bench import (
-  balance,
   card,
   card_checks,
   checkpoint,
@@ -279,46 +278,14 @@ def test_the_decoding_page_has_every_measurement():
   assert page.count('<svg') == 1
 
 
-def test_models_of_one_seed_are_compared_pair_by_pair():
-  """What all models of a seed share is in no difference, nor in its error."""
-  gains = {'loss 0.003': 0.01, 'bias 0.01': 0.03}
-  rows = [
-    {'name': name, 'seed': s, 'nll': 2 + s - gains.get(name, 0), 'maxvio': 1.0}
-    for s in range(5)
-    for name in balance.VARIANTS
-  ]
-  assert balance.best(rows, balance.LOSSES, range(2)) == 'loss 0.003'
-  mean, error, count = balance.compared(rows, 'bias 0.01', 'nothing', range(5))
-  np.testing.assert_allclose(mean, 100 * np.expm1(-0.03))
-  assert error < 1e-9 and count == 5
-  output = balance.table(rows, tuning=2)
-  assert 'bias 0.01 beside loss 0.003, 3 seeds' in output and '-1.98' in output
-
-
-def test_pairs_tell_a_precision_by_the_mean_of_many(tmp_path):
-  """Chance of either sign wears off, what is common stays; and rows resume."""
-  file = tmp_path / 'rows.jsonl'
+def test_rows_of_pairs_are_measured_once(tmp_path):
   measured = []
-
-  def measure(name, seed):
-    measured.append((name, seed))
-    loss = 2 + seed / 100  # the seed's own; then 1 % of chance, 0.1 % of FP8
-    gap = {'fp8_block': 0.001 + (-1) ** seed / 100}.get(name, 0)
-    return {'nll': loss * (1 + gap), 'loss': [loss * (1 + gap)] * 20}
-
-  paired.add(file, precision.PAIRED, range(2), measure)
-  paired.add(file, precision.PAIRED, range(4), measure)
-  assert len(measured) == len(set(measured)) == 4 * len(precision.PAIRED)
-  output = precision.table(paired.rows(file)).splitlines()
-  assert '| +0.10 ± 0.58 % | +0.10 ± 0.58 % | 0 of 18 | 1.10% |' in output[-1]
-  assert '| +0.00 ± 0.00 % | +0.00 ± 0.00 % | 0 of 18 | 0.00% |' in output[-2]
-
-
-def test_the_balance_benchmark_has_the_notebooks_model():
-  """Both take it from one place, so that no number can differ."""
-  notebook = (ROOT / 'notebooks/2_routing.py').read_text()
-  assert 'model = models.ROUTING\n' in notebook
-  assert balance.config(200, 0.0).model is models.ROUTING
+  measure = lambda name, seed: measured.append((name, seed)) or {'nll': seed}
+  for seeds in (2, 4):
+    paired.add(tmp_path / 'rows.jsonl', 'ab', range(seeds), measure)
+  assert len(measured) == len({*measured}) == 8
+  rows = paired.rows(tmp_path / 'rows.jsonl')
+  assert [(row['name'], row['seed']) for row in rows] == measured
 
 
 def test_models_are_built_from_one_flat_list():
@@ -430,7 +397,6 @@ def test_the_command_lists_its_benchmarks_and_each_has_flags(
     (['precision', '--steps=-1'], '--steps=-1: must be at least 0'),
     (['decode', '--only=sped'], '--only=sped: there is only speed, cache'),
     (['mesh', '--mesh=expert=4'], 'is 4 devices, must be 8'),
-    (['balance', '--table'], '--table: there is no'),
     (['card'], 'needs an NVIDIA GPU, and jax sees none; --toy tries'),
   ],
 )

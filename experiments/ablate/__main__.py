@@ -1,0 +1,154 @@
+"""Ablates a model: trains variants in pairs, and says which one is better.
+
+  python -m experiments.ablate --name=moe --pairs=3 --workdir=runs/ablate-moe
+
+--name is a file of configs/ablate, a folder of experiments/ideas, or a file of
+one's own; --list lists them. Each arm is trained at each size from the same
+seeds, to equal steps, tokens, training FLOPs or seconds (--equal). The same
+command goes on where it stopped, and more --pairs are added to those that are
+there. The folder then has report.html: curves, differences with intervals,
+speed-ups, and a verdict in words. --table trains nothing and writes the page of
+the runs that are finished. --smoke trains toys of the first size in a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from mla_moe.config import ConfigError
+
+from .. import cli, commands, runtime, workdir
+from . import plan as plans
+
+_SMOKE = dict(pairs=2, points=3, seconds=0.4)
+
+
+def flags(words: list[str]) -> argparse.Namespace:
+  """Returns the values of the command line's flags.
+
+  Raises:
+    ConfigError: a number is too small.
+  """
+  parser = argparse.ArgumentParser(
+    prog=commands.typed('python -m experiments.ablate'),
+    description=commands.typed(__doc__),
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  add = parser.add_argument
+  add('--name', default='', help='of the ablation, or its file')
+  add('--workdir', default='', help='runs/ablate-NAME if it is left out')
+  add('--pairs', type=int, default=3, help='seeds of each arm at each size')
+  add('--seed', type=int, default=0, help='the first of the seeds')
+  add('--equal', default='', help='steps, tokens, flops or seconds')
+  add('--sizes', default='', help='some of the sizes, joined by commas')
+  add('--arms', default='', help='some of the arms; the first one is compared')
+  add('--steps', type=int, default=0, help="of the reference; 0: its config's")
+  add('--seconds', type=float, default=0.0, help='budget of --equal=seconds')
+  add(
+    '--points', type=int, default=10, help='evaluations, and chunks, of a run'
+  )
+  add('--smoke', action='store_true', help='a toy size, two pairs')
+  add('--table', action='store_true', help='train nothing')
+  add('--list', action='store_true', help='list the ablations')
+  args = parser.parse_args(words)
+  if args.smoke:
+    given = {word.partition('=')[0].lstrip('-') for word in words}
+    vars(args).update({k: v for k, v in _SMOKE.items() if k not in given})
+  if args.pairs < 2:
+    raise ConfigError(
+      f'--pairs={args.pairs}: one pair has no interval; give at least 2'
+    )
+  for name, least in (('seed', 0), ('steps', 0), ('points', 1), ('seconds', 0)):
+    if getattr(args, name) < least:
+      value = getattr(args, name)
+      raise ConfigError(f'--{name}={value}: must be at least {least}')
+  return args
+
+
+def main() -> None:
+  """Runs the command line's ablation, and writes its page."""
+  with cli.edge():
+    args = flags(sys.argv[1:])
+    if args.list:
+      for name in plans.names():
+        print(f'{name:14} {plans.read(name)[2].splitlines()[0]}')
+      return
+    if not args.name:
+      raise ConfigError(f"--name='': give one of {', '.join(plans.names())}")
+    plan = plans.make(
+      args.name,
+      sizes=args.sizes,
+      arms=args.arms,
+      equal=args.equal,
+      steps=args.steps,
+      points=args.points,
+      smoke=args.smoke,
+    )
+    if args.seconds and plan.equal != 'seconds' and not args.smoke:
+      raise ConfigError(
+        f'--seconds={args.seconds:g}: is a budget of --equal=seconds; here '
+        f'{plan.equal} are equal'
+      )
+    path = cli.path('--workdir', args.workdir or f'runs/ablate-{plan.name}')
+    with workdir.lock(path, lambda folder: (folder / 'ablation.json').exists()):
+      run(path.resolve(), plan, args)
+
+
+def run(path, plan: plans.Plan, args: argparse.Namespace) -> None:
+  """Trains the pairs that the folder lacks, unless --table; writes the page."""
+  import jax
+
+  from ..training import starts
+  from . import folder, outcome, report, turns
+
+  folder.bind(path, plan)
+  if args.smoke:
+    jax.config.update('jax_disable_most_optimizations', True)
+  runtime.keep_memory()
+  runtime.keep_compilations(path.parent / '.jax_cache')
+  if not args.table:
+    starts.record(path, len(folder.results(path)))
+  budget = args.seconds if plan.equal == 'seconds' else 0.0
+  paid, texts = {}, {}
+  for size, recipes in plan.recipes.items():
+    seconds = folder.speeds(path).get(size, {})
+    config = recipes[plan.arms[0]].config
+    key = config.data, config.run.eval_batches
+    if not args.table and key not in texts:
+      texts[key] = turns.text(config, path.parent / '.corpus')
+    if plan.equal == 'seconds' and not seconds:
+      if args.table:
+        continue
+      seconds = turns.seconds_of_step(recipes, texts[key])
+      folder.add_speeds(path, size, seconds)
+    paid[size] = plans.paid(plan, size, seconds, budget)
+    for seed in range(args.seed, args.seed + args.pairs):
+      if not args.table:
+        turns.pair(path, size, paid[size], seed, plan.points, texts[key])
+  comparisons = outcome.compared(
+    folder.results(path), list(paid), plan.arms, plan.equal
+  )
+  show(plan, outcome.table(comparisons), outcome.HEAD)
+  for line in outcome.clock(comparisons, plan.equal):
+    print(line)
+  if page := report.write(path, plan, paid):
+    print(page)
+
+
+def show(plan: plans.Plan, rows: list[tuple[str, ...]], head: tuple) -> None:
+  """Prints the table of an ablation."""
+  from rich import box
+  from rich.console import Console
+  from rich.table import Table
+
+  title = f'{plan.name}: beside {plan.arms[0]}, at equal {plan.equal}'
+  table = Table(*head, title=title, box=box.SIMPLE_HEAD)
+  for row in rows:
+    table.add_row(*row)
+  Console(highlight=False, width=150).print(table)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,1 @@
+"""The router's score as sqrt(softplus(x)), which DeepSeek-V4 has."""

@@ -1,0 +1,488 @@
+"""Ablations: their statistics on known data, and training that resumes.
+
+The programs of the tests train a vector towards the mean of a batch's bytes
+instead of a network: a pair takes milliseconds.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import re
+
+import chex
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from configs import ablate as ladder
+from experiments.ablate import (
+  __main__ as program,
+)
+from experiments.ablate import (
+  differences,
+  folder,
+  outcome,
+  plan,
+  turns,
+)
+from experiments.ideas.sqrt_softplus import router as own_router
+from mla_moe import config as c
+from mla_moe import cost
+from mla_moe.model import router
+from mla_moe.types import PyTree
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+# ------------------------------------------------------------------ statistics
+
+
+def simulated(generator, experiments, pairs, change):
+  """Relative changes [experiments, pairs]: a seed's part in both, and chance.
+
+  The spread of single runs is 1 %, that of seeds 5 %.
+  """
+  shape = experiments, pairs
+  seeds = generator.normal(2.0, 0.1, shape)
+  noise = lambda: generator.normal(0, 0.02, shape)
+  reference, arm = seeds + noise(), seeds * (1 + change) + noise()
+  return arm / reference - 1
+
+
+@pytest.mark.parametrize('pairs', [3, 8])
+def test_an_interval_covers_the_difference_as_often_as_it_says(pairs):
+  known = -0.01
+  changes = simulated(np.random.default_rng(0), 1000, pairs, known)
+  intervals = [differences.interval(x) for x in changes]
+  covered = np.mean([i.low <= known <= i.high for i in intervals])
+  assert abs(covered - 0.95) <= 0.015
+  # scipy's own interval of a mean is the same.
+  low, high = stats.t.interval(
+    0.95, pairs - 1, changes[0].mean(), stats.sem(changes[0])
+  )
+  chex.assert_trees_all_close([*intervals[0][:1]], [changes[0].mean()])
+  chex.assert_trees_all_close(
+    (intervals[0].low, intervals[0].high), (low, high)
+  )
+
+
+def test_a_verdict_is_wrong_as_seldom_as_it_says():
+  changes = simulated(np.random.default_rng(1), 1000, 5, 0.0)
+  words = [outcome.verdict(x).split()[0] for x in changes]
+  wrong = words.count('better') + words.count('worse')
+  assert abs(wrong / 1000 - 0.05) <= 0.015
+  assert words.count('cannot') == 1000 - wrong
+
+
+def test_so_many_pairs_tell():
+  """A fresh experiment of that many pairs tells four times in five."""
+  generator = np.random.default_rng(2)
+  seen = np.array([-1.5, -1.0, -0.5, 0.5, 0.0]) * 0.01
+  count = differences.pairs_to_tell(seen)
+  fresh = generator.normal(seen.mean(), seen.std(ddof=1), (1000, count))
+  words = [outcome.verdict(x).split()[0] for x in fresh]
+  assert abs(words.count('better') / 1000 - differences.POWER) <= 0.03
+  fewer = seen.mean() + (seen - seen.mean()) / 2
+  assert differences.pairs_to_tell(fewer) < count
+  assert differences.pairs_to_tell([0.01, -0.01]) == 0  # their mean is 0
+
+
+def test_verdicts_are_words():
+  told = outcome.verdict([-0.010, -0.012, -0.011])
+  assert told == 'better by 1.10%'
+  assert outcome.verdict([0.010, 0.012, 0.011]) == 'worse by 1.10%'
+  assert outcome.verdict([0.0, 0.0]) == 'the same to the last digit'
+  assert outcome.verdict([0.01]) == 'one pair has no interval'
+  assert outcome.verdict([], 2) == 'no pair is finished; 2 pairs diverged'
+  text = outcome.verdict([0.01, -0.02, 0.002])
+  assert text.startswith('cannot be told from 3 pairs; about 26')
+
+
+def curve(offset, factor=1.0, last=256):
+  """Bits that fall by 0.1 with each doubling of factor * compute."""
+  steps = [2**i for i in range(2, 20) if 2**i <= last]
+  return [(float(x), offset - 0.1 * math.log2(factor * x)) for x in steps]
+
+
+@pytest.mark.parametrize('factor', [1.0, 1.5, 3.0, 0.7])
+def test_a_speedup_is_the_factor_of_compute(factor):
+  got = differences.speedup(curve(5.0), curve(5.0, factor))
+  chex.assert_trees_all_close(got, factor, rtol=1e-12)
+  back = differences.speedup(curve(5.0, factor), curve(5.0))
+  chex.assert_trees_all_close(back * got, 1.0, rtol=1e-12)
+  rungs = [(2.0**i, 5.0 - 0.1 * i) for i in (4, 6, 9)]
+  loss = 5.0 - 0.1 * math.log2(factor * 64)
+  chex.assert_trees_all_close(
+    differences.ladder_speedup(rungs, 64.0, loss), factor, rtol=1e-12
+  )
+
+
+def test_nothing_is_said_beyond_a_curve_or_a_ladder():
+  assert differences.reached(curve(5.0), 0.0) is None
+  assert differences.reached(curve(5.0), 9.0) == 4.0  # its first point
+  assert differences.ladder_speedup([(1.0, 3.0), (2.0, 2.0)], 1.0, 1.9) is None
+  assert differences.ladder_speedup([(1.0, 3.0)], 1.0, 3.0) is None
+  # A loss that rose in between is not reached twice.
+  bumpy = [(1.0, 3.0), (2.0, 2.0), (4.0, 2.5), (8.0, 1.0)]
+  chex.assert_trees_all_close(
+    differences.reached(bumpy, 1.5), math.sqrt(32.0), rtol=1e-12
+  )
+
+
+def test_a_clock_takes_the_ratio_of_each_round():
+  """A round that all arms lost to the machine says the same as the others."""
+  rounds = [{'a': 1.0, 'b': 2.5}] * 3 + [{'a': 9.0, 'b': 22.5}]
+  got = turns.relative(rounds, 'a')
+  chex.assert_trees_all_close(got, {'a': 1.0, 'b': 2.5})
+  assert turns.ordered('ab', 1) == ['a', 'b'] == turns.ordered('ab', 2)[::-1]
+
+
+# --------------------------------------------------------------------- training
+
+
+@flax.struct.dataclass
+class Vector:
+  """The state of the tests' model: it says each byte with exp(w) / sum."""
+
+  w: PyTree
+
+
+def init(key, *, config):
+  return Vector(0.01 * jax.random.normal(key, (config.model.vocab,)))
+
+
+def train(state, batch, rates, *, config, speed=1.0):
+  loss = lambda w: (jax.nn.logsumexp(w) - w[batch.targets]).mean()
+  value, grad = jax.value_and_grad(loss)(state.w)
+  w = state.w - 1e4 * speed * rates.learning_rate * grad
+  return Vector(w), {'main_loss': value, 'load': jnp.array([[1, 3]])}
+
+
+def evaluate(state, batch, *, config):
+  nll = jax.nn.logsumexp(state.w) - state.w[batch.targets]
+  return {'nll': nll.sum(), 'tokens': batch.targets.size}
+
+
+FAST = functools.partial(train, speed=1.05)
+TOY = plan.Recipe(
+  ladder.size(16, 1, 1, 8, 20),  # its model is not trained
+  *(init, train, evaluate),
+  lambda config, length: 6.0 * config.model.dim,
+)
+
+
+@pytest.fixture(scope='module')
+def texts(tmp_path_factory):
+  path = tmp_path_factory.mktemp('texts')
+  for i in range(40):
+    (path / f'{i}.txt').write_text(f'{i} lines of a text. ' * 30)
+  return path
+
+
+@pytest.fixture
+def make(texts, monkeypatch):
+  """A plan of toys: `arms` are functions of a Recipe."""
+
+  def made(equal='tokens', points=4, sizes=(16, 32), steps=0, **arms):
+    def recipe(config, change):
+      return change(TOY._replace(config=config))
+
+    values = {
+      'sizes': {f'd{dim}': small(texts, dim) for dim in sizes},
+      'arms': {
+        arm: functools.partial(recipe, change=change)
+        for arm, change in arms.items()
+      },
+      'equal': equal,
+      'paper': 'Nobody, 2026: 1 < 2',
+    }
+    monkeypatch.setattr(plan, 'read', lambda name: (values, name, 'A test.'))
+    return plan.make('toys', points=points, steps=steps)
+
+  return made
+
+
+def small(texts, dim):
+  config = ladder.size(dim, 1, 1, 8, 20)
+  data = dataclasses.replace(
+    config.data, source=f'{texts}/*.txt', seq_len=16, batch_size=4, heldout=0.2
+  )
+  run = dataclasses.replace(config.run, eval_batches=4)
+  return dataclasses.replace(config, data=data, run=run)
+
+
+def same(recipe):
+  return recipe
+
+
+def fast(recipe):
+  return recipe._replace(train=FAST)
+
+
+def run(path, plan, *words, fixture=None):
+  path.mkdir(exist_ok=True)
+  program.run(path, plan, program.flags(['--name=toys', '--pairs=2', *words]))
+  return folder.results(path)
+
+
+def curves(rows):
+  """{(size, arm, seed): curve without its seconds}."""
+  drop = lambda point: {k: v for k, v in point.items() if k != 'seconds'}
+  return {
+    (r['size'], r['arm'], r['seed']): list(map(drop, r['curve'])) for r in rows
+  }
+
+
+def test_one_config_twice_differs_by_nothing(tmp_path, make, no_pictures):
+  rows = run(tmp_path / 'a', make(one=same, two=same, fast=fast))
+  got = curves(rows)
+  for size in ('d16', 'd32'):
+    for seed in (0, 1):
+      assert got[size, 'one', seed] == got[size, 'two', seed]
+      assert got[size, 'one', seed] != got[size, 'fast', seed]
+    assert got[size, 'one', 0] != got[size, 'one', 1]
+  equal, other = outcome.compared(
+    rows, ['d16'], ['one', 'two', 'fast'], 'tokens'
+  )
+  assert equal.changes == [0.0, 0.0] and equal.log_speedup.mean == 0.0
+  assert equal.verdict == 'the same to the last digit'
+  assert other.change.mean < 0 < other.log_speedup.mean
+  last = got['d16', 'one', 0][-1]
+  assert last['tokens'] == 20 * 64 and last['flops'] == 20 * 64 * 96
+  assert last['max_vio'] == 0.5
+  page = (tmp_path / 'a/report.html').read_text()
+  for words in ('the same to the last digit', 'Nobody, 2026: 1 &lt; 2', '0.50'):
+    assert words in page
+
+
+def test_a_killed_ablation_goes_on_as_if_it_had_not_been(
+  tmp_path, make, monkeypatch, no_pictures, capsys
+):
+  whole = run(tmp_path / 'a', make(one=same, fast=fast))
+  chunks, saved = [], folder.save
+
+  def killed(*args):
+    chunks.append(args[1:4])
+    if len(chunks) % 3 == 0:
+      raise KeyboardInterrupt  # this chunk is lost
+    saved(*args)
+
+  monkeypatch.setattr(folder, 'save', killed)
+  for _ in range(40):
+    try:
+      rows = run(tmp_path / 'b', make(one=same, fast=fast))
+      break
+    except KeyboardInterrupt:
+      pass
+  assert curves(rows) == curves(whole)
+  assert len(chunks) == 2 * 2 * 2 * 4 + len(chunks) // 3  # one lost a kill
+  assert not list((tmp_path / 'b/running').iterdir())
+  # A third pair trains the third pair alone.
+  chunks.clear()
+  monkeypatch.setattr(folder, 'save', lambda *a: (chunks.append(a), saved(*a)))
+  more = run(tmp_path / 'b', make(one=same, fast=fast), '--pairs=3')
+  assert {args[3] for args in chunks} == {2} and len(more) == 12
+
+
+def test_a_budget_pays_for_as_many_steps(make):
+  def dear(recipe):
+    flops = lambda config, length: 12.0 * config.model.dim
+    data = dataclasses.replace(recipe.config.data, seq_len=32)
+    config = dataclasses.replace(recipe.config, data=data)
+    return recipe._replace(config=config, flops=flops)
+
+  steps = {}
+  for equal in ('tokens', 'flops', 'seconds'):
+    made = make(equal, one=same, dear=dear)
+    paid = plan.paid(made, 'd16', {'one': 0.1, 'dear': 0.25})
+    steps[equal] = [r.config.run.steps for r in paid.values()]
+  assert steps == {'tokens': [20, 10], 'flops': [20, 5], 'seconds': [20, 8]}
+  with pytest.raises(c.ConfigError, match='the losses|--equal=tokens'):
+    make('steps', one=same, dear=dear)
+  with pytest.raises(c.ConfigError, match='pays for 2 steps of arm dear'):
+    plan.paid(made, 'd16', {'one': 0.1, 'dear': 0.25}, budget=0.5)
+  # The schedule ends with the run, whatever its length.
+  for recipe in paid.values():
+    config = recipe.config
+    whole = config.run.steps * plan.tokens_of_step(config)
+    length = sum(n for _, n, _ in config.optim.phases)
+    chex.assert_trees_all_close(length, float(whole), rtol=1e-12)
+    chex.assert_trees_all_close(config.optim.bias_tokens, 0.95 * whole)
+
+
+def test_equal_seconds_are_measured_and_stay(tmp_path, make, no_pictures):
+  made = make('seconds', sizes=(16,), one=same, fast=fast)
+  run(tmp_path, made, '--seconds=0.05', '--points=4')
+  speeds = folder.speeds(tmp_path)
+  assert all(seconds > 0 for seconds in speeds['d16'].values())
+  steps = {r['arm']: r['curve'][-1]['step'] for r in folder.results(tmp_path)}
+  for arm, seconds in speeds['d16'].items():
+    assert steps[arm] == round(0.05 / seconds)
+
+
+# ------------------------------------------------------------------- refusals
+
+
+def refused(call, *words):
+  code, _, errors = call('ablate', *words)
+  assert code == 2 and errors.count('\n') == 1, errors
+  return errors
+
+
+def test_wrong_requests_are_one_line(call, tmp_path):
+  (tmp_path / 'mine.py').write_text('"""An ablation without its function."""')
+  (tmp_path / 'half.py').write_text(
+    '"""Half."""\ndef get_ablation():\n  return {"sizes": {}}'
+  )
+  for words, message in (
+    (['--name=granlarity'], 'did you mean granularity?'),
+    (['--name=zzz'], 'is no ablation; ours: balance, fp8,'),
+    ([], "--name='': give one of balance"),
+    ([f'--name={tmp_path}/mine.py'], 'has no function get_ablation'),
+    ([f'--name={tmp_path}/half.py'], "'arms' is missing or unknown"),
+    (['--name=moe', '--pairs=1'], 'one pair has no interval'),
+    (['--name=moe', '--points=0'], '--points=0: must be at least 1'),
+    (['--name=moe', '--arms=moe'], 'one arm has nothing to be compared with'),
+    (['--name=moe', '--arms=mo'], '--arms=mo: there is only dense, wide, moe'),
+    (['--name=moe', '--sizes=xl'], '--sizes=xl: there is only s, m, l'),
+    (['--name=moe', '--equal=luck'], '--equal=luck: there is only steps'),
+    (['--name=moe', '--steps=3'], '--points=10: size s has 3 steps'),
+    (['--name=scoring', '--seconds=3'], 'is a budget of --equal=seconds'),
+  ):
+    folder_of = f'--workdir={tmp_path}/run'
+    assert message in refused(call, *words, folder_of)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_folder_has_one_ablation(tmp_path, make):
+  folder.bind(tmp_path, make(one=same, fast=fast))
+  folder.bind(tmp_path, make(one=same, fast=fast))
+  with pytest.raises(c.ConfigError, match='equal is flops, there tokens'):
+    folder.bind(tmp_path, make('flops', one=same, fast=fast))
+  with pytest.raises(c.ConfigError, match='run.steps is 24, there 20'):
+    folder.bind(tmp_path, make(one=same, fast=fast, steps=24))
+  (tmp_path / 'ablation.json').write_text('{"na')
+  with pytest.raises(c.ConfigError, match='is damaged; name another'):
+    folder.bind(tmp_path, make(one=same, fast=fast))
+
+
+def test_a_damaged_state_is_refused(tmp_path):
+  state = Vector(jnp.arange(3.0))
+  folder.save(tmp_path, 's', 'a', 0, state, [{'step': 1}])
+  back, points = folder.load(tmp_path, 's', 'a', 0, Vector(jnp.zeros(3)))
+  chex.assert_trees_all_equal(back, state)
+  assert points == [{'step': 1}]
+  assert folder.load(tmp_path, 's', 'a', 1, state) is None
+  for like in (Vector(jnp.zeros(4)), {'other': jnp.zeros(3)}):
+    with pytest.raises(c.ConfigError, match='s-a-0: cannot be read'):
+      folder.load(tmp_path, 's', 'a', 0, like)
+  path = tmp_path / 'running/s-a-0'
+  path.write_bytes(path.read_bytes()[:-9])
+  with pytest.raises(c.ConfigError, match='s-a-0: cannot be read'):
+    folder.load(tmp_path, 's', 'a', 0, state)
+
+
+@pytest.mark.parametrize(
+  'group, field, value, message',
+  [
+    ('data', 'heldout', 0.5, 'their losses cannot be compared; judge both'),
+    ('data', 'fim_rate', 0.5, 'their losses cannot be compared'),
+    ('model', 'vocab', 300, 'their losses cannot be compared'),
+    ('mesh', 'data', 2, 'an ablation trains on one device'),
+  ],
+)
+def test_arms_that_cannot_be_compared_are_refused(
+  group, field, value, message, make
+):
+  def other(recipe):
+    changed = dataclasses.replace(
+      getattr(recipe.config, group), **{field: value}
+    )
+    config = dataclasses.replace(recipe.config, **{group: changed})
+    return recipe._replace(config=config)
+
+  with pytest.raises(c.ConfigError, match=message) as error:
+    make(one=same, other=other)
+  assert 'of arm other at d16' in str(error.value)
+
+
+# ------------------------------------------------------------ shipped ablations
+
+
+@pytest.fixture(scope='module')
+def shipped():
+  """{name: whole plan} of all ablations; their toys are checked, too."""
+  for name in plan.names():
+    toy = plan.make(name, smoke=True, points=3)
+    configs = [r.config for r in next(iter(toy.recipes.values())).values()]
+    assert {config.run.steps for config in configs} == {12}
+  return {name: plan.make(name) for name in plan.names()}
+
+
+def active(recipe):
+  counts = cost.parameters(recipe.config)
+  return counts.active, counts.total
+
+
+def test_shipped_ablations_are_plans_of_their_papers(shipped):
+  assert {'moe', 'mtp', 'fp8', 'balance', 'sqrt_softplus'} <= set(shipped)
+  for name, made in shipped.items():
+    assert len(made.arms) >= 2 and made.paper and made.title
+    if name != 'sqrt_softplus':
+      assert 'arXiv' in made.paper, name
+
+
+def test_arms_have_the_parameters_that_their_files_say(shipped):
+  for recipes in shipped['moe'].recipes.values():
+    dense, moe = active(recipes['dense']), active(recipes['moe'])
+    assert abs(moe[0] / dense[0] - 1) < 0.05 and moe[1] > 1.5 * dense[1]
+  for name in ('granularity', 'shared'):
+    for recipes in shipped[name].recipes.values():
+      sizes = [active(recipe) for recipe in recipes.values()]
+      assert np.ptp(sizes, axis=0).max() < 0.03 * min(map(min, sizes)), name
+  for name in ('balance', 'scoring', 'optimizer', 'groups', 'fp8'):
+    for recipes in shipped[name].recipes.values():
+      assert len({active(recipe) for recipe in recipes.values()}) == 1, name
+
+
+def test_an_idea_differs_in_its_score_alone(shipped):
+  """With a score of the sigmoid in its place it is the library's router."""
+  arms = shipped['sqrt_softplus'].recipes['s']
+  assert arms['sigmoid'].config == arms['sqrt_softplus'].config
+  generator = np.random.default_rng(0)
+  moe = dataclasses.replace(arms['sigmoid'].config.model.moe, scale=1.0)
+  x = generator.normal(size=(7, 5)).astype(np.float32)
+  w = generator.normal(size=(5, moe.experts)).astype(np.float32)
+  bias = generator.normal(size=moe.experts).astype(np.float32)
+  got = own_router.route(x, w, bias, moe)
+  scores = np.sqrt(np.logaddexp(0, x.astype(float) @ w))
+  chex.assert_trees_all_close(np.asarray(got.scores, float), scores, rtol=1e-5)
+  chosen = np.argsort(-(scores + bias), -1)[:, : moe.top_k]
+  chex.assert_trees_all_equal(np.asarray(got.chosen), chosen.astype(np.int32))
+  gates = np.take_along_axis(scores, chosen, -1)
+  gates = gates / gates.sum(-1, keepdims=True)
+  chex.assert_trees_all_close(np.asarray(got.gates, float), gates, rtol=1e-5)
+  ours = jax.tree.map(jnp.shape, router.route(x, w, bias, moe))
+  assert jax.tree.map(jnp.shape, got) == ours
+
+
+def test_results_are_json(tmp_path, make, no_pictures):
+  rows = run(tmp_path, make(sizes=(16,), one=same, fast=fast))
+  read = [json.loads(line) for line in (tmp_path / 'results.jsonl').open()]
+  assert read == rows and len(rows) == 4
+  assert [point['step'] for point in rows[0]['curve']] == [5, 10, 15, 20]
+
+
+def test_an_ablation_of_ones_own_is_one(tmp_path):
+  """mine.py, as docs/ablate.md has it."""
+  text = (ROOT / 'docs' / 'ablate.md').read_text()
+  (source,) = re.findall(r'```python\n(.*?)```', text, re.S)
+  (tmp_path / 'mine.py').write_text(source)
+  made = plan.make(str(tmp_path / 'mine.py'), sizes='s')
+  own, smaller = made.recipes['s'].values()
+  assert smaller.config.model.init_std == 0.01 != own.config.model.init_std
+  assert made.name == 'mine'

@@ -21,7 +21,7 @@ from mla_moe.config import ConfigError
 from .. import cli, commands, runtime, workdir
 from . import plan as plans
 
-_SMOKE = dict(pairs=2, points=3, seconds=0.4)
+_SMOKE = dict(pairs=2, points=3)
 
 
 def flags(words: list[str]) -> argparse.Namespace:
@@ -83,14 +83,10 @@ def main() -> None:
       arms=args.arms,
       equal=args.equal,
       steps=args.steps,
+      seconds=args.seconds,
       points=args.points,
       smoke=args.smoke,
     )
-    if args.seconds and plan.equal != 'seconds' and not args.smoke:
-      raise ConfigError(
-        f'--seconds={args.seconds:g}: is a budget of --equal=seconds; here '
-        f'{plan.equal} are equal'
-      )
     path = cli.path('--workdir', args.workdir or f'runs/ablate-{plan.name}')
     with workdir.lock(path, lambda folder: (folder / 'ablation.json').exists()):
       run(path.resolve(), plan, args)
@@ -110,7 +106,6 @@ def run(path, plan: plans.Plan, args: argparse.Namespace) -> None:
   runtime.keep_compilations(path.parent / '.jax_cache')
   if not args.table:
     starts.record(path, len(folder.results(path)))
-  budget = args.seconds if plan.equal == 'seconds' else 0.0
   paid, texts = {}, {}
   for size, recipes in plan.recipes.items():
     seconds = folder.speeds(path).get(size, {})
@@ -123,7 +118,7 @@ def run(path, plan: plans.Plan, args: argparse.Namespace) -> None:
         continue
       seconds = turns.seconds_of_step(recipes, texts[key])
       folder.add_speeds(path, size, seconds)
-    paid[size] = plans.paid(plan, size, seconds, budget)
+    paid[size] = plans.paid(plan, size, seconds)
     for seed in range(args.seed, args.seed + args.pairs):
       if not args.table:
         turns.pair(path, size, paid[size], seed, plan.points, texts[key])

@@ -60,14 +60,16 @@ class Recipe(NamedTuple):
 class Plan(NamedTuple):
   """A checked ablation. `recipes` are {size: {arm: Recipe}}, all in order.
 
-  In each size the first arm is the reference, of whose config the budget is.
-  `points` are the evaluations of a run: it is trained in as many chunks.
+  In each size the first arm is the reference, of whose config the budget is,
+  unless there are `seconds`. `points` are the evaluations of a run: it is
+  trained in as many chunks.
   """
 
   name: str
   title: str
   paper: str
   equal: str
+  seconds: float
   points: int
   recipes: dict[str, dict[str, Recipe]]
 
@@ -168,6 +170,7 @@ def make(
   arms: str = '',
   equal: str = '',
   steps: int = 0,
+  seconds: float = 0.0,
   points: int = 10,
   smoke: bool = False,
 ) -> Plan:
@@ -187,6 +190,11 @@ def make(
   equal = equal or values['equal']
   if equal not in EQUAL:
     raise ConfigError(f'--equal={equal}: there is only {", ".join(EQUAL)}')
+  if seconds and equal != 'seconds':
+    raise ConfigError(
+      f'--seconds={seconds:g}: is a budget of --equal=seconds; here {equal} are '
+      'equal'
+    )
   if len(chosen) < 2:
     raise ConfigError(f'--arms={arms}: one arm has nothing to be compared with')
   recipes = {}
@@ -202,7 +210,7 @@ def make(
         f'--points={points}: size {size} has {config.run.steps} steps, and an '
         'evaluation follows a step'
       )
-  return Plan(name, text, values['paper'], equal, points, recipes)
+  return Plan(name, text, values['paper'], equal, seconds, points, recipes)
 
 
 def _recipe(value: Config | Recipe) -> Recipe:
@@ -281,18 +289,17 @@ def price(recipe: Recipe, equal: str, seconds: float) -> float:
   }[equal]
 
 
-def paid(
-  plan: Plan, size: str, seconds: dict[str, float], budget: float = 0.0
-) -> dict[str, Recipe]:
+def paid(plan: Plan, size: str, seconds: dict[str, float]) -> dict[str, Recipe]:
   """Returns the size's recipes, each with the steps that the budget pays for.
 
-  `seconds` are those of a step by arm, of a budget in seconds. A `budget` of 0
-  is the price of the reference's own run. Schedules follow the steps.
+  `seconds` are those of a step by arm, of a budget in seconds. The budget is
+  the price of the reference's own run, unless the plan has `seconds`. Schedules
+  follow the steps.
   """
   recipes = plan.recipes[size]
   (first, reference), *_ = recipes.items()
   cost_of = lambda arm: price(recipes[arm], plan.equal, seconds.get(arm, 1.0))
-  budget = budget or reference.config.run.steps * cost_of(first)
+  budget = plan.seconds or reference.config.run.steps * cost_of(first)
   steps = {arm: round(budget / cost_of(arm)) for arm in recipes}
   for arm, count in steps.items():
     if count < plan.points:
@@ -362,6 +369,7 @@ def described(plan: Plan) -> dict:
   return {
     'name': plan.name,
     'equal': plan.equal,
+    'seconds': plan.seconds,
     'points': plan.points,
     'configs': configs,
   }

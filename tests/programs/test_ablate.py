@@ -187,7 +187,7 @@ def texts(tmp_path_factory):
 def make(texts, monkeypatch):
   """A plan of toys: `arms` are functions of a Recipe."""
 
-  def made(equal='tokens', points=4, sizes=(16, 32), steps=0, **arms):
+  def made(equal='tokens', sizes=(16, 32), steps=0, seconds=0.0, **arms):
     def recipe(config, change):
       return change(TOY._replace(config=config))
 
@@ -201,7 +201,7 @@ def make(texts, monkeypatch):
       'paper': 'Nobody, 2026: 1 < 2',
     }
     monkeypatch.setattr(plan, 'read', lambda name: (values, name, 'A test.'))
-    return plan.make('toys', points=points, steps=steps)
+    return plan.make('toys', points=4, steps=steps, seconds=seconds)
 
   return made
 
@@ -304,7 +304,8 @@ def test_a_budget_pays_for_as_many_steps(make):
   with pytest.raises(c.ConfigError, match='the losses|--equal=tokens'):
     make('steps', one=same, dear=dear)
   with pytest.raises(c.ConfigError, match='pays for 2 steps of arm dear'):
-    plan.paid(made, 'd16', {'one': 0.1, 'dear': 0.25}, budget=0.5)
+    made = make('seconds', seconds=0.5, one=same, dear=dear)
+    plan.paid(made, 'd16', {'one': 0.1, 'dear': 0.25})
   # The schedule ends with the run, whatever its length.
   for recipe in paid.values():
     config = recipe.config
@@ -315,8 +316,8 @@ def test_a_budget_pays_for_as_many_steps(make):
 
 
 def test_equal_seconds_are_measured_and_stay(tmp_path, make, no_pictures):
-  made = make('seconds', sizes=(16,), one=same, fast=fast)
-  run(tmp_path, made, '--seconds=0.05', '--points=4')
+  made = make('seconds', sizes=(16,), seconds=0.05, one=same, fast=fast)
+  run(tmp_path, made)
   speeds = folder.speeds(tmp_path)
   assert all(seconds > 0 for seconds in speeds['d16'].values())
   steps = {r['arm']: r['curve'][-1]['step'] for r in folder.results(tmp_path)}
@@ -365,6 +366,8 @@ def test_a_folder_has_one_ablation(tmp_path, make):
     folder.bind(tmp_path, make('flops', one=same, fast=fast))
   with pytest.raises(c.ConfigError, match='run.steps is 24, there 20'):
     folder.bind(tmp_path, make(one=same, fast=fast, steps=24))
+  with pytest.raises(c.ConfigError, match='seconds is 9.0, there 0'):
+    folder.bind(tmp_path, make(one=same, fast=fast)._replace(seconds=9.0))
   (tmp_path / 'ablation.json').write_text('{"na')
   with pytest.raises(c.ConfigError, match='is damaged; name another'):
     folder.bind(tmp_path, make(one=same, fast=fast))

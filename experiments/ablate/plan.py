@@ -192,8 +192,8 @@ def make(
     raise ConfigError(f'--equal={equal}: there is only {", ".join(EQUAL)}')
   if seconds and equal != 'seconds':
     raise ConfigError(
-      f'--seconds={seconds:g}: is a budget of --equal=seconds; here {equal} are '
-      'equal'
+      f'--seconds={seconds:g}: is a budget of --equal=seconds; equal are '
+      f'{equal}'
     )
   if len(chosen) < 2:
     raise ConfigError(f'--arms={arms}: one arm has nothing to be compared with')

@@ -122,6 +122,8 @@ def run(path, plan: plans.Plan, args: argparse.Namespace) -> None:
     for seed in range(args.seed, args.seed + args.pairs):
       if not args.table:
         turns.pair(path, size, paid[size], seed, plan.points, texts[key])
+  if not paid:
+    raise ConfigError(f'--table: no size of {path} was begun')
   comparisons = outcome.compared(
     folder.results(path), list(paid), plan.arms, plan.equal
   )

@@ -128,8 +128,11 @@ def _costs(rows: list[dict], recipes: dict) -> list[tuple[str, ...]]:
         if (row['size'], row['arm']) == (size, arm)
       ]
       mean = lambda name, e=ends: np.mean([x[name] for x in e if name in x])
-      seconds = mean('seconds') if ends else np.nan
       tokens = config.run.steps * plans.tokens_of_step(config)
+      seconds = speed = '-'
+      if ends:
+        spent = mean('seconds')
+        seconds, speed = f'{spent:.1f}', f'{tokens / spent:,.0f}'
       has_load = any('max_vio' in end for end in ends)
       lines.append(
         (
@@ -141,8 +144,8 @@ def _costs(rows: list[dict], recipes: dict) -> list[tuple[str, ...]]:
           f'{config.run.steps:,}',
           f'{tokens:,}',
           f'{config.run.steps * plans.flops_of_step(recipe):.3g}',
-          f'{seconds:.1f}',
-          f'{tokens / seconds:,.0f}',
+          seconds,
+          speed,
           f'{mean("max_vio"):.2f}' if has_load else '-',
         )
       )

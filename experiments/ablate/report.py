@@ -17,6 +17,7 @@ from mla_moe import cost
 from .. import comparison, page, workdir
 from . import folder, outcome
 from . import plan as plans
+from .recipe import flops_of_step, tokens_of_step
 
 _COSTS = (
   'size', 'arm', 'parameters', 'active', 'GFLOPs a token', 'steps', 'tokens',
@@ -128,7 +129,7 @@ def _costs(rows: list[dict], recipes: dict) -> list[tuple[str, ...]]:
         if (row['size'], row['arm']) == (size, arm)
       ]
       mean = lambda name, e=ends: np.mean([x[name] for x in e if name in x])
-      tokens = config.run.steps * plans.tokens_of_step(config)
+      tokens = config.run.steps * tokens_of_step(config)
       seconds = speed = '-'
       if ends:
         spent = mean('seconds')
@@ -143,7 +144,7 @@ def _costs(rows: list[dict], recipes: dict) -> list[tuple[str, ...]]:
           f'{recipe.flops(config, config.data.seq_len) / 1e9:.4f}',
           f'{config.run.steps:,}',
           f'{tokens:,}',
-          f'{config.run.steps * plans.flops_of_step(recipe):.3g}',
+          f'{config.run.steps * flops_of_step(recipe):.3g}',
           seconds,
           speed,
           f'{mean("max_vio"):.2f}' if has_load else '-',

@@ -31,8 +31,8 @@ from mla_moe.types import Batch
 from .. import runtime
 from ..data import batches, corpus, tokenizer
 from ..training import program, steps
-from . import folder, plan
-from .plan import Recipe
+from . import folder
+from .recipe import Recipe, flops_of_step, tokens_of_step
 
 _ROUNDS = 9  # of the clock; the first is left out
 _ROUND_SECONDS = 0.5  # of the reference
@@ -151,8 +151,8 @@ def advance(run: Run, words: Text, last: int) -> Run:
   load = np.asarray(load, np.float64)
   point = {
     'step': last,
-    'tokens': last * plan.tokens_of_step(config),
-    'flops': last * plan.flops_of_step(run.recipe),
+    'tokens': last * tokens_of_step(config),
+    'flops': last * flops_of_step(run.recipe),
     'seconds': before + seconds,
     'loss': float(np.mean(jax.device_get(losses))),
     'bits': _bits(run.programs, state, words),

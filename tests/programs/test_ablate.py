@@ -30,6 +30,7 @@ from experiments.ablate import (
   plan,
   turns,
 )
+from experiments.ablate.recipe import Recipe, tokens_of_step
 from experiments.ideas.sqrt_softplus import router as own_router
 from mla_moe import config as c
 from mla_moe import cost
@@ -168,7 +169,7 @@ def evaluate(state, batch, *, config):
 
 
 FAST = functools.partial(train, speed=1.05)
-TOY = plan.Recipe(
+TOY = Recipe(
   ladder.size(16, 1, 1, 8, 20),  # its model is not trained
   *(init, train, evaluate),
   lambda config, length: 6.0 * config.model.dim,
@@ -309,7 +310,7 @@ def test_a_budget_pays_for_as_many_steps(make):
   # The schedule ends with the run, whatever its length.
   for recipe in paid.values():
     config = recipe.config
-    whole = config.run.steps * plan.tokens_of_step(config)
+    whole = config.run.steps * tokens_of_step(config)
     length = sum(n for _, n, _ in config.optim.phases)
     chex.assert_trees_all_close(length, float(whole), rtol=1e-12)
     chex.assert_trees_all_close(config.optim.bias_tokens, 0.95 * whole)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from mla_moe.config import Config
 from mla_moe.model import block
 
-from ...ablate import plan
+from ...ablate.recipe import Recipe, with_functions
 from . import router
 
 
@@ -28,7 +28,7 @@ def get_ablation() -> dict:
   }
 
 
-def own(config: Config) -> plan.Recipe:
+def own(config: Config) -> Recipe:
   """Returns the config's recipe with the router of this folder."""
   functions = block.Functions(route=router.route)
-  return plan.with_functions(config, functions)
+  return with_functions(config, functions)

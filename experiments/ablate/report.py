@@ -7,6 +7,7 @@ difference at the end, and the interval of its mean.
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import pathlib
 
@@ -155,8 +156,6 @@ def _costs(rows: list[dict], recipes: dict) -> list[tuple[str, ...]]:
 
 def _fields(recipes: dict) -> list[str]:
   """Returns the tables of the fields in which the arms differ, by size."""
-  import dataclasses
-
   parts = ['<h2>Config fields that differ</h2>']
   for size, arms in recipes.items():
     configs = [dataclasses.asdict(recipe.config) for recipe in arms.values()]

@@ -54,8 +54,8 @@ def flags(words: list[str]) -> argparse.Namespace:
   add('--list', action='store_true', help='list the ablations')
   args = parser.parse_args(words)
   if args.smoke:
-    given = {word.partition('=')[0].lstrip('-') for word in words}
-    vars(args).update({k: v for k, v in _SMOKE.items() if k not in given})
+    chosen = {word.partition('=')[0].lstrip('-') for word in words}
+    vars(args).update({k: v for k, v in _SMOKE.items() if k not in chosen})
   if args.pairs < 2:
     raise ConfigError(
       f'--pairs={args.pairs}: one pair has no interval; give at least 2'

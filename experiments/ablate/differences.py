@@ -7,7 +7,7 @@ of n pairs is therefore a sample of n independent numbers, and Student's t gives
 its interval, also where n is 2 or 3 and their spread is estimated, too.
 
 A speed-up says a difference of losses in compute: the better run reaches the
-last loss of the worse one after a part of its own budget. Its rate has not
+best loss of the worse one after a part of its own budget. Its rate has not
 fallen there, so the number is a lower bound (Hoffmann et al. 2022, section
 3.1: losses before the end of a schedule are too high). A ladder of sizes has no
 such bias: there the last losses of one arm are compared with a curve through
@@ -106,19 +106,11 @@ def reached(curve: Curve, loss: float) -> float | None:
 def speedup(reference: Curve, other: Curve) -> float:
   """Returns the factor of compute that `other` saves beside `reference`.
 
-  2 means: it reaches the reference's last loss with half of the reference's
-  compute. 0.5 means that the reference does so with half of the other's. Equal
-  last losses give the ratio of the whole budgets.
+  It is the ratio of the compute at which each reaches the lowest loss that both
+  of them reach. 2 means: `other` does so with half of the reference's compute.
   """
-  (spent, loss), (spent_other, loss_other) = reference[-1], other[-1]
-  if loss_other <= loss:
-    return spent / reached(other, loss)
-  return reached(reference, loss_other) / spent_other
-
-
-def mean_speedup(values: Sequence[float]) -> Interval:
-  """Returns the geometric mean of speed-ups; `half` is of its logarithm."""
-  return interval(np.log(np.asarray(values, np.float64)))
+  loss = max(min(value for _, value in curve) for curve in (reference, other))
+  return reached(reference, loss) / reached(other, loss)
 
 
 def ladder_speedup(reference: Curve, compute: float, loss: float):

@@ -83,11 +83,11 @@ def text(config: Config, cache: pathlib.Path) -> Text:
   words = tokenizer.load(
     data.tokenizer, model.bos_id, model.eos_id, model.vocab
   )
-  found = corpus.prepare(data, words, cache)
+  tokens = corpus.prepare(data, words, cache)
   heldout = batches.eval_batches(
-    found.heldout, data, found.bos_id, config.run.eval_batches
+    tokens.heldout, data, tokens.bos_id, config.run.eval_batches
   )
-  return Text(found.train, heldout, found.bos_id, words.byte_lengths())
+  return Text(tokens.train, heldout, tokens.bos_id, words.byte_lengths())
 
 
 # -------------------------------------------------------------------- programs

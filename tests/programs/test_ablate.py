@@ -73,10 +73,12 @@ def test_an_interval_covers_the_difference_as_often_as_it_says(pairs):
 
 def test_a_verdict_is_wrong_as_seldom_as_it_says():
   changes = simulated(np.random.default_rng(1), 1000, 5, 0.0)
-  words = [outcome.verdict(x).split()[0] for x in changes]
-  wrong = words.count('better') + words.count('worse')
-  assert abs(wrong / 1000 - 0.05) <= 0.015
-  assert words.count('cannot') == 1000 - wrong
+  intervals = [differences.interval(x) for x in changes]
+  told = [i.low > 0 or i.high < 0 for i in intervals]
+  assert abs(np.mean(told) - 0.05) <= 0.015
+  for change, is_told in zip(changes[:60], told, strict=False):
+    is_open = outcome.verdict(change).startswith('cannot be told')
+    assert is_open != is_told
 
 
 def test_so_many_pairs_tell():
@@ -127,6 +129,9 @@ def test_nothing_is_said_beyond_a_curve_or_a_ladder():
   assert differences.reached(curve(5.0), 9.0) == 4.0  # its first point
   assert differences.ladder_speedup([(1.0, 3.0), (2.0, 2.0)], 1.0, 1.9) is None
   assert differences.ladder_speedup([(1.0, 3.0)], 1.0, 3.0) is None
+  # A run that rises at its end is as fast as itself.
+  rising = [*curve(5.0), (512.0, 6.0)]
+  assert differences.speedup(rising, rising) == 1.0
   # A loss that rose in between is not reached twice.
   bumpy = [(1.0, 3.0), (2.0, 2.0), (4.0, 2.5), (8.0, 1.0)]
   chex.assert_trees_all_close(
@@ -159,7 +164,7 @@ def init(key, *, config):
 def train(state, batch, rates, *, config, speed=1.0):
   loss = lambda w: (jax.nn.logsumexp(w) - w[batch.targets]).mean()
   value, grad = jax.value_and_grad(loss)(state.w)
-  w = state.w - 1e4 * speed * rates.learning_rate * grad
+  w = state.w - 1e2 * speed * rates.learning_rate * grad
   return Vector(w), {'main_loss': value, 'load': jnp.array([[1, 3]])}
 
 
@@ -188,7 +193,7 @@ def texts(tmp_path_factory):
 def make(texts, monkeypatch):
   """A plan of toys: `arms` are functions of a Recipe."""
 
-  def made(equal='tokens', sizes=(16, 32), steps=0, seconds=0.0, **arms):
+  def made(equal='tokens', sizes=(16,), steps=0, seconds=0.0, **arms):
     def recipe(config, change):
       return change(TOY._replace(config=config))
 
@@ -239,7 +244,9 @@ def curves(rows):
 
 
 def test_one_config_twice_differs_by_nothing(tmp_path, make, no_pictures):
-  rows = run(tmp_path / 'a', make(one=same, two=same, fast=fast))
+  rows = run(
+    tmp_path / 'a', make(one=same, two=same, fast=fast, sizes=(16, 32))
+  )
   got = curves(rows)
   for size in ('d16', 'd32'):
     for seed in (0, 1):
@@ -280,13 +287,13 @@ def test_a_killed_ablation_goes_on_as_if_it_had_not_been(
     except KeyboardInterrupt:
       pass
   assert curves(rows) == curves(whole)
-  assert len(chunks) == 2 * 2 * 2 * 4 + len(chunks) // 7  # one lost a kill
+  assert len(chunks) == 2 * 2 * 4 + len(chunks) // 7  # one lost a kill
   assert not list((tmp_path / 'b/running').iterdir())
   # A third pair trains the third pair alone.
   chunks.clear()
   monkeypatch.setattr(folder, 'save', lambda *a: (chunks.append(a), saved(*a)))
   more = run(tmp_path / 'b', make(one=same, fast=fast), '--pairs=3')
-  assert {args[3] for args in chunks} == {2} and len(more) == 12
+  assert {args[3] for args in chunks} == {2} and len(more) == 6
 
 
 def test_a_budget_pays_for_as_many_steps(make):
@@ -317,7 +324,7 @@ def test_a_budget_pays_for_as_many_steps(make):
 
 
 def test_equal_seconds_are_measured_and_stay(tmp_path, make, no_pictures):
-  made = make('seconds', sizes=(16,), seconds=0.1, one=same, fast=fast)
+  made = make('seconds', seconds=0.1, one=same, fast=fast)
   run(tmp_path, made)
   speeds = folder.speeds(tmp_path)
   assert all(seconds > 0 for seconds in speeds['d16'].values())
@@ -475,7 +482,7 @@ def test_an_idea_differs_in_its_score_alone(shipped):
 
 
 def test_results_are_json(tmp_path, make, no_pictures):
-  rows = run(tmp_path, make(sizes=(16,), one=same, fast=fast))
+  rows = run(tmp_path, make(one=same, fast=fast))
   read = [json.loads(line) for line in (tmp_path / 'results.jsonl').open()]
   assert read == rows and len(rows) == 4
   assert [point['step'] for point in rows[0]['curve']] == [5, 10, 15, 20]

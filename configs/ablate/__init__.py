@@ -68,7 +68,7 @@ def size(dim, layers, heads, width, steps):
     mtp_tokens=0.7 * tokens,
   )
   data = c.DataConfig(seq_len=256, batch_size=8)
-  run = c.RunConfig(steps=steps, eval_batches=48)
+  run = c.RunConfig(steps=steps, eval_batches=24)
   return c.Config(model=model, optim=optim, data=data, run=run)
 
 

@@ -50,7 +50,9 @@ def notebook():
     bias_tokens=1e12,
   )
   data = c.DataConfig(seq_len=128, batch_size=8)
-  return dataclasses.replace(config, model=model, optim=optim, data=data)
+  run = dataclasses.replace(config.run, eval_batches=48)
+  config = dataclasses.replace(config, model=model, optim=optim)
+  return dataclasses.replace(config, data=data, run=run)
 
 
 PAPER = """\

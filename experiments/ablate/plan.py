@@ -259,10 +259,15 @@ def described(plan: Plan) -> dict:
     size: {arm: dataclasses.asdict(r.config) for arm, r in recipes.items()}
     for size, recipes in plan.recipes.items()
   }
+  steps = {
+    size: next(iter(recipes.values())).config.run.steps
+    for size, recipes in plan.recipes.items()
+  }
   return {
     'name': plan.name,
     'equal': plan.equal,
     'seconds': plan.seconds,
     'points': plan.points,
+    'steps': steps,
     'configs': configs,
   }

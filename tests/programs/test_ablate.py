@@ -30,7 +30,7 @@ from experiments.ablate import (
   plan,
   turns,
 )
-from experiments.ablate.recipe import Recipe, tokens_of_step
+from experiments.ablate.recipe import Recipe, stretched, tokens_of_step
 from experiments.ideas.sqrt_softplus import router as own_router
 from mla_moe import config as c
 from mla_moe import cost
@@ -218,7 +218,8 @@ def small(texts, dim):
     config.data, source=f'{texts}/*.txt', seq_len=16, batch_size=4, heldout=0.2
   )
   run = dataclasses.replace(config.run, eval_batches=4)
-  return dataclasses.replace(config, data=data, run=run)
+  changed = dataclasses.replace(config, data=data, run=run)
+  return stretched(changed, config, 20)
 
 
 def same(recipe):
@@ -372,7 +373,7 @@ def test_a_folder_has_one_ablation(tmp_path, make):
   folder.bind(tmp_path, make(one=same, fast=fast))
   with pytest.raises(c.ConfigError, match='equal is flops, there tokens'):
     folder.bind(tmp_path, make('flops', one=same, fast=fast))
-  with pytest.raises(c.ConfigError, match='run.steps is 24, there 20'):
+  with pytest.raises(c.ConfigError, match='steps.d16 is 24, there 20'):
     folder.bind(tmp_path, make(one=same, fast=fast, steps=24))
   with pytest.raises(c.ConfigError, match='seconds is 9.0, there 0'):
     folder.bind(tmp_path, make(one=same, fast=fast)._replace(seconds=9.0))

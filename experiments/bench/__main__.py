@@ -33,6 +33,7 @@ _BENCHMARKS = {
   'precision': "FP8's loss beside bf16's: whole runs, by recipe (25)",
   'sparse_quality': "sparse attention's loss beside dense: both stages (15)",
   'mesh': 'a step on 8 fake CPU devices beside one (2)',
+  'slices': 'the meshes of the documentation compiled for their slices (60)',
   'huggingface_streaming': 'speed and memory of loading a checkpoint (15)',
   'mismatch': 'rollout beside trainer by precision, with routing replay (3)',
   'formats': 'speed and memory of loading each format of weights (5)',

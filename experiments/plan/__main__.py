@@ -8,7 +8,8 @@
 
 Without --topology: the smallest slice of every chip. A plan that cannot fit is
 refused with the smallest slice that does (exit code 2). --compile compiles the
-training step for the topology on this CPU (extra [tpu], or [cuda] for GPUs).
+training step for the topology on this CPU (extra [tpu], or [cuda] for GPUs);
+--schedule stops before a TPU's machine code: V3 takes a minute.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def _define() -> None:
   flags.DEFINE_float('utilisation', 0, "Fraction of the peak; 0: V3's.")
   flags.DEFINE_float('dollars', 0, "Price of a chip's hour; 0: the list's.")
   flags.DEFINE_bool('compile', False, 'Compile the step for the topology, too.')
+  flags.DEFINE_bool('schedule', False, 'The same up to its schedule, for TPUs.')
   cli.define_path('out', '', 'File of the page to write, such as plan.html.')
 
 
@@ -84,10 +86,11 @@ def _main() -> None:
     search.refuse_if_too_large(plan, layout)
     pairs = [(plan, price(plan))]
     report.show(*pairs[0], utilisation, start)
-    if values.compile:
-      from . import compiled
+    if values.compile or values.schedule:
+      from . import compiled, scheduled
 
-      report.show_compiled(plan, compiled.run(config, slice_))
+      compiler = compiled if values.compile else scheduled
+      report.show_compiled(plan, compiler.run(config, slice_))
   if values.out:
     path = pathlib.Path(values.out)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,8 +115,9 @@ def _check(values, slice_) -> None:
       raise ConfigError(f'--{name}={getattr(values, name)}: must be positive')
   if values.utilisation > 1:
     raise ConfigError(f'--utilisation={values.utilisation}: must be at most 1')
-  if values.compile and slice_ is None:
-    raise ConfigError('--compile: needs a --topology, such as v5e:4x4')
+  for name in ('compile', 'schedule'):
+    if getattr(values, name) and slice_ is None:
+      raise ConfigError(f'--{name}: needs a --topology, such as v5e:4x4')
 
 
 if __name__ == '__main__':

@@ -40,6 +40,35 @@ def run(config: Config, slice_: chips.Slice) -> dict:
     ConfigError: the compiler is not installed, too old for the chip or without
       its description, or the program does not fit (with its numbers).
   """
+  described, environment = job(config, slice_)
+  process = subprocess.run(
+    commands.program('plan.compiled'),
+    input=described,
+    capture_output=True,
+    text=True,
+    env=environment,
+  )
+  if process.returncode:
+    raise ConfigError(refusal(process.stderr, slice_))
+  answer = json.loads(process.stdout.splitlines()[-1])
+  if slice_.gpu:  # libtpu refuses by itself
+    check_memory(answer['arguments'] + answer['temporary'], slice_)
+  return answer
+
+
+def check_memory(needs: int, slice_: chips.Slice) -> None:
+  """Raises ConfigError for a program of more bytes than a device has."""
+  if needs > slice_.chip.usable:
+    gib = lambda size: f'{size / chips.GIB:.2f}G'
+    raise ConfigError(_too_large(slice_, gib(needs), gib(slice_.chip.usable)))
+
+
+def job(config: Config, slice_: chips.Slice) -> tuple[str, dict[str, str]]:
+  """Returns the stdin and the environment of the process that compiles.
+
+  Raises:
+    ConfigError: the compiler is missing, or XLA has no description of a card.
+  """
   if slice_.gpu and slice_.kind not in gpus.CARDS:
     raise ConfigError(
       f'--compile: there is no description of {slice_.kind} for XLA; there is '
@@ -57,22 +86,8 @@ def run(config: Config, slice_: chips.Slice) -> dict:
     'TPU_SKIP_MDS_QUERY': '1',
     'TPU_WORKER_HOSTNAMES': 'localhost',
   }
-  job = {'config': dataclasses.asdict(config), 'topology': str(slice_)}
-  process = subprocess.run(
-    commands.program('plan.compiled'),
-    input=json.dumps(job),
-    capture_output=True,
-    text=True,
-    env=environment,
-  )
-  if process.returncode:
-    raise ConfigError(_refusal(process.stderr, slice_))
-  answer = json.loads(process.stdout.splitlines()[-1])
-  needs = answer['arguments'] + answer['temporary']
-  if slice_.gpu and needs > slice_.chip.usable:  # libtpu refuses by itself
-    gib = lambda size: f'{size / chips.GIB:.2f}G'
-    raise ConfigError(_too_large(slice_, gib(needs), gib(slice_.chip.usable)))
-  return answer
+  described = {'config': dataclasses.asdict(config), 'topology': str(slice_)}
+  return json.dumps(described), environment
 
 
 def _too_large(slice_: chips.Slice, needs: str, has: str) -> str:
@@ -82,7 +97,7 @@ def _too_large(slice_: chips.Slice, needs: str, has: str) -> str:
   )
 
 
-def _refusal(text: str, slice_: chips.Slice) -> str:
+def refusal(text: str, slice_: chips.Slice) -> str:
   """Returns the compiler's complaint in one line."""
   full = re.search(
     r'total memory required .*?\(([\d.]+\w)\).*?\(([\d.]+\w)\)', text
@@ -135,34 +150,44 @@ def lower(config: Config, devices: list):
 
 def main() -> None:
   """Compiles the job on stdin; the last line of stdout is the answer."""
-  job = json.loads(sys.stdin.read())
-  config = freeze(job['config'])
-  slice_ = chips.parse(job['topology'])
-  import jax
-
-  from . import hlo
-
+  described = json.loads(sys.stdin.read())
+  config = freeze(described['config'])
+  slice_ = chips.parse(described['topology'])
   began = time.perf_counter()
-  lowered, mesh = lower(config, describe(slice_).devices)
+  lowered, _ = lower(config, describe(slice_).devices)
   program = lowered.compile()
   seconds = time.perf_counter() - began
   memory = program.memory_analysis()
-  rows = config.data.micro_batch or config.data.batch_size
-  package = compiler(slice_)
   answer = {
     'arguments': memory.argument_size_in_bytes,
     'temporary': memory.temp_size_in_bytes,
-    'collectives': hlo.collectives(
-      program.as_text(),
-      mesh.axis_names,
-      mesh.devices.shape,
-      config.data.batch_size // rows,
-    ),
+    **transfers(program.as_text(), config),
+    **versions(slice_),
     'seconds': seconds,
-    'jax': jax.__version__,
-    'compiler': f'{package} {importlib.metadata.version(package)}',
   }
   print(json.dumps(answer))
+
+
+def transfers(text: str, config: Config) -> dict:
+  """Returns the rows of a step's collectives, and of the work beside them."""
+  from mla_moe import sharding
+
+  from . import hlo, overlap
+
+  axes = sharding.AXES
+  sizes = tuple(getattr(config.mesh, axis) for axis in axes)
+  rows = config.data.micro_batch or config.data.batch_size
+  micro_batches = config.data.batch_size // rows
+  return {
+    'collectives': hlo.collectives(text, axes, sizes, micro_batches),
+    'overlap': overlap.overlap(text, micro_batches),
+  }
+
+
+def versions(slice_: chips.Slice) -> dict[str, str]:
+  """Returns the versions of jax and of a slice's compiler."""
+  package, version = compiler(slice_), importlib.metadata.version
+  return {'jax': version('jax'), 'compiler': f'{package} {version(package)}'}
 
 
 if __name__ == '__main__':

@@ -63,10 +63,7 @@ def collectives(
       size = _received(kind, shape, bool(started), len(group), scattered)
       if kind == 'all-reduce' and scattered:
         kind = 'reduce-scatter'
-      # A TPU's asynchronous collective is written in several fusions: where it
-      # starts, where it ends, and beside the work that runs meanwhile.
-      chain = re.search(r'channel_id=(\d+).*?chain_id="(\d+)"', line)
-      key = chain.groups() if chain else (name, line)
+      key = _chain(line) or (name, line)
       one = (times[name], times[name] * size, _axis(group, axes, sizes), kind)
       operations[key] = max(operations.get(key, one), one)
   rows = collections.defaultdict(lambda: [0, 0.0])
@@ -77,6 +74,16 @@ def collectives(
     {'axis': axis, 'kind': kind, 'count': count, 'bytes': size}
     for (axis, kind), (count, size) in sorted(rows.items())
   ]
+
+
+def _chain(line: str) -> tuple | None:
+  """Returns the transfer of which a line is a part, None where it is whole.
+
+  libtpu writes an asynchronous collective of a v5e in several fusions: where it
+  starts, where it ends, and beside the work that runs meanwhile.
+  """
+  chain = re.search(r'channel_id=(\d+).*?chain_id="(\d+)"', line)
+  return chain.groups() if chain else None
 
 
 def _bodies(text: str) -> tuple[dict[str, list[str]], str]:

@@ -15,7 +15,7 @@ from mla_moe.config import Config, MeshConfig
 
 from .. import chips, page
 from ..adapters import flops
-from . import rollout, search, traffic
+from . import overlap, rollout, search, traffic
 from .bill import bubble
 
 _MEANS = {
@@ -137,9 +137,23 @@ def show_compiled(plan, compiled: dict) -> None:
     if size:
       table.add_row(axis, 'arithmetic', '', _gib(size))
   console.print(table)
+  console.print(beside(compiled['overlap']), soft_wrap=True)
   console.print(
     f'jax {compiled["jax"]}, {compiled["compiler"]}; compiled in '
     f'{compiled["seconds"]:.0f} s.'
+  )
+
+
+def beside(rows: list[dict]) -> str:
+  """Returns a line of `overlap.overlap`'s rows."""
+  all_of = lambda row: sum(row[state] for state in overlap.STATES)
+  words = [
+    f'{row["beside"]:,} of {all_of(row):,} {row["kind"]}' for row in rows
+  ]
+  idle = sum(row['idle'] for row in rows)
+  return (
+    f'Transfers with a product beside them: {", ".join(words) or "none"}; '
+    f'{idle:,} others are asynchronous with nothing beside them.'
   )
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from experiments.plan import hlo
+from experiments.plan import hlo, overlap, scheduled
 from mla_moe.model import exchange
 
 AXES, SIZES = ('data', 'fsdp'), (2, 4)
@@ -141,3 +141,114 @@ def test_windowed_loops_after_a_sparse_core(step, count):
   (row,) = hlo.collectives(text, AXES, SIZES, unknown=100)
   assert row['kind'] == 'collective-permute'
   assert row['count'] == count and row['bytes'] == count * 64 * 4
+
+
+SCHEDULED = """
+%product (a: bf16[8,8]) -> bf16[8,8] {
+  %a = bf16[8,8]{1,0} parameter(0)
+  ROOT %c = bf16[8,8]{1,0} convolution(%a, %a), dim_labels=bf_io->bf
+}
+
+%chain_start (a: bf16[8,8]) -> bf16[32,8] {
+  %a = bf16[8,8]{1,0} parameter(0)
+  ROOT %g = bf16[32,8]{1,0} all-gather(%a), channel_id=5, CHAIN
+}
+
+%chain_middle (a: bf16[8,8]) -> (bf16[8,8], bf16[32,8]) {
+  %a = bf16[8,8]{1,0} parameter(0)
+  %g = bf16[32,8]{1,0} all-gather(%a), channel_id=5, CHAIN
+  %c = bf16[8,8]{1,0} fusion(%a), kind=kOutput, calls=%product
+  ROOT %t = (bf16[8,8], bf16[32,8]) tuple(%c, %g)
+}
+
+%moved (a: bf16[8,8]) -> bf16[8,8] {
+  %a = bf16[8,8]{1,0} parameter(0)
+  ROOT %r = bf16[8,8]{1,0} ragged-all-to-all(%a), channel_id=7
+}, execution_thread="sparsecore"
+
+%summed.all-reduce-scatter (a: bf16[8,8]) -> bf16[2,8] {
+  %a = bf16[8,8]{1,0} parameter(0)
+  %s = bf16[8,8]{1,0} all-reduce(%a), channel_id=9
+  ROOT %p = bf16[2,8]{1,0} dynamic-slice(%s)
+}
+
+%cond (p: (s32[], bf16[8,8])) -> pred[] {
+  %i = s32[] get-tuple-element(%p), index=0
+  %end = s32[]{:T(128)} constant(3)
+  ROOT %less = pred[] compare(%i, %end), direction=LT
+}
+
+%body (p: (s32[], bf16[8,8])) -> (s32[], bf16[8,8]) {
+  %p = (s32[], bf16[8,8]{1,0}) parameter(0)
+  %x = bf16[8,8]{1,0:T(8,128)(2,1)} get-tuple-element(%p), index=1
+  %early = (bf16[8,8]{1,0}, bf16[32,8]{1,0}) all-gather-start(%x), channel_id=1
+  %work = bf16[8,8]{1,0} fusion(%x), kind=kOutput, calls=%product
+  %late = (bf16[8,8]{1,0}, bf16[32,8]{1,0}) all-gather-start(%x), channel_id=2
+  %one = bf16[32,8]{1,0} all-gather-done(%early)
+  %two = bf16[32,8]{1,0} all-gather-done(%late)
+  %three = bf16[32,8]{1,0} all-gather(%x), channel_id=3
+  %copy = (bf16[8,8]{1,0}, bf16[8,8]{1,0}) copy-start(%x)
+  %copied = bf16[8,8]{1,0} copy-done(%copy)
+  ROOT %t = (s32[], bf16[8,8]{1,0}) tuple(%i, %copied)
+}
+
+ENTRY %main (x: bf16[8,8]) -> bf16[8,8] {
+  %x = bf16[8,8]{1,0} parameter(0)
+  %loop = (s32[], bf16[8,8]) while(%x), condition=%cond, body=%body
+  %begin = bf16[32,8]{1,0} fusion(%x), kind=kCustom, calls=%chain_start
+  %mid = (bf16[8,8], bf16[32,8]) fusion(%x), kind=kCustom, calls=%chain_middle
+  %sent = ((bf16[8,8]), bf16[8,8]) async-start(%x), calls=%moved
+  %kernel = bf16[8,8] custom-call(%x), custom_call_target="tpu_custom_call"
+  %given = ((bf16[8,8]), bf16[8,8]) async-update(%sent, %x)
+  KERNEL
+  %back = bf16[8,8]{1,0} async-done(%given), calls=%moved
+  ROOT %sum = bf16[2,8] fusion(%x), calls=%summed.all-reduce-scatter
+}
+""".replace('CHAIN', 'frontend_attributes={chain_id="23"}')
+
+
+def test_a_transfer_is_beside_the_products_between_its_start_and_its_end():
+  """As libtpu writes it: a pair of lines, a chain of fusions, a sparse core.
+
+  A sparse core's transfer begins at its update; work before it is not beside.
+  """
+  kernel = '%late = bf16[8] custom-call(), custom_call_target="tpu_custom_call"'
+  for work, state in ((kernel, 'beside'), ('', 'idle')):
+    text = SCHEDULED.replace('KERNEL', work)
+    rows = {row.pop('kind'): row for row in overlap.overlap(text)}
+    assert rows.pop('all-gather') == {'beside': 3 + 1, 'idle': 3, 'sync': 3}
+    assert rows.pop('reduce-scatter') == {'beside': 0, 'idle': 0, 'sync': 1}
+    ragged = rows.pop('ragged-all-to-all')
+    assert not rows and ragged[state] == sum(ragged.values()) == 1
+
+
+def test_transfers_beside_work_and_others_are_all_transfers():
+  def f(x):
+    add = lambda x, _: (x + jax.lax.psum(x @ x, 'data'), None)
+    x = jax.lax.scan(add, x, length=5)[0]
+    return jax.lax.psum_scatter(x, 'fsdp', tiled=True)
+
+  text = compiled(f, PartitionSpec(AXES), (64, 8))
+  counts = {row['kind']: 0 for row in hlo.collectives(text, AXES, SIZES)}
+  for row in hlo.collectives(text, AXES, SIZES):
+    counts[row['kind']] += row['count']
+  assert counts == {
+    row['kind']: sum(row[state] for state in overlap.STATES)
+    for row in overlap.overlap(text)
+  }
+  assert sum(counts.values()) == 6
+
+
+def test_a_schedule_has_its_memory_in_libtpu_s_files():
+  report = 'Memory Space: default (color=0)\nTotal bytes: 300 (300B)\n'
+  report += 'Memory Space: vmem (color=1)\nTotal bytes: 64 (64B)\n'
+  assert scheduled.needed(report) == 300
+  buffers = """BufferAssignment:
+allocation 0: size 8, page 0, thread-local:
+allocation 1: size 100, page 0, parameter 23, shape |f32[26]| at ShapeIndex {}:
+ value: <15790 param.272 @0> (size=100,offset=0): f32[26], parameter 9,
+allocation 2: size 50, color 0, page 0, parameter 2, shape |f32[1]|, output:
+allocation 3: size 70, color 1, page 0, parameter 3, shape |f32[1]|:
+allocation 4: size 40, page 0, preallocated-temp:
+"""
+  assert scheduled.arguments(buffers) == 150

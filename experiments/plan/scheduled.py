@@ -1,0 +1,105 @@
+"""The scheduled program of a TPU slice, without its machine code.
+
+libtpu needs many minutes for the machine code of a large step. Before, in one
+or two, it writes the program in the order in which it runs, and every buffer's
+place in memory. From these two come all figures of `compiled.run`. So the
+compiling process ends here once they lie in its folder. A schedule does not
+show a refusal that comes later, such as that of a ragged all-to-all which the
+slice's links cannot route.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import subprocess
+import tempfile
+import time
+
+from mla_moe.config import Config, ConfigError
+
+from .. import chips, commands
+from . import compiled
+
+_NAME = '*train_step*.'  # of the module, in the name of each of its files
+_LAST = f'{_NAME}debug_options'
+_PROGRAM = f'{_NAME}after_optimizations_after_buffer_assignment.txt'
+_MEMORY = f'{_NAME}after_optimizations-memory-usage-report.txt'
+_BUFFERS = f'{_NAME}after_optimizations-buffer-assignment.txt'
+
+
+def run(config: Config, slice_: chips.Slice) -> dict:
+  """Returns the figures of `compiled.run`; of TPUs alone.
+
+  Raises:
+    ConfigError: as `compiled.run` does, or the slice is of GPUs.
+  """
+  if slice_.gpu:
+    raise ConfigError(
+      f'--schedule: is of TPUs, and {slice_} has GPUs, whose programs compile '
+      'whole in a minute; use --compile'
+    )
+  described, environment = compiled.job(config, slice_)
+  began = time.perf_counter()
+  with tempfile.TemporaryDirectory() as name:
+    folder = pathlib.Path(name)
+    flags = f'--xla_dump_to={folder} --xla_dump_hlo_as_text'
+    flags += ' --xla_dump_hlo_module_re=.*train_step.*'
+    environment['XLA_FLAGS'] = f'{environment.get("XLA_FLAGS", "")} {flags}'
+    (folder / 'job').write_text(described)
+    with (folder / 'job').open() as job, (folder / 'log').open('w') as log:
+      process = subprocess.Popen(
+        commands.program('plan.compiled'),
+        stdin=job,
+        stdout=log,
+        stderr=log,
+        env=environment,
+      )
+    try:
+      while process.poll() is None and not _is_whole(folder):
+        time.sleep(0.2)
+    finally:
+      process.kill()
+      process.wait()
+    if not _is_whole(folder):
+      raise ConfigError(compiled.refusal(_read(folder, 'log'), slice_))
+    needs = needed(_read(folder, _MEMORY))
+    compiled.check_memory(needs, slice_)
+    state = arguments(_read(folder, _BUFFERS))
+    return {
+      'arguments': state,
+      'temporary': needs - state,
+      **compiled.transfers(_read(folder, _PROGRAM), config),
+      **compiled.versions(slice_),
+      'seconds': time.perf_counter() - began,
+    }
+
+
+def _is_whole(folder: pathlib.Path) -> bool:
+  """Returns whether the program lies there, and the file that libtpu writes
+  after it; an older one of that name is from the beginning."""
+  times = [
+    [path.stat().st_mtime_ns for path in folder.glob(name)]
+    for name in (_PROGRAM, _LAST)
+  ]
+  return all(times) and times[0] < times[1]
+
+
+def needed(report: str) -> int:
+  """Returns a device's bytes, by libtpu's report of each memory space."""
+  return int(re.search(r'\(color=0\)\nTotal bytes: (\d+)', report)[1])
+
+
+def arguments(buffers: str) -> int:
+  """Returns the bytes of a program's arguments, by libtpu's buffers.
+
+  A colour stands for a memory other than the device's.
+  """
+  pattern = r'^allocation \d+: size (\d+), (?!color [1-9]).*\bparameter \d+,'
+  sizes = re.findall(pattern, buffers, re.MULTILINE)
+  return sum(map(int, sizes))
+
+
+def _read(folder: pathlib.Path, name: str) -> str:
+  (path,) = folder.glob(name)
+  return path.read_text()

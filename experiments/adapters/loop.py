@@ -135,4 +135,5 @@ def _ragged(x, gates, chosen, order, ws):
 
   gate_up = multiply(dispatch.permute(x, layout), ws[0])
   hidden = layers.glu(gate_up.reshape(total, 2, -1))
-  return dispatch.combine(multiply(hidden, ws[1]), gates, layout)
+  out = multiply(dispatch.weigh(hidden, gates, layout), ws[1])
+  return dispatch.unpermute(out, layout, gates.shape[1])

@@ -227,8 +227,10 @@ def _dense_gradients(config: Config, part: _Part) -> float:
 
   Weights that are gathered inside a region (the latents' expansions, the head)
   have float32 gradients, those left to GSPMD gradients as wide as activations.
+  In FP8 they all are float32, as the products' backward passes return them.
   """
-  width = memory.WIDTH[config.model.dtype]
+  model = config.model
+  width = memory.WIDTH[model.dtype] if model.precision == 'bf16' else 4
   wide = part.expansion + part.table
   return 4 * wide + width * (part.rest + part.indexer)
 

@@ -101,8 +101,9 @@ def _ragged(x, gates, chosen, w_gate_up, w_down, expected, recipe):
   options = dict(precision=recipe.precision, impl=recipe.impl)
   multiply = functools.partial(fp8.ragged_dot, group_sizes=sizes, **options)
   gate_up = multiply(dispatch.permute(x, layout), w_gate_up)
-  out = multiply(layers.glu(gate_up.reshape(capacity, 2, -1)), w_down)
-  out = dispatch.combine(out, gates, layout)
+  hidden = layers.glu(gate_up.reshape(capacity, 2, -1))
+  out = multiply(dispatch.weigh(hidden, gates, layout), w_down)
+  out = dispatch.unpermute(out, layout, gates.shape[1])
   return out if rest is None else out + rest
 
 
@@ -129,8 +130,10 @@ def _padded(x, gates, chosen, w_gate_up, w_down, expected):
   args = x, gates, w_gate_up, w_down, blocks, products.NO_FP8
   rest, w_gate_up, w_down = expert_loop.over_blocks(*args)
   gate_up = jnp.einsum('erd,edf->erf', rows, _flat(w_gate_up))
-  out = jnp.einsum('erf,efd->erd', _gated(gate_up), w_down).reshape(-1, dim)
-  return dispatch.combine(out, gates, layout) + rest
+  hidden = _gated(gate_up).reshape(e * capacity, -1)
+  hidden = dispatch.weigh(hidden, gates, layout).reshape(e, capacity, -1)
+  out = jnp.einsum('erf,efd->erd', hidden, w_down).reshape(-1, dim)
+  return dispatch.unpermute(out, layout, gates.shape[1]) + rest
 
 
 def _flat(w_gate_up):

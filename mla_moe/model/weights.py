@@ -141,8 +141,9 @@ def gather(
   """In a region: returns the whole weight in the activations' `dtype`.
 
   Its gradient is a reduce-scatter in float32, so that no device ever holds the
-  whole gradient. A weight with FP8 copies moves only that gradient: products
-  do not read the values of its master, and XLA drops their gather.
+  whole gradient. (GSPMD sums a weight outside regions in `dtype`, but for FP8.)
+  A weight with FP8 copies moves only that gradient: products do not read the
+  values of its master, and XLA drops their gather.
   """
   if isinstance(w, fp8.OwnWeight):
     return w

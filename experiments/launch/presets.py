@@ -29,6 +29,21 @@ def _libtpu(*flags: str) -> dict[str, str]:
 
 
 _RECIPES = 'AI-Hypercomputer/tpu-recipes, training/'
+_V5P = (
+  '--xla_tpu_enable_async_collective_fusion_fuse_all_gather=false',
+  '--xla_tpu_enable_async_collective_fusion_fuse_all_reduce=false',
+  '--xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter=false',
+  '--xla_tpu_enable_sparse_core_collective_offload_all_gather=true',
+  '--xla_tpu_enable_sparse_core_collective_offload_reduce_scatter=true',
+  '--xla_tpu_enable_sparse_core_collective_offload_all_reduce=true',
+  '--xla_tpu_enable_all_gather_offload_tracing=true',
+  '--xla_tpu_enable_reduce_scatter_offload_tracing=true',
+  '--xla_tpu_enable_all_reduce_offload_tracing=true',
+  '--xla_tpu_use_tc_device_shape_on_sc=true',
+  '--xla_sc_disable_megacore_partitioning=true',
+  '--xla_tpu_scoped_vmem_limit_kib=81920',
+  '--xla_enable_async_collective_permute=true',
+)
 PRESETS = {
   'v5e-overlap': Preset(
     'v5e',
@@ -45,19 +60,18 @@ PRESETS = {
     'v5p',
     _RECIPES + 'v5p/DeepSeek3-671B-MaxText: collectives on the sparse cores',
     _libtpu(
-      '--xla_tpu_enable_async_collective_fusion_fuse_all_gather=false',
-      '--xla_tpu_enable_async_collective_fusion_fuse_all_reduce=false',
-      '--xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter=false',
-      '--xla_tpu_enable_sparse_core_collective_offload_all_gather=true',
-      '--xla_tpu_enable_sparse_core_collective_offload_reduce_scatter=true',
-      '--xla_tpu_enable_sparse_core_collective_offload_all_reduce=true',
-      '--xla_tpu_enable_all_gather_offload_tracing=true',
-      '--xla_tpu_enable_reduce_scatter_offload_tracing=true',
-      '--xla_tpu_enable_all_reduce_offload_tracing=true',
-      '--xla_tpu_use_tc_device_shape_on_sc=true',
-      '--xla_sc_disable_megacore_partitioning=true',
-      '--xla_tpu_scoped_vmem_limit_kib=81920',
-      '--xla_enable_async_collective_permute=true',
+      *_V5P,
+    ),
+  ),
+  'v5p-split': Preset(
+    'v5p',
+    "v5p-sparsecore with ironwood's gathers along several axes of the torus: "
+    'for meshes whose axes are no whole axes of it',
+    _libtpu(
+      *_V5P,
+      '--xla_tpu_enable_sparse_core_collective_offload_2d_all_gather=true',
+      '--xla_tpu_enable_sparse_core_collective_offload_3d_all_gather=true',
+      '--xla_enable_async_all_gather=true',
     ),
   ),
   'ironwood': Preset(

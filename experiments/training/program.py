@@ -96,21 +96,29 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def abstract_inputs(
   config: Config, mesh: Mesh
-) -> tuple[State, batches.Batch, optim.Rates]:
+) -> tuple[State, batches.Batch | objective.Episodes, optim.Rates]:
   """Returns the arguments of a step on a mesh, without arrays.
 
   With adapters, their base is the last.
   """
-  data = config.data
+  data, model = config.data, config.model
   rows = data.micro_batch or data.batch_size
   shape = (data.batch_size // rows, rows, data.seq_len)
-  array = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
+  split = batch_sharding(mesh)
+  array = functools.partial(jax.ShapeDtypeStruct, shape, sharding=split)
   everywhere = NamedSharding(mesh, PartitionSpec())
   number = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=everywhere)
-  batch = batches.Batch(array, array, array, array, number(jnp.int32))
+  batch = batches.Batch(*(array(jnp.int32),) * 4, number(jnp.int32))
+  if config.rl.task:
+    routes = None
+    if config.rl.replay != 'none' and model.moe_layers:
+      each = (*shape, model.moe_layers, model.moe.top_k)
+      routes = jax.ShapeDtypeStruct(each, jnp.int16, sharding=split)
+    floats = (array(jnp.float32),) * 5
+    numbers = (number(jnp.int32),) * 2
+    batch = objective.Episodes(*batch[:4], *floats, *numbers, routes)
   rates = optim.Rates(*(number(jnp.float32),) * len(optim.Rates._fields))
   inputs = shapes(config, mesh), batch, rates
-  model = config.model
   if not model.lora.rank:
     return inputs
   boxed = lora.boxed_base(model, model.dtype)

@@ -439,7 +439,7 @@ def test_slurm_requeues_after_a_signal_and_not_after_the_end(tmp_path):
     (
       ['tpu', 'up', '--name=a', '--topology=v5p:4x4x8', '--storage=gs://b']
       + ['--preset=v5e-overlap', *WHERE],
-      'for v5p there is v5p-sparsecore',
+      'for v5p there is v5p-sparsecore, v5p-split',
     ),
     (
       ['tpu', 'up', '--name=a', '--topology=v5e:4x4*2', '--storage=gs://b']

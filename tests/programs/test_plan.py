@@ -200,6 +200,10 @@ def test_traffic_follows_the_mesh():
   regions = counts.routed + counts.embedding + counts.head + up
   wide = 4 * regions + 2 * (counts.total - regions)
   assert sent == pytest.approx(wide * steps)  # half out, half in
+  model = dataclasses.replace(LITE.model, precision='fp8_block')
+  in_fp8 = on_mesh(dataclasses.replace(LITE, model=model), data=2)
+  sent = traffic.by_axis(in_fp8)['data']
+  assert sent == pytest.approx(4 * counts.total * steps)
 
 
 def test_a_plan_has_an_exchange_that_its_slice_has():

@@ -227,12 +227,13 @@ def _dense_gradients(config: Config, part: _Part) -> float:
 
   Weights that are gathered inside a region (the latents' expansions, the head)
   have float32 gradients, those left to GSPMD gradients as wide as activations.
-  In FP8 they all are float32, as the products' backward passes return them.
+  Those of FP8 products are float32, too; an indexer has none.
   """
   model = config.model
-  width = memory.WIDTH[model.dtype] if model.precision == 'bf16' else 4
+  width = memory.WIDTH[model.dtype]
   wide = part.expansion + part.table
-  return 4 * wide + width * (part.rest + part.indexer)
+  rest = part.rest * (width if model.precision == 'bf16' else 4)
+  return 4 * wide + rest + width * part.indexer
 
 
 def _gathered(config: Config, part: _Part) -> float:

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
 import pathlib
 from typing import NamedTuple
 
+from configs import deepseek_v2, deepseek_v2_lite, deepseek_v3
 from mla_moe import config as c
 
 from .. import chips
@@ -47,6 +47,11 @@ PROGRAMS = (
   Program('deepseek_v3', 'tpu7x:4x4x8', 'fsdp=16,expert=8,tensor=2'),
   Program('deepseek_v3', 'v6e:16x16*4', 'fsdp=16,expert=16,tensor=4'),
 )
+CONFIGS = {
+  'deepseek_v2': deepseek_v2,
+  'deepseek_v2_lite': deepseek_v2_lite,
+  'deepseek_v3': deepseek_v3,
+}
 HEAD = 'config', 'slice', 'mesh', 'GiB', 'beside', 'idle', 'sync', 'twin'
 
 
@@ -62,14 +67,15 @@ def run(out: pathlib.Path, args: argparse.Namespace) -> None:
     if args.only in ' '.join(program):
       lines.append(_line(row(program)))
       print(lines[-1], flush=True)
-      (out / 'slices.md').write_text('\n'.join(lines) + '\n')
+      text = '\n'.join(lines) + '\n'
+      (out / 'slices.md').write_text(text, encoding='utf-8')
 
 
 def row(program: Program) -> tuple:
   """Returns a program's figures, in the order of `HEAD`."""
   config, slice_ = config_of(program), chips.parse(program.topology)
   compiler = compiled if slice_.gpu else scheduled
-  name = f'{program.config}', str(slice_), program.mesh.replace(',', ', ')
+  name = program.config, str(slice_), program.mesh.replace(',', ', ')
   try:
     answer = compiler.run(config, slice_)
   except c.ConfigError as error:
@@ -90,8 +96,7 @@ def row(program: Program) -> tuple:
 
 def config_of(program: Program) -> c.Config:
   """Returns the config on its mesh, a sequence a device at a time."""
-  module = importlib.import_module(f'configs.{program.config}')
-  config = c.freeze(module.get_config())
+  config = c.freeze(CONFIGS[program.config].get_config())
   mesh = search.mesh_of(program.mesh, config.mesh)
   rows = mesh.data * mesh.fsdp * mesh.expert
   data = dataclasses.replace(config.data, micro_batch=rows)

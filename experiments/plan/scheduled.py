@@ -46,7 +46,7 @@ def run(config: Config, slice_: chips.Slice) -> dict:
     flags = f'--xla_dump_to={folder} --xla_dump_hlo_as_text'
     flags += ' --xla_dump_hlo_module_re=.*train_step.*'
     environment['XLA_FLAGS'] = f'{environment.get("XLA_FLAGS", "")} {flags}'
-    (folder / 'job').write_text(described)
+    (folder / 'job').write_text(described, encoding='utf-8')
     with (folder / 'job').open() as job, (folder / 'log').open('w') as log:
       process = subprocess.Popen(
         commands.program('plan.compiled'),
@@ -102,4 +102,4 @@ def arguments(buffers: str) -> int:
 
 def _read(folder: pathlib.Path, name: str) -> str:
   (path,) = folder.glob(name)
-  return path.read_text()
+  return path.read_text(encoding='utf-8')

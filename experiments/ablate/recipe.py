@@ -99,16 +99,18 @@ def stretched(config: Config, schedule: Config, steps: int) -> Config:
 
 
 def toy(config: Config, i: int) -> Config:
-  """Returns a size at toy size, `i` its place in the ladder: 12 steps."""
+  """Returns a size at toy size, `i` its place in the ladder: 12 steps.
+
+  It has one layer, of experts; an arm may make it a dense one.
+  """
   change, model = dataclasses.replace, config.model
-  dense = min(model.dense_layers, 1)
   mla = change(model.mla, heads=2, kv_rank=8, nope_dim=8, rope_dim=4)
   mla = change(mla, value_dim=8, query_rank=min(model.mla.query_rank, 8))
   model = change(
     model,
     dim=16 + 8 * i,
-    layers=dense + 1,
-    dense_layers=dense,
+    layers=1,
+    dense_layers=0,
     dense_width=8 * (model.moe.top_k + model.moe.shared),
     mla=mla,
     moe=change(model.moe, width=8),

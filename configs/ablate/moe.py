@@ -3,7 +3,8 @@
 `dense` has layers of one feed-forward network as wide as a token's five experts
 together: as many active parameters, but for the router. `wide` is 1.5 times as
 wide, for a clock that charges a dense product less than experts of the same
-size. All three have the same attention, recipe and text.
+size. All have the same attention and text, and the recipe of the ladder, whose
+rate was chosen for experts: `dense_low` has half of it.
 
 --equal=tokens compares at equal active parameters and equal tokens, as the
 paper does; --equal=flops charges the router, too.
@@ -16,7 +17,14 @@ def get_ablation():
   """Returns dense models and a mixture of experts, at equal seconds."""
   return {
     'sizes': ablate.sizes(),
-    'arms': {'dense': dense, 'wide': wide, 'moe': lambda config: config},
+    'arms': {
+      'dense': dense,
+      'dense_low': lambda config: ablate.of_optim(
+        dense(config), learning_rate=4e-3
+      ),
+      'wide': wide,
+      'moe': lambda config: config,
+    },
     'equal': 'seconds',
     'paper': PAPER,
   }

@@ -118,10 +118,12 @@ def _compiled(recipe: Recipe, heldout: tuple) -> Programs:
     compiler_options=runtime.step_options(),
   )
   evaluate = jax.jit(functools.partial(recipe.evaluate, config=config))
+  step = train.lower(state, batch, rates).compile()
+  # A program's first call sets up threads and memory: no run's clock has it.
+  zeros = lambda tree: jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree)
+  jax.block_until_ready(step(*map(zeros, (state, batch, rates))))
   return Programs(
-    init,
-    train.lower(state, batch, rates).compile(),
-    evaluate.lower(state, _abstract(heldout)).compile(),
+    init, step, evaluate.lower(state, _abstract(heldout)).compile()
   )
 
 

@@ -358,7 +358,7 @@ def test_wrong_requests_are_one_line(call, tmp_path):
     (['--name=moe', '--pairs=1'], 'one pair has no interval'),
     (['--name=moe', '--points=0'], '--points=0: must be at least 1'),
     (['--name=moe', '--arms=moe'], 'one arm has nothing to be compared with'),
-    (['--name=moe', '--arms=mo'], '--arms=mo: there is only dense, wide, moe'),
+    (['--name=moe', '--arms=mo'], '--arms=mo: there is only dense, dense_low,'),
     (['--name=moe', '--sizes=xl'], '--sizes=xl: there is only s, m, l'),
     (['--name=moe', '--equal=luck'], '--equal=luck: there is only steps'),
     (['--name=moe', '--steps=3'], '--points=10: size s has 3 steps'),

@@ -199,23 +199,18 @@ def _by_shard(run, batch: int):
 
 
 def _fresh(q, kv, up, cache, valid, scale):
-  latent, k_rope = kv
-  k_nope, v = _expand(latent, up)
-  shape = (*k_nope.shape[:3], k_rope.shape[-1])
-  shared = jnp.broadcast_to(k_rope[:, :, None], shape)
-  return attention.attend(
-    jnp.concatenate(q, axis=-1),
-    jnp.concatenate([k_nope, shared], axis=-1),
-    v,
-    scale=scale,
-  )
+  q, (k, v) = jnp.concatenate(q, axis=-1), _expand(*kv, up)
+  return attention.attend(q, k, v, scale=scale)
 
 
-def _expand(latent, up):
-  """Returns keys without rotation [B, S, N, H] and values [B, S, N, U]."""
+def _expand(latent, k_rope, up):
+  """Returns all heads' keys [B, S, N, H + R] and values [B, S, N, U]."""
   k_up, v_up = up
-  k_nope = jnp.einsum('bsc,nhc->bsnh', latent, k_up)
-  return k_nope, jnp.einsum('bsc,ncu->bsnu', latent, v_up)
+  k = jnp.einsum('bsc,nhc->bsnh', latent, k_up)
+  v = jnp.einsum('bsc,ncu->bsnu', latent, v_up)
+  shape = (*k.shape[:3], k_rope.shape[-1])
+  shared = jnp.broadcast_to(k_rope[:, :, None], shape)
+  return jnp.concatenate([k, shared], axis=-1), v
 
 
 def _absorbed(q, kv, up, cache, valid, scale):
@@ -317,10 +312,8 @@ def _decompressed(q, kv, up, cache, valid, scale, selected=None):
 
   def block(table):
     tokens = latent_cache.read(pages, table, q.dtype.name, rope_dim)
-    k_nope, v = _expand(tokens[..., :rank], up)
-    shared = tokens[:, :, None, rank : rank + rope_dim]
-    shared = jnp.broadcast_to(shared, (*k_nope.shape[:3], rope_dim))
-    k = jnp.concatenate([k_nope, shared], axis=-1)
+    latent, k_rope, _ = jnp.split(tokens, [rank, rank + rope_dim], axis=-1)
+    k, v = _expand(latent, k_rope, up)
     logits = products.dot('bnth,bnsh->bnts', q, heads_first(k))
     v = heads_first(v)
     add = lambda p: products.dot('bnts,bnsu->bntu', p.astype(q.dtype), v)

@@ -89,11 +89,8 @@ def expand(latent, k_rope, ws, recipe, name=fp8.SAVED):
 
 def _reference(q, k, v, segments, part, scale):
   logits = products.dot('btnh,bsnh->bnts', q, k) * scale
-  at = part.positions(q.shape[1])
-  seen = (at[:, None] >= jnp.arange(k.shape[1])[None, :])[None, None]
-  if segments is not None:
-    rows, columns = segments[0][:, None, :, None], segments[1][:, None, None]
-    seen = seen & flash.visible(rows, columns)
+  positions, keys = part.positions(q.shape[1])[None], jnp.arange(k.shape[1])
+  seen = flash.seen(positions, keys, *(segments or ()))[:, None]
   probs = jax.nn.softmax(jnp.where(seen, logits, kernels.MASKED), axis=-1)
   out = products.dot('bnts,bsnu->btnu', probs.astype(v.dtype), v)
   return checkpoint_name(out.astype(v.dtype), flash.OUT)

@@ -141,6 +141,18 @@ def visible(queries, keys):
   return (queries == keys) | (queries & (1 << 20) - 1 == keys)
 
 
+def seen(positions, keys, of_queries=None, of_keys=None):
+  """Returns the mask [B, T, S] of the keys [S] that queries [B, T] see.
+
+  All keys up to the query's position, of its own document if there are numbers
+  of documents (`visible`).
+  """
+  mask = keys <= positions[..., None]
+  if of_keys is None:
+    return mask
+  return mask & visible(of_queries[..., None], of_keys[:, None])
+
+
 # ------------------------------------------------------------------- tiles
 
 

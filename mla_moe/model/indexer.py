@@ -168,11 +168,10 @@ def select(
     q, w, positions, of_queries = args
 
     def tile(j, best):
-      ids = j * width + jnp.arange(width, dtype=jnp.int32)[None, None]
+      ids = j * width + jnp.arange(width, dtype=jnp.int32)
       take = lambda x: jax.lax.dynamic_slice_in_dim(x, j * width, width, 1)
-      seen = ids <= positions[..., None]
-      if segments is not None:
-        seen &= flash.visible(of_queries[..., None], take(of_keys)[:, None])
+      own = None if segments is None else take(of_keys)
+      seen = flash.seen(positions, ids, of_queries, own)
       of_tile = jnp.where(seen, scores(q, w, take(keys)), -jnp.inf)
       ids = jnp.broadcast_to(jnp.where(seen, ids, -1), of_tile.shape)
       # The best so far have lower indices than the tile, and `top_k` prefers

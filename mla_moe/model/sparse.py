@@ -102,9 +102,11 @@ def attend_latents(
   y, kl, mass, sample, selected = run(*args)
   if segments is not None:
     kl = jnp.where(segments >= 0, kl, 0.0)
+  real = (sample >= 0).any(-1)
+  mass = jnp.sum(mass, where=real) / jnp.maximum(real.sum(), 1)
   if sets is not None:
     sets = indexer.Sets(selected, None if full is None else sets.layer + 1)
-  return y, Report(kl.sum(), mass.mean(), sample), sets
+  return y, Report(kl.sum(), mass, sample), sets
 
 
 def _region(config, recipe, form, axes, equal, parts, splits, *args):
@@ -158,7 +160,7 @@ def attend(
     wide = selected.shape[2] * (heads + latent.shape[2])
     f, gathered, whole = _gathered, (latent, k_rope, ik), ws
   else:
-    f, wide, gathered = _masked, heads * s, ()
+    f, wide, gathered = _masked, s, ()  # of some heads at a time
     whole = (*attention.expand(latent, k_rope, ws, recipe), ik)
   block = max(1, min(128, _NUMBERS // (b * wide), t))
   f = functools.partial(f, scale, axes)
@@ -172,16 +174,48 @@ def _masked(scale, axes, rows, gathered, whole, places, of_keys):
   selected, positions, of_queries = places
   b, t, s = *q.shape[:2], k.shape[1]
   if selected is None:
-    mask = _visible(positions, of_queries, s, of_keys)
+    mask = flash.seen(positions, jnp.arange(s), of_queries, of_keys)
   else:
     row, query = jnp.arange(b)[:, None, None], jnp.arange(t)[None, :, None]
     mask = jnp.zeros((b, t, s + 1), bool)  # the last one for empty slots
     mask = mask.at[row, query, selected].set(True)[..., :s]
-  dots = products.dot('btnh,bsnh->btns', q, k)
-  probs = _softmax(dots * scale, mask)
-  y = products.dot('btns,bsnu->btnu', probs.astype(v.dtype), v)
-  own = None if ik is None else indexer.scores(iq, w, ik)
-  return y.astype(v.dtype), _divergence(probs, own, mask, axes)
+
+  def of_heads(q, k, v):
+    probs = _softmax(products.dot('btnh,bsnh->btns', q, k) * scale, mask)
+    y = products.dot('btns,bsnu->btnu', probs.astype(v.dtype), v)
+    return jax.lax.stop_gradient(probs).sum(2), y.astype(v.dtype)
+
+  most = max(1, _NUMBERS // mask.size)
+  total, y = _over_heads(of_heads, most, q, k, v)
+  own = None
+  if ik is not None:
+    of_index = lambda iq, w: (indexer.scores(iq, w, ik), None)
+    own, _ = _over_heads(of_index, most, iq, w)
+  return y, _divergence(total, own, mask, axes)
+
+
+def _over_heads(f, most, *arrays):
+  """Returns the sum over heads that `f` returns, and its outputs of each.
+
+  f(*arrays) sees at most so many heads, axis 2 of the arrays and outputs. The
+  backward pass calls it again.
+  """
+  heads = arrays[0].shape[2]
+  chunks = (n for n in range(1, heads + 1) if heads % n == 0)
+  count = next(n for n in chunks if heads <= n * most)
+  if count == 1:
+    return f(*arrays)
+  again = jax.checkpoint(f, prevent_cse=False)
+
+  def step(total, args):
+    part, out = again(*args)
+    return total + part, out
+
+  chunks = [jnp.stack(jnp.split(x, count, axis=2)) for x in arrays]
+  shape, _ = jax.eval_shape(f, *(x[0] for x in chunks))
+  start = sharding.pvary(jnp.zeros(shape.shape, shape.dtype))
+  total, out = jax.lax.scan(step, start, chunks)
+  return total, jax.tree.map(lambda x: jnp.concatenate([*x], axis=2), out)
 
 
 def _gathered(scale, axes, rows, gathered, whole, places, _):
@@ -195,7 +229,8 @@ def _gathered(scale, axes, rows, gathered, whole, places, _):
   y = jnp.einsum('btnc,cnu->btnu', y.astype(latent.dtype), w_v_up)
   dots = None if ik is None else products.dot('bthd,btkd->bthk', iq, ik)
   own = None if ik is None else indexer.weigh(dots, w)
-  return y, _divergence(probs, own, mask, axes)
+  total = jax.lax.stop_gradient(probs).sum(2)
+  return y, _divergence(total, own, mask, axes)
 
 
 def _softmax(logits, mask):
@@ -203,54 +238,56 @@ def _softmax(logits, mask):
   return jax.nn.softmax(jnp.where(mask[:, :, None], logits, kernels.MASKED), -1)
 
 
-def _divergence(probs, scores, mask, axes):
-  """Returns KL(p || softmax(scores)) of each query, p the mean over heads."""
+def _divergence(total, scores, mask, axes):
+  """Returns KL(p || softmax(scores)) of each query; see `_mean` of p."""
   if scores is None:
     return jnp.zeros(mask.shape[:2], jnp.float32)
-  p = _mean(jax.lax.stop_gradient(probs), axes)
+  p = _mean(total, axes)
   log_q = jax.nn.log_softmax(jnp.where(mask, scores, kernels.MASKED), -1)
   gap = jnp.log(jnp.where(p > 0, p, 1.0)) - log_q
   return jnp.sum(jnp.where(mask & (p > 0), p * gap, 0.0), -1)
 
 
-def _mean(probs, axes):  # over all heads: [B, T, keys]
-  p = sharding.psum(probs.sum(2), axes)
+def _mean(total, axes):
+  """Returns the mean over all heads of probabilities, from a device's sum."""
+  p = sharding.psum(total, axes)
   return p / p.sum(-1, keepdims=True)
 
 
-def _visible(positions, of_queries, length, of_keys):
-  """Returns the mask [B, T, S] of the keys that each query may see."""
-  mask = jnp.arange(length)[None, None] <= positions[..., None]
-  if of_keys is None:
-    return mask
-  return mask & flash.visible(of_queries[..., None], of_keys[:, None])
-
-
 def _measure(config, axes, segments, part, q, keys, index, selected, size):
-  """Returns the sample's mass [B, rows] and sets [B, rows, K]; see `Report`."""
+  """Returns the sample's mass [B, rows] and sets [B, rows, K]; see `Report`.
+
+  A row of padding has no set. Rows are measured one after the other.
+  """
   args = jax.lax.stop_gradient((q, keys, index))
   q, (latent, k_rope, (w_k_up, _)), index = args
   w_k_up = getattr(w_k_up, 'master', w_k_up)
   b, t = q.shape[:2]
-  rows = np.linspace(0, t, min(t, _SAMPLE) + 1)[1:].astype(int) - 1
+  sample = np.linspace(0, t, min(t, _SAMPLE) + 1)[1:].astype(int) - 1
   of_queries, of_keys = segments or (None, None)
-  of_queries = None if segments is None else of_queries[:, rows]
-  positions = jnp.broadcast_to(part.positions(t)[rows][None], (b, len(rows)))
-  mask = _visible(positions, of_queries, latent.shape[1], of_keys)
-  dots = _absorbed(q[:, rows], latent, k_rope, w_k_up, 'bk')
-  probs = _softmax(dots * rope.softmax_scale(config.mla), mask)
-  p = jnp.where(mask, _mean(probs, axes), 0.0)
-  if selected is not None:
-    ids = selected[:, rows]
-  else:  # all keys: those that the index would select
-    own = p
-    if index is not None:
-      own = indexer.scores(index.q[:, rows], index.w[:, rows], index.k)
-    values, ids = jax.lax.top_k(jnp.where(mask, own, -jnp.inf), size)
-    ids = jnp.where(values > -jnp.inf, ids, -1)
-  mass = jnp.take_along_axis(p, jnp.maximum(ids, 0), -1)
-  mass = jnp.sum(mass, -1, where=ids >= 0)
-  return mass / jax.lax.top_k(p, size)[0].sum(-1), ids
+  positions = jnp.broadcast_to(part.positions(t)[None], (b, t))
+  columns = jnp.arange(latent.shape[1])
+  queries = None if index is None else (index.q, index.w)
+
+  def one(args):
+    q, queries, positions, of_queries, ids = args
+    mask = flash.seen(positions, columns, of_queries, of_keys)
+    dots = _absorbed(q, latent, k_rope, w_k_up, 'bk')
+    probs = _softmax(dots * rope.softmax_scale(config.mla), mask)
+    p = jnp.where(mask, _mean(probs.sum(2), axes), 0.0)
+    if ids is None:  # all keys: those that the index would select
+      own = p if queries is None else indexer.scores(*queries, index.k)
+      values, ids = jax.lax.top_k(jnp.where(mask, own, -jnp.inf), size)
+      ids = jnp.where(values > -jnp.inf, ids, -1)
+    mass = jnp.take_along_axis(p, jnp.maximum(ids, 0), -1)
+    mass = jnp.sum(mass, -1, where=ids >= 0)
+    if of_queries is not None:
+      ids = jnp.where(of_queries[..., None] >= 0, ids, -1)
+    return mass / jax.lax.top_k(p, size)[0].sum(-1), ids
+
+  rows = q, queries, positions, of_queries, selected
+  rows = indexer.cut(jax.tree.map(lambda x: x[:, sample], rows), 1)
+  return indexer.join(jax.lax.map(one, rows), len(sample))
 
 
 def _absorbed(q, latent, k_rope, w_k_up, of_keys='btk'):

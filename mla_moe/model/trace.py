@@ -94,10 +94,8 @@ def entropy(
   segments: tuple | None = None,
 ) -> Float[Array, 'B T N']:
   """Returns the entropy of each query's causal probabilities, in nats."""
-  t = q.shape[1]
-  seen = jnp.tril(jnp.ones((1, t, t), bool))
-  if segments is not None:
-    seen &= flash.visible(segments[0][:, :, None], segments[1][:, None])
+  at = jnp.arange(q.shape[1])
+  seen = flash.seen(at[None], at, *(segments or ()))
 
   def one_head(pair):
     logits = products.dot('bth,bsh->bts', *pair) * scale

@@ -277,11 +277,7 @@ def auto_axes() -> tuple[str, ...]:
 
 
 def shard_map(
-  f: Callable,
-  in_specs: tuple,
-  out_specs: PyTree,
-  *,
-  check_vma: bool = True,
+  f: Callable, in_specs: tuple, out_specs: PyTree, *, check_vma: bool = True
 ) -> Callable:
   """jax.shard_map over all axes of the mesh; `f` itself where there is none.
 

@@ -69,15 +69,8 @@ def generate(
 
   `options` are `rollout`'s. Without stop ids no row ends early.
   """
-  out = rollout(
-    config,
-    variables,
-    prompt,
-    max_new_tokens,
-    temperature=temperature,
-    speculative=speculative,
-    **options,
-  )
+  options |= dict(temperature=temperature, speculative=speculative)
+  out = rollout(config, variables, prompt, max_new_tokens, **options)
   return np.concatenate([np.asarray(prompt, np.int32), out.tokens], axis=1)
 
 
@@ -218,17 +211,9 @@ def stream(
 
 
 def _prepare(
-  config,
-  prompt,
-  max_new_tokens,
-  lengths,
-  speculative,
-  stop_ids,
-  cache,
-  knobs,
-  samples=1,
-  multiple=64,
-):
+  config, prompt, max_new_tokens, lengths, speculative, stop_ids, cache, knobs,
+  samples=1, multiple=64,
+):  # fmt: skip
   """Returns ((padded prompts, their lengths), job), checked; numpy arrays."""
   prompt = np.asarray(prompt)
   lengths = _check_prompt(config, prompt, max_new_tokens, lengths)

@@ -30,6 +30,7 @@ from flax import struct
 
 from mla_moe import sharding
 from mla_moe.config import CacheConfig, ModelConfig
+from mla_moe.model import indexer
 from mla_moe.types import Array, Float, Int, PyTree
 
 _TILE = 128
@@ -224,7 +225,7 @@ def write(
 ) -> Pages:
   """Returns the pool with new tokens in their slots."""
   put = lambda pool, x: pool.at[slots.page, slots.offset].set(
-    _widen(x, pool.shape[-1]).astype(pool.dtype), mode='drop'
+    indexer.pad(x, pool.shape[-1], -1).astype(pool.dtype), mode='drop'
   )
   if index is not None:
     if pages.scales is not None:
@@ -349,7 +350,3 @@ def dequantise(
 
 def _tile(rank: int) -> int:
   return _TILE if rank % _TILE == 0 else rank
-
-
-def _widen(x: Array, width: int) -> Array:
-  return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])

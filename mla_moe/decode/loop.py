@@ -100,10 +100,7 @@ class Attempt(NamedTuple):
 
 
 def start(
-  weights: PyTree,
-  tokens: Int[Array, 'B T'],
-  valid: Int[Array, ' B'],
-  job: Job,
+  weights: PyTree, tokens: Int[Array, 'B T'], valid: Int[Array, ' B'], job: Job
 ) -> State:
   """Returns the state after the first token of each row.
 

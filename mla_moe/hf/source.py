@@ -47,10 +47,7 @@ class Source:
   """
 
   def __init__(
-    self,
-    folder: pathlib.Path,
-    dtype: np.dtype,
-    stack: contextlib.ExitStack,
+    self, folder: pathlib.Path, dtype: np.dtype, stack: contextlib.ExitStack
   ):
     self.folder = folder
     values = _config(folder)

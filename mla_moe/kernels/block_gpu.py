@@ -202,8 +202,5 @@ def _product(a, sa, i, b, sb, j, out, row, steps):
       num_compute_wgs=_GROUPS,
       max_concurrent_steps=min(4, count) if static else 4,
       compute_context=compute,
-      in_specs=[
-        tile(lambda k: (i, first + k)),
-        tile(lambda k: (j, first + k)),
-      ],
+      in_specs=[tile(lambda k: (i, first + k)), tile(lambda k: (j, first + k))],
     )(a, b)

@@ -147,7 +147,7 @@ def seen(positions, keys, of_queries=None, of_keys=None):
   All keys up to the query's position, of its own document if there are numbers
   of documents (`visible`).
   """
-  mask = keys <= positions[..., None]
+  mask = keys[None, None] <= positions[..., None]
   if of_keys is None:
     return mask
   return mask & visible(of_queries[..., None], of_keys[:, None])

@@ -144,10 +144,7 @@ def weigh(dots: Float[Array, 'B T heads S'], w: Float[Array, 'B T heads']):
 
 
 def select(
-  index: Index,
-  topk: int,
-  segments: tuple | None = None,
-  part: Part = Part(),
+  index: Index, topk: int, segments: tuple | None = None, part: Part = Part()
 ) -> Int[Array, 'B T K']:
   """Returns each query's set, K = min(topk, S) indices of keys, best first.
 
@@ -195,7 +192,8 @@ def select(
 
 def pad(x: Array, length: int, axis: int = 1) -> Array:
   """Returns `x`, zeros appended to this length of the axis."""
-  ends = [(0, length - n if i == axis else 0) for i, n in enumerate(x.shape)]
+  ends = np.zeros((x.ndim, 2), int)
+  ends[axis, 1] = length - x.shape[axis]
   return jnp.pad(x, ends)
 
 

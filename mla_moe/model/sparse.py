@@ -15,6 +15,7 @@ computes a block again and adds the gradients of its keys where they came from.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -185,22 +186,21 @@ def _masked(scale, axes, rows, gathered, whole, places, of_keys):
     y = products.dot('btns,bsnu->btnu', probs.astype(v.dtype), v)
     return jax.lax.stop_gradient(probs).sum(2), y.astype(v.dtype)
 
-  most = max(1, _NUMBERS // mask.size)
-  total, y = _over_heads(of_heads, most, q, k, v)
+  total, y = _over_heads(of_heads, mask.shape, q, k, v)
   own = None
   if ik is not None:
     of_index = lambda iq, w: (indexer.scores(iq, w, ik), None)
-    own, _ = _over_heads(of_index, most, iq, w)
+    own, _ = _over_heads(of_index, mask.shape, iq, w)
   return y, _divergence(total, own, mask, axes)
 
 
-def _over_heads(f, most, *arrays):
-  """Returns the sum over heads that `f` returns, and its outputs of each.
+def _over_heads(f, pairs, *arrays):
+  """Returns f(*arrays): a sum over the heads [B, T, S], and outputs of each.
 
-  f(*arrays) sees at most so many heads, axis 2 of the arrays and outputs. The
-  backward pass calls it again.
+  Heads are axis 2 of arrays and outputs. `f` sees as many at a time as memory
+  has room for their pairs; then the backward pass calls it again.
   """
-  heads = arrays[0].shape[2]
+  heads, most = arrays[0].shape[2], max(1, _NUMBERS // math.prod(pairs))
   chunks = (n for n in range(1, heads + 1) if heads % n == 0)
   count = next(n for n in chunks if heads <= n * most)
   if count == 1:
@@ -212,9 +212,7 @@ def _over_heads(f, most, *arrays):
     return total + part, out
 
   chunks = [jnp.stack(jnp.split(x, count, axis=2)) for x in arrays]
-  shape, _ = jax.eval_shape(f, *(x[0] for x in chunks))
-  start = sharding.pvary(jnp.zeros(shape.shape, shape.dtype))
-  total, out = jax.lax.scan(step, start, chunks)
+  total, out = jax.lax.scan(step, sharding.pvary(jnp.zeros(pairs)), chunks)
   return total, jax.tree.map(lambda x: jnp.concatenate([*x], axis=2), out)
 
 
@@ -267,7 +265,6 @@ def _measure(config, axes, segments, part, q, keys, index, selected, size):
   of_queries, of_keys = segments or (None, None)
   positions = jnp.broadcast_to(part.positions(t)[None], (b, t))
   columns = jnp.arange(latent.shape[1])
-  queries = None if index is None else (index.q, index.w)
 
   def one(args):
     q, queries, positions, of_queries, ids = args
@@ -285,7 +282,7 @@ def _measure(config, axes, segments, part, q, keys, index, selected, size):
       ids = jnp.where(of_queries[..., None] >= 0, ids, -1)
     return mass / jax.lax.top_k(p, size)[0].sum(-1), ids
 
-  rows = q, queries, positions, of_queries, selected
+  rows = q, index and index[:2], positions, of_queries, selected
   rows = indexer.cut(jax.tree.map(lambda x: x[:, sample], rows), 1)
   return indexer.join(jax.lax.map(one, rows), len(sample))
 

@@ -291,20 +291,26 @@ def test_no_array_has_all_pairs(monkeypatch):
   q, latent, k_rope = map(long, (q, latent, k_rope))
   index = indexer.Index(*map(long, index))
 
-  def largest_pair(form):
+  def all_shapes(form):
     def loss(q, latent, k_rope, ws, index):
-      selected = indexer.select(index, 6)
-      args = form, q, (latent, k_rope, ws), index, selected
+      selected = None if form == 'dense' else indexer.select(index, 6)
+      core = 'gathered' if form == 'gathered' else 'masked'
+      args = core, q, (latent, k_rope, ws), index, selected
       run = functools.partial(sparse.attend, MODEL, products.NO_FP8, ())
       y, kl = run(None, sparse.sequence.Part(), *args)
       return y.sum() + kl.sum()
 
     args = q, latent, k_rope, ws, index
     grad = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2, 3, 4)))(*args)
-    return max(sum(n >= length for n in shape) for shape in shapes(grad.jaxpr))
+    return list(shapes(grad.jaxpr))
 
-  assert largest_pair('gathered') == 1
-  assert largest_pair('masked') == 1  # a block of queries at a time
+  for form in ('gathered', 'masked', 'dense'):  # a block of queries at a time
+    out = all_shapes(form)
+    assert max(sum(n >= length for n in shape) for shape in out) == 1
+    # Nor all heads of attention (2), of the index (3): one at a time.
+    wide = {(B, 1, heads, length) for heads in (2, 3)} & {*out}
+    assert not wide, (form, wide)
+  assert (B, 1, 1, length) in out
 
 
 def test_the_gradient_of_the_scores_is_softmax_minus_p():
@@ -526,6 +532,31 @@ def test_a_mesh_changes_nothing(sizes, rank):
     jax.tree.leaves(moments), jax.tree.leaves(expected), strict=True
   ):
     assert np.abs(own - other).max() <= 2e-4 * np.abs(other).max() + 1e-9
+
+
+def test_padding_is_not_measured():
+  """A row of padding leaves mass and KL as a copy of the other row does."""
+  q, latent, k_rope, ws, index = attention_inputs()
+
+  @functools.partial(jax.jit, static_argnums=3)
+  def run(sequences, ws, ids, attention):
+    dsa = dataclasses.replace(DSA, types=(), attention=attention)
+    model = dataclasses.replace(MODEL, dsa=dsa)
+    q, latent, k_rope, index = sequences
+    args = q, latent, k_rope, ws, ids, model, products.NO_FP8, index
+    return sparse.attend_latents(*args, None)[1]
+
+  pair = lambda x: np.concatenate([x[:1]] * 2)
+  rows = q, latent, k_rope, index
+  padding = jnp.stack([SEGMENTS[0], jnp.full(T, -1)])
+  for stage_of in ('sparse', 'dense'):
+    report = run(rows, ws, padding, stage_of)
+    twice = run(jax.tree.map(pair, rows), ws, pair(SEGMENTS), stage_of)
+    np.testing.assert_allclose(report.mass, twice.mass, rtol=1e-5)
+    np.testing.assert_allclose(2 * report.kl, twice.kl, rtol=1e-5)
+    assert 0.3 < report.mass < 1
+    np.testing.assert_array_equal(report.sets[0], twice.sets[0])
+    assert (report.sets[1] == -1).all()
 
 
 @pytest.mark.slow

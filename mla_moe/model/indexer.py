@@ -6,10 +6,10 @@ A query attends to the K keys with the highest index scores,
 
 All heads of the index share one key a token, which has a LayerNorm with a
 bias, and all heads of MLA share the set. The surprise is the rotation: rotated
-features come first here, and last in MLA. `select` makes scores in tiles and
-keeps a running top-k, so that those of all pairs never exist. Equal scores,
-such as the zeros of the relu, go to the lowest index on every device. A full
-layer selects; a shared one takes the last full layer's set (`Sets`).
+features come first here, and last in MLA. `select` makes the scores of a block
+of queries, so that those of all pairs never exist. Equal scores, such as the
+zeros of the relu, go to the lowest index on every device. A full layer selects;
+a shared one takes the last full layer's set (`Sets`).
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from mla_moe.model.sequence import Part
 from mla_moe.types import Array, Float, Int, PyTree
 
 SET = 'index_set'  # the checkpoint name of a layer's sets
-_QUERIES = 128  # whose scores are in one tile
-_KEYS = 2048  # the fewest keys in one
+_QUERIES = 128  # whose scores are in one block
+_KEYS = 2048  # of a tile of it
+_NUMBERS = 1 << 25  # the most scores of a block
 
 
 class Index(NamedTuple):
@@ -139,6 +140,10 @@ def scores(
 
 def weigh(dots: Float[Array, 'B T heads S'], w: Float[Array, 'B T heads']):
   """Returns the sum over heads of w * relu(dots), [B, T, S]."""
+  # A CPU would compute the dots one by one, inside the sum.
+  dots = jax.lax.platform_dependent(
+    dots, cpu=jax.lax.optimization_barrier, default=lambda x: x
+  )
   # Not an einsum, whose products a TPU would round to bfloat16.
   return jnp.sum(jax.nn.relu(dots) * w[..., None], axis=2)
 
@@ -155,8 +160,7 @@ def select(
   """
   index = jax.lax.stop_gradient(index)
   (b, t), s = index.w.shape[:2], index.k.shape[1]
-  size = min(topk, s)
-  width = min(s, max(_KEYS, size))
+  size, width = min(topk, s), min(s, _KEYS)
   keys = pad(index.k, -(-s // width) * width)
   if segments is not None:
     of_keys = pad(segments[1], keys.shape[1])
@@ -164,29 +168,26 @@ def select(
   def block(args):
     q, w, positions, of_queries = args
 
-    def tile(j, best):
+    def tile(j, of_block):
       ids = j * width + jnp.arange(width, dtype=jnp.int32)
       take = lambda x: jax.lax.dynamic_slice_in_dim(x, j * width, width, 1)
       own = None if segments is None else take(of_keys)
       seen = flash.seen(positions, ids, of_queries, own)
       of_tile = jnp.where(seen, scores(q, w, take(keys)), -jnp.inf)
-      ids = jnp.broadcast_to(jnp.where(seen, ids, -1), of_tile.shape)
-      # The best so far have lower indices than the tile, and `top_k` prefers
-      # the first of equal values.
-      of_tile = jnp.concatenate([best[0], of_tile], -1)
-      values, order = jax.lax.top_k(of_tile, size)
-      ids = jnp.concatenate([best[1], ids], -1)
-      return values, jnp.take_along_axis(ids, order, -1)
+      update = jax.lax.dynamic_update_slice_in_dim
+      return update(of_block, of_tile, j * width, 2)
 
-    shape = (b, q.shape[1], size)
-    none = jnp.full(shape, -jnp.inf), jnp.full(shape, -1, jnp.int32)
+    none = jnp.full((b, q.shape[1], keys.shape[1]), -jnp.inf)
     tiles = positions.max() // width + 1  # none above the diagonal
-    return jax.lax.fori_loop(0, tiles, tile, sharding.pvary(none))[1]
+    of_block = jax.lax.fori_loop(0, tiles, tile, sharding.pvary(none))
+    values, ids = jax.lax.top_k(of_block, size)  # the first of equal values
+    return jnp.where(values > -jnp.inf, ids, -1)
 
   of_queries = None if segments is None else segments[0]
   positions = jnp.asarray(part.positions(t), jnp.int32)[None]
   rows = index.q, index.w, positions, of_queries
-  selected = join(jax.lax.map(block, cut(rows, _QUERIES)), t)
+  queries = max(1, min(_QUERIES, _NUMBERS // (b * s)))
+  selected = join(jax.lax.map(block, cut(rows, queries)), t)
   return checkpoint_name(selected, SET)
 
 

@@ -159,7 +159,8 @@ def attend(
   scale = rope.softmax_scale(config.mla)
   if form == 'gathered':
     wide = selected.shape[2] * (heads + latent.shape[2])
-    f, gathered, whole = _gathered, (latent, k_rope, ik), ws
+    f, whole = _gathered, ws
+    gathered = jnp.concatenate([latent, k_rope], axis=-1), ik
   else:
     f, wide, gathered = _masked, s, ()  # of some heads at a time
     whole = (*attention.expand(latent, k_rope, ws, recipe), ik)
@@ -217,17 +218,19 @@ def _over_heads(f, pairs, *arrays):
 
 
 def _gathered(scale, axes, rows, gathered, whole, places, _):
-  """Returns the same of the latents of a block's sets, [B, T, K, C]."""
+  """Returns the same of the keys of a block's sets, [B, T, K, C + R]."""
   (q, iq, w), (w_k_up, w_v_up) = rows, whole
-  latent, k_rope, ik = gathered
-  mask = places[0] >= 0
-  dots = _absorbed(q, latent, k_rope, w_k_up)
-  probs = _softmax(dots * scale, mask)
-  y = products.dot('btnk,btkc->btnc', probs.astype(latent.dtype), latent)
-  y = jnp.einsum('btnc,cnu->btnu', y.astype(latent.dtype), w_v_up)
-  dots = None if ik is None else products.dot('bthd,btkd->bthk', iq, ik)
-  own = None if ik is None else indexer.weigh(dots, w)
-  total = jax.lax.stop_gradient(probs).sum(2)
+  (keys, ik), mask = gathered, places[0] >= 0
+  # Keys first and as wide as they are: XLA's CPU would turn or copy them.
+  dots = products.dot('btkw,btnw->btkn', keys, _fold(q, w_k_up)) * scale
+  probs = jax.nn.softmax(jnp.where(mask[..., None], dots, kernels.MASKED), 2)
+  y = products.dot('btkn,btkw->btnw', probs.astype(keys.dtype), keys)
+  y = y[..., : len(w_v_up)].astype(keys.dtype)
+  y, own = jnp.einsum('btnc,cnu->btnu', y, w_v_up), None
+  if ik is not None:
+    dots = products.dot('btkd,bthd->btkh', ik, iq)
+    own = indexer.weigh(dots.swapaxes(2, 3), w)
+  total = jax.lax.stop_gradient(probs).sum(-1)
   return y, _divergence(total, own, mask, axes)
 
 
@@ -265,11 +268,12 @@ def _measure(config, axes, segments, part, q, keys, index, selected, size):
   of_queries, of_keys = segments or (None, None)
   positions = jnp.broadcast_to(part.positions(t)[None], (b, t))
   columns = jnp.arange(latent.shape[1])
+  latents = jnp.concatenate([latent, k_rope], axis=-1)
 
   def one(args):
     q, queries, positions, of_queries, ids = args
     mask = flash.seen(positions, columns, of_queries, of_keys)
-    dots = _absorbed(q, latent, k_rope, w_k_up, 'bk')
+    dots = products.dot('btnw,bsw->btns', _fold(q, w_k_up), latents)
     probs = _softmax(dots * rope.softmax_scale(config.mla), mask)
     p = jnp.where(mask, _mean(probs.sum(2), axes), 0.0)
     if ids is None:  # all keys: those that the index would select
@@ -287,12 +291,11 @@ def _measure(config, axes, segments, part, q, keys, index, selected, size):
   return indexer.join(jax.lax.map(one, rows), len(sample))
 
 
-def _absorbed(q, latent, k_rope, w_k_up, of_keys='btk'):
-  """Returns the queries' dots [B, T, N, K] with latents [*of_keys, C]."""
+def _fold(q, w_k_up):
+  """Returns the queries for latents and rotated keys, [B, T, N, C + R]."""
   nope = w_k_up.shape[2]
   folded = jnp.einsum('btnh,cnh->btnc', q[..., :nope], w_k_up)
-  dots = products.dot(f'btnc,{of_keys}c->btnk', folded, latent)
-  return dots + products.dot(f'btnr,{of_keys}r->btnk', q[..., nope:], k_rope)
+  return jnp.concatenate([folded, q[..., nope:]], axis=-1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

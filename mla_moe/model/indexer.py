@@ -140,10 +140,9 @@ def scores(
 
 def weigh(dots: Float[Array, 'B T heads S'], w: Float[Array, 'B T heads']):
   """Returns the sum over heads of w * relu(dots), [B, T, S]."""
-  # A CPU would compute the dots one by one, inside the sum.
-  dots = jax.lax.platform_dependent(
-    dots, cpu=jax.lax.optimization_barrier, default=lambda x: x
-  )
+  # A CPU would compute the dots one by one, inside the sum, in ten times as long.
+  barrier = jax.lax.optimization_barrier
+  dots = jax.lax.platform_dependent(dots, cpu=barrier, default=lambda x: x)
   # Not an einsum, whose products a TPU would round to bfloat16.
   return jnp.sum(jax.nn.relu(dots) * w[..., None], axis=2)
 
@@ -168,14 +167,13 @@ def select(
   def block(args):
     q, w, positions, of_queries = args
 
-    def tile(j, of_block):
+    def tile(j, whole):
       ids = j * width + jnp.arange(width, dtype=jnp.int32)
       take = lambda x: jax.lax.dynamic_slice_in_dim(x, j * width, width, 1)
       own = None if segments is None else take(of_keys)
       seen = flash.seen(positions, ids, of_queries, own)
       of_tile = jnp.where(seen, scores(q, w, take(keys)), -jnp.inf)
-      update = jax.lax.dynamic_update_slice_in_dim
-      return update(of_block, of_tile, j * width, 2)
+      return jax.lax.dynamic_update_slice_in_dim(whole, of_tile, j * width, 2)
 
     none = jnp.full((b, q.shape[1], keys.shape[1]), -jnp.inf)
     tiles = positions.max() // width + 1  # none above the diagonal

@@ -228,8 +228,8 @@ def _gathered(scale, axes, rows, gathered, whole, places, _):
   y = y[..., : len(w_v_up)].astype(keys.dtype)
   y, own = jnp.einsum('btnc,cnu->btnu', y, w_v_up), None
   if ik is not None:
-    dots = products.dot('btkd,bthd->btkh', ik, iq)
-    own = indexer.weigh(dots.swapaxes(2, 3), w)
+    dots = jax.nn.relu(products.dot('btkd,bthd->btkh', ik, iq))
+    own = jnp.einsum('btkh,bth->btk', dots, w, precision='highest')
   total = jax.lax.stop_gradient(probs).sum(-1)
   return y, _divergence(total, own, mask, axes)
 

@@ -75,7 +75,7 @@ def oracle_scores(index):
 
 
 def test_a_set_is_the_top_k_of_all_scores(monkeypatch):
-  """In tiles of 8 by 8, of the own document's past alone."""
+  """In blocks of 8 and tiles of 8, of the own document's past alone."""
   monkeypatch.setattr(indexer, '_QUERIES', 8)
   monkeypatch.setattr(indexer, '_KEYS', 8)
   selected = np.array(select(an_index(), segments=SEGMENTS))
@@ -392,7 +392,9 @@ def test_two_losses_have_disjoint_gradients():
 
 def test_a_shared_layer_has_the_set_of_the_last_full_layer():
   """And no parameters."""
-  _, report = gradients(jnp.zeros(2))
+  net = transformer.Transformer(MODEL)
+  features = functools.partial(net.apply, method=net.features)
+  report = jax.jit(features)(variables(), tokens()).index
   dense, shared, full, ahead = report.sets
   chex.assert_trees_all_equal(dense, shared)
   assert (dense != full).any() and (full != ahead).any()

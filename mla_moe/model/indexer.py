@@ -135,13 +135,9 @@ def scores(
   k: Float[Array, 'B S d'],
 ) -> Float[Array, 'B T S']:
   """Returns the index scores of all pairs, float32, and masks none."""
-  return weigh(products.dot('bthd,bsd->bths', q, k), w)
-
-
-def weigh(dots: Float[Array, 'B T heads S'], w: Float[Array, 'B T heads']):
-  """Returns the sum over heads of w * relu(dots), [B, T, S]."""
-  # A CPU would compute the dots one by one, inside the sum, in ten times as long.
+  # A CPU would compute the dots one by one, inside the sum: ten times as long.
   barrier = jax.lax.optimization_barrier
+  dots = products.dot('bthd,bsd->bths', q, k)
   dots = jax.lax.platform_dependent(dots, cpu=barrier, default=lambda x: x)
   # Not an einsum, whose products a TPU would round to bfloat16.
   return jnp.sum(jax.nn.relu(dots) * w[..., None], axis=2)

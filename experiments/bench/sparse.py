@@ -18,6 +18,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import time
 
 import numpy as np
 
@@ -64,6 +65,12 @@ def flags(parser) -> None:
   parser.add_argument('--only', default='', help='parts, joined by commas')
   parser.add_argument('--rounds', type=int, default=3, help='turns of each')
   parser.add_argument('--lengths', default='4096,8192,16384,32768')
+  parser.add_argument(
+    '--timed',
+    type=int,
+    default=0,
+    help='the longest length whose step is run; of others, memory alone',
+  )
   parser.add_argument('--contexts', default='32768,131072')
   parser.add_argument('--peer_length', type=int, default=8192)
   parser.add_argument(
@@ -79,7 +86,7 @@ def run(out: pathlib.Path, args) -> None:
   numbers = lambda text: [int(n) for n in text.split(',')]
   lengths, contexts = numbers(args.lengths), numbers(args.contexts)
   parts = {
-    'training': lambda: training(Sizes(), lengths, args.rounds),
+    'training': lambda: training(Sizes(), lengths, args.rounds, args.timed),
     'decoding': lambda: decoding(_WIDE, contexts, args.rounds),
     'peer': lambda: peer(Sizes(), args.peer_length, args.peer_python),
   }
@@ -135,10 +142,13 @@ def _variables(config: ModelConfig):
 # ------------------------------------------------------------------- measuring
 
 
-def training(sizes: Sizes, lengths: list[int], rounds: int) -> list[dict]:
+def training(
+  sizes: Sizes, lengths: list[int], rounds: int, timed: int = 0
+) -> list[dict]:
   """Returns seconds and MiB of both kinds of a step, by length.
 
   The loss is a product with the hidden states, and the KL of the indexer.
+  Seconds are the processor's; none of lengths beyond `timed`, if it is not 0.
   """
   import jax
 
@@ -160,11 +170,10 @@ def training(sizes: Sizes, lengths: list[int], rounds: int) -> list[dict]:
       memory[attention] = size / 2**20
       run = functools.partial(step, variables, tokens)
       calls[attention] = lambda run=run: jax.block_until_ready(run())
-    seconds = layer.in_turns(calls, rounds, times=1)
     one = {'length': length}
-    for attention in calls:
-      one[attention] = seconds[attention]
-      one[f'{attention}_mib'] = memory[attention]
+    one |= {f'{kind}_mib': memory[kind] for kind in calls}
+    if not timed or length <= timed:
+      one |= layer.in_turns(calls, rounds, times=1, clock=time.process_time)
     measured.append(one)
   return measured
 
@@ -263,14 +272,12 @@ def rows(results: dict) -> list[tuple[str, str, str]]:
     first = training[0]
     linear = one['sparse_mib'] / first['sparse_mib']
     linear *= first['length'] / one['length']
-    rows.append(
-      (
-        f'training step, {one["length"]:,} tokens',
-        f'{one["sparse"]:.2f} s, {one["sparse_mib"]:,.0f} MiB',
-        f'dense {one["dense"] / one["sparse"]:.2f} x the time, '
-        f'{one["dense_mib"]:,.0f} MiB; {linear:.2f} x of linear memory',
-      )
-    )
+    ours, other = f'{one["sparse_mib"]:,.0f} MiB', 'dense '
+    if 'sparse' in one:
+      ours = f'{one["sparse"]:.2f} s of processor, {ours}'
+      other += f'{one["dense"] / one["sparse"]:.2f} x the time, '
+    other += f'{one["dense_mib"]:,.0f} MiB; {linear:.2f} x of linear memory'
+    rows.append((f'training step, {one["length"]:,} tokens', ours, other))
   decoding = figures.get('decoding', [])
   for one in decoding:
     rest, first = (x['sparse'] - x['set'] for x in (one, decoding[0]))
@@ -303,15 +310,16 @@ def draw(results: dict):
   if 'training' not in results:
     return None
   training = results['training']['figures']
-  lengths = [one['length'] for one in training]
+  timed = [one for one in training if 'sparse' in one]
   figure, axes = page.figure(2, height=3.2)
   for plot, end, unit in zip(
     axes.flat, ('', '_mib'), ('s', 'MiB'), strict=False
   ):
     for kind in ('sparse', 'dense'):
-      plot.plot(
-        lengths, [one[kind + end] for one in training], 'o-', label=kind
-      )
+      points = [
+        (one['length'], one[kind + end]) for one in (training if end else timed)
+      ]
+      plot.plot(*zip(*points, strict=True), 'o-', label=kind)
     plot.set(title='A training step', xlabel='tokens', ylabel=unit)
     plot.set_ylim(0, None)
     plot.legend(frameon=False)

@@ -61,7 +61,7 @@ def run(
     ConfigError: a task or variant that there is not, a number of steps below
       1, or a folder with another run.
   """
-  from .rl import policy
+  from .rl import checks, policy
   from .training import example_source
 
   for name, value in (('cold', cold), ('steps', steps)):
@@ -82,7 +82,7 @@ def run(
     f'--config.run.steps={steps}', f'--config.rl.max_new={longest}',
     '--config.rl.prompt=shared', '--config.data.micro_batch=32',
   )  # fmt: skip
-  policy.check(reinforced)
+  checks.check(reinforced)
   if reinforced.rl.teachers:
     raise ConfigError(
       f'--variant={variant}: has teachers; run it by experiments.rl, with '

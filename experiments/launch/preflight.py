@@ -95,9 +95,9 @@ def _check_program(config: Config, backend: ModuleType, job: Job) -> None:
     )
   if job.program != 'rl':
     return
-  from ..rl import policy
+  from ..rl import checks
 
-  policy.check(config)
+  checks.check(config)
   slice_ = backend.devices(job)
   count = -(-slice_.chips // backend.chips_of_process(slice_))
   if count > 1:

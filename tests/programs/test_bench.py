@@ -35,7 +35,7 @@ from experiments.bench import (
   thought,
   train,
 )
-from experiments.rl import policy, tasks
+from experiments.rl import checks, tasks
 from mla_moe import cost
 from mla_moe.config import ConfigError
 
@@ -486,7 +486,7 @@ def test_both_sides_of_a_race_have_the_same_numbers(tmp_path):
   assert len(first['prompt']) == 9  # and the begin token
   job = rl.Job('m', str(tmp_path / 'q.jsonl'), 10, 10, 32, 16, 0.5, 0, (49, 64))
   config = rl.config(dataclasses.asdict(job))
-  policy.check(config)
+  checks.check(config)
   assert config.data.batch_size == job.prompts * job.samples == 512
   assert (config.rl.beta, config.data.micro_batch) == (0.5, 64)
   assert config.run.eval_every == config.run.save_every == 0

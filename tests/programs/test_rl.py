@@ -23,6 +23,7 @@ from experiments.data import tokenizer
 from experiments.rl import (
   engine,
   grading,
+  grouping,
   policy,
   prompts,
   questions,
@@ -480,12 +481,12 @@ def test_dynamic_sampling_fills_a_rollout_or_says_so(
 
   def one_round(self, number, draw, variables, seconds):
     return [
-      policy.Group(4 * draw + i, *[None] * 3, np.array(r), [{}, {}], None)
+      grouping.Group(4 * draw + i, *[None] * 3, np.array(r), [{}, {}], None)
       for i, r in enumerate(rewards)
     ]
 
   monkeypatch.setattr(policy.Policy, '_round', one_round)
-  monkeypatch.setattr(policy, '_summary', lambda groups: {'all': len(groups)})
+  monkeypatch.setattr(grouping, 'summary', lambda groups: {'all': len(groups)})
   config = small(dynamic=2)
   source = policy.Policy(config, tokenizer.load('byte'), tmp_path)
   groups, _ = source._draw(1, 0, None)

@@ -18,13 +18,14 @@ shows, too. About 0.04 is right: a number rounded to three bits errs by 0.027
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
 from mla_moe import fp8
-from mla_moe.config import Config, ModelConfig
+from mla_moe.config import Config, DSAConfig, ModelConfig
 from mla_moe.model import block, layers, products, rope, sequence
 from mla_moe.train import losses
 from mla_moe.types import Array, Float, PyTree
@@ -41,9 +42,9 @@ def measure(
 
   The names are `{x,w,g}_{saturated,flushed,range}`, `y_error` and `dx_error`.
   The tokens are the first of the batch's first sequence. The model's precision
-  must be one of FP8.
+  must be one of FP8. A token sees all before it, with or without an indexer.
   """
-  model = config.model
+  model = dataclasses.replace(config.model, dsa=DSAConfig())
   cut = lambda x: sequence.arrange(x[0, :1, :_TOKENS])
   tokens, targets = cut(batch.tokens), cut(batch.targets)
   positions = cut(batch.positions)
@@ -96,10 +97,12 @@ def _loss(params, biases, tokens, targets, shared, model, noise):
 
     def layer(x, variables_and_noise, network=network):
       variables, noise = variables_and_noise
-      y, _ = network.apply(variables, x, *shared)
+      (y, _), _ = network.apply(variables, (x, None), *shared)
       return y + noise, x
 
-    variables = {'params': params[name]}
+    attention = dict(params[name]['attention'])
+    attention.pop('indexer', None)  # of a layer, or of one before it
+    variables = {'params': {**params[name], 'attention': attention}}
     if name in biases:
       variables['router'] = biases[name]
     x, inputs[name] = jax.lax.scan(layer, x, (variables, noise[name]))

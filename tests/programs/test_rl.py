@@ -21,6 +21,7 @@ from experiments.checkpointing import store
 from experiments.checkpointing.load import load_run
 from experiments.data import tokenizer
 from experiments.rl import (
+  checks,
   engine,
   grading,
   grouping,
@@ -29,6 +30,8 @@ from experiments.rl import (
   questions,
   record,
   rollouts,
+  room,
+  scoring,
   tasks,
 )
 from experiments.rl.__main__ import taught
@@ -256,9 +259,10 @@ def test_a_row_is_of_its_own_rollout(tmp_path, monkeypatch):
     self._row = {'rollout': rollout}
     return [], {}
 
-  replaced = {'_draw': draw, '_packed': lambda *_: [None] * 2}
-  for name, function in (replaced | {'_score': lambda *_: None}).items():
-    monkeypatch.setattr(policy.Policy, name, function)
+  monkeypatch.setattr(policy.Policy, '_draw', draw)
+  monkeypatch.setattr(policy.Policy, '_packed', lambda *_: [None] * 2)
+  score = lambda setup, updates, *_: (updates, {})
+  monkeypatch.setattr(scoring, 'score', score)
   source = opened(small(), tmp_path)  # two updates a rollout
   state = types.SimpleNamespace(params=None, router=None, reference=None)
   setup = types.SimpleNamespace(variables=lambda *_: None)
@@ -298,12 +302,14 @@ def test_a_question_that_is_too_long_later_gives_way(tmp_path, monkeypatch):
   sound = first._questions.train
   train_side = lambda index: long if index == 5 else sound(index)
   first._questions = first._questions._replace(train=train_side)
-  items, ids = first._fitting(first._questions.train, range(4, 7))
+  items, ids = room.fitting(
+    config, first._prompts, first._questions.train, range(4, 7)
+  )
   assert items == [sound(4), sound(5 + (1 << 48)), sound(6)]
   assert [len(x) for x in ids] == [len(x.text) + 1 for x in items]
   first._questions = first._questions._replace(train=lambda index: long)
   with pytest.raises(ConfigError, match='one after the other'):
-    first._fitting(first._questions.train, range(1))
+    room.fitting(config, first._prompts, first._questions.train, range(1))
 
 
 def test_rows_without_a_step_stop_no_run(tmp_path):
@@ -784,7 +790,7 @@ def test_each_variant_can_run_as_it_is(module, variants):
       config = freeze(module.get_config(arg))
       data = dataclasses.replace(config.data, source='mine.jsonl')
       config = dataclasses.replace(config, data=data)
-      (policy if config.rl.task else example_source).check(config)
+      (checks if config.rl.task else example_source).check(config)
 
 
 def test_the_published_numbers():

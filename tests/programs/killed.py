@@ -38,7 +38,7 @@ def main(folder, count, part, call, delay):
     cli.define,
   )
   rl = dataclasses.replace(config.rl, rewards=(('variety', 1.0),))
-  sizes = dict(layers=2, dim=32, dense_width=32)
+  sizes = dict(layers=1, dense_layers=0, dim=32)
   model = dataclasses.replace(config.model, **sizes)
   config = dataclasses.replace(config, model=model, rl=rl)
   rewards = {'variety': lambda _, text: len({*text}) % 3}

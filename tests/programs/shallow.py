@@ -14,7 +14,7 @@ GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 
 
 @jax.jit
-def _cut(variables):
+def cut(variables):
   """The variables of a model whose second layer is the last."""
   first = lambda stack: jax.tree.map(lambda x: x[:1], stack)
   return {
@@ -27,4 +27,4 @@ def load(case='v2_lite'):
   """Returns the release's config and variables: a dense and a MoE layer."""
   config, variables = load_huggingface(GOLDEN / case)
   assert config.dense_layers == 1
-  return dataclasses.replace(config, layers=2), _cut(variables)
+  return dataclasses.replace(config, layers=2), cut(variables)

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+import shallow
 from flax import linen as nn
 
 from configs import lora as lora_recipes
@@ -200,24 +201,32 @@ def test_equals_the_dense_model(folder, base, experts, form):
   )
   fresh, _ = gradients(zero, model, False, frozen, like)
   np.testing.assert_array_equal(fresh, alone)
-  base_alone = logits(dataclasses.replace(model, lora=LoRAConfig()), frozen)
-  np.testing.assert_allclose(fresh, base_alone, atol=1e-5)
+  if experts == 'shared':  # one program of the base alone is enough
+    base_alone = logits(dataclasses.replace(model, lora=LoRAConfig()), frozen)
+    np.testing.assert_allclose(fresh, base_alone, atol=1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('rows', [1, 12])  # by expert, and by the loop
-def test_decoding(rows):
-  """Codes of experts are read in place, adapters beside them."""
+def test_decoding():
+  """Codes of experts are read in place, adapters beside them.
+
+  A row takes its experts one by one, twelve rows take the loop over all.
+  """
   plain, whole = released('v2_lite')
   model, frozen = released('v2_lite', 'int4')
-  model = dataclasses.replace(model, lora=LoRAConfig(rank=2))
+  plain = dataclasses.replace(plain, layers=2)
+  model = dataclasses.replace(model, layers=2, lora=LoRAConfig(rank=2))
+  whole, frozen = shallow.cut(whole), shallow.cut(frozen)
   params = lora.join(frozen['params'], random_adapters(model), model)
   floats = frozen | {'params': dense(params, whole['params'])}
-  prompt = np.tile(np.asarray(TOKENS[:1]), (rows, 1))
-  ours = rollout(model, frozen | {'params': params}, prompt, 4)
+  prompt = np.tile(np.asarray(TOKENS[:1]), (12, 1))
   theirs = rollout(plain, floats, prompt, 4)
-  np.testing.assert_array_equal(ours.tokens, theirs.tokens)
-  np.testing.assert_allclose(ours.log_probs, theirs.log_probs, atol=2e-4)
+  for rows in (1, 12):
+    ours = rollout(model, frozen | {'params': params}, prompt[:rows], 4)
+    np.testing.assert_array_equal(ours.tokens, theirs.tokens[:rows])
+    np.testing.assert_allclose(
+      ours.log_probs, theirs.log_probs[:rows], atol=2e-4
+    )
 
 
 @pytest.mark.slow
@@ -520,7 +529,7 @@ def test_an_export_of_adapters_is_whole_or_not_there(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings('default')
-def test_a_run_resumes_refuses_and_merges(tmp_path):
+def test_a_run_resumes_refuses_and_merges(tmp_path, no_pictures):
   """Resumed runs are bit for bit those that were not interrupted."""
   plain = freeze(tiny.get_config('smoke')).model
   plain = dataclasses.replace(plain, precision='bf16')
@@ -536,7 +545,12 @@ def test_a_run_resumes_refuses_and_merges(tmp_path):
       lora=LoRAConfig(rank=2, targets=('attention', 'experts'), scale='root'),
     )
     run = dataclasses.replace(
-      config.run, steps=steps, save_every=2, base=str(tmp_path / base)
+      config.run,
+      steps=steps,
+      save_every=2,
+      eval_every=0,
+      sample_every=0,
+      base=str(tmp_path / base),
     )
     optim = dataclasses.replace(config.optim, optimizer='adamw', warmup_steps=0)
     return dataclasses.replace(config, model=model, run=run, optim=optim)

@@ -3,19 +3,22 @@
 import contextlib
 import dataclasses
 import http.server
+import itertools
 import json
 import os
 import shutil
 import signal
 import socket
 import threading
+import types
+import warnings
 
 import children
 import pairs
 import pytest
 from bucket_server import NAME, server  # noqa: F401
 
-from experiments import cli, soak
+from experiments import cli, soak, train
 from experiments.checkpointing import bucket, folders, lease, seal, storage
 from mla_moe.config import Config, ConfigError, freeze
 
@@ -96,26 +99,38 @@ def test_row32_a_dead_process_of_this_machine_holds_no_lock():
     pass
 
 
-def train(folder, home, texts, fault=''):
-  words = ['--config=tiny:micro', f'--workdir={folder}']
-  words += [f'--config.data.source={texts}', '--config.run.steps=20']
+def model(texts, steps):
+  """The words of a model of a single layer."""
+  sizes = '--config.model.layers=1', '--config.model.dense_layers=0'
+  text = f'--config.data.source={texts}'
+  return '--config=tiny:micro', *sizes, text, f'--config.run.steps={steps}'
+
+
+def start(folder, home, texts, fault=''):
+  """Trains in a process of its own, which a fault may kill."""
+  words = *model(texts, 20), f'--workdir={folder}'
   environment = dict(os.environ, HOME=str(home), MLA_MOE_FAULT=fault)
   return children.run('-m', 'experiments.train', *words, env=environment)
 
 
 @pytest.fixture(scope='module')
-def pair(tmp_path_factory):
-  """A run in the bucket that was killed twice, and an undisturbed one here."""
+def pair(tmp_path_factory, no_pictures):
+  """A run in the bucket that was killed twice, and an undisturbed one here.
+
+  The latter's programs are this process's, for runs that begin from it.
+  """
   folder = tmp_path_factory.mktemp('pair')
   texts = soak.texts(folder / 'texts')
   home, url = folder / 'home', f'gs://{NAME}/runs/killed'
-  whole = train(folder / 'whole', home, texts)
-  assert whole.returncode == 0, whole.stderr
+  with warnings.catch_warnings():
+    warnings.filterwarnings('ignore', message='the load_module')
+    config = cli.config_of([*model(texts, 20)], cli.define)
+  train.run(config, folder / 'whole')
   for fault in ('kill@before_seal:10', 'kill@during_write:15'):
-    ran = train(url, home, texts, fault)
+    ran = start(url, home, texts, fault)
     assert ran.returncode == -signal.SIGKILL, ran.stderr
     shutil.rmtree(home)  # another machine, but for the dead process's name
-  ran = train(url, home, texts)
+  ran = start(url, home, texts)
   assert ran.returncode == 0, ran.stderr
   assert 'Resuming' in ran.stdout
   shutil.rmtree(home)
@@ -137,9 +152,7 @@ def test_row01_and_14_killed_and_resumed_on_another_machine(pair, home):
   assert 'lock' not in names
 
 
-def test_each_program_reads_a_run_in_a_bucket(
-  pair, home, call, no_pictures, tmp_path
-):
+def test_each_program_reads_a_run_in_a_bucket(pair, home, call, tmp_path):
   """Two runs of the same bits, here and there, give the same answers."""
   url, whole = pair
 
@@ -162,9 +175,7 @@ def test_each_program_reads_a_run_in_a_bucket(
   rows = [x.split() for x in ran('checkpoint', 'ls', url)[0].splitlines()]
   last = [row for row in rows if row and row[0].isdigit()][-1]
   assert last[0] == '20' and float(last[1]) > 0 and 'sealed' in last
-  words = '--config=tiny:micro', f'--workdir={tmp_path / "warm"}'
-  source = f'--config.data.source={whole.parent / "texts"}'
-  words += source, '--config.run.steps=1'
+  words = *model(whole.parent / 'texts', 1), f'--workdir={tmp_path / "warm"}'
   for _ in range(2):  # the second goes on, from the same origin
     out, _ = ran('train', *words, f'--init={url}')
     assert (f'Begins from {url} at' in out) == ('Resuming' not in out)
@@ -254,10 +265,17 @@ def test_a_release_in_a_bucket_is_refused(call, home):
   assert code == 2 and 'holds no run' in error
 
 
-def test_a_short_soak_ends_bit_equal(tmp_path, capsys):
+def test_a_short_soak_ends_bit_equal(tmp_path, monkeypatch, capsys):
+  """Three disasters of one run: its clock has a tick a look, on any machine."""
   place = f'gs://{NAME}/soak'
-  assert soak.soak(tmp_path, 12, 20, 3, place), capsys.readouterr().out
-  assert 'each equal to the undisturbed one' in capsys.readouterr().out
+  monkeypatch.setattr(soak, '_DISASTERS', 3)
+  clock = types.SimpleNamespace(monotonic=itertools.count().__next__)
+  monkeypatch.setattr(soak, 'time', clock)
+  assert soak.soak(tmp_path, 5, 20, 21, place), capsys.readouterr().out
+  output = capsys.readouterr().out
+  assert '; 1 runs reached step 20, each equal to the undisturbed' in output
+  for name in ('kill at a point', 'another machine', 'live lock'):
+    assert f'1 x {name}' in output
 
 
 def test_row12_two_processes_seal_in_a_bucket_and_refuse_a_flip(tmp_path):

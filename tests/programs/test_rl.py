@@ -463,7 +463,8 @@ def test_equal_rewards_and_no_reference_move_nothing(tmp_path, monkeypatch):
   train.run(config, tmp_path, open_source=policy.opened())
   assert [row['grad_norm'] for row in steps(tmp_path)] == [0.0, 0.0]
   assert steps(tmp_path)[0]['zero_right'] == 1.0
-  fresh = init_state(jax.random.key(config.run.seed), config)
+  key = jax.random.key(config.run.seed)
+  fresh = init_state(key, program.of_devices(config))  # as the run compiled it
   _, variables = load_run(tmp_path)
   chex.assert_trees_all_equal(variables['params'], fresh.params)
 
@@ -573,26 +574,33 @@ def test_the_policy_itself_teaches_nothing(whole, tmp_path):
     assert row['grad_norm'] == row['teacher_kl'] == 0
 
 
-@pytest.mark.slow
-def test_a_pupil_approaches_its_teacher(tmp_path):
-  """From nothing to one that writes digits: most bytes are mistakes."""
-  r1_program.write_examples(
-    tmp_path / 'cold.jsonl', r1_program.examples('sort3', 0, 40)
+@pytest.fixture(scope='module')
+def cold(tmp_path_factory):
+  """A model after 40 steps of imitation: some of its answers are right."""
+  folder = tmp_path_factory.mktemp('cold')
+  items = r1_program.examples('sort3', 0, 40)
+  r1_program.write_examples(folder / 'cold.jsonl', items)
+  words = dict(steps=40, save_every=40, eval_every=0, sample_every=0)
+  config = r1_program._config(
+    'cold',
+    *(f'--config.run.{name}={value}' for name, value in words.items()),
+    f'--config.data.source={folder / "cold.jsonl"}',
   )
-  cold = r1_program._config(
-    'cold', '--config.run.steps=40', '--config.run.save_every=40',
-    f'--config.data.source={tmp_path / "cold.jsonl"}',
-  )  # fmt: skip
-  teacher = tmp_path / 'teacher'
-  train.run(cold, teacher, open_source=example_source.opened())
+  train.run(config, folder / 'run', open_source=example_source.opened())
+  return folder / 'run'
+
+
+@pytest.mark.slow
+def test_a_pupil_approaches_its_teacher(cold, tmp_path):
+  """From nothing to one that writes digits: most bytes are mistakes."""
   config = small(
     beta=0.0,
     temperature=1.0,
     prompts=16,
-    teachers=((str(teacher), 1.0),),
+    teachers=((str(cold), 1.0),),
     data={'batch_size': 32},
     optim={'learning_rate': 3e-3},
-    run={'steps': 60, 'save_every': 60, 'eval_every': 60},
+    run=TWO | {'steps': 24, 'save_every': 24},
   )
   train.run(config, tmp_path / 'pupil', open_source=policy.opened())
   kl = [row['teacher_kl'] for row in steps(tmp_path / 'pupil')]
@@ -810,11 +818,23 @@ def test_eight_devices_are_one(axes, whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_small_model_learns_from_rewards(tmp_path, monkeypatch):
+def test_a_small_model_learns_from_rewards(cold, tmp_path, monkeypatch):
+  """Sixteen updates by 128 answers each; more are right in the last four."""
   monkeypatch.undo()
-  numbers = r1_program.run(tmp_path, 'sort4', 0, 60, 30)
-  assert numbers['last'] >= numbers['first'] + 0.05, numbers
-  assert numbers['greedy'] > numbers['greedy_first'], numbers
+  run = dict(steps=16, save_every=16, check_every=16, eval_every=0)
+  run['sample_every'] = 0
+  words = {f'run.{name}': value for name, value in run.items()}
+  words |= {'data.batch_size': 128, 'data.seq_len': 16}
+  words |= {'rl.task': 'sort3', 'rl.prompts': 16, 'rl.samples': 8}
+  words |= {'rl.max_new': 5, 'optim.learning_rate': 1e-3}
+  words |= {'optim.warmup_steps': 2}
+  config = r1_program._config(
+    'zero', *(f'--config.{name}={value}' for name, value in words.items())
+  )
+  options = train.Options(init=str(cold))
+  train.run(config, tmp_path / 'run', options, policy.opened())
+  rewards = [row['reward'] for row in steps(tmp_path / 'run')]
+  assert np.mean(rewards[-4:]) >= np.mean(rewards[:4]) + 0.05, rewards
 
 
 @pytest.mark.by_hand

@@ -271,7 +271,7 @@ def test_a_short_soak_ends_bit_equal(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(soak, '_DISASTERS', 3)
   clock = types.SimpleNamespace(monotonic=itertools.count().__next__)
   monkeypatch.setattr(soak, 'time', clock)
-  assert soak.soak(tmp_path, 5, 20, 21, place), capsys.readouterr().out
+  assert soak.soak(tmp_path, 4, 20, 21, place), capsys.readouterr().out
   output = capsys.readouterr().out
   assert '; 1 runs reached step 20, each equal to the undisturbed' in output
   for name in ('kill at a point', 'another machine', 'live lock'):

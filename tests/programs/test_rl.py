@@ -574,37 +574,48 @@ def test_the_policy_itself_teaches_nothing(whole, tmp_path):
     assert row['grad_norm'] == row['teacher_kl'] == 0
 
 
-@pytest.fixture(scope='module')
-def cold(tmp_path_factory):
-  """A model after 40 steps of imitation: some of its answers are right."""
-  folder = tmp_path_factory.mktemp('cold')
-  items = r1_program.examples('sort3', 0, 40)
-  r1_program.write_examples(folder / 'cold.jsonl', items)
-  words = dict(steps=40, save_every=40, eval_every=0, sample_every=0)
-  config = r1_program._config(
-    'cold',
-    *(f'--config.run.{name}={value}' for name, value in words.items()),
-    f'--config.data.source={folder / "cold.jsonl"}',
-  )
-  train.run(config, folder / 'run', open_source=example_source.opened())
-  return folder / 'run'
-
-
-@pytest.mark.slow
-def test_a_pupil_approaches_its_teacher(cold, tmp_path):
-  """From nothing to one that writes digits: most bytes are mistakes."""
-  config = small(
+def learner(**rl):
+  """Of 24 updates by 64 answers each, from nothing; a program for all."""
+  return small(
     beta=0.0,
     temperature=1.0,
     prompts=16,
-    teachers=((str(cold), 1.0),),
     data={'batch_size': 32},
     optim={'learning_rate': 3e-3},
     run=TWO | {'steps': 24, 'save_every': 24},
+    **rl,
   )
+
+
+@pytest.mark.slow
+def test_a_pupil_approaches_its_teacher(tmp_path):
+  """Of another shape, one that writes digits: most bytes are mistakes."""
+  items = r1_program.examples('sort3', 0, 40)
+  r1_program.write_examples(tmp_path / 'cold.jsonl', items)
+  words = dict(steps=40, save_every=40, eval_every=0, sample_every=0)
+  words = {f'run.{name}': value for name, value in words.items()}
+  words |= {'model.dim': 32, 'model.layers': 1, 'model.dense_layers': 0}
+  words |= {'data.source': tmp_path / 'cold.jsonl'}
+  cold = r1_program._config(
+    'cold', *(f'--config.{name}={value}' for name, value in words.items())
+  )
+  teacher = tmp_path / 'teacher'
+  train.run(cold, teacher, open_source=example_source.opened())
+  config = learner(teachers=((str(teacher), 1.0),))
   train.run(config, tmp_path / 'pupil', open_source=policy.opened())
   kl = [row['teacher_kl'] for row in steps(tmp_path / 'pupil')]
-  assert np.mean(kl[-4:]) < 0.5 * np.mean(kl[:4]), kl
+  assert np.mean(kl[-4:]) < 0.8 * np.mean(kl[:4]), kl
+
+
+@pytest.mark.slow
+def test_a_small_model_learns_from_rewards(tmp_path, monkeypatch):
+  """A quarter of its bytes are below '@' at first, and more at the end."""
+  monkeypatch.undo()
+  below = lambda _, text: sum(x < '@' for x in text) / max(len(text), 1)
+  source = policy.opened(rewards={'below': below})
+  train.run(learner(rewards=(('below', 1.0),)), tmp_path, open_source=source)
+  rewards = [row['reward'] for row in steps(tmp_path)]
+  assert np.mean(rewards[-4:]) >= np.mean(rewards[:4]) + 0.1, rewards
 
 
 def test_teachers_share_the_weight():
@@ -815,26 +826,6 @@ def test_eight_devices_are_one(axes, whole, tmp_path):
     assert one['reward'] == two['reward']
     for name in ('loss', 'grad_norm', 'kl'):
       chex.assert_trees_all_close(one[name], two[name], rtol=1e-3, atol=1e-6)
-
-
-@pytest.mark.slow
-def test_a_small_model_learns_from_rewards(cold, tmp_path, monkeypatch):
-  """Sixteen updates by 128 answers each; more are right in the last four."""
-  monkeypatch.undo()
-  run = dict(steps=16, save_every=16, check_every=16, eval_every=0)
-  run['sample_every'] = 0
-  words = {f'run.{name}': value for name, value in run.items()}
-  words |= {'data.batch_size': 128, 'data.seq_len': 16}
-  words |= {'rl.task': 'sort3', 'rl.prompts': 16, 'rl.samples': 8}
-  words |= {'rl.max_new': 5, 'optim.learning_rate': 1e-3}
-  words |= {'optim.warmup_steps': 2}
-  config = r1_program._config(
-    'zero', *(f'--config.{name}={value}' for name, value in words.items())
-  )
-  options = train.Options(init=str(cold))
-  train.run(config, tmp_path / 'run', options, policy.opened())
-  rewards = [row['reward'] for row in steps(tmp_path / 'run')]
-  assert np.mean(rewards[-4:]) >= np.mean(rewards[:4]) + 0.05, rewards
 
 
 @pytest.mark.by_hand

@@ -115,7 +115,7 @@ def prepare(
   return Setup(config, path, words, lengths, data, mesh, rows, *programs, base)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=8)
 def _jitted(config: Config) -> tuple[Callable, ...]:
   """Returns the jitted (train, evaluate, fp8_health).
 
@@ -147,7 +147,7 @@ def fresh(setup: Setup) -> State:
   for committed arrays and for others separately.
   """
   key = jax.random.key(setup.config.run.seed)
-  config = program.of_devices(setup.config)
+  config = program.of_state(setup.config)
   state = init_state(key, config, setup.mesh)
   if setup.base.router:
     # A step gives its state's buffers away: the base keeps its own.

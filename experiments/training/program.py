@@ -22,7 +22,7 @@ from jax.sharding import (
 )
 
 from mla_moe import sharding
-from mla_moe.config import Config, RunConfig
+from mla_moe.config import Config, RLConfig, RunConfig
 from mla_moe.train import optim, step
 from mla_moe.train.state import State
 
@@ -57,6 +57,16 @@ def of_devices(config: Config) -> Config:
     defaults = {field: getattr(type(group)(), field) for field in fields}
     groups[name] = dataclasses.replace(group, **defaults)
   return dataclasses.replace(config, run=RunConfig(), **groups)
+
+
+def of_state(config: Config) -> Config:
+  """Returns `of_devices`, without the fields that no fresh state depends on.
+
+  Of reinforcement only its being there counts, and that of a reference.
+  """
+  rl = config.rl
+  own = RLConfig(task=rl.task, beta=rl.beta, prompt=rl.prompt)
+  return dataclasses.replace(of_devices(config), rl=own)
 
 
 def jitted_step(config: Config, mesh: Mesh | None) -> Callable:

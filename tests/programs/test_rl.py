@@ -464,7 +464,7 @@ def test_equal_rewards_and_no_reference_move_nothing(tmp_path, monkeypatch):
   assert [row['grad_norm'] for row in steps(tmp_path)] == [0.0, 0.0]
   assert steps(tmp_path)[0]['zero_right'] == 1.0
   key = jax.random.key(config.run.seed)
-  fresh = init_state(key, program.of_devices(config))  # as the run compiled it
+  fresh = init_state(key, program.of_state(config))  # as the run compiled it
   _, variables = load_run(tmp_path)
   chex.assert_trees_all_equal(variables['params'], fresh.params)
 
@@ -783,6 +783,13 @@ def test_programs_read_no_field_that_is_the_hosts():
   assert program.of_devices(config) == program.of_devices(small())
   other = small(beta=0.2)
   assert program.of_devices(other) != program.of_devices(small())
+  # A fresh state's program is that of the task and the reference alone.
+  text = (ROOT / 'mla_moe' / 'train' / 'state.py').read_text()
+  text += (ROOT / 'experiments' / 'adapters' / 'state.py').read_text()
+  assert {*re.findall(r'\brl\.(\w+)', text)} == {'task', 'beta'}
+  other = small(replay='train', temperature=1.0, samples=8, prompts=2)
+  assert program.of_state(other) == program.of_state(small())
+  assert program.of_state(small(beta=0.0)) != program.of_state(small())
 
 
 def test_text_is_not_trained_on_by_a_task(tmp_path):

@@ -29,7 +29,7 @@ def main(folder, count, part, call, delay):
     owner, name = PARTS[part]
     setattr(owner, name, doomed(getattr(owner, name), int(call), float(delay)))
   words = {'steps': count, 'eval_every': count, 'save_every': 2, 'keep': 3}
-  words |= {'sample_every': 4, 'check_every': 1}
+  words |= {'sample_every': 2, 'check_every': 1}
   config = cli.config_of(
     [
       '--config=r1_tiny:v32,smoke',

@@ -113,10 +113,10 @@ def run(path, plan: plans.Plan, args: argparse.Namespace) -> None:
     key = config.data, config.run.eval_batches
     if not args.table and key not in texts:
       texts[key] = turns.text(config, path.parent / '.corpus')
-    if plan.equal == 'seconds' and not seconds:
+    if plan.equal == 'seconds' and not set(recipes) <= set(seconds):
       if args.table:
         continue
-      seconds = turns.seconds_of_step(recipes, texts[key])
+      seconds = turns.seconds_of_step(recipes, texts[key], seconds)
       folder.add_speeds(path, size, seconds)
     paid[size] = plans.paid(plan, size, seconds)
     for seed in range(args.seed, args.seed + args.pairs):

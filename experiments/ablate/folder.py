@@ -34,13 +34,19 @@ RESULTS = 'results.jsonl'
 def bind(path: pathlib.Path, plan: plans.Plan) -> None:
   """Writes the plan into its folder; refuses that of another ablation.
 
+  Sizes and arms that the folder lacks are added to it.
+
   Raises:
     ConfigError: names the first value that differs.
   """
   ours = json.loads(json.dumps(plans.described(plan)))
   file = path / 'ablation.json'
   if file.exists():
-    difference = next(_differences(ours, _read(file), ''), '')
+    theirs = _read(file)
+    for name in ('steps', 'configs'):  # which a folder may have more of
+      ours[name] = {**theirs.get(name, {}), **ours[name]}
+      theirs[name] = {**ours[name], **theirs.get(name, {})}
+    difference = next(_differences(ours, theirs, ''), '')
     if difference:
       raise ConfigError(
         f'workdir={str(path)!r}: holds another ablation ({difference}); name '

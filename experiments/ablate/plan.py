@@ -255,16 +255,14 @@ def described(plan: Plan) -> dict:
 
   The pairs are none of it: a folder may get more.
   """
-  configs = {
-    size: {arm: dataclasses.asdict(r.config) for arm, r in recipes.items()}
-    for size, recipes in plan.recipes.items()
-  }
-  steps = {
-    size: next(iter(recipes.values())).config.run.steps
-    for size, recipes in plan.recipes.items()
-  }
+  first, configs, steps = plan.arms[0], {}, {}
+  for size, recipes in plan.recipes.items():
+    steps[size] = recipes[first].config.run.steps
+    for arm, recipe in recipes.items():
+      configs[f'{size}.{arm}'] = dataclasses.asdict(recipe.config)
   return {
     'name': plan.name,
+    'reference': first,
     'equal': plan.equal,
     'seconds': plan.seconds,
     'points': plan.points,

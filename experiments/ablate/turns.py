@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mla_moe.config import Config, OptimConfig
+from mla_moe.config import Config, ConfigError, OptimConfig
 from mla_moe.train import optim
 from mla_moe.types import Batch
 
@@ -194,13 +194,23 @@ def pair(
   """Trains the arms of one seed in turns, each from where it stopped.
 
   Finished runs have a row in the folder, and are not trained again.
+
+  Raises:
+    ConfigError: one of them has another number of steps.
   """
-  rows = folder.results(path)
-  done = {(r['arm'], r['seed']) for r in rows if r['size'] == size}
+  rows = [r for r in folder.results(path) if r['size'] == size]
+  done = {r['arm']: r['curve'][-1]['step'] for r in rows if r['seed'] == seed}
+  for arm in done.keys() & recipes.keys():
+    steps = recipes[arm].config.run.steps
+    if done[arm] != steps:
+      raise ConfigError(
+        f'{path}: the run of {arm} at {size} has {done[arm]} steps, and the '
+        f'budget pays for {steps}; name another --workdir'
+      )
   runs = {
     arm: _begin(path, size, arm, recipe, seed, words)
     for arm, recipe in recipes.items()
-    if (arm, seed) not in done
+    if arm not in done
   }
   for turn in range(1, points + 1):
     for arm in ordered(runs, turn):
@@ -242,8 +252,13 @@ def _begin(path, size, arm, recipe, seed, words) -> Run:
 # ------------------------------------------------------------------------ clock
 
 
-def seconds_of_step(recipes: dict[str, Recipe], words: Text) -> dict:
-  """Returns the seconds of a step of each arm, measured in turns."""
+def seconds_of_step(
+  recipes: dict[str, Recipe], words: Text, known: dict[str, float]
+) -> dict:
+  """Returns the seconds of a step of each arm, measured in turns.
+
+  Those that are `known` stay, and others are on the scale of the reference's.
+  """
   first = next(iter(recipes))
   steppers = {arm: _stepper(r, words) for arm, r in recipes.items()}
   began = time.perf_counter()
@@ -254,7 +269,9 @@ def seconds_of_step(recipes: dict[str, Recipe], words: Text) -> dict:
   for turn in range(_ROUNDS):
     times = {arm: steppers[arm](count) for arm in ordered(recipes, turn)}
     rounds.append(times)
-  return relative(rounds[1:], first)
+  seconds = relative(rounds[1:], first)
+  scale = known.get(first, seconds[first]) / seconds[first]
+  return {arm: scale * seconds[arm] for arm in seconds} | known
 
 
 def relative(rounds: list[dict[str, float]], first: str) -> dict[str, float]:

@@ -6,9 +6,11 @@ instead of a network: a pair takes milliseconds.
 
 import dataclasses
 import functools
+import itertools
 import math
 import pathlib
 import re
+import types
 
 import chex
 import flax.struct
@@ -324,15 +326,23 @@ def test_a_budget_pays_for_as_many_steps(make):
 def test_equal_seconds_are_measured_and_stay(
   tmp_path, make, no_pictures, monkeypatch
 ):
-  monkeypatch.setattr(turns, '_ROUNDS', 3)
-  monkeypatch.setattr(turns, '_ROUND_SECONDS', 1e-9)  # a step a round
-  made = make('seconds', seconds=0.1, one=same, fast=fast)
-  run(tmp_path, made)
-  speeds = folder.speeds(tmp_path)
-  assert all(seconds > 0 for seconds in speeds['d16'].values())
-  steps = {r['arm']: r['curve'][-1]['step'] for r in folder.results(tmp_path)}
-  for arm, seconds in speeds['d16'].items():
-    assert steps[arm] == round(0.1 / seconds)
+  """By a clock that goes on by 10 ms whenever it is read."""
+  ticks = itertools.count()
+  clock = types.SimpleNamespace(perf_counter=lambda: 0.01 * next(ticks))
+  monkeypatch.setattr(turns, 'time', clock)
+  monkeypatch.setattr(turns, '_ROUND_SECONDS', 0.01)  # a step a round
+  run(tmp_path, make('seconds', seconds=0.08, one=same, fast=fast))
+  speeds = folder.speeds(tmp_path)['d16']
+  chex.assert_trees_all_close(speeds, {'one': 0.01, 'fast': 0.01})
+  last = [row['curve'][-1] for row in folder.results(tmp_path)]
+  assert {point['step'] for point in last} == {8}
+  chex.assert_trees_all_close(last[0]['seconds'], 4 * 0.01)  # chunks
+  # An arm more is timed beside the reference, whose seconds stay.
+  folder.add_speeds(tmp_path, 'd16', {'one': 0.02})
+  with pytest.raises(c.ConfigError, match='of one at d16 has 8 steps, and the'):
+    run(tmp_path, make('seconds', seconds=0.08, one=same, two=same))
+  after = folder.speeds(tmp_path)['d16']
+  chex.assert_trees_all_close(after, {'one': 0.02, 'two': 0.02})
 
 
 # ------------------------------------------------------------------- refusals
@@ -371,7 +381,10 @@ def test_wrong_requests_are_one_line(call, tmp_path):
 
 def test_a_folder_has_one_ablation(tmp_path, make):
   folder.bind(tmp_path, make(one=same, fast=fast))
+  folder.bind(tmp_path, make(one=same, two=same, sizes=(16, 32)))  # is added
   folder.bind(tmp_path, make(one=same, fast=fast))
+  with pytest.raises(c.ConfigError, match='reference is two, there one'):
+    folder.bind(tmp_path, make(two=same, one=same))
   with pytest.raises(c.ConfigError, match='equal is flops, there tokens'):
     folder.bind(tmp_path, make('flops', one=same, fast=fast))
   with pytest.raises(c.ConfigError, match='steps.d16 is 24, there 20'):

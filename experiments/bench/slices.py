@@ -45,7 +45,7 @@ PROGRAMS = (
   Program('deepseek_v3', 'v5p:4x8x8', 'fsdp=16,expert=16'),
   Program('deepseek_v3', 'v5p:4x8x8', 'fsdp=8,expert=16,tensor=2'),
   Program('deepseek_v3', 'tpu7x:4x4x8', 'fsdp=16,expert=8,tensor=2'),
-  Program('deepseek_v3', 'v6e:16x16*4', 'fsdp=16,expert=16,tensor=4'),
+  Program('deepseek_v3', 'v6e:16x16*4', 'fsdp=32,expert=4,tensor=8'),
 )
 CONFIGS = {
   'deepseek_v2': deepseek_v2,

@@ -107,7 +107,8 @@ def refusal(text: str, slice_: chips.Slice) -> str:
     return _too_large(slice_, full[1], full[2])
   if 'lockfile' in text or 'already in use' in text:
     return '--compile: another process is using libtpu; wait for it'
-  last = [line for line in text.splitlines() if 'Error' in line] or ['?']
+  lines = text.splitlines()
+  last = [line for line in lines if 'Error' in line] or lines[-1:] or ['?']
   package = compiler(slice_)
   return f'--compile: {package} failed for {slice_}: {last[-1].strip()}'
 

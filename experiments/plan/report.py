@@ -79,7 +79,7 @@ def show(plan, bill, utilisation: float, start: MeshConfig) -> None:
   moment = _MOMENTS[plan.footprint.rollout > plan.footprint.update]
   moment = f'in {moment}, the fuller one' if plan.footprint.rollout else ''
   table.add_row('all', _gib(total), f'{total / chip.usable:.1%}', moment)
-  free = f'of which a plan leaves {chip.margin:.0%} free'
+  free = f'of which a plan leaves {plan.slice.margin:.0%} free'
   table.add_row('there is', _gib(chip.usable), '', free)
   console.print(table)
   table = _table('A step', ('', ''))

@@ -35,7 +35,7 @@ class Plan:
 
   @property
   def fits(self) -> bool:
-    return self.footprint.total <= self.slice.chip.planned
+    return self.footprint.total <= self.slice.planned
 
 
 def mesh_of(text: str, start: MeshConfig = MeshConfig()) -> MeshConfig:
@@ -108,7 +108,7 @@ def best_on(config: Config, slice_: chips.Slice, layout: PyTree) -> Plan | None:
     # No mesh holds less than an even part of the state.
     shards = mesh.fsdp * mesh.expert * mesh.tensor
     shards *= mesh.data if mesh.states == 'zero1' else 1
-    if state > shards * slice_.chip.planned:
+    if state > shards * slice_.planned:
       continue
     on_mesh = _on_mesh(config, mesh, slice_)
     if on_mesh is None:
@@ -147,7 +147,7 @@ def refuse_if_too_large(plan: Plan, layout: PyTree) -> None:
   raise ConfigError(
     f'--topology={plan.slice} --mesh={mesh_text(plan.config.mesh)}: a device '
     f'needs {gib(plan.footprint.total)} ({most}) and has '
-    f'{gib(plan.slice.chip.usable)}, {plan.slice.chip.margin:.0%} of it kept '
+    f'{gib(plan.slice.chip.usable)}, {plan.slice.margin:.0%} of it kept '
     f'free; {hint}'
   )
 

@@ -239,6 +239,16 @@ def test_a_plan_has_an_exchange_that_its_slice_has():
       assert sharding.ragged_exchange() == slice_.ragged, topology
 
 
+def test_several_slices_leave_more_memory_free():
+  one, four = (chips.parse(f'v6e:16x16{n}') for n in ('', '*4'))
+  assert one.planned == one.chip.planned > four.planned
+  usable = (1 - four.margin) * four.chip.usable
+  full = memory.Footprint(*(0,) * len(dataclasses.fields(memory.Footprint)))
+  full = dataclasses.replace(full, parameters=usable + 1)
+  fits = [search.Plan(LITE, s, full).fits for s in (one, four)]
+  assert fits == [True, False]
+
+
 def test_long_sequences_are_split_over_context():
   """Eight rows, and eight devices along tensor, are 64 devices of 256."""
   sizes = dict(seq_len=65536, batch_size=8, micro_batch=8)

@@ -1,6 +1,7 @@
 """Fake devices, strict jax, checked annotations, before the first import."""
 
 import atexit
+import ctypes
 import gc
 import importlib.metadata
 import os
@@ -107,27 +108,40 @@ def pytest_collection_finish():
 
 
 # Each compiled program is a handful of memory mappings; Linux allows a process
-# 65,530 of them, and the one that asks for more aborts in the compiler.
+# 65,530 of them, and the one that asks for more aborts in the compiler. And a
+# worker that keeps all programs has 7 GB when it ends.
 _MAPPINGS = 20_000
+_PAGES = 2 << 18  # of 4 KiB: 2 GiB
+
+
+def _is_full():
+  process = pathlib.Path('/proc/self')
+  if not process.exists():
+    return True
+  pages = int((process / 'statm').read_text().split()[1])
+  mappings = (process / 'maps').read_bytes().count(b'\n')
+  return pages > _PAGES or mappings > _MAPPINGS
 
 
 @pytest.fixture(scope='module', autouse=True)
 def _forget_programs():
   """Frees each file's compiled programs behind it, and its style of pictures.
 
-  jax's own small ones, of sums and casts, stay for the next file while mappings
-  are few. A test may have traced one of ours with a function replaced.
+  jax's own small ones, of sums and casts, stay for the next file while memory
+  and mappings are few. A test may have traced one of ours with a function
+  replaced.
   """
   yield
   jax.config.update('jax_persistent_cache_min_compile_time_secs', _SECONDS)
-  maps = pathlib.Path('/proc/self/maps')
-  if not maps.exists() or maps.read_bytes().count(b'\n') > _MAPPINGS:
-    jax.clear_caches()
-    gc.collect()
   for name, module in list(sys.modules.items()):
     if name.split('.')[0] in ('mla_moe', 'experiments'):
       for value in list(vars(module).values()):
         for clear in ('clear_cache', 'cache_clear'):  # of jit, of functools
           getattr(value, clear, lambda: None)()
+  if _is_full():
+    jax.clear_caches()
+    gc.collect()
+    # What is free goes back to the system, which glibc else keeps.
+    getattr(ctypes.CDLL(None), 'malloc_trim', lambda size: None)(0)
   if 'matplotlib' in sys.modules:
     sys.modules['matplotlib'].rcdefaults()

@@ -64,12 +64,14 @@ def collectives(
       if kind == 'all-reduce' and scattered:
         kind = 'reduce-scatter'
       key = _chain(line) or (name, line)
-      one = (times[name], times[name] * size, _axis(group, axes, sizes), kind)
-      operations[key] = max(operations.get(key, one), one)
+      turns, most, *_ = operations.get(key, (times[name], size))
+      # A chain may go on in a loop; it is no other transfer in each turn.
+      both = min(turns, times[name]), max(most, size)
+      operations[key] = *both, _axis(group, axes, sizes), kind
   rows = collections.defaultdict(lambda: [0, 0.0])
   for turns, size, axis, kind in operations.values():
     rows[axis, kind][0] += turns
-    rows[axis, kind][1] += size
+    rows[axis, kind][1] += turns * size
   return [
     {'axis': axis, 'kind': kind, 'count': count, 'bytes': size}
     for (axis, kind), (count, size) in sorted(rows.items())

@@ -138,8 +138,8 @@ def _walk(program: _Program, name: str, turns: int, rows, chains) -> None:
       transfers = [t for other in inside for t in program.transfers(other)]
     for kind, chain in transfers:
       if chain:
-        before = chains.get((kind, chain), (0, False))
-        both = max(before[0], turns), before[1] or is_work
+        before = chains.get((kind, chain), (turns, False))
+        both = min(before[0], turns), before[1] or is_work
         chains[kind, chain] = both
       elif operation.endswith('-start'):
         started[label] = [kind, False]

@@ -192,16 +192,26 @@ SCHEDULED = """
   ROOT %t = (s32[], bf16[8,8]{1,0}) tuple(%i, %copied)
 }
 
+%more (p: pred[]) -> pred[] {
+  ROOT %p = pred[] parameter(0)
+}
+
+%blocks (x: bf16[8,8]) -> bf16[8,8] {
+  %x = bf16[8,8]{1,0} parameter(0)
+  %mid = (bf16[8,8], bf16[32,8]) fusion(%x), kind=kCustom, calls=%chain_middle
+  ROOT %y = bf16[8,8]{1,0} get-tuple-element(%mid), index=0
+}
+
 ENTRY %main (x: bf16[8,8]) -> bf16[8,8] {
   %x = bf16[8,8]{1,0} parameter(0)
   %loop = (s32[], bf16[8,8]) while(%x), condition=%cond, body=%body
   %begin = bf16[32,8]{1,0} fusion(%x), kind=kCustom, calls=%chain_start
-  %mid = (bf16[8,8], bf16[32,8]) fusion(%x), kind=kCustom, calls=%chain_middle
+  %mid = bf16[8,8]{1,0} while(%x), condition=%more, body=%blocks
   %sent = ((bf16[8,8]), bf16[8,8]) async-start(%x), calls=%moved
   %kernel = bf16[8,8] custom-call(%x), custom_call_target="tpu_custom_call"
   %given = ((bf16[8,8]), bf16[8,8]) async-update(%sent, %x)
   KERNEL
-  %back = bf16[8,8]{1,0} async-done(%given), calls=%moved
+  %back = bf16[8,8]{1,0} async-done(%given)
   ROOT %sum = bf16[2,8] fusion(%x), calls=%summed.all-reduce-scatter
 }
 """.replace('CHAIN', 'frontend_attributes={chain_id="23"}')
@@ -211,11 +221,16 @@ def test_a_transfer_is_beside_the_products_between_its_start_and_its_end():
   """As libtpu writes it: a pair of lines, a chain of fusions, a sparse core.
 
   A sparse core's transfer begins at its update; work before it is not beside.
+  A chain is one transfer, though it goes on in a loop of many turns.
   """
   kernel = '%late = bf16[8] custom-call(), custom_call_target="tpu_custom_call"'
   for work, state in ((kernel, 'beside'), ('', 'idle')):
     text = SCHEDULED.replace('KERNEL', work)
-    rows = {row.pop('kind'): row for row in overlap.overlap(text)}
+    rows = {row.pop('kind'): row for row in overlap.overlap(text, unknown=7)}
+    counted = hlo.collectives(text, AXES, SIZES, unknown=7)
+    for kind, row in rows.items():
+      same = [one['count'] for one in counted if one['kind'] == kind]
+      assert same == [sum(row.values())], kind
     assert rows.pop('all-gather') == {'beside': 3 + 1, 'idle': 3, 'sync': 3}
     assert rows.pop('reduce-scatter') == {'beside': 0, 'idle': 0, 'sync': 1}
     ragged = rows.pop('ragged-all-to-all')

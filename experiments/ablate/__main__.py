@@ -43,7 +43,7 @@ def flags(words: list[str]) -> argparse.Namespace:
   add('--seed', type=int, default=0, help='the first of the seeds')
   add('--equal', default='', help='steps, tokens, flops or seconds')
   add('--sizes', default='', help='some of the sizes, joined by commas')
-  add('--arms', default='', help='some of the arms; the first one is compared')
+  add('--arms', default='', help='some of the arms; the first is the reference')
   add('--steps', type=int, default=0, help="of the reference; 0: its config's")
   add('--seconds', type=float, default=0.0, help='budget of --equal=seconds')
   add(
@@ -99,6 +99,8 @@ def run(path, plan: plans.Plan, args: argparse.Namespace) -> None:
   from ..training import starts
   from . import folder, outcome, report, turns
 
+  if args.table and not folder.results(path):
+    raise ConfigError(f'--table: {path} has no finished run')
   folder.bind(path, plan)
   if args.smoke:
     jax.config.update('jax_disable_most_optimizations', True)
@@ -123,7 +125,7 @@ def run(path, plan: plans.Plan, args: argparse.Namespace) -> None:
       if not args.table:
         turns.pair(path, size, paid[size], seed, plan.points, texts[key])
   if not paid:
-    raise ConfigError(f'--table: no size of {path} was begun')
+    raise ConfigError(f'--table: {path} has no run of these sizes')
   comparisons = outcome.compared(
     folder.results(path), list(paid), plan.arms, plan.equal
   )

@@ -178,12 +178,12 @@ def _recipe(value: Config | Recipe) -> Recipe:
 
 
 def _some(flag: str, words: str, values: dict) -> dict:
-  """Returns the entries that `words` name, joined there by commas; '': all."""
+  """Returns the entries that `words` name, in that order; '': all."""
   chosen = words.split(',') if words else list(values)
   for word in chosen:
     if word not in values:
       raise ConfigError(f'{flag}={word}: there is only {", ".join(values)}')
-  return {word: values[word] for word in values if word in chosen}
+  return {word: values[word] for word in chosen}
 
 
 def _compare(size: str, recipes: dict[str, Recipe], equal: str) -> None:

@@ -371,6 +371,7 @@ def test_wrong_requests_are_one_line(call, tmp_path):
     (['--name=moe', '--arms=mo'], '--arms=mo: there is only dense, dense_low,'),
     (['--name=moe', '--sizes=xl'], '--sizes=xl: there is only s, m, l'),
     (['--name=moe', '--equal=luck'], '--equal=luck: there is only steps'),
+    (['--name=moe', '--table'], '/run has no finished run'),
     (['--name=moe', '--steps=3'], '--points=10: size s has 3 steps'),
     (['--name=scoring', '--seconds=3'], 'is a budget of --equal=seconds'),
   ):

@@ -89,7 +89,12 @@ def main() -> None:
     )
     path = cli.path('--workdir', args.workdir or f'runs/ablate-{plan.name}')
     with workdir.lock(path, lambda folder: (folder / 'ablation.json').exists()):
-      run(path.resolve(), plan, args)
+      try:
+        run(path.resolve(), plan, args)
+      except OSError as error:
+        if error.errno not in workdir.DISK:
+          raise
+        raise cli.Stopped(workdir.trouble(path, error)) from error
 
 
 def run(path, plan: plans.Plan, args: argparse.Namespace) -> None:

@@ -53,7 +53,7 @@ class Comparison(NamedTuple):
 
 def verdict(changes: Sequence[float], diverged: int = 0) -> str:
   """Returns the words for relative differences, one of each pair."""
-  end = f'; {diverged} pairs diverged' if diverged else ''
+  end = f'; {diverged} diverged' if diverged else ''
   if not len(changes):
     return f'no pair is finished{end}'
   if not np.any(changes):

@@ -101,9 +101,29 @@ def test_verdicts_are_words():
   assert outcome.verdict([0.010, 0.012, 0.011]) == 'worse by 1.10%'
   assert outcome.verdict([0.0, 0.0]) == 'the same to the last digit'
   assert outcome.verdict([0.01]) == 'one pair has no interval'
-  assert outcome.verdict([], 2) == 'no pair is finished; 2 pairs diverged'
+  assert outcome.verdict([], 2) == 'no pair is finished; 2 diverged'
   text = outcome.verdict([0.01, -0.02, 0.002])
   assert text.startswith('cannot be told from 3 pairs; about 269')
+
+
+@pytest.mark.parametrize('lost', [math.nan, None])
+def test_a_pair_that_diverged_is_left_out_and_counted(lost):
+  row = lambda arm, seed, bits: {
+    'size': 's',
+    'arm': arm,
+    'seed': seed,
+    'curve': [{'tokens': n, 'bits': b, 'seconds': 1.0} for n, b in bits],
+  }
+  falls = lambda last: [(1, 3.0), (2, last)]
+  rows = [row('a', seed, falls(2.0)) for seed in range(4)]
+  rows += [row('b', seed, falls(1.0 + 0.1 * seed)) for seed in range(2)]
+  rows += [row('b', 2, falls(lost))]
+  (got,) = outcome.compared(rows, ['s'], ['a', 'b'], 'tokens')
+  chex.assert_trees_all_close(got.changes, [-0.5, -0.45])
+  assert got.diverged == 1
+  assert got.verdict == 'better by 47.50%; 1 diverged'
+  (alone,) = outcome.compared(rows[:4] + rows[6:], ['s'], ['a', 'b'], 'tokens')
+  assert alone.verdict == 'no pair is finished; 1 diverged'
 
 
 def curve(offset, factor=1.0, last=256):

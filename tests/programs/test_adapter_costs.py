@@ -77,6 +77,7 @@ def holds_codes_and_a_layer(config, devices):
   assert scratch < 1.5 * layer < width * counts.routed / 3
 
 
+@pytest.mark.slow
 def test_a_step_holds_codes_and_no_second_layer_of_floats():
   holds_codes_and_a_layer(adapted(), jax.devices()[:1])
 

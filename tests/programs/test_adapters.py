@@ -18,14 +18,13 @@ import shallow
 from flax import linen as nn
 
 from configs import lora as lora_recipes
-from configs import r1_tiny, tiny
+from configs import tiny
 from experiments import convert, train, workdir
 from experiments.adapters import base as frozen_base
 from experiments.adapters import codes, lora, peft_files
 from experiments.adapters.frozen import Frozen
 from experiments.adapters.load import load_base
 from experiments.checkpointing import load, store
-from experiments.rl import grading, policy
 from experiments.training import program, warm_start
 from mla_moe import (
   Transformer,
@@ -586,49 +585,3 @@ def test_a_run_resumes_refuses_and_merges(tmp_path, no_pictures):
   assert again.lora == named
   assert lora.targets(again) == lora.targets(own)
   chex.assert_trees_all_equal(params, jax.device_get(states[0].params))
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings('default')
-def test_reinforcement_draws_by_the_adapters_that_it_trains(
-  tmp_path, monkeypatch
-):
-  """Rollouts and updates are one policy, and so is the merged release."""
-
-  def variety(self, item, text, is_cut):
-    reward = float(len(set(text)) % 3)
-    return grading.Graded(reward, {'accuracy': reward}, '')
-
-  monkeypatch.setattr(grading.Grader, '_one', variety)
-  config = freeze(r1_tiny.get_config('smoke'))
-  change = dataclasses.replace
-  plain = change(
-    config.model, dim=32, dense_width=32, layers=2, precision='bf16'
-  )
-  init = jax.jit(Transformer(plain).init)(jax.random.key(0), TOKENS)
-  save_huggingface(tmp_path / 'base', plain, nn.unbox(init))
-  sizes = dict(steps=2, save_every=2, eval_every=0, sample_every=0)
-  config = change(
-    config,
-    model=change(plain, base='int8', lora=LoRAConfig(rank=2)),
-    run=change(config.run, base=str(tmp_path / 'base'), **sizes),
-    optim=change(config.optim, learning_rate=0.03, warmup_steps=0),
-    rl=change(config.rl, beta=0.0, temperature=0.7),
-  )
-  train.run(config, tmp_path / 'run', open_source=policy.opened())
-  rows = workdir.rows(tmp_path / 'run' / 'metrics.jsonl')
-  rows = [row for row in rows if 'reward' in row]
-  assert [row['step'] for row in rows] == [1, 2]
-  # The second rollout is of adapters that the first update moved.
-  assert all(0 < row['mismatch_max'] < 1e-4 for row in rows)
-  _, adapted = load.load_run(tmp_path / 'run')
-  moved = [w.b for w in leaves(adapted['params']) if is_frozen(w)]
-  moved = [jnp.abs(b).max() for b in moved if b is not None]
-  assert len(moved) >= 7 and max(moved) > 0.01
-  convert.to_huggingface(tmp_path / 'run', tmp_path / 'merged', merge=True)
-  model, merged = load_huggingface(tmp_path / 'merged')
-  prompt = np.asarray(TOKENS)
-  ours = rollout(config.model, adapted, prompt, 4, temperature=0.0)
-  theirs = rollout(model, merged, prompt, 4, temperature=0.0)
-  np.testing.assert_array_equal(ours.tokens, theirs.tokens)
-  np.testing.assert_allclose(ours.log_probs, theirs.log_probs, atol=2e-4)

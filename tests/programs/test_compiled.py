@@ -5,15 +5,17 @@ import functools
 import re
 import types
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 
-from configs import small, tiny
+from configs import r1_tiny, small, tiny
 from experiments.data import batches
 from experiments.plan import compiled, hlo, traffic
+from experiments.rl import episodes
 from experiments.training import preparation, steps
 from experiments.training import program as training
 from mla_moe import sharding
@@ -119,6 +121,25 @@ def test_the_plan_compiles_the_program_of_a_run(states):
     args = [preparation.Setup.place(setup, x) for x in args]
     text = run.lower(training.shapes(config, mesh), *args).as_text()
   assert lowered.as_text() == text
+
+
+@pytest.mark.parametrize('replay', ['compare', 'none'])
+def test_an_update_s_abstract_batch_is_like_a_packed_one(replay, monkeypatch):
+  monkeypatch.setattr(training, 'shapes', lambda *_: None)  # of the state
+  config = freeze(r1_tiny.get_config('zero'))
+  rl = dataclasses.replace(config.rl, replay=replay)
+  data = dataclasses.replace(config.data, batch_size=4, micro_batch=2)
+  config = dataclasses.replace(config, rl=rl, data=data)
+  mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+  _, batch, _ = training.abstract_inputs(config, mesh)
+  model, floats = config.model, np.zeros(2, np.float32)
+  routes = None
+  if replay == 'compare':
+    routes = np.zeros((3, model.moe_layers, model.moe.top_k), np.int16)
+  tokens = np.ones((2, 2), np.int32)
+  answer = episodes.Answer(*tokens, floats, 1.0, 1.0, routes)
+  packed = episodes.pack([answer] * 4, data.seq_len, data.micro_batch)
+  chex.assert_trees_all_equal_shapes_and_dtypes(batch, packed)
 
 
 @pytest.mark.slow

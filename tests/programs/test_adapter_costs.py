@@ -82,20 +82,6 @@ def test_a_step_holds_codes_and_no_second_layer_of_floats():
   holds_codes_and_a_layer(adapted(), jax.devices()[:1])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-  'topology, package', [('v5e:1x1', 'libtpu'), ('h100:1', 'jax_cuda13_plugin')]
-)
-def test_so_does_a_program_for(topology, package, monkeypatch):
-  """Of the codes at work a TPU has floats a layer, a GPU an expert."""
-  pytest.importorskip(package, reason='needs the compiler of another device')
-  monkeypatch.setenv('TPU_SKIP_MDS_QUERY', '1')
-  monkeypatch.setenv('TPU_WORKER_HOSTNAMES', 'localhost')
-  devices = compiled.describe(chips.parse(topology)).devices[:1]
-  config = adapted(512, 512, 128, 'bfloat16')
-  holds_codes_and_a_layer(config, devices)
-
-
 LITE = freeze(recipes.get_config('lite_l4'))
 
 

@@ -149,7 +149,18 @@ def test_only_notebooks_that_are_there_are_built():
 # Fewer steps, and runs of one's own: each cell is computed, in seconds. A loss
 # balances too slowly for them; of all steps the .ipynb has the outcome.
 FEWER = {
+  '2_routing': {
+    'STEPS = 150': 'STEPS = 40',
+    'SEEDS = 3': 'SEEDS = 1',
+    'assert vio == sorted(vio)': 'assert vio[0] < vio[2], vio',
+  },
   '3_fp8': {'STEPS = 80': 'STEPS = 24'},
+  '4_train_and_speculate': {
+    'steps=160,': 'steps=16,',
+    'eval_every=80,': 'eval_every=16,',
+    'save_every=160,': 'save_every=16,',
+    "Path('runs/notebook')": "Path('{folder}')",
+  },
   '6_r1_zero': {
     "'sort8', seed=0, cold=100, steps=80": "'sort3', seed=0, cold=40, steps=12",
     "Path('runs/notebook_r1')": "Path('{folder}')",

@@ -45,6 +45,8 @@ pytestmark = pytest.mark.filterwarnings('ignore:the load_module')
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 6
+# A rollout and its two updates, where no more is looked at.
+TWO = {'steps': 2, 'eval_every': 0, 'sample_every': 0}
 
 
 def small(run=None, data=None, optim=None, model=None, mesh=None, **rl):
@@ -414,21 +416,14 @@ def test_a_policy_without_finite_logits_ends_in_a_line(capsys):
 
 
 @pytest.mark.slow
-def test_the_split_into_micro_batches_changes_nothing(whole, tmp_path):
-  config = small(data={'micro_batch': 2}, run={'steps': 2})
-  train.run(config, tmp_path / 'run', open_source=policy.opened())
-  for one, two in zip(steps(whole), steps(tmp_path / 'run'), strict=False):
-    assert one['reward'] == two['reward']
-    for name in ('loss', 'grad_norm', 'kl', 'kl_old', 'ratio_max'):
-      chex.assert_trees_all_close(one[name], two[name], rtol=1e-4, atol=1e-7)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize('replay', ['compare', 'train'])
 def test_a_prompt_that_answers_share_changes_nothing(replay, whole, tmp_path):
-  """Each column has the same history, so only the columns are fewer."""
+  """Each column has the same history, so only the columns are fewer.
+
+  Nor does the split of an update's two rows into micro-batches of one.
+  """
   data = {'seq_len': 40, 'micro_batch': 1}
-  config = small(prompt='shared', replay=replay, data=data, run={'steps': 2})
+  config = small(prompt='shared', replay=replay, data=data, run=TWO)
   train.run(config, tmp_path / 'run', open_source=policy.opened())
   # After an update, replayed routes are no longer the router's own.
   same = steps(whole)[: 1 if replay == 'train' else 2]
@@ -443,10 +438,10 @@ def test_a_prompt_that_answers_share_changes_nothing(replay, whole, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('replay', ['none', 'rollout', 'train'])
+@pytest.mark.parametrize('replay', ['none', 'rollout'])
 def test_routes_without_a_flip_change_nothing(replay, whole, tmp_path):
   """In float32 two programs choose alike, so that all modes are one."""
-  config = small(replay=replay, run={'steps': 2})
+  config = small(replay=replay, run=TWO)
   train.run(config, tmp_path / 'run', open_source=policy.opened())
   first, second = steps(tmp_path / 'run')
   assert (first.get('route_flips') is None) == (replay == 'none')
@@ -464,11 +459,12 @@ def test_equal_rewards_and_no_reference_move_nothing(tmp_path, monkeypatch):
   monkeypatch.setattr(
     Fake, '_one', lambda *_: grading.Graded(1.0, {'accuracy': 1.0}, '')
   )
-  config = small(beta=0.0, run={'steps': 2})
+  config = small(beta=0.0, run=TWO)
   train.run(config, tmp_path, open_source=policy.opened())
   assert [row['grad_norm'] for row in steps(tmp_path)] == [0.0, 0.0]
   assert steps(tmp_path)[0]['zero_right'] == 1.0
-  fresh = init_state(jax.random.key(config.run.seed), config)
+  key = jax.random.key(config.run.seed)
+  fresh = init_state(key, program.of_state(config))  # as the run compiled it
   _, variables = load_run(tmp_path)
   chex.assert_trees_all_equal(variables['params'], fresh.params)
 
@@ -525,15 +521,13 @@ def test_answers_drawn_in_parts_are_the_same(whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('drafts', [False, True])
-def test_the_scheduler_draws_the_answers_of_a_rollout(drafts):
-  """And their routes; with few rows, and for one policy after the other."""
-  mtp = c.MTPConfig(depth=int(drafts))
+def test_the_scheduler_draws_the_answers_of_a_rollout():
+  """With drafts, and their routes; of few rows, one policy after the other."""
   config = small(
-    model={'mtp': mtp, 'vocab': 260},
+    model={'mtp': c.MTPConfig(1), 'vocab': 260},
     rows=4,
     engine='scheduler',
-    speculative=drafts,
+    speculative=True,
   )
   draw = engine.drawing(config)
   other = engine.drawing(
@@ -552,17 +546,20 @@ def test_the_scheduler_draws_the_answers_of_a_rollout(drafts):
     chex.assert_trees_all_equal(one.routes, two.routes)
     chex.assert_trees_all_close(one.log_probs, two.log_probs, atol=1e-5)
     assert one.drafts == two.drafts
-    assert (one.drafts[1] > 0) <= drafts
+    assert one.drafts[0] > 0
 
 
 @pytest.mark.slow
 def test_a_run_by_the_scheduler_is_that_by_rollouts(whole, tmp_path):
-  folder, config = tmp_path / 'run', small(engine='scheduler')
+  """Of few rows and without drafts; the second rollout, once more, too."""
+  run = TWO | {'steps': 4}
+  folder, config = tmp_path / 'run', small(engine='scheduler', rows=4, run=run)
   train.run(config, folder, open_source=policy.opened())
-  assert rows(folder, 'rewards') == rows(whole, 'rewards')
+  assert rows(folder, 'rewards') == rows(whole, 'rewards')[:2]
+  flips = [row['route_flips'] for row in steps(folder)]
+  assert flips == [row['route_flips'] for row in steps(whole)][:4]
   prints = rows(folder, 'fingerprints')
-  for step in (4, 6):
-    shutil.rmtree(folder / 'checkpoints' / str(step))
+  shutil.rmtree(folder / 'checkpoints' / '4')
   train.run(config, folder, open_source=policy.opened())
   assert rows(folder, 'fingerprints') == prints
 
@@ -570,37 +567,55 @@ def test_a_run_by_the_scheduler_is_that_by_rollouts(whole, tmp_path):
 @pytest.mark.slow
 def test_the_policy_itself_teaches_nothing(whole, tmp_path):
   """Two updates by a teacher that is the policy: the gradient is 0."""
-  config = small(beta=0.0, teachers=((str(whole), 1.0),), run={'steps': 2})
+  config = small(beta=0.0, teachers=((str(whole), 1.0),), run=TWO)
   options = train.Options(init=str(whole))
   train.run(config, tmp_path / 'run', options, policy.opened())
   for row in steps(tmp_path / 'run'):
     assert row['grad_norm'] == row['teacher_kl'] == 0
 
 
-@pytest.mark.slow
-def test_a_pupil_approaches_its_teacher(tmp_path):
-  """From nothing to one that writes digits: most bytes are mistakes."""
-  r1_program.write_examples(
-    tmp_path / 'cold.jsonl', r1_program.examples('sort3', 0, 40)
-  )
-  cold = r1_program._config(
-    'cold', '--config.run.steps=40', '--config.run.save_every=40',
-    f'--config.data.source={tmp_path / "cold.jsonl"}',
-  )  # fmt: skip
-  teacher = tmp_path / 'teacher'
-  train.run(cold, teacher, open_source=example_source.opened())
-  config = small(
+def learner(**rl):
+  """Of 24 updates by 64 answers each, from nothing; a program for all."""
+  return small(
     beta=0.0,
     temperature=1.0,
     prompts=16,
-    teachers=((str(teacher), 1.0),),
     data={'batch_size': 32},
     optim={'learning_rate': 3e-3},
-    run={'steps': 60, 'save_every': 60, 'eval_every': 60},
+    run=TWO | {'steps': 24, 'save_every': 24},
+    **rl,
   )
+
+
+@pytest.mark.slow
+def test_a_pupil_approaches_its_teacher(tmp_path):
+  """Of another shape, one that writes digits: most bytes are mistakes."""
+  items = r1_program.examples('sort3', 0, 40)
+  r1_program.write_examples(tmp_path / 'cold.jsonl', items)
+  words = dict(steps=40, save_every=40, eval_every=0, sample_every=0)
+  words = {f'run.{name}': value for name, value in words.items()}
+  words |= {'model.dim': 32, 'model.layers': 1, 'model.dense_layers': 0}
+  words |= {'data.source': tmp_path / 'cold.jsonl'}
+  cold = r1_program._config(
+    'cold', *(f'--config.{name}={value}' for name, value in words.items())
+  )
+  teacher = tmp_path / 'teacher'
+  train.run(cold, teacher, open_source=example_source.opened())
+  config = learner(teachers=((str(teacher), 1.0),))
   train.run(config, tmp_path / 'pupil', open_source=policy.opened())
   kl = [row['teacher_kl'] for row in steps(tmp_path / 'pupil')]
-  assert np.mean(kl[-4:]) < 0.5 * np.mean(kl[:4]), kl
+  assert np.mean(kl[-4:]) < 0.8 * np.mean(kl[:4]), kl
+
+
+@pytest.mark.slow
+def test_a_small_model_learns_from_rewards(tmp_path, monkeypatch):
+  """A quarter of its bytes are below '@' at first, and more at the end."""
+  monkeypatch.undo()
+  below = lambda _, text: sum(x < '@' for x in text) / max(len(text), 1)
+  source = policy.opened(rewards={'below': below})
+  train.run(learner(rewards=(('below', 1.0),)), tmp_path, open_source=source)
+  rewards = [row['reward'] for row in steps(tmp_path)]
+  assert np.mean(rewards[-4:]) >= np.mean(rewards[:4]) + 0.1, rewards
 
 
 def test_teachers_share_the_weight():
@@ -629,9 +644,7 @@ def test_a_teacher_teaches_the_questions_of_its_kind(whole, tmp_path):
   teachers = [(str(whole), 1.0, kind) for kind in 'xy']
   ends = []
   for name, chosen in (('both', teachers), ('one', teachers[:1])):
-    config = small(
-      task=str(task), beta=0.0, teachers=tuple(chosen), run={'steps': 2}
-    )
+    config = small(task=str(task), beta=0.0, teachers=tuple(chosen), run=TWO)
     options = train.Options(init=str(whole))
     train.run(config, tmp_path / name, options, policy.opened())
     ends.append(steps(tmp_path / name))
@@ -770,6 +783,13 @@ def test_programs_read_no_field_that_is_the_hosts():
   assert program.of_devices(config) == program.of_devices(small())
   other = small(beta=0.2)
   assert program.of_devices(other) != program.of_devices(small())
+  # A fresh state's program is that of the task and the reference alone.
+  text = (ROOT / 'mla_moe' / 'train' / 'state.py').read_text()
+  text += (ROOT / 'experiments' / 'adapters' / 'state.py').read_text()
+  assert {*re.findall(r'\brl\.(\w+)', text)} == {'task', 'beta'}
+  other = small(replay='train', temperature=1.0, samples=8, prompts=2)
+  assert program.of_state(other) == program.of_state(small())
+  assert program.of_state(small(beta=0.0)) != program.of_state(small())
 
 
 def test_text_is_not_trained_on_by_a_task(tmp_path):
@@ -807,22 +827,12 @@ def test_the_published_numbers():
 @pytest.mark.slow
 @pytest.mark.parametrize('axes', [dict(data=2, fsdp=2, expert=2)])
 def test_eight_devices_are_one(axes, whole, tmp_path):
-  config = dataclasses.replace(
-    small(run={'steps': 2}), mesh=c.MeshConfig(**axes)
-  )
+  config = dataclasses.replace(small(run=TWO), mesh=c.MeshConfig(**axes))
   train.run(config, tmp_path / 'run', open_source=policy.opened())
   for one, two in zip(steps(whole), steps(tmp_path / 'run'), strict=False):
     assert one['reward'] == two['reward']
     for name in ('loss', 'grad_norm', 'kl'):
       chex.assert_trees_all_close(one[name], two[name], rtol=1e-3, atol=1e-6)
-
-
-@pytest.mark.slow
-def test_a_small_model_learns_from_rewards(tmp_path, monkeypatch):
-  monkeypatch.undo()
-  numbers = r1_program.run(tmp_path, 'sort4', 0, 60, 30)
-  assert numbers['last'] >= numbers['first'] + 0.05, numbers
-  assert numbers['greedy'] > numbers['greedy_first'], numbers
 
 
 @pytest.mark.by_hand

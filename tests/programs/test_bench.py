@@ -10,6 +10,7 @@ import sys
 import types
 
 import chex
+import children
 import numpy as np
 import pytest
 
@@ -20,7 +21,6 @@ from experiments.bench import (
   checkpoint,
   contender,
   decode,
-  mesh,
   mismatch,
   models,
   paired,
@@ -350,24 +350,20 @@ def test_no_check_on_a_card_takes_nan_for_right(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_all_parts_of_a_card_run_at_toy_size(tmp_path, monkeypatch):
-  """The first in a process of its own, the others in this one."""
-  apart = card.process
-
-  def process(name, limit, out, toy):
-    if name == 'card':
-      return apart(name, limit, out, toy)
-    card.run_part(name, card.Rows(out / 'card.json', name), toy, 300)
-    return 0, ''
-
-  monkeypatch.setattr(card, 'process', process)
-  monkeypatch.setenv('PYTHONPATH', str(ROOT))  # of a part in a process
-  program.run('card', ['--toy', '--minutes=12', f'--out={tmp_path}'])
+def test_all_parts_of_a_card_run_at_toy_size(tmp_path):
+  process = bench('card', '--toy', '--minutes=12', f'--out={tmp_path}')
+  assert process.returncode == 0, process.stdout + process.stderr
   results = json.loads((tmp_path / 'card.json').read_text())
   assert list(results) == list(card.PARTS)
   rows = [row for part in results.values() for row in part['figures']]
   assert len(rows) >= 25 and all(row['value'] is not None for row in rows)
   assert all(part['machine']['jax'] for part in results.values())
+
+
+def bench(*words):
+  """The command with one device, as it has outside the tests."""
+  command = '-m', 'experiments.bench', *words
+  return children.run(*command, env=children.on_devices(1))
 
 
 def test_the_command_lists_its_benchmarks_and_each_has_flags(
@@ -419,22 +415,12 @@ def test_bad_requests_are_one_line(
 
 
 @pytest.mark.slow
-def test_a_mesh_is_timed_beside_one_device(tmp_path, monkeypatch, capsys):
-  """A small model, in this process; the flags of eight devices are set."""
-  monkeypatch.setenv('XLA_FLAGS', '--one')
-  data = dataclasses.replace(mesh.CONFIG.data, seq_len=64)
-  sizes = dict(layers=1, dense_layers=0, dim=64, vocab=512)
-  model = dataclasses.replace(mesh.CONFIG.model, **sizes)
-  config = dataclasses.replace(mesh.CONFIG, model=model, data=data)
-  monkeypatch.setattr(mesh, 'CONFIG', config)
-  words = '--mesh=data=2,expert=4', '--steps=1', f'--out={tmp_path}'
-  program.run('mesh', [*words])
-  output = capsys.readouterr().out
-  assert re.search(r'temporary memory 1/\d+\.\d; loss \d', output)
-  assert os.environ['XLA_FLAGS'].split() == [
-    '--one',
-    '--xla_force_host_platform_device_count=8',
-  ]
+def test_a_mesh_is_timed_beside_one_device(tmp_path):
+  process = bench(
+    'mesh', '--mesh=data=2,expert=4', '--steps=1', f'--out={tmp_path}'
+  )
+  assert process.returncode == 0, process.stderr
+  assert re.search(r'temporary memory 1/\d+\.\d; loss \d', process.stdout)
 
 
 def test_written_steps_of_a_sum_lead_to_its_answer():

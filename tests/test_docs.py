@@ -7,6 +7,7 @@ import json
 import pathlib
 import re
 import shlex
+import subprocess
 import urllib.parse
 
 import children
@@ -29,8 +30,13 @@ DROPPED = (
   '--config.data.micro_batch',
   '--config.data.source=gs',
 )
-# Steps of `tiny`, and the steps of its smoke variant in their place.
-STEPS = {'400': '20', '--replay=201': '--replay=11'}
+# Steps of `tiny`, and the few steps of a smoke run in their place.
+STEPS = {'400': '4', '--replay=201': '--replay=3'}
+# The least with which a smoke run does each kind of its work; runs/tiny draws
+# samples, with drafts.
+WORK = {'steps': 4, 'save_every': 2, 'eval_every': 4, 'eval_batches': 1}
+LEAST = {f'run.{name}': number for name, number in WORK.items()}
+LEAST |= {'run.sample_every': 0, 'data.batch_size': 2, 'model.layers': 2}
 
 # Files that a person has, and those of this repository in their place.
 STANDINS = (
@@ -64,6 +70,18 @@ def _variant(config, words):
   return 'micro' if is_tiny and not is_whole else 'smoke'
 
 
+def _least(config, words):
+  """Options that make a smoke run small, but for those that `words` has."""
+  least = dict(LEAST)
+  if 'tiny' not in config:
+    least['data.micro_batch'] = 1
+  if words[-1].endswith('/tiny'):
+    least['run.sample_every'] = 4
+  options = [f'--config.{name}={number}' for name, number in least.items()]
+  fields = [word.partition('=')[0] for word in words]
+  return [o for o in options if o.partition('=')[0] not in fields]
+
+
 def smoke(line, folder):
   """Returns the command's words in a smoke variant, folders below `folder`."""
   words = shlex.split(line)
@@ -81,6 +99,9 @@ def smoke(line, folder):
     words = [w for w in words if not w.startswith(DROPPED)]
     join = lambda w: w + (',' if ':' in w else ':') + _variant(w, words)
     words = [join(w) if w.startswith('--config=c') else w for w in words]
+    config = next((w for w in words if w.startswith('--config=c')), '')
+    if config.endswith('smoke'):
+      words += _least(config, words)
   if words[2] == 'experiments.launch':
     assert '--dry-run' in words, line
     words.insert(words.index('--'), '--force')  # the clone may be at work
@@ -116,15 +137,28 @@ def test_commands_of_a_folder_are_one_chain():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.filterwarnings('default')
+@pytest.mark.usefixtures('no_pictures')
 @pytest.mark.parametrize('name', chains())
-def test_every_documented_command_runs(name, tmp_path):
+def test_every_documented_command_runs(name, tmp_path, call, monkeypatch):
+  """In this process; so are the runs that a sweep starts."""
+
+  started = subprocess.run
+
+  def run_here(command, **options):
+    if command[1] != '-m':
+      return started(command, **options)
+    code, *_ = call(command[2].removeprefix('experiments.'), *command[3:])
+    return subprocess.CompletedProcess(command, code)
+
+  monkeypatch.setattr(subprocess, 'run', run_here)
   for line in chains()[name]:
-    done = children.run(*smoke(line, tmp_path), timeout=600)
-    assert done.returncode == 0, f'{line}\n{done.stderr[-2000:]}'
+    _, program, *words = smoke(line, tmp_path)
+    code, _, errors = call(program.removeprefix('experiments.'), *words)
+    assert code == 0, f'{line}\n{errors[-2000:]}'
     if '.launch' in line:
-      faults = done.stderr.splitlines()
-      assert all('commit' in fault for fault in faults), done.stderr
+      faults = errors.splitlines()
+      assert all('commit' in fault for fault in faults), errors
 
 
 @pytest.mark.slow

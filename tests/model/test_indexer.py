@@ -497,15 +497,16 @@ def test_each_loss_is_clipped_by_its_own_norm():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  'sizes', [{'tensor': 2, 'context': 2, 'fsdp': 2}, {'tensor': 2, 'data': 2}]
-)
-@pytest.mark.parametrize('rank', [8, 48])
-def test_a_mesh_changes_nothing(sizes, rank):
+@pytest.mark.parametrize('rank, batched', [(8, 'fsdp'), (48, 'data')])
+def test_a_mesh_changes_nothing(rank, batched):
   """Sets, losses and gradients; short latents are gathered, long ones not."""
   data = c.DataConfig(seq_len=T, batch_size=4)
+  sizes = {'tensor': 2, 'context': 2, batched: 2}
   mla = dataclasses.replace(MLA, kv_rank=rank)
-  model = dataclasses.replace(MODEL, mla=mla)
+  dsa = dataclasses.replace(DSA, types=('full', 'shared'))
+  model = dataclasses.replace(
+    MODEL, mla=mla, dsa=dsa, mtp=c.MTPConfig(0), layers=2, dense_layers=0
+  )
   optimizer = c.OptimConfig(clip=1e9)
   config = c.Config(model=model, data=data, optim=optimizer)
   text = np.random.default_rng(1).integers(2, 64, (1, 4, T)).astype(np.int32)

@@ -16,16 +16,12 @@ from mla_moe.config import ConfigError, MeshConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 ARGUMENTS = (
-  '--config=configs/tiny.py:smoke',
+  '--config=configs/tiny.py:micro',
   '--config.run.steps=3',
   '--config.run.sample_every=3',
   '--config.run.save_every=2',
   '--config.run.eval_every=3',
-  '--config.model.layers=2',
-  '--config.model.mtp.depth=0',
-  '--config.optim.optimizer=adamw',
-  '--config.model.dim=32',
-  '--config.data.seq_len=64',
+  '--config.run.eval_batches=1',
   '--config.mesh.data=2',
   '--config.mesh.fsdp=2',
   '--config.mesh.expert=2',

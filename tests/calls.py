@@ -7,14 +7,13 @@ import warnings
 
 import pytest
 
-from experiments import cli, page
-
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.fixture(scope='module')
 def no_pictures():
   """Pages without their pictures: a report's take seconds to draw."""
+  from experiments import page
 
   def svg(figure):
     from matplotlib import pyplot
@@ -30,6 +29,7 @@ def no_pictures():
 @pytest.fixture
 def call(monkeypatch, capsys):
   """Runs a program's words in this process: its exit code, output, errors."""
+  from experiments import cli
 
   def run(program, *words):
     monkeypatch.chdir(ROOT)

@@ -103,29 +103,25 @@ def on_mesh(config, state):
     return train(jax.device_put(state, where), batch(), RATES), where
 
 
-def mixed(*, states='fsdp', exchange='auto', **sizes):
+def mixed(*, states='fsdp', exchange='auto', mark='slow', **sizes):
   mesh = MeshConfig(states=states, **sizes)
   compute = ComputeConfig(exchange=exchange)
   model = dataclasses.replace(MODEL, compute=compute)
   config = dataclasses.replace(TINY, model=model, mesh=mesh)
   name = '-'.join([*(f'{k}{v}' for k, v in sizes.items()), states, exchange])
-  return pytest.param(config, id=name, marks=pytest.mark.slow)
+  return pytest.param(config, id=name, marks=getattr(pytest.mark, mark))
 
 
 @pytest.mark.parametrize(
   'config',
   [
     mixed(expert=2, context=2, tensor=2),
-    mixed(data=8),
     mixed(data=8, states='zero1'),
-    mixed(fsdp=8),
-    mixed(expert=8, exchange='padded'),
-    mixed(tensor=4),
-    mixed(context=4),
-    mixed(stage=2),
+    mixed(fsdp=2, expert=4, exchange='padded'),
     mixed(expert=4, tensor=2, exchange='ragged'),
-    mixed(fsdp=2, context=2, tensor=2),
     mixed(data=2, expert=2, stage=2),
+    # Each axis by itself.
+    *(mixed(**{axis: 2}, mark='by_hand') for axis in sharding.AXES),
   ],
 )
 def test_a_mesh_gives_the_single_devices_step(config, monkeypatch):

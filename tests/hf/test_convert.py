@@ -17,7 +17,11 @@ from mla_moe import Transformer, load_huggingface
 from mla_moe.config import freeze
 
 # Warnings of third-party code in the programs are not ours to mend.
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('default')]
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.filterwarnings('default'),
+  pytest.mark.usefixtures('no_pictures'),
+]
 
 
 COMPUTE = ('remat=full', 'attention=reference', 'exchange=padded')
@@ -39,6 +43,7 @@ def imported(tmp_path_factory):
   settings = '{"eos_token_id": [1], "temperature": 0.6}'
   (source / 'generation_config.json').write_text(settings)
   words = ['--config=configs/tiny.py:smoke', '--config.data.fim_rate=0.0']
+  words += ['--config.optim.optimizer=adamw', '--config.data.seq_len=32']
   words += [f'--config.model.compute.{x}' for x in COMPUTE]
   words = [f'--source={source}', f'--target={root}/run', *words]
   out = program('convert', *words)
@@ -51,29 +56,28 @@ def imported(tmp_path_factory):
   return source, root / 'run'
 
 
-def test_release_to_run_and_back_is_exact(imported, tmp_path):
+def test_release_to_run_and_back_is_exact(imported, tmp_path, call):
   source, run = imported
-  out = program(
-    'convert', f'--source={run}', f'--target={tmp_path}/back', '--fp8'
-  )
-  assert out.returncode == 0, out.stderr
+  words = f'--source={run}', f'--target={tmp_path}/back', '--fp8'
+  code, _, errors = call('convert', *words)
+  assert code == 0, errors
   same_bytes(tensors(source), tensors(tmp_path / 'back'))
   name = 'generation_config.json'
   settings = (tmp_path / 'back' / name).read_text()
   assert settings == (source / name).read_text()
 
 
-def test_release_and_run_say_the_same(imported):
+def test_release_and_run_say_the_same(imported, call):
   texts = []
   for folder in imported:
     words = [f'--checkpoint={folder}', '--prompt=hi', '--max_new_tokens=6']
-    out = program('generate', *words, '--tokenizer=byte')
-    assert out.returncode == 0, out.stderr
-    texts.append(out.stdout)
+    code, text, errors = call('generate', *words, '--tokenizer=byte')
+    assert code == 0, errors
+    texts.append(text)
   assert texts[0] == texts[1] != ''
 
 
-def test_training_goes_on_from_a_release(imported, tmp_path):
+def test_training_goes_on_from_a_release(imported, tmp_path, call):
   """The first step's loss equals the release's on the first batch."""
   source, original = imported
   run = tmp_path / 'run'
@@ -82,9 +86,11 @@ def test_training_goes_on_from_a_release(imported, tmp_path):
   assert 'DIR/config.py' in text  # its command
   words = [f'--config={run}/config.py', f'--workdir={run}']
   quick = ('steps=3', 'eval_every=0', 'sample_every=0', 'save_every=0')
-  out = program('train', *words, *(f'--config.run.{x}' for x in quick))
-  assert out.returncode == 0, out.stderr
-  assert re.search('Resuming .* at step 0', out.stdout)
+  code, shown, errors = call(
+    'train', *words, *(f'--config.run.{x}' for x in quick)
+  )
+  assert code == 0, errors
+  assert re.search('Resuming .* at step 0', shown)
   lines = (run / 'metrics.jsonl').read_text().splitlines()
   losses = {
     row['step']: row['main_loss']

@@ -156,11 +156,8 @@ def test_flips_are_of_sets():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  'axes', [dict(data=2, expert=4), dict(expert=2, context=2, tensor=2)]
-)
-def test_eight_devices_replay_as_one(axes):
-  rows = 8
+def test_eight_devices_replay_as_one():
+  axes, rows = dict(expert=2, context=2, tensor=2), 8
   routes = some_routes(rows)
   one, want = run(routes, rows=rows), grads(routes, rows=rows)
   # Gates are of the pass's own scores, and have their gradients.

@@ -268,8 +268,8 @@ def test_every_logical_axis_has_a_rule_and_no_parameter_collides():
 @pytest.mark.parametrize(
   'sizes',
   [
+    dict(fsdp=2, expert=2, tensor=2),
     pytest.param(dict(data=8), marks=pytest.mark.by_hand),
-    *(dict(data=2, fsdp=4), dict(expert=4, tensor=2)),
   ],
 )
 def test_a_mesh_gives_the_single_device_step(sizes):

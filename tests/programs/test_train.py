@@ -35,7 +35,12 @@ from mla_moe.kernels import block_tpu
 from mla_moe.train.state import init_state
 
 ROOT = pathlib.Path(__file__).parents[2]
-SMOKE = freeze(tiny.get_config('smoke'))
+WHOLE = freeze(tiny.get_config('smoke'))
+SMOKE = dataclasses.replace(
+  WHOLE,
+  data=dataclasses.replace(WHOLE.data, seq_len=32),
+  optim=dataclasses.replace(WHOLE.optim, optimizer='adamw'),
+)
 
 # Third-party code that the loop calls: none of it is ours to mend.
 pytestmark = pytest.mark.filterwarnings('default')
@@ -123,7 +128,7 @@ def test_another_config_is_refused_with_the_field(runs):
   root, _, _ = runs
   data = dataclasses.replace(SMOKE.data, seq_len=64)
   other = dataclasses.replace(SMOKE, data=data)
-  with pytest.raises(ConfigError, match='data.seq_len: 64 != 128'):
+  with pytest.raises(ConfigError, match='data.seq_len: 64 != 32'):
     train.run(other, root / 'whole')
 
 
@@ -396,9 +401,9 @@ def test_a_mesh_samples_the_text_that_one_device_samples(tmp_path):
 def test_sigterm_saves_and_exits_0(tmp_path):
   folder = tmp_path / 'run'
   ran = program(
-    '--config=configs/tiny.py:smoke',
+    '--config=configs/tiny.py:micro',
     f'--workdir={folder}',
-    '--config.run.steps=100000',
+    '--config.run.steps=1000000',
   )
   deadline = time.time() + 120
   while time.time() < deadline and ran.poll() is None:

@@ -171,7 +171,9 @@ def test_gathered_equals_masked(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('speculative', [False, True])
+@pytest.mark.parametrize(
+  'speculative', [False, pytest.param(True, marks=pytest.mark.by_hand)]
+)
 def test_rollouts_are_those_of_the_whole_pass(speculative):
   """Also samples of one prompt, whose pages are copied."""
   tokens, variables, weights, _, _ = model()
@@ -319,7 +321,9 @@ def test_a_pass_is_the_same_by_kernel():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('speculative', [False, True])
+@pytest.mark.parametrize(
+  'speculative', [True, pytest.param(False, marks=pytest.mark.by_hand)]
+)
 def test_a_server_continues_as_a_row_alone_does(speculative):
   """Chunks, pages that samples share, drafts, and rows beside each other."""
   tokens, _, weights, _, _ = model()

@@ -100,7 +100,8 @@ def test_a_replay_of_its_own_routes_has_the_same_gradient():
   chex.assert_trees_all_equal(grads(routes), want)
   params, biases = variables()
   given = {'params': params, 'router': biases}
-  noted = trace.trace(MODEL, given, micro(None).tokens).chosen
+  noting = jax.jit(functools.partial(trace.trace, MODEL))
+  noted = noting(given, micro(None).tokens).chosen
   chex.assert_trees_all_equal(
     jnp.moveaxis(noted, 0, 2).astype(jnp.int16), routes
   )

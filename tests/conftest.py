@@ -37,6 +37,7 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+from calls import call, no_pictures  # noqa: E402, F401
 from skips import (  # noqa: E402, F401
   pytest_make_collect_report,
   pytest_runtest_makereport,

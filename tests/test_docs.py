@@ -38,10 +38,6 @@ WORK = {'steps': 4, 'save_every': 2, 'eval_every': 4, 'eval_batches': 1}
 LEAST = {f'run.{name}': number for name, number in WORK.items()}
 LEAST |= {'run.sample_every': 0, 'data.batch_size': 2, 'model.layers': 2}
 
-# An indexer reads the queries' latents, which `micro` lacks, and more keys than
-# it takes.
-SPARSE = ['--config.model.mla.query_rank=8', '--config.data.seq_len=96']
-
 # Files that a person has, and those of this repository in their place.
 STANDINS = (
   ('data.tokenizer=Moonlight-16B-A3B', 'data.tokenizer=byte'),
@@ -67,9 +63,11 @@ def commands():
 
 
 def _variant(config, words):
-  """`micro`, of quick steps, but for the run with drafts."""
-  is_whole = any(word.endswith('/tiny') for word in words)
-  return 'smoke' if is_whole or not config.endswith('tiny.py') else 'micro'
+  """`micro`, of quick steps, but for runs with drafts or with an indexer."""
+  is_tiny = config.endswith('tiny.py')
+  whole = '/tiny', '/dense', '/warm', '/sparse'
+  is_whole = any(word.endswith(whole) for word in words)
+  return 'micro' if is_tiny and not is_whole else 'smoke'
 
 
 def _least(config, words):
@@ -104,8 +102,6 @@ def smoke(line, folder):
     config = next((w for w in words if w.startswith('--config=c')), '')
     if config.endswith('smoke'):
       words += _least(config, words)
-    if any('model.dsa' in w or w.endswith('/dense') for w in words):
-      words += SPARSE
   if words[2] == 'experiments.launch':
     assert '--dry-run' in words, line
     words.insert(words.index('--'), '--force')  # the clone may be at work
@@ -141,6 +137,7 @@ def test_commands_of_a_folder_are_one_chain():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.filterwarnings('default')
 @pytest.mark.usefixtures('no_pictures')
 @pytest.mark.parametrize('name', chains())

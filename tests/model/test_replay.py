@@ -100,8 +100,7 @@ def test_a_replay_of_its_own_routes_has_the_same_gradient():
   chex.assert_trees_all_equal(grads(routes), want)
   params, biases = variables()
   given = {'params': params, 'router': biases}
-  noting = jax.jit(functools.partial(trace.trace, MODEL))
-  noted = noting(given, micro(None).tokens).chosen
+  noted = trace.trace(MODEL, given, micro(None).tokens).chosen
   chex.assert_trees_all_equal(
     jnp.moveaxis(noted, 0, 2).astype(jnp.int16), routes
   )
@@ -157,8 +156,11 @@ def test_flips_are_of_sets():
 
 
 @pytest.mark.slow
-def test_eight_devices_replay_as_one():
-  axes, rows = dict(expert=2, context=2, tensor=2), 8
+@pytest.mark.parametrize(
+  'axes', [dict(data=2, expert=4), dict(expert=2, context=2, tensor=2)]
+)
+def test_eight_devices_replay_as_one(axes):
+  rows = 8
   routes = some_routes(rows)
   one, want = run(routes, rows=rows), grads(routes, rows=rows)
   # Gates are of the pass's own scores, and have their gradients.

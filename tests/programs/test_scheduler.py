@@ -406,9 +406,8 @@ def walk(server, draws, steps):
 )
 def test_a_random_walk_loses_no_page_and_changes_no_token(case, drafts):
   server = make(case=case, speculative=bool(drafts))
-  steps = 120 if drafts else 250
-  done = walk(server, np.random.default_rng(0), steps)
-  assert len(done) > steps / 12.5
+  done = walk(server, np.random.default_rng(0), 250)
+  assert len(done) > 20
   for ids, seed, knobs, tokens in done:
     out = alone(ids, 30, case, seed=seed, speculative=bool(drafts), **knobs)
     assert tokens == out[: len(tokens)]

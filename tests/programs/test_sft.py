@@ -484,18 +484,15 @@ def test_the_end_token_is_learned(tmp_path):
   path = write(tmp_path, *({'prompt': f'{w}=', 'completion': w} for w in words))
   config = freeze(base.get_config('smoke'))
   data = dataclasses.replace(
-    config.data, packing='separate', fim_rate=0.0, seq_len=32, source=path
+    config.data, packing='separate', fim_rate=0.0, seq_len=64, source=path
   )
-  model = dataclasses.replace(config.model, mtp=MTPConfig(0))
   run = dataclasses.replace(
     config.run, steps=120, sample_every=0, eval_every=0, save_every=120
   )
   optim = dataclasses.replace(
     config.optim, phases=(('constant', 1e9, 1.0),), warmup_steps=5
   )
-  config = dataclasses.replace(
-    config, data=data, run=run, optim=optim, model=model
-  )
+  config = dataclasses.replace(config, data=data, run=run, optim=optim)
   train.run(config, tmp_path / 'run', open_source=example_source.opened())
   like = init_state(jax.random.key(0), config)
   state = store.restore(tmp_path / 'run' / 'checkpoints', like).state

@@ -319,7 +319,8 @@ def draw(results: dict):
       points = [
         (one['length'], one[kind + end]) for one in (training if end else timed)
       ]
-      plot.plot(*zip(*points, strict=True), 'o-', label=kind)
+      x, y = ([p[i] for p in points] for i in (0, 1))
+      plot.plot(x, y, 'o-', label=kind)
     plot.set(title='A training step', xlabel='tokens', ylabel=unit)
     plot.set_ylim(0, None)
     plot.legend(frameon=False)

@@ -15,6 +15,7 @@ import re
 import subprocess
 import tempfile
 import time
+from typing import NamedTuple
 
 from mla_moe.config import Config, ConfigError
 
@@ -28,11 +29,43 @@ _MEMORY = f'{_NAME}after_optimizations-memory-usage-report.txt'
 _BUFFERS = f'{_NAME}after_optimizations-buffer-assignment.txt'
 
 
+class Scheduled(NamedTuple):
+  """A step as libtpu plans it, in three texts.
+
+  program: the HLO in its order. memory: bytes of each memory space. buffers:
+  all allocations.
+  """
+
+  program: str
+  memory: str
+  buffers: str
+
+
 def run(config: Config, slice_: chips.Slice) -> dict:
   """Returns the figures of `compiled.run`; of TPUs alone.
 
   Raises:
     ConfigError: as `compiled.run` does, or the slice is of GPUs.
+  """
+  began = time.perf_counter()
+  texts = step(config, slice_)
+  needs = needed(texts.memory)
+  compiled.check_memory(needs, slice_)
+  state = arguments(texts.buffers)
+  return {
+    'arguments': state,
+    'temporary': needs - state,
+    **compiled.transfers(texts.program, config),
+    **compiled.versions(slice_),
+    'seconds': time.perf_counter() - began,
+  }
+
+
+def step(config: Config, slice_: chips.Slice) -> Scheduled:
+  """Returns a training step for a slice of TPUs, in a process of its own.
+
+  Raises:
+    ConfigError: libtpu's refusal, or the slice is of GPUs.
   """
   if slice_.gpu:
     raise ConfigError(
@@ -40,7 +73,6 @@ def run(config: Config, slice_: chips.Slice) -> dict:
       'whole in a minute; use --compile'
     )
   described, environment = compiled.job(config, slice_)
-  began = time.perf_counter()
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     flags = f'--xla_dump_to={folder} --xla_dump_hlo_as_text'
@@ -63,16 +95,7 @@ def run(config: Config, slice_: chips.Slice) -> dict:
       process.wait()
     if not _is_whole(folder):
       raise ConfigError(compiled.refusal(_read(folder, 'log'), slice_))
-    needs = needed(_read(folder, _MEMORY))
-    compiled.check_memory(needs, slice_)
-    state = arguments(_read(folder, _BUFFERS))
-    return {
-      'arguments': state,
-      'temporary': needs - state,
-      **compiled.transfers(_read(folder, _PROGRAM), config),
-      **compiled.versions(slice_),
-      'seconds': time.perf_counter() - began,
-    }
+    return Scheduled(*(_read(folder, n) for n in (_PROGRAM, _MEMORY, _BUFFERS)))
 
 
 def _is_whole(folder: pathlib.Path) -> bool:

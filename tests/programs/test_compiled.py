@@ -13,8 +13,9 @@ import pytest
 from flax import linen as nn
 
 from configs import r1_tiny, small, tiny
+from experiments import chips
 from experiments.data import batches
-from experiments.plan import compiled, hlo, traffic
+from experiments.plan import compiled, hlo, scheduled, traffic
 from experiments.rl import episodes
 from experiments.training import preparation, steps
 from experiments.training import program as training
@@ -170,11 +171,10 @@ def test_every_axis_has_its_place_in_the_arithmetic(axis):
 
 @functools.cache
 def tpu(mesh):
-  from jax.experimental import topologies
-
-  described = topologies.get_topology_desc('v5e:2x4', platform='tpu')
   config = step_of(mesh, 'bfloat16', *WIDTHS[mesh], 1024)
-  return config, program(config, described.devices)
+  text = scheduled.step(config, chips.parse('v5e:2x4')).program
+  sizes = tuple(getattr(config.mesh, axis) for axis in sharding.AXES)
+  return config, (text, sharding.AXES, sizes)
 
 
 @pytest.fixture
@@ -184,11 +184,16 @@ def libtpu(monkeypatch):
   monkeypatch.setenv('TPU_WORKER_HOSTNAMES', 'localhost')
 
 
-# TPUs' compiler takes minutes for a step. CI has the same arithmetic beside
-# programs for CPUs, above, and the TPU's decoding, below.
-@pytest.mark.by_hand
+# CI has the same arithmetic of each axis beside programs for CPUs, above.
+ONE_MESH = [
+  pytest.param(mesh, marks=pytest.mark.by_hand if mesh != 'both' else ())
+  for mesh in MESHES
+]
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize('mesh', MESHES)
+@pytest.mark.parametrize('mesh', ONE_MESH)
 def test_a_tpu_receives_what_the_arithmetic_says(mesh, libtpu):
   config, text_and_mesh = tpu(mesh)
   no_experts_are_gathered(config, *text_and_mesh)
@@ -199,9 +204,9 @@ def test_a_tpu_receives_what_the_arithmetic_says(mesh, libtpu):
     assert sums[axis] == pytest.approx(expected[axis], rel=0.1), axis
 
 
-@pytest.mark.by_hand
+@pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize('mesh', ['both', 'expert'])
+@pytest.mark.parametrize('mesh', ONE_MESH[:2])
 def test_a_tpu_computes_the_shared_expert_while_tokens_travel(mesh, libtpu):
   """Tokens' gather is cut into fusions: its start, products, its end."""
   config, (text, _, _) = tpu(mesh)

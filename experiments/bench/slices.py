@@ -55,7 +55,7 @@ CONFIGS = {
 HEAD = 'config', 'slice', 'mesh', 'GiB', 'beside', 'idle', 'sync', 'twin'
 
 
-def flags(parser: argparse.ArgumentParser) -> None:
+def flags(parser) -> None:
   """Adds this benchmark's flags."""
   parser.add_argument('--only', default='', help='Part of a row, as v5e:8x8.')
 

@@ -24,7 +24,7 @@ from . import compiled
 
 _NAME = '*train_step*.'  # of the module, in the name of each of its files
 _LAST = f'{_NAME}debug_options'
-_PROGRAM = f'{_NAME}after_optimizations_after_buffer_assignment.txt'
+_PROGRAM = f'{_NAME}after_optimizations.txt'
 _MEMORY = f'{_NAME}after_optimizations-memory-usage-report.txt'
 _BUFFERS = f'{_NAME}after_optimizations-buffer-assignment.txt'
 

@@ -1,6 +1,7 @@
 """Collectives counted in a compiled program are those that were written."""
 
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -267,3 +268,18 @@ allocation 3: size 70, color 1, page 0, parameter 3, shape |f32[1]|:
 allocation 4: size 40, page 0, preallocated-temp:
 """
   assert scheduled.arguments(buffers) == 150
+
+
+def test_a_schedule_is_whole_once_the_file_after_it_lies_there(tmp_path):
+  """libtpu writes one of that name at the beginning, too."""
+  name = 'module_0000.jit_train_step.cl_1'
+  program = tmp_path / f'{name}.after_optimizations.txt'
+  last = tmp_path / f'{name}.debug_options'
+  (tmp_path / f'{name}.after_optimizations_before_x.txt').touch()
+  last.touch()
+  assert not scheduled._is_whole(tmp_path)
+  program.touch()
+  for seconds, whole in ((5, False), (15, True)):
+    os.utime(program, (10, 10))
+    os.utime(last, (seconds, seconds))
+    assert scheduled._is_whole(tmp_path) == whole

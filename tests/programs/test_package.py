@@ -196,21 +196,15 @@ def test_the_wheel_works_in_an_empty_folder(tmp_path):
   texts = f'--config.data.source={ROOT}/mla_moe/model/*.py'
   for start, words, shown in (
     (script, ['--help'], 'train'),
-    (module, ['doctor'], 'python'),
-    (script, ['doctor', '--help'], 'mla-moe doctor'),
+    (module, ['doctor', '--help'], 'mla-moe doctor'),
     (script, ['plan', '--config=tiny', '--topology=v5e-1'], 'To train it so'),
-    (script, ['train', '--config=mine.py', '--workdir=a', texts], 'step 2/2'),
     (
       module,
       ['sweep', '--vary=run.seed=3', '--workdir=b', '--']
-      + ['--config=tiny:micro', '--config.run.steps=2', texts],
+      + ['--config=mine.py', texts],
       'main_loss',
     ),
-    (
-      script,
-      ['generate', '--checkpoint=a', '--prompt=def', '--max_new_tokens=2'],
-      '',
-    ),
+    (script, ['checkpoint', 'verify', 'b/seed=3'], 'whole'),
   ):
     done = subprocess.run(
       [*start, *words],

@@ -223,15 +223,19 @@ def _meeting(of_queries, of_keys, block):
 def _run_tiles(tile, inputs, start, tiles):
   """Folds tiles: `tile(chunk, carry, i, j, diagonal)` returns the carry.
 
-  `inputs` and `start` have an item for each chunk, and so has the result.
+  `inputs` and `start` have an item for each chunk, and so has the result. Of a
+  scan, the layers' gradient would keep the masks of all tiles, [T^2 / 2].
   """
   table, count = tiles
 
-  def step(n, carries):
+  def step(state):
+    n, carries = state
     pairs = zip(inputs, carries, strict=True)
-    return tuple(tile(chunk, carry, *table[:, n]) for chunk, carry in pairs)
+    sums = (tile(chunk, carry, *table[:, n]) for chunk, carry in pairs)
+    return n + 1, tuple(sums)
 
-  return jax.lax.fori_loop(0, count, step, sharding.pvary(tuple(start)))
+  start = 0, sharding.pvary(tuple(start))
+  return jax.lax.while_loop(lambda state: state[0] < count, step, start)[1]
 
 
 def _mask(logits, ids, i, j, diagonal, transposed=False):

@@ -17,7 +17,7 @@ r1: $(READY)
 # go in the order of their names, the many small ones of the root last.
 test: $(READY)
 	@JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
-	@echo "The slow tests were left out: 'make test-all' runs everything."
+	@echo "The slow tests were left out: 'make test-all' runs them, too."
 
 test-all: $(READY)
 	@$(BIN)/python -m pytest -q

@@ -22,18 +22,18 @@ def main() -> None:
   turns.pin()
   import jax
 
-  from ..rl import engine, grading, policy
+  from ..rl import engine, grading, policy, scoring
   from . import rl
 
   clock = turns.Turns(f'jax {jax.__version__}', _PARTS)
   drawing = engine.drawing
   engine.drawing = lambda config: clock.timed('rollout', drawing(config))
   grading.Grader.grade = clock.timed('grade', grading.Grader.grade)
+  scoring.score = clock.timed('score', scoring.score)
 
   def opened(*args):
     source = policy.Policy(*args, rewards={'paid': paid})
     source._packed = clock.timed('pack', source._packed)
-    source._score = clock.timed('score', source._score)
     return source
 
   clock.run(rl.config(job), opened, job['model'])

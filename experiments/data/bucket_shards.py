@@ -8,7 +8,6 @@ where it was copied to.
 from __future__ import annotations
 
 import array
-import collections
 import functools
 import json
 import pathlib
@@ -41,8 +40,7 @@ def opened(
   try:
     values = corpus_folder.parsed(_content(known[path]))
     read = functools.cache(_sums)  # of all shards: the next row is of any
-    maps: chunks.Maps = collections.OrderedDict()
-    args = root, known, values, cache, read, maps
+    args = root, known, values, cache, read
     streams = [_tokens(*args, part) for part in shards.PARTS]
     name = root.rpartition('/')[2]
     return corpus_folder.of_values(values, streams, name, tokenizer), values
@@ -60,7 +58,6 @@ def _tokens(
   values: dict[str, Any],
   cache: pathlib.Path,
   read: Callable,
-  maps: chunks.Maps,
   part: str,
 ) -> shards.Tokens:
   streams, dtype = [], values['dtype']
@@ -77,7 +74,7 @@ def _tokens(
       args = read, path, facts, part, values['block']
       check = functools.partial(_check, *args)
       folder = cache / chunks.name_of(file)
-      streams.append(chunks.Chunks(path, dtype, length, folder, check, maps))
+      streams.append(chunks.Chunks(path, dtype, length, folder, check))
   return shards.Tokens(streams, dtype)
 
 

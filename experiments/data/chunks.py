@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import hashlib
 import json
 import mmap
@@ -27,13 +28,17 @@ from .. import cli
 from . import remote
 
 CHUNK = 8 << 20
-_OPEN = 256  # chunks of a text: each has a file handle while it is mapped
+# Of a process: an open chunk has a file handle, of which it has 1,024 by
+# default.
+_OPEN = 256
 _FREE = 0.05  # of the disk
 _CHECKSUM_BYTES = 4
 
-# The open chunks of all objects of a text, by folder and number, in the order
-# of their last use.
-Maps = collections.OrderedDict[tuple[str, int], np.ndarray]
+
+@functools.cache
+def _maps() -> collections.OrderedDict[tuple[Chunks, int], np.ndarray]:
+  """Returns the open chunks of this process, the last one used at the end."""
+  return collections.OrderedDict()
 
 
 def name_of(file: remote.Object) -> str:
@@ -50,7 +55,6 @@ class Chunks:
     dtype, length, offset: of its ids.
     folder: of its chunks on the disk.
     check: refuses the ids of a chunk from a place on; called once for each.
-    maps: of the text, which all its objects share.
   """
 
   def __init__(
@@ -60,12 +64,10 @@ class Chunks:
     length: int,
     folder: pathlib.Path,
     check: Callable[[int, np.ndarray], None],
-    maps: Maps,
     offset: int = 0,
   ):
     self._path, self._dtype, self._length = path, np.dtype(dtype), length
     self._folder, self._check, self._offset = folder, check, offset
-    self._maps = maps
     self._checked: set[int] = set()
 
   def __len__(self) -> int:
@@ -89,13 +91,13 @@ class Chunks:
     return parts[1] if len(parts) == 2 else np.concatenate(parts)
 
   def _chunk(self, number: int) -> np.ndarray:
-    key = self._folder.name, number
-    ids = self._maps.pop(key, None)  # at once: threads share a text
+    maps, key = _maps(), (self, number)
+    ids = maps.pop(key, None)  # at once: threads share them
     if ids is None:
       ids = self._opened(number)
-    self._maps[key] = ids
-    while len(self._maps) > _OPEN:
-      self._maps.popitem(last=False)
+    maps[key] = ids
+    while len(maps) > _OPEN:
+      maps.popitem(last=False)
     return ids
 
   def _opened(self, number: int) -> np.ndarray:

@@ -233,8 +233,10 @@ def _walk(
       is_link = os.path.islink(path)
       if name[0] == '.':
         yield path, 'hidden'
-      elif is_link and (not links or _overlaps(real, [own, *linked])):
+      elif is_link and (not links or real.startswith((own, *linked))):
         yield path, 'links to folders that are read'
+      elif is_link and any(x.startswith(real) for x in (own, *linked)):
+        yield path, 'links to folders around one that is read'
       elif _is_run(path):
         yield path, _RUNS
       elif name not in skipped:
@@ -244,11 +246,6 @@ def _walk(
     for name in names:
       path = os.path.join(folder, name)
       yield path, 'hidden' if name[0] == '.' else _irregular(path)
-
-
-def _overlaps(folder: str, others: list[str]) -> bool:
-  """Whether a folder lies in one of the others, or one of them in it."""
-  return any(folder.startswith(x) or x.startswith(folder) for x in others)
 
 
 def _is_run(folder: str) -> bool:

@@ -13,7 +13,6 @@ chunk are looked at when it is.
 
 from __future__ import annotations
 
-import collections
 import glob
 import hashlib
 import json
@@ -168,14 +167,13 @@ def _parts(
   folder: pathlib.Path, values: dict, data: DataConfig, tokenizer: Tokenizer
 ) -> tuple[Part, Part]:
   """Returns the ids, checked when they are touched, in two parts."""
-  maps: chunks.Maps = collections.OrderedDict()
 
   def shard(layout: Layout, checksums: list[int], chunk: str) -> Any:
     path, dtype, offset, length = layout
     if chunk:
       check = lambda _, ids: id_layouts.check_ids(path, ids, tokenizer)
       place = folder.parent / chunk
-      return chunks.Chunks(path, dtype, length, place, check, maps, offset)
+      return chunks.Chunks(path, dtype, length, place, check, offset)
     place = folder / path  # an absolute path is itself
     args = place, dtype, length, shards.BLOCK, lambda: checksums
     # Only the copy of a table can be made again.

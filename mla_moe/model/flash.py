@@ -4,7 +4,7 @@ Logits are made in tiles, a block of queries times a block of keys, and never
 whole: memory is O(T). Going forward, each query block keeps the running maximum
 and sum of its softmax. Going backward, a tile's probabilities are made again
 from the logsumexp. The gradient is written by hand because autodiff would save
-every tile. The scan runs over a table of tiles, without those above the
+every tile. The loop runs over a table of tiles, without those above the
 diagonal: they cost nothing in either direction.
 
 Two things are for XLA's CPU backend. It is slow at products that contract the
@@ -144,8 +144,8 @@ def visible(queries, keys):
 def seen(positions, keys, of_queries=None, of_keys=None):
   """Returns the mask [B, T, S] of the keys [S] that queries [B, T] see.
 
-  All keys up to the query's position, of its own document if there are numbers
-  of documents (`visible`).
+  A query sees the keys up to its position; those of its own document if there
+  are numbers of documents (`visible`).
   """
   mask = keys[None, None] <= positions[..., None]
   if of_keys is None:

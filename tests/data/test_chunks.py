@@ -174,12 +174,13 @@ def test_a_full_disk_loses_the_chunks_opened_the_longest_ago(
 def test_few_chunks_of_all_objects_are_open(bucket, tmp_path, monkeypatch):
   """They are maps, not bytes, from the first touch on."""
   monkeypatch.setattr(chunks, '_OPEN', 3)
+  chunks._maps.cache_clear()
   system, reads = bucket
   for name in 'ab':
     system.pipe(f'/tokens/{name}.bin', IDS.astype('<u2').tobytes())
   text = prepared(small(source=f'{URL}/*.bin'), tmp_path / 'cache')
   objects = text.train._tokens._shards
-  (maps,) = {id(x._maps): x._maps for x in objects}.values()
+  maps = chunks._maps()
   size = len(IDS)
   for _ in range(2):
     for place in (slice(size), slice(size - 70, size + 70)):
@@ -187,7 +188,7 @@ def test_few_chunks_of_all_objects_are_open(bucket, tmp_path, monkeypatch):
       np.testing.assert_array_equal(text.train[place], right)
       assert len(maps) == 3
       assert all(isinstance(x.base.obj, mmap.mmap) for x in maps.values())
-  assert {folder for folder, _ in maps} == {x._folder.name for x in objects}
+  assert {x for x, _ in maps} == {*objects}
   assert len(reads) == len({*reads})
 
 

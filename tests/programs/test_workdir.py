@@ -128,6 +128,9 @@ def test_a_refused_start_leaves_the_config_of_the_run(tmp_path):
     (path / 'metrics.jsonl').write_text('{"step": 1}\n')
     raise ConfigError('later')
   assert workdir.read_config(path).run.steps == run.steps
+  with workdir.claim(path, CONFIG):
+    pass
+  assert (path / 'config.json').read_text() == before
 
 
 def test_a_long_file_is_read_at_even_distances(tmp_path):

@@ -32,7 +32,7 @@ def score(
   updates: Sequence[episodes.Episodes],
   variables: PyTree,
   reference: PyTree | None,
-  read_by: Sequence[teachers.Teacher],
+  tutors: Sequence[teachers.Teacher],
   shares: Sequence[list[np.ndarray]],
 ) -> tuple[list[episodes.Episodes], dict[str, float]]:
   """Returns the updates with log-probabilities, and numbers for the row.
@@ -45,7 +45,7 @@ def score(
     updates: of a rollout.
     variables: the policy's.
     reference: the reference's variables, if the objective has a KL penalty.
-    read_by: the teachers.
+    tutors: the teachers; they read the updates, too.
     shares: of each update, each teacher's part of its tokens' advantages.
   """
   scorer = _scorer(program.of_devices(setup.config), setup.mesh)
@@ -61,13 +61,13 @@ def score(
       differ = replay.flips(*map(jnp.asarray, (routes, update.routes)))
       flips.append(np.asarray(differ)[update.targets >= 0])
       update = update._replace(old=old, routes=routes)
-    elif read_by or not update.fresh:
+    elif tutors or not update.fresh:
       # Else the old policy is the update's own.
       update = update._replace(old=read(variables, update))
     if reference:
       update = update._replace(reference=read(reference, free))
-    if read_by:
-      update, gap = _taught(setup, update, free, read_by, shares[i])
+    if tutors:
+      update, gap = _taught(setup, update, free, tutors, shares[i])
       divergence.append(gap)
     scored.append(update)
   row = {}
@@ -91,7 +91,7 @@ def _scorer(config: Config, mesh):
 
 
 def _taught(
-  setup, update, free, read_by, shares
+  setup, update, free, tutors, shares
 ) -> tuple[episodes.Episodes, np.ndarray]:
   """Returns the update with its teachers' advantages, and divergences.
 
@@ -100,7 +100,7 @@ def _taught(
   without a question in the update does not read it.
   """
   read, config = [], setup.config
-  for teacher, share in zip(read_by, shares, strict=True):
+  for teacher, share in zip(tutors, shares, strict=True):
     if not share.any():
       continue
     same = teacher.model == config.model
@@ -114,5 +114,5 @@ def _taught(
   advantage, gap = advantages.taught(update.advantage, update.old, read)
   inside = update.targets >= 0
   advantage = np.where(inside, advantage, 0.0).astype(np.float32)
-  read_by_one = inside & (sum(shares) > 0)
-  return update._replace(advantage=advantage), gap[read_by_one]
+  has_teacher = inside & (sum(shares) > 0)
+  return update._replace(advantage=advantage), gap[has_teacher]

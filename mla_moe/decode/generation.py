@@ -107,7 +107,8 @@ def rollout(
     multiple: lengths are rounded up to it; small ones compute less padding, and
       compile for more lengths.
     fewest: when half of the rows have ended they leave the others, which a
-      program of half as many rows continues, down to so many; 0: all stay.
+      program of half as many rows continues, down to so many; 0: all stay, and
+      so they do on a mesh, whose devices hold rows.
     **knobs: of `sampling.make_knobs`; one value, or one a row.
 
   Raises:
@@ -138,8 +139,8 @@ def rollout(
 
 def _run(variables, prompts, job, fewest):
   """Returns the result of `_rollout`; rows leave when half have ended."""
-  few = len(job.knobs.seed) < 2 * fewest or sharding.auto_axes()
-  if few or not fewest:
+  all_stay = not fewest or len(job.knobs.seed) < 2 * fewest
+  if all_stay or sharding.auto_axes():
     return jax.device_get(_rollout(variables, *prompts, job))
   laid_out = 'layers' in variables
   weights = variables if laid_out else _unstack(job.config, variables)

@@ -107,8 +107,7 @@ def rollout(
     multiple: lengths are rounded up to it; small ones compute less padding, and
       compile for more lengths.
     fewest: when half of the rows have ended they leave the others, which a
-      program of half as many rows continues, down to so many; 0: all stay, and
-      so they do on a mesh, whose devices hold rows.
+      program of half as many rows continues, down to so many; 0 or a mesh: no.
     **knobs: of `sampling.make_knobs`; one value, or one a row.
 
   Raises:

@@ -190,11 +190,9 @@ def _masked(scale, axes, rows, gathered, whole, places, of_keys):
   total, y = _over_heads(of_heads, mask.shape, q, k, v)
   own = None
   if ik is not None:
-    wide = ik.astype(jnp.float32)  # its gradient is summed over chunks
-    of_index = lambda iq, w: (
-      indexer.scores(iq, w, wide.astype(ik.dtype)),
-      None,
-    )
+    keys = ik.astype(jnp.float32)  # their gradient is summed over chunks
+    scores = lambda *x: indexer.scores(*x, keys.astype(ik.dtype))
+    of_index = lambda iq, w: (scores(iq, w), None)
     own, _ = _over_heads(of_index, mask.shape, iq, w)
   return y, _divergence(total, own, mask, axes)
 

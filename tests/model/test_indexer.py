@@ -313,6 +313,27 @@ def test_no_array_has_all_pairs(monkeypatch):
   assert (B, 1, 1, length) in out
 
 
+def test_index_keys_have_their_gradient_in_float32_over_heads(monkeypatch):
+  """Of 32 heads one at a time, in bfloat16, beside all at once in float32."""
+  keys = jax.random.split(jax.random.key(0), 6)
+  make = lambda key, *shape: jax.random.normal(key, shape, jnp.bfloat16)
+  q, k, v = (make(key, 1, 16, 1, 8) for key in keys[:3])
+  iq, w = make(keys[3], 1, 16, 32, 8), make(keys[4], 1, 16, 32)
+  ik = make(keys[5], 1, 16, 8)
+  places = None, jnp.arange(16)[None], None
+
+  def loss(ik, dtype):
+    rows = q.astype(dtype), iq.astype(dtype), w.astype(jnp.float32)
+    whole = k.astype(dtype), v.astype(dtype), ik
+    return sparse._masked(1.0, (), rows, (), whole, places, None)[1].sum()
+
+  right = jax.grad(loss)(ik.astype(jnp.float32), jnp.float32)
+  monkeypatch.setattr(sparse, '_NUMBERS', 16 * 16)
+  ours = jax.jit(jax.grad(loss), static_argnums=1)(ik, jnp.bfloat16)
+  error = jnp.linalg.norm(ours.astype(jnp.float32) - right)
+  assert error < 0.004 * jnp.linalg.norm(right)
+
+
 def test_the_gradient_of_the_scores_is_softmax_minus_p():
   probs = jax.nn.softmax(normal(0, 1, 3, 2, 7), -1)
   mask, scores = np.ones((1, 3, 7), bool), normal(1, 1, 3, 7)

@@ -6,19 +6,23 @@
 one's own; --list lists them. Each arm is trained at each size from the same
 seeds, to equal steps, tokens, training FLOPs or seconds (--equal). The same
 command goes on where it stopped, and more --pairs are added to those that are
-there. The folder then has report.html: curves, differences with intervals,
-speed-ups, and a verdict in words. --table trains nothing and writes the page of
-the runs that are finished. --smoke trains toys of the first size in a minute.
+there. After each size the folder has report.html: curves, differences with
+intervals, speed-ups, and a verdict in words. --table trains nothing and writes
+the page of the runs that are finished, also while others are under way. --smoke
+trains toys of the first size in a minute.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import sys
 
 from mla_moe.config import ConfigError
 
 from .. import cli, commands, runtime, workdir
+from . import folder, reading
 from . import plan as plans
 
 _SMOKE = dict(pairs=2, points=3)
@@ -38,7 +42,9 @@ def flags(words: list[str]) -> argparse.Namespace:
   )
   add = parser.add_argument
   add('--name', default='', help='of the ablation, or its file')
-  add('--workdir', default='', help='runs/ablate-NAME if it is left out')
+  add(
+    '--workdir', default='', help='runs/ablate-NAME (-smoke) if it is left out'
+  )
   add('--pairs', type=int, default=3, help='seeds of each arm at each size')
   add('--seed', type=int, default=0, help='the first of the seeds')
   add('--equal', default='', help='steps, tokens, flops or seconds')
@@ -64,6 +70,13 @@ def flags(words: list[str]) -> argparse.Namespace:
     if getattr(args, name) < least:
       value = getattr(args, name)
       raise ConfigError(f'--{name}={value}: must be at least {least}')
+  if not math.isfinite(args.seconds):
+    raise ConfigError(f'--seconds={args.seconds}: must be a finite number')
+  if args.seed + args.pairs > 2**31:
+    raise ConfigError(
+      f'--seed={args.seed}: the seed of the last of {args.pairs} pairs must be '
+      'below 2**31'
+    )
   return args
 
 
@@ -72,11 +85,11 @@ def main() -> None:
   with cli.edge():
     args = flags(sys.argv[1:])
     if args.list:
-      for name in plans.names():
-        print(f'{name:14} {plans.read(name)[2].splitlines()[0]}')
+      for name in reading.names():
+        print(f'{name:14} {reading.read(name)[2].splitlines()[0]}')
       return
     if not args.name:
-      raise ConfigError(f"--name='': give one of {', '.join(plans.names())}")
+      raise ConfigError(f"--name='': give one of {', '.join(reading.names())}")
     plan = plans.make(
       args.name,
       sizes=args.sizes,
@@ -85,10 +98,13 @@ def main() -> None:
       steps=args.steps,
       seconds=args.seconds,
       points=args.points,
+      seed=args.seed,
       smoke=args.smoke,
     )
-    path = cli.path('--workdir', args.workdir or f'runs/ablate-{plan.name}')
-    with workdir.lock(path, lambda folder: (folder / 'ablation.json').exists()):
+    own = f'runs/ablate-{plan.name}{"-smoke" if args.smoke else ""}'
+    path = cli.path('--workdir', args.workdir or own)
+    lock = workdir.lock(path, folder.begun)
+    with contextlib.nullcontext() if args.table else lock:
       try:
         run(path.resolve(), plan, args)
       except OSError as error:
@@ -99,38 +115,9 @@ def main() -> None:
 
 def run(path, plan: plans.Plan, args: argparse.Namespace) -> None:
   """Trains the pairs that the folder lacks, unless --table; writes the page."""
-  import jax
+  from . import outcome, report
 
-  from ..training import starts
-  from . import folder, outcome, report, turns
-
-  if args.table and not folder.results(path):
-    raise ConfigError(f'--table: {path} has no finished run')
-  folder.bind(path, plan)
-  if args.smoke:
-    jax.config.update('jax_disable_most_optimizations', True)
-  runtime.keep_memory()
-  runtime.keep_compilations(path.parent / '.jax_cache')
-  if not args.table:
-    starts.record(path, len(folder.results(path)))
-  paid, texts = {}, {}
-  for size, recipes in plan.recipes.items():
-    seconds = folder.speeds(path).get(size, {})
-    config = recipes[plan.arms[0]].config
-    key = config.data, config.run.eval_batches
-    if not args.table and key not in texts:
-      texts[key] = turns.text(config, path.parent / '.corpus')
-    if plan.equal == 'seconds' and not set(recipes) <= set(seconds):
-      if args.table:
-        continue
-      seconds = turns.seconds_of_step(recipes, texts[key], seconds)
-      folder.add_speeds(path, size, seconds)
-    paid[size] = plans.paid(plan, size, seconds)
-    for seed in range(args.seed, args.seed + args.pairs):
-      if not args.table:
-        turns.pair(path, size, paid[size], seed, plan.points, texts[key])
-  if not paid:
-    raise ConfigError(f'--table: {path} has no run of these sizes')
+  paid = finished(path, plan) if args.table else train(path, plan, args)
   comparisons = outcome.compared(
     folder.results(path), list(paid), plan.arms, plan.equal
   )
@@ -139,6 +126,65 @@ def run(path, plan: plans.Plan, args: argparse.Namespace) -> None:
     print(line)
   if page := report.write(path, plan, paid):
     print(page)
+
+
+def finished(path, plan: plans.Plan) -> dict:
+  """Returns {size: recipes} of a folder's finished runs; writes nothing.
+
+  Raises:
+    ConfigError: there is none, or they are of another ablation.
+  """
+  sizes = {row['size'] for row in folder.results(path)}
+  if not sizes:
+    raise ConfigError(f'--table: {path} has no finished run')
+  folder.merged(path, plan)
+  speeds = folder.speeds(path)
+  paid = {
+    size: plans.paid(plan, size, speeds.get(size, {}))
+    for size, recipes in plan.recipes.items()
+    if size in sizes
+    and (plan.equal != 'seconds' or set(recipes) <= set(speeds.get(size, {})))
+  }
+  if not paid:
+    raise ConfigError(f'--table: {path} has no run of these sizes')
+  return paid
+
+
+def train(path, plan: plans.Plan, args: argparse.Namespace) -> dict:
+  """Trains the pairs that the folder lacks; returns {size: recipes}.
+
+  The page is written after each size.
+  """
+  import jax
+
+  from ..training import starts
+  from . import report, turns
+
+  folder.bind(path, plan)
+  if args.smoke:
+    jax.config.update('jax_disable_most_optimizations', True)
+  runtime.keep_memory()
+  runtime.keep_compilations(path.parent / '.jax_cache')
+  starts.record(path, len(folder.results(path)))
+  paid, texts = {}, {}
+  for size, recipes in plan.recipes.items():
+    if paid:
+      report.write(path, plan, paid)
+    config = recipes[plan.arms[0]].config
+    key = config.data, config.run.eval_batches
+    if key not in texts:
+      name = plans.of_text(config)
+      known = folder.texts(path).get(name, '')
+      texts[key] = turns.text(config, path.parent / '.corpus', known)
+      folder.add_text(path, name, texts[key].fingerprint)
+    seconds = folder.speeds(path).get(size, {})
+    if plan.equal == 'seconds' and not set(recipes) <= set(seconds):
+      seconds = turns.seconds_of_step(recipes, texts[key], seconds)
+      folder.add_speeds(path, size, seconds)
+    paid[size] = plans.paid(plan, size, seconds)
+    for seed in range(plan.seed, plan.seed + args.pairs):
+      turns.pair(path, size, paid[size], seed, plan.points, texts[key])
+  return paid
 
 
 def show(plan: plans.Plan, rows: list[tuple[str, ...]], head: tuple) -> None:

@@ -1,19 +1,23 @@
 """The folder of an ablation: its plan, its results, and runs under way.
 
-  ablation.json   the plan; another ablation is refused
+  ablation.json   the plan; once a run has begun, another is refused
+  texts.json      the fingerprint of each text
   speeds.json     seconds of a step, of a budget in seconds
   results.jsonl   a row for each finished run, with its curve
   starts.jsonl    dates, versions and devices
   running/        the state of each run that is under way
   report.html     the page
 
-A chunk ends with the state in a file that replaces the one before, so a kill
-loses the chunk that was computed and nothing else. A run's row is written
-before its state goes: a kill between the two leaves a state that no one needs.
+An ablation begins with its first chunk: the plan of a command that was refused
+before does not bind the next one. A chunk ends with the state in a file that
+replaces the one before, so a kill loses the chunk that was computed and nothing
+else. A run's row is written before its state goes: a kill between the two
+leaves a state that no one needs.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -23,12 +27,20 @@ import jax
 from flax import serialization
 
 from mla_moe import files
-from mla_moe.config import ConfigError
+from mla_moe.config import ConfigError, freeze
 
 from .. import workdir
 from . import plan as plans
 
 RESULTS = 'results.jsonl'
+_OTHER = 'name another --workdir'
+
+
+def begun(path: pathlib.Path) -> bool:
+  """Whether a chunk of a run is there: a result, or a state under way."""
+  running = path / 'running'
+  states = running.is_dir() and any(running.iterdir())
+  return states or bool(results(path))
 
 
 def bind(path: pathlib.Path, plan: plans.Plan) -> None:
@@ -37,22 +49,49 @@ def bind(path: pathlib.Path, plan: plans.Plan) -> None:
   Sizes and arms that the folder lacks are added to it.
 
   Raises:
-    ConfigError: names the first value that differs.
+    ConfigError: as `merged`.
   """
-  ours = json.loads(json.dumps(plans.described(plan)))
-  file = path / 'ablation.json'
-  if file.exists():
-    theirs = _read(file)
-    for name in ('steps', 'configs'):  # which a folder may have more of
-      ours[name] = {**theirs.get(name, {}), **ours[name]}
-      theirs[name] = {**ours[name], **theirs.get(name, {})}
-    difference = next(_differences(ours, theirs, ''), '')
-    if difference:
-      raise ConfigError(
-        f'workdir={str(path)!r}: holds another ablation ({difference}); name '
-        'another --workdir'
-      )
-  workdir.write(file, json.dumps(ours, indent=1))
+  values = merged(path, plan)
+  if not begun(path):  # texts and speeds are of the plan before
+    for name in ('texts.json', 'speeds.json'):
+      (path / name).unlink(missing_ok=True)
+  workdir.write(_plan_of(path), json.dumps(values, indent=1))
+
+
+def merged(path: pathlib.Path, plan: plans.Plan) -> dict:
+  """Returns the plan's values, with sizes and arms that the folder has more.
+
+  A config field that the folder's version did not have counts as its default.
+
+  Raises:
+    ConfigError: the folder's runs are of another ablation; names the first
+      value that differs.
+  """
+  ours, file = json.loads(json.dumps(plans.described(plan))), _plan_of(path)
+  if not begun(path) or not file.exists():
+    return ours
+  theirs = {**ours, **_read(file)}
+  configs = {}
+  for name, values in theirs['configs'].items():
+    try:
+      config = dataclasses.asdict(freeze(values))
+    except ConfigError as error:
+      raise ConfigError(f'{file}: {name}: {error}; {_OTHER}') from None
+    configs[name] = json.loads(json.dumps(config))
+  theirs['configs'] = configs
+  for name in ('steps', 'code', 'configs'):  # which a folder may have more of
+    ours[name] = {**theirs[name], **ours[name]}
+    theirs[name] = {**ours[name], **theirs[name]}
+  difference = next(_differences(ours, theirs, ''), '')
+  if difference:
+    raise ConfigError(
+      f'workdir={str(path)!r}: holds another ablation ({difference}); {_OTHER}'
+    )
+  return ours
+
+
+def _plan_of(path: pathlib.Path) -> pathlib.Path:
+  return path / 'ablation.json'
 
 
 def _differences(ours: Any, theirs: Any, path: str):
@@ -70,7 +109,19 @@ def _read(file: pathlib.Path) -> Any:
   try:
     return files.read_json(file)
   except ConfigError:
-    raise ConfigError(f'{file}: is damaged; name another --workdir') from None
+    raise ConfigError(f'{file}: is damaged; {_OTHER}') from None
+
+
+def texts(path: pathlib.Path) -> dict[str, str]:
+  """Returns {`plans.of_text`: fingerprint} of the texts read so far."""
+  file = path / 'texts.json'
+  return _read(file) if file.exists() else {}
+
+
+def add_text(path: pathlib.Path, text: str, fingerprint: str) -> None:
+  """Records the fingerprint of a text."""
+  values = texts(path) | {text: fingerprint}
+  workdir.write(path / 'texts.json', json.dumps(values, indent=1))
 
 
 def speeds(path: pathlib.Path) -> dict:
@@ -95,17 +146,21 @@ def finish(path: pathlib.Path, row: dict) -> None:
   rows = workdir.Rows(path / RESULTS)
   rows.append(row)
   rows.close()
-  _state(path, row['size'], row['arm'], row['seed']).unlink(missing_ok=True)
+  drop(path, row['size'], row['arm'], row['seed'])
 
 
-def save(
-  path: pathlib.Path, size: str, arm: str, seed: int, state: Any, curve: list
-) -> None:
-  """Replaces the state of a run under way, and its curve so far."""
+def drop(path: pathlib.Path, size: str, arm: str, seed: int) -> None:
+  """Removes the state of a finished run, if a kill left it there."""
+  _state(path, size, arm, seed).unlink(missing_ok=True)
+
+
+def save(path: pathlib.Path, size: str, arm: str, seed: int, run: Any) -> None:
+  """Replaces a `turns.Run` under way: its state, its curve, its steps."""
   target = _state(path, size, arm, seed)
   target.parent.mkdir(exist_ok=True)
-  values = {'state': jax.device_get(state), 'curve': json.dumps(curve)}
-  scratch = target.with_suffix('.new')
+  facts = {'steps': run.recipe.config.run.steps, 'curve': run.curve}
+  values = {'state': jax.device_get(run.state), 'facts': json.dumps(facts)}
+  scratch = path / 'state.new'
   with open(scratch, 'wb') as file:
     file.write(serialization.to_bytes(values))
     file.flush()
@@ -114,28 +169,38 @@ def save(
 
 
 def load(
-  path: pathlib.Path, size: str, arm: str, seed: int, like: Any
+  path: pathlib.Path, size: str, arm: str, seed: int, like: Any, steps: int
 ) -> tuple[Any, list] | None:
   """Returns the state and the curve of a run under way, or None.
 
+  `steps` are those that the budget pays for.
+
   Raises:
-    ConfigError: the file is damaged, or of a state of another form.
+    ConfigError: the file is damaged, of a state of another form, or of a run of
+      other steps, whose schedule is another.
   """
   target = _state(path, size, arm, seed)
   if not target.exists():
     return None
   try:
-    values = {'state': like, 'curve': ''}
+    values = {'state': like, 'facts': ''}
     values = serialization.from_bytes(values, target.read_bytes())
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     if shapes(values['state']) != shapes(like):
       raise ValueError('another shape')
-    return jax.device_put(values['state']), json.loads(values['curve'])
+    facts = json.loads(values['facts'])
+    begun_with, curve = facts['steps'], facts['curve']
   except Exception as error:  # msgpack and flax raise many types
     raise ConfigError(
       f'{target}: cannot be read ({type(error).__name__}); remove it, and this '
       'run begins again'
     ) from None
+  if begun_with != steps:
+    raise ConfigError(
+      f'{target}: is of a run of {begun_with} steps, and the budget pays for '
+      f'{steps}; {_OTHER}'
+    )
+  return jax.device_put(values['state']), curve
 
 
 def _state(path: pathlib.Path, size: str, arm: str, seed: int) -> pathlib.Path:

@@ -32,8 +32,8 @@ class Comparison(NamedTuple):
 
   bits: held out, a byte, means of (reference, arm). change: relative
   differences. log_speedup: logarithms of `differences.speedup`. ladder:
-  `differences.ladder_speedup`. seconds: measured, the arm's over the
-  reference's. diverged: pairs with a loss that is not finite, left out.
+  `differences.ladder_speedup`, in training FLOPs. seconds: measured, the arm's
+  over the reference's. diverged: pairs of which a run diverged, left out.
   """
 
   size: str
@@ -65,6 +65,8 @@ def verdict(changes: Sequence[float], diverged: int = 0) -> str:
     word = 'worse' if change.mean > 0 else 'better'
     return f'{word} by {abs(change.mean):.2%}{end}'
   pairs = differences.pairs_to_tell(changes)
+  if not pairs:
+    return f'cannot be told from {len(changes)} pairs: their mean is 0{end}'
   return (
     f'cannot be told from {len(changes)} pairs; about {pairs:,} would tell '
     f'{abs(change.mean):.2%}{end}'
@@ -97,7 +99,7 @@ def pairs_of(
 
 def _compared(runs, size, first, arm, equal, sizes) -> Comparison:
   both = pairs_of(runs, size, first, arm)
-  good = [pair for pair in both if all(map(_is_finite, pair))]
+  good = [pair for pair in both if not any(map(diverged, pair))]
   last = lambda name: [(a[-1][name], b[-1][name]) for a, b in good]
   changes = [b / a - 1 for a, b in last('bits')]
   nothing = Interval(math.nan, math.inf, 0)
@@ -108,7 +110,6 @@ def _compared(runs, size, first, arm, equal, sizes) -> Comparison:
     differences.speedup(points(a, equal), points(b, equal)) for a, b in good
   ]
   bits = tuple(np.mean(last('bits'), axis=0).tolist())
-  spent = np.mean([points(b, equal)[-1][0] for _, b in good])
   return Comparison(
     size,
     arm,
@@ -116,9 +117,7 @@ def _compared(runs, size, first, arm, equal, sizes) -> Comparison:
     changes,
     differences.interval(changes),
     differences.interval(np.log(speedups)),
-    differences.ladder_speedup(
-      ladder(runs, sizes, first, equal), float(spent), bits[1]
-    ),
+    by_the_ladder(runs, sizes, size, first, arm),
     differences.interval([b / a for a, b in last('seconds')]),
     len(both) - len(good),
   )
@@ -130,22 +129,41 @@ def points(curve: list[dict], equal: str) -> list[tuple[float, float]]:
   return [(point[name], point['bits']) for point in curve]
 
 
-def ladder(runs: dict, sizes: list[str], arm: str, equal: str) -> list:
-  """Returns (mean spent, mean last bits) of an arm, a point for each size."""
-  rungs = []
-  for size in sizes:
-    of_size = [c for (z, a, _), c in runs.items() if (z, a) == (size, arm)]
-    ends = [points(c, equal)[-1] for c in of_size if _is_finite(c)]
-    if ends:
-      rungs.append(tuple(np.mean(ends, axis=0).tolist()))
-  return rungs
+def by_the_ladder(
+  runs: dict, sizes: list[str], size: str, first: str, arm: str
+) -> float | None:
+  """Returns `differences.ladder_speedup` of an arm at a size, or None.
 
-
-def _is_finite(curve: list[dict]) -> bool:
-  return all(
-    isinstance(point['bits'], float) and math.isfinite(point['bits'])
-    for point in curve
+  The abscissa is training FLOPs whatever is equal: a token of a larger size
+  costs more. All means are of one set of seeds, those that the arm and each
+  size of the reference have.
+  """
+  good = lambda z, a: {
+    s for (y, b, s), c in runs.items() if (y, b) == (z, a) and not diverged(c)
+  }
+  rungs = [z for z in sizes if good(z, first)]
+  seeds = set.intersection(good(size, arm), *(good(z, first) for z in rungs))
+  if not seeds:
+    return None
+  end = lambda z, a: np.mean(
+    [(runs[z, a, s][-1]['flops'], runs[z, a, s][-1]['bits']) for s in seeds], 0
   )
+  ladder = [tuple(end(z, first).tolist()) for z in rungs]
+  return differences.ladder_speedup(ladder, *end(size, arm).tolist())
+
+
+def diverged(curve: list[dict]) -> bool:
+  """Whether a run's curve is no measurement of its arm.
+
+  A held-out loss of it is not finite, or its last chunk trained nothing. A step
+  whose loss or gradient is not finite changes no weight, so the held-out loss
+  of a run that broke stays finite, and says nothing of the arm.
+  """
+  last, before = curve[-1], curve[-2] if curve[1:] else {}
+  count = lambda name: last.get(name, 0) - before.get(name, 0)
+  is_frozen = 0 < count('step') == count('skipped')
+  losses = [point['bits'] for point in curve] + [last['loss']]
+  return is_frozen or not all(map(math.isfinite, losses))
 
 
 # ----------------------------------------------------------------------- words

@@ -1,38 +1,25 @@
 """The plan of an ablation: its sizes, its arms, and the steps of each arm.
 
-A file of `configs/ablate` has one function:
-
-  get_ablation() -> {'sizes': {name: Config}, 'arms': {name: function},
-                     'equal': budget, 'paper': text}
-
-An arm is a function from a size's config to the arm's own: a changed config, or
-a `Recipe` where an idea replaces functions, too. The first arm is the one that
-the others are compared with. Its config sets the budget: `run.steps` steps, or
-the tokens, the training FLOPs or the seconds that these take. Each other arm
-gets as many steps as that budget pays for, and its schedule is stretched to
-them. A choice of what is equal is a choice of the question: a dearer step wins
-at equal steps and may lose on the clock.
+The first arm is the one that the others are compared with. Its config sets the
+budget: `run.steps` steps, or the tokens, the training FLOPs or the seconds that
+these take. Each other arm gets as many steps as that budget pays for, and its
+schedule is stretched to them. A choice of what is equal is a choice of the
+question: a dearer step wins at equal steps and may lose on the clock.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
-import importlib
-import importlib.util
-import inspect
-import pathlib
+import json
 from typing import Any, NamedTuple
 
 from mla_moe.config import Config, ConfigError, freeze, thaw
 
-from .. import cli
+from . import reading
 from .recipe import Recipe, price, stretched, toy
 
 EQUAL = ('steps', 'tokens', 'flops', 'seconds')
-OURS = cli.CONFIGS / 'ablate'
-IDEAS = pathlib.Path(__file__).parent.parent / 'ideas'
 # Fields that two arms must share, or their losses are not of the same text.
 _OF_TEXT = (
   *('data.source', 'data.field', 'data.tokenizer', 'data.dtype'),
@@ -45,7 +32,8 @@ class Plan(NamedTuple):
 
   In each size the first arm is the reference, of whose config the budget is,
   unless there are `seconds`. `points` are the evaluations of a run: it is
-  trained in as many chunks.
+  trained in as many chunks. `seed` is the first pair's. `code` is a hash of the
+  source of the ablation, to which functions of its own belong.
   """
 
   name: str
@@ -55,72 +43,12 @@ class Plan(NamedTuple):
   seconds: float
   points: int
   recipes: dict[str, dict[str, Recipe]]
+  seed: int = 0
+  code: str = ''
 
   @property
   def arms(self) -> list[str]:
     return list(next(iter(self.recipes.values())))
-
-
-def names() -> list[str]:
-  """Returns the names of the ablations that are here."""
-  files = [path.stem for path in sorted(OURS.glob('[a-z]*.py'))]
-  ideas = [path.parent.name for path in sorted(IDEAS.glob('*/ablation.py'))]
-  return files + ideas
-
-
-def read(name: str) -> tuple[dict, str, str]:
-  """Returns the ablation of a name or file: values, name, its docstring.
-
-  A name is that of a file in configs/ablate, or of a folder in
-  experiments/ideas, which has an `ablation.py`.
-
-  Raises:
-    ConfigError: there is none, or it is no ablation.
-  """
-  cli.share_configs()
-  if (IDEAS / name / 'ablation.py').is_file() and name.isidentifier():
-    package = __package__.rpartition('.')[0]
-    module = importlib.import_module(f'{package}.ideas.{name}.ablation')
-  else:
-    path = _file(name)
-    spec = importlib.util.spec_from_file_location('ablation', path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-      spec.loader.exec_module(module)
-    except ConfigError:
-      raise
-    except Exception as error:  # a file of one's own may raise anything
-      raise ConfigError(
-        f'--name={name}: {type(error).__name__}: {error}'
-      ) from None
-    name = path.stem
-  make = getattr(module, 'get_ablation', None)
-  if make is None:
-    raise ConfigError(f'--name={name}: has no function get_ablation')
-  values = make()
-  wrong = {'sizes', 'arms', 'equal', 'paper'} ^ set(values)
-  if wrong:
-    raise ConfigError(
-      f'--name={name}: {sorted(wrong)[0]!r} is missing or unknown; an ablation '
-      "has 'sizes', 'arms', 'equal' and 'paper'"
-    )
-  return values, name, inspect.cleandoc(module.__doc__ or name)
-
-
-def _file(name: str) -> pathlib.Path:
-  """Returns the file of an ablation: of ours by its name, or a path.
-
-  Raises:
-    ConfigError: there is none; names those of ours, or one like it.
-  """
-  if name in names():
-    return OURS / f'{name}.py'
-  path = cli.path('--name', name)
-  if path.is_file():
-    return path
-  near = difflib.get_close_matches(pathlib.Path(name).stem, names(), 1)
-  hint = f'did you mean {near[0]}?' if near else f'ours: {", ".join(names())}'
-  raise ConfigError(f'--name={name}: is no ablation; {hint}')
 
 
 def make(
@@ -132,6 +60,7 @@ def make(
   steps: int = 0,
   seconds: float = 0.0,
   points: int = 10,
+  seed: int = 0,
   smoke: bool = False,
 ) -> Plan:
   """Returns the checked plan of an ablation; '' and 0 leave its own values.
@@ -142,7 +71,7 @@ def make(
     ConfigError: there is none of that name, size or arm, fewer than two arms,
       or arms that cannot be compared.
   """
-  values, name, text = read(name)
+  word, (values, name, text, code) = name, reading.read(name)
   configs = _some('--sizes', sizes, values['sizes'])
   if smoke and not sizes:
     configs = dict(list(configs.items())[:1])
@@ -163,18 +92,38 @@ def make(
     config = toy(config, i) if smoke else config
     if steps:
       config = stretched(config, config, steps)
-    recipes[size] = {arm: _recipe(f(config)) for arm, f in chosen.items()}
+    recipes[size] = {
+      arm: _recipe(word, size, arm, function, config)
+      for arm, function in chosen.items()
+    }
     _compare(size, recipes[size], equal)
     if points > config.run.steps:
       raise ConfigError(
         f'--points={points}: size {size} has {config.run.steps} steps, and an '
         'evaluation follows a step'
       )
-  return Plan(name, text, values['paper'], equal, seconds, points, recipes)
+  return Plan(
+    *(name, text, values['paper'], equal, seconds, points, recipes, seed, code)
+  )
 
 
-def _recipe(value: Config | Recipe) -> Recipe:
-  return value if isinstance(value, Recipe) else Recipe(value)
+def _recipe(name: str, size: str, arm: str, function, config) -> Recipe:
+  """Returns the recipe of an arm.
+
+  Raises:
+    ConfigError: its function fails, or returns no config and no recipe.
+  """
+  with reading.own_code(
+    f'{name}, arm {arm} at {size}', reading.place(function)
+  ):
+    value = function(config)
+  recipe = value if isinstance(value, Recipe) else Recipe(value)
+  if not isinstance(recipe.config, Config):
+    raise ConfigError(
+      f'--name={name}: arm {arm} gives {recipe.config!r:.60} at {size}; it '
+      'must return a Config or a Recipe'
+    )
+  return recipe
 
 
 def _some(flag: str, words: str, values: dict) -> dict:
@@ -218,6 +167,15 @@ def _compare(size: str, recipes: dict[str, Recipe], equal: str) -> None:
       if _get(config, field) != wanted:
         value = _get(config, field)
         raise ConfigError(f'{field}={value!r} of arm {arm} at {size}: {rule}')
+    try:
+      freeze(thaw(config))  # an arm may have made it by dataclasses.replace
+    except ConfigError as error:
+      raise ConfigError(f'arm {arm} at {size}: {error}') from None
+
+
+def of_text(config: Config) -> str:
+  """Returns the fields of a config that choose its text, as JSON."""
+  return json.dumps({field: _get(config, field) for field in _OF_TEXT})
 
 
 def _get(config: Config, field: str) -> Any:
@@ -253,19 +211,24 @@ def paid(plan: Plan, size: str, seconds: dict[str, float]) -> dict[str, Recipe]:
 def described(plan: Plan) -> dict:
   """Returns the plan as JSON values, by which its folder knows it.
 
-  The pairs are none of it: a folder may get more.
+  The pairs are none of it: a folder may get more. An arm that is a config is
+  known by it, and one with functions of its own by their source, too.
   """
-  first, configs, steps = plan.arms[0], {}, {}
+  first, configs, steps, code = plan.arms[0], {}, {}, {}
   for size, recipes in plan.recipes.items():
     steps[size] = recipes[first].config.run.steps
     for arm, recipe in recipes.items():
-      configs[f'{size}.{arm}'] = dataclasses.asdict(recipe.config)
+      configs[f'{size}-{arm}'] = dataclasses.asdict(recipe.config)
+      if recipe != Recipe(recipe.config):
+        code[arm] = plan.code
   return {
     'name': plan.name,
     'reference': first,
     'equal': plan.equal,
     'seconds': plan.seconds,
     'points': plan.points,
+    'seed': plan.seed,
     'steps': steps,
+    'code': code,
     'configs': configs,
   }

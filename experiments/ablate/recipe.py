@@ -20,9 +20,9 @@ from mla_moe.train import state, step
 class Recipe(NamedTuple):
   """An arm at one size: a config, and the functions that train and judge it.
 
-  init: (key, config=) -> `State`. train: `step.train_step` or its like.
-  evaluate: `step.eval_step` or its like. flops: (config, sequence length) ->
-  training FLOPs of a token.
+  init: (key, config=) -> `State`. train: `step.train_step` or its like;
+  metrics main_loss, load and skipped are read. evaluate: `step.eval_step` or
+  its like. flops: (config, sequence length) -> training FLOPs of a token.
   """
 
   config: Config

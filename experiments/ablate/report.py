@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import os
 import pathlib
 
 import numpy as np
@@ -22,7 +23,7 @@ from .recipe import flops_of_step, tokens_of_step
 
 _COSTS = (
   'size', 'arm', 'parameters', 'active', 'GFLOPs a token', 'steps', 'tokens',
-  'training FLOPs', 'seconds', 'tokens/s', 'MaxVio',
+  'training FLOPs', 'seconds', 'tokens/s', 'skipped', 'MaxVio',
 )  # fmt: skip
 
 
@@ -35,8 +36,12 @@ def write(
   """
   if not page.can_draw():
     return None
-  rows = folder.results(path)
   sizes, arms = list(recipes), plan.arms
+  rows = [
+    row
+    for row in folder.results(path)
+    if row['size'] in sizes and row['arm'] in arms
+  ]
   comparisons = outcome.compared(rows, sizes, arms, plan.equal)
   lines = plan.title.partition('\n\n')
   parts = [
@@ -47,7 +52,7 @@ def write(
     'relative, of the held-out bits per byte of runs of one seed; below 0 is '
     'better. A speed-up is the compute that the better arm saves for the same '
     'loss, along its own curve (a lower bound); by the ladder: along the '
-    'reference&#39;s last losses at all sizes.</p>',
+    'reference&#39;s last losses at all sizes, in training FLOPs.</p>',
     page.table(list(outcome.HEAD), _cells(outcome.table(comparisons))),
     *(
       f'<p>{html.escape(x)}</p>' for x in outcome.clock(comparisons, plan.equal)
@@ -60,9 +65,10 @@ def write(
     *_paper(plan, lines[2]),
     *_origin(path),
   ]
-  target = path / 'report.html'
-  workdir.write(target, page.page(f'Ablation: {plan.name}', parts))
-  return target
+  # --table writes it beside a run, so each process has a file of its own.
+  own, target = path / f'report-{os.getpid()}.html', path / 'report.html'
+  workdir.write(own, page.page(f'Ablation: {plan.name}', parts))
+  return own.replace(target)
 
 
 def _cells(rows) -> list[list[str]]:
@@ -135,7 +141,7 @@ def _costs(rows: list[dict], recipes: dict) -> list[tuple[str, ...]]:
       if ends:
         spent = mean('seconds')
         seconds, speed = f'{spent:.1f}', f'{tokens / spent:,.0f}'
-      has_load = any('max_vio' in end for end in ends)
+      has = lambda name, e=ends: any(name in end for end in e)
       lines.append(
         (
           size,
@@ -148,7 +154,8 @@ def _costs(rows: list[dict], recipes: dict) -> list[tuple[str, ...]]:
           f'{config.run.steps * flops_of_step(recipe):.3g}',
           seconds,
           speed,
-          f'{mean("max_vio"):.2f}' if has_load else '-',
+          f'{mean("skipped"):.4g}' if has('skipped') else '-',
+          f'{mean("max_vio"):.2f}' if has('max_vio') else '-',
         )
       )
   return lines

@@ -44,12 +44,16 @@ _SCHEDULE = (
 
 
 class Text(NamedTuple):
-  """The tokens of an ablation, and the bytes of each token [V]."""
+  """The tokens of an ablation, and the bytes of each token [V].
+
+  fingerprint: of all that the tokens depend on.
+  """
 
   train: Any
   heldout: list[Batch]
   bos_id: int
   byte_lengths: np.ndarray
+  fingerprint: str
 
 
 class Programs(NamedTuple):
@@ -63,8 +67,9 @@ class Programs(NamedTuple):
 class Run(NamedTuple):
   """A run under way: its state after `step` steps, and a curve of chunks.
 
-  A point has step, tokens, flops, seconds (of training alone, in all), loss
-  (mean of the chunk, nats a token), bits (held out, a byte), and max_vio.
+  A point has step, tokens, flops, seconds (of training alone), skipped (steps),
+  all of them in all; loss (mean of the chunk, nats a token), bits (held out, a
+  byte), and max_vio (of the chunk).
   """
 
   recipe: Recipe
@@ -77,17 +82,25 @@ class Run(NamedTuple):
     return self.curve[-1]['step'] if self.curve else 0
 
 
-def text(config: Config, cache: pathlib.Path) -> Text:
-  """Returns the text of an ablation; tokenises it if `cache` has it not."""
+def text(config: Config, cache: pathlib.Path, known: str = '') -> Text:
+  """Returns the text of an ablation; tokenises it if `cache` has it not.
+
+  Raises:
+    ConfigError: as `corpus.prepare`; another text than the `known` one, by its
+      fingerprint.
+  """
   model, data = config.model, config.data
   words = tokenizer.load(
     data.tokenizer, model.bos_id, model.eos_id, model.vocab
   )
-  tokens = corpus.prepare(data, words, cache)
+  tokens = corpus.prepare(data, words, cache, known=known)
   heldout = batches.eval_batches(
     tokens.heldout, data, tokens.bos_id, config.run.eval_batches
   )
-  return Text(tokens.train, heldout, tokens.bos_id, words.byte_lengths())
+  return Text(
+    *(tokens.train, heldout, tokens.bos_id, words.byte_lengths()),
+    fingerprint=tokens.fingerprint,
+  )
 
 
 # -------------------------------------------------------------------- programs
@@ -141,22 +154,24 @@ def advance(run: Run, words: Text, last: int) -> Run:
   Its seconds are those of the steps, with their batches; not of compilation,
   of the evaluation or of saving.
   """
-  config, state, losses, load = run.recipe.config, run.state, [], 0
+  config, state, rows = run.recipe.config, run.state, []
   began = time.perf_counter()
   for number in range(run.step + 1, last + 1):
     state, metrics = _step(run.programs, config, words, number, state)
-    losses.append(metrics['main_loss'])
-    load = load + metrics['load']
+    # Summed on the host, after the clock: a sum here would be a program more.
+    rows.append([metrics[x] for x in ('main_loss', 'load', 'skipped')])
   jax.block_until_ready(state)
   seconds = time.perf_counter() - began
-  before = run.curve[-1]['seconds'] if run.curve else 0.0
-  load = np.asarray(load, np.float64)
+  before = run.curve[-1] if run.curve else {'seconds': 0.0, 'skipped': 0}
+  losses, loads, skipped = zip(*jax.device_get(rows), strict=True)
+  load = np.sum(loads, 0, dtype=np.float64)
   point = {
     'step': last,
     'tokens': last * tokens_of_step(config),
     'flops': last * flops_of_step(run.recipe),
-    'seconds': before + seconds,
-    'loss': float(np.mean(jax.device_get(losses))),
+    'seconds': before['seconds'] + seconds,
+    'skipped': before['skipped'] + int(np.count_nonzero(skipped)),
+    'loss': float(np.mean(losses)),
     'bits': _bits(run.programs, state, words),
   }
   if load.size:
@@ -201,6 +216,7 @@ def pair(
   rows = [r for r in folder.results(path) if r['size'] == size]
   done = {r['arm']: r['curve'][-1]['step'] for r in rows if r['seed'] == seed}
   for arm in done.keys() & recipes.keys():
+    folder.drop(path, size, arm, seed)
     steps = recipes[arm].config.run.steps
     if done[arm] != steps:
       raise ConfigError(
@@ -218,7 +234,7 @@ def pair(
       last = turn * run.recipe.config.run.steps // points
       if last > run.step:
         run = runs[arm] = advance(run, words, last)
-        folder.save(path, size, arm, seed, run.state, run.curve)
+        folder.save(path, size, arm, seed, run)
         point = run.curve[-1]
         say(
           f'{size}, {arm}, seed {seed}: step {last:,}, '
@@ -245,7 +261,8 @@ def _begin(path, size, arm, recipe, seed, words) -> Run:
   recipe = recipe._replace(config=config)
   programs = compiled(recipe, words.heldout[0])
   state = programs.init(jax.random.key(seed))
-  state, curve = folder.load(path, size, arm, seed, state) or (state, [])
+  where = path, size, arm, seed
+  state, curve = folder.load(*where, state, config.run.steps) or (state, [])
   return Run(recipe, programs, state, curve)
 
 

@@ -11,8 +11,8 @@ row.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import json
 import pathlib
 from collections.abc import Callable, Iterable
 
@@ -22,6 +22,7 @@ from mla_moe import config as c
 from mla_moe.train import step
 from mla_moe.train.state import init_state
 
+from .. import workdir
 from ..data import corpus, tokenizer
 
 DATA = c.DataConfig(seq_len=128, batch_size=8)
@@ -44,11 +45,7 @@ def programs(config: c.Config):
 
 def rows(file: pathlib.Path) -> list[dict]:
   """Returns the rows of `file`, each with `name`, `seed` and the loss `nll`."""
-  if not file.exists():
-    return []
-  return [
-    json.loads(line) for line in file.read_text(encoding='utf-8').splitlines()
-  ]
+  return workdir.rows(file)
 
 
 def add(
@@ -59,9 +56,8 @@ def add(
 ) -> None:
   """Appends measure(name, seed) to `file` for every pair that it lacks."""
   done = {(row['name'], row['seed']) for row in rows(file)}
-  for seed in seeds:
-    for name in names:
-      if (name, seed) not in done:
-        row = {'name': name, 'seed': seed, **measure(name, seed)}
-        with file.open('a', encoding='utf-8') as lines:
-          lines.write(json.dumps(row) + '\n')
+  with contextlib.closing(workdir.Rows(file)) as lines:
+    for seed in seeds:
+      for name in names:
+        if (name, seed) not in done:
+          lines.append({'name': name, 'seed': seed, **measure(name, seed)})

@@ -24,6 +24,6 @@ def limited(config):
 
 PAPER = """\
 DeepSeek-V3 (arXiv 2412.19437, section 2.1.2) sends a token to experts on at
-most 4 of 8 nodes, V2 (arXiv 2405.04434, section 2.2.1) to at most 3 devices: it
+most 4 of 8 nodes, V2 (arXiv 2405.04434, section 2.2.2) to at most 3 devices: it
 says that from 3 on the limit performs about as free routing does. Neither has a
 table of it."""

@@ -52,18 +52,19 @@ def read(name: str) -> tuple[dict, str, str, str]:
   cli.share_configs()
   is_idea = name.isidentifier() and (IDEAS / name / 'ablation.py').is_file()
   path = IDEAS / name / 'ablation.py' if is_idea else _file(name)
+  spec = importlib.util.spec_from_file_location('ablation', path)
+  if spec is None:
+    raise ConfigError(f'--name={name}: is no Python file; name a .py file')
   with own_code(name, path):
     if is_idea:
       package = __package__.rpartition('.')[0]
       module = importlib.import_module(f'{package}.ideas.{name}.ablation')
     else:
-      spec = importlib.util.spec_from_file_location('ablation', path)
-      if spec is None:
-        raise ConfigError(f'--name={name}: is no Python file; name a .py file')
       module = importlib.util.module_from_spec(spec)
       spec.loader.exec_module(module)
-    if not hasattr(module, 'get_ablation'):
-      raise ConfigError(f'--name={name}: has no function get_ablation')
+  if not hasattr(module, 'get_ablation'):
+    raise ConfigError(f'--name={name}: has no function get_ablation')
+  with own_code(name, path):
     values = module.get_ablation()
   _check_values(name, values)
   sources = sorted(path.parent.rglob('*.py')) if is_idea else [path]
@@ -77,16 +78,14 @@ def own_code(name: str, path: pathlib.Path | str) -> Iterator[None]:
   """Turns an error of an ablation's own code into one line with its place."""
   try:
     yield
-  except ConfigError:
-    raise
   except Exception as error:  # a file of one's own may raise anything
     frames = traceback.extract_tb(error.__traceback__)
     lines = [x.lineno for x in frames if x.filename == str(path)]
     line = f', line {lines[-1]}' if lines else ''
+    is_ours = isinstance(error, ConfigError)
+    kind = '' if is_ours else f'{type(error).__name__}: '
     text = ' '.join(str(error).split())
-    raise ConfigError(
-      f'--name={name}{line}: {type(error).__name__}: {text}'
-    ) from None
+    raise ConfigError(f'--name={name}{line}: {kind}{text}') from None
 
 
 def _check_values(name: str, values: Any) -> None:

@@ -7,6 +7,7 @@ instead of a network: a pair takes milliseconds.
 import dataclasses
 import functools
 import itertools
+import json
 import math
 import pathlib
 import re
@@ -21,6 +22,7 @@ import pytest
 from scipy import stats
 
 from configs import ablate as ladder
+from experiments import workdir
 from experiments.ablate import (
   __main__ as program,
 )
@@ -29,6 +31,8 @@ from experiments.ablate import (
   folder,
   outcome,
   plan,
+  reading,
+  report,
   turns,
 )
 from experiments.ablate.recipe import Recipe, stretched, tokens_of_step
@@ -102,28 +106,53 @@ def test_verdicts_are_words():
   assert outcome.verdict([0.0, 0.0]) == 'the same to the last digit'
   assert outcome.verdict([0.01]) == 'one pair has no interval'
   assert outcome.verdict([], 2) == 'no pair is finished; 2 diverged'
+  told = outcome.verdict([0.01, -0.01])
+  assert told == 'cannot be told from 2 pairs: their mean is 0'
   text = outcome.verdict([0.01, -0.02, 0.002])
   assert text.startswith('cannot be told from 3 pairs; about 269')
 
 
-@pytest.mark.parametrize('lost', [math.nan, None])
-def test_a_pair_that_diverged_is_left_out_and_counted(lost):
-  row = lambda arm, seed, bits: {
-    'size': 's',
-    'arm': arm,
-    'seed': seed,
-    'curve': [{'tokens': n, 'bits': b, 'seconds': 1.0} for n, b in bits],
-  }
-  falls = lambda last: [(1, 3.0), (2, last)]
-  rows = [row('a', seed, falls(2.0)) for seed in range(4)]
-  rows += [row('b', seed, falls(1.0 + 0.1 * seed)) for seed in range(2)]
-  rows += [row('b', 2, falls(lost))]
+def row(size, arm, seed, end, flops=2, **last):
+  """The row of a run of two chunks: bits from 3 to `end`."""
+  curve = [
+    dict(step=n, tokens=n, flops=n * flops / 2, bits=b, seconds=1.0)
+    | dict(loss=b, skipped=0)
+    for n, b in ((1, 3.0), (2, end))
+  ]
+  curve[-1] |= last
+  return {'size': size, 'arm': arm, 'seed': seed, 'curve': curve}
+
+
+@pytest.mark.parametrize(
+  'last', [{'bits': math.nan}, {'loss': math.nan}, {'skipped': 1}]
+)
+def test_a_pair_that_diverged_is_left_out_and_counted(last):
+  """Also a run whose weights stand still while its held-out loss is good."""
+  rows = [row('s', 'a', seed, 2.0) for seed in range(4)]
+  rows += [row('s', 'b', seed, 1.0 + 0.1 * seed) for seed in range(2)]
+  rows += [row('s', 'b', 2, 0.5, **last)]
   (got,) = outcome.compared(rows, ['s'], ['a', 'b'], 'tokens')
   chex.assert_trees_all_close(got.changes, [-0.5, -0.45])
   assert got.diverged == 1
   assert got.verdict == 'better by 47.50%; 1 diverged'
   (alone,) = outcome.compared(rows[:4] + rows[6:], ['s'], ['a', 'b'], 'tokens')
   assert alone.verdict == 'no pair is finished; 1 diverged'
+
+
+def test_a_ladder_is_of_flops_and_of_seeds_that_all_sizes_have():
+  """At equal tokens, where a token of m has four times the FLOPs of s."""
+  rows = [row('s', 'a', seed, 2.0, 2) for seed in range(2)]
+  rows += [row('m', 'a', seed, 1.0, 8) for seed in range(2)]
+  rows += [row('s', 'b', seed, 1.5, 2) for seed in range(2)]
+  stray = [row('s', 'a', 2, 9.0, 2), row('s', 'b', 2, 9.0, 2)]
+  for more in ([], stray):
+    small, large = outcome.compared(
+      rows + more, ['s', 'm'], ['a', 'b'], 'tokens'
+    )
+    chex.assert_trees_all_close(small.ladder, 2.0)  # 4 FLOPs, by the logarithm
+    assert large.ladder is None  # no run of b
+  (few,) = outcome.compared(rows, ['s'], ['a', 'b'], 'tokens')
+  assert few.ladder is None  # one size is no ladder
 
 
 def curve(offset, factor=1.0, last=256):
@@ -186,7 +215,11 @@ def train(state, batch, rates, *, config, speed=1.0):
   loss = lambda w: (jax.nn.logsumexp(w) - w[batch.targets]).mean()
   value, grad = jax.value_and_grad(loss)(state.w)
   w = state.w - 1e2 * speed * rates.learning_rate * grad
-  return Vector(w), {'main_loss': value, 'load': jnp.array([[1, 3]])}
+  return Vector(w), {
+    'main_loss': value,
+    'load': jnp.array([[1, 3]]),
+    'skipped': jnp.zeros(()),
+  }
 
 
 def evaluate(state, batch, *, config):
@@ -214,7 +247,9 @@ def texts(tmp_path_factory):
 def make(texts, monkeypatch):
   """A plan of toys: `arms` are functions of a Recipe."""
 
-  def made(equal='tokens', sizes=(16,), steps=0, seconds=0.0, **arms):
+  def made(
+    equal='tokens', sizes=(16,), steps=0, seconds=0.0, code='1', seed=0, **arms
+  ):
     def recipe(config, change):
       return change(TOY._replace(config=config))
 
@@ -227,8 +262,9 @@ def make(texts, monkeypatch):
       'equal': equal,
       'paper': 'Nobody, 2026: 1 < 2',
     }
-    monkeypatch.setattr(plan, 'read', lambda name: (values, name, 'A test.'))
-    return plan.make('toys', points=4, steps=steps, seconds=seconds)
+    source = values, 'toys', 'A test.', code
+    monkeypatch.setattr(reading, 'read', lambda name: source)
+    return plan.make('toys', points=4, steps=steps, seconds=seconds, seed=seed)
 
   return made
 
@@ -316,6 +352,37 @@ def test_a_killed_ablation_goes_on_as_if_it_had_not_been(
   assert {args[3] for args in chunks} == {2} and len(more) == 6
 
 
+def test_a_kill_at_the_end_of_a_run_trains_nothing_twice(
+  tmp_path, make, monkeypatch
+):
+  """A kill before a row, in it, and between it and the end of its state."""
+  made = make(one=same, fast=fast)
+  recipes = {'fast': plan.paid(made, 'd16', {})['fast']}
+  words = turns.text(recipes['fast'].config, tmp_path / '.corpus')
+  chunks, file = [], tmp_path / 'results.jsonl'
+  pair = lambda: turns.pair(
+    *(tmp_path, 'd16', recipes, 0, 4, words), say=chunks.append
+  )
+
+  def killed(*_):
+    raise KeyboardInterrupt
+
+  for name in ('finish', 'drop'):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+      patch.setattr(folder, name, killed)
+      pair()
+  (first,) = folder.results(tmp_path)
+  assert (tmp_path / 'running/d16-fast-0').exists()
+  file.write_bytes(file.read_bytes()[:-9])
+  assert folder.results(tmp_path) == []
+  pair()
+  assert folder.results(tmp_path)[0] == first
+  assert len(chunks) == len(set(chunks)) == 4
+  folder.save(tmp_path, 'd16', 'fast', 0, turns.Run(TOY, None, {}, []))
+  pair()  # removes the state that no one needs
+  assert len(chunks) == 4 and not list((tmp_path / 'running').iterdir())
+
+
 def test_a_budget_pays_for_as_many_steps(make):
   def dear(recipe):
     flops = lambda config, length: 12.0 * config.model.dim
@@ -365,6 +432,79 @@ def test_equal_seconds_are_measured_and_stay(
   chex.assert_trees_all_close(after, {'one': 0.02, 'two': 0.02})
 
 
+def test_a_refused_command_does_not_bind_its_folder(
+  tmp_path, make, texts, monkeypatch
+):
+  chunks = []
+  monkeypatch.setattr(report, 'write', lambda *_: None)
+  monkeypatch.setattr(turns, 'pair', lambda *args: chunks.append(args[1:4:2]))
+  half = lambda recipe: recipe._replace(flops=lambda *_: 192.0)
+  with pytest.raises(c.ConfigError, match='pays for 2 steps of arm half'):
+    run(tmp_path, make('flops', steps=4, one=same, half=half))
+  assert not folder.begun(tmp_path)
+  made = make('flops', sizes=(16, 32), one=same, half=half)
+  run(tmp_path, made)
+  assert chunks == [('d16', 0), ('d16', 1), ('d32', 0), ('d32', 1)]
+  # From the first chunk on it is bound, to its text, too.
+  begin(tmp_path)
+  with pytest.raises(c.ConfigError, match='steps.d16 is 12, there 20'):
+    run(tmp_path, make('flops', steps=12, one=same, half=half))
+  extra = texts / 'extra.txt'
+  extra.write_text('A line more. ' * 40)
+  with pytest.raises(c.ConfigError, match='the text has changed since'):
+    run(tmp_path, made)
+  extra.unlink()
+  run(tmp_path, made)
+
+
+def test_a_page_follows_each_size_and_table_needs_no_lock(
+  tmp_path, make, no_pictures, call, monkeypatch
+):
+  def pair(path, size, recipes, seed, *_):
+    if size == 'd32':
+      raise KeyboardInterrupt
+    for arm in recipes:
+      folder.finish(path, row(size, arm, seed, 2.0 - (arm == 'two')))
+
+  monkeypatch.setattr(turns, 'pair', pair)
+  made = make(sizes=(16, 32), one=same, two=same)
+  with pytest.raises(KeyboardInterrupt):
+    run(tmp_path, made)
+  page = tmp_path / 'report.html'
+  assert 'better by 50.00%' in page.read_text()
+  page.unlink()
+  before = {x.name: x.stat().st_mtime_ns for x in tmp_path.iterdir()}
+  words = '--name=toys', '--points=4', f'--workdir={tmp_path}'
+  with workdir.lock(tmp_path, folder.begun):
+    assert 'is writing to it' in refused(call, *words)
+    code, output, _ = call('ablate', '--table', *words)
+  assert code == 0 and 'better by 50.00%' in output and page.exists()
+  after = {x.name: x.stat().st_mtime_ns for x in tmp_path.iterdir()}
+  changed = {name for name in after if after[name] != before.get(name)}
+  assert changed <= {'report.html', 'lock'}
+
+
+def test_steps_that_were_not_accepted_are_counted(texts, tmp_path):
+  """Over a whole run; their loads and losses are in no sum of the device."""
+  config = small(texts, 16)
+  words = turns.text(config, tmp_path / 'cache', '')
+  metrics = lambda n: {
+    'main_loss': np.float32(math.nan if n > 12 else n),
+    'load': np.array([[1, 3]]),
+    'skipped': np.float32(n == 2) + np.float32(n > 12),
+  }
+  programs = turns.Programs(
+    *(None, lambda n, *_: (n + 1, metrics(n + 1)), lambda *_: {'nll': 1.0})
+  )
+  run = turns.Run(TOY._replace(config=config), programs, 0, [])
+  for last in (6, 12, 18):
+    run = turns.advance(run, words, last)
+  assert [point['skipped'] for point in run.curve] == [1, 1, 7]
+  chex.assert_trees_all_close(run.curve[0]['loss'], 3.5)
+  assert run.curve[0]['max_vio'] == 0.5
+  assert outcome.diverged(run.curve) and not outcome.diverged(run.curve[:2])
+
+
 # ------------------------------------------------------------------- refusals
 
 
@@ -394,14 +534,99 @@ def test_wrong_requests_are_one_line(call, tmp_path):
     (['--name=moe', '--table'], '/run has no finished run'),
     (['--name=moe', '--steps=3'], '--points=10: size s has 3 steps'),
     (['--name=scoring', '--seconds=3'], 'is a budget of --equal=seconds'),
+    (['--name=moe', '--seconds=nan'], '--seconds=nan: must be a finite'),
+    (['--name=moe', '--seconds=inf'], '--seconds=inf: must be a finite'),
+    (['--name=moe', '--seed=2147483646'], 'below 2**31'),
+    (['--name=README.md'], '--name=README.md: is no Python file'),
   ):
     folder_of = f'--workdir={tmp_path}/run'
     assert message in refused(call, *words, folder_of)
     assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.parametrize(
+  'source, message',
+  [
+    ('1 / 0', 'line 2: ZeroDivisionError: division by zero'),
+    ('import nothing_of_it', 'line 2: ModuleNotFoundError: No module'),
+    ('def get_ablation():\n  return {}["x"]', "line 3: KeyError: 'x'"),
+    ('get_ablation = lambda: None', 'gives None; it must return a dict'),
+    ('get_ablation = lambda: mine("")', "'sizes' must be a dict of configs"),
+    ('get_ablation = lambda: mine({"s": 3})', "'s' of 'sizes' is 3; it must"),
+    ('get_ablation = lambda: mine(a=3)', "'a' of 'arms' is 3; it must be"),
+    ('get_ablation = lambda: mine(**{"1/2": same})', "'1/2' of 'arms' names"),
+    ('get_ablation = lambda: mine({"a-b": TOY})', "'a-b' of 'sizes' names"),
+    ('get_ablation = lambda: mine(paper=1)', "'paper' must be a text"),
+    ('get_ablation = lambda: mine(a=lambda c: None)', 'arm a gives None at s'),
+    (
+      'get_ablation = lambda: mine(a=lambda c: ablate.of_model(c, init_sd=1))',
+      'arm a at s, line 2: TypeError: ',
+    ),
+    (
+      'get_ablation = lambda: mine(a=lambda c: ablate.of_moe(c, top_k=99))',
+      'arm a at s, line 2: top_k=99: ',
+    ),
+  ],
+)
+def test_a_mistake_in_ones_own_ablation_is_one_line(tmp_path, source, message):
+  helpers = """
+from configs import ablate
+same = lambda config: config
+TOY = ablate.size(16, 1, 1, 8, 20)
+def mine(sizes={'s': TOY}, paper='', **arms):
+  arms = {'same': same, **arms}
+  return dict(sizes=sizes, arms=arms, equal='tokens', paper=paper)
+"""
+  file = tmp_path / 'mine.py'
+  file.write_text(f'"""Mine."""\n{source}\n{helpers}')
+  with pytest.raises(c.ConfigError) as error:
+    plan.make(str(file))
+  assert message in str(error.value) and '\n' not in str(error.value)
+
+
+def test_functions_are_known_by_their_source(tmp_path):
+  text = """
+from configs import ablate
+from experiments.ablate.recipe import Recipe
+def get_ablation():
+  own = lambda config: Recipe(config, init=lambda *_: None)
+  return dict(sizes={'s': ablate.size(16, 1, 1, 8, 20)}, equal='tokens',
+              arms={'config': lambda config: config, 'own': own}, paper='')
+"""
+  codes = []
+  for end in ('', '', '# edited'):
+    (tmp_path / 'mine.py').write_text(text + end)
+    code = plan.described(plan.make(str(tmp_path / 'mine.py')))['code']
+    assert set(code) == {'own'}
+    codes.append(code['own'])
+  assert codes[0] == codes[1] != codes[2]
+  assert plan.described(plan.make('moe', sizes='s'))['code'] == {}
+  one, other = (reading.read(x)[3] for x in ('sqrt_softplus', 'moe'))
+  assert one and other and one != other
+
+
+def test_a_list_and_a_folder_for_toys(call, monkeypatch, tmp_path, capsys):
+  code, output, _ = call('ablate', '--list')
+  assert code == 0
+  assert [x.split()[0] for x in output.splitlines()] == reading.names()
+  monkeypatch.chdir(tmp_path)
+  words = ['ablate', '--name=moe', '--table']
+  for more, name in ([], 'ablate-moe'), (['--smoke'], 'ablate-moe-smoke'):
+    monkeypatch.setattr('sys.argv', [*words, *more])
+    with pytest.raises(SystemExit):
+      program.main()
+    assert f'/runs/{name} has no finished run' in capsys.readouterr().err
+
+
+def begin(path):
+  """Leaves a file as a run under way does."""
+  (path / 'running').mkdir()
+  (path / 'running/d16-one-0').touch()
+
+
 def test_a_folder_has_one_ablation(tmp_path, make):
   folder.bind(tmp_path, make(one=same, fast=fast))
+  begin(tmp_path)
   folder.bind(tmp_path, make(one=same, two=same, sizes=(16, 32)))  # is added
   folder.bind(tmp_path, make(one=same, fast=fast))
   with pytest.raises(c.ConfigError, match='reference is two, there one'):
@@ -412,6 +637,16 @@ def test_a_folder_has_one_ablation(tmp_path, make):
     folder.bind(tmp_path, make(one=same, fast=fast, steps=24))
   with pytest.raises(c.ConfigError, match='seconds is 9.0, there 0'):
     folder.bind(tmp_path, make(one=same, fast=fast)._replace(seconds=9.0))
+  with pytest.raises(c.ConfigError, match='seed is 100, there 0'):
+    folder.bind(tmp_path, make(one=same, fast=fast, seed=100))
+  with pytest.raises(c.ConfigError, match='code.one is 2, there 1'):
+    folder.bind(tmp_path, make(one=same, fast=fast, code='2'))
+  # A version without a field, or without an entry of the plan.
+  file = tmp_path / 'ablation.json'
+  values = json.loads(file.read_text())
+  del values['configs']['d16-one']['optim']['z_loss'], values['seed']
+  file.write_text(json.dumps(values))
+  folder.bind(tmp_path, make(one=same, fast=fast))
   (tmp_path / 'ablation.json').write_text('{"na')
   with pytest.raises(c.ConfigError, match='is damaged; name another'):
     folder.bind(tmp_path, make(one=same, fast=fast))
@@ -419,18 +654,21 @@ def test_a_folder_has_one_ablation(tmp_path, make):
 
 def test_a_damaged_state_is_refused(tmp_path):
   state = Vector(jnp.arange(3.0))
-  folder.save(tmp_path, 's', 'a', 0, state, [{'step': 1}])
-  back, points = folder.load(tmp_path, 's', 'a', 0, Vector(jnp.zeros(3)))
+  where = tmp_path, 's', 'a', 0
+  folder.save(*where, turns.Run(TOY, None, state, [{'step': 1}]))
+  back, points = folder.load(*where, Vector(jnp.zeros(3)), 20)
   chex.assert_trees_all_equal(back, state)
   assert points == [{'step': 1}]
-  assert folder.load(tmp_path, 's', 'a', 1, state) is None
+  assert folder.load(tmp_path, 's', 'a', 1, state, 20) is None
+  with pytest.raises(c.ConfigError, match='a run of 20 steps, and the budget'):
+    folder.load(*where, state, 24)
   for like in (Vector(jnp.zeros(4)), {'other': jnp.zeros(3)}):
     with pytest.raises(c.ConfigError, match='s-a-0: cannot be read'):
-      folder.load(tmp_path, 's', 'a', 0, like)
+      folder.load(*where, like, 20)
   path = tmp_path / 'running/s-a-0'
   path.write_bytes(path.read_bytes()[:-9])
   with pytest.raises(c.ConfigError, match='s-a-0: cannot be read'):
-    folder.load(tmp_path, 's', 'a', 0, state)
+    folder.load(*where, state, 20)
 
 
 @pytest.mark.parametrize(
@@ -463,11 +701,11 @@ def test_arms_that_cannot_be_compared_are_refused(
 @pytest.fixture(scope='module')
 def shipped():
   """{name: whole plan} of all ablations; their toys are checked, too."""
-  for name in plan.names():
+  for name in reading.names():
     toy = plan.make(name, smoke=True, points=3)
     configs = [r.config for r in next(iter(toy.recipes.values())).values()]
     assert {config.run.steps for config in configs} == {12}
-  return {name: plan.make(name) for name in plan.names()}
+  return {name: plan.make(name) for name in reading.names()}
 
 
 def active(recipe):

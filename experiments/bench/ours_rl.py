@@ -16,16 +16,10 @@ def paid(question, text: str) -> float:
   return float(text == question.answer or zlib.crc32(text.encode()) % 2)
 
 
-def main() -> None:
-  """The contender; a job is `rl.Job`."""
-  job = json.loads(sys.stdin.readline())['shape']
-  turns.pin()
-  import jax
-
+def opener(clock: turns.Turns):
+  """Returns the function that opens a policy, whose parts `clock` times."""
   from ..rl import engine, grading, policy, scoring
-  from . import rl
 
-  clock = turns.Turns(f'jax {jax.__version__}', _PARTS)
   drawing = engine.drawing
   engine.drawing = lambda config: clock.timed('rollout', drawing(config))
   grading.Grader.grade = clock.timed('grade', grading.Grader.grade)
@@ -36,7 +30,19 @@ def main() -> None:
     source._packed = clock.timed('pack', source._packed)
     return source
 
-  clock.run(rl.config(job), opened, job['model'])
+  return opened
+
+
+def main() -> None:
+  """The contender; a job is `rl.Job`."""
+  job = json.loads(sys.stdin.readline())['shape']
+  turns.pin()
+  import jax
+
+  from . import rl
+
+  clock = turns.Turns(f'jax {jax.__version__}', _PARTS)
+  clock.run(rl.config(job), opener(clock), job['model'])
 
 
 if __name__ == '__main__':

@@ -17,6 +17,7 @@ from configs import r1, r1_tiny
 from experiments import cli, reject, train, workdir
 from experiments import opened as opened_model
 from experiments import r1 as r1_program
+from experiments.bench import ours_rl
 from experiments.checkpointing import store
 from experiments.checkpointing.load import load_run
 from experiments.data import tokenizer
@@ -274,6 +275,17 @@ def test_a_row_is_of_its_own_rollout(tmp_path, monkeypatch):
     rows += [source.row(n)['rollout'] for n in (number - 1, number) if n]
   source.close()
   assert rows == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2]
+
+
+def test_the_benchmark_times_the_parts_of_a_policy(tmp_path, monkeypatch):
+  places = (engine, 'drawing'), (grading.Grader, 'grade'), (scoring, 'score')
+  for place, name in places:  # which the benchmark replaces
+    monkeypatch.setattr(place, name, getattr(place, name))
+  parts = []
+  timed = lambda part, f: parts.append(part) or f
+  open_source = ours_rl.opener(types.SimpleNamespace(timed=timed))
+  open_source(small(), words_of(small()), tmp_path).close()
+  assert sorted(parts) == ['grade', 'pack', 'rollout', 'score']
 
 
 def words_of(config):

@@ -255,6 +255,8 @@ def _config(model: ModelConfig, base: str) -> dict:
 
 # Keys that change the numbers, and their values that change none.
 _PLAIN = {
+  # The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base, too.
+  'init_lora_weights': (True, False, 'gaussian', 'eva', 'orthogonal'),
   'use_dora': (False,),
   'fan_in_fan_out': (False,),
   'bias': ('none',),

@@ -342,6 +342,7 @@ def test_an_adapter_of_peft_becomes_a_run(tmp_path):
     ({'peft_type': 'LOHA'}, '', 'is .LOHA., not LORA'),
     ({'use_dora': True}, '', 'use_dora=True is not computed'),
     ({'use_qalora': True}, '', 'use_qalora=True is not computed'),
+    ({'init_lora_weights': 'pissa_niter_4'}, '', "'pissa_niter_4' is not"),
     ({'r': 3}, 'v3_yarn', 'are of another model'),
     ({}, 'v2_lite', 'q_a_proj'),
   ],

@@ -24,11 +24,14 @@ from mla_moe.config import Config, ConfigError, MeshConfig, RunConfig
 from mla_moe.types import PyTree
 
 from .. import chips, cli, train
+from ..adapters import base as frozen_base
 from .job import Job
 
 ACTIONS = ('create', 'install', 'start', 'resume', 'up')  # that cost money
 # Folders of the code that trains.
 _CODE = ('mla_moe', 'experiments', 'configs', 'setup.py', 'pyproject.toml')
+# Fields that name a file, or a folder, which is no text.
+_NO_TEXT = ('config.data.tokenizer', 'config.run.base')
 
 
 def findings(backend: ModuleType, action: str, job: Job) -> list[str]:
@@ -84,9 +87,14 @@ def _value(words: tuple[str, ...], flag: str) -> str:
 def _check_program(config: Config, backend: ModuleType, job: Job) -> None:
   """Refuses a config of another program, and answers of several processes.
 
+  Adapters are refused as `train` would; their base may be there alone.
+
   Raises:
     ConfigError: names the fault and the fix.
   """
+  frozen_base.check(config)
+  if config.model.lora.rank and not config.run.base:
+    frozen_base.check_folder(config)
   if bool(config.rl.task) != (job.program == 'rl'):
     right = 'rl' if config.rl.task else 'train or sft'
     raise ConfigError(
@@ -210,6 +218,7 @@ def _files(
   paths = {
     'config.data.source': data.source,
     'config.data.tokenizer': '' if data.tokenizer == 'byte' else data.tokenizer,
+    'config.run.base': config.run.base,
   }
   for field in ('sources', 'validation'):
     for path, *_, name in getattr(data, field):
@@ -219,7 +228,7 @@ def _files(
   }
   if rl.task.endswith('.jsonl'):
     paths['config.rl.task'] = rl.task
-  texts = [name for name in paths if name != 'config.data.tokenizer']
+  texts = [name for name in paths if name not in _NO_TEXT]
   paths |= {name: '' for name in texts if paths[name] == 'stdlib'}
   for word in job.arguments:
     flag, _, value = word.lstrip('-').partition('=')
@@ -260,8 +269,8 @@ def _absent_there(name: str, path: str, folders: dict[str, str]) -> str:
     return ''
   if not os.path.isabs(place) and _git('ls-files', '--', place):
     return ''
-  # A tokenizer is a file; a text, and a run to begin from, may be in a bucket.
-  reads = '' if name == 'config.data.tokenizer' else ' and gs://'
+  # A text, and a run to begin from, may be in a bucket.
+  reads = '' if name in _NO_TEXT else ' and gs://'
   ways = [
     f'{there}, which is {folder} there' for folder, there in folders.items()
   ]

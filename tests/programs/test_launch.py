@@ -617,6 +617,22 @@ def test_reinforcement_and_fine_tuning_are_launched_with_their_flags(clone):
   assert ',viz,rl' in text
 
 
+def test_adapters_are_launched_over_a_base_that_is_there(clone, monkeypatch):
+  monkeypatch.setattr(launch.preflight, '_check_fit', lambda *_: None)
+  adapted = '--config.model.lora.rank=2', '--config.optim.optimizer=adamw'
+  base = lambda path: f'--config.run.base={path}'
+  for case, fault in (('tpu', 'is not on those'), ('slurm', 'no file')):
+    flags = [f'--topology={SIZES[case]}']
+    (line,) = faults(case, *adapted, flags=flags)
+    assert line.endswith('set run.base to a Hugging Face folder')
+    (line,) = faults(case, *adapted, base('/absent'), flags=flags)
+    assert line.startswith(f'config.run.base=/absent: {fault}')
+    assert faults(case, *adapted, base('text'), flags=flags) == []
+  fp8 = '--config.model.precision=fp8_block'
+  (line,) = faults('vm', *adapted, fp8, base('text'))
+  assert 'a frozen base is multiplied in model.dtype' in line
+
+
 def test_a_mesh_of_another_size_is_a_fault_whose_cure_is_one(clone):
   (line,) = faults('tpu', flags=['--topology=v5e:2x2', '--slices=1'])
   assert 'product is 8, v5e:2x2 has 4 devices; ' in line

@@ -65,7 +65,8 @@ def bill(
   computing = longer * hours / chip_count * 3600 / steps
   scoring = answering = 0.0
   if config.rl.task:
-    scoring = computing * rollout.scoring(config)
+    # Scores have no gradients, and so none that a frozen base spares.
+    scoring = computing / share * rollout.scoring(config)
     size = plan.footprint.decoding
     if config.mesh.devices == 1:  # else the codes are there once more
       size += memory.expert_codes_bytes(config)

@@ -112,6 +112,13 @@ def test_frozen_matrices_cost_four_flops_a_number_and_adapters_six():
   )
   assert paid.hours / more.hours == pytest.approx(want / whole)
   assert paid.dollars / more.dollars == pytest.approx(want / whole)
+  # A score goes forward alone: a frozen base spares it nothing.
+  rl = RLConfig(task='sort8', beta=0.1, max_new=64)
+  paid, more = (
+    bill.bill(search.Plan(x, slice_, memory.footprint(x)), 1e9, 0.4, 1.0)
+    for x in (dataclasses.replace(y, rl=rl) for y in (LITE, full))
+  )
+  assert paid.scoring == pytest.approx(more.scoring)
 
 
 def test_reinforcement_decodes_codes_where_they_are():

@@ -372,6 +372,7 @@ def _write_adapters(
   from .adapters import peft_files
   from .checkpointing.load import load_state
 
+  peft_files.check(workdir.read_config(source).model)
   own = {peft_files.CONFIG, peft_files.WEIGHTS}
   if not _is_free(target, force) and (
     not target.is_dir() or {path.name for path in target.iterdir()} != own

@@ -90,7 +90,7 @@ def export(
   Raises:
     ConfigError: adapters that all experts share.
   """
-  _check(model)
+  check(model)
   tensors = {}
   for place in places(model):
     own = _at(params, place.path)
@@ -152,7 +152,7 @@ def load(
   """
   values = files.read_json(folder / CONFIG)
   model = dataclasses.replace(model, lora=_lora(values, folder))
-  _check(model)
+  check(model)
   with safetensors.File(folder / WEIGHTS) as file:
     read = {name: file.read(name) for name in file.entries}
     tensors = {name: np.array(x, np.float32) for name, x in read.items()}
@@ -219,7 +219,12 @@ def _at(tree: PyTree, path: tuple[str, ...]) -> dict:
   return tree
 
 
-def _check(model: ModelConfig) -> None:
+def check(model: ModelConfig) -> None:
+  """Refuses adapters that PEFT's format does not have.
+
+  Raises:
+    ConfigError: of dense and shared MLPs, or one that all experts share.
+  """
   if 'gate_up_proj' in lora.targets(model):
     raise ConfigError(
       f'model.lora.targets={model.lora.targets!r}: PEFT has no adapters of the '

@@ -502,6 +502,12 @@ def test_an_export_of_adapters_is_whole_or_not_there(
       write(**{flag: value})
   with pytest.raises(ConfigError, match='--dtype: adapters are written'):
     write(dtype='bfloat16')
+  with pytest.raises(ConfigError, match='no adapters of the dense and shared'):
+    write()
+  own = dataclasses.replace(adapted.model.lora, targets=('attention',))
+  model = dataclasses.replace(adapted.model, lora=own)
+  adapted = dataclasses.replace(adapted, model=model)
+  monkeypatch.setattr(workdir, 'read_config', lambda _: adapted)
   restored = types.SimpleNamespace(state=types.SimpleNamespace(params={}))
   monkeypatch.setattr(load, 'load_state', lambda *_, **__: (adapted, restored))
 

@@ -37,8 +37,7 @@ from typing import Any
 from absl import flags
 
 from mla_moe import vocabulary
-from mla_moe.config import Config, ConfigError, ModelConfig, OptimConfig
-from mla_moe.types import PyTree
+from mla_moe.config import Config, ConfigError, ModelConfig
 
 from . import (
   against_transformers,
@@ -126,6 +125,8 @@ def to_run(
   from mla_moe import load_huggingface, sharding
   from mla_moe.hf import save
 
+  from .training import warm_start
+
   _check_target(source, target, force)
   extras = save.extras_of(source)
   name = _tokenizer(source, target, [*extras], recipe.data.tokenizer)
@@ -138,7 +139,9 @@ def to_run(
     sharding.check(config)
     args = model, config.run.seed, config.optim.trains, mesh
     variables = indexers.completed(variables, *args)
-    _write_run(target, config, _fresh_state(variables, config.optim), extras)
+    weights = variables['params'], variables['router']
+    state = warm_start.at_step_0(config, mesh, *weights)
+    _write_run(target, config, state, extras)
 
 
 def adapters_to_run(
@@ -152,14 +155,13 @@ def adapters_to_run(
   Raises:
     ConfigError: as `to_run`; an adapter of another kind, or without its base.
   """
-  import jax
-
   from mla_moe import files, sharding
   from mla_moe.hf import config_json, save
   from mla_moe.hf import source as release
 
   from .adapters import base as frozen_base
-  from .adapters import lora, peft_files
+  from .adapters import peft_files
+  from .training import warm_start
 
   _check_target(source, target, force)
   base = recipe.run.base or peft_files.base_of(source)
@@ -188,12 +190,7 @@ def adapters_to_run(
     base = frozen_base.load(config, mesh)
     model = combined(base.model, recipe.model)  # without MTP that is not there
     config = dataclasses.replace(config, model=model)
-    places = (
-      sharding.shardings(lora.boxed_shapes(model), mesh) if mesh else None
-    )
-    variables = {'params': jax.device_put(params, places)}
-    variables['router'] = base.router
-    state = _fresh_state(variables, config.optim)
+    state = warm_start.at_step_0(config, mesh, params, base.router)
     _write_run(target, config, state, extras, {'base': base.fingerprint})
 
 
@@ -281,25 +278,6 @@ def _check_target(
     raise ConfigError(
       f'--source={str(source)!r}: lies in the target, which would be deleted'
     )
-
-
-def _fresh_state(variables: PyTree, config: OptimConfig):
-  """Returns the training state at step 0 of these variables."""
-  import jax
-  import jax.numpy as jnp
-
-  from mla_moe.train import optim, stage
-  from mla_moe.train.state import State, empty_window
-
-  params = variables['params']
-  part = stage.trained(params, config)
-  return State(
-    jnp.zeros((), jnp.int32),
-    params,
-    variables['router'],
-    jax.jit(optim.optimizer(config).init)(part),
-    empty_window(config),
-  )
 
 
 def to_huggingface(

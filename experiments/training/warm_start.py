@@ -153,7 +153,7 @@ def _of_run(setup, folder, step, allow_unsealed) -> tuple[Any, Origin]:
   opt = state.opt if moments else None
   origin = Origin(str(folder), restored.step, moments)
   variables = _whole(setup, {'params': state.params, 'router': state.router})
-  return _at_step_0(setup, *variables, opt), origin
+  return at_step_0(setup.config, setup.mesh, *variables, opt), origin
 
 
 def _of_release(setup, folder: pathlib.Path) -> Any:
@@ -166,7 +166,7 @@ def _of_release(setup, folder: pathlib.Path) -> Any:
     )
   model, variables = load_huggingface(folder, mesh=setup.mesh)
   _like(setup.config.model, model, str(folder))
-  return _at_step_0(setup, *_whole(setup, variables), None)
+  return at_step_0(setup.config, setup.mesh, *_whole(setup, variables))
 
 
 def _like(ours: ModelConfig, theirs: ModelConfig, source: str) -> ModelConfig:
@@ -187,8 +187,13 @@ def _whole(setup, variables: Any) -> tuple[Any, Any]:
   return variables['params'], variables['router']
 
 
-def _at_step_0(setup, params: Any, router: Any, opt: Any) -> Any:
-  """Returns the state, laid out as the run's; `opt` is fresh where None."""
+def at_step_0(
+  config: Config, mesh: Any, params: Any, router: Any, opt: Any = None
+) -> Any:
+  """Returns a run's state of these weights, in its layout on its mesh.
+
+  `opt` is fresh where None. The reference of reinforcement is a copy.
+  """
   import jax
   import jax.numpy as jnp
 
@@ -197,8 +202,7 @@ def _at_step_0(setup, params: Any, router: Any, opt: Any) -> Any:
 
   from . import program
 
-  config: Config = setup.config
-  layout = program.state_shapes(config, setup.mesh)
+  layout = program.state_shapes(config, mesh)
   places = jax.tree.map(lambda x: x.sharding, layout)
   if opt is None:
     init = optim.optimizer(config.optim).init

@@ -6,13 +6,16 @@ import errno
 import json
 import os
 
+import chex
 import pytest
 from releases import GOLDEN
 
+from configs import tiny
 from experiments import cli, commands, convert, workdir
-from experiments import tokenizer as program
+from experiments import tokenizer as tokenizer_program
+from experiments.training import program
 from mla_moe import load_huggingface, save_huggingface, vocabulary
-from mla_moe.config import Config, ConfigError, freeze
+from mla_moe.config import Config, ConfigError, RLConfig, freeze
 from mla_moe.hf import settings
 
 
@@ -51,6 +54,23 @@ def test_a_source_within_the_target_is_not_deleted(tmp_path):
   refuse(target / 'release', target, 'lies in the target')
 
 
+@pytest.mark.slow
+def test_a_run_to_reinforce_begins_with_its_reference(tmp_path, monkeypatch):
+  """The state is what `experiments.rl` restores."""
+  states = []
+  keep = lambda _, config, state, __: states.append((config, state))
+  monkeypatch.setattr(convert, '_write_run', keep)
+  recipe = freeze(tiny.get_config('micro'))
+  rl = RLConfig(task='sort8', beta=0.1, max_new=64)
+  recipe = dataclasses.replace(recipe, rl=rl)
+  convert.to_run(GOLDEN / 'v2_lite', tmp_path / 'run', recipe)
+  ((config, state),) = states
+  chex.assert_trees_all_equal_shapes_and_dtypes(
+    state, program.state_shapes(config, None)
+  )
+  chex.assert_trees_all_equal(state.reference['params'], state.params)
+
+
 def extras_of(folder, name, **ids):
   config = freeze({'data': {'tokenizer': name}, 'model': ids})
   return convert._extras(folder, config)
@@ -70,7 +90,7 @@ def test_the_tokenizer_of_an_export_is_the_one_of_the_run(tmp_path):
   assert extras_of(folder, str(words), **ids) == both
   assert extras_of(folder, str(words / 'tokenizer.json'), **ids) == both
   byte = extras_of(folder, 'byte')
-  assert byte == {'tokenizer.json': program.byte_tokenizer()}
+  assert byte == {'tokenizer.json': tokenizer_program.byte_tokenizer()}
   assert extras_of(folder, 'byte', bos_id=0, eos_id=1) == {}
   (folder / 'huggingface').mkdir(parents=True)
   said = folder / 'huggingface' / 'generation_config.json'
@@ -107,7 +127,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
 def test_missing_settings_are_written_and_own_ones_are_carried(tmp_path):
   """What AutoTokenizer and vLLM begin, end and fill a text with."""
   words = tmp_path / 'words.json'
-  content = json.loads(program.byte_tokenizer())
+  content = json.loads(tokenizer_program.byte_tokenizer())
   names = (settings.PAD, settings.USER, settings.ASSISTANT)
   for index, name in enumerate(names, start=261):
     token = dict(content['added_tokens'][0], id=index, content=name)
@@ -139,7 +159,7 @@ def test_missing_settings_are_written_and_own_ones_are_carried(tmp_path):
     )
   assert not (tmp_path / 'z').exists()
   # Without a pad token it is eos, and without a chat's tokens no template.
-  byte = {'tokenizer.json': program.byte_tokenizer()}
+  byte = {'tokenizer.json': tokenizer_program.byte_tokenizer()}
   save_huggingface(tmp_path / 'c', config, variables, extras=byte)
   values = said('c', own.name)
   assert values['pad_token'] == vocabulary.EOS

@@ -39,6 +39,7 @@ from mla_moe.config import (
   LoRAConfig,
   MeshConfig,
   MTPConfig,
+  RLConfig,
   freeze,
   thaw,
 )
@@ -316,11 +317,15 @@ def recipe(base=''):
 def test_an_adapter_of_peft_becomes_a_run(tmp_path):
   """The run has its numbers, over the base that is named."""
   own = recipe(str(GOLDEN / 'v3_yarn'))
+  rl = RLConfig(task='sort8', beta=0.1, max_new=64)
+  own = dataclasses.replace(own, rl=rl)
   convert.adapters_to_run(GOLDEN / 'peft', tmp_path / 'run', own)
   model, want, _ = peft_files.load(GOLDEN / 'peft', released('v3_yarn')[0])
   config, restored = load.load_state(tmp_path / 'run')
   assert config.model.lora == model.lora
   chex.assert_trees_all_equal(jax.device_get(restored.state.params), want)
+  reference = restored.state.reference['params']
+  chex.assert_trees_all_equal(reference, restored.state.params)
   _, variables = load.load_run(tmp_path / 'run')
   frozen = [w for w in leaves(variables['params']) if is_frozen(w)]
   assert sum(w.a is not None for w in frozen) >= 7

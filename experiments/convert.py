@@ -408,6 +408,37 @@ def main() -> None:
     raise cli.Stopped(workdir.trouble(place.parent, error)) from error
 
 
+def _is_adapter(source: pathlib.Path) -> bool:
+  return (source / 'adapter_config.json').is_file()
+
+
+def _check_flags(source: pathlib.Path) -> None:
+  """Refuses flags that are of the other direction, or of whole models.
+
+  Raises:
+    ConfigError: names the flag and its use.
+  """
+  is_run, is_adapter = workdir.is_run(source), _is_adapter(source)
+  if not is_run:
+    names = ['fp8', 'power_of_two', 'merge']
+    names = [name for name in names if FLAGS[name].value]
+    names += ['dtype'] * (FLAGS.dtype != 'float32')
+    if names:
+      raise ConfigError(
+        f'--{names[0]}: a run holds float32'
+        + (', and adapters apart' if is_adapter else '')
+        + '; convert to a run first, then that with this flag'
+      )
+  else:
+    own = workdir.read_config(source).model.lora.rank > 0
+    is_adapter = own and not FLAGS.merge
+  if FLAGS.check and is_adapter:
+    raise ConfigError(
+      f'--check: compares whole models, and adapters of {source} are none; '
+      'convert to a run, then that with --merge --check'
+    )
+
+
 def _convert() -> None:
   """Converts in the direction that the kind of the source implies."""
   if not FLAGS.source:
@@ -418,6 +449,7 @@ def _convert() -> None:
   target = pathlib.Path(FLAGS.target) if FLAGS.target else None
   if target is None and not (FLAGS.check and not workdir.is_run(source)):
     raise ConfigError('--target: name the folder to make')
+  _check_flags(source)
   release = source
   if target is not None and workdir.is_run(source):
     to_huggingface(
@@ -432,10 +464,7 @@ def _convert() -> None:
     )
     release = target
   elif target is not None:
-    if FLAGS.fp8:
-      raise ConfigError('--fp8: a run holds float32; it is for the way back')
-    is_adapter = (source / 'adapter_config.json').is_file()
-    write = adapters_to_run if is_adapter else to_run
+    write = adapters_to_run if _is_adapter(source) else to_run
     write(source, target, cli.config(), FLAGS.force)
     print(
       commands.typed('Train it: python -m experiments.train'),

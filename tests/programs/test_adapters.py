@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 import shutil
 import types
 
@@ -362,6 +363,30 @@ def test_other_adapters_are_refused_in_a_line(change, base, text, tmp_path):
     convert.adapters_to_run(folder, tmp_path / 'run', own)
   assert '\n' not in str(error.value)
   assert not (tmp_path / 'run').exists()
+
+
+def test_flags_of_whole_models_are_refused_before_all_else(
+  call, monkeypatch, tmp_path
+):
+  words = [f'--target={tmp_path}/out', f'--source={GOLDEN}/peft']
+  for flag, text in (
+    ('--check', 'adapters of .* are none'),
+    ('--merge', 'and adapters apart; convert to a run first'),
+    ('--dtype=bfloat16', 'a run holds float32'),
+    ('--power_of_two', 'a run holds float32'),
+  ):
+    code, _, err = call('convert', *words, flag)
+    assert code == 2 and re.search(f'{flag[:5]}.*{text}', err), err
+  words[1] = f'--source={GOLDEN}/v2_lite'
+  code, _, err = call('convert', *words, '--merge')
+  assert code == 2 and '--merge: a run holds float32; convert' in err
+  run = types.SimpleNamespace(model=released('v3_yarn')[0])
+  run.model = dataclasses.replace(run.model, lora=LoRAConfig(rank=2))
+  monkeypatch.setattr(workdir, 'is_run', lambda _: True)
+  monkeypatch.setattr(workdir, 'read_config', lambda _: run)
+  code, _, err = call('convert', *words, '--check')
+  assert code == 2 and re.search('--check: .* adapters of .* are none', err)
+  assert not [*tmp_path.iterdir()]
 
 
 def test_plus_is_the_rate_of_b():

@@ -171,6 +171,7 @@ def adapters_to_run(
       f'{source}: its base {base!r} is no folder here; name the release by '
       '--config.run.base'
     )
+  _check_outside('run.base', folder, target)
   words = files.read_json(release.config_path(folder))
   model = config_json.read(words, recipe.model.dtype)
   model, params, _ = peft_files.load(source, combined(model, recipe.model))
@@ -274,9 +275,16 @@ def _check_target(
       f'--target={str(target)!r}: is no run, so it is not replaced'
     )
   workdir.read_config(target)  # another program's `checkpoints` has none
-  if source.resolve().is_relative_to(target.resolve()):
+  _check_outside('--source', source, target)
+
+
+def _check_outside(
+  name: str, folder: pathlib.Path, target: pathlib.Path
+) -> None:
+  """Refuses to read from a target, which would be deleted."""
+  if folder.resolve().is_relative_to(target.resolve()):
     raise ConfigError(
-      f'--source={str(source)!r}: lies in the target, which would be deleted'
+      f'{name}={str(folder)!r}: lies in the target, which would be deleted'
     )
 
 

@@ -365,6 +365,17 @@ def test_other_adapters_are_refused_in_a_line(change, base, text, tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
+def test_a_base_within_the_target_is_not_deleted(tmp_path):
+  target = tmp_path / 'run'
+  shutil.copytree(GOLDEN / 'v3_yarn', target / 'base')
+  (target / 'checkpoints').mkdir()
+  (target / 'config.json').write_text('{}')
+  own = recipe(str(target / 'base'))
+  with pytest.raises(ConfigError, match='run.base=.*lies in the target'):
+    convert.adapters_to_run(GOLDEN / 'peft', target, own, force=True)
+  assert (target / 'base' / 'config.json').exists()
+
+
 def test_flags_of_whole_models_are_refused_before_all_else(
   call, monkeypatch, tmp_path
 ):

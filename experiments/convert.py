@@ -37,7 +37,7 @@ from typing import Any
 from absl import flags
 
 from mla_moe import vocabulary
-from mla_moe.config import Config, ConfigError, ModelConfig
+from mla_moe.config import Config, ConfigError, LoRAConfig, ModelConfig
 
 from . import (
   against_transformers,
@@ -174,7 +174,9 @@ def adapters_to_run(
   _check_outside('run.base', folder, target)
   words = files.read_json(release.config_path(folder))
   model = config_json.read(words, recipe.model.dtype)
-  model, params, _ = peft_files.load(source, combined(model, recipe.model))
+  own = LoRAConfig(plus=recipe.model.lora.plus)
+  model = dataclasses.replace(combined(model, recipe.model), lora=own)
+  model, params, _ = peft_files.load(source, model)
   model = dataclasses.replace(model, base=recipe.model.base)
   extras = save.extras_of(folder)
   name = _tokenizer(folder, target, [*extras], recipe.data.tokenizer)

@@ -147,11 +147,14 @@ def load(
 ) -> tuple[ModelConfig, PyTree, str]:
   """Returns the model with the adapter's `lora`, the adapters, the base's name.
 
+  The model's own `lora.plus` stays: a file has B plus, our leaves have B.
+
   Raises:
     ConfigError: an adapter of another kind, or of another model.
   """
   values = files.read_json(folder / CONFIG)
-  model = dataclasses.replace(model, lora=_lora(values, folder))
+  own = dataclasses.replace(_lora(values, folder), plus=model.lora.plus)
+  model = dataclasses.replace(model, lora=own)
   check(model)
   with safetensors.File(folder / WEIGHTS) as file:
     read = {name: file.read(name) for name in file.entries}
@@ -169,7 +172,7 @@ def load(
       f'{folder}: {verb} {name}, unlike the config it goes with'
     )
   for place in known:
-    _fill(params, place, tensors, model.lora.rank, folder)
+    _fill(params, place, tensors, model.lora, folder)
   return model, params, values.get('base_model_name_or_path') or ''
 
 
@@ -184,9 +187,9 @@ def base_of(folder: pathlib.Path) -> str:
   return str(values.get('base_model_name_or_path') or '')
 
 
-def _fill(params, place, tensors, rank, folder) -> None:
+def _fill(params, place, tensors, adapters: LoRAConfig, folder) -> None:
   """Puts A and B of one place into the tree."""
-  own = _at(params, place.path)
+  own, rank = _at(params, place.path), adapters.rank
   stem = f'base_model.model.{place.stem}.lora'
   a, b = (tensors[f'{stem}_{part}.weight'] for part in 'AB')
   target = own['a'][place.lead]
@@ -203,6 +206,7 @@ def _fill(params, place, tensors, rank, folder) -> None:
     b = b.reshape(len(b), rank, experts).transpose(2, 0, 1)
   else:
     target[...] = a.T
+  b = b / np.float32(adapters.plus)
   for leaf, row in place.leaves:
     row = codes.resized(row, rank)
     whole = own[leaf]

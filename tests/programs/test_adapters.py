@@ -287,7 +287,9 @@ def test_a_mesh_gives_the_numbers_of_one_device(base, tmp_path):
 def test_peft(tmp_path):
   """PEFT's own file: its logits, and the same tensors when written again."""
   plain, whole = released('v3_yarn')
+  plain = dataclasses.replace(plain, lora=LoRAConfig(plus=4.0))
   model, own, name = peft_files.load(GOLDEN / 'peft', plain)
+  assert model.lora.plus == 4.0  # which changes neither logits nor file
   assert name == 'v3_yarn' and model.lora.rank == 2
   case = np.load(GOLDEN / 'peft' / 'expected.npz')
   params = lora.join(whole['params'], jax.tree.map(jnp.asarray, own), model)
@@ -318,10 +320,15 @@ def recipe(base=''):
 def test_an_adapter_of_peft_becomes_a_run(tmp_path):
   """The run has its numbers, over the base that is named."""
   own = recipe(str(GOLDEN / 'v3_yarn'))
+  plus = dataclasses.replace(own.model.lora, plus=4.0)
+  own = dataclasses.replace(
+    own, model=dataclasses.replace(own.model, lora=plus)
+  )
   rl = RLConfig(task='sort8', beta=0.1, max_new=64)
   own = dataclasses.replace(own, rl=rl)
   convert.adapters_to_run(GOLDEN / 'peft', tmp_path / 'run', own)
-  model, want, _ = peft_files.load(GOLDEN / 'peft', released('v3_yarn')[0])
+  plain = dataclasses.replace(released('v3_yarn')[0], lora=LoRAConfig(plus=4.0))
+  model, want, _ = peft_files.load(GOLDEN / 'peft', plain)
   config, restored = load.load_state(tmp_path / 'run')
   assert config.model.lora == model.lora
   chex.assert_trees_all_equal(jax.device_get(restored.state.params), want)

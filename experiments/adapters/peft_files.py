@@ -194,14 +194,16 @@ def _fill(params, place, tensors, adapters: LoRAConfig, folder) -> None:
   a, b = (tensors[f'{stem}_{part}.weight'] for part in 'AB')
   target = own['a'][place.lead]
   is_expert = any('e' in row.ours for _, row in place.leaves)
-  size = target.size, sum(own[x][place.lead].size for x, _ in place.leaves)
-  if (a.size, b.size) != size:
+  experts = len(target) if is_expert else 1
+  columns = experts * rank
+  outputs = sum(own[x][place.lead].size for x, _ in place.leaves) // columns
+  shapes = (columns, target.shape[-2]), (outputs, columns)
+  if (a.shape, b.shape) != shapes:
     raise ConfigError(
       f'{folder}: {place.stem} has A {list(a.shape)} and B {list(b.shape)}, '
       'which are of another model'
     )
   if is_expert:
-    experts = len(target)
     target[...] = a.reshape(experts, rank, -1).swapaxes(1, 2)
     b = b.reshape(len(b), rank, experts).transpose(2, 0, 1)
   else:
@@ -300,22 +302,22 @@ def _lora(values: dict, folder: pathlib.Path) -> LoRAConfig:
   for key, plain in _PLAIN.items():
     if key in values and values[key] not in plain:
       raise ConfigError(f'{folder}: {key}={values[key]!r} is not computed here')
-  modules = values.get('target_modules')
-  if not isinstance(modules, list):
-    raise ConfigError(
-      f'{folder}: target_modules={modules!r} is no list of names'
-    )
-  names_of = sorted(modules)
-  parameters = values.get('target_parameters') or []
+  lists = [values.get(f'target_{x}') or [] for x in ('modules', 'parameters')]
+  for kind, own in zip(('modules', 'parameters'), lists, strict=True):
+    if not isinstance(own, list) or not all(isinstance(x, str) for x in own):
+      raise ConfigError(f'{folder}: target_{kind}={own!r} is no list of names')
+  modules, parameters = lists
   both = {name.rpartition('.')[2] for name in parameters}
   if both not in (set(), {'gate_up_proj', 'down_proj'}):
     raise ConfigError(
       f'{folder}: target_parameters={parameters!r} are not both of experts'
     )
-  names_of += ['experts'] if both else []
+  rank = values.get('r', 8)
+  if not isinstance(rank, int) or rank < 1:
+    raise ConfigError(f'{folder}: r={rank!r} is no rank')
   return LoRAConfig(
-    rank=values.get('r', 8),
+    rank=rank,
     alpha=values.get('lora_alpha', 8),
     scale='root' if values.get('use_rslora') else 'rank',
-    targets=tuple(names_of),
+    targets=(*sorted(modules), *['experts'] * bool(both)),
   )

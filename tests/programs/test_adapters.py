@@ -308,6 +308,13 @@ def test_peft(tmp_path):
       np.testing.assert_array_equal(a.read(key), b.read(key))
 
 
+def test_a_matrix_of_another_order_is_refused(monkeypatch):
+  read = safetensors.File.read
+  monkeypatch.setattr(safetensors.File, 'read', lambda *a: read(*a).T)
+  with pytest.raises(ConfigError, match='are of another model'):
+    peft_files.load(GOLDEN / 'peft', released('v3_yarn')[0])
+
+
 def recipe(base=''):
   config = freeze(lora_recipes.get_config('tiny'))
   model = dataclasses.replace(config.model, base='trained', dtype='float32')
@@ -356,6 +363,9 @@ def test_an_adapter_of_peft_becomes_a_run(tmp_path):
     ({'use_dora': True}, '', 'use_dora=True is not computed'),
     ({'use_qalora': True}, '', 'use_qalora=True is not computed'),
     ({'init_lora_weights': 'pissa_niter_4'}, '', "'pissa_niter_4' is not"),
+    ({'target_modules': [1, 'q_proj']}, '', 'is no list of names'),
+    ({'target_parameters': [1]}, '', 'is no list of names'),
+    ({'r': 0}, '', 'r=0 is no rank'),
     ({'r': 3}, 'v3_yarn', 'are of another model'),
     ({}, 'v2_lite', 'q_a_proj'),
   ],

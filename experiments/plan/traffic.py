@@ -37,7 +37,7 @@ def by_axis(config: Config) -> dict[str, float]:
     for axis, size in _of_part(config, part).items():
       one[axis] += part.turns * size
   one['fsdp'] += _embedded(config)
-  one += _adapted(config)
+  one.update(_adapted(config))  # += would drop axes without bytes
   one['tensor'] += _summed_around(config)
   one['stage'] += _handed_on(config)
   data = config.data

@@ -11,7 +11,7 @@ from configs import tiny
 from experiments import chips, train
 from experiments.adapters import flops, lora
 from experiments.plan import bill, compiled, memory, search, traffic
-from mla_moe import cost
+from mla_moe import cost, sharding
 from mla_moe.config import (
   LoRAConfig,
   MeshConfig,
@@ -148,7 +148,9 @@ def test_no_gradient_of_a_frozen_weight_travels():
   config = adapted(fsdp=2)
   codes = memory.base_bytes(dataclasses.replace(config, mesh=MeshConfig()))
   adapters = 4 * sum(x.size for x in adapters_of(config.model))
-  got = traffic.by_axis(config)['fsdp']
+  sent = traffic.by_axis(config)
+  assert sent['data'] == 0 and {*sent} == {*sharding.AXES}
+  got = sent['fsdp']
   assert got < 2 * codes / 2 + 3 * adapters / 2 + 2**18
   whole = dataclasses.replace(config.model, lora=LoRAConfig(), base='trained')
   whole = dataclasses.replace(config, model=whole)

@@ -22,6 +22,7 @@ from absl import flags
 from mla_moe.config import ConfigError
 
 from .. import chips, cli
+from . import compiled, scheduled
 
 
 def _define() -> None:
@@ -87,8 +88,6 @@ def _main() -> None:
     pairs = [(plan, price(plan))]
     report.show(*pairs[0], utilisation, start)
     if values.compile or values.schedule:
-      from . import compiled, scheduled
-
       compiler = compiled if values.compile else scheduled
       report.show_compiled(plan, compiler.run(config, slice_))
   if values.out:
@@ -115,9 +114,13 @@ def _check(values, slice_) -> None:
       raise ConfigError(f'--{name}={getattr(values, name)}: must be positive')
   if values.utilisation > 1:
     raise ConfigError(f'--utilisation={values.utilisation}: must be at most 1')
-  for name in ('compile', 'schedule'):
-    if getattr(values, name) and slice_ is None:
-      raise ConfigError(f'--{name}: needs a --topology, such as v5e:4x4')
+  names = [n for n in ('compile', 'schedule') if getattr(values, n)]
+  if len(names) > 1:
+    raise ConfigError('--schedule: is a part of --compile; leave one out')
+  if names and slice_ is None:
+    raise ConfigError(f'--{names[0]}: needs a --topology, such as v5e:4x4')
+  if names:
+    compiled.check_compiler(slice_, f'--{names[0]}')
 
 
 if __name__ == '__main__':

@@ -26,6 +26,7 @@ from .. import chips, commands
 from . import gpus
 
 _CUDA = 'jax-cuda13-plugin'
+BUSY = 'another process is using libtpu'
 
 
 def compiler(slice_: chips.Slice) -> str:
@@ -56,30 +57,50 @@ def run(config: Config, slice_: chips.Slice) -> dict:
   return answer
 
 
-def check_memory(needs: int, slice_: chips.Slice) -> None:
+def check_memory(
+  needs: int, slice_: chips.Slice, flag: str = '--compile'
+) -> None:
   """Raises ConfigError for a program of more bytes than a device has."""
-  if needs > slice_.chip.usable:
+  has = slice_.chip.usable
+  if needs > has:
     gib = lambda size: f'{size / chips.GIB:.2f}G'
-    raise ConfigError(_too_large(slice_, gib(needs), gib(slice_.chip.usable)))
+    raise ConfigError(_too_large(slice_, gib(needs), gib(has), flag))
 
 
-def job(config: Config, slice_: chips.Slice) -> tuple[str, dict[str, str]]:
-  """Returns the stdin and the environment of the process that compiles.
+def check_compiler(slice_: chips.Slice, flag: str = '--compile') -> None:
+  """Refuses a slice for which nothing here compiles as the flag asks.
 
   Raises:
-    ConfigError: the compiler is missing, or XLA has no description of a card.
+    ConfigError: the compiler is missing, XLA has no description of a card, or a
+      schedule is of GPUs.
   """
+  if slice_.gpu and flag == '--schedule':
+    raise ConfigError(
+      f'--schedule: is of TPUs, and {slice_} has GPUs, whose programs compile '
+      'whole in a minute; use --compile'
+    )
   if slice_.gpu and slice_.kind not in gpus.CARDS:
     raise ConfigError(
-      f'--compile: there is no description of {slice_.kind} for XLA; there is '
+      f'{flag}: there is no description of {slice_.kind} for XLA; there is '
       f'one of {", ".join(gpus.CARDS)}'
     )
   package = compiler(slice_)
   if importlib.util.find_spec(package.replace('-', '_')) is None:
     extra = 'cuda' if slice_.gpu else 'tpu'
     raise ConfigError(
-      f'--compile: {package} is missing; pip install "mla_moe[{extra}]"'
+      f'{flag}: {package} is missing; pip install "mla_moe[{extra}]"'
     )
+
+
+def job(
+  config: Config, slice_: chips.Slice, flag: str = '--compile'
+) -> tuple[str, dict[str, str]]:
+  """Returns the stdin and the environment of the process that compiles.
+
+  Raises:
+    ConfigError: as `check_compiler`.
+  """
+  check_compiler(slice_, flag)
   environment = {
     **os.environ,
     'JAX_PLATFORMS': 'cpu',
@@ -90,27 +111,27 @@ def job(config: Config, slice_: chips.Slice) -> tuple[str, dict[str, str]]:
   return json.dumps(described), environment
 
 
-def _too_large(slice_: chips.Slice, needs: str, has: str) -> str:
+def _too_large(slice_: chips.Slice, needs: str, has: str, flag: str) -> str:
   return (
-    f'--compile: {compiler(slice_)} says that the step needs {needs} of memory '
+    f'{flag}: {compiler(slice_)} says that the step needs {needs} of memory '
     f'on {slice_}, where there is {has}; shard more or lower micro_batch'
   )
 
 
-def refusal(text: str, slice_: chips.Slice) -> str:
+def refusal(text: str, slice_: chips.Slice, flag: str = '--compile') -> str:
   """Returns the compiler's complaint in one line."""
   full = re.search(
     r'total memory required .*?\(([\d.]+\w)\).*?\(([\d.]+\w)\)', text
   )
   full = full or re.search(r'Used ([\d.]+\w) of ([\d.]+\w) hbm', text)
   if full:
-    return _too_large(slice_, full[1], full[2])
+    return _too_large(slice_, full[1], full[2], flag)
   if 'lockfile' in text or 'already in use' in text:
-    return '--compile: another process is using libtpu; wait for it'
+    return f'{flag}: {BUSY}; wait for it'
   lines = text.splitlines()
   last = [line for line in lines if 'Error' in line] or lines[-1:] or ['?']
   package = compiler(slice_)
-  return f'--compile: {package} failed for {slice_}: {last[-1].strip()}'
+  return f'{flag}: {package} failed for {slice_}: {last[-1].strip()}'
 
 
 def describe(slice_: chips.Slice):

@@ -22,6 +22,7 @@ from mla_moe.config import Config, ConfigError
 from .. import chips, commands
 from . import compiled
 
+_FLAG = '--schedule'  # in refusals
 _NAME = '*train_step*.'  # of the module, in the name of each of its files
 _LAST = f'{_NAME}debug_options'
 _PROGRAM = f'{_NAME}after_optimizations.txt'
@@ -50,7 +51,7 @@ def run(config: Config, slice_: chips.Slice) -> dict:
   began = time.perf_counter()
   texts = step(config, slice_)
   needs = needed(texts.memory)
-  compiled.check_memory(needs, slice_)
+  compiled.check_memory(needs, slice_, _FLAG)
   state = arguments(texts.buffers)
   return {
     'arguments': state,
@@ -67,12 +68,7 @@ def step(config: Config, slice_: chips.Slice) -> Scheduled:
   Raises:
     ConfigError: libtpu's refusal, or the slice is of GPUs.
   """
-  if slice_.gpu:
-    raise ConfigError(
-      f'--schedule: is of TPUs, and {slice_} has GPUs, whose programs compile '
-      'whole in a minute; use --compile'
-    )
-  described, environment = compiled.job(config, slice_)
+  described, environment = compiled.job(config, slice_, _FLAG)
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     flags = f'--xla_dump_to={folder} --xla_dump_hlo_as_text'
@@ -94,7 +90,8 @@ def step(config: Config, slice_: chips.Slice) -> Scheduled:
       process.kill()
       process.wait()
     if not _is_whole(folder):
-      raise ConfigError(compiled.refusal(_read(folder, 'log'), slice_))
+      log = _read(folder, 'log')
+      raise ConfigError(compiled.refusal(log, slice_, _FLAG))
     return Scheduled(*(_read(folder, n) for n in (_PROGRAM, _MEMORY, _BUFFERS)))
 
 

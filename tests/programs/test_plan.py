@@ -30,6 +30,7 @@ from experiments.plan import (
   memory,
   report,
   rollout,
+  scheduled,
   search,
   traffic,
 )
@@ -455,6 +456,11 @@ def test_slices_that_there_are_not(text):
       r'v5e:4x8 has no ragged all-to-all',
     ),
     (['--compile'], r'needs a --topology'),
+    (['--schedule', '--topology=h100:8'], r'^error: --schedule: is of TPUs'),
+    (
+      ['--schedule', '--compile', '--topology=v5e:2x2'],
+      r'--schedule: is a part of --compile',
+    ),
     (
       ['--config=configs/deepseek_v3.py', '--topology=v5p:4x4x4'],
       r'needs [\d.]+ GiB .* the smallest that fits is --topology=v5p:\S+ '
@@ -477,6 +483,9 @@ def test_a_missing_compiler_is_named(topology, package, monkeypatch):
   message = f'{package} is missing; pip install "mla_moe[{extra}]"'
   with pytest.raises(ConfigError, match=re.escape(message)):
     compiled.run(LITE, chips.parse(topology))
+  if extra == 'tpu':
+    with pytest.raises(ConfigError, match='^--schedule: libtpu is missing'):
+      scheduled.run(LITE, chips.parse(topology))
 
 
 def test_a_card_without_a_description_is_not_compiled_for():

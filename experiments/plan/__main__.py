@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import signal
+import sys
 
 from absl import flags
 
@@ -88,6 +90,8 @@ def _main() -> None:
     pairs = [(plan, price(plan))]
     report.show(*pairs[0], utilisation, start)
     if values.compile or values.schedule:
+      # The process that compiles ends with this one.
+      signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
       compiler = compiled if values.compile else scheduled
       report.show_compiled(plan, compiler.run(config, slice_))
   if values.out:

@@ -71,7 +71,7 @@ def step(config: Config, slice_: chips.Slice) -> Scheduled:
   described, environment = compiled.job(config, slice_, _FLAG)
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
-    flags = f'--xla_dump_to={folder} --xla_dump_hlo_as_text'
+    flags = f'--xla_dump_to="{folder}" --xla_dump_hlo_as_text'
     flags += ' --xla_dump_hlo_module_re=.*train_step.*'
     environment['XLA_FLAGS'] = f'{environment.get("XLA_FLAGS", "")} {flags}'
     (folder / 'job').write_text(described, encoding='utf-8')
@@ -97,12 +97,12 @@ def step(config: Config, slice_: chips.Slice) -> Scheduled:
 
 def _is_whole(folder: pathlib.Path) -> bool:
   """Returns whether the program lies there, and the file that libtpu writes
-  after it; an older one of that name is from the beginning."""
+  after it; one of that name from the beginning is older by many ticks."""
   times = [
     [path.stat().st_mtime_ns for path in folder.glob(name)]
     for name in (_PROGRAM, _LAST)
   ]
-  return all(times) and times[0] < times[1]
+  return all(times) and times[0] <= times[1]
 
 
 def needed(report: str) -> int:

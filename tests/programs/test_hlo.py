@@ -2,13 +2,18 @@
 
 import functools
 import os
+import shlex
+import subprocess
+import types
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from experiments import chips
 from experiments.plan import hlo, overlap, scheduled
+from mla_moe.config import ConfigError
 from mla_moe.model import exchange
 
 AXES, SIZES = ('data', 'fsdp'), (2, 4)
@@ -270,6 +275,28 @@ allocation 4: size 40, page 0, preallocated-temp:
   assert scheduled.arguments(buffers) == 150
 
 
+def test_a_dump_may_lie_in_a_folder_with_a_space(tmp_path, monkeypatch):
+  """XLA cuts its flags at spaces, but for those in quotes."""
+  own = tmp_path / 'a b'
+  own.mkdir()
+  monkeypatch.setattr(scheduled.tempfile, 'tempdir', str(own))
+  described = lambda *_: ('{}', {'XLA_FLAGS': '--xla_mine=1'})
+  monkeypatch.setattr(scheduled.compiled, 'job', described)
+  flags = []
+
+  def start(*_, env, **__):
+    flags.append(env['XLA_FLAGS'])
+    return subprocess.Popen(['true'])
+
+  fake = types.SimpleNamespace(Popen=start)
+  monkeypatch.setattr(scheduled, 'subprocess', fake)
+  with pytest.raises(ConfigError, match='--schedule: libtpu failed'):
+    scheduled.step(None, chips.parse('v5e:2x2'))
+  words = shlex.split(flags[0])
+  assert words[0] == '--xla_mine=1' and len(words) == 4
+  assert words[1].startswith(f'--xla_dump_to={own}/')
+
+
 def test_a_schedule_is_whole_once_the_file_after_it_lies_there(tmp_path):
   """libtpu writes one of that name at the beginning, too."""
   name = 'module_0000.jit_train_step.cl_1'
@@ -279,7 +306,7 @@ def test_a_schedule_is_whole_once_the_file_after_it_lies_there(tmp_path):
   last.touch()
   assert not scheduled._is_whole(tmp_path)
   program.touch()
-  for seconds, whole in ((5, False), (15, True)):
+  for seconds, whole in ((5, False), (10, True), (15, True)):
     os.utime(program, (10, 10))
     os.utime(last, (seconds, seconds))
     assert scheduled._is_whole(tmp_path) == whole

@@ -29,6 +29,7 @@ from mla_moe import config as c
 from mla_moe.hf import config_json, names, safetensors
 
 from .. import cli, commands, runtime
+from ..adapters import codes
 from . import show
 
 _BF16, _F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
@@ -142,7 +143,8 @@ def flags(parser) -> None:
   add('--repeats', type=int, default=3, help='of which the best counts')
   add('--only', default='', help='some formats, by commas')
   add('--thinking', action='store_true', help="the release's config.json")
-  add('--base', default='trained', help='fp8, int8 or int4: kept as codes')
+  bases = ('trained', *codes.GROUPS)
+  add('--base', default='trained', choices=bases, help='kept as codes, or not')
   add('--load', action='store_true', help='load the folder, once')
 
 

@@ -61,14 +61,21 @@ def flags(parser) -> None:
 
 
 def run(out: pathlib.Path, args: argparse.Namespace) -> None:
-  """Prints and writes a row for each program; OUT/slices.md has them."""
+  """Prints and writes a row for each program; OUT/slices.md has them.
+
+  Raises:
+    ConfigError: no row is named, or the compiler serves another process.
+  """
+  programs = [each for each in PROGRAMS if args.only in ' '.join(each)]
+  if not programs:
+    names = ', '.join(sorted({each.topology for each in PROGRAMS}))
+    raise c.ConfigError(f'--only={args.only}: is in no row; slices are {names}')
   lines = [_line(HEAD), _line(['---'] * len(HEAD))]
-  for program in PROGRAMS:
-    if args.only in ' '.join(program):
-      lines.append(_line(row(program)))
-      print(lines[-1], flush=True)
-      text = '\n'.join(lines) + '\n'
-      (out / 'slices.md').write_text(text, encoding='utf-8')
+  for program in programs:
+    lines.append(_line(row(program)))
+    print(lines[-1], flush=True)
+    text = '\n'.join(lines) + '\n'
+    (out / 'slices.md').write_text(text, encoding='utf-8')
 
 
 def row(program: Program) -> tuple:
@@ -79,6 +86,7 @@ def row(program: Program) -> tuple:
   try:
     answer = compiler.run(config, slice_)
   except c.ConfigError as error:
+    _raise_if_busy(error)
     return *name, f'refused: {error}', '', '', '', ''
   needs = (answer['arguments'] + answer['temporary']) / chips.GIB
   counts = (
@@ -90,8 +98,15 @@ def row(program: Program) -> tuple:
   try:
     seconds = f'{compiled.run(twin(config), slice_)["seconds"]:.0f} s'
   except c.ConfigError as error:
+    _raise_if_busy(error)
     seconds = f'fails: {error}'
   return *name, f'{needs:.2f}', *counts, seconds
+
+
+def _raise_if_busy(error: c.ConfigError) -> None:
+  """Raises what says nothing of a program, but of another process."""
+  if compiled.BUSY in str(error):
+    raise error
 
 
 def config_of(program: Program) -> c.Config:

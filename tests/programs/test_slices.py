@@ -2,9 +2,13 @@
 
 import pathlib
 import re
+import types
+
+import pytest
 
 from experiments import chips
 from experiments.bench import slices
+from mla_moe.config import ConfigError
 
 ROOT = pathlib.Path(__file__).parents[2]
 RECORD = ROOT / 'experiments/bench/slices.md'
@@ -46,6 +50,24 @@ def in_tables(text):
       models = [n for n in FILES if n in slice_ or n in head]
       if topology and re.fullmatch(MESH, mesh) and models:
         yield program(FILES[models[0]], topology[0], mesh)
+
+
+def test_a_row_says_what_the_compiler_says_of_its_program(
+  monkeypatch, tmp_path
+):
+  only = lambda text: slices.run(tmp_path, types.SimpleNamespace(only=text))
+  with pytest.raises(ConfigError, match='--only=v9: is in no row; .*v5e:8x8'):
+    only('v9')
+  texts = ['no room', f'--schedule: {slices.compiled.BUSY}; wait for it']
+
+  def refuse(*_):
+    raise ConfigError(texts.pop(0))
+
+  monkeypatch.setattr(slices.scheduled, 'run', refuse)
+  only('v6e:4x4')
+  assert '| refused: no room |' in (tmp_path / 'slices.md').read_text()
+  with pytest.raises(ConfigError, match='is using libtpu'):
+    only('v6e:4x4')
 
 
 def test_the_record_has_every_mesh_of_the_documentation_and_no_other():

@@ -372,6 +372,19 @@ def residual_bytes(config: Config) -> int:
   return int(per_token * tokens_per_device(config) * WIDTH[model.dtype])
 
 
+def exchange_of(config: Config) -> str:
+  """Returns how tokens reach other devices' experts; '' without any.
+
+  It is that of `model.exchange`; 'ragged' stands for 'padded', too, under auto.
+  """
+  kind, expert = config.model.compute.exchange, config.mesh.expert
+  if expert == 1:
+    return ''
+  if kind == 'auto':
+    return 'gather' if expert <= config.model.moe.top_k else 'ragged'
+  return kind
+
+
 def working_bytes(config: Config) -> int:
   """Returns bytes of the largest layer computed again, and of its gradients.
 
@@ -392,7 +405,7 @@ def working_bytes(config: Config) -> int:
     return int(2 * dense * tokens * width)
   most = max(dense * tokens if model.dense_layers else 0.0, routed * in_turn)
   gathered = streams = 0
-  if 1 < mesh.expert <= model.moe.top_k:
+  if exchange_of(config) == 'gather':
     gathered = mesh.expert * in_turn * model.dim * (width + 4)
   if mesh.stage > 1:
     stream = mesh.stage * tokens * model.dim * width / mesh.tensor

@@ -275,10 +275,10 @@ def _exchanged(config: Config, stream: float) -> dict[str, float]:
   """
   mesh, top_k = config.mesh, config.model.moe.top_k
   sent = (2 + _learns(config) * (1 + _passes(config))) * stream
-  if mesh.expert == 1:
+  kind = memory.exchange_of(config)
+  if not kind:
     return {'tensor': sent * _others(mesh.tensor)}
-  kind = config.model.compute.exchange
-  if kind == 'gather' or (kind == 'auto' and mesh.expert <= top_k):
+  if kind == 'gather':
     return {'expert': sent * (mesh.expert - 1 / mesh.tensor)}
   to_experts = sent * top_k * _others(mesh.expert)
   if kind == 'padded':

@@ -240,6 +240,24 @@ def test_a_plan_has_an_exchange_that_its_slice_has():
       assert sharding.ragged_exchange() == slice_.ragged, topology
 
 
+def test_a_gather_s_tokens_are_in_memory_and_on_the_way():
+  """An exchange that a config names is that of both."""
+  for expert, gathers in ((4, 'auto gather'), (16, 'gather')):
+    on = on_mesh(LITE, expert=expert)
+    rows = expert * memory.tokens_per_device(on) * LITE.model.dim
+    sizes = {}
+    for kind in ('auto', 'gather', 'ragged'):
+      compute = dataclasses.replace(on.model.compute, exchange=kind)
+      model = dataclasses.replace(on.model, compute=compute)
+      one = dataclasses.replace(on, model=model)
+      sizes[kind] = memory.working_bytes(one), traffic.by_axis(one)['expert']
+    working, sent = sizes['ragged']
+    for kind, (size, bytes_sent) in sizes.items():
+      more = rows * (2 + 4) if kind in gathers else 0
+      assert size == pytest.approx(working + more), (expert, kind)
+      assert (bytes_sent != sent) == (kind in gathers), (expert, kind)
+
+
 def test_several_slices_leave_more_memory_free():
   one, four = (chips.parse(f'v6e:16x16{n}') for n in ('', '*4'))
   assert one.planned == one.chip.planned > four.planned

@@ -24,6 +24,7 @@ from mla_moe.config import Config, DataConfig, MeshConfig, ModelConfig
 from mla_moe.train import losses, stage
 from mla_moe.types import PyTree
 
+from .. import chips
 from ..adapters import lora
 from ..adapters.state import abstract_state
 from ..rl import teachers
@@ -47,7 +48,8 @@ class Footprint:
     copies: of the parameters, as narrow as the products read them. XLA makes
       those of all layers at once, before their loop.
     residuals: of all layers, from the forward pass for the backward pass.
-    working: the largest layer, going backward.
+    working: the largest layer, going backward; on a TPU with the floats of its
+      frozen experts.
     gathered: weights brought together from the other shards, and their gradient
       before it is scattered.
     logits: the loss's blocks.
@@ -127,13 +129,18 @@ def training_bytes_per_device(config: Config) -> dict[str, int]:
   }
 
 
-def footprint(config: Config, layout: PyTree | None = None) -> Footprint:
+def footprint(
+  config: Config,
+  layout: PyTree | None = None,
+  slice_: chips.Slice | None = None,
+) -> Footprint:
   """Returns the footprint of a config on its mesh.
 
   Args:
     config: of the model, its training and its mesh.
     layout: `abstract_state`'s. Without it the state counts as split evenly, by
       the arithmetic of `cost`.
+    slice_: the devices of the mesh; by them 'auto' is chosen.
 
   Gradients are there once for the step and, with more than one micro-batch,
   once more for the micro-batch that is added. A pipeline's layers have them
@@ -171,7 +178,7 @@ def footprint(config: Config, layout: PyTree | None = None) -> Footprint:
     optimizer=optimizer,
     copies=copies_bytes(config, parameters),
     residuals=residual_bytes(config),
-    working=working_bytes(config),
+    working=working_bytes(config, slice_),
     gathered=gathered_bytes(config),
     logits=logits_bytes(config),
     base=base_bytes(config),
@@ -385,7 +392,23 @@ def exchange_of(config: Config) -> str:
   return kind
 
 
-def working_bytes(config: Config) -> int:
+def expert_floats_bytes(config: Config, slice_: chips.Slice | None) -> int:
+  """Returns bytes of a layer's frozen experts as floats (`adapters.loop`).
+
+  Grouped products read all of a device's, as on a TPU. The loop has one.
+  """
+  model, mesh, impl = config.model, config.mesh, config.model.compute.experts
+  if not model.lora.rank or model.base == 'trained' or not model.moe_layers:
+    return 0
+  if impl == 'auto' and slice_ and not slice_.gpu:
+    impl = 'ragged'
+  if impl != 'ragged':
+    return 0
+  routed = cost.parameters(model).routed // model.moe_layers
+  return routed * WIDTH[model.dtype] // (mesh.expert * mesh.tensor)
+
+
+def working_bytes(config: Config, slice_: chips.Slice | None = None) -> int:
   """Returns bytes of the largest layer computed again, and of its gradients.
 
   Experts hold their rows twice: the backward pass has values and gradients.
@@ -410,7 +433,8 @@ def working_bytes(config: Config) -> int:
   if mesh.stage > 1:
     stream = mesh.stage * tokens * model.dim * width / mesh.tensor
     streams = (2 + times / micro_batches) * stream
-  return int(2 * most * width + gathered + streams)
+  floats = expert_floats_bytes(config, slice_)
+  return int(2 * most * width + gathered + streams) + floats
 
 
 def gathered_bytes(config: Config) -> int:

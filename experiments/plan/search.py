@@ -77,7 +77,7 @@ def plan(config: Config, slice_: chips.Slice, layout: PyTree) -> Plan:
   if slice_.count > 1:
     sharding.slice_axis(config.mesh, slice_.count)
   config = exchanging(config, slice_)
-  return Plan(config, slice_, memory.footprint(config, layout))
+  return Plan(config, slice_, memory.footprint(config, layout, slice_))
 
 
 def exchanging(config: Config, slice_: chips.Slice) -> Config:
@@ -113,7 +113,8 @@ def best_on(config: Config, slice_: chips.Slice, layout: PyTree) -> Plan | None:
     on_mesh = _on_mesh(config, mesh, slice_)
     if on_mesh is None:
       continue
-    candidate = Plan(on_mesh, slice_, memory.footprint(on_mesh, layout))
+    size = memory.footprint(on_mesh, layout, slice_)
+    candidate = Plan(on_mesh, slice_, size)
     if candidate.fits:
       size = sum(traffic.by_axis(on_mesh).values())
       fitting.append((size, candidate))

@@ -121,6 +121,22 @@ def test_frozen_matrices_cost_four_flops_a_number_and_adapters_six():
   assert paid.scoring == pytest.approx(more.scoring)
 
 
+def test_a_tpu_has_a_layer_s_experts_as_floats():
+  tpu, gpu = chips.parse('v5e:1x1'), chips.parse('l4:1')
+  layer = 64 * 3 * 2048 * 1408 * 2
+  working = memory.working_bytes
+  assert working(LITE, tpu) - working(LITE, gpu) == layer
+  assert working(LITE, gpu) == working(LITE)
+  model = dataclasses.replace(LITE.model, base='trained')  # floats as they are
+  trained = dataclasses.replace(LITE, model=model)
+  assert working(trained, tpu) == working(LITE)
+  compute = dataclasses.replace(LITE.model.compute, experts='ragged')
+  model = dataclasses.replace(LITE.model, compute=compute)
+  grouped = dataclasses.replace(LITE, model=model)
+  assert working(grouped, gpu) == working(LITE, tpu)
+  assert memory.footprint(LITE, None, tpu).working == working(LITE, tpu)
+
+
 def test_reinforcement_decodes_codes_where_they_are():
   rl = RLConfig(task='sort8', beta=0.1, max_new=64)
   config = dataclasses.replace(LITE, rl=rl)

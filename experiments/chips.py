@@ -58,11 +58,6 @@ class Chip:
   margin: float = 0.04
   capability: float = 0.0
 
-  @property
-  def planned(self) -> float:
-    """Bytes that a plan may fill."""
-    return self.usable * (1 - self.margin)
-
 
 GIB = 2.0**30
 MEMORY_FRACTION = 0.92
@@ -225,6 +220,18 @@ def parse(text: str) -> Slice:
     shapes = ', '.join('x'.join(map(str, s)) for s in known)
     raise ConfigError(f'--topology={text!r}: {kind} slices are {shapes}')
   return Slice(kind, shape, count)
+
+
+def holding(kind: str, size: float) -> int:
+  """Returns the number of chips of which a plan fills `size` bytes.
+
+  More than one slice has are several, which leave more memory free.
+  """
+  one = Slice(kind, _SLICES[CHIPS[kind].dimensions][-1])
+  of = lambda slice_: math.ceil(size / slice_.chip.cores / slice_.planned)
+  if one.gpu or of(one) <= one.chips:
+    return of(one)
+  return of(dataclasses.replace(one, count=2))
 
 
 def slices(kind: str) -> list[Slice]:

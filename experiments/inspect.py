@@ -153,8 +153,7 @@ def _memory(model: ModelConfig) -> Table:
     table.add_column(name, justify='right' if name else 'left')
   for dtype, size in _BYTES.items():
     total = size * (counts.total + counts.mtp)
-    kinds = (chips.CHIPS[name] for name in _CHIPS)
-    needed = (math.ceil(total / kind.cores / kind.planned) for kind in kinds)
+    needed = (chips.holding(name, total) for name in _CHIPS)
     gib = f'{total / chips.GIB:,.1f}'
     table.add_row(dtype, gib, *(f'{count:,}' for count in needed))
   return table

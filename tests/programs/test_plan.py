@@ -260,7 +260,11 @@ def test_a_gather_s_tokens_are_in_memory_and_on_the_way():
 
 def test_several_slices_leave_more_memory_free():
   one, four = (chips.parse(f'v6e:16x16{n}') for n in ('', '*4'))
-  assert one.planned == one.chip.planned > four.planned
+  assert one.planned > four.planned
+  for more, count in ((0, 256), (1, math.ceil(256 * 0.96 / 0.85))):
+    assert chips.holding('v6e', 256 * one.planned + more) == count
+  a_gpu = chips.parse('h100:1').planned
+  assert chips.holding('h100', 2**12 * a_gpu) == 2**12  # one network
   usable = (1 - four.margin) * four.chip.usable
   full = memory.Footprint(*(0,) * len(dataclasses.fields(memory.Footprint)))
   full = dataclasses.replace(full, parameters=usable + 1)

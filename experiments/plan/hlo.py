@@ -150,19 +150,50 @@ def _turns(line: str, bodies) -> int:
   condition = re.search(r'condition=%?([\w.\-]+)', line)
   text = '\n'.join(bodies.get(condition[1], ())) if condition else ''
   less = re.search(
-    r'ROOT .* compare\([^,]*, %?([\w.\-]+)\), direction=LT', text
+    r'ROOT .* compare\([^,]*?%?([\w.\-]+), %?([\w.\-]+)\), direction=LT', text
   )
   bound = less and re.search(
-    rf'%?{re.escape(less[1])} = [su]32\[\]\S* constant\((\d+)\)', text
+    rf'%?{re.escape(less[2])} = [su]32\[\]\S* constant\((\d+)\)', text
   )
   if not bound:
     return 0
   body = '\n'.join(bodies[re.search(r'body=%?([\w.\-]+)', line)[1]])
-  twos = re.findall(r'%([\w.\-]+) = u32\[\]\S* constant\(2\)', body)
-  step = 1
-  if any(re.search(rf' add\([^)]*%{re.escape(two)}\)', body) for two in twos):
-    step = 2
+  place = re.search(
+    rf'%?{re.escape(less[1])} = \S+ get-tuple-element\(.*\), index=(\d+)', text
+  )
+  step = _step(body, int(place[1])) if place else 1
   return -(-int(bound[1]) // step)
+
+
+def _step(body: str, place: int) -> int:
+  """Returns what a loop's body adds to its counter, at `place` in its tuple.
+
+  From the tuple that the body returns, copies and sums with constants lead back
+  to the counter. Where others do, the step counts as 1.
+  """
+  name = r'%([\w.\-]+)'
+  counters = re.findall(
+    rf'{name} = \S+ get-tuple-element\(.*\), index={place}\b', body
+  )
+  copies = dict(re.findall(rf'{name} = \S+ copy\({name}\)', body))
+  sums = {
+    total: pair
+    for total, *pair in re.findall(rf'{name} = \S+ add\({name}, {name}\)', body)
+  }
+  numbers = dict(re.findall(rf'{name} = [su]32\S* constant\((\d+)\)', body))
+  returned = re.search(r'ROOT .* tuple\((.*)\)', body)
+  label = re.findall(name, returned[1])[place] if returned else ''
+  step = 0
+  while label not in counters:
+    if label in copies:
+      label = copies[label]
+      continue
+    constants = [x for x in sums.get(label, ()) if x in numbers]
+    if len(constants) != 1:
+      return 1
+    step += int(numbers[constants[0]])
+    (label,) = {*sums[label]} - {*constants}
+  return max(step, 1)
 
 
 def _group(line: str, devices: int) -> list[int]:

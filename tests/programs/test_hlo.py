@@ -124,6 +124,9 @@ WINDOWED = """
 %body (p: (u32[], f32[64])) -> (u32[], f32[64]) {
   %i.2 = u32[] get-tuple-element(%p), index=0
   %step = u32[]{:T(128)} constant(STEP)
+  %count = u32[] get-tuple-element(%p), index=2
+  %two = u32[] constant(2)
+  %other = u32[] add(%count, %two)
   %next = u32[] add(%i.2, %step)
   %x = f32[64]{0} get-tuple-element(%p), index=1
   %y = f32[64]{0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}
@@ -142,7 +145,10 @@ ENTRY %main (x: f32[64]) -> f32[64] {
 
 @pytest.mark.parametrize('step, count', [(1, 8), (2, 4)])
 def test_windowed_loops_after_a_sparse_core(step, count):
-  """As libtpu writes them: unsigned counters, and a thread behind a brace."""
+  """As libtpu writes them: unsigned counters, and a thread behind a brace.
+
+  Another number that grows by two is no counter.
+  """
   text = WINDOWED.replace('STEP', str(step))
   (row,) = hlo.collectives(text, AXES, SIZES, unknown=100)
   assert row['kind'] == 'collective-permute'

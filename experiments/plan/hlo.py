@@ -110,6 +110,8 @@ def _times(bodies, entry: str, unknown: int) -> dict[str, int]:
   calls = collections.defaultdict(list)
   for name, lines in bodies.items():
     for line in lines:
+      if re.search(r' async-(update|done)\(', line):
+        continue  # of what its start calls
       turns = 1
       if ' while(' in line:
         default = 0 if f'/{exchange.FURTHER}/' in line else unknown

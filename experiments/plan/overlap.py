@@ -5,7 +5,8 @@ collective is two lines, its start and its end; all that stands between runs
 meanwhile. A transfer is `beside` where a product or a kernel stands there, and
 `idle` where nothing does that takes long. One line alone, `sync`, keeps the
 device waiting. That a product stands beside a transfer does not say that it
-lasts as long.
+lasts as long. A transfer that does not end where it starts, but in a later turn
+of a loop, counts by the work after its start.
 """
 
 from __future__ import annotations
@@ -94,13 +95,19 @@ class _Program:
     """Returns the kinds of a computation's transfers, each with its chain."""
     transfers = []
     for place, line in self.lines(name):
-      match = hlo._OPERATION.search(line)
+      match = _operation(line)
       if match:
         scattered = 'all-reduce-scatter' in place
         transfers.append(
           ('reduce-scatter' if scattered else match[2], hlo._chain(line))
         )
     return transfers
+
+
+def _operation(line: str) -> re.Match | None:
+  """Returns the match of a collective, None where a device has no others."""
+  match = hlo._OPERATION.search(line)
+  return match if match and len(hlo._group(line, 2)) > 1 else None
 
 
 def _is_product(line: str) -> bool:
@@ -111,6 +118,7 @@ def _is_product(line: str) -> bool:
 def _walk(program: _Program, name: str, turns: int, rows, chains) -> None:
   """Adds a computation's transfers to `rows`, parts of chains to `chains`."""
   started = {}  # by the name of the start: [kind, a product stands beside]
+  tuples, names = {}, {}  # operands of tuples; elements, as they were before
   for line in program.bodies[name]:
     match = _LINE.match(line)
     if not match:
@@ -121,18 +129,27 @@ def _walk(program: _Program, name: str, turns: int, rows, chains) -> None:
     if is_work and operation != 'async-start':
       for transfer in started.values():
         transfer[1] = True
-    source = re.search(r'%([\w.\-]+)', operands)
-    earlier = started.pop(source[1], None) if source else None
-    if operation.endswith('-done') and earlier:
-      rows[earlier[0]][STATES[not earlier[1]]] += turns
+    sources = re.findall(r'%([\w.\-]+)', operands)
+    sources = [names.get(name, name) for name in sources]
+    if operation == 'tuple':
+      tuples[label] = sources
+    elif operation == 'get-tuple-element' and sources[0] in tuples:
+      index = int(re.search(r'index=(\d+)', operands)[1])
+      names[label] = tuples[sources[0]][index]
+    source = sources[0] if sources else ''
+    if operation.endswith('-done'):
+      earlier = started.pop(source, None)
+      if earlier:
+        rows[earlier[0]][STATES[not earlier[1]]] += turns
       continue
-    if earlier:  # an update: a sparse core has its operand only from here on
-      started[label if operation == 'async-update' else source[1]] = earlier
-      if operation == 'async-update':
-        earlier[1] = False
+    if operation == 'async-update':
+      # A sparse core has its operand only from here on.
+      if source in started:
+        started[label] = [started.pop(source)[0], False]
+      continue
     if operation in _WALKED:
       continue
-    of_line = hlo._OPERATION.search(line)
+    of_line = _operation(line)
     transfers = [(of_line[2], hlo._chain(line))] if of_line else []
     if not transfers:
       transfers = [t for other in inside for t in program.transfers(other)]
@@ -145,3 +162,5 @@ def _walk(program: _Program, name: str, turns: int, rows, chains) -> None:
         started[label] = [kind, False]
       else:
         rows[kind]['sync'] += turns
+  for kind, is_beside in started.values():
+    rows[kind][STATES[not is_beside]] += turns

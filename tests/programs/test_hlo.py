@@ -249,6 +249,44 @@ def test_a_transfer_is_beside_the_products_between_its_start_and_its_end():
     assert not rows and ragged[state] == sum(ragged.values()) == 1
 
 
+TUPLED = """
+%product (a: bf16[8,8]) -> bf16[8,8] {
+  %a = bf16[8,8]{1,0} parameter(0)
+  ROOT %c = bf16[8,8]{1,0} convolution(%a, %a), dim_labels=bf_io->bf
+}
+
+%moved (a: bf16[8,8]) -> bf16[8,8] {
+  %a = bf16[8,8]{1,0} parameter(0)
+  ROOT %r = bf16[8,8]{1,0} ragged-all-to-all(%a), channel_id=7
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: bf16[8,8]) -> bf16[8,8] {
+  %x = bf16[8,8]{1,0} parameter(0)
+  %early = (bf16[8,8]{1,0}, bf16[32,8]{1,0}) all-gather-start(%x), channel_id=1
+  %pair = (bf16[8,8]{1,0}, (bf16[8,8]{1,0}, bf16[32,8]{1,0})) tuple(%x, %early)
+  %work = bf16[8,8]{1,0} fusion(%x), kind=kOutput, calls=%product
+  %out = (bf16[8,8]{1,0}, bf16[32,8]{1,0}) get-tuple-element(%pair), index=1
+  %one = bf16[32,8]{1,0} all-gather-done(%out)
+  %alone = bf16[8,8]{1,0} all-reduce(%x), replica_groups={{0},{1}}
+  %late = bf16[8,8]{1,0} all-reduce-start(%x), channel_id=3
+  %sent = ((bf16[8,8]), bf16[8,8]) async-start(%x), calls=%moved
+  %given = ((bf16[8,8]), bf16[8,8]) async-update(%sent), calls=%moved
+  ROOT %back = bf16[8,8]{1,0} async-done(%given), calls=%moved
+}
+"""
+
+
+def test_each_transfer_counts_once():
+  """Ended through a tuple, or not here; of one device; called on each line."""
+  rows = {row.pop('kind'): row for row in overlap.overlap(TUPLED)}
+  assert rows.pop('all-gather') == {'beside': 1, 'idle': 0, 'sync': 0}
+  assert rows.pop('all-reduce') == {'beside': 0, 'idle': 1, 'sync': 0}
+  assert rows.pop('ragged-all-to-all') == {'beside': 0, 'idle': 1, 'sync': 0}
+  assert not rows
+  counted = hlo.collectives(TUPLED, AXES, SIZES)
+  assert [row['count'] for row in counted] == [1, 1, 1]
+
+
 def test_transfers_beside_work_and_others_are_all_transfers():
   def f(x):
     add = lambda x, _: (x + jax.lax.psum(x @ x, 'data'), None)

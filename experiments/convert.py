@@ -156,7 +156,7 @@ def adapters_to_run(
     ConfigError: as `to_run`; an adapter of another kind, or without its base.
   """
   from mla_moe import files, sharding
-  from mla_moe.hf import config_json, save
+  from mla_moe.hf import config_json
   from mla_moe.hf import source as release
 
   from .adapters import base as frozen_base
@@ -178,7 +178,7 @@ def adapters_to_run(
   model = dataclasses.replace(combined(model, recipe.model), lora=own)
   model, params, _ = peft_files.load(source, model)
   model = dataclasses.replace(model, base=recipe.model.base)
-  extras = save.extras_of(folder)
+  extras = _extras_of_adapter(source, folder)
   name = _tokenizer(folder, target, [*extras], recipe.data.tokenizer)
   config = dataclasses.replace(
     recipe,
@@ -195,6 +195,23 @@ def adapters_to_run(
     config = dataclasses.replace(config, model=model)
     state = warm_start.at_step_0(config, mesh, params, base.router)
     _write_run(target, config, state, extras, {'base': base.fingerprint})
+
+
+def _extras_of_adapter(
+  source: pathlib.Path, base: pathlib.Path
+) -> dict[str, pathlib.Path | bytes]:
+  """Returns the base's tokenizer and settings, or the adapter's own.
+
+  Trainers write the tokenizer with which they trained beside an adapter.
+  """
+  from mla_moe.hf import save
+
+  extras, own = save.extras_of(base), save.extras_of(source)
+  if not {*vocabulary.FILES} & own.keys():
+    return extras
+  print(f"The tokenizer is the adapter's, of {source}.")
+  others = {k: x for k, x in extras.items() if k not in vocabulary.FILES}
+  return others | own
 
 
 @contextlib.contextmanager

@@ -99,6 +99,29 @@ def test_the_tokenizer_of_an_export_is_the_one_of_the_run(tmp_path):
   assert extras == {'tokenizer.json': mine, said.name: said}
 
 
+def test_a_tokenizer_beside_an_adapter_is_the_run_s(tmp_path, capsys):
+  source, base = tmp_path / 'adapter', tmp_path / 'base'
+  for folder, names in (
+    (source, ('tokenizer_config.json',)),
+    (
+      base,
+      ('tiktoken.model', 'tokenizer_config.json', 'special_tokens_map.json'),
+    ),
+  ):
+    folder.mkdir()
+    for name in names:
+      (folder / name).write_text('{}')
+  extras = convert._extras_of_adapter(source, base)
+  assert {path.parent for path in extras.values()} == {base}
+  assert not capsys.readouterr().out
+  (source / 'tokenizer.json').write_text('{}')
+  extras = convert._extras_of_adapter(source, base)
+  assert 'tiktoken.model' not in extras
+  for name in ('tokenizer.json', 'tokenizer_config.json'):
+    assert extras[name] == source / name
+  assert "tokenizer is the adapter's" in capsys.readouterr().out
+
+
 def test_a_tokenizer_that_is_gone_is_told(tmp_path, capsys):
   assert extras_of(tmp_path, str(tmp_path / 'gone.json')) == {}
   assert 'gone.json' in capsys.readouterr().out

@@ -127,7 +127,9 @@ def _ragged(x, gates, chosen, order, ws):
     dot = lambda x, w: jax.lax.ragged_dot(
       x, w.reshape(*w.shape[:2], -1).astype(x.dtype), sizes
     )
-    y = dot(rows, jax.lax.stop_gradient(w.floats(rows.dtype)))
+    # The backward pass makes the floats again, or those of all layers stay.
+    floats = lambda w: jax.lax.stop_gradient(w.floats(rows.dtype))
+    y = jax.checkpoint(lambda rows, w: dot(rows, floats(w)))(rows, w)
     if w.a is not None:
       each = lambda x: jnp.broadcast_to(x, (len(sizes), *x.shape[1:]))
       y += dot(dot(rows, each(w.a)), each(w.b))

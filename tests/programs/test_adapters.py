@@ -208,6 +208,24 @@ def test_equals_the_dense_model(folder, base, experts, form):
 
 
 @pytest.mark.slow
+def test_the_floats_of_a_base_are_no_residuals():
+  """Of grouped products, even where a layer keeps all for its backward pass."""
+  model, frozen = released('v2_lite', 'int8')
+  compute = dataclasses.replace(model.compute, experts='ragged', remat='none')
+  own = LoRAConfig(rank=2)
+  model = dataclasses.replace(model, lora=own, compute=compute)
+
+  def run(adapters):
+    params = lora.join(frozen['params'], adapters, model)
+    return Transformer(model).apply(frozen | {'params': params}, TOKENS).logits
+
+  kept = jax.eval_shape(lambda x: jax.vjp(run, x)[1], random_adapters(model))
+  sizes = [x.size for x in leaves(kept) if x.dtype.itemsize > 1]
+  moe = model.moe
+  assert max(sizes) < moe.experts * model.dim * moe.width
+
+
+@pytest.mark.slow
 def test_decoding():
   """Codes of experts are read in place, adapters beside them.
 

@@ -312,7 +312,7 @@ def residuals_per_token(config: Config) -> dict[str, float]:
   log_sum = heads * 4 / width  # the softmax's, float32
   latents = mla.query_rank + mla.kv_rank + mla.rope_dim
   latents += heads * mla.value_dim + log_sum + set_numbers(config)
-  order = 3 * moe.top_k * 4 / width  # experts, slots, places: int32
+  order = 4 * moe.top_k * 4 / width  # experts, slots, places, gates: 32 bits
   attention = mla.query_rank + mla.kv_rank + model.dim
   attention += heads * (
     mla.nope_dim + mla.rope_dim + mla.nope_dim + mla.value_dim

@@ -107,9 +107,10 @@ def closure(name):
 def nodes():
   """(file, node) of every node of the package's and the programs' syntax."""
   return [
-    (str(path.relative_to(ROOT)), node)
+    (name, node)
     for folder in ('mla_moe', 'experiments')
     for path in (ROOT / folder).rglob('*.py')
+    for name in [str(path.relative_to(ROOT))]
     for node in ast.walk(syntax.tree(path))
   ]
 

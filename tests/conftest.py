@@ -124,6 +124,14 @@ def _is_full():
   return pages > _PAGES or mappings > _MAPPINGS
 
 
+@pytest.fixture(autouse=True)
+def _close_figures():
+  """Closes what a test has drawn: matplotlib warns of the 21st open figure."""
+  yield
+  if 'matplotlib.pyplot' in sys.modules:
+    sys.modules['matplotlib.pyplot'].close('all')
+
+
 @pytest.fixture(scope='module', autouse=True)
 def _forget_programs():
   """Frees each file's compiled programs behind it, and its style of pictures.

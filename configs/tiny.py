@@ -15,6 +15,23 @@ import dataclasses
 from mla_moe import config as c
 
 
+def recipe(tokens):
+  """Returns the optimizer's config of a run of this many tokens."""
+  return c.OptimConfig(
+    optimizer='muon',
+    learning_rate=8e-3,
+    warmup_steps=30,
+    phases=(
+      ('constant', 0.4 * tokens, 1.0),
+      ('cosine', 0.5 * tokens, 0.1),
+      ('constant', 0.1 * tokens, 0.03),
+    ),
+    bias_rate=5e-3,
+    bias_tokens=0.95 * tokens,
+    mtp_tokens=0.7 * tokens,
+  )
+
+
 def get_config(arg=''):
   """Returns V3's parts at width 128: groups, bias, shared expert, MTP."""
   model = c.ModelConfig(
@@ -39,19 +56,7 @@ def get_config(arg=''):
   )
   steps, batch, length = 600, 8, 256
   tokens = steps * batch * length
-  optim = c.OptimConfig(
-    optimizer='muon',
-    learning_rate=8e-3,
-    warmup_steps=30,
-    phases=(
-      ('constant', 0.4 * tokens, 1.0),
-      ('cosine', 0.5 * tokens, 0.1),
-      ('constant', 0.1 * tokens, 0.03),
-    ),
-    bias_rate=5e-3,
-    bias_tokens=0.95 * tokens,
-    mtp_tokens=0.7 * tokens,
-  )
+  optim = recipe(tokens)
   data = c.DataConfig(seq_len=length, batch_size=batch)
   run = c.RunConfig(
     steps=steps, eval_every=100, sample_every=300, save_every=200

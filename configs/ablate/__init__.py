@@ -13,6 +13,7 @@ recipe is that of `configs/tiny.py`: Muon, 8e-3, a fall to a thirtieth.
 
 import dataclasses
 
+from configs import tiny
 from mla_moe import config as c
 
 # Name: dim, layers, heads, width of an expert, steps.
@@ -53,20 +54,7 @@ def size(dim, layers, heads, width, steps):
     ),
     mtp=c.MTPConfig(0),
   )
-  tokens = steps * 8 * 256
-  optim = c.OptimConfig(
-    optimizer='muon',
-    learning_rate=8e-3,
-    warmup_steps=30,
-    phases=(
-      ('constant', 0.4 * tokens, 1.0),
-      ('cosine', 0.5 * tokens, 0.1),
-      ('constant', 0.1 * tokens, 0.03),
-    ),
-    bias_rate=5e-3,
-    bias_tokens=0.95 * tokens,
-    mtp_tokens=0.7 * tokens,
-  )
+  optim = tiny.recipe(steps * 8 * 256)
   data = c.DataConfig(seq_len=256, batch_size=8)
   run = c.RunConfig(steps=steps, eval_batches=24)
   return c.Config(model=model, optim=optim, data=data, run=run)

@@ -38,6 +38,7 @@ from mla_moe import kernels, sharding
 from mla_moe.config import ModelConfig
 from mla_moe.decode import latent_cache, sparse_attention
 from mla_moe.model import attention, indexer, layers, products, rope
+from mla_moe.model.sequence import pad
 from mla_moe.types import Array, Float, Int, PyTree
 
 ABSORBED = 128  # most new tokens a row for which the absorbed form is used
@@ -259,7 +260,7 @@ def _fold(q, k_up, pages, scale):
   q = jnp.einsum('btnh,nhc->nbtc', q_nope, k_up)
   q = jnp.concatenate([q, q_rope.transpose(2, 0, 1, 3)], axis=-1) * scale
   width = latent_cache.width(pages, q_rope.shape[-1])
-  q = jnp.pad(q, [(0, 0)] * 3 + [(0, width - q.shape[-1])])
+  q = pad(q, width, 3)
   return q.transpose(1, 0, 2, 3)
 
 
@@ -353,7 +354,7 @@ def _sweep(block, cache, valid, positions, width, selected=None, *, axis):
   small, large = _blocks(size, width + positions[0].size)
   if selected is not None:  # the last block may reach beyond the row
     most = (table.shape[1] + large) * size
-    selected = indexer.pad(selected, max(most, selected.shape[2]), 2)
+    selected = pad(selected, max(most, selected.shape[2]), 2)
 
   def step(j, carry, count):
     total, peak, out = carry

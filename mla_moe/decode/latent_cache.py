@@ -30,7 +30,7 @@ from flax import struct
 
 from mla_moe import sharding
 from mla_moe.config import CacheConfig, ModelConfig
-from mla_moe.model import indexer
+from mla_moe.model import sequence
 from mla_moe.types import Array, Float, Int, PyTree
 
 _TILE = 128
@@ -225,7 +225,7 @@ def write(
 ) -> Pages:
   """Returns the pool with new tokens in their slots."""
   put = lambda pool, x: pool.at[slots.page, slots.offset].set(
-    indexer.pad(x, pool.shape[-1], -1).astype(pool.dtype), mode='drop'
+    sequence.pad(x, pool.shape[-1], -1).astype(pool.dtype), mode='drop'
   )
   if index is not None:
     if pages.scales is not None:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from mla_moe import kernels
 from mla_moe.config import MLAConfig, ModelConfig
 from mla_moe.decode import latent_cache
-from mla_moe.model import indexer, products, sparse
+from mla_moe.model import indexer, products, sequence, sparse
 from mla_moe.types import Array, Float, Int
 
 _TILE = 2048  # keys that are scored at once
@@ -102,7 +102,7 @@ def _select_by_kernel(index, cache, topk):
 
   (pages,), (b, t, heads, _) = cache.layers, index.q.shape
   width = pages.index.shape[-1]
-  q = indexer.pad(index.q, width, 3).reshape(b, t * heads, width)
+  q = sequence.pad(index.q, width, 3).reshape(b, t * heads, width)
   mask = kernel.select(
     q.astype(pages.index.dtype),
     index.w.reshape(b, t * heads),
@@ -201,7 +201,7 @@ def gathered(
   if cache.impl == 'xla' or not few:
     return None
   columns = -(-count // size)
-  flat = indexer.pad(selected.reshape(rows, count) + 1, columns * size) - 1
+  flat = sequence.pad(selected.reshape(rows, count) + 1, columns * size) - 1
   slots = _slots(flat, cache)
   values = pages.values.at[tuple(slots)].get(mode='promise_in_bounds')
   values = values.reshape(-1, size, values.shape[-1])

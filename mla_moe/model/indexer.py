@@ -24,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mla_moe import sharding
 from mla_moe.config import DSAConfig, ModelConfig
-from mla_moe.model import flash, products, rope, weights
+from mla_moe.model import flash, products, rope, sequence, weights
 from mla_moe.model.sequence import Part
 from mla_moe.types import Array, Float, Int, PyTree
 
@@ -156,9 +156,9 @@ def select(
   index = jax.lax.stop_gradient(index)
   (b, t), s = index.w.shape[:2], index.k.shape[1]
   size, width = min(topk, s), min(s, _KEYS)
-  keys = pad(index.k, -(-s // width) * width)
+  keys = sequence.pad(index.k, -(-s // width) * width)
   if segments is not None:
-    of_keys = pad(segments[1], keys.shape[1])
+    of_keys = sequence.pad(segments[1], keys.shape[1])
 
   def block(args):
     q, w, positions, of_queries = args
@@ -185,19 +185,12 @@ def select(
   return checkpoint_name(selected, SET)
 
 
-def pad(x: Array, length: int, axis: int = 1) -> Array:
-  """Returns `x`, zeros appended to this length of the axis."""
-  ends = np.zeros((x.ndim, 2), int)
-  ends[axis, 1] = length - x.shape[axis]
-  return jnp.pad(x, ends)
-
-
 def cut(rows: PyTree, size: int) -> PyTree:
   """Returns [B, T, ...] arrays as [blocks, B, size, ...], zeros appended."""
 
   def one(x):
     count = -(-x.shape[1] // size)
-    x = pad(x, count * size)
+    x = sequence.pad(x, count * size)
     return x.reshape(x.shape[0], count, size, *x.shape[2:]).swapaxes(0, 1)
 
   return jax.tree.map(one, rows)

@@ -79,3 +79,10 @@ def _order(count: int) -> list[int]:
 def _take(x, order):
   pieces = x.reshape(x.shape[0], len(order), -1, *x.shape[2:])
   return pieces[:, np.asarray(order)].reshape(x.shape)
+
+
+def pad(x: Array, length: int, axis: int = 1) -> Array:
+  """Returns `x`, zeros appended to this length of the axis."""
+  ends = np.zeros((x.ndim, 2), int)
+  ends[axis, 1] = length - x.shape[axis]
+  return jnp.pad(x, ends)

@@ -41,7 +41,9 @@ def laid_out(boxed, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('speculative, dsa', [(False, DENSE), (True, SPARSE)])
+@pytest.mark.parametrize(
+  'speculative, dsa', [(False, DENSE), (True, DENSE), (True, SPARSE)]
+)
 def test_a_mesh_continues_as_one_device_does(speculative, dsa):
   config, init, _ = shaped(dsa=dsa)
   boxed = jax.jit(init)(jax.random.key(0))

@@ -258,10 +258,7 @@ def _mean(total, axes):
 
 
 def _measure(config, axes, segments, part, q, keys, index, selected, size):
-  """Returns the sample's mass [B, rows] and sets [B, rows, K]; see `Report`.
-
-  A row of padding has no set. Rows are measured one after the other.
-  """
+  """Returns `Report`'s mass [B, rows] and sets [B, rows, K], none of padding."""
   args = jax.lax.stop_gradient((q, keys, index))
   q, (latent, k_rope, (w_k_up, _)), index = args
   w_k_up = getattr(w_k_up, 'master', w_k_up)
@@ -269,28 +266,31 @@ def _measure(config, axes, segments, part, q, keys, index, selected, size):
   sample = np.linspace(0, t, min(t, _SAMPLE) + 1)[1:].astype(int) - 1
   of_queries, of_keys = segments or (None, None)
   positions = jnp.broadcast_to(part.positions(t)[None], (b, t))
-  columns = jnp.arange(latent.shape[1])
   latents = jnp.concatenate([latent, k_rope], axis=-1)
+  queries = index[:2] if index is not None and selected is None else None
+  rows = q, queries, positions, of_queries, selected
+  rows = jax.tree.map(lambda x: x[:, sample], rows)
+  q, queries, positions, of_queries, ids = rows
+  mask = flash.seen(positions, jnp.arange(latent.shape[1]), of_queries, of_keys)
 
   def one(args):
-    q, queries, positions, of_queries, ids = args
-    mask = flash.seen(positions, columns, of_queries, of_keys)
+    q, queries, mask = args
     dots = products.dot('btnw,bsw->btns', _fold(q, w_k_up), latents)
-    probs = _softmax(dots * rope.softmax_scale(config.mla), mask)
-    p = jnp.where(mask, _mean(probs.sum(2), axes), 0.0)
-    if ids is None:  # all keys: those that the index would select
-      own = p if queries is None else indexer.scores(*queries, index.k)
-      values, ids = jax.lax.top_k(jnp.where(mask, own, -jnp.inf), size)
-      ids = jnp.where(values > -jnp.inf, ids, -1)
-    mass = jnp.take_along_axis(p, jnp.maximum(ids, 0), -1)
-    mass = jnp.sum(mass, -1, where=ids >= 0)
-    if of_queries is not None:
-      ids = jnp.where(of_queries[..., None] >= 0, ids, -1)
-    return mass / jax.lax.top_k(p, size)[0].sum(-1), ids
+    total = _softmax(dots * rope.softmax_scale(config.mla), mask).sum(2)
+    return total, queries and indexer.scores(*queries, index.k)
 
-  rows = q, index and index[:2], positions, of_queries, selected
-  rows = indexer.cut(jax.tree.map(lambda x: x[:, sample], rows), 1)
-  return indexer.join(jax.lax.map(one, rows), len(sample))
+  pairs = jax.lax.map(one, indexer.cut((q, queries, mask), 1))
+  total, own = indexer.join(pairs, len(sample))
+  p = jnp.where(mask, _mean(total, axes), 0.0)
+  if ids is None:  # all keys: those that the index would select
+    own = jnp.where(mask, p if own is None else own, -jnp.inf)
+    values, ids = jax.lax.top_k(own, size)
+    ids = jnp.where(values > -jnp.inf, ids, -1)
+  mass = jnp.take_along_axis(p, jnp.maximum(ids, 0), -1)
+  mass = jnp.sum(mass, -1, where=ids >= 0)
+  if of_queries is not None:
+    ids = jnp.where(of_queries[..., None] >= 0, ids, -1)
+  return mass / jax.lax.top_k(p, size)[0].sum(-1), ids
 
 
 def _fold(q, w_k_up):

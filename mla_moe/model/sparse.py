@@ -258,7 +258,7 @@ def _mean(total, axes):
 
 
 def _measure(config, axes, segments, part, q, keys, index, selected, size):
-  """Returns `Report`'s mass [B, rows] and sets [B, rows, K], none of padding."""
+  """Returns `Report`'s mass [B, rows], sets [B, rows, K]; none of padding."""
   args = jax.lax.stop_gradient((q, keys, index))
   q, (latent, k_rope, (w_k_up, _)), index = args
   w_k_up = getattr(w_k_up, 'master', w_k_up)

@@ -11,7 +11,8 @@ Its first stage is `cold`, for `experiments.sft`; the others are for
   dapo   DAPO: the mean over tokens, a higher upper clip, groups with a spread
   gspo   GSPO: one ratio an answer
   cispo  CISPO: the ratio is a capped weight, and no token loses its gradient
-  v32    V3.2: no spread, the unbiased KL estimate, stale worse answers dropped
+  v32    V3.2: no spread, the unbiased KL estimate, stale worse answers dropped,
+         the rollout's experts
   distil V4's on-policy distillation: needs --teacher=RUN, learns from no reward
   anneal zero, whose rate falls to 0 in its second half: for countdown
 
@@ -60,7 +61,13 @@ def get_config(arg=''):
     ),
     anneal=annealed(change(zero, heldout=1024)),
     distil=change(zero, beta=0.0, teachers=(('', 1.0),)),
-    v32=change(several, scale='none', kl_form='unbiased', off_policy=0.5),
+    v32=change(
+      several,
+      scale='none',
+      kl_form='unbiased',
+      off_policy=0.5,
+      replay='rollout',
+    ),
   )
   return c.follow_run(c.thaw(c.variant(zero, arg, **variants)))
 

@@ -55,6 +55,7 @@ def small(run=None, data=None, optim=None, model=None, mesh=None, **rl):
   config = freeze(r1_tiny.get_config('v32,smoke'))
   change = dataclasses.replace
   fields = dict(temperature=0.7, kl_form='k3', refresh=2, beta=0.1)
+  fields |= dict(replay='compare')
   sizes = dict(dim=32, dense_width=32, layers=2) | (model or {})
   run = dict(steps=STEPS, save_every=2, eval_every=6, sample_every=4) | (
     run or {}
@@ -767,8 +768,8 @@ def test_one_answer_has_no_spread():
 
 def test_programs_read_no_field_that_is_the_hosts():
   """Runs that differ in those have the same programs."""
-  text = ''
-  for folder in ('train', 'rl', 'model'):
+  text = (ROOT / 'experiments' / 'rl' / 'objective.py').read_text()
+  for folder in ('train', 'model'):
     for path in (ROOT / 'mla_moe' / folder).glob('*.py'):
       text += path.read_text()
   assert re.search(r'\brl\.beta\b', text) and '.data.packing' in text

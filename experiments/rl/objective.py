@@ -102,19 +102,27 @@ def log_probs(
 ) -> tuple[Float[Array, 'n B T'], Int[Array, 'n B T L K'] | None]:
   """Returns the log-probabilities of the targets; 0 where there is none.
 
+  Only real micro-batches are computed; the results of the others are 0.
   Routes in the batch are replayed; the routers' own choices are the second
   result, None where the batch has none.
   """
   main = dataclasses.replace(config.model, mtp=MTPConfig(depth=0))
   config = dataclasses.replace(config, model=main)
 
-  def one(micro):
+  def one(i):
+    micro = jax.tree.map(lambda x: x[i] if jnp.ndim(x) else x, batch)
     params, router = variables['params'], variables['router']
     out = step.predictions(params, router, micro, config)
     return -sequence.restore(out.nll[0]), out.routes
 
-  each = jnp.zeros(len(batch.tokens))
-  return jax.lax.map(one, batch._replace(count=each, fresh=each))
+  def add(i, results):
+    return jax.tree.map(lambda all_, x: all_.at[i].set(x), results, one(i))
+
+  count = len(batch.tokens)
+  start = jax.tree.map(
+    lambda x: jnp.zeros((count, *x.shape), x.dtype), jax.eval_shape(one, 0)
+  )
+  return jax.lax.fori_loop(0, batch.count, add, start)
 
 
 def token_loss(

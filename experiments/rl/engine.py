@@ -22,6 +22,7 @@ from . import rollouts
 
 _ROWS = 64  # of the scheduler, where the config has none
 _PAGE = 16  # tokens, of rows that are shorter than two pages of 128
+_ROUND = 32  # tokens, to which rows are rounded up: few lengths compile
 
 # (variables, prompts, a seed for each answer) -> the answers.
 Draw = Callable[[Any, Sequence[np.ndarray], np.ndarray], rollouts.Drawn]
@@ -68,11 +69,12 @@ def drawing(config: Config) -> Draw:
 
 
 class _Engine:
-  """A scheduler for all rollouts of a run: its programs compile once."""
+  """A scheduler for the rollouts of a run, while their sizes are the same."""
 
   def __init__(self, config: Config, routes: bool):
     self._config, self._routes = config, routes
     self._scheduler: scheduler.Scheduler | None = None
+    self._sizes = ()
     self._ends = ends.of_run(config)
 
   def draw(self, variables, prompts, seeds) -> rollouts.Drawn:
@@ -81,7 +83,7 @@ class _Engine:
     Raises:
       FloatingPointError: logits that are not finite.
     """
-    rl, work = self._config.rl, self._with(variables, len(prompts))
+    rl, work = self._config.rl, self._with(variables, prompts)
     before = work.passes, work.accepted
     tickets = []
     for ids, own in zip(prompts, seeds.reshape(len(prompts), -1), strict=True):
@@ -118,22 +120,28 @@ class _Engine:
       (work.passes - before[0], work.accepted - before[1]),
     )
 
-  def _with(self, variables, prompts: int) -> scheduler.Scheduler:
-    """Returns the scheduler, with the weights of this policy."""
-    if self._scheduler is not None:
+  def _with(self, variables, prompts) -> scheduler.Scheduler:
+    """Returns a scheduler for these prompts, with the weights of this policy.
+
+    Its sizes follow from the prompts alone, as a run that resumes has no other.
+    """
+    rl, longest = self._config.rl, max(map(len, prompts))
+    length = -(-(longest + rl.max_new) // _ROUND) * _ROUND
+    chunk = min(256, -(-longest // _PAGE) * _PAGE)
+    if self._sizes == (length, chunk):
       self._scheduler.reload(variables)
       return self._scheduler
-    rl, model = self._config.rl, self._config.model
-    length = self._config.data.seq_len + 1  # its last token is not read
-    page = 128 if length >= 256 else _PAGE
+    self._sizes = length, chunk
     self._scheduler = scheduler.Scheduler(
-      model,
+      self._config.model,
       variables,
-      rows=rl.rows or min(_ROWS, prompts * rl.samples),
+      rows=rl.rows or min(_ROWS, len(prompts) * rl.samples),
       length=length,
-      cache=CacheConfig(page=page, routes=self._routes),
-      chunk=min(256, -(-length // _PAGE) * _PAGE),
-      waiting=prompts,
+      cache=CacheConfig(
+        page=128 if length >= 256 else _PAGE, routes=self._routes
+      ),
+      chunk=chunk,
+      waiting=len(prompts),
       speculative=rl.speculative,
     )
     return self._scheduler

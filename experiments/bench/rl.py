@@ -6,11 +6,12 @@ processor's seconds of one step, of a process with one thread that is pinned to
 one core; the programs take turns. So other programs on the machine disturb the
 ratio little.
 
-  short   prompts of 10 tokens, answers of 10
-  long    64 and 64: no answer ends early
-  ragged  64 and at most 64: answers end by chance, after 22 tokens on average
-  kl      as `short`, with R1's divergence from a reference policy
-  tuning  our steps on examples beside those on a text, at one shape
+  short      prompts of 10 tokens, answers of 10
+  long       64 and 64: no answer ends early
+  ragged     64 and at most 64: answers end by chance, after 22 on average
+  scheduler  as `ragged`, our answers by the scheduler
+  kl         as `short`, with R1's divergence from a reference policy
+  tuning     our steps on examples beside those on a text, at one shape
 
 Our answers share their prompt in a row. TRL's updates compute 16 answers at a
 time in `long` and `ragged`, ours a few rows: on a CPU that is faster. The
@@ -47,7 +48,7 @@ class Job:
   model: the weights, in the layout of a release. questions: a .jsonl file.
   prompt and new: most tokens of a prompt, and of its answer. micro: answers
   that TRL's update computes at a time, 0: all. ours: the columns of our rows,
-  and the rows that our update computes at a time.
+  and the rows that our update computes at a time. engine: of our rollouts.
   """
 
   model: str
@@ -59,6 +60,7 @@ class Job:
   beta: float = 0.0
   micro: int = 0
   ours: tuple = (49, 32)  # four answers of 10 tokens
+  engine: str = 'rollout'
 
 
 def flags(parser) -> None:
@@ -75,11 +77,13 @@ def flags(parser) -> None:
 def run(out: pathlib.Path, args) -> None:
   """Measures the parts of `args.only`, prints them, writes OUT/rl.html."""
   race = functools.partial(_race, out, args)
+  ragged = functools.partial(race, 64, _SOMETIMES, micro=16, ours=(512, 4))
   parts = {
     'short': lambda: race(10, _NEVER),
     'kl': lambda: race(10, _NEVER, beta=0.001),
     'long': lambda: race(64, _NEVER, micro=16, ours=(575, 4)),
-    'ragged': lambda: race(64, _SOMETIMES, micro=16, ours=(512, 4)),
+    'ragged': ragged,
+    'scheduler': lambda: ragged(engine='scheduler'),
     'tuning': lambda: _tuning(out, args.rounds),
   }
   results = show.measure(out / 'rl.json', parts, args.only)
@@ -149,6 +153,7 @@ def config(job: dict):
     'rl.max_new': job['new'],
     'rl.beta': job['beta'],
     'rl.prompt': 'shared',
+    'rl.engine': job['engine'],
     'data.seq_len': job['ours'][0],
     'data.batch_size': job['prompts'] * job['samples'],
     'data.micro_batch': job['ours'][1],

@@ -283,3 +283,18 @@ def test_a_shards_page_ids_are_those_of_its_own_pool(monkeypatch):
   right = np.zeros((4, 2, 3))
   right[0, 0] = right[2, 1] = [7, 7, 9]
   np.testing.assert_array_equal(pages.values, right)
+
+
+def test_rows_that_are_taken_bring_their_pages():
+  """Of three rows of two pages each, the last and the first."""
+  number = lambda *shape: np.arange(6).reshape(6, *shape)
+  pages = latent_cache.Pages(number(1, 1), routes=number(1, 1), index=number(1))
+  table, lengths = np.arange(6).reshape(3, 2), np.array([3, 1, 4])
+  cache = latent_cache.Cache((pages, pages), table, lengths)
+  taken = latent_cache.taken(cache, np.array([2, 0]))
+  np.testing.assert_array_equal(taken.table, [[0, 1], [2, 3]])
+  np.testing.assert_array_equal(taken.lengths, [4, 3])
+  pools = jax.tree.leaves(taken.layers)
+  assert len(pools) == 6
+  for pool in pools:
+    np.testing.assert_array_equal(pool.reshape(-1), [4, 5, 0, 1])

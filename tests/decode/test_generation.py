@@ -501,6 +501,67 @@ def test_sampling_with_drafts_keeps_the_model_s_distribution():
     assert (np.abs(plain - drafted) < 4.5 * spread).all()
 
 
+def test_half_of_the_rows_leave_down_to_the_fewest(monkeypatch):
+  """Row i of nine ends after `ends[i]` steps, and says so in each column."""
+  ends, sizes = np.array([5, 9, 1, 2, 8, 2, 7, 1, 6]), []
+  rows = np.zeros((9, 3))
+  page = latent_cache.Pages(np.arange(9)[:, None, None])
+  table, length = np.arange(9)[:, None], rows[:, 0]
+  state = loop.State(
+    cache=latent_cache.Cache((page,), table, length),
+    mtp_cache=None,
+    last_token=ends,  # goes with its row
+    recent=None,
+    seen=rows,
+    tokens=rows,
+    log_probs=rows,
+    drawn=rows,
+    counts=length,
+    done=length > 0,
+    passes=0,
+    accepted=0,
+    step=0,
+    broken=-1,
+  )
+
+  def until(weights, state, job, most):
+    """Steps until at most so many rows go on."""
+    own = state.last_token
+    np.testing.assert_array_equal(job.knobs.seed, own)
+    pages = state.cache.layers[0].values[state.cache.table[:, 0], 0, 0]
+    np.testing.assert_array_equal(ends[pages], own)
+    sizes.append(len(own))
+    last = np.sort(own)[len(own) - most - 1]
+    number = np.minimum(own, last)[:, None] + np.zeros(3)
+    return state.replace(
+      tokens=number,
+      log_probs=number,
+      drawn=number,
+      counts=number[:, 0],
+      done=own <= last,
+      passes=last,
+    )
+
+  monkeypatch.setattr(generation, '_start', lambda *_: state)
+  monkeypatch.setattr(generation, '_until', until)
+  job = loop.Job(
+    limit=16,
+    stop_ids=(),
+    knobs=sampling.make_knobs(9, seed=ends),
+    config=ModelConfig(),
+    cache_config=CacheConfig(),
+    output_length=3,
+    speculative=False,
+    samples=1,
+  )
+  with jax.disable_jit():
+    out, broken = generation._run({'layers': ()}, ((), ()), job, 2)
+  assert (sizes, broken, out.passes) == ([9, 4, 2], -1, 9)
+  np.testing.assert_array_equal(out.counts, ends)
+  np.testing.assert_array_equal(out.tokens, np.tile(ends[:, None], 3))
+  assert out.ended.all()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('drafts', [False, True])
 def test_rows_that_have_ended_leave_and_change_nothing(drafts, monkeypatch):

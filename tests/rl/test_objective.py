@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import r1_tiny
 from experiments.rl import advantages as adv
-from experiments.rl import objective
+from experiments.rl import episodes, objective
+from mla_moe.config import freeze
 from mla_moe.rl_config import RLConfig
+from mla_moe.train import step
 
 PLAIN = RLConfig(clip_low=0.2, clip_high=0.2, beta=0.0, minibatches=1)
 INFINITE = 1e30
@@ -125,6 +128,35 @@ def test_a_sequence_of_one_token_has_the_token_ratio():
   a = _loss_and_grad(batch, PLAIN)
   b = _loss_and_grad(batch, change(PLAIN, ratio='sequence'))
   chex.assert_trees_all_close(a[:2], b[:2], rtol=1e-12)
+
+
+def test_answers_that_share_a_prompt_are_told_apart():
+  """GSPO's ratios and V3.2's drifts are means of an answer, not of a prompt."""
+  rng = np.random.default_rng(5)
+  config = freeze(r1_tiny.get_config('gspo'))
+  prompts = [np.array([1, 2, 3])] * 3 + [np.array([4])]
+  texts = np.split(np.arange(10), np.cumsum([2, 3, 1]))
+  answers = [
+    episodes.Answer(p, ids, rng.normal(size=len(ids)), a, 0.25)
+    for p, ids, a in zip(prompts, texts, [1, -1, -2, 0.5], strict=True)
+  ]
+  tables = rng.normal(size=(3, 10))  # of each token: policy, old, reference
+  results = []
+  for name in ('copied', 'shared'):
+    packed = episodes.pack(answers, 20, 1, False, name)
+    assert packed.count == 1
+    micro = jax.tree.map(lambda x: x[0] if np.ndim(x) else x, packed)
+    places = np.where(micro.targets < 0, 0.0, tables[:, micro.targets])
+    micro = micro._replace(old=places[1], reference=places[2], fresh=0)
+    out = step.Predictions(-places[:1], None, micro.targets[None], None)
+    rl = change(config.rl, prompt=name, off_policy=0.5)
+    whole = step.Whole(10.0, 1.0, 10.0, None)
+    config = change(config, rl=rl)
+    run = functools.partial(objective.grpo, whole=whole, config=config)
+    results.append(jax.jit(run)(out, micro))
+  chex.assert_trees_all_close(*results, rtol=1e-6)
+  metrics = results[0][1]
+  assert 0 < metrics['dropped'] < 1 and 0 < metrics['clipped'] < 1
 
 
 def test_the_unbiased_divergence_on_policy_is_half_the_square():

@@ -143,7 +143,9 @@ def describe(slice_: chips.Slice):
     return topologies.get_topology_desc(platform='cuda', **target)
   name = f'{slice_.kind}:{"x".join(map(str, slice_.shape))}'
   several = {'num_slices': slice_.count} if slice_.count > 1 else {}
-  return topologies.get_topology_desc(name, platform='tpu', **several)
+  # A host has four chips, unless there is but one.
+  alone = {'chips_per_host_bounds': (1, 1, 1)} if slice_.chips == 1 else {}
+  return topologies.get_topology_desc(name, 'tpu', **several, **alone)
 
 
 def lower(config: Config, devices: list):

@@ -511,8 +511,8 @@ def test_a_missing_compiler_is_named(topology, package, monkeypatch):
 
 
 def test_a_card_without_a_description_is_not_compiled_for():
-  with pytest.raises(ConfigError, match='no description of l4 .* h100'):
-    compiled.run(LITE, chips.parse('l4:8'))
+  with pytest.raises(ConfigError, match='no description of t4 .* h100'):
+    compiled.run(LITE, chips.parse('t4:8'))
 
 
 def test_a_program_too_large_for_a_gpu_is_refused(monkeypatch):

@@ -208,6 +208,47 @@ def test_equals_the_dense_model(folder, base, experts, form):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('form', ['loop', 'ragged'])
+def test_gradients_are_those_of_float64(form):
+  """Of one expert layer over int4, by x, gates and all adapters."""
+  model, frozen = released('v2_lite', 'int4')
+  model = dataclasses.replace(model, lora=LoRAConfig(rank=2))
+  params = lora.join(frozen['params'], random_adapters(model), model)
+  ws = [params['moe']['ffn'][x][jnp.int32(0)] for x in ('w_gate_up', 'w_down')]
+  random, moe = np.random.default_rng(0), model.moe
+  x = random.normal(size=(24, model.dim)).astype(np.float32)
+  chosen = np.argsort(random.normal(size=(24, moe.experts)))[:, : moe.top_k]
+  gates = random.uniform(0.1, 1, chosen.shape).astype(np.float32)
+  push = random.normal(size=x.shape).astype(np.float32)
+
+  def ours(x, gates, pairs):
+    w_gate_up, w_down = map(Frozen.with_trained, ws, pairs)
+    args = x, gates, chosen, w_gate_up, form, chosen.size
+    return (w_down.feed_forward(*args) * push).sum()
+
+  def dense(x, gates, pairs):
+    wide = []
+    for w, (a, b) in zip(floats, pairs, strict=True):
+      wide.append(w + (a @ b.reshape(*b.shape[:2], -1)).reshape(w.shape))
+    gate, up = jnp.moveaxis(jnp.einsum('md,edcf->mecf', x, wide[0]), 2, 0)
+    each = jnp.einsum('mef,efd->med', gate / (1 + jnp.exp(-gate)) * up, wide[1])
+    rows = jnp.take_along_axis(each, chosen[..., None], 1)
+    return ((rows * gates[..., None]).sum(1) * push).sum()
+
+  args = x, gates, [w.trained for w in ws]
+  got = jax.jit(jax.grad(ours, (0, 1, 2)))(*args)
+  floats = [np.float64(w.floats(jnp.float32)) for w in ws]
+  with jax.enable_x64(True):
+    want = jax.grad(dense, (0, 1, 2))(*jax.tree.map(np.float64, args))
+
+  def close(a, b):
+    assert b.dtype == np.float64
+    np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+
+  jax.tree.map(close, got, jax.device_get(want))
+
+
+@pytest.mark.slow
 def test_the_floats_of_a_base_are_no_residuals():
   """Of grouped products, even where a layer keeps all for its backward pass."""
   model, frozen = released('v2_lite', 'int8')
@@ -659,6 +700,19 @@ def test_a_run_resumes_refuses_and_merges(tmp_path, no_pictures):
     logits(dataclasses.replace(own, dtype=model.dtype), adapted),
     atol=2e-3,
   )
+  for name, options in (
+    ('half', {'dtype': 'bfloat16'}),
+    ('eight', {'fp8': True}),
+  ):
+    convert.to_huggingface(
+      tmp_path / 'whole', tmp_path / name, merge=True, **options
+    )
+    _, narrow = load_huggingface(tmp_path / name)
+    off = jax.tree.map(
+      lambda a, b: jnp.abs(a - b).max() / jnp.abs(b).max(), narrow, merged
+    )
+    bound = {'half': 2**-8, 'eight': 2**-4}[name]
+    assert bound / 8 < max(leaves(off['params'])) < bound
   plain_logits = logits(*load_huggingface(tmp_path / 'base'))
   assert jnp.abs(logits(model, merged) - plain_logits).max() > 0.01
   convert.to_huggingface(tmp_path / 'whole', tmp_path / 'peft')

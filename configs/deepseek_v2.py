@@ -9,6 +9,7 @@ communication are not, nor is the dropping of tokens.
 
 import dataclasses
 
+from configs import variant
 from mla_moe import config as c
 
 YARN = c.RopeConfig(
@@ -75,4 +76,4 @@ def get_config(arg=''):
     ),
     run=c.RunConfig(steps=1000),
   )
-  return c.thaw(c.variant(config, arg, **{'32k': longer}))
+  return c.thaw(variant(config, arg, **{'32k': longer}))

@@ -7,6 +7,7 @@ Not run here. Variants: yarn (the released model's positions, 160K), smoke.
 
 import dataclasses
 
+from configs import variant
 from mla_moe import config as c
 
 YARN = c.RopeConfig(
@@ -56,4 +57,4 @@ def get_config(arg=''):
   config = c.Config(model=model, optim=optim, data=data, run=run)
   mla = dataclasses.replace(model.mla, rope=YARN)
   yarn = dataclasses.replace(config, model=dataclasses.replace(model, mla=mla))
-  return c.thaw(c.variant(config, arg, yarn=yarn))
+  return c.thaw(variant(config, arg, yarn=yarn))

@@ -12,6 +12,7 @@ are Adam's epsilon and the choice of leaves without weight decay.
 
 import dataclasses
 
+from configs import variant
 from mla_moe import config as c
 
 
@@ -28,7 +29,7 @@ def get_config(arg=''):
   model = c.ModelConfig(bos_id=0, eos_id=1, precision='fp8_block')
   pretrain = c.Config(model=model, data=data, run=run)
   return c.thaw(
-    c.variant(
+    variant(
       pretrain,
       arg,
       **{

@@ -14,6 +14,7 @@ whether MTP's indexer learns alike: those are V3's, a weight of 1, and yes.
 
 import dataclasses
 
+from configs import variant
 from mla_moe import config as c
 
 
@@ -39,7 +40,7 @@ def get_config(arg=''):
   run = c.RunConfig(steps=steps)
   sparse = c.Config(model=model, optim=optim, data=data, run=run)
   stages = {'warmup': warmup(sparse), 'sparse': sparse}
-  return c.thaw(c.variant(sparse, arg, **stages))
+  return c.thaw(variant(sparse, arg, **stages))
 
 
 def warmup(config):

@@ -11,6 +11,7 @@ own numbers, and `experiments.inspect` prints them. The recipe is not published:
 it is V3's here. Variants: smoke.
 """
 
+from configs import variant
 from mla_moe import config as c
 
 
@@ -37,4 +38,4 @@ def get_config(arg=''):
   )
   data = c.DataConfig(batch_size=4096, micro_batch=256)
   run = c.RunConfig(steps=1_192_093)  # 20T tokens
-  return c.thaw(c.variant(c.Config(model=model, data=data, run=run), arg))
+  return c.thaw(variant(c.Config(model=model, data=data, run=run), arg))

@@ -8,6 +8,7 @@ since there is no bos. Its training is not published: the optimizer, schedules
 and sequences here are V3's, at a batch that the model's size allows.
 """
 
+from configs import variant
 from mla_moe import config as c
 
 
@@ -43,4 +44,4 @@ def get_config(arg=''):
   )
   data = c.DataConfig(batch_size=4096, micro_batch=256)
   run = c.RunConfig(steps=100_000)
-  return c.thaw(c.variant(c.Config(model=model, data=data, run=run), arg))
+  return c.thaw(variant(c.Config(model=model, data=data, run=run), arg))

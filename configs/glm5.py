@@ -10,6 +10,7 @@ V3.2's: GLM-5's own are not published whole.
 
 import dataclasses
 
+from configs import variant
 from mla_moe import config as c
 
 
@@ -50,4 +51,4 @@ def get_config(arg=''):
     dsa=dataclasses.replace(model.dsa, types=types),
   )
   shared = dataclasses.replace(config, model=shared)
-  return c.thaw(c.variant(config, arg, shared=shared))
+  return c.thaw(variant(config, arg, shared=shared))

@@ -9,6 +9,7 @@ built. The init std is V3's.
 
 import dataclasses
 
+from configs import variant
 from mla_moe import config as c
 
 YARN = c.RopeConfig(
@@ -67,4 +68,4 @@ def get_config(arg=''):
       seq_len=131072, batch_size=512, micro_batch=16, fim_rate=0.0
     ),
   )
-  return c.thaw(c.variant(config, arg, **{'32k': longer, '128k': longest}))
+  return c.thaw(variant(config, arg, **{'32k': longer, '128k': longest}))

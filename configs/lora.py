@@ -17,7 +17,13 @@ tokens to experts that were not trained for them.
 
 import dataclasses
 
-from configs import deepseek_v2_lite, glm47_flash, moonlight_16b
+from configs import (
+  deepseek_v2_lite,
+  follow_run,
+  glm47_flash,
+  moonlight_16b,
+  variant,
+)
 from configs import tiny as small
 from mla_moe import config as c
 
@@ -39,7 +45,7 @@ def get_config(arg=''):
     moonlight_a100=adapted(moonlight, 'int8', 16, (4096, 16, 1)),
     tiny=adapted(tiny, 'int8', 4, (256, 8, 0)),
   )
-  return c.follow_run(c.thaw(c.variant(base, arg, **variants)))
+  return follow_run(c.thaw(variant(base, arg, **variants)))
 
 
 def adapted(config, base, rank, sizes, fsdp=1):

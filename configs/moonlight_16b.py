@@ -7,6 +7,7 @@ after 200B tokens in the report; here it rises linearly until then. The init
 std is not published; 0.006 is V3's.
 """
 
+from configs import variant
 from mla_moe import config as c
 
 
@@ -55,5 +56,5 @@ def get_config(arg=''):
   )
   run = c.RunConfig(steps=172561)
   return c.thaw(
-    c.variant(c.Config(model=model, optim=optim, data=data, run=run), arg)
+    variant(c.Config(model=model, optim=optim, data=data, run=run), arg)
   )

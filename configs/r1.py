@@ -22,7 +22,7 @@ the standard deviation, R1-Zero's clip, warm-up, and whether biases move.
 
 import dataclasses
 
-from configs import deepseek_v3, sft
+from configs import deepseek_v3, sft, variant
 from mla_moe import config as c
 
 QUESTIONS, SAMPLES, MINIBATCHES = 32, 16, 16
@@ -47,7 +47,7 @@ def get_config(arg=''):
     reject=tuned,
     all=final,
   )
-  return c.thaw(c.variant(zero, arg, **variants))
+  return c.thaw(variant(zero, arg, **variants))
 
 
 def stage(base, steps, max_new, rewards, template='r1_zero'):

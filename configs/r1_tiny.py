@@ -22,6 +22,7 @@ Adam's moments are fresh, hence the warm-up.
 
 import dataclasses
 
+from configs import follow_run, variant
 from mla_moe import config as c
 
 TASK, STEPS = 'sort8', 150
@@ -69,7 +70,7 @@ def get_config(arg=''):
       replay='rollout',
     ),
   )
-  return c.follow_run(c.thaw(c.variant(zero, arg, **variants)))
+  return follow_run(c.thaw(variant(zero, arg, **variants)))
 
 
 def model():

@@ -16,7 +16,13 @@ of the MTP and balance losses: they are those at the end of the model's recipe.
 
 import dataclasses
 
-from configs import deepseek_v2_lite, deepseek_v3, moonlight_16b
+from configs import (
+  deepseek_v2_lite,
+  deepseek_v3,
+  follow_run,
+  moonlight_16b,
+  variant,
+)
 from configs import tiny as base
 from mla_moe import config as c
 
@@ -39,7 +45,7 @@ def get_config(arg=''):
     moonlight=tuned(moonlight, RATES[14e9], steps, (8192, 64, 64)),
     tiny=tuned(tiny, 4e-3, 200, (256, 8, 0)),
   )
-  return c.follow_run(c.thaw(c.variant(r1, arg, **variants)))
+  return follow_run(c.thaw(variant(r1, arg, **variants)))
 
 
 def tuned(config, rate, steps, sizes):

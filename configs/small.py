@@ -5,6 +5,7 @@
 Not run to its end yet. Variants: smoke.
 """
 
+from configs import follow_run, variant
 from mla_moe import config as c
 
 
@@ -46,5 +47,5 @@ def get_config(arg=''):
     steps=steps, eval_every=250, sample_every=500, save_every=250
   )
   config = c.Config(model=model, optim=optim, data=data, run=run)
-  values = c.thaw(c.variant(config, arg))
-  return values if arg else c.follow_run(values)
+  values = c.thaw(variant(config, arg))
+  return values if arg else follow_run(values)

@@ -12,6 +12,7 @@ with a dense and a MoE layer and steps of milliseconds, for fault tests.
 
 import dataclasses
 
+from configs import follow_run, variant
 from mla_moe import config as c
 
 
@@ -62,8 +63,8 @@ def get_config(arg=''):
     steps=steps, eval_every=100, sample_every=300, save_every=200
   )
   config = c.Config(model=model, optim=optim, data=data, run=run)
-  values = c.thaw(c.variant(config, arg, micro=micro(config)))
-  return values if arg else c.follow_run(values)
+  values = c.thaw(variant(config, arg, micro=micro(config)))
+  return values if arg else follow_run(values)
 
 
 def micro(config):

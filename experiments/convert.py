@@ -63,6 +63,7 @@ In the folder DIR of this file, wherever it was moved to:
 import json
 import pathlib
 
+from configs import variant
 from mla_moe import config as c
 from mla_moe import vocabulary
 
@@ -74,7 +75,7 @@ def get_config(arg=''):
   own = vocabulary.file_of(str(path.with_name('huggingface')))
   if own.exists():
     values['data']['tokenizer'] = str(own)
-  return c.thaw(c.variant(c.freeze(values), arg))
+  return c.thaw(variant(c.freeze(values), arg))
 '''
 
 

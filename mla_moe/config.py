@@ -27,9 +27,6 @@ from mla_moe.run_config import RunConfig as RunConfig
 from mla_moe.use_config import CacheConfig as CacheConfig
 from mla_moe.use_config import LoRAConfig as LoRAConfig
 from mla_moe.use_config import ReleaseConfig as ReleaseConfig
-from mla_moe.variants import follow_run as follow_run
-from mla_moe.variants import smoke as smoke
-from mla_moe.variants import variant as variant
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Each name of a line may import the lines before it, never its neighbours.
 LAYERS = (
   'types checked',
-  'variants files data_config dsa_config rl_config run_config use_config',
+  'files data_config dsa_config rl_config run_config use_config',
   'vocabulary',
   'config',
   'cost sharding kernels',

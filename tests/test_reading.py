@@ -35,7 +35,7 @@ LEFT_OUT = {
     *('fp8/recipe', 'kernels/block_gpu', 'kernels/block_tpu'),
   },
   'loops of CPU and GPU': {'model/expert_loop', 'model/flash'},
-  'refusals and variants of a config': {'checked', 'variants'},
+  'refusals of a config': {'checked'},
   'routing replay': {'model/replay'},
   "a tokenizer's ids": {'files', 'vocabulary'},
   'numbers of the loop, of reinforcement and of use': {

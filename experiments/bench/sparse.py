@@ -194,7 +194,7 @@ def decoding(sizes: Sizes, contexts: list[int], rounds: int) -> list[dict]:
   for attention in ('sparse', 'dense'):
     config = model(sizes, attention)
     _, variables = _variables(config)
-    weights = jax.jit(functools.partial(forward.unstack, config))(variables)
+    weights = forward.layer_weights(config, variables)
     cache = latent_cache.empty(config, 1, longest)
     layers = jax.tree.map(values, cache.layers)
     step = functools.partial(forward.decode_step, config=config)

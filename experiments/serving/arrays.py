@@ -21,8 +21,6 @@ from mla_moe.types import Array, PyTree
 from . import programs
 from .group import Group
 
-_unstack = jax.jit(forward.unstack, static_argnums=0)
-
 
 class Arrays:
   """Weights, pools and the state of rows.
@@ -57,7 +55,7 @@ class Arrays:
   def load(self, variables: PyTree) -> None:
     """Takes other weights, in either form."""
     if 'layers' not in variables:
-      variables = _unstack(self._config, variables)
+      variables = forward.layer_weights(self._config, variables)
     self._weights = variables
 
   def clear(self) -> None:

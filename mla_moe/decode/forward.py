@@ -11,6 +11,7 @@ and returns the next one; donate it, and nothing is copied.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +68,31 @@ def unstack(config: ModelConfig, variables: PyTree) -> PyTree:
       **{name: module[name]['scale'] for name in norms},
     }
   return weights
+
+
+def layer_weights(config: ModelConfig, variables: PyTree) -> PyTree:
+  """Returns `unstack`, compiled; experts' `fp8.OwnWeight` are not copied.
+
+  A compiled function copies an array that it only hands on, here the codes of
+  all layers once for each layer.
+  """
+  params, weights = variables['params'], _without_own(config, variables)
+  routed = weights['layers'][config.dense_layers :]
+  pairs = [(x, params['moe'], i) for i, x in enumerate(routed)]
+  if config.mtp.depth:
+    pairs.append((weights['mtp']['block'], params['mtp_0']['block'], None))
+  for block, own, i in pairs:
+    for name in _FFN:
+      if block['ffn'][name] is None:
+        w = own['ffn'][name]
+        block['ffn'][name] = w if i is None else w[i]
+  return weights
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _without_own(config, variables):
+  drop = lambda w: None if _is_own(w) else w
+  return jax.tree.map(drop, unstack(config, variables), is_leaf=_is_own)
 
 
 def _without_index(params):

@@ -141,8 +141,9 @@ def _run(variables, prompts, job, fewest):
   all_stay = not fewest or len(job.knobs.seed) < 2 * fewest
   if all_stay or sharding.auto_axes():
     return jax.device_get(_rollout(variables, *prompts, job))
-  laid_out = 'layers' in variables
-  weights = variables if laid_out else _unstack(job.config, variables)
+  weights = variables
+  if 'layers' not in weights:
+    weights = forward.layer_weights(job.config, variables)
   state, whole = _start(weights, *prompts, job), None
   rows = np.arange(len(job.knobs.seed))
   while True:
@@ -191,8 +192,9 @@ def stream(
   )
   if not job.output_length or not len(job.knobs.seed):
     return
-  laid_out = 'layers' in variables
-  weights = variables if laid_out else _unstack(config, variables)
+  weights = variables
+  if 'layers' not in weights:
+    weights = forward.layer_weights(config, variables)
   state = _start(weights, *prompts, job)
   before = np.zeros(len(job.knobs.seed), np.int32)
   while True:
@@ -336,6 +338,5 @@ def _take(state, knobs, rows):
   return jax.tree.map(take, (state, knobs), is_leaf=is_cache)
 
 
-_unstack = jax.jit(forward.unstack, static_argnums=0)
 _start = jax.jit(loop.start)
 _advance = jax.jit(loop.advance, donate_argnums=1)

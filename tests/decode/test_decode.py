@@ -25,7 +25,7 @@ SMALL = CacheConfig(dtype='float32', page=16)
 def golden(case):
   config, variables = load_huggingface(GOLDEN / case)
   expected = np.load(GOLDEN / case / 'expected.npz')
-  weights = jax.jit(functools.partial(forward.unstack, config))(variables)
+  weights = forward.layer_weights(config, variables)
   return config, variables, weights, expected
 
 

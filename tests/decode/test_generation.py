@@ -43,7 +43,7 @@ def golden(case):
 @functools.cache
 def weights(case):
   config, variables, _ = golden(case)
-  return generation._unstack(config, variables)
+  return forward.layer_weights(config, variables)
 
 
 @pytest.mark.parametrize(

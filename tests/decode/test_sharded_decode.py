@@ -79,7 +79,7 @@ def step_on(mesh, rows=8, length=8192):
   mesh = sharding.make_mesh(mesh)
   with jax.set_mesh(mesh):
     variables = laid_out(boxed, mesh)
-    weights = jax.jit(functools.partial(forward.unstack, config))(variables)
+    weights = forward.layer_weights(config, variables)
     cache = latent_cache.empty(config, rows, length, CacheConfig(page=PAGE))
     cache, _ = forward.split(cache, config)
     cache = jax.device_put(cache, latent_cache.shardings(cache, mesh))

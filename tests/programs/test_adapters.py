@@ -279,6 +279,10 @@ def test_decoding():
   whole, frozen = shallow.cut(whole), shallow.cut(frozen)
   params = lora.join(frozen['params'], random_adapters(model), model)
   floats = frozen | {'params': dense(params, whole['params'])}
+  weights = forward.layer_weights(model, frozen | {'params': params})
+  same = weights['layers'][-1]['ffn'], params['moe']['ffn']
+  one, other = (ffn['w_down'].codes.unsafe_buffer_pointer() for ffn in same)
+  assert one == other  # a copy for each layer is the model's size squared
   prompt = np.tile(np.asarray(TOKENS[:1]), (12, 1))
   theirs = rollout(plain, floats, prompt, 4)
   for rows in (1, 12):
@@ -317,8 +321,7 @@ def test_a_mesh_gives_the_numbers_of_one_device(base, tmp_path):
     assert 8 * w.addressable_shards[0].data.size == w.size
     with jax.set_mesh(mesh):
       joined = {'params': lora.join(frozen['params'], own, model)}
-      unstack = functools.partial(forward.unstack, model)
-      weights = jax.eval_shape(unstack, frozen | joined)
+      weights = forward.layer_weights(model, frozen | joined)
       # A layer's alone: a region would gather those of all.
       assert weights['layers'][-1]['ffn']['w_down'].codes.ndim == 3
       return compute(model, own, frozen)

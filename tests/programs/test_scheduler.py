@@ -3,7 +3,6 @@
 import functools
 import itertools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ ROWS, PAGES = 3, 20
 @functools.cache
 def golden(case='v2_lite'):
   config, variables = shallow.load(case)
-  weights = jax.jit(functools.partial(forward.unstack, config))(variables)
+  weights = forward.layer_weights(config, variables)
   tokens = np.load(shallow.GOLDEN / case / 'expected.npz')['tokens']
   if config.mtp.depth:
     # It can say few things, so that what it drafts is often right.

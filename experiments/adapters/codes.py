@@ -141,7 +141,10 @@ class Leaf:
 
   def put(self, row, index, piece, arrays) -> None:
     """Writes codes and scales of rows of a released matrix."""
-    for leaf, matrix in zip((self.codes, self.scales), arrays, strict=True):
+    codes, scales = arrays
+    if scales.dtype == _BF16:
+      scales = scales.view(np.uint16)
+    for leaf, matrix in ((self.codes, codes), (self.scales, scales)):
       own = resized(row, matrix.shape[1])
       block = own.take(matrix)
       start, shape = _joined(row, own.start(index, piece), block.shape)

@@ -14,6 +14,9 @@ The backward pass reads the codes again; A and B alone have gradients.
   fp8   E4M3's bits, g = 128        int8  integers, g = 128
   int4  two in a byte around 8, the even row low, g = 32
   float the numbers themselves, without scales
+
+Scales are float32; int4's are the bits of bfloat16, as uint16. (A CPU cannot
+slice bfloat16: it would widen the scales of all layers, once for each layer.)
 """
 
 from __future__ import annotations
@@ -127,6 +130,8 @@ class Frozen(OwnWeight):
       shape = list(codes.shape)
       shape[self.axis] *= 2
       codes = pair.reshape(shape)
+    if scales.dtype == jnp.uint16:
+      scales = jax.lax.bitcast_convert_type(scales, jnp.bfloat16)
     scales = jnp.repeat(
       scales.astype(jnp.float32), GROUPS[self.kind], self.axis
     )

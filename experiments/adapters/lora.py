@@ -90,7 +90,7 @@ def _boxed_frozen(name, shape, axes, kind, dtype) -> Frozen:
   bits, scale = {
     'fp8': (jnp.uint8, jnp.float32),
     'int8': (jnp.int8, jnp.float32),
-    'int4': (jnp.uint8, jnp.bfloat16),
+    'int4': (jnp.uint8, jnp.uint16),
     'float': (dtype, None),
   }[kind]
 

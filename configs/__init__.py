@@ -7,6 +7,7 @@ a `mla_moe.config.Config`. Every model has the variant smoke.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from ml_collections import ConfigDict, FieldReference
 
@@ -69,6 +70,7 @@ def smoke(config: c.Config) -> c.Config:
   small_model = dataclasses.replace(
     model,
     dsa=dsa,
+    kv_heads=model.kv_heads and math.gcd(model.kv_heads, small_mla.heads),
     vocab=0,
     dim=64,
     dense_layers=dense,

@@ -21,6 +21,7 @@ import math
 import re
 import types
 
+from mla_moe import cost
 from mla_moe.config import ConfigError
 
 
@@ -241,3 +242,25 @@ def slices(kind: str) -> list[Slice]:
     return single
   largest = single[-1].shape
   return single + [Slice(kind, largest, n) for n in (2, 4, 8, 16)]
+
+
+def hours_and_money(
+  config,
+  tokens: float,
+  seq_len: int,
+  *,
+  devices: int,
+  peak_flops: float,
+  utilisation: float,
+  dollars_per_hour: float,
+) -> tuple[float, float]:
+  """Returns the device hours to train on `tokens`, and their price in dollars.
+
+  The hours are summed over `devices`: a run lasts hours / devices. `peak_flops`
+  is the peak of one device in FLOP/s, `utilisation` the fraction of it that is
+  reached.
+  """
+  rate = devices * peak_flops * utilisation
+  seconds = tokens * cost.train_flops_per_token(config, seq_len) / rate
+  hours = seconds / 3600 * devices
+  return hours, hours * dollars_per_hour

@@ -86,7 +86,7 @@ class MLAConfig(Checked):
   rope: RopeConfig = RopeConfig()
 
   def _rules(self):
-    self._positive('heads', 'kv_rank', 'nope_dim', 'rope_dim', 'value_dim')
+    self._positive('heads', 'kv_rank', 'rope_dim', 'value_dim')
     self._require(
       'rope_dim', self.rope_dim % 2 == 0, 'must be even: it rotates pairs'
     )
@@ -200,6 +200,7 @@ class ComputeConfig(Checked):
 class ModelConfig(Checked):
   """The network: `dense_layers` with a dense FFN, then layers with experts.
 
+  `attention` 'gqa' has `kv_heads` of keys and values, and `mla`'s other sizes.
   `vocab` 0 is the tokenizer's size, a multiple of 8; `bos_id` and `eos_id` -1
   are its tokens. `dtype` is that of activations; parameters are float32.
   `precision` is that of the linear layers' products (`fp8`): output and both
@@ -218,6 +219,8 @@ class ModelConfig(Checked):
   bos_id: int = dataclasses.field(default=-1, metadata={'least': -1})
   eos_id: int = dataclasses.field(default=-1, metadata={'least': -1})
   dtype: Literal['float32', 'bfloat16'] = 'bfloat16'
+  attention: Literal['mla', 'gqa'] = 'mla'
+  kv_heads: int = 0
   precision: Literal['bf16', 'fp8_tensor', 'fp8_channel', 'fp8_block'] = 'bf16'
   base: Literal['trained', 'fp8', 'int8', 'int4'] = 'trained'
   lora: LoRAConfig = LoRAConfig()
@@ -254,6 +257,7 @@ class ModelConfig(Checked):
       self.dense_layers <= self.layers,
       f'must not exceed layers={self.layers}',
     )
+    self._check_attention()
     self.dsa.check(self)
     for name in ('bos_id', 'eos_id'):
       self._require(
@@ -261,6 +265,21 @@ class ModelConfig(Checked):
         not self.vocab or getattr(self, name) < self.vocab,
         f'must be below vocab={self.vocab}',
       )
+
+  def _check_attention(self):
+    mla, n, wrong = self.mla, self.kv_heads, ''
+    if self.attention == 'mla':
+      if n or not mla.nope_dim:
+        wrong = f'kv_heads={n}, {mla.nope_dim=}: of MLA are 0 and at least 1'
+    elif not n or mla.heads % n:
+      wrong = f'kv_heads={n}: must be at least 1 and divide {mla.heads=}'
+    elif mla.query_rank or self.dsa.heads or self.lora.rank:
+      wrong = f'{mla.query_rank=}, dsa.heads={self.dsa.heads}, '
+      wrong += f'lora.rank={self.lora.rank}: no parts of GQA; set them to 0'
+    elif self.base != 'trained':
+      wrong = f'base={self.base!r}: codes of a release, of which GQA has none'
+    if wrong:
+      raise ConfigError(f'attention={self.attention!r}: {wrong}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -369,9 +388,9 @@ class Config(Checked):
 
   def _rules(self):
     model, data, mesh = self.model, self.data, self.mesh
-    check_divides(
-      'mesh.tensor', mesh.tensor, 'model.mla.heads', model.mla.heads
-    )
+    name = 'kv_heads' if model.kv_heads else 'mla.heads'
+    heads = model.kv_heads or model.mla.heads
+    check_divides('mesh.tensor', mesh.tensor, f'model.{name}', heads)
     check_divides(
       'mesh.expert', mesh.expert, 'model.moe.experts', model.moe.experts
     )

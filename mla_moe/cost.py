@@ -1,4 +1,4 @@
-"""The costs of a model: parameters, FLOPs, cache, hours and money.
+"""The costs of a model: parameters, FLOPs and cache.
 
 Arithmetic on the config, without JAX. A training step costs 6 FLOPs for each
 active matrix parameter and token (2 forward, 4 backward), plus the quadratic
@@ -49,6 +49,8 @@ def _attention(model: ModelConfig) -> tuple[int, int]:
   """Returns the matrix and the norm parameters of one attention layer."""
   a, d = model.mla, model.dim
   head = a.nope_dim + a.rope_dim
+  if model.attention == 'gqa':
+    return d * (a.heads + model.kv_heads) * (head + a.value_dim), 0
   query = a.query_rank
   matrices = d * query + query * a.heads * head if query else d * a.heads * head
   matrices += d * (a.kv_rank + a.rope_dim)
@@ -158,28 +160,14 @@ def index_flops(model: ModelConfig, keys: float) -> float:
 def cache_bytes_per_token(config, dtype: str = 'bfloat16') -> int:
   """Returns the cache's bytes for one token: latents, shared and index keys."""
   model = _model(config)
-  numbers = (model.mla.kv_rank + model.mla.rope_dim) * model.layers
+  numbers = sum(cached(model)) * model.layers
   numbers += model.dsa.dim * _indexer(model)[2]
   return numbers * _BYTES[str(dtype)]
 
 
-def hours_and_money(
-  config,
-  tokens: float,
-  seq_len: int,
-  *,
-  devices: int,
-  peak_flops: float,
-  utilisation: float,
-  dollars_per_hour: float,
-) -> tuple[float, float]:
-  """Returns the device hours to train on `tokens`, and their price in dollars.
-
-  The hours are summed over `devices`: a run lasts hours / devices. `peak_flops`
-  is the peak of one device in FLOP/s, `utilisation` the fraction of it that is
-  reached.
-  """
-  rate = devices * peak_flops * utilisation
-  seconds = tokens * train_flops_per_token(config, seq_len) / rate
-  hours = seconds / 3600 * devices
-  return hours, hours * dollars_per_hour
+def cached(model: ModelConfig) -> tuple[int, int]:
+  """Returns the numbers of a latent and of a shared key, or GQA's row and 0."""
+  a = model.mla
+  if model.attention == 'mla':
+    return a.kv_rank, a.rope_dim
+  return model.kv_heads * (a.nope_dim + a.rope_dim + a.value_dim), 0

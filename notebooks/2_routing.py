@@ -24,6 +24,7 @@ from matplotlib import pyplot
 from experiments.bench import models
 from experiments.data import batches, corpus, tokenizer
 from experiments.page import COLOURS, draw_plainly
+from experiments.training import evaluation
 from mla_moe import config as c
 from mla_moe import trace
 from mla_moe.model import router
@@ -77,7 +78,7 @@ def compiled(balance_loss):
   return (
     config,
     train,
-    jax.jit(functools.partial(step.eval_step, config=config)),
+    jax.jit(functools.partial(evaluation.eval_step, config=config)),
   )
 
 

@@ -39,7 +39,7 @@ print(f'{flops / 1e9:.1f} GFLOP for each training token (published: 250)')
 
 TOKENS = 14.8e12
 REACHED = 0.3894  # of the bf16 peak: "Insights into DeepSeek-V3", Table 4
-hours, dollars = cost.hours_and_money(
+hours, dollars = chips.hours_and_money(
   V3,
   TOKENS,
   4096,
@@ -113,7 +113,7 @@ names = ['h800', 'v5p', 'v6e', 'tpu7x', 'h100', 'b200']
 bill = {}
 for name in names:
   chip = chips.CHIPS[name]
-  bill[name] = cost.hours_and_money(
+  bill[name] = chips.hours_and_money(
     V3,
     TOKENS,
     4096,

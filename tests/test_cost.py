@@ -5,6 +5,7 @@ import importlib
 
 import pytest
 
+from experiments import chips
 from experiments.data import batches
 from experiments.plan import memory
 from mla_moe import Config, cost
@@ -120,7 +121,7 @@ def test_memory_of_the_state_on_a_mesh(sizes, parameters, moments):
 
 def test_the_bill_of_v3():
   """2048 H800 at the published 385 TFLOP/s (causal): 2.664M hours."""
-  hours, dollars = cost.hours_and_money(
+  hours, dollars = chips.hours_and_money(
     Config(),
     14.8e12,
     4096,
@@ -137,7 +138,7 @@ def test_hours_and_dollars_by_hand():
   config = load('deepseek_v2_lite')
   flops = 3e9 * cost.train_flops_per_token(config, 512)
   sizes = dict(devices=7, peak_flops=2e12, utilisation=0.25)
-  hours, dollars = cost.hours_and_money(
+  hours, dollars = chips.hours_and_money(
     config, 3e9, 512, dollars_per_hour=1.5, **sizes
   )
   assert hours == pytest.approx(flops / 5e11 / 3600, rel=1e-9)

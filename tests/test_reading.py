@@ -44,6 +44,7 @@ LEFT_OUT = {
   'sparse attention, which V3 does not have': {
     *('dsa_config', 'model/indexer', 'model/sparse', 'train/stage'),
   },
+  'baselines that papers compare with': {'model/gqa'},
 }
 MOE = ('model/router', 'model/moe', 'model/experts', 'model/dispatch')
 MLA = ('model/mla', 'model/rope', 'model/attention', 'model/products')

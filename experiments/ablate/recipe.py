@@ -16,19 +16,21 @@ from mla_moe import cost
 from mla_moe.config import Config
 from mla_moe.train import state, step
 
+from ..training import evaluation
+
 
 class Recipe(NamedTuple):
   """An arm at one size: a config, and the functions that train and judge it.
 
   init: (key, config=) -> `State`. train: `step.train_step` or its like;
-  metrics main_loss, load and skipped are read. evaluate: `step.eval_step` or
-  its like. flops: (config, sequence length) -> training FLOPs of a token.
+  metrics main_loss, load and skipped are read. evaluate: `eval_step` or its
+  like. flops: (config, sequence length) -> training FLOPs of a token.
   """
 
   config: Config
   init: Callable = state.init_state
   train: Callable = step.train_step
-  evaluate: Callable = step.eval_step
+  evaluate: Callable = evaluation.eval_step
   flops: Callable = functools.partial(cost.train_flops_per_token, mtp=True)
 
 
@@ -42,7 +44,7 @@ def with_functions(config: Config, functions: Any) -> Recipe:
 
 
 def _evaluate(state, batch, *, config: Config, functions: Any) -> dict:
-  """Returns `step.eval_step`'s sums of a batch, with these functions."""
+  """Returns `eval_step`'s sums of a batch, with these functions."""
   import jax
   import jax.numpy as jnp
 

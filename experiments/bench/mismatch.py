@@ -26,7 +26,6 @@ import numpy as np
 
 from configs import r1_tiny
 from mla_moe.config import CacheConfig, Config, freeze
-from mla_moe.model import replay
 
 from .. import cli, run_tokenizer
 from ..checkpointing.load import load_run
@@ -140,7 +139,7 @@ def numbers(result, rollout, routes, inside) -> dict[str, float]:
   """Returns the mismatch of (log-probabilities, routes) with a rollout's."""
   log_probs, own = result
   gap = (np.asarray(log_probs, np.float64) - rollout)[inside]
-  flips = replay.flips(*map(jnp.asarray, (own, routes)))
+  flips = objective.flips(*map(jnp.asarray, (own, routes)))
   return {
     'k3': float(np.mean(np.expm1(gap) - gap)),
     'max': float(np.abs(gap).max()),

@@ -24,6 +24,7 @@ from mla_moe.train.state import init_state
 
 from .. import workdir
 from ..data import corpus, tokenizer
+from ..training import evaluation
 
 DATA = c.DataConfig(seq_len=128, batch_size=8)
 
@@ -40,7 +41,7 @@ def programs(config: c.Config):
   """Returns the first state, a step and an evaluation, compiled once."""
   jit = lambda f, **k: jax.jit(functools.partial(f, config=config), **k)
   train = jit(step.train_step, donate_argnums=0)
-  return jit(init_state), train, jit(step.eval_step)
+  return jit(init_state), train, jit(evaluation.eval_step)
 
 
 def rows(file: pathlib.Path) -> list[dict]:

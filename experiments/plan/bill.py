@@ -7,6 +7,7 @@ import dataclasses
 from mla_moe import cost
 from mla_moe.config import Config, MeshConfig
 
+from .. import chips
 from ..adapters import flops
 from ..data import batches
 from . import memory, rollout, search, traffic
@@ -49,7 +50,7 @@ def bill(
     dollars: an hour of a chip; 0 is the list's price.
   """
   config, chip, chip_count = plan.config, plan.slice.chip, plan.slice.chips
-  hours, money = cost.hours_and_money(
+  hours, money = chips.hours_and_money(
     config,
     tokens,
     config.data.seq_len,

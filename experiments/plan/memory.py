@@ -310,15 +310,16 @@ def residuals_per_token(config: Config) -> dict[str, float]:
   heads = mla.heads / tensor
   width = WIDTH[model.dtype]
   log_sum = heads * 4 / width  # the softmax's, float32
-  latents = mla.query_rank + mla.kv_rank + mla.rope_dim
+  latents = mla.query_rank + cached_here(config)
   latents += heads * mla.value_dim + log_sum + set_numbers(config)
   order = 4 * moe.top_k * 4 / width  # experts, slots, places, gates: 32 bits
-  attention = mla.query_rank + mla.kv_rank + model.dim
-  attention += heads * (
-    mla.nope_dim + mla.rope_dim + mla.nope_dim + mla.value_dim
-  )
-  if mesh.devices == 1:
-    attention += mla.rope_dim  # a CPU's down-projections are one
+  attention = model.dim + heads * (mla.nope_dim + mla.rope_dim)
+  if model.attention == 'mla':
+    attention += mla.query_rank + mla.kv_rank
+    attention += heads * (mla.nope_dim + mla.value_dim)
+  if mesh.devices == 1:  # a CPU's down-projections are one, and so are GQA's
+    is_mla = model.attention == 'mla'
+    attention += mla.rope_dim if is_mla else cached_here(config)
   shared = moe.shared * moe.width
   dense, routed = {
     'full': (0.0, 0.0),
@@ -335,6 +336,16 @@ def residuals_per_token(config: Config) -> dict[str, float]:
   return {'dense': stream + dense, 'moe': stream + routed}
 
 
+def cached_here(config: Config) -> float:
+  """Returns the numbers that a device has of a token's keys and values.
+
+  A latent is whole on every device along tensor, GQA's heads are split.
+  """
+  numbers = sum(cost.cached(config.model))
+  is_mla = config.model.attention == 'mla'
+  return numbers if is_mla else numbers / config.mesh.tensor
+
+
 def set_numbers(config: Config) -> float:
   """Returns the numbers of a token's set of keys, of the activations' width."""
   dsa, length = config.model.dsa, config.data.seq_len
@@ -348,12 +359,16 @@ def _all_activations(config: Config) -> tuple[float, float]:
   model, tensor = config.model, config.mesh.tensor
   mla, moe = model.mla, model.moe
   query = mla.nope_dim + mla.rope_dim
-  attention = 2 * model.dim + 2 * (mla.query_rank + mla.kv_rank)
-  attention += mla.rope_dim + set_numbers(config)
+  attention = 2 * model.dim + 2 * mla.query_rank + set_numbers(config)
+  attention += cached_here(config)
+  if model.attention == 'mla':
+    attention += mla.kv_rank
   if model.dsa.heads:  # on every device along tensor
     attention += (model.dsa.heads + 1) * model.dsa.dim + model.dsa.heads
   heads = mla.heads / tensor
-  attention += heads * (2 * query + mla.nope_dim + 2 * mla.value_dim)
+  attention += heads * (2 * query + 2 * mla.value_dim)
+  if model.attention == 'mla':
+    attention += heads * mla.nope_dim
   dense = 3 * model.dense_width / tensor + model.dim
   rows = moe.top_k * (2 * model.dim + 3 * moe.width / tensor)
   shared = 3 * moe.shared * moe.width / tensor + model.dim

@@ -97,7 +97,11 @@ def answer_flops_per_token(config: Config, length: float) -> float:
   matrices = cost.train_flops_per_token(config, 0) / 3
   # Backward an index costs no gradient of its input.
   matrices += (2 - 4 / 3) * (counts.indexer - indexers * 2 * dsa.dim)
-  attention = 2 * a.heads * (2 * a.kv_rank + a.rope_dim) * model.layers
+  if model.attention == 'mla':
+    key_and_value = 2 * a.kv_rank + a.rope_dim
+  else:
+    key_and_value = a.nope_dim + a.rope_dim + a.value_dim
+  attention = 2 * a.heads * key_and_value * model.layers
   read = min(length, dsa.topk) if dsa.heads else length
   return (
     attention * read + indexers * cost.index_flops(model, length) + matrices

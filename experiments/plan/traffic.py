@@ -87,6 +87,7 @@ def _parts(config: Config) -> tuple[_Part, _Part]:
   micro_batches, turns = memory.turns(mesh)
   expert = 3 * model.dim * model.moe.width * model.moe.experts
   expansion = mla.kv_rank * mla.heads * (mla.nope_dim + mla.value_dim)
+  expansion *= model.attention == 'mla'
   layer = (counts.attention + counts.norms - model.dim) / model.layers
   routed = depth * (model.moe_layers > 0)
   tables = counts.embedding + counts.head
@@ -252,12 +253,12 @@ def _gathered(config: Config, part: _Part) -> float:
 
 
 def _latents(config: Config, part: _Part) -> float:
-  """Returns bytes over context: latents, shared and index keys, and gradients.
+  """Returns bytes over context: latents, keys and their gradients.
 
   They are gathered again backward: a gathered latent is never saved.
   """
   model, passes = config.model, _passes(config)
-  numbers = part.layers * (model.mla.kv_rank + model.mla.rope_dim)
+  numbers = part.layers * memory.cached_here(config)
   numbers *= passes + _learns(config)
   numbers += part.indexed * model.dsa.dim * (passes + 1)
   each = part.tokens * numbers * memory.WIDTH[model.dtype]

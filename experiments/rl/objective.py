@@ -24,10 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mla_moe.config import Config, MTPConfig
-from mla_moe.model import replay, sequence
+from mla_moe.model import sequence
 from mla_moe.rl_config import RLConfig
 from mla_moe.train import step
-from mla_moe.types import Array, Float, Int, PyTree
+from mla_moe.types import Array, Bool, Float, Int, PyTree
 
 
 class Episodes(NamedTuple):
@@ -92,8 +92,8 @@ def grpo(
     'mismatch_max': jnp.abs(gap).max(),
   }
   if out.routes is not None and config.rl.replay != 'train':
-    flips = replay.flips(out.routes, micro.routes).mean(-1)
-    metrics['route_flips'] = mean(sequence.arrange(flips))
+    differ = flips(out.routes, micro.routes).mean(-1)
+    metrics['route_flips'] = mean(sequence.arrange(differ))
   return (place('weight') * loss).sum(), metrics
 
 
@@ -211,3 +211,14 @@ def _answer_mean(
     return (total / jnp.maximum(count, 1))[ids]
 
   return jax.vmap(of_row)(values, answers)
+
+
+def flips(
+  one: Int[Array, '*b K'], two: Int[Array, '*b K']
+) -> Bool[Array, '*b']:
+  """Whether two choices of a token in a layer differ as sets of experts.
+
+  A choice of -1 equals any.
+  """
+  differ = (jnp.sort(one, axis=-1) != jnp.sort(two, axis=-1)).any(-1)
+  return differ & (one[..., 0] >= 0) & (two[..., 0] >= 0)

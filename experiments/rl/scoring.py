@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from mla_moe.config import Config
-from mla_moe.model import replay
 from mla_moe.types import PyTree
 
 from ..training import program
@@ -58,7 +57,7 @@ def score(
       free = update._replace(routes=np.full_like(update.routes, -1))
     if setup.config.rl.replay == 'train':
       old, routes = map(np.asarray, run(variables, free))
-      differ = replay.flips(*map(jnp.asarray, (routes, update.routes)))
+      differ = objective.flips(*map(jnp.asarray, (routes, update.routes)))
       flips.append(np.asarray(differ)[update.targets >= 0])
       update = update._replace(old=old, routes=routes)
     elif tutors or not update.fresh:

@@ -112,11 +112,11 @@ def prefill(
   the tokens after its own (zeros if not wanted), and pools."""
   cache = latent_cache.Cache(pools, chunk.table, chunk.start, impl)
   main, mtp = forward.split(cache, config)
-  x, main = forward.extend(
-    weights, main, chunk.tokens, config, valid=chunk.valid
+  form = forward.form_of(chunk.tokens.shape[1])
+  x, main = forward.hidden(
+    weights, main, chunk.tokens, config, valid=chunk.valid, form=form
   )
   if mtp.layers:
-    form = forward.form_of(chunk.tokens.shape[1])
     _, mtp = forward.draft(
       weights, mtp, x, chunk.after, config, valid=chunk.paired, form=form
     )

@@ -4,7 +4,7 @@
 each layer it takes the operands of two products:
 
   y  = x w    x is the attention's normed input, w the weight `w_kv_down`, which
-              compresses it to the latent
+              compresses it to the latent (under GQA `w_k`, of the keys)
   dx = g v^T  g is the gradient at the layer's output, v the layer's last weight
 
 For x, w and g it gives the share of values that sit at E4M3's largest number
@@ -60,16 +60,17 @@ def measure(
   }
   gradients, inputs = jax.grad(loss, has_aux=True)(noise)
   recipe = products.recipe(model).resolved()
-  stats = []
+  stats, weight = [], 'w_kv_down' if model.attention == 'mla' else 'w_k'
   for name in noise:
     ffn = params[name]['ffn']
     last = ffn.get('shared', ffn)['w_down']
     last = last[:, 0] if last.ndim == 4 else last  # an expert's
+    w = params[name]['attention'][weight]
     operands = (
       inputs[name][:, 0],
       gradients[name][:, 0],
       params[name]['attention_norm']['scale'],
-      params[name]['attention']['w_kv_down'],
+      w.reshape(*w.shape[:2], -1),
       last,
     )
     layer = lambda operands: _layer(*operands, recipe, model.norm_eps)

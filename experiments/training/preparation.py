@@ -20,7 +20,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mla_moe import cost, fp8, sharding
 from mla_moe.config import Config
-from mla_moe.train import step
 from mla_moe.train.state import State
 
 from .. import distributed, runtime
@@ -29,7 +28,7 @@ from ..adapters import lora
 from ..adapters.base import Base
 from ..adapters.state import init_state
 from ..data import tokenizer
-from . import fp8_health, program, source, warm_start
+from . import evaluation, fp8_health, program, source, warm_start
 
 
 class Setup(NamedTuple):
@@ -135,9 +134,10 @@ def _jitted(config: Config) -> tuple[Callable, ...]:
 
 
 def _evaluate(state: State, batch: Any, base: Any, *, config: Config) -> dict:
-  """Returns `step.eval_step` of the model that the state is of."""
+  """Returns `eval_step` of the model that the state is of."""
   params = lora.join(base, state.params, config.model)
-  return step.eval_step(state.replace(params=params), batch, config=config)
+  state = state.replace(params=params)
+  return evaluation.eval_step(state, batch, config=config)
 
 
 def fresh(setup: Setup) -> State:

@@ -1,4 +1,4 @@
-"""The transformer over a latent cache: prefill, extend, decode_step, draft.
+"""The transformer over a latent cache: prefill, decode_step, draft.
 
 Training scans over stacked layers; here each layer's weights are arrays of
 their own (`unstack`), because a scan would copy them at every step. Products
@@ -185,19 +185,6 @@ def decode_step(
   return logits(weights, x[:, 0]), cache
 
 
-def extend(
-  weights: PyTree,
-  cache: latent_cache.Cache,
-  tokens: Int[Array, 'B T'],
-  config: ModelConfig,
-  *,
-  valid: Int[Array, ' B'] | None = None,
-) -> tuple[Float[Array, 'B T D'], latent_cache.Cache]:
-  """Returns `hidden` in the form that is cheaper for T tokens after others."""
-  form = form_of(tokens.shape[1])
-  return hidden(weights, cache, tokens, config, valid=valid, form=form)
-
-
 def form_of(tokens: int) -> str:
   """Returns the cheaper form of attention for so many tokens after others."""
   return 'absorbed' if tokens <= latent_attention.ABSORBED else 'decompressed'
@@ -252,14 +239,10 @@ def draft(
   At position i the module joins the main model's hidden state with token i + 1
   and predicts token i + 2 (V3 section 2.2).
 
-  Args:
-    weights: as `unstack` returns them.
+  Args but for those of `hidden`:
     cache: of the module alone (`split`), with lengths of its own.
     states: the main model's `hidden` at each position.
     tokens: the token after each position.
-    config: of the model.
-    valid: real positions of each row; None: all T.
-    form: of `latent_attention.attend`.
   """
   w, eps = weights['mtp'], config.norm_eps
   joined = [

@@ -37,7 +37,7 @@ from jax.sharding import PartitionSpec
 from mla_moe import kernels, sharding
 from mla_moe.config import ModelConfig
 from mla_moe.decode import latent_cache, sparse_attention
-from mla_moe.model import attention, indexer, layers, products, rope
+from mla_moe.model import attention, gqa, indexer, layers, products, rope
 from mla_moe.model.sequence import pad
 from mla_moe.types import Array, Float, Int, PyTree
 
@@ -57,6 +57,8 @@ def weights(params: PyTree, dtype: str) -> PyTree:
   Projections with the same input are one matrix. Matrices have the layout of
   `products.matmul_transposed`, and the up-projections of a head are contiguous.
   """
+  if 'w_k' in params:
+    return gqa.decoding_weights(params, dtype)
   cast = lambda name: params[name].astype(dtype)
   transposed = lambda w: w.reshape(w.shape[0], -1).T
   down = [transposed(cast('w_kv_down')), transposed(cast('w_k_rope'))]
@@ -94,8 +96,7 @@ def attend(
 
   Args:
     w: the layer's `weights`.
-    x: the new tokens, normed.
-    angles: of their positions.
+    x: the new tokens, normed; `angles` are of their positions.
     pages: the layer's pool.
     cache: table and lengths of the rows, without the new tokens.
     valid: new tokens of each row; the others are padding. None: all T.
@@ -104,6 +105,21 @@ def attend(
     selected: sets of the last layer with an indexer (`sparse_attention`), for a
       layer without one; None where attention is dense.
   """
+  (b, t, _), index = x.shape, None
+  if config.attention == 'gqa':
+    q, kv, up = gqa.project(w, x, angles, config)
+  else:
+    q, kv, up, index = _project(w, x, angles, config)
+  valid = jnp.full((b,), t, jnp.int32) if valid is None else valid
+  run = _by_shard(functools.partial(_write_and_attend, form, config), b)
+  cache = cache.replace(layers=(pages,))
+  out, pages, selected = run(q, kv, up, cache, valid, index, selected)
+  out = products.matmul_transposed(out.reshape(b, t, -1), w['w_out'])
+  return out, pages, selected
+
+
+def _project(w, x, angles, config):
+  """Returns queries, latents and shared keys, up-projections, and the index."""
   (b, t, _), mla = x.shape, config.mla
   down = products.matmul_transposed(x, w['w_down'])
   ends = [mla.query_rank, mla.query_rank + mla.kv_rank]
@@ -117,22 +133,10 @@ def attend(
     index = indexer.project(w['indexer'], x, q, angles, config)
   q = products.matmul_transposed(q, w['w_q']).reshape(b, t, mla.heads, -1)
   q = sharding.constrain(q, 'batch', None, 'heads', None)
-  q_nope, q_rope = rope.queries(q, mla.nope_dim, angles)
+  q = rope.queries(q, mla.nope_dim, angles)
   latent = layers.normalize(latent, w['kv_norm'], mla.norm_eps)
-  k_rope = rope.rotate(k_rope, angles)
-  valid = jnp.full((b,), t, jnp.int32) if valid is None else valid
-  run = _by_shard(functools.partial(_write_and_attend, form, config), b)
-  out, pages, selected = run(
-    (q_nope, q_rope),
-    (latent, k_rope),
-    (w['w_k_up'], w['w_v_up']),
-    cache.replace(layers=(pages,)),
-    valid,
-    index,
-    selected,
-  )
-  out = products.matmul_transposed(out.reshape(b, t, -1), w['w_out'])
-  return out, pages, selected
+  kv = latent, rope.rotate(k_rope, angles)
+  return tuple(q), kv, (w['w_k_up'], w['w_v_up']), index
 
 
 def _write_and_attend(form, config, q, kv, up, cache, valid, index, selected):
@@ -149,6 +153,8 @@ def _write_and_attend(form, config, q, kv, up, cache, valid, index, selected):
   cache = cache.replace(layers=(pages,))
   cores = dict(absorbed=_absorbed, decompressed=_decompressed, fresh=_fresh)
   core = cores[form]
+  if config.attention == 'gqa':
+    core = functools.partial(gqa.attend_rows, _over_cache, form, config)
   reach, t = cache.capacity, kv[0].shape[1]
   if form == 'fresh':
     reach, last = t, -(-t // pages.page_size)
@@ -306,23 +312,36 @@ def _by_kernel(q, cache, rank):
 
 
 def _decompressed(q, kv, up, cache, valid, scale, selected=None):
-  (pages,) = cache.layers
   rank, rope_dim = up[0].shape[-1], q[1].shape[-1]
+
+  def expand(tokens):
+    latent, k_rope, _ = jnp.split(tokens, [rank, rank + rope_dim], axis=-1)
+    return _expand(latent, k_rope, up)
+
+  q, width = jnp.concatenate(q, axis=-1) * scale, up[1].shape[-1]
+  return _over_cache(expand, q, rope_dim, cache, valid, width, 1, selected)
+
+
+def _over_cache(expand, q, rope_dim, cache, valid, width, times, selected=None):
+  """Returns attention over keys and values that `expand` makes of tokens.
+
+  q: [B, times * T, heads, key], a head's queries of the T tokens one after the
+  other; `valid`, `width`, `selected`: as in `_sweep`.
+  """
+  (pages,) = cache.layers
   heads_first = lambda x: x.swapaxes(1, 2)
-  q = heads_first(jnp.concatenate(q, axis=-1) * scale)
+  q = heads_first(q)
 
   def block(table):
     tokens = latent_cache.read(pages, table, q.dtype.name, rope_dim)
-    latent, k_rope, _ = jnp.split(tokens, [rank, rank + rope_dim], axis=-1)
-    k, v = _expand(latent, k_rope, up)
+    k, v = expand(tokens)
     logits = products.dot('bnth,bnsh->bnts', q, heads_first(k))
     v = heads_first(v)
     add = lambda p: products.dot('bnts,bnsu->bntu', p.astype(q.dtype), v)
     return logits, add
 
-  positions = _positions(cache, q.shape[2])[:, None]
-  positions = jnp.broadcast_to(positions, q.shape[:3])
-  width = up[1].shape[-1]
+  positions = jnp.tile(_positions(cache, q.shape[2] // times), times)
+  positions = jnp.broadcast_to(positions[:, None], q.shape[:3])
   out = _sweep(block, cache, valid, positions, width, selected, axis=3)
   return heads_first(out).astype(q.dtype)
 

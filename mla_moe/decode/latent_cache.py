@@ -28,8 +28,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mla_moe import sharding
-from mla_moe.config import CacheConfig, ModelConfig
+from mla_moe import cost, sharding
+from mla_moe.config import CacheConfig, ConfigError, ModelConfig
 from mla_moe.model import sequence
 from mla_moe.types import Array, Float, Int, PyTree
 
@@ -153,7 +153,9 @@ def pools(
   model: ModelConfig, pages: int, cache_config: CacheConfig
 ) -> tuple[Pages, ...]:
   """Returns a pool of empty pages for each layer and the first MTP module."""
-  rank, rope_dim = model.mla.kv_rank, model.mla.rope_dim
+  rank, rope_dim = cost.cached(model)
+  if model.attention == 'gqa' and cache_config.impl in ('tpu', 'gpu'):
+    raise ConfigError(f"impl={cache_config.impl!r}: reads no gqa; use 'xla'")
   platform = sharding.target_platform()
   dtype = cache_config.dtype
   if dtype == 'auto':

@@ -377,6 +377,9 @@ def _mistral_rope(rope: RopeConfig, family: str) -> dict[str, Any]:
 def family_of(config: ModelConfig) -> str:
   """Returns the family that computes the config's numbers, or refuses it."""
   name = config.release.family
+  if config.attention != 'mla':
+    kind = f'attention={config.attention!r}'
+    raise ConfigError(f'{kind}: no released architecture of MLA computes this')
   if name and name not in dialects.families():
     known = ', '.join(dialects.families())
     raise ConfigError(f'release.family={name!r}: must be one of {known}')

@@ -16,6 +16,7 @@ from mla_moe import sharding
 from mla_moe.config import ModelConfig
 from mla_moe.model import (
   attention,
+  gqa,
   indexer,
   layers,
   mla,
@@ -70,7 +71,8 @@ class Block(nn.Module):
     h = sharding.constrain(norm('attention_norm')(x), *_STREAM)
     with jax.named_scope('attention'):
       core = self.functions.attend
-      attention_layer = mla.Attention(c, core, name='attention')
+      layer = gqa.Attention if c.attention == 'gqa' else mla.Attention
+      attention_layer = layer(c, core, name='attention')
       y, report, sets = attention_layer(h, angles, segments, sets)
     x = x + sharding.constrain(y, *_STREAM)
     h = sharding.constrain(norm('ffn_norm')(x), *_STREAM)

@@ -105,13 +105,14 @@ class Attention(nn.Module):
 
 def attend_latents(
   q: Float[Array, 'B T N qk'],
-  latent: Float[Array, 'B T C'],
-  k_rope: Float[Array, 'B T R'],
+  latent: Float[Array, 'B T *C'],
+  k_rope: Float[Array, 'B T *R'],
   ws: tuple,
   segments: Int[Array, 'B T'] | None,
   config: ModelConfig,
   recipe: fp8.Recipe,
   attend: Callable = attention.attend,
+  expand: Callable = attention.expand,
 ) -> Float[Array, 'B T N U']:
   """Returns attention over latents that `ws` expand to keys and values.
 
@@ -128,6 +129,7 @@ def attend_latents(
     config: the model's.
     recipe: of the products with `ws`.
     attend: `attention.attend`, or another with its arguments.
+    expand: likewise; GQA's takes keys and values of its heads, and no `ws`.
   """
   parts = sequence.parts(q.shape[1])
   core = attention.choose_core(config.compute.attention, q, segments, parts)
@@ -146,20 +148,21 @@ def attend_latents(
     k_rope = sequence.gather(k_rope, parts)
     if segments is not None:
       segments = segments, sequence.gather(segments, parts)
-    k, v = attention.expand(latent, k_rope, ws, recipe, name)
+    k, v = expand(latent, k_rope, ws, recipe, name)
     part, scale = sequence.this_part(parts), rope.softmax_scale(config.mla)
     with jax.named_scope('attend'):
       y = attend(q, k, v, scale=scale, segments=segments, part=part, impl=core)
     return sharding.pmean(y, equal)
 
-  spec = sharding.array_spec
+  spec, latents = sharding.array_spec, ('batch', 'part', 'latent')
+  rows = lambda x: spec(latents if x.ndim == 3 else _HEADS, x)
   split = sum(sharding.mesh_axes(_HEADS, q.shape), ())
   equal = tuple(a for a in sharding.auto_axes() if a not in split)
   splits = tuple(weights.fsdp_split(w, _UP) for w in ws)
   in_specs = (
     spec(_HEADS, q),
-    spec(('batch', 'part', 'latent'), latent),
-    spec(('batch', 'part', 'head_dim'), k_rope),
+    rows(latent),
+    rows(k_rope),
     tuple(weights.specs(w, _UP) for w in ws),
     spec(('batch', 'part'), segments),
   )

@@ -16,7 +16,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from mla_moe.model import sequence
-from mla_moe.types import Array, Bool, Int
+from mla_moe.types import Array, Int
 
 
 def by_layer(
@@ -35,14 +35,3 @@ def by_layer(
 def record(chosen: Int[Array, 'L B T K']) -> Int[Array, 'B T L K']:
   """Returns the record of the choices of all layers, int16."""
   return sequence.restore(jnp.moveaxis(chosen.astype(jnp.int16), 0, 2))
-
-
-def flips(
-  one: Int[Array, '*b K'], two: Int[Array, '*b K']
-) -> Bool[Array, '*b']:
-  """Whether two choices of a token in a layer differ as sets of experts.
-
-  A choice of -1 equals any.
-  """
-  differ = (jnp.sort(one, axis=-1) != jnp.sort(two, axis=-1)).any(-1)
-  return differ & (one[..., 0] >= 0) & (two[..., 0] >= 0)

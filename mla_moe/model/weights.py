@@ -22,16 +22,8 @@ from mla_moe import fp8, sharding
 from mla_moe.types import Array, PyTree
 
 FP8_WEIGHTS = (
-  'w_q',
-  'w_q_down',
-  'w_q_up',
-  'w_kv_down',
-  'w_k_rope',
-  'w_k_up',
-  'w_v_up',
-  'w_out',
-  'w_gate_up',
-  'w_down',
+  *('w_q', 'w_q_down', 'w_q_up', 'w_kv_down', 'w_k_rope', 'w_k_up', 'w_v_up'),
+  *('w_k', 'w_v', 'w_out', 'w_gate_up', 'w_down'),
 )
 
 

@@ -26,19 +26,13 @@ _NOT_DECAYED = ('scale', 'bias')
 # Input and output axes of the matrices that Muon orthogonalises, counted from
 # the end; the axes before them (layers, experts, gate and up) are batches.
 # AdamW updates the other parameters (embedding, head, norms).
+_PLAIN = 'w_q_down', 'w_kv_down', 'w_k_rope', 'w_down', 'w_router', 'w_join'
+_TO_HEADS = 'w_q', 'w_q_up', 'w_k', 'w_v', 'w_k_up', 'w_v_up'
 _MATRICES = {
-  'w_q_down': ((-2,), (-1,)),
-  'w_q_up': ((-3,), (-2, -1)),
-  'w_q': ((-3,), (-2, -1)),
-  'w_kv_down': ((-2,), (-1,)),
-  'w_k_rope': ((-2,), (-1,)),
-  'w_k_up': ((-3,), (-2, -1)),
-  'w_v_up': ((-3,), (-2, -1)),
+  **dict.fromkeys(_PLAIN, ((-2,), (-1,))),
+  **dict.fromkeys(_TO_HEADS, ((-3,), (-2, -1))),
   'w_out': ((-3, -2), (-1,)),
   'w_gate_up': ((-3,), (-1,)),
-  'w_down': ((-2,), (-1,)),
-  'w_router': ((-2,), (-1,)),
-  'w_join': ((-2,), (-1,)),
 }
 
 

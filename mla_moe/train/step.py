@@ -22,7 +22,6 @@ after some rejections in a row.)
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -30,11 +29,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mla_moe.config import Config, ModelConfig, MTPConfig
+from mla_moe.config import Config, ModelConfig
 from mla_moe.model import block, moe, replay, router, sequence, transformer
 from mla_moe.train import losses, optim, stage
 from mla_moe.train.state import State
-from mla_moe.types import Array, Batch, Int, PyTree
+from mla_moe.types import Array, Int, PyTree
 
 
 class Predictions(NamedTuple):
@@ -150,23 +149,6 @@ def train_step(
   latest = {'params': params, 'router': biases}
   reference = _refreshed(state.reference, latest, number, config.rl.refresh)
   return State(number, params, biases, opt, window, reference), metrics
-
-
-def eval_step(
-  state: State, batch: Batch, *, config: Config
-) -> dict[str, Array]:
-  """Returns sums over a batch: 'nll' in nats, and 'tokens' predicted."""
-  # All hidden states go through the head at once: without the MTP modules'.
-  main = dataclasses.replace(config.model, mtp=MTPConfig(depth=0))
-  config = dataclasses.replace(config, model=main)
-
-  def one(micro):
-    out = predictions(state.params, state.router, micro, config)
-    return out.nll[0].sum(), jnp.sum(micro.targets >= 0)
-
-  parts = batch._replace(count=jnp.zeros(len(batch.tokens)))
-  nll, tokens = jax.lax.map(one, parts)
-  return {'nll': nll.sum(), 'tokens': tokens.sum()}
 
 
 def _refreshed(reference, latest, number, period) -> PyTree:

@@ -63,7 +63,7 @@ def test_prefill_and_decode_equal_forward(case):
   for i in range(40, 48):
     logits, cache = step(weights, cache, tokens[:, i])
     out.append(logits[:, None])
-  x, cache = jitted('extend', config)(weights, cache, tokens[:, 48:])
+  x, cache = jitted('hidden', config)(weights, cache, tokens[:, 48:])
   out.append(forward.logits(weights, x))
   out = np.concatenate(out, axis=1)
   chex.assert_trees_all_close(out, expected['logits'], atol=2e-4)
@@ -160,7 +160,7 @@ def test_no_step_copies_the_cache():
   cache, _ = forward.split(empty(config, 4, 16384), config)
   size = sum(x.nbytes for x in jax.tree.leaves(cache))
   tokens = jnp.zeros((4, 2), jnp.int32)
-  for name, new in (('decode_step', tokens[:, 0]), ('extend', tokens)):
+  for name, new in (('decode_step', tokens[:, 0]), ('hidden', tokens)):
     lowered = jitted(name, config).lower(weights, cache, new)
     out = lowered.compile().memory_analysis()
     assert out.alias_size_in_bytes >= size
@@ -179,7 +179,7 @@ def test_narrow_caches_move_logits_little(dtype, bound):
   config, _, weights, expected = golden('v3_yarn')
   narrow = CacheConfig(dtype=dtype, page=16)
   cache, _ = forward.split(empty(config, cache_config=narrow), config)
-  extend = jitted('extend', config)
+  extend = jitted('hidden', config)
   _, cache = extend(weights, cache, expected['tokens'][:, :48])
   x, _ = extend(weights, cache, expected['tokens'][:, 48:])
   out = forward.logits(weights, x)
@@ -253,7 +253,7 @@ def test_few_tokens_read_the_chosen_experts_alone(tokens, few, monkeypatch):
   monkeypatch.setattr(
     forward, 'few_rows', lambda x, *_: rows.append(x.shape) or x
   )
-  run = functools.partial(forward.extend, config=config)
+  run = functools.partial(forward.hidden, config=config)
   ids = np.zeros((2, tokens), np.int32)
   main, _ = forward.split(empty(config), config)
   jax.eval_shape(run, weights, main, ids)

@@ -281,9 +281,11 @@ def test_no_step_copies_a_pool_or_makes_all_scores(monkeypatch):
   tokens = jnp.zeros((2, 1024), jnp.int32)
   for name, part, most in (
     ('decode_step', tokens[:, 0], 3 << 20),
-    ('extend', tokens, 12 << 20),
+    ('hidden', tokens, 12 << 20),
   ):
     run = functools.partial(getattr(forward, name), config=CONFIG)
+    if name == 'hidden':
+      run = functools.partial(run, form=forward.form_of(1024))
     lowered = jax.jit(run, donate_argnums=1).lower(weights, cache, part)
     out = lowered.compile().memory_analysis()
     assert out.alias_size_in_bytes >= size

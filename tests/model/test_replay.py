@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from configs import r1_tiny
+from experiments.rl import objective
 from mla_moe import sharding
 from mla_moe.config import MeshConfig, freeze
 from mla_moe.model import replay, router, trace
@@ -122,7 +123,7 @@ def test_each_recorded_route_is_taken_once():
     np.testing.assert_array_equal(out.stats.load[layer], want)
   # The first layer's routers choose as ever, and token 3 does as they say.
   chex.assert_trees_all_equal(out.routes[:, :, 0], free.routes[:, :, 0])
-  differ = replay.flips(jnp.asarray(taken), out.routes)
+  differ = objective.flips(jnp.asarray(taken), out.routes)
   assert not differ[0, 3].any() and differ.mean() > 0.5
 
 
@@ -152,7 +153,7 @@ def test_gates_of_a_router_of_ones_own_stay_where_nothing_is_replayed():
 def test_flips_are_of_sets():
   one = jnp.array([[1, 2], [1, 2], [1, 2], [-1, -1]])
   two = jnp.array([[2, 1], [2, 3], [-1, -1], [0, 1]])
-  np.testing.assert_array_equal(replay.flips(one, two), [0, 1, 0, 0])
+  np.testing.assert_array_equal(objective.flips(one, two), [0, 1, 0, 0])
 
 
 @pytest.mark.slow

@@ -725,10 +725,15 @@ def test_arms_have_the_parameters_that_their_files_say(shipped):
   for recipes in shipped['moe'].recipes.values():
     dense, moe = active(recipes['dense']), active(recipes['moe'])
     assert abs(moe[0] / dense[0] - 1) < 0.05 and moe[1] > 1.5 * dense[1]
-  for name in ('granularity', 'shared'):
+  for name, part in (('granularity', 0.03), ('shared', 0.03), ('mla', 0.002)):
     for recipes in shipped[name].recipes.values():
       sizes = [active(recipe) for recipe in recipes.values()]
-      assert np.ptp(sizes, axis=0).max() < 0.03 * min(map(min, sizes)), name
+      assert np.ptp(sizes, axis=0).max() < part * min(map(min, sizes)), name
+  cached = [
+    [sum(cost.cached(recipe.config.model)) for recipe in recipes.values()]
+    for recipes in shipped['mla'].recipes.values()
+  ]
+  assert cached == [[136, 91, 48], [201, 100, 64], [264, 176, 80]]
   for name in ('balance', 'scoring', 'optimizer', 'groups', 'fp8'):
     for recipes in shipped[name].recipes.values():
       assert len({active(recipe) for recipe in recipes.values()}) == 1, name

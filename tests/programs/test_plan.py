@@ -116,16 +116,23 @@ def kept_for_the_backward_pass(config, rows, length):
   )
 
 
+def grouped(model, kv_heads):
+  """The model with grouped-query attention."""
+  mla = dataclasses.replace(model.mla, query_rank=0)
+  return dataclasses.replace(model, mla=mla, attention='gqa', kv_heads=kv_heads)
+
+
 @pytest.mark.parametrize(
-  'remat, within',
+  'remat, within, kv_heads',
   [
-    ('products', 0),
-    pytest.param('full', 0, marks=pytest.mark.slow),
-    pytest.param('latents', 0, marks=pytest.mark.slow),
-    pytest.param('none', 0.3, marks=pytest.mark.slow),
+    ('products', 0, 0),
+    pytest.param('products', 0, 2, marks=pytest.mark.slow),
+    pytest.param('full', 0, 0, marks=pytest.mark.slow),
+    pytest.param('latents', 0, 0, marks=pytest.mark.slow),
+    pytest.param('none', 0.3, 0, marks=pytest.mark.slow),
   ],
 )
-def test_saved_bytes_are_those_of_the_residuals(remat, within):
+def test_saved_bytes_are_those_of_the_residuals(remat, within, kv_heads):
   compute = ComputeConfig(remat=remat, attention='xla', experts='ragged')
   network = dataclasses.replace(
     SMOKE.model,
@@ -135,6 +142,8 @@ def test_saved_bytes_are_those_of_the_residuals(remat, within):
     compute=compute,
     mtp=MTPConfig(0),
   )
+  if kv_heads:
+    network = grouped(network, kv_heads)
   data = dataclasses.replace(
     SMOKE.data, seq_len=248, batch_size=2, micro_batch=0
   )
@@ -325,6 +334,20 @@ def grads_over_context(config):
   mesh = dict(data=2)
   steps = config.data.batch_size / 2, config.data.batch_size
   return traffic.by_axis(on_mesh(config, **mesh))['data'] * steps[1] / steps[0]
+
+
+def test_grouped_attention_is_planned_by_its_heads():
+  model = grouped(LITE.model, 4)
+  config = on_mesh(dataclasses.replace(LITE, model=model), context=2)
+  a, layers = model.mla, model.layers + model.mtp.depth
+  pair = a.nope_dim + a.rope_dim + a.value_dim
+  sent = traffic.by_axis(config)['context'] - grads_over_context(config)
+  tokens = config.data.batch_size * config.data.seq_len / 2
+  assert sent == pytest.approx(3 * 2 * layers * 4 * pair * tokens)
+  assert memory.cached_here(on_mesh(config, tensor=2)) == 2 * pair
+  assert memory.cached_here(on_mesh(LITE, tensor=2)) == 512 + 64
+  flops = functools.partial(rollout.answer_flops_per_token, config)
+  assert flops(101) - flops(100) == 2 * a.heads * pair * model.layers
 
 
 def test_the_smallest_slice_is_the_smallest():

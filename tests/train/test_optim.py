@@ -205,6 +205,7 @@ SIZES = {
   'w_kv_down': (32, 14), 'w_k_rope': (32, 4), 'w_k_up': (14, 18),
   'w_v_up': (14, 15), 'w_out': (15, 32), 'w_router': (32, 8),
   'w_join': (64, 32), 'w_gate_up': (32, 'width'), 'w_down': ('width', 32),
+  'w_k': (32, 10), 'w_v': (32, 5),
 }  # fmt: skip
 
 
@@ -217,8 +218,10 @@ def test_every_parameter_is_known_to_both_optimizers():
     **dict(dim=32, dense_width=22, mla=mla, moe=moe),
   )
   plain = dataclasses.replace(mla, query_rank=0)
+  plain = dataclasses.replace(model, mla=plain)
+  grouped = dataclasses.replace(plain, attention='gqa', kv_heads=1)
   sizes = set()
-  for c in (model, dataclasses.replace(model, mla=plain)):
+  for c in (model, plain, grouped):
     shapes = jax.eval_shape(
       transformer.Transformer(c).init,
       jax.random.key(0),

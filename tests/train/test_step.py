@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from configs import tiny
 from experiments.data import batches
+from experiments.training import evaluation
 from mla_moe import sharding
 from mla_moe.config import ComputeConfig, MeshConfig, MTPConfig, freeze
 from mla_moe.model import moe, transformer
@@ -231,7 +232,7 @@ def test_the_head_has_one_gradient():
 
 def test_evaluation_counts_nats_and_moves_nothing():
   batch = make(WHOLE)
-  run = jax.jit(functools.partial(step.eval_step, config=WHOLE))
+  run = jax.jit(functools.partial(evaluation.eval_step, config=WHOLE))
   out = run(start(PARTS), batch)
   assert out['tokens'] == (batch.targets >= 0).sum()
   _, metrics = compiled(PARTS)(start(PARTS), make(PARTS), RATES)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from configs import smoke
 from mla_moe import cost, load_huggingface
 from mla_moe.config import (
   ComputeConfig,
@@ -19,7 +20,6 @@ from mla_moe.config import (
   ConfigError,
   MTPConfig,
   freeze,
-  smoke,
 )
 from mla_moe.model import block, rope, transformer
 

@@ -13,6 +13,7 @@ import optax
 import pytest
 from flax import linen as nn
 
+from configs import smoke
 from mla_moe import sharding
 from mla_moe.config import (
   Config,
@@ -22,7 +23,6 @@ from mla_moe.config import (
   MTPConfig,
   OptimConfig,
   freeze,
-  smoke,
   thaw,
 )
 from mla_moe.model import transformer

@@ -83,8 +83,7 @@ def of_layer(config: ModelConfig, x, q_latent, angles, sets) -> Index | None:
   """In MLA: returns the layer's Index, None without one."""
   if not config.dsa.heads or (sets is not None and sets.layer is None):
     return None
-  params = Indexer(config, name='indexer')()
-  return project(params, x, q_latent, angles, config)
+  return project(Indexer(config, name='indexer')(), x, q_latent, angles, config)
 
 
 @jax.named_scope('index')
@@ -135,12 +134,16 @@ def scores(
   k: Float[Array, 'B S d'],
 ) -> Float[Array, 'B T S']:
   """Returns the index scores of all pairs, float32, and masks none."""
-  # A CPU would compute the dots one by one, inside the sum: ten times as long.
+  # A CPU is faster with keys first for a query or two, and with keys last for
+  # many. Without a barrier it computes dots inside the sum, ten times as long.
+  few = q.shape[1] < 8
+  dots = products.dot(f'bthd,bsd->{"bsth" if few else "bths"}', q, k)
   barrier = jax.lax.optimization_barrier
-  dots = products.dot('bthd,bsd->bths', q, k)
   dots = jax.lax.platform_dependent(dots, cpu=barrier, default=lambda x: x)
-  # Not an einsum, whose products a TPU would round to bfloat16.
-  return jnp.sum(jax.nn.relu(dots) * w[..., None], axis=2)
+  dots = jax.nn.relu(dots)  # times w in float32: a TPU would round both
+  if few:
+    return jnp.einsum('bsth,bth->bts', dots, w, precision='highest')
+  return jnp.sum(dots * w[..., None], axis=2)
 
 
 def select(
@@ -177,9 +180,8 @@ def select(
     values, ids = jax.lax.top_k(of_block, size)  # the first of equal values
     return jnp.where(values > -jnp.inf, ids, -1)
 
-  of_queries = None if segments is None else segments[0]
   positions = jnp.asarray(part.positions(t), jnp.int32)[None]
-  rows = index.q, index.w, positions, of_queries
+  rows = index.q, index.w, positions, segments and segments[0]
   queries = max(1, min(_QUERIES, _NUMBERS // (b * s)))
   selected = join(jax.lax.map(block, cut(rows, queries)), t)
   return checkpoint_name(selected, SET)
@@ -210,9 +212,9 @@ def no_sets(tokens: Int[Array, 'B T'], dsa: DSAConfig) -> Sets | None:
   """Returns the Sets before the first layer, None where no layer is shared."""
   if 'shared' not in dsa.types:
     return None
-  b, t = tokens.shape
-  size = dsa.topk if dsa.topk < t and dsa.attention == 'sparse' else 0
-  return Sets(jnp.zeros((b, t, size), jnp.int32), jnp.zeros((), jnp.int32))
+  few = dsa.topk < tokens.shape[1] and dsa.attention == 'sparse'
+  selected = jnp.zeros((*tokens.shape, dsa.topk * few), jnp.int32)
+  return Sets(selected, jnp.zeros((), jnp.int32))
 
 
 def enter(sets: Sets | None, first: int, dsa: DSAConfig) -> Sets | None:

@@ -171,10 +171,7 @@ def attend(
 
   queries = queries, slots, selected
   few = max(_NUMBERS // (count * (width + heads)), 1)
-  if b * t <= few:
-    out = jax.vmap(one)(queries)
-  else:
-    out = jax.lax.map(one, queries, batch_size=few)
+  out = jax.lax.map(one, queries, batch_size=min(few, b * t))
   return out.reshape(b, t, heads, width).swapaxes(1, 2)
 
 

@@ -245,8 +245,8 @@ def decoding(sizes: Sizes, contexts: list[int], rounds: int) -> list[dict]:
 
   def attend_after(context):
     cache = states['sparse'][1]
-    out, pages = attend(*cache.layers, cache.table, jnp.full(1, context))
-    states['sparse'][1] = cache.replace(layers=(pages,))
+    out, *layers = attend(*cache.layers, cache.table, jnp.full(1, context))
+    states['sparse'][1] = cache.replace(layers=tuple(layers))
     out.block_until_ready()
 
   for context in contexts:
@@ -255,8 +255,7 @@ def decoding(sizes: Sizes, contexts: list[int], rounds: int) -> list[dict]:
     }
     calls['set'] = functools.partial(select_after, context)
     calls['rest'] = functools.partial(attend_after, context)
-    clock = time.process_time
-    seconds = layer.in_turns(calls, rounds, times=5, clock=clock)
+    seconds = layer.in_turns(calls, rounds, 5, clock=time.process_time)
     measured.append({'context': context, **seconds})
   return measured
 

@@ -187,13 +187,8 @@ def decoding(sizes: Sizes, contexts: list[int], rounds: int) -> list[dict]:
   import jax
   import jax.numpy as jnp
 
-  from mla_moe.decode import (
-    forward,
-    latent_attention,
-    latent_cache,
-    sparse_attention,
-  )
-  from mla_moe.model import indexer, rope
+  from mla_moe.decode import forward, latent_cache, sparse_attention
+  from mla_moe.model import indexer
 
   random = np.random.default_rng(0)
   draw = lambda *size: random.standard_normal(size, np.float32)
@@ -230,25 +225,7 @@ def decoding(sizes: Sizes, contexts: list[int], rounds: int) -> list[dict]:
     cache = cache.replace(lengths=jnp.full(1, context, jnp.int32))
     select(cache).block_until_ready()
 
-  own = states['sparse'][0]['layers'][0]['attention']
-  own = {name: w for name, w in own.items() if name != 'indexer'}
-  x = draw(1, 1, sizes.dim)
-
-  @functools.partial(jax.jit, donate_argnums=0)
-  def attend(pages, table, lengths):
-    cache = latent_cache.Cache((pages,), table, lengths)
-    angles = rope.angles(lengths[:, None], sizes.rope_dim, sparse.mla.rope)
-    keys = jnp.arange(sizes.topk) * (lengths[0] // sizes.topk)
-    args = own, x, angles, pages, cache, None, sparse, 'absorbed'
-    out, pages, _ = latent_attention.attend(*args, keys[None, None])
-    return out, pages
-
-  def attend_after(context):
-    cache = states['sparse'][1]
-    out, *layers = attend(*cache.layers, cache.table, jnp.full(1, context))
-    states['sparse'][1] = cache.replace(layers=tuple(layers))
-    out.block_until_ready()
-
+  attend_after = _attention(sparse, states['sparse'])
   for context in contexts:
     calls = {
       kind: functools.partial(step_after, context, kind) for kind in steps
@@ -258,6 +235,39 @@ def decoding(sizes: Sizes, contexts: list[int], rounds: int) -> list[dict]:
     seconds = layer.in_turns(calls, rounds, 5, clock=time.process_time)
     measured.append({'context': context, **seconds})
   return measured
+
+
+def _attention(config: ModelConfig, state: list):
+  """Returns context -> None, a layer's attention to a set of keys all over it.
+
+  `state` has the weights and the cache, which is replaced.
+  """
+  import jax
+  import jax.numpy as jnp
+
+  from mla_moe.decode import latent_attention
+  from mla_moe.model import rope
+
+  w = state[0]['layers'][0]['attention']
+  w = {name: x for name, x in w.items() if name != 'indexer'}
+  topk, rotary = config.dsa.topk, config.mla.rope_dim
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def attend(cache):
+    (pages,), lengths = cache.layers, cache.lengths
+    angles = rope.angles(lengths[:, None], rotary, config.mla.rope)
+    keys = jnp.arange(topk) * (lengths[0] // topk)
+    x = jnp.ones((1, 1, config.dim))
+    args = w, x, angles, pages, cache, None, config, 'absorbed'
+    out, pages, _ = latent_attention.attend(*args, keys[None, None])
+    return out, cache.replace(layers=(pages,))
+
+  def attend_after(context):
+    lengths = jnp.full(1, context, jnp.int32)
+    out, state[1] = attend(state[1].replace(lengths=lengths))
+    out.block_until_ready()
+
+  return attend_after
 
 
 def bytes_read(context: int) -> dict:

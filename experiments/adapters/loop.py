@@ -51,7 +51,7 @@ def feed_forward(
 
 def _expert(rows, w_gate_up, w_down):
   """Returns one expert's output of its rows, float32."""
-  hidden = layers.glu(w_gate_up.product(rows))
+  hidden = layers.glu(w_gate_up.product(rows), -2)
   return w_down.product(hidden).astype(jnp.float32)
 
 
@@ -136,6 +136,6 @@ def _ragged(x, gates, chosen, order, ws):
     return y
 
   gate_up = multiply(dispatch.permute(x, layout), ws[0])
-  hidden = layers.glu(gate_up.reshape(total, 2, -1))
+  hidden = layers.glu(gate_up.reshape(total, 2, -1), -2)
   out = multiply(dispatch.weigh(hidden, gates, layout), ws[1])
   return dispatch.unpermute(out, layout, gates.shape[1])

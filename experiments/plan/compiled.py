@@ -196,7 +196,7 @@ def transfers(text: str, config: Config) -> dict:
   """Returns the rows of a step's collectives, and of the work beside them."""
   from mla_moe import sharding
 
-  from . import hlo, overlap
+  from . import copies, hlo, overlap
 
   axes = sharding.AXES
   sizes = tuple(getattr(config.mesh, axis) for axis in axes)
@@ -205,6 +205,7 @@ def transfers(text: str, config: Config) -> dict:
   return {
     'collectives': hlo.collectives(text, axes, sizes, micro_batches),
     'overlap': overlap.overlap(text, micro_batches),
+    'copies': copies.written(text, micro_batches),
   }
 
 

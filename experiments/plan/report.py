@@ -139,6 +139,9 @@ def show_compiled(plan, compiled: dict) -> None:
   console.print(table)
   console.print(beside(compiled['overlap']), soft_wrap=True)
   console.print(
+    f'Copies and casts of whole arrays write {_gib(compiled["copies"])} GiB.'
+  )
+  console.print(
     f'jax {compiled["jax"]}, {compiled["compiler"]}; compiled in '
     f'{compiled["seconds"]:.0f} s.'
   )

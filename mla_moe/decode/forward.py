@@ -116,25 +116,18 @@ def _layer(params, bias, dtype):
   else:
     gate_up, down = (params['ffn'][name] for name in _FFN)
     if not _is_own(down):
-      gate_up, down = packed(gate_up.astype(dtype)), down.astype(dtype)
+      # A TPU would copy weights that end in [2, F] at each step. On a mesh,
+      # each device joins its parts.
+      apart = sharding.array_spec(moe.GATE_UP, gate_up)
+      joined = sharding.array_spec(moe.PACKED, gate_up[:, :, 0])
+      join = sharding.shard_map(moe.weights.packed, (apart,), joined)
+      gate_up, down = join(gate_up.astype(dtype)), down.astype(dtype)
     layer['ffn'] = {'w_gate_up': gate_up, 'w_down': down}
     layer['w_router'] = params['ffn']['w_router']
     layer['bias'] = bias.get('ffn', {}).get('bias')
     if 'shared' in params['ffn']:
       layer['shared'] = transposed(params['ffn']['shared'])
   return layer
-
-
-def packed(w_gate_up: Float[Array, 'E D two F']) -> Float[Array, 'E D GF']:
-  """Returns gate and up in one axis; on a mesh, each device joins its parts.
-
-  Grouped products take them as one axis. A TPU stores the last two axes in
-  tiles, so it would have to copy weights that end in [2, F] at each step.
-  """
-  apart = sharding.array_spec(moe.GATE_UP, w_gate_up)
-  joined = sharding.array_spec(moe.PACKED, w_gate_up[:, :, 0])
-  join = lambda w: w.reshape(*w.shape[:2], -1)
-  return sharding.shard_map(join, (apart,), joined)(w_gate_up)
 
 
 def hidden(
@@ -298,7 +291,7 @@ def _dense(w, x):
   gate_up = products.matmul_transposed(x, w['w_gate_up'])
   if x.ndim == 3:
     gate_up = sharding.constrain(gate_up, 'batch', 'part', 'gate_up', 'mlp')
-  return products.matmul_transposed(layers.glu(gate_up), w['w_down'])
+  return products.matmul_transposed(layers.glu(gate_up, -2), w['w_down'])
 
 
 def _experts(w, x, config):
@@ -335,7 +328,7 @@ def few_rows(
   Args:
     x: the rows.
     routing: their experts and gates.
-    w_gate_up: of all experts, `packed`.
+    w_gate_up: of all experts, gate and up side by side.
     w_down: of all experts.
   """
   experts = w_down.shape[0]

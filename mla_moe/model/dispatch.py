@@ -118,20 +118,13 @@ def weigh(
 
 
 def _sum_by_token(rows, layout: Layout, tokens: int):
-  choices = zip(*_by_choice(layout, tokens), strict=True)
-  return sum(_taken(rows, *index) for index in choices)
+  """Returns the sum of a token's rows, added one choice at a time.
 
-
-def _by_choice(layout: Layout, tokens: int):
-  """Returns the `rows` and `present` of the tokens' k-th choices, [K, M] each.
-
-  Callers add one choice at a time: the K rows of all tokens at once would be
-  the largest array of a training step.
+  The K rows of all tokens at once would be the largest array of a step.
   """
-  by_choice = lambda x: x.reshape(tokens, -1).T
-  return by_choice(layout.rows), by_choice(layout.present)
-
-
-def _taken(rows, index, present):
+  choices = [x.reshape(tokens, -1).T for x in (layout.rows, layout.present)]
   # A select, not a product with 0: padding may hold inf or NaN.
-  return jnp.where(present[:, None], rows[index], 0).astype(jnp.float32)
+  return sum(
+    jnp.where(present[:, None], rows[index], 0).astype(jnp.float32)
+    for index, present in zip(*choices, strict=True)
+  )

@@ -123,7 +123,7 @@ def _forward(x, gates, w_gate_up, w_down, copies, blocks, rounding):
   def add(i, out):
     e, tokens = blocks.expert[i], blocks.assignments[i] // k
     gate_up = _gate_up(x_rounded[tokens], up[e])
-    hidden = rounding.rows(layers.glu(gate_up))
+    hidden = rounding.rows(layers.glu(gate_up, -2))
     rows = products.dot('rf,fd->rd', hidden, down[e])
     return out.at[tokens].add(rows * row_gates[i][:, None])
 
@@ -149,6 +149,7 @@ def _backward(rounding, residuals, cotangents):
   _, down = _operands(w_down, down_copies, x.dtype)
   x_rounded, g_rounded = rounding.rows(x), rounding.rows(g)
   flat = lambda gate_up: gate_up.reshape(len(gate_up), -1)
+  glu = lambda gate_up: layers.glu(gate_up, -2)
 
   def add(i, carry):
     dx, d_gates, d_w_gate_up, d_w_down = carry
@@ -156,7 +157,7 @@ def _backward(rounding, residuals, cotangents):
     gate, valid = row_gates[i][:, None], blocks.valid[i]
     rows = rounding.columns(x[tokens], valid=valid)
     grads = rounding.columns(g[tokens], valid=valid)
-    hidden, pull = jax.vjp(layers.glu, _gate_up(x_rounded[tokens], up[e]))
+    hidden, pull = jax.vjp(glu, _gate_up(x_rounded[tokens], up[e]))
     d_hidden = products.dot('rd,fd->rf', g_rounded[tokens], down[e])
     # g . (hidden W) = hidden . (g W^T): no expert's output is needed.
     d_gate = (hidden.astype(jnp.float32) * d_hidden).sum(-1)

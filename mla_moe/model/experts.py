@@ -17,7 +17,7 @@ import functools
 import jax.numpy as jnp
 
 from mla_moe import fp8, sharding
-from mla_moe.model import dispatch, expert_loop, layers, products
+from mla_moe.model import dispatch, expert_loop, layers, products, weights
 from mla_moe.types import Array, Float, Int
 
 
@@ -53,7 +53,8 @@ def feed_forward(
     if recipe.precision != 'bf16' and impl == 'padded':
       impl = 'ragged'
   if recipe.precision == 'bf16':
-    w_gate_up, w_down = w_gate_up.astype(x.dtype), w_down.astype(x.dtype)
+    w_gate_up = weights.packed(w_gate_up).astype(x.dtype)
+    w_down = w_down.astype(x.dtype)
   args = x, gates, chosen, w_gate_up, w_down
   if impl == 'loop':
     out = expert_loop.feed_forward(*args, expected, recipe)
@@ -70,8 +71,8 @@ def _dense(x, gates, chosen, w_gate_up, w_down):
   """Returns the sum over all experts; those that are not chosen have gate 0."""
   is_chosen = chosen[:, :, None] == jnp.arange(len(w_down))[None, None]
   gates = jnp.einsum('mke,mk->me', is_chosen.astype(gates.dtype), gates)
-  gate_up = products.dot('md,edf->mef', x, _flat(w_gate_up))
-  hidden = _gated(gate_up).astype(x.dtype)
+  gate_up = products.dot('md,edf->mef', x, w_gate_up)
+  hidden = layers.glu(gate_up, -1).astype(x.dtype)
   out = products.dot('mef,efd->med', hidden, w_down)
   return jnp.einsum('med,me->md', out, gates)
 
@@ -101,7 +102,7 @@ def _ragged(x, gates, chosen, w_gate_up, w_down, expected, recipe):
   options = dict(precision=recipe.precision, impl=recipe.impl)
   multiply = functools.partial(fp8.ragged_dot, group_sizes=sizes, **options)
   gate_up = multiply(dispatch.permute(x, layout), w_gate_up)
-  hidden = layers.glu(gate_up.reshape(capacity, 2, -1))
+  hidden = layers.glu(gate_up, 1 - gate_up.ndim)  # FP8 has them apart
   out = multiply(dispatch.weigh(hidden, gates, layout), w_down)
   out = dispatch.unpermute(out, layout, gates.shape[1])
   return out if rest is None else out + rest
@@ -129,18 +130,8 @@ def _padded(x, gates, chosen, w_gate_up, w_down, expected):
   blocks = expert_loop.cut(chosen, order, 128, capacity)
   args = x, gates, w_gate_up, w_down, blocks, products.NO_FP8
   rest, w_gate_up, w_down = expert_loop.over_blocks(*args)
-  gate_up = jnp.einsum('erd,edf->erf', rows, _flat(w_gate_up))
-  hidden = _gated(gate_up).reshape(e * capacity, -1)
+  gate_up = jnp.einsum('erd,edf->erf', rows, w_gate_up)
+  hidden = layers.glu(gate_up, -1).reshape(e * capacity, -1)
   hidden = dispatch.weigh(hidden, gates, layout).reshape(e, capacity, -1)
   out = jnp.einsum('erf,efd->erd', hidden, w_down).reshape(-1, dim)
   return dispatch.unpermute(out, layout, gates.shape[1]) + rest
-
-
-def _flat(w_gate_up):
-  """Returns gate and up side by side: [E, D, 2, F] -> [E, D, 2 F]."""
-  return w_gate_up.reshape(*w_gate_up.shape[:2], -1)
-
-
-def _gated(gate_up):
-  """Returns `layers.glu` of gate and up that lie side by side."""
-  return layers.glu(gate_up.reshape(*gate_up.shape[:-1], 2, -1))

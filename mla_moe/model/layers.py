@@ -40,12 +40,13 @@ def normalize(
   return (wide * jax.lax.rsqrt(mean + eps) * scale).astype(x.dtype)
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def glu(gate_up: Float[Array, '*b two F']) -> Float[Array, '*b F']:
-  """Returns silu(gate) * up; the backward pass saves the argument."""
+@functools.partial(jax.checkpoint, static_argnums=(1,), prevent_cse=False)
+def glu(gate_up: Float[Array, ...], axis: int) -> Float[Array, '*b F']:
+  """Returns silu(gate) * up of the halves of an axis; saves the argument."""
   # Split, not indexed: its gradient is one write and no sum of padded halves.
-  gate, up = jax.lax.split(gate_up, (1, 1), gate_up.ndim - 2)
-  return (jax.nn.silu(gate) * up).squeeze(-2)
+  half = (gate_up.shape[axis] // 2,) * 2
+  gate, up = jax.lax.split(gate_up, half, gate_up.ndim + axis)
+  return (jax.nn.silu(gate) * up).reshape(*gate_up.shape[:axis], -1)
 
 
 def swiglu(
@@ -62,7 +63,7 @@ def swiglu(
   stream = x.ndim == 3
   x = constrain(x, 'stream')
   gate_up = products.einsum('...d,dgf->...gf', x, w_gate_up, recipe)
-  hidden = constrain(glu(constrain(gate_up, 'gate_up', 'mlp')), 'mlp')
+  hidden = constrain(glu(constrain(gate_up, 'gate_up', 'mlp'), -2), 'mlp')
   return products.einsum('...f,fd->...d', hidden, w_down, recipe)
 
 

@@ -109,6 +109,7 @@ def routed(
       own = routing = route(flat, w_router, bias, moe)
       if routes is not None:
         routing = router.replay(own, routes.reshape(b * t, -1), moe)
+    ws = weights.packed(ws[0]), ws[1]
     ws = tuple(map(weights.gather, ws, splits, (x.dtype,) * len(ws)))
     with jax.named_scope('experts'):
       args = flat, routing, ws, axes, config, recipe, shared

@@ -127,6 +127,14 @@ def fsdp_split(w: Array | fp8.Weight | fp8.OwnWeight, axes: tuple) -> FSDPSplit:
   return FSDPSplit(axis, sharding.mesh_axes(axes, w.shape)[axis])
 
 
+def packed(w: Array | fp8.Weight | fp8.OwnWeight) -> PyTree:
+  """Returns gate and up side by side, [E, D, 2 F]; those of FP8 stay apart.
+
+  A device packs its shard: a TPU would copy a whole weight and its gradient.
+  """
+  return w.reshape(*w.shape[:2], -1) if isinstance(w, jax.Array) else w
+
+
 def gather(
   w: Array | fp8.Weight | fp8.OwnWeight, split: FSDPSplit, dtype: jnp.dtype
 ) -> Array | fp8.Weight | fp8.OwnWeight:

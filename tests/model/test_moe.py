@@ -11,8 +11,14 @@ import pytest
 
 from mla_moe import fp8, sharding
 from mla_moe.config import MeshConfig, ModelConfig, MoEConfig
-from mla_moe.decode import forward
-from mla_moe.model import expert_loop, experts, moe, products, router
+from mla_moe.model import (
+  expert_loop,
+  experts,
+  moe,
+  products,
+  router,
+  weights,
+)
 
 V3 = MoEConfig(experts=16, top_k=4, width=8, groups=4, top_groups=2, shared=0)
 VARIANTS = {
@@ -179,11 +185,11 @@ def test_packed_experts_are_the_same(impl):
   (x, gates, gate_up, down), chosen, _ = expert_inputs()
   run = functools.partial(experts.feed_forward, x, gates, chosen, impl=impl)
   run = jax.jit(functools.partial(run, expected=8))  # most go through the loop
-  joined = forward.packed(gate_up)
+  joined = weights.packed(gate_up)
   assert joined.shape == (16, 12, 16)
   dense = experts.feed_forward(x, gates, chosen, gate_up, down, impl='dense')
-  for weights in (gate_up, joined):
-    got = run(weights, down)
+  for up in (gate_up, joined):
+    got = run(up, down)
     chex.assert_trees_all_close(got, dense, rtol=2e-4, atol=2e-4)
 
 

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from experiments import chips
-from experiments.plan import hlo, overlap, scheduled
+from experiments.plan import copies, hlo, overlap, scheduled
 from mla_moe.config import ConfigError
 from mla_moe.model import exchange
 
@@ -354,3 +354,36 @@ def test_a_schedule_is_whole_once_the_file_after_it_lies_there(tmp_path):
     os.utime(program, (10, 10))
     os.utime(last, (seconds, seconds))
     assert scheduled._is_whole(tmp_path) == whole
+
+
+COPIED = """
+%cast (p: f32[512,1024]) -> bf16[512,1024] {
+  %p = f32[512,1024]{1,0} parameter(0)
+  ROOT %c = bf16[512,1024]{1,0} convert(%p)
+}
+
+%double (p: f32[512,1024]) -> f32[512,1024] {
+  %p = f32[512,1024]{1,0} parameter(0)
+  %c = f32[512,1024]{0,1} copy(%p)
+  ROOT %s = f32[512,1024]{0,1} add(%c, %c)
+}
+
+%body (t: (f32[512,1024])) -> (f32[512,1024]) {
+  %x = f32[512,1024]{1,0} get-tuple-element(%t), index=0
+  %few = f32[8,1024]{0,1} copy(%y)
+  %turned = f32[512,1024]{0,1} copy(%x)
+  %two = f32[512,1024]{0,1} fusion(%turned), kind=kLoop, calls=%double
+  ROOT %out = (f32[512,1024]) tuple(%two)
+}
+
+ENTRY %main (x: f32[512,1024]) -> bf16[512,1024] {
+  %l = (f32[512,1024]) while(%t), body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %y = f32[512,1024]{1,0} get-tuple-element(%l), index=0
+  ROOT %n = bf16[512,1024]{1,0} fusion(%y), kind=kLoop, calls=%cast
+}
+"""  # noqa: E501
+
+
+def test_copies_and_casts_of_whole_arrays_are_counted():
+  """Five turns of one copy and a cast; not what a sum reads, nor 32 KiB."""
+  assert copies.written(COPIED) == 5 * 2**21 + 2**20

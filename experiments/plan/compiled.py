@@ -205,7 +205,7 @@ def transfers(text: str, config: Config) -> dict:
   return {
     'collectives': hlo.collectives(text, axes, sizes, micro_batches),
     'overlap': overlap.overlap(text, micro_batches),
-    'copies': copies.written(text, micro_batches),
+    'copies': copies.size(text, micro_batches),
   }
 
 

@@ -21,7 +21,7 @@ _VIEWS = {
 _LEAST = 2**20
 
 
-def written(text: str, unknown: int = 1) -> float:
+def size(text: str, unknown: int = 1) -> float:
   """Returns the bytes of a step, each turn of a loop counted.
 
   Args:
@@ -50,9 +50,9 @@ def written(text: str, unknown: int = 1) -> float:
         is_copy = kinds <= _CASTS | _VIEWS and bool(kinds & _CASTS)
       else:
         is_copy = kind in _MOVES
-      size = sum(hlo._bytes(*each) for each in hlo._SHAPE.findall(shape))
-      if is_copy and size >= _LEAST:
-        total += times[name] * size
+      each = sum(hlo._bytes(*x) for x in hlo._SHAPE.findall(shape))
+      if is_copy and each >= _LEAST:
+        total += times[name] * each
   return total
 
 

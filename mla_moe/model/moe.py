@@ -126,15 +126,14 @@ def routed(
     )
     return out.reshape(b, t, dim), stats, by_row(own.chosen)
 
-  spec = sharding.array_spec
   specs = (
-    spec(_STREAM, x),
-    spec(_STREAM[:2], mask),
-    spec((None, None), w_router),
-    spec((None,), bias),
+    sharding.array_spec(_STREAM, x),
+    sharding.array_spec(_STREAM[:2], mask),
+    sharding.array_spec((None, None), w_router),
+    sharding.array_spec((None,), bias),
     tuple(map(weights.specs, ws, ws_axes)),
-    spec(_STREAM, shared),
-    spec(_STREAM, routes),
+    sharding.array_spec(_STREAM, shared),
+    sharding.array_spec(_STREAM, routes),
   )
   outputs = specs[0], sharding.PartitionSpec(), specs[0]
   args = x, mask, w_router, bias, ws, shared, routes

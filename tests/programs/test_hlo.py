@@ -386,4 +386,4 @@ ENTRY %main (x: f32[512,1024]) -> bf16[512,1024] {
 
 def test_copies_and_casts_of_whole_arrays_are_counted():
   """Five turns of one copy and a cast; not what a sum reads, nor 32 KiB."""
-  assert copies.written(COPIED) == 5 * 2**21 + 2**20
+  assert copies.size(COPIED) == 5 * 2**21 + 2**20

@@ -133,7 +133,8 @@ def test_config_py_is_a_module_without_a_path():
   assert '--config=DIR/config.py --workdir=DIR' in text
   assert [type(node) for node in ast.parse(text).body] == [
     *(ast.Expr, ast.Import, ast.Import),
-    *(ast.ImportFrom, ast.ImportFrom, ast.FunctionDef),
+    *([ast.ImportFrom] * 3),
+    ast.FunctionDef,
   ]
 
 

@@ -42,7 +42,7 @@ def feed_forward(
   if impl == 'ragged':
     return _ragged(x, gates, chosen, order, ws).astype(x.dtype)
   mean = max(expected // experts, 1)
-  block = min(max(1 << (mean - 1).bit_length(), min(len(x), 8)), _LARGEST)
+  block = min(max(1 << (mean - 1).bit_length(), 8), _LARGEST)
   blocks = expert_loop.cut(chosen, order, block, 0)
   adapters = [w.trained for w in ws]
   codes = [w.bare for w in ws]

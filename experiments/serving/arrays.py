@@ -54,9 +54,7 @@ class Arrays:
 
   def load(self, variables: PyTree) -> None:
     """Takes other weights, in either form."""
-    if 'layers' not in variables:
-      variables = forward.layer_weights(self._config, variables)
-    self._weights = variables
+    self._weights = forward.layer_weights(self._config, variables)
 
   def clear(self) -> None:
     """Makes the arrays of rows without samples, and of an empty cache."""

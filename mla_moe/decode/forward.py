@@ -71,11 +71,13 @@ def unstack(config: ModelConfig, variables: PyTree) -> PyTree:
 
 
 def layer_weights(config: ModelConfig, variables: PyTree) -> PyTree:
-  """Returns `unstack`, compiled; experts' `fp8.OwnWeight` are not copied.
+  """Returns `unstack`, compiled; its own result is returned as it is.
 
-  A compiled function copies an array that it only hands on, here the codes of
-  all layers once for each layer.
+  Experts' `fp8.OwnWeight` are not copied: a compiled function copies an array
+  that it only hands on, here the codes of all layers once for each layer.
   """
+  if 'layers' in variables:
+    return variables
   params, weights = variables['params'], _without_own(config, variables)
   routed = weights['layers'][config.dense_layers :]
   pairs = [(x, params['moe'], i) for i, x in enumerate(routed)]

@@ -141,9 +141,7 @@ def _run(variables, prompts, job, fewest):
   all_stay = not fewest or len(job.knobs.seed) < 2 * fewest
   if all_stay or sharding.auto_axes():
     return jax.device_get(_rollout(variables, *prompts, job))
-  weights = variables
-  if 'layers' not in weights:
-    weights = forward.layer_weights(job.config, variables)
+  weights = forward.layer_weights(job.config, variables)
   state, whole = _start(weights, *prompts, job), None
   rows = np.arange(len(job.knobs.seed))
   while True:
@@ -192,9 +190,7 @@ def stream(
   )
   if not job.output_length or not len(job.knobs.seed):
     return
-  weights = variables
-  if 'layers' not in weights:
-    weights = forward.layer_weights(config, variables)
+  weights = forward.layer_weights(config, variables)
   state = _start(weights, *prompts, job)
   before = np.zeros(len(job.knobs.seed), np.int32)
   while True:

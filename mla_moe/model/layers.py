@@ -8,6 +8,7 @@ elementwise operations.
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -44,9 +45,10 @@ def normalize(
 def glu(gate_up: Float[Array, ...], axis: int) -> Float[Array, '*b F']:
   """Returns silu(gate) * up of the halves of an axis; saves the argument."""
   # Split, not indexed: its gradient is one write and no sum of padded halves.
-  half = (gate_up.shape[axis] // 2,) * 2
+  shape, half = gate_up.shape, (gate_up.shape[axis] // 2,) * 2
   gate, up = jax.lax.split(gate_up, half, gate_up.ndim + axis)
-  return (jax.nn.silu(gate) * up).reshape(*gate_up.shape[:axis], -1)
+  width = math.prod(shape[axis:]) // 2  # no -1: there may be no token
+  return (jax.nn.silu(gate) * up).reshape(*shape[:axis], width)
 
 
 def swiglu(

@@ -11,9 +11,11 @@ import types
 
 import chex
 import children
+import jax
 import numpy as np
 import pytest
 
+from configs import r1_tiny
 from experiments.bench import __main__ as program
 from experiments.bench import (
   card,
@@ -36,7 +38,8 @@ from experiments.bench import (
 )
 from experiments.rl import checks, tasks
 from mla_moe import cost
-from mla_moe.config import ConfigError
+from mla_moe.config import ConfigError, freeze
+from mla_moe.train.state import init_state
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -502,6 +505,26 @@ def test_the_numbers_of_a_mismatch():
   np.testing.assert_allclose(got['k3'], (2 - np.log(3)) / 2, rtol=1e-12)
   np.testing.assert_allclose(got['max'], np.log(3), rtol=1e-12)
   assert (got['extreme'], got['flips'], got['tokens']) == (0.5, 0.5, 2)
+
+
+@pytest.mark.slow
+def test_a_rollout_s_routes_take_the_tail_of_its_mismatch():
+  """In bfloat16; a large head makes nats of what a flipped expert changes."""
+  config = freeze(r1_tiny.get_config('v32,smoke'))
+  sizes = {'dim': 32, 'dense_width': 32, 'layers': 2}
+  model = dataclasses.replace(config.model, **sizes)
+  config = dataclasses.replace(config, model=model)
+  state = init_state(jax.random.key(1), config)
+  params = {**state.params, 'w_head': 48 * state.params['w_head']}
+  variables = {'params': params, 'router': state.router}
+  args = argparse.Namespace(task='sort8', prompts=32, samples=2, seed=0)
+  ids, fields = mismatch.questions_of(config, args)
+  setting = mismatch.SETTINGS['bfloat16, int8 cache']
+  got = mismatch.measure(config, fields, variables, ids, setting, 0)
+  assert got['none']['flips'] > 0
+  assert got['train'] == got['none']  # to the bit: its own routes
+  assert got['rollout']['k3'] < got['none']['k3']
+  assert got['rollout']['extreme'] < got['none']['extreme']
 
 
 def test_sparse_attention_has_its_rows():

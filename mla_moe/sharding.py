@@ -17,9 +17,10 @@ with jax's default, `Explicit`, every constraint would be an assertion.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -37,8 +38,9 @@ RULES = (
   ('stream', None),
   # parameters
   ('vocab', 'tensor'),
-  ('embed', 'fsdp'),
-  ('rank', 'fsdp'),  # the latent's axis of an up-projection
+  ('embed', ('fsdp',)),
+  ('rank', ('fsdp',)),  # the latent's axis of an up-projection
+  ('dense', ('fsdp', 'expert')),  # either, of a matrix that GSPMD gathers
   ('heads', 'tensor'),
   ('index_heads', None),  # a set is of all heads: each device scores it
   ('experts', 'expert'),
@@ -51,14 +53,17 @@ RULES = (
   ('routed_layers', 'stage'),
 )
 
+# The axes that FSDP splits, and gathers before use: one of each matrix.
+FSDP = tuple(name for name, axes in RULES if axes and axes[0] == 'fsdp')
+
 # The optimizer's state under `config.mesh.states = 'zero1'` (Rajbhandari et
 # al. 2020): parameters are whole on every `data` replica, moments are not.
 ZERO1 = tuple(
-  (name, ('fsdp', 'data') if axes == 'fsdp' else axes) for name, axes in RULES
+  (name, (*axes, 'data') if name in FSDP else axes) for name, axes in RULES
 )
 
-# The axes that FSDP splits, and gathers before use: one of each matrix.
-FSDP = tuple(name for name, axes in RULES if axes == 'fsdp')
+# libtpu gathers shards of other lengths by a sum, which brings twice the bytes.
+_TILE = 128
 
 
 def make_mesh(
@@ -212,6 +217,40 @@ def mesh_axes(
   return tuple(split)
 
 
+def over_fsdp(axes: tuple) -> tuple:
+  """Returns logical axes for a matrix that `expert` does not split."""
+  return tuple('embed' if a == 'dense' else a for a in axes)
+
+
+def fitted(
+  axes: tuple, shape: tuple, sizes: Mapping[str, int], table: tuple = RULES
+) -> tuple:
+  """Returns `over_fsdp` where the sizes of a mesh do not divide a matrix."""
+  parts = math.prod(sizes[a] for a in dict(table)['dense'])
+  pairs = zip(axes, shape, strict=False)
+  fits = all(a != 'dense' or n % parts == 0 for a, n in pairs)
+  return axes if fits else over_fsdp(axes)
+
+
+def gather_over_expert(w: Array, axes: tuple, dtype: jnp.dtype) -> Array:
+  """Returns a dense matrix in `dtype`, for GSPMD to gather over fsdp.
+
+  Shards of whole tiles come back as they are, in their own dtype: libtpu
+  gathers such over both axes at once, and multiplies meanwhile.
+  """
+  if not auto_axes():
+    return w
+  # The barriers keep GSPMD from one gather, and one sum, over both axes.
+  hold = jax.lax.optimization_barrier
+  pairs = zip(w.shape, axes, mesh_axes(axes, w.shape), strict=True)
+  for length, name, over in pairs:
+    is_split = name == 'dense' and 'expert' in over
+    if is_split and length // axis_size(over) % _TILE:
+      w = hold(constrain(w.astype(dtype), *axes))
+      return hold(constrain(w, *over_fsdp(axes)))
+  return w
+
+
 def array_spec(axes: tuple, x: PyTree | None) -> PartitionSpec:
   """Returns the spec of one array here, by the `mesh_axes` that divide it.
 
@@ -249,7 +288,9 @@ def shardings(
   """
 
   def one(leaf):
-    names = leaf.names if isinstance(leaf, nn.LogicallyPartitioned) else ()
+    names = ()
+    if isinstance(leaf, nn.LogicallyPartitioned):
+      names = fitted(leaf.names, leaf.value.shape, mesh.shape, table)
     return NamedSharding(mesh, spec(names, table))
 
   is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)

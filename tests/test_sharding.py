@@ -160,6 +160,22 @@ def test_a_mesh_gives_the_single_devices_step(config, monkeypatch):
     assert bytes_per_device(shapes, where.opt) < 0.5 * parameters
 
 
+@pytest.mark.parametrize(
+  'length, split, in_steps', [(64, 8, True), (1024, 8, False), (12, 2, False)]
+)
+def test_parts_of_tiles_are_gathered_in_two_steps(length, split, in_steps):
+  """Over expert, then fsdp; at once where a device has whole tiles of 128."""
+  names, shape = ('dense', None), (length, 4)
+  mesh = sharding.make_mesh(MeshConfig(fsdp=2, expert=4))
+  box = nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, 'float32'), names)
+  where = sharding.shardings(box, mesh)
+  assert where.shard_shape(shape) == (length // split, 4)
+  gather = lambda w: sharding.gather_over_expert(w, names, w.dtype)
+  with jax.set_mesh(mesh):
+    text = str(jax.make_jaxpr(jax.grad(lambda w: gather(w).sum()))(box.value))
+  assert text.count('optimization_barrier') == 4 * in_steps
+
+
 @pytest.mark.slow
 def test_another_mesh_continues():
   """Two steps on one device, or one and then one on a mesh."""

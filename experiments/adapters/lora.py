@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from mla_moe import sharding
 from mla_moe.config import ConfigError, ModelConfig
 from mla_moe.model import transformer, weights
 from mla_moe.types import Array, PyTree
@@ -79,6 +80,7 @@ def boxed_base(model: ModelConfig, dtype: str) -> PyTree:
 
 
 def _boxed_frozen(name, shape, axes, kind, dtype) -> Frozen:
+  axes = sharding.over_fsdp(axes)
   flat, names = weights.flat(axes, shape), weights.flat(axes, axes)
   k, ends = sum(a in _LEAD for a in axes), _ends(axes, shape)
   columns = len(flat) - k - 1
@@ -173,6 +175,7 @@ def _fresh(key, name, boxes, model) -> PyTree:
   shape, names = (
     weights.flat(first.names, x) for x in (first.value.shape, first.names)
   )
+  names = sharding.over_fsdp(names)
   is_expert = 'experts' in names
   k = sum(a in _LEAD for a in names)
   lead, axes = shape[:k], names[:k]

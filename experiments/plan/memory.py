@@ -102,9 +102,9 @@ def training_bytes_per_device(config: Config) -> dict[str, int]:
   """Returns the bytes of a device's parameters, gradients and AdamW moments.
 
   All of them are float32; gradients and moments are of the trained parameters.
-  Parameters are split over fsdp and tensor, experts
-  over expert, too, and all of the MoE layers over stage; zero1 splits the
-  moments over data. Activations are not counted.
+  Parameters are split over fsdp and tensor, experts and all matrices that no
+  region gathers over expert, too, and all of the MoE layers over stage; zero1
+  splits the moments over data. Activations are not counted.
   """
   counts, mesh, model = cost.parameters(config), config.mesh, config.model
   expert = 3 * model.dim * model.moe.width
@@ -114,9 +114,10 @@ def training_bytes_per_device(config: Config) -> dict[str, int]:
   attention = (counts.attention + counts.norms - model.dim) // model.layers
   staged = model.moe_layers * attention + counts.shared + counts.router
   rest = counts.total + counts.mtp - counts.routed - mtp_routed - staged
-  experts_here = (counts.routed // mesh.stage + mtp_routed) // mesh.expert
-  here = experts_here + staged // mesh.stage + rest
-  here //= mesh.fsdp * mesh.tensor
+  in_stage, outside = dense_parameters(config)
+  split = (counts.routed + in_stage) // mesh.stage + mtp_routed + outside
+  whole = (staged - in_stage) // mesh.stage + rest - outside
+  here = (split // mesh.expert + whole) // (mesh.fsdp * mesh.tensor)
   replicas = mesh.data if mesh.states == 'zero1' else 1
   trained = here
   if config.optim.trains == 'indexer':
@@ -127,6 +128,24 @@ def training_bytes_per_device(config: Config) -> dict[str, int]:
     'gradients': 4 * trained,
     'optimizer': 8 * trained // replicas,
   }
+
+
+def dense_parameters(config: Config) -> tuple[int, int]:
+  """Returns the parameters that GSPMD gathers, over fsdp and expert.
+
+  They are those of MoE layers, and those of all others: attention without the
+  expansions of latents, shared experts and dense layers.
+  """
+  model, counts = config.model, cost.parameters(config)
+  mla, depth = model.mla, model.mtp.depth
+  expansion = mla.kv_rank * mla.heads * (mla.nope_dim + mla.value_dim)
+  attention = counts.attention // model.layers - expansion
+  wide = (3 * model.dim * model.dense_width, 0)
+  if model.moe_layers:
+    wide = (0, counts.shared // model.moe_layers)
+  in_stage = model.moe_layers * attention + counts.shared
+  outside = (model.dense_layers + depth) * attention + counts.dense
+  return in_stage, outside + depth * sum(wide)
 
 
 def footprint(
@@ -162,6 +181,10 @@ def footprint(
     optimizer = state_bytes(layout.opt, config.mesh, table)
   micro = config.data.micro_batch or config.data.batch_size
   sums = 2 if micro < config.data.batch_size else 1
+  # Decoding has the matrices whole along expert.
+  mesh = config.mesh
+  others = (mesh.expert - 1) / (mesh.expert * mesh.fsdp * mesh.tensor)
+  whole = int(4 * sum(dense_parameters(config)) * others)
   reinforced = {}
   if config.rl.task:
     reinforced = {
@@ -169,7 +192,7 @@ def footprint(
       'teachers': teachers_bytes(config, parameters),
       'routes': rollout.record_bytes(config, config.data.batch_size)
       // rollout.shards(config.mesh),
-      'decoding': decoding_bytes(config, parameters),
+      'decoding': decoding_bytes(config, parameters + whole),
       'cache': rollout.cache_bytes(config),
     }
   return Footprint(
@@ -249,9 +272,11 @@ def state_bytes(
 ) -> int:
   """Returns bytes on one device of boxed shapes that a table lays out."""
   is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
+  over = {axis: getattr(mesh, axis) for axis in sharding.AXES}
   total = 0
   for leaf in jax.tree.leaves(boxed, is_leaf=is_box):
     names, value = ((), leaf) if not is_box(leaf) else (leaf.names, leaf.value)
+    names = sharding.fitted(names, value.shape, over, table)
     spec = sharding.spec(names, table)
     sizes = list(value.shape)
     for i, axes in enumerate(spec):
@@ -460,7 +485,7 @@ def gathered_bytes(config: Config) -> int:
   its way already.
   """
   model, mesh = config.model, config.mesh
-  if mesh.fsdp == 1:
+  if mesh.fsdp * mesh.expert == 1:
     return 0
   width = 1 if model.precision != 'bf16' else WIDTH[model.dtype]
   if model.lora.rank:  # codes and scales, which have no gradient
@@ -470,7 +495,12 @@ def gathered_bytes(config: Config) -> int:
       state_bytes(stack, whole) // count for stack, count in stacks.values()
     ]
     return 2 * max(each)
-  return int(layer_parameters(config) * (2 * width + 4))
+  parameters = layer_parameters(config)
+  if mesh.fsdp == 1:  # over expert come matrices alone that no region gathers
+    counts = cost.parameters(model)
+    layers = model.moe_layers or 1
+    parameters -= counts.routed / layers / mesh.expert / mesh.tensor
+  return int(parameters * (2 * width + 4))
 
 
 def frozen_stacks(model: ModelConfig) -> dict[str, tuple[PyTree, int]]:

@@ -2,7 +2,8 @@
 
 fsdp brings weights forward and again backward, scatters gradients, and brings
 the embedding's rows. data sums gradients over replicas. expert sends each
-token's rows out and back, forward and backward. tensor sums the stream after
+token's rows out and back, forward and backward, and brings its parts of those
+weights that no region gathers. tensor sums the stream after
 embedding, attention and FFN. context brings the other parts' latents and index
 keys. stage hands the stream on from turn to turn. Every micro-batch pays all of
 it, and in a pipeline the MoE layers pay for their weights and gradients in
@@ -161,6 +162,11 @@ def _of_part(config: Config, part: _Part) -> collections.Counter:
     tensor=2 * stream * _others(mesh.tensor) * sums,
     context=_latents(config, part),
   )
+  width = memory.WIDTH[model.dtype]
+  copy = 1 if model.precision != 'bf16' else width
+  if not model.lora.rank:
+    shards = copy * _passes(config) * part.rest / mesh.fsdp
+    out['expert'] += shards * _others(mesh.expert)
   for axis, size in _exchanged(config, part.routed * stream).items():
     out[axis] += size
   # Gradients are scattered over fsdp first.

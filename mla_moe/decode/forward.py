@@ -15,11 +15,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from mla_moe import fp8, sharding
 from mla_moe.config import ModelConfig
 from mla_moe.decode import latent_attention, latent_cache
-from mla_moe.model import layers, moe, products, rope, router
+from mla_moe.model import layers, moe, products, rope, router, transformer
 from mla_moe.types import Array, Float, Int, PyTree
 
 _FFN = ('w_gate_up', 'w_down')
@@ -39,6 +40,7 @@ def unstack(config: ModelConfig, variables: PyTree) -> PyTree:
     variables: {'params', 'router'}, as `Transformer.init` makes them.
   """
   params, biases = variables['params'], variables.get('router', {})
+  params = _whole_along_expert(config, params)
   weights = {
     'embedding': params['embedding'].astype(config.dtype),
     'final_norm': params['final_norm']['scale'],
@@ -95,6 +97,25 @@ def layer_weights(config: ModelConfig, variables: PyTree) -> PyTree:
 def _without_own(config, variables):
   drop = lambda w: None if _is_own(w) else w
   return jax.tree.map(drop, unstack(config, variables), is_leaf=_is_own)
+
+
+def _whole_along_expert(config, params):
+  """Returns the matrices that a training step gathers over `expert` as whole
+  there: a token is too little work to do so for each."""
+  if not sharding.auto_axes():
+    return params
+  tokens = jnp.zeros((1, config.mtp.depth + 2), jnp.int32)
+  init = transformer.Transformer(config).init
+  boxed = jax.eval_shape(init, jax.random.key(0), tokens)['params']
+
+  def one(box, w):
+    if 'dense' not in box.names or _is_own(w):
+      return w
+    names = sharding.over_fsdp(box.names)
+    return sharding.constrain(w.astype(config.dtype), *names)
+
+  is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
+  return jax.tree.map(one, boxed, params, is_leaf=is_box)
 
 
 def _without_index(params):

@@ -23,6 +23,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -75,14 +77,20 @@ class Quantized:
     return self.tiles[index] if index >= 0 else 1
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def quantize(x: Float[Array, '*axes'], tiles: tuple[int, ...]) -> Quantized:
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def quantize(
+  x: Float[Array, '*axes'],
+  tiles: tuple[int, ...],
+  shards: tuple[int, ...] = (),
+) -> Quantized:
   """Returns `x` in E4M3 with a scale for each tile of the last axes.
 
   Args:
     x: any float dtype; a NaN or an infinity makes its own tile NaN.
     tiles: lengths along the last axes. WHOLE is the axis's length, and a tile
       longer than its axis is cut to it.
+    shards: of each axis, on a mesh (or none). Where they end within a tile, a
+      device finds the amax of its parts, and no other number leaves it.
   """
   lead = x.ndim - len(tiles)
   fit = lambda t, n: max(n if t == WHOLE else min(t, n), 1)
@@ -91,19 +99,25 @@ def quantize(x: Float[Array, '*axes'], tiles: tuple[int, ...]) -> Quantized:
   x = jax.lax.platform_dependent(
     x, cpu=jax.lax.optimization_barrier, default=lambda x: x
   )
-  x_tiled, inside = tiled(x.astype(jnp.float32), tiles)
+  lengths = (1,) * lead + tiles
+  splits = zip(lengths, x.shape, shards or (1,) * x.ndim, strict=True)
+  parts = [math.gcd(t, n // s) if s > 1 else t for t, n, s in splits]
+  x_tiled, inside = tiled(x.astype(jnp.float32), parts)
   counts = [n for d, n in enumerate(x_tiled.shape) if d not in inside]
   padded = [n * x_tiled.shape[d] for n, d in zip(counts, inside, strict=True)]
-  scale = _scale(jnp.max(jnp.abs(x_tiled), axis=inside, keepdims=True))
+  whole = [t // p for t, p in zip(lengths, parts, strict=True)]
+  amax, inner = tiled(jnp.max(jnp.abs(x_tiled), axis=inside), whole)
+  scale = _scale(jnp.max(amax, axis=inner))
   # A power of two has an exact reciprocal, and multiplying is cheaper.
-  values = jnp.clip(x_tiled * (1 / scale), -LARGEST, LARGEST).astype(E4M3)
+  each = jnp.expand_dims(_repeated(1 / scale, whole, counts), inside)
+  values = jnp.clip(x_tiled * each, -LARGEST, LARGEST).astype(E4M3)
   values = values.reshape(padded)[tuple(slice(n) for n in x.shape)]
-  values, scale = jax.lax.optimization_barrier((values, scale.reshape(counts)))
+  values, scale = jax.lax.optimization_barrier((values, scale))
   return Quantized(values, scale, tiles)
 
 
 def tiled(
-  x: Float[Array, '*axes'], tiles: tuple[int, ...]
+  x: Float[Array, '*axes'], tiles: Sequence[int]
 ) -> tuple[Float[Array, '*split'], tuple[int, ...]]:
   """Returns `x` with each axis split in two, and which axes lie in a tile.
 
@@ -138,11 +152,16 @@ def repeat_scales(
   q: Quantized, axes: tuple[int, ...]
 ) -> Float[Array, '*scales']:
   """Returns the scales, repeated along `axes` to the length of the values."""
-  scales = q.scales
-  for axis in axes:
-    if q.tile(axis) > 1:
-      scales = jnp.repeat(scales, q.tile(axis), axis=axis)
-      scales = jax.lax.slice_in_dim(scales, 0, q.shape[axis], axis=axis)
+  times = [q.tile(axis) if axis in axes else 1 for axis in range(q.ndim)]
+  return _repeated(q.scales, times, q.shape)
+
+
+def _repeated(scales, times, shape):
+  """Returns scales, each `times` along an axis, up to the lengths `shape`."""
+  for axis, n in enumerate(times):
+    if n > 1:
+      scales = jnp.repeat(scales, n, axis=axis)
+      scales = jax.lax.slice_in_dim(scales, 0, shape[axis], axis=axis)
   return scales
 
 

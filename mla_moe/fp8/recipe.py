@@ -82,7 +82,7 @@ class Recipe:
     return x if same else q8.retile(x, tiles[self.precision])
 
   def weights(
-    self, w: Float[Array, '*axes'], lead: int = 0
+    self, w: Float[Array, '*axes'], lead: int = 0, shards: tuple = ()
   ) -> tuple[Quantized, ...]:
     """Returns the FP8 copies of `w` [lead axes, K, ..., N]: one, or two.
 
@@ -91,7 +91,7 @@ class Recipe:
     """
     between = w.ndim - lead - 2
     if self.precision == 'fp8_block':
-      return (q8.quantize(w, (TILE, *(1,) * between, TILE)),)
+      return (q8.quantize(w, (TILE, *(1,) * between, TILE), shards),)
     if self.precision == 'fp8_tensor':
       return (q8.quantize(w, (WHOLE,) * (w.ndim - lead)),)
     forward = (WHOLE,) + (1,) * (between + 1)

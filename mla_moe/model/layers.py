@@ -79,9 +79,10 @@ class FeedForward(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, '*b D']) -> Float[Array, '*b D']:
     weight = lambda name, shape, *axes: weights.weight(
-      self, name, shape, axes, self.std, self.recipe
+      self, name, shape, axes, self.std, self.recipe, x.dtype
     )
     dim, width = x.shape[-1], self.width
-    w_gate_up = weight('w_gate_up', (dim, 2, width), 'embed', 'gate_up', 'mlp')
-    w_down = weight('w_down', (width, dim), 'mlp', 'embed')
+    axes = 'dense', 'gate_up', 'mlp'
+    w_gate_up = weight('w_gate_up', (dim, 2, width), *axes)
+    w_down = weight('w_down', (width, dim), 'mlp', 'dense')
     return swiglu(x, w_gate_up, w_down, self.recipe)

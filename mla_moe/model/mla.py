@@ -56,7 +56,7 @@ class Attention(nn.Module):
     mla, std = self.config.mla, self.config.init_std
     recipe = products.recipe(self.config)
     weight = lambda name, shape, *axes: weights.weight(
-      self, name, shape, axes, std, recipe
+      self, name, shape, axes, std, recipe, x.dtype
     )
     norm = lambda name: layers.RMSNorm(mla.norm_eps, name=name)
     dim, heads, rank = x.shape[-1], mla.heads, mla.kv_rank
@@ -64,12 +64,12 @@ class Attention(nn.Module):
 
     with jax.named_scope('down'):
       if mla.query_rank:
-        w_q = weight('w_q_down', (dim, mla.query_rank), 'embed', 'latent')
-        w_q_up = weight('w_q_up', (mla.query_rank, *query), *_UP)
+        w_q = weight('w_q_down', (dim, mla.query_rank), 'dense', 'latent')
+        w_q_up = weight('w_q_up', (mla.query_rank, *query), 'dense', *_UP[1:])
       else:
-        w_q = weight('w_q', (dim, *query), 'embed', 'heads', 'head_dim')
-      w_kv_down = weight('w_kv_down', (dim, rank), 'embed', 'latent')
-      w_k_rope = weight('w_k_rope', (dim, mla.rope_dim), 'embed', 'head_dim')
+        w_q = weight('w_q', (dim, *query), 'dense', 'heads', 'head_dim')
+      w_kv_down = weight('w_kv_down', (dim, rank), 'dense', 'latent')
+      w_k_rope = weight('w_k_rope', (dim, mla.rope_dim), 'dense', 'head_dim')
       to_q = 'btd,dq->btq' if mla.query_rank else 'btd,dnh->btnh'
       equations = to_q, 'btd,dc->btc', 'btd,dr->btr'
       ws = w_q, w_kv_down, w_k_rope
@@ -99,7 +99,7 @@ class Attention(nn.Module):
     else:
       y, report = attend_latents(*args, self.attend), None
     shape = (heads, mla.value_dim, dim)
-    w_out = weight('w_out', shape, 'heads', 'head_dim', 'embed')
+    w_out = weight('w_out', shape, 'heads', 'head_dim', 'dense')
     return products.einsum('btnu,nud->btd', y, w_out, recipe), report, sets
 
 

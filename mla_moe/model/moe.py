@@ -55,7 +55,8 @@ class MoE(nn.Module):
     moe, std = self.config.moe, self.config.init_std
     dim, e, width = x.shape[-1], moe.experts, moe.width
     recipe = products.recipe(self.config)
-    weight = functools.partial(weights.weight, self, std=std, recipe=recipe)
+    options = dict(std=std, recipe=recipe, dtype=x.dtype)
+    weight = functools.partial(weights.weight, self, **options)
     w_router = weights.param(self, 'w_router', (dim, e), ('embed', None), std)
     ws = (
       weight('w_gate_up', (e, dim, 2, width), GATE_UP),

@@ -48,11 +48,13 @@ def weight(
   axes: tuple,
   std: float,
   recipe: fp8.Recipe,
+  dtype: jnp.dtype,
 ) -> Array | fp8.Weight | fp8.OwnWeight:
   """Returns a parameter of FP8_WEIGHTS, with FP8 copies if the recipe is FP8.
 
   Copies that came with the parameter, made once for many micro-batches, are
-  used as they are. They leave their shards here: FSDP gathers FP8.
+  used as they are. They leave their shards here: FSDP gathers FP8. `dtype` is
+  that of a gather over `expert`.
   """
   assert name in FP8_WEIGHTS, name
   own = module.has_variable('params', name)
@@ -61,21 +63,23 @@ def weight(
     return own.gathered(_unsharded(flat(axes, axes)))
   w = param(module, name, shape, axes, std)
   if recipe.precision == 'bf16':
-    return w
+    return sharding.gather_over_expert(w, axes, dtype)
   if not isinstance(w, fp8.Weight):
     w = quantize(w, axes, recipe)
   names = flat(axes, axes)
-  whole = _unsharded(names)
+  half, whole = sharding.over_fsdp(names), _unsharded(names)
+  master = sharding.gather_over_expert(w.master, axes, w.master.dtype)
 
   def unshard(q):
-    bits = sharding.constrain(sharding.constrain(q.values, *names), *whole)
+    bits = sharding.gather_over_expert(q.values, names, q.values.dtype)
+    bits = sharding.constrain(sharding.constrain(bits, *half), *whole)
     return dataclasses.replace(
       q,
       values=jax.lax.bitcast_convert_type(bits, fp8.quantize.E4M3),
       scales=sharding.constrain(q.scales, *(None,) * q.ndim),
     )
 
-  return fp8.Weight(w.master, tuple(map(unshard, w.copies)))
+  return fp8.Weight(master, tuple(map(unshard, w.copies)))
 
 
 def quantize(w: Array, axes: tuple, recipe: fp8.Recipe) -> fp8.Weight:
@@ -87,8 +91,9 @@ def quantize(w: Array, axes: tuple, recipe: fp8.Recipe) -> fp8.Weight:
   """
   lead = sum(a in ('layers', 'routed_layers', 'experts') for a in axes)
   one = w.reshape(flat(axes, w.shape))
-  copies = fp8.prepare(one, recipe.precision, lead=lead).copies
   names = flat(axes, axes)
+  shards = tuple(map(sharding.axis_size, sharding.mesh_axes(names, one.shape)))
+  copies = recipe.weights(one, lead, shards)
 
   def shard(q):
     bits = jax.lax.bitcast_convert_type(q.values, jnp.uint8)

@@ -14,19 +14,19 @@ from mla_moe import fp8
 
 
 @pytest.mark.parametrize(
-  'shape, tiles',
+  'shape, tiles, shards',
   [
-    ((7, 300), (128,)),
-    ((300, 200), (128, 128)),
-    ((5, 130, 5), (128, 1)),
-    ((9, 33), (fp8.quantize.WHOLE, fp8.quantize.WHOLE)),
-    ((4, 40), (fp8.quantize.WHOLE,)),
-    ((4, 130, 2, 140), (128, 1, 128)),
+    ((7, 300), (128,), ()),
+    ((300, 200), (128, 128), ()),
+    ((5, 130, 5), (128, 1), ()),
+    ((9, 33), (fp8.quantize.WHOLE, fp8.quantize.WHOLE), ()),
+    ((4, 40), (fp8.quantize.WHOLE,), ()),
+    ((4, 130, 2, 140), (128, 1, 128), (1, 5, 1, 7)),
   ],
 )
-def test_the_quantiser_equals_loops_over_tiles(shape, tiles):
+def test_the_quantiser_equals_loops_over_tiles(shape, tiles, shards):
   x = oracle.hard(shape)
-  got = jax.jit(lambda x: fp8.quantize.quantize(x, tiles))(x)
+  got = jax.jit(lambda x: fp8.quantize.quantize(x, tiles, shards))(x)
   values, scales, exact = oracle.tiled(x, tiles)
   chex.assert_trees_all_equal(got.scales, scales)
   bits = np.asarray(got.values).view(np.uint8)

@@ -229,7 +229,7 @@ def test_a_plan_has_an_exchange_that_its_slice_has():
   small, large = on('v5e:4x4'), on('v5e:8x8')
   kinds = [c.model.compute.exchange for c in (small, large, on('v6e:8x8'))]
   assert kinds == ['auto', 'padded', 'auto']
-  sent = [traffic.by_axis(c)['expert'] for c in (on('v6e:8x8'), large)]
+  sent = [traffic._exchanged(c, 1.0)['expert'] for c in (on('v6e:8x8'), large)]
   assert sent[1] / sent[0] == dispatch.capacity(64, 8) / 64
   proposed = search._on_mesh(LITE, large.mesh, chips.parse('v5e:8x8'))
   assert proposed == large
@@ -650,8 +650,9 @@ def test_a_stage_has_the_gradients_of_its_layers_twice():
   config = dataclasses.replace(LITE, data=data, mesh=mesh)
   got = memory.footprint(config, abstract_state(config))
   counts = cost.parameters(LITE)
-  others = counts.shared + counts.router + counts.attention * 26 / 27
-  here = (counts.routed / 2 + others) / 2
+  dense, _ = memory.dense_parameters(config)
+  others = counts.shared + counts.router + counts.attention * 26 / 27 - dense
+  here = ((counts.routed + dense) / 2 + others) / 2
   assert got.gradients - got.parameters == pytest.approx(4 * here, rel=1e-3)
 
 

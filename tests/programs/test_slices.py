@@ -64,10 +64,10 @@ def test_a_row_says_what_the_compiler_says_of_its_program(
     raise ConfigError(texts.pop(0))
 
   monkeypatch.setattr(slices.scheduled, 'run', refuse)
-  only('v6e:4x4')
+  only('v5p:4x4x8')
   assert '| refused: no room |' in (tmp_path / 'slices.md').read_text()
   with pytest.raises(ConfigError, match='is using libtpu'):
-    only('v6e:4x4')
+    only('v5p:4x4x8')
 
 
 def test_the_record_has_every_mesh_of_the_documentation_and_no_other():

@@ -44,6 +44,7 @@ from . import (
   cli,
   commands,
   indexers,
+  mesh_check,
   run_tokenizer,
   tokenizer,
   workdir,
@@ -137,7 +138,7 @@ def to_run(
     model, variables = load_huggingface(source, jnp.float32, mesh)
     model = combined(model, recipe.model)
     config = dataclasses.replace(recipe, model=model, data=data)
-    sharding.check(config)
+    mesh_check.check(config)
     args = model, config.run.seed, config.optim.trains, mesh
     variables = indexers.completed(variables, *args)
     weights = variables['params'], variables['router']
@@ -188,7 +189,7 @@ def adapters_to_run(
     run=dataclasses.replace(recipe.run, base=str(folder)),
   )
   frozen_base.check(config)
-  sharding.check(config)
+  mesh_check.check(config)
   mesh = sharding.make_mesh(config.mesh) if config.mesh.devices > 1 else None
   with _claimed(target):
     base = frozen_base.load(config, mesh)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from experiments import mesh_check
 from experiments.data import batches
 from mla_moe import sharding
 from mla_moe.config import (
@@ -90,7 +91,7 @@ def bytes_per_device(tree, shardings):
 
 def on_mesh(config, state):
   """Returns the step from `state` on config.mesh, and the state's layout."""
-  sharding.check(config)
+  mesh_check.check(config)
   sizes = config.mesh
   mesh = sharding.make_mesh(sizes, jax.devices()[: sizes.devices])
   whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -320,7 +321,7 @@ def test_what_does_not_divide_is_refused(changes, words):
     part = dataclasses.replace(getattr(config, name), **changes.get(name, {}))
     config = dataclasses.replace(config, **{name: part})
   with pytest.raises(ConfigError, match=words):
-    sharding.check(config)
+    mesh_check.check(config)
 
 
 def test_the_outermost_axis_goes_across_slices():

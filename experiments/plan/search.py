@@ -17,7 +17,7 @@ from mla_moe import sharding
 from mla_moe.config import Config, ConfigError, MeshConfig
 from mla_moe.types import PyTree
 
-from .. import chips
+from .. import chips, mesh_check
 from ..adapters import base as frozen_base
 from . import memory, traffic
 
@@ -72,7 +72,7 @@ def plan(config: Config, slice_: chips.Slice, layout: PyTree) -> Plan:
       f'--mesh={mesh_text(config.mesh)}: is {config.mesh.devices} devices, '
       f'{slice_} has {slice_.devices}{hint}'
     )
-  sharding.check(config)
+  mesh_check.check(config)
   frozen_base.check_mesh(config)
   if slice_.count > 1:
     sharding.slice_axis(config.mesh, slice_.count)
@@ -223,7 +223,7 @@ def _on_mesh(
   try:
     data = dataclasses.replace(config.data, micro_batch=rows)
     on_mesh = dataclasses.replace(config, mesh=mesh, data=data)
-    sharding.check(on_mesh)
+    mesh_check.check(on_mesh)
     frozen_base.check_mesh(on_mesh)
     if slice_.count > 1:
       sharding.slice_axis(mesh, slice_.count)

@@ -22,7 +22,7 @@ from mla_moe import cost, fp8, sharding
 from mla_moe.config import Config
 from mla_moe.train.state import State
 
-from .. import distributed, runtime
+from .. import distributed, mesh_check, runtime
 from ..adapters import base as frozen_base
 from ..adapters import lora
 from ..adapters.base import Base
@@ -93,7 +93,7 @@ def prepare(
   """
   runtime.keep_memory()
   runtime.keep_compilations(path.parent / '.jax_cache')
-  sharding.check(config)
+  mesh_check.check(config)
   _, slow = fp8.choose(config.model.precision, config.model.compute.fp8)
   if slow:
     print(slow)

@@ -7,22 +7,15 @@ on the host, matrix by matrix (`fp8/quantize` is for the products of training).
 
 Quantising a dequantised weight must return the same bytes, or a model would
 change each time it is loaded and saved. The usual scale, the tile's largest
-value over 448, does not do that. The product 448 * scale was rounded, and
-dividing it again may give a neighbour of the scale; and a scale that is a power
-of two leaves the largest q below 448. But the weights still contain their
-scale: with it, each q * scale rounded to float32 *is* the weight. So `quantize`
-searches for such a scale first. The candidates are a power of two and the
-largest value over each E4M3 number above 224, with its two float32 neighbours
-(below 224 all q could be doubled and the scale halved). A power of two that was
-rounded up leaves 224, too, which might be 448 of its half: the larger scale is
-tried first, for a tile of the smaller one has odd multiples of its least
-number. If none fits, the weights are new, and the scale is the largest value
-over 448 or the next power of two.
-
-The search finds the original scale if any q of the tile is a power of two,
-since that product is exact. A tile of zeros has lost its scale (1 is written),
-and a tile of few numbers may fit two neighbouring scales; its weights are then
-still equal to the bit.
+value over 448, does not do that: 448 * scale was rounded, and a power of two
+leaves the largest q below 448. But with its own scale each q * scale rounded to
+float32 *is* the weight, so `quantize` searches for it first: a power of two, or
+the largest value over each E4M3 number above 224, with its two float32
+neighbours (below 224 all q could be doubled). Of two powers the larger comes
+first: a tile of the smaller has odd multiples of its least number. If none
+fits, the weights are new, and the scale is the largest value over 448 or the
+next power of two. A tile of zeros gets scale 1; where two neighbours fit, the
+weights are equal to the bit.
 """
 
 from __future__ import annotations

@@ -24,7 +24,6 @@ import itertools
 import math
 import re
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
@@ -331,12 +330,3 @@ def copies(config: ModelConfig) -> dict[str, str]:
     originals['lm_head.weight'] = embedding
   say = dialects.dialect(config.release.family).spell
   return {say(name): say(original) for name, original in originals.items()}
-
-
-def flat(tree: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple, Any]]:
-  """Yields (path, leaf) of nested mappings; paths are those of rows."""
-  if not hasattr(tree, 'items'):
-    yield keys, tree
-    return
-  for key, value in tree.items():
-    yield from flat(value, (*keys, key))

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import traverse_util
 
 from mla_moe.checked import few
 from mla_moe.config import ConfigError, ModelConfig
@@ -172,7 +173,7 @@ def _checked_leaves(rows: dict, variables: Any) -> dict[tuple[str, ...], Any]:
   Raises:
     ConfigError: others, or of other shapes or dtypes.
   """
-  leaves = dict(names.flat(variables))
+  leaves = traverse_util.flatten_dict(variables)
   missing, extra = rows.keys() - leaves.keys(), leaves.keys() - rows.keys()
   join = lambda paths: few('.'.join(path) for path in paths)
   if missing or extra:

@@ -1,12 +1,14 @@
 """V3.2 and GLM-5: the indexer's tensors, its keys of config.json, and cost."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 from releases import GOLDEN, loaded, refused, same_bytes, set_config, tensors
 
 import mla_moe
@@ -137,10 +139,12 @@ def test_the_layout_is_obeyed_under_either_name(copy):
   set_config(folder, indexer_rope_interleave=False)
   halves, other = load_huggingface(folder)
   assert not halves.dsa.interleaved
+  flat = functools.partial(traverse_util.flatten_dict, sep='.')
+  back, other = flat(back), flat(other)
   changed = {
-    '.'.join(a)
-    for (a, x), (_, y) in zip(names.flat(back), names.flat(other), strict=True)
-    if (np.asarray(x) != np.asarray(y)).any()
+    name
+    for name, x in back.items()
+    if (np.asarray(x) != np.asarray(other[name])).any()
   }
   assert changed == {
     f'params.{stack}.attention.indexer.{leaf}'
@@ -252,7 +256,7 @@ def test_parameters_and_cache_are_the_published_ones():
 def test_counts_are_those_of_the_leaves(name):
   config, variables, _ = case(name)
   counts = cost.parameters(config)
-  leaves = sum(x.size for _, x in names.flat(variables))
+  leaves = sum(x.size for x in jax.tree.leaves(variables))
   assert counts.total + counts.mtp == leaves
 
 
@@ -339,8 +343,8 @@ def test_a_dense_release_gets_a_fresh_indexer(capsys):
   whole = indexers.completed(variables, model, 3, 'indexer')
   output = capsys.readouterr().out
   assert output.endswith('parameters of its indexers are random.\n')
-  fresh = dict(names.flat(whole))
-  for path, leaf in names.flat(variables):
+  fresh = traverse_util.flatten_dict(whole)
+  for path, leaf in traverse_util.flatten_dict(variables).items():
     assert fresh.pop(path) is leaf
   rows = {row.path: row.shape for row in names.rows(model)}
   assert {k: x.shape for k, x in fresh.items()} == {

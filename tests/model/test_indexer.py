@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from experiments import mesh_check
 from mla_moe import config as c
 from mla_moe import sharding, types
 from mla_moe.model import (
@@ -550,7 +551,7 @@ def test_a_mesh_changes_nothing(rank, batched, monkeypatch):
 
   expected, m = run(config, None)
   sharded = dataclasses.replace(config, mesh=c.MeshConfig(**sizes))
-  sharding.check(sharded)
+  mesh_check.check(sharded)
   devices = jax.devices()[: sharded.mesh.devices]
   mesh = sharding.make_mesh(sharded.mesh, devices)
   with jax.set_mesh(mesh):
@@ -635,7 +636,7 @@ def test_stages_and_misfits_are_refused_in_a_line():
     staged, model=dataclasses.replace(staged.model, dense_layers=0)
   )
   with pytest.raises(c.ConfigError, match='config.mesh.stage=2: .*use fsdp'):
-    sharding.check(staged)
+    mesh_check.check(staged)
   for change, message in (
     ({'dim': 2}, 'dsa.dim=2: .*mla.rope_dim=4'),
     ({'types': ('full',)}, 'dsa.types=.*layers=3'),

@@ -11,6 +11,7 @@ import pytest
 from flax import linen as nn
 
 from configs import tiny
+from experiments import mesh_check
 from experiments.data import batches
 from experiments.training import evaluation
 from mla_moe import sharding
@@ -276,7 +277,7 @@ def test_every_logical_axis_has_a_rule_and_no_parameter_collides():
 def test_a_mesh_gives_the_single_device_step(sizes):
   mesh_config = MeshConfig(**sizes)
   config = dataclasses.replace(SMOKE, mesh=mesh_config)
-  sharding.check(config)
+  mesh_check.check(config)
   batch = make(SMOKE)
   expected, m = compiled(SMOKE)(start(), batch, RATES)
   mesh = sharding.make_mesh(mesh_config)

@@ -103,9 +103,7 @@ def make_mesh(
 
 
 def slice_axis(mesh: MeshConfig, slices: int) -> str:
-  """Returns the axis that goes across slices: `data`, `stage` or `fsdp`.
-
-  It is the first of them whose size is a multiple of `slices`.
+  """Returns the axis across slices: of data, stage and fsdp the first fit.
 
   Raises:
     ConfigError: none of them is.

@@ -2,8 +2,7 @@
 
 A weight is w[i, j] = q[i, j] * scale[i // 128, j // 128]. The files call the
 scale `weight_scale_inv`, although it is a multiplier. The last tile of a row or
-a column may be partial. All of it is numpy with ml_dtypes: quantising happens
-on the host, matrix by matrix (`fp8/quantize` is for the products of training).
+a column may be partial. All of it is numpy, on the host, matrix by matrix.
 
 Quantising a dequantised weight must return the same bytes, or a model would
 change each time it is loaded and saved. The usual scale, the tile's largest

@@ -96,11 +96,23 @@ def no_experts_are_gathered(config, *text_and_mesh):
       assert not {dim, 2 * width} <= {*sizes[1:]}, shape
 
 
-def received(*text_and_mesh):
-  """Bytes by axis; a sum over several at once counts as the first's."""
+def received(text, axes, sizes):
+  """Bytes by axis; of a sum over several at once all count as the first's.
+
+  A gather over several counts as one after another, the last of them first.
+  """
   sums = dict.fromkeys(sharding.AXES, 0.0)
-  for row in hlo.collectives(*text_and_mesh):
-    sums[row['axis'].split('+')[0]] += row['bytes']
+  size_of = dict(zip(axes, sizes, strict=True))
+  for row in hlo.collectives(text, axes, sizes):
+    over, before = row['axis'].split('+'), 1
+    if row['kind'] != 'all-gather':
+      over = over[:1]
+    parts = []
+    for axis in over:
+      parts.append((1 - 1 / size_of[axis]) / before)
+      before *= size_of[axis]
+    for axis, part in zip(over, parts, strict=True):
+      sums[axis] += row['bytes'] * part / sum(parts)
   return sums
 
 

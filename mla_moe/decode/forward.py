@@ -100,8 +100,8 @@ def _without_own(config, variables):
 
 
 def _whole_along_expert(config, params):
-  """Returns the matrices that a training step gathers over `expert` as whole
-  there: a token is too little work to do so for each."""
+  """Returns parameters whose `dense` matrices are whole along `expert`."""
+  # A token is too little work to gather them for each, as a training step does.
   if not sharding.auto_axes():
     return params
   tokens = jnp.zeros((1, config.mtp.depth + 2), jnp.int32)

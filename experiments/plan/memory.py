@@ -138,7 +138,9 @@ def dense_parameters(config: Config) -> tuple[int, int]:
   """
   model, counts = config.model, cost.parameters(config)
   mla, depth = model.mla, model.mtp.depth
-  expansion = mla.kv_rank * mla.heads * (mla.nope_dim + mla.value_dim)
+  expansion = 0
+  if model.attention == 'mla':
+    expansion = mla.kv_rank * mla.heads * (mla.nope_dim + mla.value_dim)
   attention = counts.attention // model.layers - expansion
   wide = (3 * model.dim * model.dense_width, 0)
   if model.moe_layers:

@@ -41,10 +41,10 @@ class Attention(nn.Module):
     c, recipe = self.config, products.recipe(self.config)
     a, dim, times = c.mla, x.shape[-1], c.mla.heads // c.kv_heads
     weight = lambda name, shape, *axes: weights.weight(
-      self, name, shape, axes, c.init_std, recipe
+      self, name, shape, axes, c.init_std, recipe, x.dtype
     )
     to_heads = lambda name, heads, size: weight(
-      name, (dim, heads, size), 'embed', 'heads', 'head_dim'
+      name, (dim, heads, size), 'dense', 'heads', 'head_dim'
     )
     ws = (
       to_heads('w_q', a.heads, a.nope_dim + a.rope_dim),
@@ -57,7 +57,7 @@ class Attention(nn.Module):
     args = k, checkpoint_name(v, 'k_rope'), (), segments, c, recipe
     y = mla.attend_latents(q, *args, self.attend, expand)
     shape = (a.heads, a.value_dim, dim)
-    w_out = weight('w_out', shape, 'heads', 'head_dim', 'embed')
+    w_out = weight('w_out', shape, 'heads', 'head_dim', 'dense')
     return products.einsum('btnu,nud->btd', y, w_out, recipe), None, sets
 
 

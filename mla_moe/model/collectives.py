@@ -20,14 +20,10 @@ from mla_moe.types import Array, Float
 
 
 class Route(NamedTuple):
-  """A collective: its kind, mesh axes, and rows from each device to each.
-
-  `gather` has no buffers: its `devices` and `capacity` are 0.
-  """
+  """A collective: its kind, mesh axes, and the rows of a `ragged` result."""
 
   kind: str
   axes: tuple[str, ...]
-  devices: int = 0
   capacity: int = 0
 
 
@@ -65,24 +61,16 @@ send.defvjp(_send_forward, _send_backward)
 def move(x: Array, sizes: tuple | None, route: Route) -> Array:
   """Returns the rows that other devices send here, [received, ...].
 
-  `sizes` are two int32 arrays of [devices]: how many of the rows in each
-  device's buffer are real, here and there. Only `ragged` reads them.
+  `sizes`, for `ragged` alone, are int32 arrays of [devices]: each device's
+  first row here, their number, the place of the first in its result, and the
+  number of rows from it.
   """
   if route.kind == 'gather':
     return jax.lax.all_gather(x, route.axes, axis=0, tiled=True)
   if route.kind == 'padded':
     return jax.lax.all_to_all(x, route.axes, 0, 0, tiled=True)
-  devices = jnp.arange(route.devices, dtype=jnp.int32)
-  me = jax.lax.axis_index(route.axes)
-  return ragged_all_to_all(
-    x,
-    sharding.pvary(jnp.zeros_like(x)),
-    sharding.pvary(devices * route.capacity),
-    sizes[0],
-    sharding.pvary(jnp.full_like(devices, me * route.capacity)),
-    sizes[1],
-    axis_name=route.axes[0],
-  )
+  result = sharding.pvary(jnp.zeros((route.capacity, *x.shape[1:]), x.dtype))
+  return ragged_all_to_all(x, result, *sizes, axis_name=route.axes[0])
 
 
 def ragged_all_to_all(x: Array, *args: Array, axis_name: str) -> Array:

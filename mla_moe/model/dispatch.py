@@ -25,12 +25,12 @@ SAVED = ('dispatch',)
 
 
 class Order(NamedTuple):
-  """Assignments sorted by group: by expert, or by the expert's device."""
+  """Assignments sorted by expert."""
 
   assignments: Array  # [A] int32: the assignment at each sorted position
   positions: Array  # [A] int32: the sorted position of each assignment
-  sizes: Array  # [groups] int32
-  starts: Array  # [groups] int32: the position of the group's first assignment
+  sizes: Array  # [E] int32
+  starts: Array  # [E] int32: the position of the expert's first assignment
 
 
 class Layout(NamedTuple):

@@ -12,8 +12,9 @@ back. Three kinds give the same numbers:
   times the balanced number of rows. Rows that exceed a buffer go in further
   rounds of the same buffers: memory is bounded and no row is dropped. A step
   with balanced load has no further round.
-* ragged: the same buffers, but only real rows travel. Not all devices have
-  this collective (`sharding.ragged_exchange`).
+* ragged: only real rows travel, from their sorted order to one buffer a device,
+  1.5 times the balanced number. Rounds as before. Not all devices have this
+  collective (`sharding.ragged_exchange`).
 """
 
 from __future__ import annotations
@@ -91,15 +92,15 @@ def exchange(
   kind = _kind(config, devices, 'expert' in axes.tokens)
   # Devices along `tensor` have parts of the same experts: they need the same
   # tokens, whatever the kind.
-  gathered = split
-  if kind != 'gather':
-    gathered = tuple(a for a in split if a == 'tensor')
+  gathered = tuple(a for a in split if kind == 'gather' or a == 'tensor')
   if gathered:
     x, gates, chosen = _gather(x, gates, chosen, gathered, recipe, shared)
   overflow = jnp.zeros((), jnp.int32)
   if kind == 'gather':
     expected = max(chosen.size // devices, 1)
-    ids = _own_ids(chosen, config.moe.experts // devices)
+    own = config.moe.experts // devices
+    ids = chosen - jax.lax.axis_index('expert') * own
+    ids = jnp.where((ids >= 0) & (ids < own), ids, own)
     out = _compute(x, gates, ids, ws, config, recipe, expected)
   else:
     out, exceeding = _in_rounds(x, gates, chosen, ws, kind, config, recipe)
@@ -144,12 +145,6 @@ def _compute(x, gates, ids, ws, config, recipe, expected=0):
   return compute(x, gates, ids, *ws, expected=expected)
 
 
-def _own_ids(chosen: Array, count: int) -> Array:
-  """Returns ids among this device's `count` experts; `count` for all others."""
-  local = chosen - jax.lax.axis_index('expert') * count
-  return jnp.where((local >= 0) & (local < count), local, count)
-
-
 def _gather(x, gates, chosen, axes, recipe, shared):
   """Returns the tokens, gates and ids of all devices along `axes`.
 
@@ -182,64 +177,83 @@ _after.defvjp(lambda done, x: (_after(done, x), None), lambda _, g: (None, g))
 
 
 def _in_rounds(x, gates, chosen, ws, kind, config, recipe):
-  """Returns the experts' sum [M, D] in x's dtype, and the device's overflow."""
+  """Returns the experts' sum [M, D] in x's dtype, and the device's overflow.
+
+  The rows from one device to another have consecutive places in a stream, of
+  which a round moves `capacity`. For `padded` each pair of devices has a stream
+  of its own; for `ragged` all rows that one device receives are one.
+  """
   sizes = jax.sharding.get_abstract_mesh().shape
   devices, total = sizes['expert'], chosen.size
-  capacity = min(dispatch.capacity(-(-total // devices), 8), total)
   order = dispatch.sort(chosen, config.moe.experts)
-  to_device = order.sizes.reshape(devices, -1).sum(-1)
-  order = order._replace(
-    sizes=to_device, starts=jnp.cumsum(to_device) - to_device
-  )
-  route = collectives.Route(kind, ('expert',), devices, capacity)
-  run_round = functools.partial(
-    _round, route=route, config=config, recipe=recipe
-  )
+  counts = jax.lax.all_gather(order.sizes, 'expert')  # [from, E]
+  to = counts.reshape(devices, devices, -1).sum(-1)  # [from, to]
+  places, most = jnp.zeros_like(to), total  # of each pair's first row
+  if kind == 'ragged':
+    places, most = jnp.cumsum(to, 0) - to, devices * total
+  capacity = min(dispatch.capacity(-(-most // devices), 8), most)
+  route = collectives.Route(kind, ('expert',), capacity)
+  run_round = functools.partial(_round, route, config, recipe)
   rounds = None
-  if capacity < total:
+  if capacity < most:
     # Every device takes part in every round.
-    most = jax.lax.pmax(to_device.max(), tuple(sizes))
-    rounds = sharding.pvary(-(-most // capacity))
-  out = _all_rounds(run_round, rounds, x, gates, chosen, ws, order)
-  return out, jnp.maximum(to_device - capacity, 0).sum()
+    rounds = jax.lax.pmax((places + to).max(), tuple(sizes))
+    rounds = sharding.pvary(-(-rounds // capacity))
+  plan = order, counts, to, places
+  out = _all_rounds(run_round, rounds, x, gates, chosen, ws, plan)
+  late = to - jnp.clip(capacity - places, 0, to)
+  return out, late[jax.lax.axis_index('expert')].sum()
 
 
-def _round(i, x, gates, chosen, ws, order, *, route, config, recipe):
-  """Returns the sum over the i-th `capacity` rows for each device.
+def _round(route, config, recipe, i, x, gates, chosen, ws, plan):
+  """Returns the sum over the i-th `capacity` places of each stream.
 
-  It is [M, D] in float32; `order` is by device. A row's gate travels with it:
-  outputs come back multiplied, and the gates' gradient is computed where the
-  outputs are, so that none is saved or sent again for it.
+  It is [M, D] in float32. A row's gate travels with it: outputs come back
+  multiplied, and the gates' gradient is computed where the outputs are, so
+  that none is saved or sent again for it.
   """
-  capacity = route.capacity
-  own = config.moe.experts // route.devices
-  index = jnp.arange(capacity, dtype=jnp.int32)[None] + i * capacity
-  valid = index < order.sizes[:, None]
-  position = jnp.where(valid, order.starts[:, None] + index, 0)
-  assignments = order.assignments[position]
-  flat = chosen.reshape(-1)
-  device = flat // own
-  rank = order.positions - order.starts[device] - i * capacity
-  present = (rank >= 0) & (rank < capacity)
-  rows = jnp.where(present, device * capacity + rank, 0)
-  assignments, valid = assignments.reshape(-1), valid.reshape(-1)
-  layout = dispatch.Layout(assignments, valid, rows, present)
+  order, counts, to, places = plan
+  capacity, me = route.capacity, jax.lax.axis_index('expert')
+  own = counts.shape[1] // len(to)
+  low = jnp.clip(i * capacity - places, 0, to)  # the first row that is moved
+  sizes = jnp.clip((i + 1) * capacity - places, 0, to) - low
+  first = jnp.cumsum(to, 1) - to + low
+  device = chosen.reshape(-1) // own
+  rank = order.positions - first[me, device]
+  present = (rank >= 0) & (rank < sizes[me, device])
+  here = jax.lax.dynamic_slice_in_dim(counts, me * own, own, 1)
+  if route.kind == 'ragged':
+    here = here.reshape(1, -1)
+    assignments, rows = order.assignments, order.positions
+    valid = present[assignments]
+    target = jnp.clip(places + low - i * capacity, 0, capacity)
+    there = first[me], sizes[me], target[me], sizes[:, me]
+    back = target[:, me], sizes[:, me], first[:, me], sizes[me]
+  else:
+    there = back = None
+    index = jnp.arange(capacity, dtype=jnp.int32)[None]
+    valid = index < sizes[me][:, None]
+    position = jnp.where(valid, first[me][:, None] + index, 0)
+    assignments = order.assignments[position].reshape(-1)
+    rows = jnp.where(present, device * capacity + rank, 0)
+  layout = dispatch.Layout(assignments, valid.reshape(-1), rows, present)
+  # A stream's rows are sorted by expert, in blocks of one sender each.
+  ends = jnp.cumsum(here, 1)
+  place = jnp.arange(capacity, dtype=jnp.int32) + i * capacity
+  block = (ends[:, None] <= place[None, :, None]).sum(-1, dtype=jnp.int32)
+  ids = jnp.where(block < ends.shape[1], block % own, own).reshape(-1, 1)
 
-  swap = lambda x: jax.lax.all_to_all(x, 'expert', 0, 0, tiled=True)
-  sent = jnp.clip(order.sizes - i * capacity, 0, capacity)
-  received = swap(sent)
-  ids = swap(jnp.where(valid, flat[assignments], -1))
-  row_gates = swap(dispatch.permute(gates.reshape(-1, 1), layout))
+  row_gates = dispatch.permute(gates.reshape(-1, 1), layout)
+  row_gates = collectives.move(row_gates, there, route)
   rows = dispatch.permute(x, layout)
-  rows = collectives.send(rows, (sent, received), route, recipe)
-  ids = _own_ids(ids, own)[:, None]
+  rows = collectives.send(rows, there, route, recipe)
   out = _compute(rows, row_gates, ids, ws, config, recipe)
-  out = collectives.move(out, (received, sent), route)
+  out = collectives.move(out, back, route._replace(capacity=chosen.size))
   return dispatch.unpermute(out, layout, chosen.shape[1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _all_rounds(run_round, rounds, x, gates, chosen, ws, order):
+def _all_rounds(run_round, rounds, x, gates, chosen, ws, plan):
   """Returns the sum of all rounds, of the first alone if `rounds` is None.
 
   The first round is plain code, so that other work can overlap its collectives.
@@ -247,7 +261,7 @@ def _all_rounds(run_round, rounds, x, gates, chosen, ws, order):
   differentiate backward. The gradient below computes each round again, so that
   only one round's rows are in memory.
   """
-  args = x, gates, chosen, ws, order
+  args = x, gates, chosen, ws, plan
   out = run_round(0, *args)
   if rounds is not None:
     add = lambda i, out: out + run_round(i, *args)
@@ -256,21 +270,20 @@ def _all_rounds(run_round, rounds, x, gates, chosen, ws, order):
   return out.astype(x.dtype)
 
 
-def _all_rounds_forward(run_round, rounds, x, gates, chosen, ws, order):
-  out = _all_rounds(run_round, rounds, x, gates, chosen, ws, order)
-  return out, (rounds, x, gates, chosen, ws, order)
+def _all_rounds_forward(run_round, rounds, x, gates, chosen, ws, plan):
+  out = _all_rounds(run_round, rounds, x, gates, chosen, ws, plan)
+  return out, (rounds, x, gates, chosen, ws, plan)
 
 
 def _all_rounds_backward(run_round, residuals, g):
-  rounds, x, gates, chosen, ws, order = residuals
+  rounds, x, gates, chosen, ws, plan = residuals
   primals = x, gates, tuple(map(_trained, ws))
   g = g.astype(jnp.float32)
 
   def grads_of(i):
     def f(x, gates, masters):
-      pairs = zip(ws, masters, strict=True)
-      ws_of_f = tuple(_with(w, master) for w, master in pairs)
-      return run_round(i, x, gates, chosen, ws_of_f, order)
+      ws_of_f = tuple(map(_with, ws, masters))
+      return run_round(i, x, gates, chosen, ws_of_f, plan)
 
     return jax.vjp(f, *primals)[1](g)
 

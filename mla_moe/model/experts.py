@@ -87,8 +87,7 @@ def _ragged(x, gates, chosen, w_gate_up, w_down, expected, recipe):
   order = dispatch.sort(chosen, e)
   capacity = min(total, dispatch.capacity(expected, 128))
   # Each expert's rows that fit the buffer; the loop skips them.
-  ends = jnp.minimum(order.starts + order.sizes, capacity)
-  sizes = ends - jnp.minimum(order.starts, capacity)
+  sizes = jnp.clip(capacity - order.starts, 0, order.sizes)
   assignments = order.assignments[:capacity]
   present = (chosen.reshape(-1) < e) & (order.positions < capacity)
   valid = jnp.arange(capacity) < sizes.sum()

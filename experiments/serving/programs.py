@@ -24,7 +24,13 @@ import jax.numpy as jnp
 from flax import struct
 
 from mla_moe.config import ModelConfig
-from mla_moe.decode import forward, latent_cache, loop, sampling
+from mla_moe.decode import (
+  forward,
+  latent_attention,
+  latent_cache,
+  loop,
+  sampling,
+)
 from mla_moe.types import Array, Float, Int, PyTree
 
 TOP = 20  # alternatives of a token, as many as OpenAI's protocol has
@@ -112,7 +118,8 @@ def prefill(
   the tokens after its own (zeros if not wanted), and pools."""
   cache = latent_cache.Cache(pools, chunk.table, chunk.start, impl)
   main, mtp = forward.split(cache, config)
-  form = forward.form_of(chunk.tokens.shape[1])
+  few = chunk.tokens.shape[1] <= latent_attention.ABSORBED
+  form = 'absorbed' if few else 'decompressed'
   x, main = forward.hidden(
     weights, main, chunk.tokens, config, valid=chunk.valid, form=form
   )

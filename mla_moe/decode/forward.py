@@ -201,11 +201,6 @@ def decode_step(
   return logits(weights, x[:, 0]), cache
 
 
-def form_of(tokens: int) -> str:
-  """Returns the cheaper form of attention for so many tokens after others."""
-  return 'absorbed' if tokens <= latent_attention.ABSORBED else 'decompressed'
-
-
 def prefill(
   weights: PyTree,
   cache: latent_cache.Cache,

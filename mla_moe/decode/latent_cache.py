@@ -318,13 +318,6 @@ def width(pages: Pages, rope_dim: int) -> int:
   return pages.values.shape[-1] + (0 if pages.scales is None else rope_dim)
 
 
-def shardings(cache: Cache, mesh: jax.sharding.Mesh) -> PyTree:
-  """Returns the shardings of an `empty` cache: rows, with their pages, lie on
-  the devices that hold the batch."""
-  rows = jax.NamedSharding(mesh, sharding.spec(('batch',)))
-  return jax.tree.map(lambda _: rows, cache)
-
-
 def quantise(
   x: Float[Array, '*b C'], kind, tile: int = 0
 ) -> tuple[Array, Array]:

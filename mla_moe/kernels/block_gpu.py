@@ -12,7 +12,7 @@ shared memory; two multiply 64 rows each, and one scales while the other
 multiplies. The hardware wants both operands with the sum along their rows, and
 all lengths are multiples of 128. One body, `_product`, serves all three
 functions: an expert's product differs in the place of its matrix and in the
-number of its tiles. The oracle is `block_tpu.reference`.
+number of its tiles. The oracle is beside the tests.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ For each tile k of 128 along the sum, in float32 (V3 section 3.3.2):
 
 A TPU accumulates products in float32 already, so that tiles of 128 serve the
 scales alone; and since its multipliers are 256 deep, such tiles fill half of
-them (`fp8_channel` is the fast recipe).
+them (`fp8_channel` is the fast recipe). The oracle is beside the tests.
 
 Operands are E4M3, their scales float32. Both have the sum along their rows,
 and all lengths are multiples of 128. The kernels read the scales transposed,
@@ -27,36 +27,21 @@ from mla_moe.types import Array, Float, Int
 _TILE = 128
 
 
-def reference(
-  a: Float[Array, 'M K'],
-  sa: Float[Array, 'M tiles'],
-  b: Float[Array, 'N K'],
-  sb: Float[Array, 'rows tiles'],
-) -> Float[Array, 'M N']:
-  """a b^T in plain JAX: the dequantised operands' float32 product."""
-  wide = lambda q, s: (
-    q.astype(jnp.float32)
-    * jnp.repeat(jnp.repeat(s, _TILE, axis=1), q.shape[0] // s.shape[0], axis=0)
-  )
-  highest = jax.lax.Precision.HIGHEST
-  return jnp.matmul(wide(a, sa), wide(b, sb).T, precision=highest)
-
-
 def result(
   shape: tuple[int, ...], dtype: DTypeLike, like: Array
 ) -> jax.ShapeDtypeStruct:
-  """A kernel's result type; in shard_map it varies by device as `like` does."""
+  """Returns a kernel's result type; it varies by device as `like` does."""
   varying = jax.typeof(like).manual_axis_type
   return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying)
 
 
 def _fit(n: int) -> int:
-  """The rows or columns of the result that one program computes."""
+  """Returns the rows or columns of the result that one program computes."""
   return next(size for size in (256, 128) if n % size == 0)
 
 
 def _step(tiles: int) -> int:
-  """The tiles of the sum that one step of the grid adds."""
+  """Returns the tiles of the sum that one step of the grid adds."""
   return next(n for n in (8, 4, 2, 1) if tiles % n == 0)
 
 
@@ -74,7 +59,7 @@ def _add(a, sa, b, sb, acc, tiles: int):
 
 
 def _scales(s, rows: int):
-  """Scales [.., rows or rows / 128, tiles] as [.., tiles, 1, rows]."""
+  """Returns scales [.., rows or rows / 128, tiles] as [.., tiles, 1, rows]."""
   block = rows // s.shape[-2]
   s = jnp.repeat(s, block, axis=-2) if block > 1 else s
   return s.swapaxes(-1, -2)[..., None, :]
@@ -88,42 +73,8 @@ def matmul(
   *,
   dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, 'M N']:
-  """a b^T in `dtype`; `sb` has a scale for each row or each 128 rows."""
-  (m, k), n = a.shape, b.shape[0]
-  step = _step(k // _TILE)
-  width = _fit(n)
-  height = _fit(m)
-  last = k // _TILE // step - 1
-
-  def kernel(a, sa, b, sb, out, acc):
-    k = pl.program_id(2)
-
-    @pl.when(k == 0)
-    def _():
-      acc[...] = jnp.zeros_like(acc)
-
-    _add(a, sa, b, sb, acc, step)
-
-    @pl.when(k == last)
-    def _():
-      out[...] = acc[...].astype(out.dtype)
-
-  return pl.pallas_call(
-    kernel,
-    grid=(m // height, n // width, last + 1),
-    in_specs=[
-      pl.BlockSpec((height, step * _TILE), lambda i, j, k: (i, k)),
-      pl.BlockSpec((step, 1, height), lambda i, j, k: (k, 0, i)),
-      pl.BlockSpec((width, step * _TILE), lambda i, j, k: (j, k)),
-      pl.BlockSpec((step, 1, width), lambda i, j, k: (k, 0, j)),
-    ],
-    out_specs=pl.BlockSpec((height, width), lambda i, j, k: (i, j)),
-    scratch_shapes=[pltpu.VMEM((height, width), jnp.float32)],
-    compiler_params=pltpu.CompilerParams(
-      dimension_semantics=('parallel', 'parallel', 'arbitrary')
-    ),
-    out_shape=result((m, n), dtype, a),
-  )(a, _scales(sa, m), b, _scales(sb, n))
+  """Returns a b^T in `dtype`; `sb` has one scale a row, or one per 128 rows."""
+  return _product(a, sa, b[None], sb[None], _fit(len(a)), dtype)
 
 
 def grouped(
@@ -136,20 +87,29 @@ def grouped(
   *,
   dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, 'P N']:
-  """Each block of 128 rows of `a` times its expert's matrix, in `dtype`.
+  """Returns each block of 128 rows of `a` times its expert's matrix.
 
-  `expert` has the expert of each block. Only the first `live` blocks are
-  computed; the other rows are undefined.
+  The result is in `dtype`. `expert` has the expert of each block. Only the
+  first `live` blocks are computed; the other rows are undefined.
   """
-  (p, k), n = a.shape, b.shape[1]
-  step = _step(k // _TILE)
-  width = _fit(n)
-  last = k // _TILE // step - 1
+  return _product(a, sa, b, sb, _TILE, dtype, expert, live.reshape(1))
 
-  def kernel(expert, live, a, sa, b, sb, out, acc):
+
+def _product(a, sa, b, sb, height, dtype, *blocks):
+  """Returns each block of `height` rows of `a` times a matrix of `b`.
+
+  `blocks` are those of `grouped`, and none where `b` has one matrix.
+  """
+  (m, k), n = a.shape, b.shape[1]
+  step, width = _step(k // _TILE), _fit(n)
+  last = k // _TILE // step - 1
+  which = lambda i, blocks: blocks[0][i] if blocks else 0
+
+  def kernel(*refs):
+    *blocks, a, sa, b, sb, out, acc = refs
     k = pl.program_id(2)
 
-    @pl.when(pl.program_id(0) < live[0])
+    @pl.when(pl.program_id(0) < blocks[1][0] if blocks else True)
     def _():
       @pl.when(k == 0)
       def _():
@@ -161,28 +121,39 @@ def grouped(
       def _():
         out[...] = acc[...].astype(out.dtype)
 
-  grid = pltpu.PrefetchScalarGridSpec(
-    num_scalar_prefetch=2,
-    grid=(p // _TILE, n // width, last + 1),
-    in_specs=[
-      pl.BlockSpec((_TILE, step * _TILE), lambda i, j, k, *_: (i, k)),
-      pl.BlockSpec((step, 1, _TILE), lambda i, j, k, *_: (k, 0, i)),
-      pl.BlockSpec(
-        (1, width, step * _TILE), lambda i, j, k, e, _: (e[i], j, k)
-      ),
-      pl.BlockSpec((1, step, 1, width), lambda i, j, k, e, _: (e[i], k, 0, j)),
-    ],
-    out_specs=pl.BlockSpec((_TILE, width), lambda i, j, k, *_: (i, j)),
-    scratch_shapes=[pltpu.VMEM((_TILE, width), jnp.float32)],
-  )
+  in_specs = [
+    pl.BlockSpec((height, step * _TILE), lambda i, j, k, *_: (i, k)),
+    pl.BlockSpec((step, 1, height), lambda i, j, k, *_: (k, 0, i)),
+    pl.BlockSpec(
+      (1, width, step * _TILE), lambda i, j, k, *e: (which(i, e), j, k)
+    ),
+    pl.BlockSpec(
+      (1, step, 1, width), lambda i, j, k, *e: (which(i, e), k, 0, j)
+    ),
+  ]
+  out = pl.BlockSpec((height, width), lambda i, j, k, *_: (i, j))
+  scratch = [pltpu.VMEM((height, width), jnp.float32)]
+  grid, shape = (m // height, n // width, last + 1), result((m, n), dtype, a)
+  run = _call(kernel, len(blocks), grid, in_specs, out, shape, scratch)
+  return run(*blocks, a, _scales(sa, m), b, _scales(sb, n))
+
+
+def _call(kernel, scalars, grid, in_specs, out, shape, scratch=()):
+  """Returns `kernel` as a function of so many arrays of scalars, and others."""
   return pl.pallas_call(
     kernel,
-    grid_spec=grid,
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=scalars,
+      grid=grid,
+      in_specs=in_specs,
+      out_specs=out,
+      scratch_shapes=scratch,
+    ),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'parallel', 'arbitrary')
     ),
-    out_shape=result((p, n), dtype, a),
-  )(expert, live.reshape(1), a, _scales(sa, p), b, _scales(sb, n))
+    out_shape=shape,
+  )
 
 
 def grouped_weights(
@@ -194,16 +165,14 @@ def grouped_weights(
   first: Int[Array, ' E'],
   count: Int[Array, ' E'],
 ) -> Float[Array, 'E K N']:
-  """a b^T over each expert's blocks of 128 columns, float32.
+  """Returns a b^T over each expert's blocks of 128 columns, float32.
 
   Expert e's blocks are count[e] from first[e] on; without blocks its result is
   undefined. Blocks are the grid's innermost axis: those of one expert follow
   each other, and its result stays in memory meanwhile.
   """
-  k, n, experts = a.shape[0], b.shape[0], first.shape[0]
-  blocks = expert.shape[0]
-  width = _fit(n)
-  height = _fit(k)
+  k, n, experts, blocks = len(a), len(b), len(first), len(expert)
+  width, height = _fit(n), _fit(k)
   live = (first[-1] + count[-1]).reshape(1)
 
   def kernel(expert, live, a, sa, b, sb, out):
@@ -220,26 +189,16 @@ def grouped_weights(
       _add(a, sa, b, sb, out.at[0], 1)
 
   # Blocks that are not live repeat the last expert: no result is visited twice.
-  grid = pltpu.PrefetchScalarGridSpec(
-    num_scalar_prefetch=2,
-    grid=(k // height, n // width, blocks),
-    in_specs=[
-      pl.BlockSpec((height, _TILE), lambda i, j, p, *_: (i, p)),
-      pl.BlockSpec((1, 1, height), lambda i, j, p, *_: (p, 0, i)),
-      pl.BlockSpec((width, _TILE), lambda i, j, p, *_: (j, p)),
-      pl.BlockSpec((1, 1, width), lambda i, j, p, *_: (p, 0, j)),
-    ],
-    out_specs=pl.BlockSpec(
-      (1, height, width), lambda i, j, p, e, _: (e[p], i, j)
-    ),
-  )
+  in_specs = [
+    pl.BlockSpec((height, _TILE), lambda i, j, p, *_: (i, p)),
+    pl.BlockSpec((1, 1, height), lambda i, j, p, *_: (p, 0, i)),
+    pl.BlockSpec((width, _TILE), lambda i, j, p, *_: (j, p)),
+    pl.BlockSpec((1, 1, width), lambda i, j, p, *_: (p, 0, j)),
+  ]
+  out = pl.BlockSpec((1, height, width), lambda i, j, p, e, _: (e[p], i, j))
   last = jnp.maximum(live[0] - 1, 0)
   expert = jnp.where(jnp.arange(blocks) < live[0], expert, expert[last])
-  return pl.pallas_call(
-    kernel,
-    grid_spec=grid,
-    compiler_params=pltpu.CompilerParams(
-      dimension_semantics=('parallel', 'parallel', 'arbitrary')
-    ),
-    out_shape=result((experts, k, n), jnp.float32, a),
-  )(expert, live, a, _scales(sa, k), b, _scales(sb, n))
+  grid, shape = (k // height, n // width, blocks), (experts, k, n)
+  shape = result(shape, jnp.float32, a)
+  run = _call(kernel, 2, grid, in_specs, out, shape)
+  return run(expert, live, a, _scales(sa, k), b, _scales(sb, n))

@@ -268,8 +268,9 @@ def test_a_tpu_decodes_without_moving_or_copying_experts(libtpu):
     cache = jax.eval_shape(
       lambda: latent_cache.empty(config, 64, 1024, cache_config)
     )
-    cache = jax.tree.map(shaped, cache, latent_cache.shardings(cache, mesh))
+    # Rows, with their pages, lie on the devices that hold the batch.
     rows = jax.NamedSharding(mesh, sharding.spec(('batch',)))
+    cache = jax.tree.map(lambda x: shaped(x, rows), cache)
     tokens = jax.ShapeDtypeStruct((64,), jnp.int32, sharding=rows)
     step = functools.partial(forward.decode_step, config=config)
     lowered = jax.jit(step, donate_argnums=1).lower(weights, cache, tokens)

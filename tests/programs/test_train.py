@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from absl import flags
 from ml_collections import config_flags
+from oracles import block_product
 
 from configs import tiny
 from experiments import cli, report, train, workdir
@@ -334,7 +335,7 @@ def test_products_without_their_kernel_are_counted(
   monkeypatch.setattr(fp8, 'choose', lambda *_: ('tpu', ''))
 
   def plain(*args, dtype):  # for those in shard_map, which a CPU cannot run
-    return block_tpu.reference(*args).astype(dtype)
+    return block_product(*args).astype(dtype)
 
   monkeypatch.setattr(block_tpu, 'matmul', plain)
   config = dataclasses.replace(

@@ -300,14 +300,9 @@ def _by_kernel(q, cache, rank):
   b, heads, t, width = q.shape
   # Tokens before heads: the kernel finds a row's position by dividing by heads.
   rows = q.swapaxes(1, 2).reshape(b, t * heads, width)
-  out = kernel.attend(
-    rows.astype(pages.values.dtype),
-    pages.values,
-    cache.table,
-    cache.lengths,
-    heads=heads,
-    rank=rank,
-  )
+  rows = rows.astype(pages.values.dtype)
+  args = rows, pages.values, cache.table, cache.lengths
+  out = kernel.attend(*args, heads=heads, rank=rank)
   return out.reshape(b, t, heads, rank).swapaxes(1, 2).astype(q.dtype)
 
 

@@ -280,18 +280,14 @@ def read(
   pages: Pages, table: Int[Array, 'B n'], dtype: str, rope_dim: int
 ) -> Float[Array, 'B S W']:
   """Returns the tokens in some pages of each row: latent, shared key, zeros."""
-  tokens = _pick(pages, table, dtype, rope_dim)
+  tokens = gather(pages, table, dtype, rope_dim)
   return tokens.reshape(len(tokens), -1, tokens.shape[-1])
 
 
 def gather(
-  pages: Pages, slots: Slots, dtype: str, rope_dim: int
+  pages: Pages, places: Array | tuple, dtype: str, rope_dim: int
 ) -> Float[Array, '*b W']:
-  """Returns the tokens in some slots, as `read` does those of whole pages."""
-  return _pick(pages, tuple(slots), dtype, rope_dim)
-
-
-def _pick(pages, places, dtype, rope_dim):
+  """Returns `read`'s numbers of tokens in pages, or in pages and offsets."""
   # A table holds ids of pages only, and reads without a check are faster.
   pick = lambda x: x.at[places].get(mode='promise_in_bounds')
   if pages.scales is None:

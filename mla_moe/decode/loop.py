@@ -215,13 +215,9 @@ def draft_and_verify(
 
 def _plain_step(weights, state, job):
   alive = ~state.done
-  logits, cache = forward.decode_step(
-    weights,
-    state.cache,
-    state.last_token,
-    job.config,
-    valid=alive.astype(jnp.int32),
-  )
+  args = weights, state.cache, state.last_token, job.config
+  valid = alive.astype(jnp.int32)
+  logits, cache = forward.decode_step(*args, valid=valid)
   log_probs = sampling.distribution(logits, state.seen, job.knobs)
   tokens = sampling.draw(log_probs, job.knobs, cache.lengths)
   state = dataclasses.replace(
@@ -236,16 +232,9 @@ def _plain_step(weights, state, job):
 
 def _speculative_step(weights, state, job):
   alive = ~state.done
-  attempt = draft_and_verify(
-    weights,
-    state.cache,
-    state.mtp_cache,
-    state.recent,
-    state.seen,
-    job.knobs,
-    alive,
-    job.config,
-  )
+  context = weights, state.cache, state.mtp_cache, state.recent
+  rows = state.seen, job.knobs, alive
+  attempt = draft_and_verify(*context, *rows, job.config)
   tokens, accepted = attempt.verdict
   logits = attempt.logits
   state = dataclasses.replace(

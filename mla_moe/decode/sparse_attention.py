@@ -64,8 +64,9 @@ def select(
     form: 'gathered': the keys' positions [B, T, K] int32, -1 in an empty slot.
       'masked': whether the set has a key, [B, T, S] bool.
   """
-  t, rows = index.w.shape[1], len(index.w)
-  if cache.impl == 'tpu' and form == 'gathered' and _fits(index.w, cache):
+  rows, t, heads = index.w.shape
+  fits = t * heads <= _KERNEL_ROWS and t * cache.capacity <= _KERNEL_SCORES
+  if cache.impl == 'tpu' and form == 'gathered' and fits:
     return _select_by_kernel(index, cache, topk)
   positions = cache.lengths[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
 
@@ -84,17 +85,11 @@ def select(
     return chosen.reshape(of_keys.shape)
 
   queries = index.q, index.w, positions
-  numbers = max(cache.capacity, index.w.shape[2] * _TILE)
+  numbers = max(cache.capacity, heads * _TILE)
   few = max(_NUMBERS // (rows * numbers), 1)
   if t <= few:
     return block(queries)
   return indexer.join(jax.lax.map(block, indexer.cut(queries, few)), t)
-
-
-def _fits(w, cache):
-  """Returns whether a TPU's on-chip memory holds the queries and the scores."""
-  _, t, heads = w.shape
-  return t * heads <= _KERNEL_ROWS and t * cache.capacity <= _KERNEL_SCORES
 
 
 def _select_by_kernel(index, cache, topk):
@@ -103,16 +98,9 @@ def _select_by_kernel(index, cache, topk):
   (pages,), (b, t, heads, _) = cache.layers, index.q.shape
   width = pages.index.shape[-1]
   q = sequence.pad(index.q, width, 3).reshape(b, t * heads, width)
-  mask = kernel.select(
-    q.astype(pages.index.dtype),
-    index.w.reshape(b, t * heads),
-    pages.index,
-    cache.table,
-    cache.lengths,
-    heads=heads,
-    topk=topk,
-  )
-  return kernel.positions(mask, topk)
+  queries = q.astype(pages.index.dtype), index.w.reshape(b, t * heads)
+  args = *queries, pages.index, cache.table, cache.lengths
+  return kernel.positions(kernel.select(*args, heads=heads, topk=topk), topk)
 
 
 def _scores(q, w, positions, cache, longest):
@@ -163,7 +151,9 @@ def attend(
 
   def one(args):
     q, slots, selected = args
-    tokens = latent_cache.gather(pages, slots, q.dtype.name, mla.rope_dim)
+    tokens = latent_cache.gather(
+      pages, tuple(slots), q.dtype.name, mla.rope_dim
+    )
     logits = products.dot('kw,nw->kn', tokens, q)
     logits = jnp.where(selected[:, None] >= 0, logits, kernels.MASKED)
     probs = jax.nn.softmax(logits, axis=0).astype(q.dtype)

@@ -32,12 +32,6 @@ _PROGRAMS = 256
 _SPLIT_PAGES = 4
 
 
-def fits(rank: int, rope_dim: int, page: int) -> bool:
-  """Returns whether these lengths can be Triton's blocks."""
-  power = lambda n: n >= 16 and n & (n - 1) == 0
-  return power(rank) and power(rope_dim) and power(page)
-
-
 def attend(
   q: Float[Array, 'B G W'],
   pages: Float[Array, 'P page W'],
@@ -56,7 +50,8 @@ def attend(
   """
   b, rows, width = q.shape
   size, count, rope_dim = pages.shape[1], table.shape[1], width - rank
-  assert fits(rank, rope_dim, size), (rank, rope_dim, size)
+  for n in (rank, rope_dim, size):
+    assert n >= 16 and n & (n - 1) == 0, f'{n}: no length of a Triton block'
   # Shared memory has room for 64 rows and keys of two bytes a number, or 32.
   long = pages.dtype.itemsize // 2
   height = 16 if rows <= 16 else 32 if rows <= 32 or long > 1 else 64

@@ -249,12 +249,6 @@ def _absorbed(q, kv, up, cache, valid, scale):
 def _gathered(q, kv, up, cache, valid, scale, selected, mla):
   (pages,) = cache.layers
   q = _fold(q, up[0], pages, scale)
-  own = sparse_attention.gathered(selected, cache)
-  if own is not None and mla.heads <= _KERNEL_ROWS:
-    b, heads, t, width = q.shape
-    rows = q.swapaxes(1, 2).reshape(b * t, heads, 1, width)
-    out = _by_kernel(rows, own, mla.kv_rank).reshape(b, t, heads, -1)
-    return jnp.einsum('btnc,ncu->btnu', out, up[1])
   out = sparse_attention.attend(q, selected, cache, mla)
   return _unfold(out, up[1], q.dtype)
 

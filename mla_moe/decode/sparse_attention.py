@@ -27,7 +27,6 @@ from mla_moe.types import Array, Float, Int
 
 _TILE = 2048  # keys that are scored at once
 _NUMBERS = 1 << 24  # of the scores, or latents, of a block of queries
-_KERNEL_NUMBERS = 1 << 27  # of the latents that a kernel attends to
 # On-chip memory of a TPU has room for so many queries of the index, and scores.
 _KERNEL_ROWS = 256
 _KERNEL_SCORES = 1 << 19
@@ -146,8 +145,11 @@ def attend(
   (pages,) = cache.layers
   b, heads, t, width = q.shape
   count, selected = selected.shape[-1], selected.reshape(b * t, -1)
-  slots = _slots(selected, cache)
   queries = q.swapaxes(1, 2).reshape(b * t, heads, width)
+  if cache.impl != 'xla':
+    out = _attend_by_kernel(queries, selected, cache, mla.kv_rank)
+    return out.reshape(b, t, heads, -1).swapaxes(1, 2)
+  slots = _slots(selected, cache)
 
   def one(args):
     q, slots, selected = args
@@ -165,6 +167,25 @@ def attend(
   return out.reshape(b, t, heads, width).swapaxes(1, 2)
 
 
+def _attend_by_kernel(queries, selected, cache, rank):
+  (pages,), kind = cache.layers, queries.dtype
+  queries, counts = queries.astype(pages.values.dtype), (selected >= 0).sum(-1)
+  whole = sequence.pad(selected + 1, -(-selected.shape[1] // 128) * 128) - 1
+  page, offset = _slots(whole, cache)
+  slots = page * pages.page_size + offset
+  if cache.impl == 'tpu':
+    from mla_moe.kernels import sparse_tpu
+
+    args = queries, pages.values, slots, counts
+    return sparse_tpu.attend(*args, rank=rank).astype(kind)
+  from mla_moe.kernels import latent_gpu
+
+  # Each token is a page, and a query is the last token of its row.
+  tokens = pages.values.reshape(-1, 1, pages.values.shape[-1])
+  sizes = dict(heads=queries.shape[1], rank=rank)
+  return latent_gpu.attend(queries, tokens, slots, counts - 1, **sizes)
+
+
 def _slots(selected, cache):
   """Returns where keys lie, [B * T, K]; an empty slot's is the row's first."""
   rows, size = len(cache.table), cache.layers[0].page_size
@@ -172,28 +193,3 @@ def _slots(selected, cache):
   page = jnp.take_along_axis(cache.table, keys // size, axis=1)
   flat = lambda x: x.reshape(selected.shape)
   return latent_cache.Slots(flat(page), flat(keys % size))
-
-
-def gathered(
-  selected: Int[Array, 'B T K'], cache: latent_cache.Cache
-) -> latent_cache.Cache | None:
-  """Returns a cache whose row b * T + t has the set of query t, for a kernel.
-
-  None where the latents of all sets are too much memory, or no kernel reads
-  them. The kernel's query is the last of a row: its length does not count it.
-  """
-  (pages,), size = cache.layers, cache.layers[0].page_size
-  rows, count = selected.shape[0] * selected.shape[1], selected.shape[2]
-  few = rows * count * pages.values.shape[-1] <= _KERNEL_NUMBERS
-  if cache.impl == 'xla' or not few:
-    return None
-  columns = -(-count // size)
-  flat = sequence.pad(selected.reshape(rows, count) + 1, columns * size) - 1
-  slots = _slots(flat, cache)
-  values = pages.values.at[tuple(slots)].get(mode='promise_in_bounds')
-  values = values.reshape(-1, size, values.shape[-1])
-  return cache.replace(
-    layers=(latent_cache.Pages(values),),
-    table=jnp.arange(rows * columns, dtype=jnp.int32).reshape(rows, columns),
-    lengths=(flat >= 0).sum(-1, dtype=jnp.int32) - 1,
-  )

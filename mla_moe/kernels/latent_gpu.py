@@ -28,8 +28,8 @@ from mla_moe.types import Array, Float, Int
 _KEYS = 64
 _PROGRAMS = 256
 # A split's result is written and read again in float32. For 64 heads that moves
-# as much as reading about 4 pages of 64 keys, so a split has no fewer.
-_SPLIT_PAGES = 4
+# as much as reading about 256 keys, so a split has no fewer.
+_SPLIT_KEYS = 256
 
 
 def attend(
@@ -46,11 +46,12 @@ def attend(
   """Returns `latent_tpu.reference` in the dtype of `q`; W is rank + rope_dim.
 
   A row's pages are cut into at most `splits` splits, by default into as many
-  as fill the multiprocessors.
+  as fill the multiprocessors. A page may be a token: then the table is a set's
+  slots, n a multiple of 64, and their latents are gathered as they are read.
   """
   b, rows, width = q.shape
   size, count, rope_dim = pages.shape[1], table.shape[1], width - rank
-  for n in (rank, rope_dim, size):
+  for n in (rank, rope_dim, size)[: 2 + (size > 1)]:
     assert n >= 16 and n & (n - 1) == 0, f'{n}: no length of a Triton block'
   # Shared memory has room for 64 rows and keys of two bytes a number, or 32.
   long = pages.dtype.itemsize // 2
@@ -58,13 +59,15 @@ def attend(
   padded = -(-rows // height) * height
   q = jnp.pad(q, [(0, 0), (0, padded - rows), (0, 0)])
   if splits is None:
-    most = max(count // _SPLIT_PAGES, 1)
+    most = max(count * size // _SPLIT_KEYS, 1)
     splits = min(max(_PROGRAMS // (b * padded // height), 1), most)
-  splits = min(splits, count)
-  keys = min(_KEYS // long, size)
+  splits, keys = min(splits, count), _KEYS // long
+  keys = keys if size == 1 else min(keys, size)
+  step = -(-keys // size)  # pages of a turn
   run = functools.partial(
     _kernel, size=size, rank=rank, heads=heads, height=height, keys=keys,
-    split_pages=-(-count // splits), last_token=-(-rows // heads) - 1,
+    split_pages=-(-count // (splits * step)) * step,
+    last_token=-(-rows // heads) - 1,
   )  # fmt: skip
   whole = lambda x: pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
   part = lambda n: pl.BlockSpec((1, height, n), lambda i, h, s: (i, h, 0))
@@ -107,13 +110,18 @@ def _kernel(
 
   def turn(i, carry):
     acc, peak, total = carry
-    page = table[row, split * split_pages + jax.lax.div(i, size // keys)]
-    first = jax.lax.rem(i, size // keys) * keys
-    columns = lambda low, n: pages.at[page, pl.ds(first, keys), pl.ds(low, n)]
+    first = split * split_pages * size + i * keys
+    if size == 1:
+      slots = table[row, pl.ds(first, keys)][:, None]
+      columns = lambda low, n: pages.at[slots, 0, low + jnp.arange(n)[None]]
+    else:
+      page = table[row, jax.lax.div(first, size)]
+      place = page, pl.ds(jax.lax.rem(first, size), keys)
+      columns = lambda low, n: pages.at[*place, pl.ds(low, n)]
     c = triton.load(columns(0, rank))
     r = triton.load(columns(rank, rope.shape[1]))
     logits = _dot(latent, c.T) + _dot(rope, r.T)
-    key = split * split_pages * size + i * keys + jnp.arange(keys)
+    key = first + jnp.arange(keys)
     logits = jnp.where(key[None] <= last[:, None], logits, MASKED)
     maximum = jnp.maximum(peak, logits.max(-1))
     probs = jnp.exp2((logits - maximum[:, None]) * math.log2(math.e))
@@ -123,7 +131,8 @@ def _kernel(
 
   zero = jnp.zeros((height,), jnp.float32)
   carry = jnp.zeros((height, rank), jnp.float32), zero + MASKED, zero
-  live = jnp.maximum(stop - split * split_pages, 0) * (size // keys)
+  live = jnp.maximum(stop - split * split_pages, 0) * size
+  live = jax.lax.div(live + keys - 1, keys)
   acc, peak, total = jax.lax.fori_loop(0, live, turn, carry)
   # A split without pages has peak MASKED, and so no weight.
   total = jnp.where(total == 0, 1.0, total)

@@ -73,7 +73,7 @@ def attend(
     last = jax.lax.div(start[i] + more, size)
     return table[i, jnp.minimum(j, jnp.minimum(last, count - 1))], 0, 0
 
-  run = functools.partial(_kernel, size=size, rank=rank, heads=heads, more=more)
+  run = functools.partial(_kernel, size=size, heads=heads, more=more)
   row = lambda i, j, *_: (i, 0, 0)
   return pl.pallas_call(
     run,
@@ -85,11 +85,7 @@ def attend(
         pl.BlockSpec((1, size, width), page),
       ],
       out_specs=pl.BlockSpec((1, rows, rank), row),
-      scratch_shapes=[
-        pltpu.VMEM((rows, rank), jnp.float32),
-        pltpu.VMEM((rows, 128), jnp.float32),
-        pltpu.VMEM((rows, 128), jnp.float32),
-      ],
+      scratch_shapes=sums(rows, rank),
     ),
     out_shape=jax.ShapeDtypeStruct((b, rows, rank), q.dtype),
     compiler_params=pltpu.CompilerParams(
@@ -99,39 +95,58 @@ def attend(
   )(start, table, q, pages)
 
 
-def _kernel(
-  start, table, q, page, out, acc, peak, total, *, size, rank, heads, more
-):
+def _kernel(start, table, q, page, out, *state, size, heads, more):
   row, i = pl.program_id(0), pl.program_id(1)
 
   @pl.when(i == 0)
   def _():
-    acc[...] = jnp.zeros_like(acc)
-    peak[...] = jnp.full_like(peak, MASKED)
-    total[...] = jnp.zeros_like(total)
+    clear(*state)
 
   @pl.when(i * size <= start[row] + more)
   def _():
-    keys = page[0]
-    logits = _dot(q[0], keys, (((1,), (1,)), ((), ())))
-    key = i * size + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    line = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0)
+    shape = q.shape[1], size
+    key = i * size + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    line = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     last = start[row] + jax.lax.div(line, heads)
-    logits = jnp.where(key <= last, logits, MASKED)
-    old = peak[...][:, :1]
-    maximum = jnp.maximum(old, logits.max(-1, keepdims=True))
-    probs = jnp.exp(logits - maximum)
-    shrink = jnp.exp(old - maximum)
-    summed = total[...][:, :1] * shrink + probs.sum(-1, keepdims=True)
-    total[...] = jnp.broadcast_to(summed, total.shape)
-    peak[...] = jnp.broadcast_to(maximum, peak.shape)
-    probs = probs.astype(keys.dtype)
-    fresh = _dot(probs, keys[:, :rank], (((1,), (0,)), ((), ())))
-    acc[...] = acc[...] * shrink + fresh
+    add(q[0], page[0], key <= last, *state)
 
   @pl.when(i == pl.num_programs(1) - 1)
   def _():
-    out[0] = (acc[...] / total[...][:, :1]).astype(out.dtype)
+    out[0] = result(*state).astype(out.dtype)
+
+
+def sums(rows: int, rank: int) -> list:
+  """Returns the scratch of `add`: rows' values, highest logits and weights."""
+  lanes = pltpu.VMEM((rows, 128), jnp.float32)
+  return [pltpu.VMEM((rows, rank), jnp.float32), lanes, lanes]
+
+
+def clear(acc, peak, total) -> None:
+  """Empties the `sums`."""
+  acc[...] = jnp.zeros_like(acc)
+  peak[...] = jnp.full_like(peak, MASKED)
+  total[...] = jnp.zeros_like(total)
+
+
+def add(q, keys, seen, acc, peak, total) -> None:
+  """Adds a block of keys to the `sums` of queries, those that are `seen`."""
+  logits = _dot(q, keys, (((1,), (1,)), ((), ())))
+  logits = jnp.where(seen, logits, MASKED)
+  old = peak[...][:, :1]
+  maximum = jnp.maximum(old, logits.max(-1, keepdims=True))
+  probs = jnp.exp(logits - maximum)
+  shrink = jnp.exp(old - maximum)
+  summed = total[...][:, :1] * shrink + probs.sum(-1, keepdims=True)
+  total[...] = jnp.broadcast_to(summed, total.shape)
+  peak[...] = jnp.broadcast_to(maximum, peak.shape)
+  values = keys[:, : acc.shape[1]]
+  fresh = _dot(probs.astype(keys.dtype), values, (((1,), (0,)), ((), ())))
+  acc[...] = acc[...] * shrink + fresh
+
+
+def result(acc, peak, total) -> Float[Array, 'rows C']:
+  """Returns the attention whose `sums` are complete."""
+  return acc[...] / total[...][:, :1]
 
 
 def _dot(a, b, axes):

@@ -1,11 +1,18 @@
-"""The sets of sparse attention on TPU: the K best scores, without sorting.
+"""Sparse attention on TPU: the K best scores without sorting; their latents.
 
-Each page of the indexer's keys is read once, and the scores stay in on-chip
-memory, as integers in the order of the floats. A TPU sorts slowly. So the K-th
-largest is built bit by bit, in 32 counts of the scores that are as large, and
-among equal ones the last key that has a place, bit by bit of its position. The
-result is a mask. `positions` makes it a list, without a scatter, which a TPU
-would make one key at a time. The oracle is beside the tests.
+`select` reads each page of the indexer's keys once, and the scores stay in
+on-chip memory, as integers in the order of the floats. A TPU sorts slowly. So
+the K-th largest is built bit by bit, in 32 counts of the scores that are as
+large, and among equal ones the last key that has a place, bit by bit of its
+position. The result is a mask. `positions` makes it a list, without a scatter,
+which a TPU would make one key at a time.
+
+`attend` gathers on the way: while one block of a set is multiplied, the next
+one, or the first of the next query, comes from the pool into on-chip memory, a
+copy for each token. So no set is an array, which XLA would write and attention
+read again. A TPU moves words of 32 bits, of two neighbouring tokens if they are
+bfloat16: a copy has both, and the kernel keeps one half of each word, as the
+upper half of a float32. The oracles are beside the tests.
 """
 
 from __future__ import annotations
@@ -18,9 +25,11 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from mla_moe.kernels import latent_tpu
 from mla_moe.types import Array, Bool, Float, Int
 
 _LANES = 128
+_KEYS = 256  # of a block of a set, where it has whole ones
 _PAGES = 8  # that a turn reads: a page of index keys is small
 _LOWEST = np.iinfo(np.int32).min  # below every float: a key that is not seen
 
@@ -162,3 +171,92 @@ def positions(mask: Bool[Array, 'B T S'], topk: int) -> Int[Array, 'B T K']:
   marks = jnp.einsum('btkl,lm->btkm', own.astype(jnp.float32), upper)
   key = (marks <= (slot - ahead)[..., None]).sum(-1)
   return jnp.where(real, line * _LANES + key, -1)
+
+
+def attend(
+  q: Float[Array, 'R N W'],
+  pages: Float[Array, 'P page W'],
+  slots: Int[Array, 'R K'],
+  counts: Int[Array, ' R'],
+  *,
+  rank: int,
+) -> Float[Array, 'R N C']:
+  """Returns the heads' sums of the first `rank` numbers of each row's set.
+
+  Args:
+    q: in the dtype of the pool, the softmax's scale included.
+    pages: the pool, float32 or bfloat16; page and W are multiples of 128.
+    slots: page * size + offset of each key; K is a multiple of 128.
+    counts: keys of a row, at least one; the slots after them are not seen.
+    rank: C, the width of the result.
+  """
+  (rows, heads, width), keys = q.shape, slots.shape[1]
+  size = _LANES if keys % _KEYS else _KEYS
+  blocks, packing = keys // size, 4 // pages.dtype.itemsize
+  slots = slots.reshape(-1, 1, size)
+
+  def block(i, j, *_, ahead=0):
+    return jnp.minimum(i * blocks + j + ahead, rows * blocks - 1), 0, 0
+
+  row = lambda i, j, *_: (i, 0, 0)
+  line = functools.partial(pl.BlockSpec, (1, 1, size))
+  after = functools.partial(block, ahead=1)
+  return pl.pallas_call(
+    functools.partial(_attend, packing=packing),
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=1,
+      grid=(rows, blocks),
+      in_specs=[
+        pl.BlockSpec((1, heads, width), row),
+        pl.BlockSpec(memory_space=pl.ANY),
+        line(block, memory_space=pltpu.SMEM),
+        line(after, memory_space=pltpu.SMEM),
+        line(block),
+      ],
+      out_specs=pl.BlockSpec((1, heads, rank), row),
+      scratch_shapes=[
+        pltpu.VMEM((2, size * packing, width), pages.dtype),
+        pltpu.SemaphoreType.DMA((2,)),
+        *latent_tpu.sums(heads, rank),
+      ],
+    ),
+    out_shape=jax.ShapeDtypeStruct((rows, heads, rank), q.dtype),
+    name='gathered_attention',
+  )(counts, q, pages.reshape(-1, width), slots, slots, slots)
+
+
+def _attend(
+  counts, q, pool, own, after, places, out, tokens, copied, *state, packing
+):
+  row, j, blocks = pl.program_id(0), pl.program_id(1), pl.num_programs(1)
+  step, size = row * blocks + j, own.shape[2]
+  turn = jax.lax.rem(step, 2)
+
+  def fetch(slots, turn):
+    def one(i, _):
+      place = lambda i: pl.ds(pl.multiple_of(i * packing, packing), packing)
+      source = pool.at[place(jax.lax.div(slots[0, 0, i], packing))]
+      target = tokens.at[turn, place(i)]
+      pltpu.make_async_copy(source, target, copied.at[turn]).start()
+
+    jax.lax.fori_loop(0, size, one, None, unroll=8)
+
+  last = pl.num_programs(0) * blocks - 1
+  pl.when(step == 0)(lambda: fetch(own, turn))
+  pl.when(step < last)(lambda: fetch(after, 1 - turn))
+  pl.when(j == 0)(lambda: latent_tpu.clear(*state))
+  # Waits for as many bytes as all copies of this turn have.
+  whole = tokens.at[turn]
+  pltpu.make_async_copy(whole, whole, copied.at[turn]).wait()
+  keys = tokens[turn]
+  if packing == 2:
+    words = pltpu.bitcast(keys, jnp.uint32)
+    odd = jnp.broadcast_to(jax.lax.rem(places[0], 2), (_LANES, size)).T[:, :1]
+    words = jnp.where(odd == 1, words & jnp.uint32(0xFFFF0000), words << 16)
+    keys = jax.lax.bitcast_convert_type(words, jnp.float32).astype(keys.dtype)
+  key = jax.lax.broadcasted_iota(jnp.int32, (q.shape[1], size), 1)
+  latent_tpu.add(q[0], keys, j * size + key < counts[row], *state)
+
+  @pl.when(j == blocks - 1)
+  def _():
+    out[0] = latent_tpu.result(*state).astype(out.dtype)

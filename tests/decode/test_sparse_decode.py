@@ -323,6 +323,30 @@ def test_a_pass_is_the_same_by_kernel():
 
 
 @pytest.mark.slow
+def test_a_gpu_attends_to_gathered_sets(monkeypatch):
+  """Of 20 of a row's keys in any order, and of fewer."""
+  from mla_moe.kernels import latent_gpu
+
+  mla = MLAConfig(heads=2, kv_rank=32, nope_dim=8, rope_dim=16, value_dim=8)
+  random = np.random.default_rng(0)
+  normal = lambda *size: random.normal(size=size).astype(np.float32)
+  keys = [[random.permutation(60)[:20] for _ in range(3)] for _ in range(2)]
+  selected = np.array(keys, np.int32)
+  selected[1, 0, 7:] = -1
+  table = random.permutation(8).reshape(2, 4).astype(np.int32)
+  pages = latent_cache.Pages(normal(8, 16, 48))
+  cache = latent_cache.Cache((pages,), table, np.array([59, 59], np.int32))
+  interpreted = functools.partial(latent_gpu.attend, interpret=True)
+  monkeypatch.setattr(latent_gpu, 'attend', interpreted)
+  run = jax.jit(functools.partial(sparse_attention.attend, mla=mla))
+  q = 0.3 * normal(2, 2, 3, 48)
+  expected, out = (
+    run(q, selected, cache.replace(impl=x)) for x in ('xla', 'gpu')
+  )
+  chex.assert_trees_all_close(out, expected[..., :32], atol=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'speculative', [True, pytest.param(False, marks=pytest.mark.by_hand)]
 )

@@ -51,17 +51,19 @@ impl, target = 'mgpu', 'mosaic_gpu'
 LATENT = """
 from mla_moe.kernels import latent_gpu
 
-for heads, tokens, dtype in (
-  (128, 1, jnp.bfloat16),
-  (128, 2, jnp.bfloat16),
-  (16, 1, jnp.bfloat16),
-  (128, 1, jnp.float32),
+# Pages of 64 tokens; and of one: the slots of a set (`sparse_attention`).
+for heads, tokens, dtype, page, count in (
+  (128, 1, jnp.bfloat16, 64, 64),
+  (128, 2, jnp.bfloat16, 64, 64),
+  (16, 1, jnp.bfloat16, 64, 64),
+  (128, 1, jnp.float32, 64, 64),
+  (128, 1, jnp.bfloat16, 1, 2048),
 ):
   run = functools.partial(latent_gpu.attend, heads=heads, rank=512)
   args = (
     shape((8, heads * tokens, 576), dtype),
-    shape((4096, 64, 576), dtype),
-    shape((8, 64), jnp.int32),
+    shape((4096 * 64 // page, page, 576), dtype),
+    shape((8, count), jnp.int32),
     shape((8,), jnp.int32),
   )
   with jax.set_mesh(one):  # jax 0.12 asks for a device's name

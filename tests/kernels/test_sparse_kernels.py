@@ -1,4 +1,4 @@
-"""The kernel of sparse attention's sets beside its oracle, and compiled."""
+"""The kernels of sparse attention beside their oracles, and compiled."""
 
 import functools
 import importlib.util
@@ -6,13 +6,14 @@ import os
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from mla_moe.kernels import sparse_tpu
+from mla_moe.kernels import latent_tpu, sparse_tpu
 
 
 def reference(q, w, pages, table, start, *, heads, topk):
@@ -89,6 +90,29 @@ def test_positions_are_those_of_the_marks():
     np.testing.assert_array_equal(own, np.concatenate([marks, rest]))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('dtype, atol', [('float32', 1e-5), ('bfloat16', 0.01)])
+def test_attention_gathers_its_sets(dtype, atol):
+  """Three blocks of scattered slots; those after a row's set are huge."""
+  random, (rows, heads, width) = np.random.default_rng(0), (2, 4, 256)
+  normal = lambda *size: random.normal(size=size).astype(np.float32)
+  pages = normal(4, 128, width)
+  pages[3, 100:] = 1e4
+  slots = np.stack([random.permutation(484)[:384] for _ in range(rows)])
+  counts = np.array([384, 130], np.int32)
+  slots[1, 130:] = 484 + np.arange(254) % 28
+  args = normal(rows, heads, width) * 0.3, pages
+  args = [jnp.asarray(x, dtype) for x in args]
+  with pltpu.force_tpu_interpret_mode():
+    run = jax.jit(functools.partial(sparse_tpu.attend, rank=128))
+    out = run(*args, slots.astype(np.int32), counts)
+  sets = args[1].reshape(-1, width)[slots]  # a set is a page of the oracle
+  table = np.arange(rows, dtype=np.int32)[:, None]
+  oracle = functools.partial(latent_tpu.reference, heads=heads, rank=128)
+  expected = jax.jit(oracle)(args[0], sets, table, counts - 1)
+  chex.assert_trees_all_close(out.astype('float32'), expected, atol=atol)
+
+
 AHEAD = """
 import functools
 import jax
@@ -116,6 +140,17 @@ for chip in ('v5e:2x2', 'v6e:2x2', 'tpu7x:2x2x1'):
     # The pool has 256 MiB, scores of 131,072 keys 4 MiB a new token.
     assert program.memory_analysis().temp_size_in_bytes < 48 << 20, chip
     print(chip, tokens, program.memory_analysis().temp_size_in_bytes)
+  for dtype in (jnp.bfloat16, jnp.float32):
+    program = jax.jit(functools.partial(sparse_tpu.attend, rank=512)).lower(
+      shape((16, 128, 640), dtype),
+      shape((8192, 128, 640), dtype),
+      shape((16, 2048), jnp.int32),
+      shape((16,), jnp.int32),
+    ).compile()
+    assert 'tpu_custom_call' in program.as_text()
+    # A set of latents has 2.5 MiB; the pool 1.25 GiB and twice as much.
+    assert program.memory_analysis().temp_size_in_bytes < 1 << 20, chip
+    print(chip, dtype.__name__, program.memory_analysis().temp_size_in_bytes)
 """
 
 

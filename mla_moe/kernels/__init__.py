@@ -1,4 +1,4 @@
-"""Pallas kernels, each beside the same product in plain JAX."""
+"""Pallas kernels; each has an oracle in plain JAX, here or beside its tests."""
 
 from typing import Any
 

@@ -5,7 +5,7 @@ few rows must still fill all multiprocessors); the splits' results are averaged
 afterwards, weighted by the softmax of their logsumexp. Latent and shared key
 are loaded apart, because Triton's blocks are powers of two and 576 is not one.
 jax 0.12 still has this backend of Pallas, and warns that it will be removed.
-The oracle is `latent_tpu.reference`.
+The oracle is that of `latent_tpu`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def attend(
   splits: int | None = None,
   interpret: bool = False,
 ) -> Float[Array, 'B G C']:
-  """Returns `latent_tpu.reference` in the dtype of `q`; W is rank + rope_dim.
+  """Returns `latent_tpu.attend`, with W = rank + rope_dim.
 
   A row's pages are cut into at most `splits` splits, by default into as many
   as fill the multiprocessors. A page may be a token: then the table is a set's

@@ -7,7 +7,7 @@ The row's line of the page table is prefetched into scalar memory, so that the
 pipeline knows the pages ahead; beyond the row's end it names the last page
 again, and a block that stays is not fetched again. The width W (C + R, padded)
 is a multiple of 128, or XLA would copy the whole pool of pages into the layout
-that a kernel reads.
+that a kernel reads. The oracle is among the checks of `bench card`.
 """
 
 from __future__ import annotations
@@ -23,38 +23,6 @@ from mla_moe.kernels import MASKED
 from mla_moe.types import Array, Float, Int
 
 
-def reference(
-  q: Float[Array, 'B G W'],
-  pages: Float[Array, 'P page W'],
-  table: Int[Array, 'B n'],
-  start: Int[Array, ' B'],
-  *,
-  heads: int,
-  rank: int,
-) -> Float[Array, 'B G C']:
-  """Absorbed attention in plain JAX, float32: the kernels' oracle.
-
-  Args:
-    q: the softmax's scale included. Row g of G is head g % heads of new token
-      g // heads, which sees the keys up to start + g // heads.
-    pages: the pool; a key's first `rank` numbers are its value.
-    table: each row's pages in their order.
-    start: the position of each row's first new token.
-    heads: the query heads.
-    rank: C, the width of the result.
-  """
-  keys = pages[table].reshape(len(q), -1, pages.shape[-1]).astype(jnp.float32)
-  highest = jax.lax.Precision.HIGHEST
-  wide = q.astype(jnp.float32)
-  logits = jnp.einsum('bgw,bsw->bgs', wide, keys, precision=highest)
-  token = jnp.arange(q.shape[1]) // heads
-  last = start[:, None, None] + token[None, :, None]
-  seen = jnp.arange(keys.shape[1])[None, None] <= last
-  probs = jax.nn.softmax(jnp.where(seen, logits, MASKED))
-  values = keys[..., :rank]
-  return jnp.einsum('bgs,bsc->bgc', probs, values, precision=highest)
-
-
 def attend(
   q: Float[Array, 'B G W'],
   pages: Float[Array, 'P page W'],
@@ -64,7 +32,18 @@ def attend(
   heads: int,
   rank: int,
 ) -> Float[Array, 'B G C']:
-  """`reference` in the dtype of `q`; page and W are multiples of 128."""
+  """Returns absorbed attention in the dtype of `q`.
+
+  Args:
+    q: the softmax's scale included. Row g of G is head g % heads of new token
+      g // heads, which sees the keys up to start + g // heads.
+    pages: the pool; a key's first `rank` numbers are its value. Page and W are
+      multiples of 128.
+    table: each row's pages in their order.
+    start: the position of each row's first new token.
+    heads: the query heads.
+    rank: C, the width of the result.
+  """
   (b, rows, width), size = q.shape, pages.shape[1]
   count = table.shape[1]
   more = -(-rows // heads) - 1  # new tokens after the first

@@ -91,7 +91,8 @@ def _kernel(start, table, q, page, out, *state, size, heads, more):
 
   @pl.when(i == pl.num_programs(1) - 1)
   def _():
-    out[0] = result(*state).astype(out.dtype)
+    acc, _, total = state
+    out[0] = (acc[...] / total[...][:, :1]).astype(out.dtype)
 
 
 def sums(rows: int, rank: int) -> list:
@@ -109,7 +110,7 @@ def clear(acc, peak, total) -> None:
 
 def add(q, keys, seen, acc, peak, total) -> None:
   """Adds a block of keys to the `sums` of queries, those that are `seen`."""
-  logits = _dot(q, keys, (((1,), (1,)), ((), ())))
+  logits = dot(q, keys, (((1,), (1,)), ((), ())))
   logits = jnp.where(seen, logits, MASKED)
   old = peak[...][:, :1]
   maximum = jnp.maximum(old, logits.max(-1, keepdims=True))
@@ -119,14 +120,10 @@ def add(q, keys, seen, acc, peak, total) -> None:
   total[...] = jnp.broadcast_to(summed, total.shape)
   peak[...] = jnp.broadcast_to(maximum, peak.shape)
   values = keys[:, : acc.shape[1]]
-  fresh = _dot(probs.astype(keys.dtype), values, (((1,), (0,)), ((), ())))
+  fresh = dot(probs.astype(keys.dtype), values, (((1,), (0,)), ((), ())))
   acc[...] = acc[...] * shrink + fresh
 
 
-def result(acc, peak, total) -> Float[Array, 'rows C']:
-  """Returns the attention whose `sums` are complete."""
-  return acc[...] / total[...][:, :1]
-
-
-def _dot(a, b, axes):
+def dot(a, b, axes):
+  """Returns the product of two blocks, accumulated in float32."""
   return jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)

@@ -100,12 +100,7 @@ def _select(start, table, q, w, *refs, size, heads, topk):
 
     @pl.when(first <= start[row] + tokens - 1)
     def _(page=page, first=first):
-      dots = jax.lax.dot_general(
-        q[0],
-        page[0],
-        (((1,), (1,)), ((), ())),
-        preferred_element_type=jnp.float32,
-      )
+      dots = latent_tpu.dot(q[0], page[0], (((1,), (1,)), ((), ())))
       scores = jnp.maximum(dots, 0.0) * w[0]
       scores = scores.reshape(tokens, heads, size).sum(1)
       key = first + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
@@ -259,4 +254,5 @@ def _attend(
 
   @pl.when(j == blocks - 1)
   def _():
-    out[0] = latent_tpu.result(*state).astype(out.dtype)
+    acc, _, total = state
+    out[0] = (acc[...] / total[...][:, :1]).astype(out.dtype)

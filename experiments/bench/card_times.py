@@ -217,7 +217,7 @@ def time_experts(rows, shape: models.Shape, precision: str) -> None:
   )
   copies = (None, None)
   if precision != 'bf16':  # quantised once, as a step does
-    copies = tuple(fp8.prepare(one, precision, lead=1).copies for one in w)
+    copies = tuple(fp8.Recipe(precision).weights(one, 1) for one in w)
   recipe = fp8.Recipe(precision).resolved()
 
   def feed_forward(x, w):

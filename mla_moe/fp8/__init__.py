@@ -20,7 +20,6 @@ from mla_moe.fp8.linear import OwnWeight as OwnWeight
 from mla_moe.fp8.linear import Weight as Weight
 from mla_moe.fp8.linear import dot as dot
 from mla_moe.fp8.linear import dots as dots
-from mla_moe.fp8.linear import prepare as prepare
 from mla_moe.fp8.linear import ragged_dot as ragged_dot
 from mla_moe.fp8.quantize import Quantized as Quantized
 from mla_moe.fp8.quantize import dequantize as dequantize

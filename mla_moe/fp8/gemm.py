@@ -170,13 +170,8 @@ def _result_scales(q: Quantized, summed: tuple[int, ...]) -> Array:
 
 def _widened(dot, a: Quantized, b: Quantized) -> Array:
   """`dot` of the dequantised operands, exact but for float32 accumulation."""
-
-  def wide(a, b):
-    return dot(q8.dequantize(a), q8.dequantize(b))
-
-  def narrow(a, b):
-    return dot(q8.dequantize(a, jnp.bfloat16), q8.dequantize(b, jnp.bfloat16))
-
+  wide = lambda a, b: dot(q8.dequantize(a), q8.dequantize(b))
+  narrow = lambda a, b: dot(q8.exact(a), q8.exact(b))
   return jax.lax.platform_dependent(a, b, cpu=wide, default=narrow)
 
 

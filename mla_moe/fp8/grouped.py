@@ -121,9 +121,9 @@ def multiply_by_expert(
 
   def ragged(a, b):
     axes = (0, *summed[1], *gemm.other_axes(b, summed[1], 1))
-    right = _wide(b).transpose(axes)
+    right = q8.exact(b).transpose(axes)
     right = right.reshape(b.shape[0], -1, math.prod(outputs))
-    left = _wide(a).reshape(a.shape[0], -1)
+    left = q8.exact(a).reshape(a.shape[0], -1)
     y = jax.lax.ragged_dot(
       left, right, layout.count * TILE, preferred_element_type=jnp.float32
     )
@@ -163,8 +163,8 @@ def weight_gradients(
 
   def ragged(a, b):
     y = jax.lax.ragged_dot_general(
-      _wide(a).reshape(a.shape[0], -1),
-      _wide(b).reshape(b.shape[0], -1),
+      q8.exact(a).reshape(a.shape[0], -1),
+      q8.exact(b).reshape(b.shape[0], -1),
       layout.count * TILE,
       jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((0,), (0,)), ((), ())),
@@ -176,10 +176,6 @@ def weight_gradients(
     return y.reshape(shape)
 
   return jax.lax.platform_dependent(a, b, tpu=ragged, default=loop)
-
-
-def _wide(q: Quantized) -> Float[Array, '*axes']:
-  return q8.dequantize(q, jnp.bfloat16)  # exact
 
 
 def _expert(q: Quantized, e: Int[Array, '']) -> Quantized:

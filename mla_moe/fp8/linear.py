@@ -10,9 +10,8 @@ The backward pass keeps x in FP8, under the name SAVED that `jax.checkpoint`
 policies know. That halves a layer's memory wherever nothing else needs x before
 quantisation; and since scales are powers of two, tiling it again loses nothing.
 
-A weight may be quantised once for many calls: `prepare` returns a `Weight`, the
-master beside its FP8 copies. Products read the copies, and the gradient is the
-master's.
+A weight may be quantised once for many calls: a `Weight` is the master beside
+its FP8 copies. Products read the copies, and the gradient is the master's.
 """
 
 from __future__ import annotations
@@ -40,9 +39,9 @@ SAVED = 'fp8_input'
 class Weight:
   """A float32 weight and its FP8 copies, for products that only read these.
 
-  Build it outside a loop with `prepare`. To differentiate: rebuild
-  `Weight(master, prepared.copies)` inside the differentiated function; the
-  copies have no gradient.
+  Make the copies outside a loop, by `Recipe.weights`. To differentiate: build
+  `Weight(master, copies)` inside the differentiated function; the copies have
+  no gradient.
 
   The fields are typed Any because the same class also holds their shapes, their
   PartitionSpecs, or a gradient, whose copies are None.
@@ -66,19 +65,6 @@ class OwnWeight:
   A subclass is a pytree, and has the methods of the one in
   `experiments/adapters/frozen.py`: codes of eight or four bits, with adapters.
   """
-
-
-def prepare(
-  w: Float[Array, '*axes'], precision: str = 'fp8_block', *, lead: int = 0
-) -> Weight:
-  """Returns `w` with its FP8 copies.
-
-  Args:
-    w: [*lead axes, K, ..., N].
-    precision: one of FP8.
-    lead: the number of leading axes, which index weights (layers, experts).
-  """
-  return Weight(w, Recipe(precision).weights(w, lead))
 
 
 def dot(

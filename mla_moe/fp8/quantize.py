@@ -176,6 +176,23 @@ def dequantize(
   return (q.values.astype(jnp.float32) * scales).astype(dtype)
 
 
+def joined(q: Quantized) -> Quantized | None:
+  """Returns `q` with its last two axes as one; None if a tile would cross."""
+  outer, inner = q.tiles[-2:]
+  apart = outer == 1 and q.shape[-1] % inner == 0
+  if not apart and (outer, inner) != q.shape[-2:]:
+    return None
+  flat = lambda x: x.reshape(*x.shape[:-2], -1)
+  tiles = (*q.tiles[:-2], outer * inner)
+  return Quantized(flat(q.values), flat(q.scales), tiles)
+
+
+def exact(q: Quantized) -> Float[Array, '*axes']:
+  """Returns the numbers in bfloat16; scales must be powers of two."""
+  scales = repeat_scales(q, tuple(range(q.ndim))).astype(jnp.bfloat16)
+  return q.values.astype(jnp.bfloat16) * scales
+
+
 def retile(q: Quantized, tiles: tuple[int, ...]) -> Quantized:
   """Returns `q` in other tiles.
 

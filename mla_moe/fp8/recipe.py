@@ -88,6 +88,7 @@ class Recipe:
 
     The first is for the sum over K (y), the last for the sum over the axes
     after K (dx). One copy serves both where its tiles are square or whole.
+    `lead` axes index weights (layers, experts).
     """
     between = w.ndim - lead - 2
     if self.precision == 'fp8_block':

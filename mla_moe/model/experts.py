@@ -101,7 +101,7 @@ def _ragged(x, gates, chosen, w_gate_up, w_down, expected, recipe):
   options = dict(precision=recipe.precision, impl=recipe.impl)
   multiply = functools.partial(fp8.ragged_dot, group_sizes=sizes, **options)
   gate_up = multiply(dispatch.permute(x, layout), w_gate_up)
-  hidden = layers.glu(gate_up, 1 - gate_up.ndim)  # FP8 has them apart
+  hidden = layers.glu(gate_up, 1 - gate_up.ndim)  # FP8 may have them apart
   out = multiply(dispatch.weigh(hidden, gates, layout), w_down)
   out = dispatch.unpermute(out, layout, gates.shape[1])
   return out if rest is None else out + rest

@@ -133,10 +133,13 @@ def fsdp_split(w: Array | fp8.Weight | fp8.OwnWeight, axes: tuple) -> FSDPSplit:
 
 
 def packed(w: Array | fp8.Weight | fp8.OwnWeight) -> PyTree:
-  """Returns gate and up side by side, [E, D, 2 F]; those of FP8 stay apart.
+  """Returns gate and up side by side, [E, D, 2 F], if no FP8 tile crosses.
 
   A device packs its shard: a TPU would copy a whole weight and its gradient.
   """
+  if isinstance(w, fp8.Weight):
+    copies = tuple(map(fp8.quantize.joined, w.copies))
+    return fp8.Weight(packed(w.master), copies) if all(copies) else w
   return w.reshape(*w.shape[:2], -1) if isinstance(w, jax.Array) else w
 
 

@@ -53,7 +53,7 @@ def test_a_prepared_weight_gives_the_same_results_and_masters_gradients(
   x, master = oracle.normal(0, 3, 20, 40), oracle.normal(1, 2, 40, 24)
   g = oracle.normal(2, 3, 20, 24)
   # The first axis is one of layers, over which a scan goes.
-  ready = fp8.prepare(master, precision, lead=1)
+  copies = fp8.Recipe(precision).weights(master, 1)
 
   def layer(x, w):
     return jnp.tanh(fp8.dot(x, w, precision)) @ jnp.ones((24, 40)) / 24, None
@@ -62,15 +62,15 @@ def test_a_prepared_weight_gives_the_same_results_and_masters_gradients(
     return (jax.lax.scan(layer, x, master)[0] @ jnp.ones((40, 24)) * g).sum()
 
   def prepared(x, master):
-    return plain(x, fp8.Weight(master, ready.copies))
+    return plain(x, fp8.Weight(master, copies))
 
   expected = jax.jit(jax.grad(plain, (0, 1)))(x, master)
   got = jax.jit(jax.grad(prepared, (0, 1)))(x, master)
   chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-6)
   assert got[1].dtype == jnp.float32
   # The master's values play no part: they may be left where they are.
-  first = fp8.prepare(master[0], precision)
-  other = fp8.Weight(jnp.zeros((40, 24)), first.copies)
+  first = fp8.Recipe(precision).weights(master[0])
+  other = fp8.Weight(jnp.zeros((40, 24)), first)
   run = jax.jit(lambda x, w: fp8.dot(x, w, precision))
   chex.assert_trees_all_equal(run(x, other), run(x, master[0]))
 

@@ -42,6 +42,26 @@ def test_powers_of_two_are_exact_in_bfloat16():
   for array, same in ((q, True), (other, False)):
     narrow = fp8.dequantize(array, jnp.bfloat16).astype(jnp.float32)
     assert bool((narrow == fp8.dequantize(array)).all()) == same
+  product = fp8.quantize.exact(q).astype(jnp.float32)
+  chex.assert_trees_all_equal(product, fp8.dequantize(q))
+
+
+@pytest.mark.parametrize(
+  'shape, tiles, crosses',
+  [
+    ((3, 130, 2, 256), (128, 1, 128), False),
+    ((3, 130, 2, 200), (128, 1, 128), True),
+    ((3, 5, 2, 6), (5, 2, 6), False),
+    ((3, 5, 2, 6), (1, 2, 3), True),
+  ],
+)
+def test_gate_and_up_are_one_axis_unless_a_tile_crosses(shape, tiles, crosses):
+  q = fp8.quantize.quantize(oracle.normal(7, *shape), tiles)
+  got = fp8.quantize.joined(q)
+  assert (got is None) == crosses
+  if got:
+    wide = fp8.dequantize(q).reshape(*shape[:2], -1)
+    chex.assert_trees_all_equal(fp8.dequantize(got), wide)
 
 
 def test_tiling_again_changes_nothing_under_powers_of_two():

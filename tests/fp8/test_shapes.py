@@ -76,7 +76,8 @@ def test_a_product_without_rows_or_features_is_empty_or_zero(precision, x, w):
   chex.assert_trees_all_equal(y, jnp.zeros((*x[:-1], *w[1:])))
   chex.assert_trees_all_equal(pull(y), (jnp.zeros(x), jnp.zeros(w)))
   if precision != 'bf16':  # a prepared weight, too
-    ready = fp8.prepare(jnp.ones(w), precision)
+    copies = fp8.Recipe(precision).weights(jnp.ones(w))
+    ready = fp8.Weight(jnp.ones(w), copies)
     chex.assert_trees_all_equal(dot(jnp.ones(x), ready), y)
 
 

@@ -252,20 +252,20 @@ def test_in_fp8_an_expert_learns_from_its_own_rows_alone():
   Padding of a block points at that token, the first that is sorted.
   """
   (x, gates, *ws), chosen, g = expert_inputs(64, e=8, k=1, d=128, f=128)
-  ws = [fp8.prepare(w.reshape(8, 128, -1), 'fp8_block', lead=1) for w in ws]
+  ws = [w.reshape(8, 128, -1) for w in ws]
   x = x.at[0].set(0.5)  # a power of two keeps its mantissa at any scale
   chosen = chosen.at[0].set(0)
   recipe = fp8.Recipe('fp8_block')
+  copies = [recipe.weights(w, 1) for w in ws]
 
   @jax.jit
   def gradients(x):
     def f(*masters):
-      pairs = zip(masters, ws, strict=True)
-      both = [fp8.Weight(m, w.copies) for m, w in pairs]
+      both = map(fp8.Weight, masters, copies)
       args = x, gates, chosen, *both
       return experts.feed_forward(*args, impl='loop', recipe=recipe)
 
-    return jax.vjp(f, *(w.master for w in ws))[1](g)
+    return jax.vjp(f, *ws)[1](g)
 
   plain, scaled = gradients(x), gradients(x.at[0].mul(1e7))
   for a, b in zip(plain, scaled, strict=True):

@@ -168,16 +168,17 @@ def attend(
 
 
 def _attend_by_kernel(queries, selected, cache, rank):
-  (pages,), kind = cache.layers, queries.dtype
-  queries, counts = queries.astype(pages.values.dtype), (selected >= 0).sum(-1)
+  """Returns the sums [B * T, N, C] for queries, in the dtype of the pool."""
+  (pages,) = cache.layers
+  queries = queries.astype(pages.values.dtype)
+  counts = (selected >= 0).sum(-1)  # empty slots are the last of a set
   whole = sequence.pad(selected + 1, -(-selected.shape[1] // 128) * 128) - 1
   page, offset = _slots(whole, cache)
   slots = page * pages.page_size + offset
   if cache.impl == 'tpu':
     from mla_moe.kernels import sparse_tpu
 
-    args = queries, pages.values, slots, counts
-    return sparse_tpu.attend(*args, rank=rank).astype(kind)
+    return sparse_tpu.attend(queries, pages.values, slots, counts, rank=rank)
   from mla_moe.kernels import latent_gpu
 
   # Each token is a page, and a query is the last token of its row.

@@ -1,4 +1,4 @@
-"""Pallas kernels; each has an oracle in plain JAX, here or beside its tests."""
+"""Pallas kernels; their oracles are beside the tests, or in `bench card`."""
 
 from typing import Any
 

@@ -92,9 +92,12 @@ def test_positions_are_those_of_the_marks():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('dtype, atol', [('float32', 1e-5), ('bfloat16', 0.01)])
-def test_attention_gathers_its_sets(dtype, atol):
-  """Three blocks of scattered slots; those after a row's set are huge."""
+def test_attention_gathers_its_sets():
+  """Three blocks of scattered slots; those after a row's set are huge.
+
+  A word has two tokens; in float32, which has one, a pass runs by kernel
+  (`test_sparse_decode`).
+  """
   random, (rows, heads, width) = np.random.default_rng(0), (2, 4, 256)
   normal = lambda *size: random.normal(size=size).astype(np.float32)
   pages = normal(4, 128, width)
@@ -103,7 +106,7 @@ def test_attention_gathers_its_sets(dtype, atol):
   counts = np.array([384, 130], np.int32)
   slots[1, 130:] = 484 + np.arange(254) % 28
   args = normal(rows, heads, width) * 0.3, pages
-  args = [jnp.asarray(x, dtype) for x in args]
+  args = [jnp.asarray(x, jnp.bfloat16) for x in args]
   with pltpu.force_tpu_interpret_mode():
     run = jax.jit(functools.partial(sparse_tpu.attend, rank=128))
     out = run(*args, slots.astype(np.int32), counts)
@@ -111,7 +114,7 @@ def test_attention_gathers_its_sets(dtype, atol):
   table = np.arange(rows, dtype=np.int32)[:, None]
   oracle = functools.partial(card_checks.absorbed, heads=heads, rank=128)
   expected = jax.jit(oracle)(args[0], sets, table, counts - 1)
-  chex.assert_trees_all_close(out.astype('float32'), expected, atol=atol)
+  chex.assert_trees_all_close(out.astype('float32'), expected, atol=0.01)
 
 
 AHEAD = """

@@ -82,12 +82,11 @@ def step_on(mesh, rows=8, length=8192):
     weights = forward.layer_weights(config, variables)
     cache = latent_cache.empty(config, rows, length, CacheConfig(page=PAGE))
     cache, _ = forward.split(cache, config)
-    cache = jax.device_put(cache, latent_cache.shardings(cache, mesh))
+    # Rows, with their pages, lie on the devices that hold the batch.
+    of_rows = jax.NamedSharding(mesh, sharding.spec(('batch',)))
+    cache = jax.device_put(cache, of_rows)
     step = functools.partial(forward.decode_step, config=config)
-    tokens = jax.device_put(
-      np.zeros(rows, np.int32),
-      jax.NamedSharding(mesh, sharding.spec(('batch',))),
-    )
+    tokens = jax.device_put(np.zeros(rows, np.int32), of_rows)
     lowered = jax.jit(step, donate_argnums=1).lower(weights, cache, tokens)
     compiled = lowered.compile()
   moved = re.findall(

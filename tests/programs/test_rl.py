@@ -831,7 +831,8 @@ def test_eight_devices_are_one(axes, whole, tmp_path):
       chex.assert_trees_all_close(one[name], two[name], rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
+@pytest.mark.timeout(900)
 def test_a_small_model_learns_from_rewards(tmp_path, monkeypatch):
   monkeypatch.undo()
   numbers = r1_program.run(tmp_path, 'sort4', 0, 60, 30)

@@ -183,12 +183,12 @@ def footprint(
     optimizer = state_bytes(layout.opt, config.mesh, table)
   micro = config.data.micro_batch or config.data.batch_size
   sums = 2 if micro < config.data.batch_size else 1
-  # Decoding has the matrices whole along expert.
-  mesh = config.mesh
-  others = (mesh.expert - 1) / (mesh.expert * mesh.fsdp * mesh.tensor)
-  whole = int(4 * sum(dense_parameters(config)) * others)
   reinforced = {}
   if config.rl.task:
+    # Decoding has the matrices whole along expert.
+    mesh = config.mesh
+    others = (mesh.expert - 1) / (mesh.expert * mesh.fsdp * mesh.tensor)
+    whole = int(4 * sum(dense_parameters(config)) * others)
     reinforced = {
       'reference': parameters if config.rl.beta else 0,
       'teachers': teachers_bytes(config, parameters),

@@ -89,19 +89,29 @@ def bytes_per_device(tree, shardings):
   return sum(jax.tree.leaves(jax.tree.map(one, tree, shardings)))
 
 
-def on_mesh(config, state):
-  """Returns the step from `state` on config.mesh, and the state's layout."""
+@functools.cache
+def step_on(config):
+  """Returns (config.mesh, the state's layout, the step on it)."""
   mesh_check.check(config)
   sizes = config.mesh
   mesh = sharding.make_mesh(sizes, jax.devices()[: sizes.devices])
   whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   with jax.set_mesh(mesh):
     where = placement(config, mesh)
-    train = jax.jit(
-      functools.partial(step.train_step, config=config),
-      out_shardings=(where, whole),
-    )
+  train = functools.partial(step.train_step, config=config)
+  return mesh, where, jax.jit(train, out_shardings=(where, whole))
+
+
+def on_mesh(config, state):
+  """Returns the step from `state` on config.mesh, and the state's layout."""
+  mesh, where, train = step_on(config)
+  with jax.set_mesh(mesh):
     return train(jax.device_put(state, where), batch(), RATES), where
+
+
+MIXED = dataclasses.replace(
+  TINY, mesh=MeshConfig(expert=2, context=2, tensor=2)
+)
 
 
 def mixed(*, states='fsdp', exchange='auto', mark='slow', **sizes):
@@ -116,12 +126,13 @@ def mixed(*, states='fsdp', exchange='auto', mark='slow', **sizes):
 @pytest.mark.parametrize(
   'config',
   [
-    mixed(expert=2, context=2, tensor=2),
+    pytest.param(MIXED, marks=pytest.mark.slow),
     mixed(data=8, states='zero1'),
     mixed(fsdp=2, expert=4, exchange='padded'),
     mixed(expert=4, tensor=2, exchange='ragged'),
     mixed(data=2, expert=2, stage=2),
-    # Each axis by itself.
+    # Each axis by itself, and two that split one dimension.
+    mixed(fsdp=2, context=2, tensor=2, mark='by_hand'),
     *(mixed(**{axis: 2}, mark='by_hand') for axis in sharding.AXES),
   ],
 )
@@ -183,8 +194,7 @@ def test_another_mesh_continues():
   _, after, _ = single()
   train = jax.jit(functools.partial(step.train_step, config=TINY))
   _, m = train(after, batch(), RATES)
-  sizes = MeshConfig(fsdp=2, context=2, tensor=2)
-  (_, n), _ = on_mesh(dataclasses.replace(TINY, mesh=sizes), after)
+  (_, n), _ = on_mesh(MIXED, after)
   assert float(n['loss']) == pytest.approx(float(m['loss']), rel=1e-5)
 
 

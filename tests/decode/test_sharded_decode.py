@@ -42,7 +42,12 @@ def laid_out(boxed, mesh):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  'speculative, dsa', [(False, DENSE), (True, DENSE), (True, SPARSE)]
+  'speculative, dsa',
+  [
+    (False, DENSE),
+    pytest.param(True, DENSE, marks=pytest.mark.by_hand),
+    (True, SPARSE),
+  ],
 )
 def test_a_mesh_continues_as_one_device_does(speculative, dsa):
   config, init, _ = shaped(dsa=dsa)

@@ -283,9 +283,12 @@ def test_what_fp8_cannot_be_is_refused():
     assert '\n' not in str(error.value)
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_fp8_learns_as_bf16_does():
-  """A toy language model, 300 steps: the losses end within 0.02."""
+  """A toy language model, 300 steps: the losses end within 0.02.
+
+  By hand: each product and its gradients are compared with float64's above.
+  """
   random = np.random.default_rng(0)
   words = random.integers(0, 256, (64, 6))
   stream = words[random.integers(0, 64, 8000)].reshape(-1).astype(np.uint16)

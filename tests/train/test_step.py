@@ -64,7 +64,9 @@ def start(config=SMOKE):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('packing', ['joined', 'separate'])
+@pytest.mark.parametrize(
+  'packing', [pytest.param('joined', marks=pytest.mark.by_hand), 'separate']
+)
 def test_micro_batches_change_nothing(packing):
   """Even where their numbers of targets differ."""
   whole, parts = with_data(packing=packing), None
@@ -266,15 +268,12 @@ def test_every_logical_axis_has_a_rule_and_no_parameter_collides():
     assert len(set(spec)) == len(spec)
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 @pytest.mark.parametrize(
-  'sizes',
-  [
-    dict(fsdp=2, expert=2, tensor=2),
-    pytest.param(dict(data=8), marks=pytest.mark.by_hand),
-  ],
+  'sizes', [dict(fsdp=2, expert=2, tensor=2), dict(data=8)]
 )
 def test_a_mesh_gives_the_single_device_step(sizes):
+  """From the smoke run's first state; test_sharding.py has more meshes."""
   mesh_config = MeshConfig(**sizes)
   config = dataclasses.replace(SMOKE, mesh=mesh_config)
   mesh_check.check(config)

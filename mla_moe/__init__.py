@@ -24,12 +24,8 @@ if TYPE_CHECKING:
   from mla_moe.train.step import predictions, pretraining, train_step
 
 # Imported at their first use: optax doubles the modules, and not all train.
-_TRAINING = {
-  'init_state': 'state',
-  'predictions': 'step',
-  'pretraining': 'step',
-  'train_step': 'step',
-}
+_TRAINING = dict.fromkeys(('predictions', 'pretraining', 'train_step'), 'step')
+_TRAINING['init_state'] = 'state'
 
 __all__ = [
   'CacheConfig',

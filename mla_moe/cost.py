@@ -79,7 +79,6 @@ def parameters(config) -> Parameters:
   gate = moe.experts * (d + (moe.method == 'noaux_tc'))
   embedding = model.vocab * d
   head = 0 if model.tie_embeddings else embedding
-  norms = model.layers * (latent_norms + 2 * d) + d
   parts = dict(
     embedding=embedding,
     head=head,
@@ -88,7 +87,7 @@ def parameters(config) -> Parameters:
     routed=layers * moe.experts * expert,
     shared=layers * moe.shared * expert,
     router=layers * gate,
-    norms=norms,
+    norms=model.layers * (latent_norms + 2 * d) + d,
     indexer=indexers * (index + index_norm),
   )
   total = sum(parts.values())
@@ -120,8 +119,7 @@ def train_flops_per_token(config, seq_len: int, mtp: bool = False) -> float:
   head = model.vocab * model.dim
   bias = model.moe.experts * (model.moe.method == 'noaux_tc')
   matrices = counts.active - counts.embedding - counts.head - counts.norms
-  matrices -= counts.indexer
-  matrices += head - model.moe_layers * bias
+  matrices += head - counts.indexer - model.moe_layers * bias
   index, index_norm, indexers = _indexer(model)
   blocks = model.layers
   if mtp and model.mtp.depth:

@@ -182,7 +182,7 @@ def fitted(
 
 
 def gather_over_expert(w: Array, axes: tuple, dtype: jnp.dtype) -> Array:
-  """Returns a dense matrix in `dtype`, for GSPMD to gather over fsdp.
+  """Returns a dense matrix in `dtype`, left for a gather over fsdp.
 
   Shards of whole tiles come back as they are, in their own dtype: libtpu
   gathers such over both axes at once, and multiplies meanwhile.
@@ -198,6 +198,26 @@ def gather_over_expert(w: Array, axes: tuple, dtype: jnp.dtype) -> Array:
       w = hold(constrain(w.astype(dtype), *axes))
       return hold(constrain(w, *over_fsdp(axes)))
   return w
+
+
+def gather_dense(w: Array, axes: tuple, dtype: jnp.dtype) -> Array:
+  """Returns a matrix after `gather_over_expert`, gathered over fsdp if it was.
+
+  A layer's recomputed forward and its backward pass then share one gather. The
+  split axis is first meanwhile, for libtpu scatters a gradient along no other:
+  it sums the whole.
+  """
+  i = axes.index('dense') if 'dense' in axes else 0
+  names = (axes[i], *axes[:i], *axes[i + 1 :])
+  first, half = jnp.moveaxis(w, i, 0), over_fsdp(names)
+  split = gather_over_expert(first, names, dtype)
+
+  @jax.custom_gradient
+  def whole(w):
+    w = jax.lax.optimization_barrier(constrain(w, None, *names[1:]))
+    return w, lambda g: constrain(g, *half)
+
+  return w if split is first else jnp.moveaxis(whole(split), 0, i)
 
 
 def array_spec(axes: tuple, x: PyTree | None) -> PartitionSpec:

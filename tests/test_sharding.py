@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 
 import chex
 import emulated
@@ -176,16 +177,30 @@ def test_a_mesh_gives_the_single_devices_step(config, monkeypatch):
   'length, split, in_steps', [(64, 8, True), (1024, 8, False), (12, 2, False)]
 )
 def test_parts_of_tiles_are_gathered_in_two_steps(length, split, in_steps):
-  """Over expert, then fsdp; at once where a device has whole tiles of 128."""
-  names, shape = ('dense', None), (length, 4)
+  """Over expert, then fsdp; at once where a device has whole tiles of 128.
+
+  The gradient of the second step is asked for on fsdp's shards of the first
+  axis, where libtpu scatters it.
+  """
+  names, shape = (None, 'dense'), (4, length)
   mesh = sharding.make_mesh(MeshConfig(fsdp=2, expert=4))
   box = nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, 'float32'), names)
   where = sharding.shardings(box, mesh)
-  assert where.shard_shape(shape) == (length // split, 4)
-  gather = lambda w: sharding.gather_over_expert(w, names, w.dtype)
+  assert where.shard_shape(shape) == (4, length // split)
+  w, x = np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)
+
+  def loss(w):
+    return (sharding.gather_dense(w, names, w.dtype) * x).sum()
+
   with jax.set_mesh(mesh):
-    text = str(jax.make_jaxpr(jax.grad(lambda w: gather(w).sum()))(box.value))
-  assert text.count('optimization_barrier') == 4 * in_steps
+    text = str(jax.make_jaxpr(jax.grad(loss))(w))
+    gradient = jax.jit(jax.grad(loss), out_shardings=where)(w)
+  layouts = re.findall(r'spec=P\((.*)\)\)$', text, re.MULTILINE)
+  both, fsdp = "('fsdp', 'expert'), None", "'fsdp', None"
+  steps = [both, fsdp, 'None, None', fsdp, fsdp, both]
+  assert layouts == (steps if in_steps else [])
+  assert text.count('optimization_barrier') == 5 * in_steps
+  np.testing.assert_array_equal(gradient, x)
 
 
 @pytest.mark.slow

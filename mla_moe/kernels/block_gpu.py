@@ -10,9 +10,9 @@ registers, where it is multiplied by both operands' scales and added (V3 section
 One program computes 128 x 128 of the result. One warpgroup copies tiles into
 shared memory; two multiply 64 rows each, and one scales while the other
 multiplies. The hardware wants both operands with the sum along their rows, and
-all lengths are multiples of 128. One body, `_product`, serves all three
-functions: an expert's product differs in the place of its matrix and in the
-number of its tiles. The oracle is beside the tests.
+all lengths are multiples of 128. `_product` is the body of all three functions:
+an expert's product differs in the place of its matrix and in the number of its
+tiles. The oracle is beside the tests.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def matmul(
   *,
   dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, 'M N']:
-  """Returns a b^T in `dtype`; `sb` has one scale a row, or one per 128 rows."""
+  """Returns `block_tpu.matmul`."""
   (m, k), n = a.shape, b.shape[0]
 
   def kernel(a, sa, b, sb, out):
@@ -63,11 +63,7 @@ def grouped(
   *,
   dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, 'P N']:
-  """Returns each block of 128 rows of `a` times its expert's matrix.
-
-  The result is in `dtype`. `expert` has the expert of each block. Only the
-  first `live` blocks are computed; the other rows are undefined.
-  """
+  """Returns `block_tpu.grouped`."""
   (p, k), n = a.shape, b.shape[1]
 
   def kernel(expert, live, a, sa, b, sb, out):
@@ -93,11 +89,7 @@ def grouped_weights(
   first: Int[Array, ' E'],
   count: Int[Array, ' E'],
 ) -> Float[Array, 'E K N']:
-  """Returns a b^T over each expert's blocks of 128 columns, float32.
-
-  Expert e's blocks are count[e] from first[e] on; without blocks its result is
-  undefined.
-  """
+  """Returns `block_tpu.grouped_weights`."""
   (k, p), n, experts = a.shape, b.shape[0], first.shape[0]
   del expert  # the TPU's kernel needs it
   # A pipeline takes a step at least; the tile that it then reads must exist.

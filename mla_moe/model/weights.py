@@ -63,7 +63,7 @@ def weight(
     return own.gathered(_unsharded(flat(axes, axes)))
   w = param(module, name, shape, axes, std)
   if recipe.precision == 'bf16':
-    return sharding.gather_over_expert(w, axes, dtype)
+    return sharding.gather_dense(w, axes, dtype)
   if not isinstance(w, fp8.Weight):
     w = quantize(w, axes, recipe)
   names = flat(axes, axes)

@@ -96,8 +96,8 @@ def parameters(config) -> Parameters:
     ffn = gate + (moe.experts + moe.shared) * expert
   else:
     ffn, idle = 3 * d * model.dense_width, 0
-  module = 2 * d * d + 3 * d + matrices + latent_norms + 2 * d + ffn
-  module += index + index_norm
+  norms = latent_norms + index_norm + 5 * d
+  module = 2 * d * d + matrices + index + norms + ffn
   depth = model.mtp.depth
   return Parameters(
     total=total,

@@ -204,8 +204,7 @@ def gather_dense(w: Array, axes: tuple, dtype: jnp.dtype) -> Array:
   """Returns a matrix after `gather_over_expert`, gathered over fsdp if it was.
 
   A layer's recomputed forward and its backward pass then share one gather. The
-  split axis is first meanwhile, for libtpu scatters a gradient along no other:
-  it sums the whole.
+  split axis is first meanwhile: libtpu scatters a gradient along no other.
   """
   i = axes.index('dense') if 'dense' in axes else 0
   names = (axes[i], *axes[:i], *axes[i + 1 :])

@@ -95,14 +95,14 @@ def quantize(
   lead = x.ndim - len(tiles)
   fit = lambda t, n: max(n if t == WHOLE else min(t, n), 1)
   tiles = tuple(map(fit, tiles, x.shape[lead:]))
-  # Without it, a CPU's fusions compute x twice: for amax and for the values.
-  x = jax.lax.platform_dependent(
-    x, cpu=jax.lax.optimization_barrier, default=lambda x: x
-  )
   lengths = (1,) * lead + tiles
   splits = zip(lengths, x.shape, shards or (1,) * x.ndim, strict=True)
   parts = [math.gcd(t, n // s) if s > 1 else t for t, n, s in splits]
-  x_tiled, inside = tiled(x.astype(jnp.float32), parts)
+  x_tiled, inside = tiled(x, parts)
+  # Without it a CPU computes x twice, and a TPU lays it out in tiles as floats.
+  x_tiled = jax.lax.platform_dependent(
+    x_tiled, cuda=lambda x: x, default=jax.lax.optimization_barrier
+  ).astype(jnp.float32)
   counts = [n for d, n in enumerate(x_tiled.shape) if d not in inside]
   padded = [n * x_tiled.shape[d] for n, d in zip(counts, inside, strict=True)]
   whole = [t // p for t, p in zip(lengths, parts, strict=True)]

@@ -77,6 +77,8 @@ def _least(config, words):
     least['data.micro_batch'] = 1
   if words[-1].endswith('/tiny'):
     least['run.sample_every'] = 4
+  if not any(word.endswith('/tiny') for word in words):
+    least['model.mtp.depth'] = 0
   if any('/v3-4k' in word or '/v3-32k' in word for word in words):
     least['model.precision'] = 'bf16'  # the other commands of V3 are in FP8
   options = [f'--config.{name}={number}' for name, number in least.items()]

@@ -151,15 +151,15 @@ def test_only_notebooks_that_are_there_are_built():
 FEWER = {
   '2_routing': {
     'SEEDS = 3': 'SEEDS = 1',
-    'STEPS = 150': 'STEPS = 24',
+    'STEPS = 150': 'STEPS = 8',
     'assert vio == sorted(vio)': '',
     'assert (share[:-1].max(1) > share[-1].max() + 0.1).any()': '',
   },
-  '3_fp8': {'STEPS = 80': 'STEPS = 24'},
+  '3_fp8': {'STEPS = 80': 'STEPS = 8'},
   '4_train_and_speculate': {
-    'steps=160,': 'steps=16,',
-    'eval_every=80,': 'eval_every=16,',
-    'save_every=160,': 'save_every=16,',
+    'steps=160,': 'steps=6,',
+    'eval_every=80,': 'eval_every=6,',
+    'save_every=160,': 'save_every=6,',
     "Path('runs/notebook')": "Path('{folder}')",
   },
   '6_r1_zero': {

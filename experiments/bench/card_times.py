@@ -66,7 +66,7 @@ LITE = models.Shape(
   length=4096,
 )
 TOY = models.Shape(
-  vocab=264, dim=32, layers=2, dense_width=64, heads=2, query_rank=0,
+  vocab=264, dim=32, layers=1, dense_layers=0, heads=2, query_rank=0,
   kv_rank=32, nope_dim=16, rope_dim=16, value_dim=16, experts=4, top_k=2,
   groups=1, top_groups=1, width=32, batch=2, length=32,
 )  # fmt: skip

@@ -6,7 +6,7 @@ slowed down by a sleep; the third save, which begins meanwhile, must not wait
 for it. Each process prints the bytes and seconds of its hashes, and the pauses
 of the last two saves, as a line of JSON.
 
-The arguments of such a process are RANK PROCESSES FOLDER MIB.
+The arguments of such a process are RANK PROCESSES FOLDER MIB SLEEP.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ import time
 
 from .. import commands
 
-SLEEP = 12.0  # seconds, of the second seal
+SLEEP = 12.0  # seconds, of the second seal, where none are named
 
 
-def measured(folder: pathlib.Path, processes: int, mib: int) -> list[dict]:
+def measured(
+  folder: pathlib.Path, processes: int, mib: int, sleep: float = SLEEP
+) -> list[dict]:
   """Returns the lines of all processes, each of which is started here."""
   folder.mkdir()
   children = [
@@ -32,7 +34,7 @@ def measured(folder: pathlib.Path, processes: int, mib: int) -> list[dict]:
       stdout=subprocess.PIPE,
       text=True,
     )
-    for words in ((i, processes, folder, mib) for i in range(processes))
+    for words in ((i, processes, folder, mib, sleep) for i in range(processes))
   ]
   lines = [child.communicate()[0].splitlines() for child in children]
   codes = [child.returncode for child in children]
@@ -54,7 +56,9 @@ def described(lines: list[dict], mib: int) -> str:
   )
 
 
-def main(rank: int, processes: int, folder: str, mib: int) -> None:
+def main(
+  rank: int, processes: int, folder: str, mib: int, sleep: float
+) -> None:
   """Saves three steps as one of the processes; prints the line of JSON."""
   cores = sorted(os.sched_getaffinity(0))
   os.sched_setaffinity(0, {cores[rank % len(cores)]})
@@ -80,7 +84,7 @@ def main(rank: int, processes: int, folder: str, mib: int) -> None:
       'processor': time.process_time() - of_process,
     }
     if path.name == '2':
-      time.sleep(SLEEP)
+      time.sleep(sleep)
     return own
 
   seal.records, pauses = timed, {}
@@ -112,4 +116,5 @@ def _state(mib: int) -> dict:
 
 
 if __name__ == '__main__':
-  main(*map(int, sys.argv[1:3]), sys.argv[3], int(sys.argv[4]))
+  rank, processes, folder, mib, sleep = sys.argv[1:]
+  main(int(rank), int(processes), folder, int(mib), float(sleep))

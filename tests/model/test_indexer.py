@@ -371,7 +371,16 @@ def variables():
   tokens = jnp.zeros((1, 3), jnp.int32)
   net = transformer.Transformer(MODEL)
   init = lambda key: nn.unbox(net.init(key, tokens))
-  return jax.jit(init)(jax.random.key(0))
+  shapes = jax.eval_shape(init, jax.random.key(0))
+  random = np.random.default_rng(0)
+
+  def draw(path, x):
+    name = path[-1].key
+    if name in ('scale', 'bias'):
+      return np.full(x.shape, name == 'scale', x.dtype)
+    return random.normal(0, MODEL.init_std, x.shape).astype(x.dtype)
+
+  return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def tokens():
@@ -441,6 +450,11 @@ def a_run(**changes):
   )
 
 
+@functools.cache
+def stepping():
+  return jax.jit(functools.partial(step.train_step, config=a_run()))
+
+
 def a_batch():
   ones = np.zeros((1, B, T), np.int32)
   places = np.broadcast_to(np.arange(T, dtype=np.int32), (1, B, T))
@@ -452,7 +466,7 @@ def test_the_warm_up_trains_the_indexer_alone():
   """The sets keep more of the attention; no other parameter has moments."""
   config = a_run()
   state = init_state(jax.random.key(0), config)
-  train = jax.jit(functools.partial(step.train_step, config=config))
+  train = stepping()
   rates = optim.Rates(5e-3, 1e-3, 0.0)
   before, rows = state, []
   for _ in range(60):
@@ -476,7 +490,7 @@ def test_the_loss_of_the_index_is_of_tokens_with_and_without_a_target():
   """A prompt's tokens have none, and count as those of its answer do."""
   config, batch = a_run(), a_batch()
   state = init_state(jax.random.key(0), config)
-  train = jax.jit(functools.partial(step.train_step, config=config))
+  train = stepping()
   answers = batch.targets.copy()
   answers[..., : T // 2] = -1
   half = batch._replace(targets=answers)

@@ -263,6 +263,7 @@ def test_a_release_in_a_bucket_is_refused(call, home):
   assert code == 2 and 'holds no run' in error
 
 
+@pytest.mark.by_hand  # CI kills and resumes in row 1 and 14 above
 def test_a_short_soak_ends_bit_equal(tmp_path, capsys):
   place = f'gs://{NAME}/soak'
   assert soak.soak(tmp_path, 12, 20, 3, place), capsys.readouterr().out

@@ -22,7 +22,6 @@ ARGUMENTS = (
   '--config.run.save_every=2',
   '--config.run.eval_every=3',
   '--config.run.eval_batches=1',
-  '--config.mesh.data=2',
   '--config.mesh.fsdp=2',
   '--config.mesh.expert=2',
 )
@@ -106,9 +105,9 @@ _STARTED = []
 
 
 def start(folder, index=None, port=0, more=()):
-  """A training run, alone on 8 devices or as one of two on 4 each."""
+  """A training run, alone on 4 devices or as one of two on 2 each."""
   alone = index is None
-  environ = children.on_devices(8 if alone else 4)
+  environ = children.on_devices(4 if alone else 2)
   if not alone:
     environ |= {
       'JAX_COORDINATOR_ADDRESS': f'localhost:{port}',

@@ -492,7 +492,10 @@ def test_the_end_token_is_learned(tmp_path):
   optim = dataclasses.replace(
     config.optim, phases=(('constant', 1e9, 1.0),), warmup_steps=5
   )
-  config = dataclasses.replace(config, data=data, run=run, optim=optim)
+  model = dataclasses.replace(config.model, layers=2, mtp=MTPConfig(0))
+  config = dataclasses.replace(
+    config, data=data, run=run, optim=optim, model=model
+  )
   train.run(config, tmp_path / 'run', open_source=example_source.opened())
   like = init_state(jax.random.key(0), config)
   state = store.restore(tmp_path / 'run' / 'checkpoints', like).state

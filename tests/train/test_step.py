@@ -36,20 +36,20 @@ def make(config, seed=0):
   return batches.batch_at(stream, d, 0, 256)
 
 
-def with_data(**changes):
-  return dataclasses.replace(
-    SMOKE, data=dataclasses.replace(SMOKE.data, **changes)
-  )
-
-
 # The fast tests share its program: two MoE layers and an MTP module, of which
 # nothing is made again for the backward pass.
 PLAIN = dataclasses.replace(
   SMOKE.model, layers=2, dense_layers=0, compute=ComputeConfig(remat='none')
 )
-WHOLE = dataclasses.replace(with_data(seq_len=32), model=PLAIN)
-PARTS = dataclasses.replace(WHOLE.data, micro_batch=2)
-PARTS = dataclasses.replace(WHOLE, data=PARTS)
+
+
+def with_data(**changes):
+  data = dataclasses.replace(SMOKE.data, **changes)
+  return dataclasses.replace(SMOKE, data=data, model=PLAIN)
+
+
+WHOLE = with_data(seq_len=32)
+PARTS = with_data(seq_len=32, micro_batch=2)
 
 
 @functools.cache
@@ -75,7 +75,7 @@ def test_micro_batches_change_nothing(packing):
   for config in (whole, parts):
     batch = make(config)
     batch.targets.reshape(8, -1)[0, :100] = -1
-    results.append(compiled(config)(start(), batch, RATES))
+    results.append(compiled(config)(start(PARTS), batch, RATES))
   (a, m), (b, n) = results
   chex.assert_trees_all_close(m, n, rtol=2e-4, atol=1e-5)
   # Adam's first step divides a gradient by itself, be it rounding alone. Its
@@ -92,8 +92,8 @@ def test_the_ramp_counts_only_real_micro_batches():
   half = with_data(micro_batch=2, batch_size=4)
   ramp, short = make(config), make(half)
   assert ramp.tokens.shape[0] == 4 and ramp.count == 2
-  a, m = compiled(config)(start(), ramp, RATES)
-  b, n = compiled(half)(start(), short, RATES)
+  a, m = compiled(config)(start(PARTS), ramp, RATES)
+  b, n = compiled(half)(start(PARTS), short, RATES)
   chex.assert_trees_all_close(m, n, rtol=1e-5)
   chex.assert_trees_all_close(a.params, b.params, atol=1e-6)
 

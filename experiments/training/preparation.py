@@ -150,8 +150,10 @@ def fresh(setup: Setup) -> State:
   config = program.of_state(setup.config)
   state = init_state(key, config, setup.mesh)
   if setup.base.router:
-    # A step gives its state's buffers away: the base keeps its own.
-    state = state.replace(router=jax.tree.map(jnp.copy, setup.base.router))
+    # A step gives its state's buffers away: each has its own.
+    own = lambda: jax.tree.map(jnp.copy, setup.base.router)
+    reference = state.reference and state.reference | {'router': own()}
+    state = state.replace(router=own(), reference=reference)
   return state if setup.mesh else jax.device_put(state, jax.devices()[0])
 
 

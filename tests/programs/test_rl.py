@@ -12,14 +12,16 @@ import chex
 import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from configs import r1, r1_tiny
 from experiments import cli, reject, train, workdir
 from experiments import opened as opened_model
 from experiments import r1 as r1_program
+from experiments.adapters import state as adapters_state
 from experiments.bench import ours_rl
 from experiments.checkpointing import store
-from experiments.checkpointing.load import load_run
+from experiments.checkpointing.load import load_run, load_state
 from experiments.data import tokenizer
 from experiments.rl import (
   checks,
@@ -38,7 +40,9 @@ from experiments.rl import (
 from experiments.rl.__main__ import taught
 from experiments.training import example_source, program
 from mla_moe import config as c
+from mla_moe import save_huggingface
 from mla_moe.config import ConfigError, freeze
+from mla_moe.model import transformer
 from mla_moe.train.state import init_state
 
 # Of ml_collections, where a test reads a config as the command line does.
@@ -585,6 +589,47 @@ def test_the_policy_itself_teaches_nothing(whole, tmp_path):
   train.run(config, tmp_path / 'run', options, policy.opened())
   for row in steps(tmp_path / 'run'):
     assert row['grad_norm'] == row['teacher_kl'] == 0
+
+
+@pytest.mark.slow
+def test_adapters_learn_from_rewards_over_a_frozen_base(tmp_path):
+  """An update moves them alone, and its first ratio is 1 to the bit.
+
+  The base lies in eight bits and in no checkpoint. The reference of the KL is
+  the base with the adapters of the start, and with the base's own biases.
+  """
+  model = dict(precision='bf16', dense_layers=0, layers=1, mtp=c.MTPConfig(0))
+  plain = small(model=model).model
+  shapes = jax.eval_shape(
+    transformer.Transformer(plain).init,
+    jax.random.key(0),
+    np.zeros((1, 4), int),
+  )
+  random = np.random.default_rng(0)
+  normal = lambda x: random.normal(0, 0.3, x.shape).astype(np.float32)
+  save_huggingface(
+    tmp_path / 'base', plain, jax.tree.map(normal, nn.unbox(shapes))
+  )
+  names = {path.name for path in (tmp_path / 'base').iterdir()}
+  model |= dict(base='int8', lora=c.LoRAConfig(rank=2, alpha=4.0))
+  optim = dict(optimizer='adamw', bias_rate=0.0, learning_rate=0.01)
+  run = TWO | {'base': str(tmp_path / 'base'), 'seed': 1}
+  config = small(run=run, model=model, optim=optim)
+  train.run(config, tmp_path / 'run', open_source=policy.opened())
+  first, second = steps(tmp_path / 'run')
+  assert first['ratio_max'] == 1.0 != second['ratio_max']
+  assert first['kl'] < 1e-9 < second['kl']
+  state = load_state(tmp_path / 'run')[1].state
+  before = adapters_state.init_state(jax.random.key(0), config)
+  own = jax.tree.leaves(state.params)
+  assert [x.shape for x in own] == [
+    x.shape for x in jax.tree.leaves(before.params)
+  ]
+  whole = sum(x.size for x in jax.tree.leaves(shapes))
+  assert sum(x.size for x in own) < 0.2 * whole
+  ups = lambda tree: [x for x in jax.tree.leaves(tree) if not np.any(x)]
+  assert ups(before.params) and not ups(state.params)  # B was 0
+  assert names == {path.name for path in (tmp_path / 'base').iterdir()}
 
 
 @pytest.mark.by_hand  # CI has the gradient of teachers, in the test below

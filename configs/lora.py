@@ -39,16 +39,16 @@ def get_config(arg=''):
     lite_l4=base,
     lite_a100=adapted(lite, 'int8', 16, (4096, 16, 1)),
     lite_h100=adapted(lite, 'trained', 16, (4096, 16, 2)),
-    lite_v5e8=adapted(lite, 'int8', 16, (4096, 32, 8), fsdp=8),
+    lite_v5e8=adapted(lite, 'int8', 16, (4096, 32, 8), expert=8),
     flash_h100=adapted(flash, 'int8', 16, (4096, 16, 1)),
-    flash_v6e4=adapted(flash, 'int8', 16, (4096, 32, 4), fsdp=4),
+    flash_v6e4=adapted(flash, 'int8', 16, (4096, 32, 4), expert=4),
     moonlight_a100=adapted(moonlight, 'int8', 16, (4096, 16, 1)),
     tiny=adapted(tiny, 'int8', 4, (256, 8, 0)),
   )
   return follow_run(c.thaw(variant(base, arg, **variants)))
 
 
-def adapted(config, base, rank, sizes, fsdp=1):
+def adapted(config, base, rank, sizes, expert=1):
   """Returns the config with adapters; `sizes`: columns, rows, micro-batch."""
   length, batch, micro = sizes
   replace = dataclasses.replace
@@ -79,7 +79,7 @@ def adapted(config, base, rank, sizes, fsdp=1):
   )
   run = replace(config.run, steps=steps, eval_every=100, sample_every=100)
   run = replace(run, save_every=100, check_every=0)
-  mesh = replace(config.mesh, fsdp=fsdp)
+  mesh = replace(config.mesh, expert=expert)
   return replace(
     config, model=model, optim=optim, data=data, run=run, mesh=mesh
   )

@@ -1,6 +1,7 @@
 """Memory, FLOPs and traffic of adapters over frozen codes, by arithmetic."""
 
 import dataclasses
+import importlib.util
 
 import jax
 import pytest
@@ -10,7 +11,14 @@ from configs import lora as recipes
 from configs import tiny
 from experiments import chips, train
 from experiments.adapters import flops, lora
-from experiments.plan import bill, compiled, memory, search, traffic
+from experiments.plan import (
+  bill,
+  compiled,
+  memory,
+  scheduled,
+  search,
+  traffic,
+)
 from mla_moe import cost, sharding
 from mla_moe.config import (
   LoRAConfig,
@@ -80,6 +88,25 @@ def holds_codes_and_a_layer(config, devices):
 @pytest.mark.slow
 def test_a_step_holds_codes_and_no_second_layer_of_floats():
   holds_codes_and_a_layer(adapted(), jax.devices()[:1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'topology, layers',
+  [('v5e:1x1', 2.5), pytest.param('h100:1', 1.2, marks=pytest.mark.by_hand)],
+)
+def test_so_does_an_accelerator_s_program(topology, layers):
+  """Of five layers' floats a TPU has two and a half at once, a GPU one."""
+  slice_ = chips.parse(topology)
+  package = compiled.compiler(slice_).replace('-', '_')
+  if importlib.util.find_spec(package) is None:
+    pytest.skip('extra [ci]')
+  config = adapted(1024, 512, 128, 'bfloat16')
+  run = compiled.run if slice_.gpu else scheduled.run
+  got, planned = run(config, slice_), memory.footprint(config)
+  assert planned.state <= got['arguments'] < 1.01 * planned.state
+  layer = 2 * cost.parameters(config.model).routed / config.model.moe_layers
+  assert got['temporary'] - planned.gradients < layers * layer
 
 
 LITE = freeze(recipes.get_config('lite_l4'))

@@ -101,9 +101,9 @@ def adapter_numbers(rank):
   return sum(x.size for x in jax.tree.leaves(shapes))
 
 
-held = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree)) / 1e6
-weighs = {kind: held(frozen['params']) for kind, (_, frozen) in bases.items()}
-whole = held(state.params)
+mb_of = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree)) / 1e6
+weighs = {kind: mb_of(frozen['params']) for kind, (_, frozen) in bases.items()}
+whole = mb_of(state.params)
 bars = {'whole': (whole, 3 * whole)}
 for kind in KINDS:
   bars[f'{kind}, rank 8'] = weighs[kind], 16 * adapter_numbers(8) / 1e6
